@@ -1,0 +1,171 @@
+"""Starting, joining and leaving Ray.
+
+``with ray_session(conf.runtime) as cluster:`` gives a connected Ray: its own instance on this machine (`mode: local`: free
+ports, no dashboard, every port behind a token of this session's own, gone afterwards) or the running cluster (`mode: cluster`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_ray.conf.schema import Runtime
+from llm_ray.errors import ClusterError
+
+# Ray keeps objects in shared memory; the bundle hands data over as files, so that a small store is enough.
+OBJECT_STORE_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the joined Ray has: CPUs of each alive node, by node id."""
+
+    node_cpus: dict[str, int]
+
+    @property
+    def cpus(self) -> int:
+        return sum(self.node_cpus.values())
+
+
+@contextlib.contextmanager
+def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
+    """A Ray instance of this process' own, on free ports, closed by a token; stopped, and its files removed, on leaving.
+
+    Raises ClusterError when Ray does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="llm-ray-", dir=_short_temp_dir()))  # mode 0700: the token lies in it
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+    }
+    with _environment(settings):
+        try:
+            with _quiet_ray():
+                _init(
+                    address="local",
+                    num_cpus=num_cpus or os.cpu_count(),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=str(folder),
+                )
+                yield _describe()
+        finally:
+            import ray
+
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_session(runtime: Runtime) -> Iterator[Cluster]:
+    """Ray as the conf's `runtime` wants it. Raises ClusterError when it can neither be started nor reached."""
+    if runtime.mode == "local":
+        with local_ray() as cluster:
+            yield cluster
+        return
+    import ray
+
+    with _environment({"RAY_TRAIN_V2_ENABLED": "1"}), _quiet_ray():
+        try:
+            _init(address=runtime.address)
+            yield _describe()
+        finally:
+            ray.shutdown()
+
+
+def check_resources(runtime: Runtime, cluster: Cluster) -> int:
+    """CPUs that each worker gets. Raises ClusterError when the workers do not fit the cluster; Ray itself would wait for ever."""
+    nodes = sorted(cluster.node_cpus.values(), reverse=True)
+    wanted, workers = runtime.cpus_per_worker, runtime.workers
+    if runtime.placement == "strict_spread" and workers > len(nodes):
+        raise ClusterError(f"runtime.workers is {workers} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer workers or another placement")
+    if wanted == "auto":
+        on_one_host = -(-workers // len(nodes))
+        wanted = max(1, nodes[0] // on_one_host if runtime.placement == "pack" else min(nodes[: min(workers, len(nodes))]) // on_one_host)
+    room = sum(1 if cpus >= wanted else 0 for cpus in nodes) if runtime.placement == "strict_spread" else sum(cpus // wanted for cpus in nodes)
+    if room < workers:
+        raise ClusterError(
+            f"runtime.workers is {workers} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its {len(nodes)} node(s), "
+            f"room for {room}: lower runtime.workers or runtime.cpus_per_worker"
+        )
+    return wanted
+
+
+def _init(address: str, **options: object) -> None:
+    import ray
+
+    if ray.is_initialized():
+        raise ClusterError("Ray is already started in this process")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
+    except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if address == "local":
+            raise ClusterError(f"Ray did not start on this machine: {reason}") from error
+        raise ClusterError(
+            f"no Ray cluster at {address} (runtime.address): {reason}. Is it running (llm-ray status), and does this process have its token (RAY_AUTH_TOKEN_PATH)?"
+        ) from error
+
+
+def _describe() -> Cluster:
+    import ray
+
+    return Cluster({n["NodeID"]: int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")})
+
+
+def _short_temp_dir() -> str:
+    # A socket's path may have 107 characters, and Ray appends about 70.
+    chosen = tempfile.gettempdir()
+    return chosen if len(chosen) <= 16 else "/tmp"  # noqa: S108
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in settings}
+    os.environ.update(settings)
+    _reload_ray_config()
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+        _reload_ray_config()
+
+
+def _reload_ray_config() -> None:
+    # Ray reads its settings once per process; a second session has another token.
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _quiet_ray() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("ray", "ray.train", "ray.serve", "ray.data")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,312 @@
+"""The schema of a finetune conf: one definition, from which validation, help and the reference page are derived.
+
+The text under each field is its documentation; ``llm_ray.conf.reference`` turns it into docs/reference/. Unknown keys
+are errors. Cross-field rules are checked here too, where the conf is built, and their messages name the keys.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Stage = Literal["prepare", "train", "evaluate", "export"]
+STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate", "export")
+
+
+def home() -> Path:
+    """The folder of models, data and runs: ``LLM_RAY_HOME``, else ``~/.llm-ray``."""
+    return Path(os.environ.get("LLM_RAY_HOME") or Path.home() / ".llm-ray").expanduser().absolute()
+
+
+def _absolute(value: object) -> object:
+    return Path(value).expanduser().absolute() if isinstance(value, (str, Path)) and str(value) else value
+
+
+# Ray's workers change their working directory, so that every path of the conf has to be absolute.
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Runtime(Section):
+    """Where the work runs, and on how much of it."""
+
+    mode: Literal["local", "cluster"] = "local"
+    """`local` starts Ray on this machine and stops it afterwards; `cluster` joins the running cluster at `address`."""
+    address: str = "auto"
+    """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port 6379)."""
+    workers: int = Field(1, ge=1)
+    """Number of training workers (processes). With one worker a host, this is the number of hosts that train."""
+    cpus_per_worker: int | Literal["auto"] = "auto"
+    """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the workers, at most one host's each."""
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
+    """How workers are laid over hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread` one a host, or fail."""
+    interface: str | None = None
+    """Network interface that workers talk over, for hosts with several networks (`GLOO_SOCKET_IFNAME`). Unset: the one that leads to the head."""
+    max_failures: int = Field(3, ge=0)
+    """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last checkpoint, before the run fails."""
+
+    @model_validator(mode="after")
+    def _cpus(self) -> Runtime:
+        if isinstance(self.cpus_per_worker, int) and self.cpus_per_worker < 1:
+            raise ValueError("runtime.cpus_per_worker must be at least 1, or auto")
+        return self
+
+
+class Paths(Section):
+    """Folders of models, data and runs. On a cluster all of them lie on shared storage."""
+
+    models: AbsolutePath = Field(default_factory=lambda: home() / "models")
+    """The model registry: one Hugging Face folder a model."""
+    data: AbsolutePath = Field(default_factory=lambda: home() / "data")
+    """Data files named by a relative path in `data` are looked up beside the conf file first, then here."""
+    runs: AbsolutePath = Field(default_factory=lambda: home() / "runs")
+    """One folder a run."""
+
+
+class Model(Section):
+    """The base model."""
+
+    base: str = Field(min_length=1)
+    """A folder in Hugging Face form, a name in the model registry, the name of an earlier run, or a hub id (`organisation/model`)."""
+    gguf_file: str | None = None
+    """File name of a GGUF inside `base`: its weights are taken (and dequantized) instead of safetensors."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """Tokenizer other than the model's own: a folder or a hub id."""
+    chat_template: AbsolutePath | None = None
+    """A Jinja file with a chat template that replaces the tokenizer's (or gives one to a tokenizer without). It is saved with the output and used in serving."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Data type in which the weights that do not learn are kept in memory. `auto`: bf16 where the CPU multiplies bf16 in hardware, fp32 elsewhere. Learning weights are always fp32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
+    trusted_models: tuple[str, ...] = ()
+    """Models (as written in `base`) whose own code may run."""
+
+    @model_validator(mode="after")
+    def _trust(self) -> Model:
+        if self.trust_remote_code and self.base not in self.trusted_models:
+            raise ValueError(
+                f"model.trust_remote_code runs code that comes with the model: to allow it, read that code and add {self.base!r} to model.trusted_models"
+            )
+        return self
+
+
+class Data(Section):
+    """What the model learns from."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these. Relative paths: beside the conf file, then under `paths.data`."""
+    validation: float | tuple[str, ...] | None = 0.05
+    """Validation data: a file or list as in `train`, or a fraction of the training rows (0 < f < 1) that is split off by the seed. `null`: none."""
+    format: Literal["auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role, content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it from the first rows."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of your columns for the format's own, e.g. `{instruction: question, output: answer}`."""
+    processor: str | None = None
+    """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or `./file.py:Class`, relative to the conf file."""
+    processor_args: dict[str, object] = Field(default_factory=dict)
+    """Keyword arguments for the processor's class."""
+    system: str | None = None
+    """System message put before conversations that have none."""
+    max_length: int = Field(512, ge=8)
+    """Longest sequence in tokens. A longer conversation is cut on a turn's boundary, longer text is split into pieces."""
+    packing: bool = True
+    """Put several rows into one sequence of `max_length` tokens, without attention or loss from one to the next. Saves the padding."""
+    max_rows: int | None = Field(None, ge=1)
+    """Take only the first rows, for a trial."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """A row that cannot be read or lacks its columns: `fail` names file and line and stops, `skip` counts it and goes on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, values: object) -> object:
+        if isinstance(values, dict):
+            return {k: [v] if k in ("train", "validation") and isinstance(v, str) else v for k, v in values.items()}
+        return values
+
+    @model_validator(mode="after")
+    def _fraction(self) -> Data:
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            raise ValueError(f"data.validation is {self.validation}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); use null for no validation")
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), made by peft."""
+
+    r: int = Field(16, ge=1)
+    """Rank of the adapters."""
+    alpha: int | None = Field(None, ge=1)
+    """Scale: the adapter's output is multiplied by alpha / r. Unset: twice the rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter, by name; `all-linear` is every linear layer but the output head."""
+    modules_to_save: tuple[str, ...] = ()
+    """Layers trained whole and saved with the adapter, e.g. `[embed_tokens, lm_head]` after adding tokens."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): steadier at high ranks."""
+
+
+class Tuning(Section):
+    """What is learnt, and by which weights."""
+
+    objective: Literal["sft", "pretrain"] = "sft"
+    """`sft`: only the assistant's turns (their end-of-turn token too) are supervised. `pretrain`: every token of plain text is."""
+    method: Literal["lora", "full"] = "lora"
+    """`lora` trains small adapters beside frozen weights; `full` trains every weight."""
+    lora: Lora = Lora()
+
+
+class EarlyStopping(Section):
+    """End training when validation no longer improves."""
+
+    patience: int = Field(ge=1)
+    """Validations in a row without improvement after which training ends."""
+    min_delta: float = Field(0.0, ge=0)
+    """Least fall of the validation loss that counts as an improvement."""
+
+
+class Training(Section):
+    """The optimisation."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data. Default 3, unless `max_steps` is set."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; instead of `epochs`."""
+    batch_size: int = Field(4, ge=1)
+    """Sequences per worker and forward pass (with packing, a sequence is `max_length` tokens of rows)."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Forward passes per optimizer step. Sequences per step = batch_size × gradient_accumulation × runtime.workers."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Highest learning rate. Default 2e-4 for lora, 2e-5 for full."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up: towards zero along a cosine or a line, or constant."""
+    warmup: float = Field(0.03, ge=0)
+    """Warm-up from zero: a share of all steps below 1, a number of steps from 1."""
+    optimizer: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay; not on biases and norms."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm. `null`: no clipping."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products. `auto`: bf16 where the CPU has AMX or AVX512-BF16, fp32 elsewhere (there bf16 is emulated, and slower)."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the workers, for models that do not fit one."""
+    accelerator: Literal["torch", "ipex"] = "torch"
+    """`ipex` optimizes the model with intel-extension-for-pytorch; needs the IPEX profile (docs/reference/profiles.md)."""
+    compile: bool = False
+    """torch.compile the model: a minute or more at the start, faster steps after; needs g++ and the Python headers on every node."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    validate_every: int | None = Field(None, ge=1)
+    """Steps between validations. Unset: once an epoch."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the validation loss stops falling."""
+    best_checkpoint: bool = True
+    """Export the weights with the lowest validation loss instead of the last ones (where there is validation data)."""
+    seed: int = Field(42, ge=0)
+    """Seed of the split, the order of rows, adapter weights and dropout. The same seed gives the same losses."""
+
+    @model_validator(mode="after")
+    def _length(self) -> Training:
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("training.epochs and training.max_steps both set: keep one of them")
+        return self
+
+
+class Checkpoint(Section):
+    """What a broken run goes on from."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints. Unset: once an epoch. One more is always written at the end."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept; older ones are deleted once a newer one is whole. The best weights (see training.best_checkpoint) are kept besides."""
+
+
+class Evaluation(Section):
+    """Answers before and after, and how right they are."""
+
+    data: tuple[str, ...] | None = None
+    """Held-out questions with answers, in the format of `data`. Unset: the validation rows."""
+    samples: int | None = Field(20, ge=0)
+    """Rows to generate answers for, the first ones; `null` for all, 0 for the losses alone."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Longest generated answer, in tokens. Decoding is greedy."""
+    batch_size: int = Field(8, ge=1)
+    """Rows generated at once per worker."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many(cls, values: object) -> object:
+        if isinstance(values, dict) and isinstance(values.get("data"), str):
+            return {**values, "data": [values["data"]]}
+        return values
+
+
+class Tracking(Section):
+    """Where the figures of a run go. metrics.jsonl is always written."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events under the run's folder."""
+    log_every: int = Field(1, ge=1)
+    """Steps between progress lines when the output is no terminal."""
+
+
+class FinetuneConf(Section):
+    """A finetune: a base model, data, and what to do with them."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    """Name of the run: its folder under `paths.runs`, and the model name it is served by. Letters, digits, `.`, `_`, `-`; at most 63."""
+    stages: tuple[Stage, ...] = STAGES
+    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in `output/`). Done ones are skipped as long as their inputs are the same."""
+    runtime: Runtime = Runtime()
+    paths: Paths = Field(default_factory=Paths)
+    model: Model
+    data: Data
+    tuning: Tuning = Tuning()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+
+    @model_validator(mode="after")
+    def _resolve(self) -> FinetuneConf:
+        if not self.stages:
+            raise ValueError(f"stages is empty: name at least one of {', '.join(STAGES)}")
+        if self.training.early_stopping and self.data.validation is None:
+            raise ValueError("training.early_stopping needs validation data: set data.validation")
+        if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
+            raise ValueError(f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use text, or objective sft")
+        if self.tuning.objective == "sft" and self.data.format == "text":
+            raise ValueError("tuning.objective sft needs rows with answers, but data.format is text: use another format, or objective pretrain")
+        if self.training.strategy == "fsdp" and self.runtime.workers == 1:
+            raise ValueError("training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.paths.runs / self.name
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate as run: the conf's, else the method's default."""
+        return self.training.learning_rate or (2e-4 if self.tuning.method == "lora" else 2e-5)
+
+    @property
+    def epochs(self) -> float:
+        """Epochs as run, where `training.max_steps` does not rule."""
+        return self.training.epochs or 3.0
