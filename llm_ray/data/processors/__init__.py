@@ -1,0 +1,121 @@
+"""Processors: small classes that change, drop or join rows before they are formatted (``data.processor``).
+
+A processor is called once with an iterator of rows (dictionaries of columns) and yields rows, so that one form does
+for all: changing, dropping, adding, and joining. In a file of your own:
+
+    class TicketProcessor:
+        def __init__(self, product: str) -> None:  # data.processor_args: {product: router}
+            self.product = product
+
+        def __call__(self, rows):
+            for row in rows:
+                if row["product"] == self.product:
+                    yield {"prompt": row["question"], "completion": row["reply"]}
+
+Named in the conf as ``processor: ./tickets.py:TicketProcessor``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from llm_ray.data.sources import Row
+from llm_ray.errors import ConfError, DataError
+
+SHIPPED = {
+    "wikitext": "llm_ray.data.processors.wikitext:Wikitext",
+    "deduplicate": "llm_ray.data.processors.deduplicate:Deduplicate",
+    "join": "llm_ray.data.processors.join:Join",
+}
+
+
+class Processor(Protocol):
+    """Takes the rows of all files, one after the other, and yields rows; memory is saved by not keeping them."""
+
+    def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterable[dict[str, Any]]: ...
+
+
+def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
+    """The processor that ``data.processor`` names, made with ``data.processor_args``.
+
+    `name` is a shipped one, ``package.module:Class`` or ``/path/file.py:Class``. Raises :class:`ConfError` if there is
+    none, its module does not import, or it does not take the arguments.
+    """
+    path, colon, cls_name = SHIPPED.get(name, name).rpartition(":")
+    if not colon or not path or not cls_name:
+        nearest = get_close_matches(name, SHIPPED, n=1)
+        raise ConfError(
+            f"data.processor: there is no processor {name!r}; shipped are {', '.join(SHIPPED)}; your own is package.module:Class or "
+            "./file.py:Class" + (f" (did you mean {nearest[0]}?)" if nearest else "")
+        )
+    module = _module(path)
+    if not inspect.isclass(getattr(module, cls_name, None)):
+        classes = [n for n, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+        raise ConfError(f"data.processor: {path} has no class {cls_name!r}; it has {', '.join(classes) or 'none'}")
+    made: Callable[..., Processor] = getattr(module, cls_name)
+    if "__call__" not in dir(made):
+        raise ConfError(f"data.processor: {cls_name} of {path} has no method __call__(self, rows) that yields rows")
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise ConfError(f"data.processor_args: {cls_name}{inspect.signature(made)} does not take {dict(arguments)}: {error}") from error
+    return made(**arguments)
+
+
+def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
+    """The processor's rows. Each gets file and line of the last row that was read for it.
+
+    Raises :class:`DataError` naming that place if the processor fails or yields something other than a dictionary.
+    """
+    last = Row("", 0, {})
+    name = type(processor).__name__
+
+    def values() -> Iterator[dict[str, Any]]:
+        nonlocal last
+        for row in rows:
+            last = row
+            yield dict(row.values)
+
+    try:
+        for value in processor(values()):
+            if not isinstance(value, dict):
+                raise TypeError(f"__call__(self, rows) takes an iterator of rows and yields rows (dict), but a {type(value).__name__} came")
+            yield Row(last.file, last.line, value)
+    except DataError:
+        raise
+    except Exception as error:  # a user's own code may raise anything
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{last.place}: " if last.line else ""
+        what = f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})"
+        raise DataError(f"{where}data.processor {name} failed: {what}") from error
+
+
+def _module(path: str) -> ModuleType:
+    try:
+        if not path.endswith(".py"):
+            return importlib.import_module(path)
+        file = Path(path).expanduser().absolute()
+        if not file.is_file():
+            near = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+            raise ConfError(f"data.processor: {file}: no such file" + (f"; that folder has {', '.join(sorted(near))}" if near else ""))
+        name = f"llm_ray_processor_{file.stem}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ConfError(f"data.processor: {file} cannot be imported")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up there
+        spec.loader.exec_module(module)
+        return module
+    except ConfError:
+        raise
+    except Exception as error:  # importing runs a user's own code
+        raise ConfError(f"data.processor: {path} does not import: {type(error).__name__}: {error}") from error
