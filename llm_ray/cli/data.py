@@ -6,7 +6,6 @@ llm-ray data preview --config quickstart -n 2
 from __future__ import annotations
 
 import sys
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import click
@@ -48,7 +47,8 @@ def preview(config: str, overrides: tuple[str, ...], rows: int, color: bool | No
     conf, tokenizer = _load(config, overrides)
     color = sys.stdout.isatty() if color is None else color
     tally = Tally(fail=conf.data.on_bad_row == "fail")
-    for row in islice(encode_rows(conf, tokenizer, conf.data.train, tally), rows):
+    few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
+    for row in encode_rows(few, tokenizer, conf.data.train, tally):
         click.secho(row.place.place, bold=True)
         for sequence in row.encoded.sequences:
             supervised = sum(label >= 0 for label in sequence.labels)

@@ -148,7 +148,7 @@ def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
             if not text.strip():
                 continue
             try:
-                row = _object(text, path, line, json.loads(text))
+                row = _object(text, path, line, json.loads(text.rstrip()))
             except (json.JSONDecodeError, RecursionError) as error:
                 on_bad_row(DataError(f"{place(path, line)}: broken JSON: {_reason(error)}"))
             except DataError as error:
@@ -215,11 +215,12 @@ def _json_array(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
                 if error and not _may_be_cut(error, window):
                     break
                 more()
+            if isinstance(error, RecursionError):
+                raise broken(number, "nested too deeply")
             if error:
-                if isinstance(error, json.JSONDecodeError):
-                    line += window.count("\n", at, error.pos)
-                why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-                raise broken(number, CUT_OFF if ended and _may_be_cut(error, window) else why)
+                line += window.count("\n", at, error.pos)
+                cut = error.msg.startswith("Unterminated") or not window[error.pos :].strip()
+                raise broken(number, CUT_OFF if cut else error.msg)
             try:
                 row = _object(window[at:end], path, line, value)
             except DataError as bad:

@@ -1,0 +1,331 @@
+"""Golden tests: which tokens are supervised, under the templates of several model families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+from transformers import PreTrainedTokenizerBase
+
+from llm_ray.cli.data import marked
+from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded, TextEncoder, end_of_turn
+from llm_ray.data.formats import Conversation, Text
+from llm_ray.errors import DataError, ModelError
+
+Make = Callable[..., PreTrainedTokenizerBase]
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Tells it.", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def turns(*contents: str, system: str | None = None) -> Conversation:
+    """A conversation of user and assistant in turn."""
+    messages: list[dict[str, Any]] = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    return Conversation([{"role": "system", "content": system}, *messages] if system else messages)
+
+
+def shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int = 4096) -> list[str]:
+    return [marked(tokenizer, s, color=False) for s in encoded(tokenizer, conversation, max_length).sequences]
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int = 4096) -> Encoded:
+    (result,) = ChatEncoder(tokenizer, max_length).encode([conversation])
+    assert isinstance(result, Encoded)
+    for sequence in result.sequences:
+        assert len(sequence.input_ids) == len(sequence.labels) <= max_length
+        assert sequence.labels[0] == IGNORED
+        assert all(label in (IGNORED, token) for token, label in zip(sequence.input_ids, sequence.labels, strict=True))
+    return result
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, number: int) -> list[int]:
+    """What a server sends to the model to get message `number`."""
+    return tokenizer.apply_chat_template(
+        conversation.messages[:number], tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def assert_served_prompts_are_prefixes(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
+    encoder = ChatEncoder(tokenizer, 4096)
+    sequences = encoded(tokenizer, conversation).sequences
+    adapted = encoder.adapt(conversation)
+    for number, message in enumerate(adapted.messages):
+        if message["role"] != "assistant" or not message["content"].strip():
+            continue
+        prompt = prompt_tokens(tokenizer, adapted, number)
+        # Exactly one sequence learns this answer; others may hold it as history.
+        learning = [s for s in sequences if s.input_ids[: len(prompt)] == prompt and s.labels[len(prompt)] != IGNORED]
+        assert len(learning) == 1
+        assert learning[0].labels[len(prompt) - 1] == IGNORED
+
+
+# Which tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_smollm2_one_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert shown(tokenizer, turns("Who are you?", "The router's help desk.")) == [
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n⟦The router's help desk.<|im_end|>⟧"
+    ]
+
+
+def test_smollm2_several_turns_and_a_system_message(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert shown(tokenizer, turns("Hi", "Hello.", "Bye", "See you.", system="Be brief.")) == [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦See you.<|im_end|>⟧"
+    ]
+
+
+@pytest.fixture(scope="module")
+def llama3(with_template: Make) -> PreTrainedTokenizerBase:
+    """Llama 3's template, special tokens and splitting into words, over SmolLM2's vocabulary."""
+    specials = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
+    tokenizer = with_template("llama3", *specials, eos="<|end_of_text|>")
+    tokenizer.bos_token = specials[0]
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    return tokenizer
+
+
+def test_llama3_learns_eot_though_eos_is_another(llama3: PreTrainedTokenizerBase) -> None:
+    assert shown(llama3, turns("Hi", "  Hello. ", "Bye", "See you.")) == [
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "⟦Hello.<|eot_id|>⟧<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        "⟦See you.<|eot_id|>⟧"
+    ]
+    assert end_of_turn(llama3) == llama3.convert_tokens_to_ids("<|eot_id|>")
+    assert_served_prompts_are_prefixes(llama3, turns("Hi", "Hello.", "Bye", "See you."))
+
+
+def test_token_across_the_end_of_the_prompt(with_template: Make) -> None:
+    """SmolLM2's words make one token of the prompt's last two line breaks, but two when an answer follows: serving meets the one."""
+    tokenizer = with_template("llama3", "<|eot_id|>")
+    conversation = turns("Hi", "Hello.", "Bye", "See you.")
+    first, second = encoded(tokenizer, conversation).sequences
+    assert first.input_ids[: (n := len(prompt_tokens(tokenizer, conversation, 1)))] == prompt_tokens(tokenizer, conversation, 1)
+    assert tokenizer.decode([i for i in first.labels if i != IGNORED]) == "Hello.<|eot_id|>" == tokenizer.decode(first.input_ids[n:])
+    assert second.input_ids[: len(prompt_tokens(tokenizer, conversation, 3))] == prompt_tokens(tokenizer, conversation, 3)
+    assert tokenizer.decode([i for i in second.labels if i != IGNORED]) == "See you.<|eot_id|>"
+
+
+def test_mistral_sentencepiece(mistral: PreTrainedTokenizerBase) -> None:
+    (sequence,) = encoded(mistral, turns("Hi", "Hello.", "Bye", "See you.")).sequences
+    assert mistral.convert_ids_to_tokens([i for i in sequence.labels if i != IGNORED]) == [
+        "▁Hello",
+        ".",
+        "</s>",
+        "▁See",
+        "▁you",
+        ".",
+        "</s>",
+    ]
+    assert mistral.convert_ids_to_tokens(sequence.input_ids[:6]) == ["<s>", "[", "INST", "]", "▁Hi", "▁["]
+
+
+def test_marks_of_a_template_agree(with_template: Make) -> None:
+    tokenizer = with_template("marked")
+    conversation = turns("Hi", "Hello.", "Bye", "See you.", system="Be brief.")
+    (sequence,) = encoded(tokenizer, conversation).sequences
+    theirs = tokenizer.apply_chat_template(conversation.messages, return_assistant_tokens_mask=True, return_dict=True)
+    mask = [label != IGNORED for label in sequence.labels]
+    assert theirs["assistant_masks"][: len(mask)] == mask
+    assert theirs["input_ids"][: len(mask)] == sequence.input_ids  # but for the line break after the last turn
+
+
+def test_template_without_an_end_gets_eos(with_template: Make) -> None:
+    plain = with_template("plain")
+    # In serving the history has no EOS between the turns, so that the second answer is a sequence of its own.
+    assert shown(plain, turns("Hi", "Hello.", "Bye", "See you.")) == [
+        "### user:\nHi\n\n### assistant:\n⟦Hello.<|im_end|>⟧",
+        "### user:\nHi\n\n### assistant:\nHello.\n\n### user:\nBye\n\n### assistant:\n⟦See you.<|im_end|>⟧",
+    ]
+
+
+def test_phi3_stops_at_its_own_end_not_at_the_end_of_text_after_it(with_template: Make) -> None:
+    phi3 = with_template("phi3", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>", eos="<|endoftext|>")
+    assert shown(phi3, turns("Hi", "Hello.", "Bye", "See you.")) == [
+        "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello.<|end|>⟧\n<|user|>\nBye<|end|>\n<|assistant|>\n⟦See you.<|end|>⟧"
+    ]
+
+
+def test_qwen3_rewrites_earlier_answers_so_each_is_learnt_in_its_own_sequence(with_template: Make) -> None:
+    qwen3 = with_template("qwen3")
+    assert shown(qwen3, turns("2+2?", "<think>\neasy\n</think>\n\n4", "Sure?", "Yes.")) == [
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<think>\neasy\n</think>\n\n4<|im_end|>⟧",
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>\n\n</think>\n\nYes.<|im_end|>⟧",
+    ]
+
+
+def test_empty_answers_and_answers_to_nothing_are_not_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert not encoded(tokenizer, turns("Hi", " ")).sequences
+    assert not encoded(tokenizer, turns("Hi")).sequences
+    greeting = Conversation([{"role": "assistant", "content": "Welcome."}, *turns("Hi", "Hello.").messages])
+    (text,) = shown(tokenizer, greeting)
+    assert "Welcome.<|im_end|>\n<|im_start|>user" in text
+    assert text.count("⟦") == 1
+    (text,) = shown(tokenizer, turns("Hi", "Hello.", "Bye"))
+    assert text.endswith("⟦Hello.<|im_end|>⟧")  # a last question without answer is left out
+
+
+# Tools -----------------------------------------------------------------------------------------------------------------
+
+TOOL_CONVERSATION = Conversation(
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"degrees": 3}', "tool_call_id": "call00000", "name": "weather"},
+        {"role": "assistant", "content": "3 degrees."},
+    ],
+    [WEATHER],
+)
+
+
+def test_tools_under_a_template_that_knows_none(tokenizer: PreTrainedTokenizerBase) -> None:
+    (text,) = shown(tokenizer, TOOL_CONVERSATION)
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in text
+    assert text.endswith(
+        "<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>⟧\n'
+        '<|im_start|>user\n<tool_response>\n{"degrees": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦3 degrees.<|im_end|>⟧'
+    )
+
+
+def test_tools_under_a_template_that_knows_them(with_template: Make) -> None:
+    first, second = shown(with_template("qwen3"), TOOL_CONVERSATION)
+    assert first.endswith(
+        '⟦<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>⟧'
+    )
+    assert second.endswith(
+        '<tool_response>\n{"degrees": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\n3 degrees.<|im_end|>⟧'
+    )
+    assert "<tools>" in first and "<tools>" in second
+
+
+def test_words_before_a_call_and_two_results(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [CALL, {**CALL, "id": "call00001"}]},
+        {"role": "tool", "content": "3", "tool_call_id": "call00000"},
+        {"role": "tool", "content": "4", "tool_call_id": "call00001"},
+        {"role": "assistant", "content": "3 and 4."},
+    ]
+    (text,) = shown(tokenizer, Conversation(messages))
+    assert "⟦I look.\n<tool_call>\n" in text and text.count("<tool_call>") == 2
+    assert "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>" in text
+
+
+# The served prompt is the prefix ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [None, "llama3", "qwen3", "marked", "plain", "phi3"])
+def test_served_prompt_is_exact_prefix(tokenizer: PreTrainedTokenizerBase, with_template: Make, template: str | None) -> None:
+    made = with_template(template, "<|eot_id|>", "<|end|>") if template else tokenizer
+    for conversation in (turns("Hi", "Hello.", "A list?", "\n\n- one\n- two", "ok", " fine  "), TOOL_CONVERSATION):
+        assert_served_prompts_are_prefixes(made, conversation)
+
+
+def test_served_prompt_is_exact_prefix_for_sentencepiece(mistral: PreTrainedTokenizerBase) -> None:
+    assert_served_prompts_are_prefixes(mistral, turns("Hi", "Hello.", "A list?", "\n\n- one\n- two", "ok", " fine  "))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), min_size=2, max_size=6))
+def test_served_prompt_is_exact_prefix_whatever_the_text(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> None:
+    assert_served_prompts_are_prefixes(tokenizer, turns(*contents))
+
+
+# What does not fit -----------------------------------------------------------------------------------------------------
+
+
+def test_truncation_on_turn_boundaries(tokenizer: PreTrainedTokenizerBase) -> None:
+    conversation = turns("Hi", "Hello.", "Bye", "See you.", "Again", "Yes, again.", system="Be brief.")
+    whole = encoded(tokenizer, conversation)
+    two = encoded(tokenizer, turns("Hi", "Hello.", "Bye", "See you.", system="Be brief."))
+    assert not whole.truncated
+    cut = encoded(tokenizer, conversation, max_length=len(whole.sequences[0].input_ids) - 1)
+    assert cut.truncated
+    assert cut.sequences == two.sequences  # the last turn is gone whole, its question too
+    assert cut.longest == whole.longest == len(whole.sequences[0].input_ids)
+    exact = encoded(tokenizer, conversation, max_length=whole.longest)
+    assert exact.sequences == whole.sequences and not exact.truncated
+
+
+def test_first_answer_that_does_not_fit_leaves_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    cut = encoded(tokenizer, turns("Hi", "word " * 100), max_length=64)
+    assert cut.truncated and not cut.sequences and cut.longest > 100
+
+
+# Errors ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_chat_template(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
+    base = with_template("plain")
+    base.chat_template = None
+    with pytest.raises(ModelError, match=r"has no chat template.*set model\.chat_template"):
+        ChatEncoder(base, 64)
+
+
+def test_no_end_anywhere(with_template: Make) -> None:
+    plain = with_template("plain")
+    plain.eos_token = None
+    with pytest.raises(ModelError, match="has a token that ends a turn"):
+        ChatEncoder(plain, 64)
+    with pytest.raises(ModelError, match="has no end-of-text token"):
+        TextEncoder(plain, 64)
+
+
+def test_template_whose_prompt_is_no_prefix(with_template: Make) -> None:
+    with pytest.raises(ModelError, match=r"(?s)cannot be trained on: .*<think>.*set model\.chat_template"):
+        ChatEncoder(with_template("thinking"), 64)
+
+
+def test_template_that_refuses_a_row_spares_the_others(mistral: PreTrainedTokenizerBase) -> None:
+    good, bad = turns("Hi", "Hello."), turns("Hi", "Hello.", system="Be brief.")
+    first, second, third = ChatEncoder(mistral, 64).encode([good, bad, good])
+    assert first == third and isinstance(first, Encoded)
+    assert isinstance(second, DataError) and "roles must alternate" in str(second)
+
+
+# Text ------------------------------------------------------------------------------------------------------------------
+
+
+def test_text_is_learnt_whole_with_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    (result,) = TextEncoder(tokenizer, 64).encode([Text("Water boils at 100 degrees.")])
+    assert isinstance(result, Encoded)
+    (sequence,) = result.sequences
+    assert tokenizer.decode(sequence.input_ids) == "Water boils at 100 degrees.<|im_end|>"
+    assert sequence.labels == [IGNORED, *sequence.input_ids[1:]]
+
+
+def test_text_with_bos(mistral: PreTrainedTokenizerBase) -> None:
+    (result,) = TextEncoder(mistral, 64).encode([Text("Water boils.")])
+    assert isinstance(result, Encoded)
+    ids = result.sequences[0].input_ids
+    assert (ids[0], ids[-1], ids.count(mistral.eos_token_id)) == (mistral.bos_token_id, mistral.eos_token_id, 1)
+
+
+@pytest.mark.parametrize("words", range(1, 40))
+def test_long_text_is_split_and_nothing_lost(tokenizer: PreTrainedTokenizerBase, words: int) -> None:
+    text = " ".join(["water"] * words)
+    (whole,) = TextEncoder(tokenizer, 1000).encode([Text(text)])
+    (split,) = TextEncoder(tokenizer, 8).encode([Text(text)])
+    assert isinstance(whole, Encoded) and isinstance(split, Encoded)
+    assert [i for s in split.sequences for i in s.input_ids] == whole.sequences[0].input_ids
+    assert all(2 <= len(s.input_ids) <= 8 for s in split.sequences)
+    assert split.longest == words + 1
+
+
+def test_empty_text_is_nothing(mistral: PreTrainedTokenizerBase) -> None:
+    assert TextEncoder(mistral, 64).encode([Text(" \n")]) == [Encoded()]

@@ -1,0 +1,354 @@
+"""Every kind of file read, and every way in which one may be broken, named by file and line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llm_ray.data import sources
+from llm_ray.data.sources import Row, files, read
+from llm_ray.errors import DataError
+
+ROWS = [{"instruction": f"Question {i}, with a comma?", "output": f'Answer "{i}"\nin two lines: ü 🙂'} for i in range(5)]
+
+
+def fail(error: DataError) -> None:
+    raise error
+
+
+def rows_of(source: Path | str) -> list[Row]:
+    return list(read(str(source), fail))
+
+
+def read_skipping(source: Path | str) -> tuple[list[Row], list[str]]:
+    bad: list[str] = []
+    rows = list(read(str(source), lambda error: bad.append(str(error))))
+    return rows, bad
+
+
+def write(path: Path, kind: str) -> list[int]:
+    """Writes ROWS; gives the lines (row numbers in tables) they begin on."""
+    if kind == "array":
+        path.write_text(json.dumps(ROWS, indent=2, ensure_ascii=False), encoding="utf-8")
+        return [2, 6, 10, 14, 18]
+    if kind == "minified":
+        path.write_text(json.dumps(ROWS))
+        return [1] * 5
+    if kind == "lines":
+        path.write_text("\n".join(json.dumps(r) for r in ROWS) + "\n\n")
+    elif kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["instruction", "output"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+        return [2, 4, 6, 8, 10]
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=2)
+    elif kind == "arrow stream":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, pa.Table.from_pylist(ROWS).schema) as writer:
+            writer.write_table(pa.Table.from_pylist(ROWS), max_chunksize=2)
+    elif kind == "arrow file":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.Table.from_pylist(ROWS).schema) as writer:
+            writer.write_table(pa.Table.from_pylist(ROWS), max_chunksize=2)
+    return [1, 2, 3, 4, 5]
+
+
+KINDS = [
+    ("array", "json"),
+    ("minified", "json"),
+    ("lines", "json"),
+    ("lines", "jsonl"),
+    ("csv", "csv"),
+    ("parquet", "parquet"),
+    ("arrow stream", "arrow"),
+    ("arrow file", "arrow"),
+]
+
+
+@pytest.mark.parametrize(("kind", "suffix"), KINDS)
+def test_every_kind(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    lines = write(path, kind)
+    rows = rows_of(path)
+    assert [r.values for r in rows] == ROWS
+    assert [r.line for r in rows] == lines
+    assert rows[1].place == (f"{path}, row 2" if suffix in ("parquet", "arrow") else f"{path}:{lines[1]}")
+
+
+@pytest.mark.parametrize(("kind", "suffix"), KINDS[:3] + KINDS[3:5])
+def test_byte_order_mark(tmp_path: Path, kind: str, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    write(path, kind)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [r.values for r in rows_of(path)] == ROWS
+
+
+def test_text_is_a_row_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("One.\n\nTwo.")
+    assert [(r.line, r.values) for r in rows_of(path)] == [(1, {"text": "One."}), (2, {"text": ""}), (3, {"text": "Two."})]
+
+
+def test_semicolons_and_tabs(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for separator in ";\t":
+        path.write_text(f"prompt{separator}completion\nHi, you{separator}Hello\n")
+        assert rows_of(path)[0].values == {"prompt": "Hi, you", "completion": "Hello"}
+
+
+def test_folder_is_sorted_and_leaves_other_files_alone(tmp_path: Path) -> None:
+    write(tmp_path / "b.json", "array")
+    write(tmp_path / "a.parquet", "parquet")
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / ".hidden.json").write_text("{}")
+    assert files(str(tmp_path)) == [tmp_path / "a.parquet", tmp_path / "b.json"]
+    assert [r.values for r in rows_of(tmp_path)] == ROWS + ROWS
+
+
+def test_saved_data_set(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    assert [r.values for r in rows_of(tmp_path / "saved")] == ROWS
+
+
+@pytest.mark.parametrize("array", ["[]", " [ ] \n", "\n[\n]\n"])
+def test_empty_array(tmp_path: Path, array: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(array)
+    assert rows_of(path) == []
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=5), json_values, max_size=4), max_size=8),
+    indent=st.none() | st.integers(0, 2),
+    chunk=st.integers(1, 40),
+)
+def test_array_through_a_small_window(tmp_path: Path, rows: list[dict[str, object]], indent: int | None, chunk: int) -> None:
+    path = tmp_path / "rows.json"
+    text = json.dumps(rows, indent=indent, ensure_ascii=False)
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "CHUNK", chunk)
+        found = rows_of(path)
+    assert [r.values for r in found] == rows
+    at = 0
+    for row in found:  # the line is the one its brace is on
+        at = text.index("{", at)
+        assert row.line == text.count("\n", 0, at) + 1
+        at = json.JSONDecoder().raw_decode(text, at)[1]
+
+
+# Broken rows -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": 1', "broken JSON: Expecting ',' delimiter at column 8"),
+        (b'["a"]', "a row must be a JSON object ({…}), but this is a list"),
+        (b"3", "but this is a number"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": "\\ud800"}', "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_broken_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": "one"}\n' + line + b'\n{"a": "\\ud83d\\ude00"}\n')
+    with pytest.raises(DataError) as error:
+        rows_of(path)
+    assert str(error.value).startswith(f"{path}:2: ")
+    assert message in str(error.value)
+    rows, bad = read_skipping(path)
+    assert [(r.line, r.values["a"]) for r in rows] == [(1, "one"), (3, "😀")]
+    assert len(bad) == 1
+
+
+@pytest.mark.parametrize(
+    ("element", "message"),
+    [(b'"word"', "but this is a string"), (b'{"a": "\xff"}', "not UTF-8"), (b"null", "but this is null"), (b"12", "a number")],
+)
+def test_element_that_is_no_row(tmp_path: Path, element: bytes, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[\n{"a": 1},\n' + element + b',\n{"a": 3}\n]')
+    with pytest.raises(DataError) as error:
+        rows_of(path)
+    assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value)
+    rows, bad = read_skipping(path)
+    assert [r.values for r in rows] == [{"a": 1}, {"a": 3}] and len(bad) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ('[\n{"a": 1},\n{"a": 2,\n "b" 3},\n{"a": 4}]', 4, "element 2 of the array: Expecting ':' delimiter"),
+        ('[\n{"a": 1}\n{"a": 2}]', 3, "element 1 of the array: expected ',' or ']' after it, found '{'"),
+        ('[\n{"a": 1},\n{"a": "tw', 3, "element 2 of the array: the file ends before the array does"),
+        ('[\n{"a": 1}', 2, "element 1 of the array: the file ends before the array does"),
+        ('[\n{"a": 1},\n', 3, "element 2 of the array: the file ends before the array does"),
+        ('[\n{"a": 1},\n]', 3, "element 2 of the array: Expecting value"),
+        ('[{"a": 1}]\n[{"a": 2}]', 2, "after the end of the array comes '['"),
+    ],
+)
+def test_broken_array_ends_the_reading_even_when_skipping(tmp_path: Path, text: str, line: int, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
+        read_skipping(path)
+    assert str(error.value).startswith(f"{path}:{line}: "), str(error.value)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{\n "rows": [\n{"a": 1}]}', "one JSON object over several lines"),
+        ("[]".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_json_that_is_no_list_of_rows(tmp_path: Path, raw: bytes, message: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=message):
+        rows_of(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"only one", "1 fields under a header of 2 columns (prompt, completion)"),
+        (b"one,two,three", "3 fields under a header"),
+        (b'"a"b,c', "broken CSV"),
+        (b"\xff,c", "not UTF-8"),
+    ],
+)
+def test_broken_csv_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'prompt,completion\n"two\nlines",x\n' + line + b"\nlast,y\n")
+    with pytest.raises(DataError) as error:
+        rows_of(path)
+    assert str(error.value).startswith(f"{path}:4: ") and message in str(error.value)
+    rows, bad = read_skipping(path)
+    assert [(r.line, r.values["completion"]) for r in rows] == [(2, "x"), (5, "y")] and len(bad) == 1
+
+
+def test_csv_quote_that_never_ends(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\na,b\n"c,d\ne,f\n')
+    with pytest.raises(DataError, match=rf"{path}:3: broken CSV"):
+        rows_of(path)
+
+
+def test_csv_header_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match="repeated column name"):
+        rows_of(path)
+
+
+def test_text_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"one\ncaf\xe9\nthree\n")
+    with pytest.raises(DataError, match=rf"{path}:2: not UTF-8"):
+        rows_of(path)
+    assert [r.line for r in read_skipping(path)[0]] == [1, 3]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_table_cut_off(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    write(path, "parquet" if suffix == "parquet" else "arrow stream")
+    path.write_bytes(path.read_bytes()[:-40] if suffix == "parquet" else b"nothing of the kind")
+    with pytest.raises(DataError, match=rf"{path}: not a whole (Parquet|Arrow) file"):
+        rows_of(path)
+
+
+# Sources that are none -------------------------------------------------------------------------------------------------
+
+
+def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "tickets.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"tikets\.jsonl: no such file or folder; did you mean .*/tickets\.jsonl"):
+        rows_of(tmp_path / "tikets.jsonl")
+
+
+def test_unknown_kind_of_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.xlsx").write_text("")
+    with pytest.raises(DataError, match=r"the kinds known are \.json"):
+        rows_of(tmp_path / "rows.xlsx")
+
+
+def test_folder_without_data(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"holds no data file .* but notes\.md, train/"):
+        rows_of(tmp_path)
+
+
+def test_hub_id_offline() -> None:
+    with pytest.raises(DataError, match=r"data set 'nobody/nothing': no file or folder of that name.*without internet copy"):
+        rows_of("nobody/nothing")
+
+
+def test_hub_id_with_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """load_dataset takes a folder for a hub id as well."""
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    write(folder / "train.jsonl", "lines")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = rows_of("org/name::train")
+    assert [r.values for r in rows] == ROWS
+    assert rows[2].place == "org/name::train, row 3"
+    with pytest.raises(DataError, match=r"data set 'org/name::test' cannot be loaded"):
+        rows_of("org/name::test")
+
+
+# Memory ----------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import resource, sys
+from llm_ray.data.sources import read
+def fail(error): raise error
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+count = sum(1 for _ in read(sys.argv[1], fail))
+print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv"])
+def test_large_files_are_not_held_in_memory(tmp_path: Path, suffix: str) -> None:
+    path, count = tmp_path / f"large.{suffix}", 50_000
+    body = "x" * 1000
+    makers: dict[str, Callable[[int], str]] = {
+        "json": lambda i: f'{"[" if not i else ","}\n{{"prompt": "{i}", "completion": "{body}"}}',
+        "jsonl": lambda i: f'{{"prompt": "{i}", "completion": "{body}"}}\n',
+        "csv": lambda i: f"{'prompt,completion' + chr(10) if not i else ''}{i},{body}\n",
+    }
+    with path.open("w") as file:
+        file.writelines(makers[suffix](i) for i in range(count))
+        file.write("]" if suffix == "json" else "")
+    assert path.stat().st_size > 50e6
+    found = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True).stdout.split()
+    assert int(found[0]) == count
+    assert int(found[1]) < 20_000  # KiB
