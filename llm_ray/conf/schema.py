@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 Stage = Literal["prepare", "train", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate", "export")
@@ -29,8 +30,39 @@ def _absolute(value: object) -> object:
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 
 
+def _list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+# One text, or a list of them.
+Texts = Annotated[tuple[str, ...], BeforeValidator(_list, json_schema_input_type=str | tuple[str, ...])]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is YAML's null: its defaults hold."""
+        if not isinstance(values, dict):
+            return values
+        empty = {k for k, field in cls.model_fields.items() if values.get(k, ...) is None and _is_section(field.annotation)}
+        return {k: v for k, v in values.items() if k not in empty}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Python, and so pydantic, takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("truth", "true and false are no numbers")
+        return value
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 class Runtime(Section):
@@ -43,13 +75,17 @@ class Runtime(Section):
     workers: int = Field(1, ge=1)
     """Number of training workers (processes). With one worker a host, this is the number of hosts that train."""
     cpus_per_worker: int | Literal["auto"] = "auto"
-    """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the workers, at most one host's each."""
+    """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the workers, at most one
+    host's each."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
-    """How workers are laid over hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread` one a host, or fail."""
+    """How workers are laid over hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread` one a host, or
+    fail."""
     interface: str | None = None
-    """Network interface that workers talk over, for hosts with several networks (`GLOO_SOCKET_IFNAME`). Unset: the one that leads to the head."""
+    """Network interface that workers talk over, for hosts with several networks (`GLOO_SOCKET_IFNAME`). Unset: the one that leads to the
+    head."""
     max_failures: int = Field(3, ge=0)
-    """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last checkpoint, before the run fails."""
+    """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last checkpoint, before the
+    run fails."""
 
     @model_validator(mode="after")
     def _cpus(self) -> Runtime:
@@ -61,11 +97,11 @@ class Runtime(Section):
 class Paths(Section):
     """Folders of models, data and runs. On a cluster all of them lie on shared storage."""
 
-    models: AbsolutePath = Field(default_factory=lambda: home() / "models")
+    models: AbsolutePath = Field(default_factory=lambda: home() / "models", json_schema_extra={"default": "$LLM_RAY_HOME/models"})
     """The model registry: one Hugging Face folder a model."""
-    data: AbsolutePath = Field(default_factory=lambda: home() / "data")
+    data: AbsolutePath = Field(default_factory=lambda: home() / "data", json_schema_extra={"default": "$LLM_RAY_HOME/data"})
     """Data files named by a relative path in `data` are looked up beside the conf file first, then here."""
-    runs: AbsolutePath = Field(default_factory=lambda: home() / "runs")
+    runs: AbsolutePath = Field(default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"})
     """One folder a run."""
 
 
@@ -81,9 +117,11 @@ class Model(Section):
     tokenizer: str | None = None
     """Tokenizer other than the model's own: a folder or a hub id."""
     chat_template: AbsolutePath | None = None
-    """A Jinja file with a chat template that replaces the tokenizer's (or gives one to a tokenizer without). It is saved with the output and used in serving."""
+    """A Jinja file with a chat template that replaces the tokenizer's (or gives one to a tokenizer without). It is saved with the output
+    and used in serving."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Data type in which the weights that do not learn are kept in memory. `auto`: bf16 where the CPU multiplies bf16 in hardware, fp32 elsewhere. Learning weights are always fp32."""
+    """Data type in which the weights that do not learn are kept in memory. `auto`: bf16 where the CPU multiplies bf16 in hardware, fp32
+    elsewhere. Learning weights are always fp32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
     trusted_models: tuple[str, ...] = ()
@@ -93,7 +131,8 @@ class Model(Section):
     def _trust(self) -> Model:
         if self.trust_remote_code and self.base not in self.trusted_models:
             raise ValueError(
-                f"model.trust_remote_code runs code that comes with the model: to allow it, read that code and add {self.base!r} to model.trusted_models"
+                f"model.trust_remote_code runs code that comes with the model: to allow it, read that code and add {self.base!r} "
+                "to model.trusted_models"
             )
         return self
 
@@ -101,16 +140,20 @@ class Model(Section):
 class Data(Section):
     """What the model learns from."""
 
-    train: tuple[str, ...] = Field(min_length=1)
-    """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these. Relative paths: beside the conf file, then under `paths.data`."""
-    validation: float | tuple[str, ...] | None = 0.05
-    """Validation data: a file or list as in `train`, or a fraction of the training rows (0 < f < 1) that is split off by the seed. `null`: none."""
+    train: Texts = Field(min_length=1)
+    """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these.
+    Relative paths: beside the conf file, then under `paths.data`."""
+    validation: float | Texts | None = 0.05
+    """Validation data: a file or list as in `train`, or a fraction of the training rows (0 < f < 1) that is split off by the seed.
+    `null`: none."""
     format: Literal["auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
-    """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role, content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it from the first rows."""
+    """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role, content), sharegpt
+    (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it from the first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of your columns for the format's own, e.g. `{instruction: question, output: answer}`."""
     processor: str | None = None
-    """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or `./file.py:Class`, relative to the conf file."""
+    """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or `./file.py:Class`,
+    relative to the conf file."""
     processor_args: dict[str, object] = Field(default_factory=dict)
     """Keyword arguments for the processor's class."""
     system: str | None = None
@@ -124,17 +167,13 @@ class Data(Section):
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A row that cannot be read or lacks its columns: `fail` names file and line and stops, `skip` counts it and goes on."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_or_many(cls, values: object) -> object:
-        if isinstance(values, dict):
-            return {k: [v] if k in ("train", "validation") and isinstance(v, str) else v for k, v in values.items()}
-        return values
-
     @model_validator(mode="after")
     def _fraction(self) -> Data:
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise ValueError(f"data.validation is {self.validation}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); use null for no validation")
+            raise ValueError(
+                f"data.validation is {self.validation:g}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); "
+                "use null for no validation"
+            )
         return self
 
 
@@ -202,9 +241,11 @@ class Training(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm. `null`: no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matrix products. `auto`: bf16 where the CPU has AMX or AVX512-BF16, fp32 elsewhere (there bf16 is emulated, and slower)."""
+    """Arithmetic of the matrix products. `auto`: bf16 where the CPU has AMX or AVX512-BF16, fp32 elsewhere (there bf16 is emulated, and
+    slower)."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the workers, for models that do not fit one."""
+    """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the workers, for models
+    that do not fit one."""
     accelerator: Literal["torch", "ipex"] = "torch"
     """`ipex` optimizes the model with intel-extension-for-pytorch; needs the IPEX profile (docs/reference/profiles.md)."""
     compile: bool = False
@@ -223,7 +264,10 @@ class Training(Section):
     @model_validator(mode="after")
     def _length(self) -> Training:
         if self.epochs is not None and self.max_steps is not None:
-            raise ValueError("training.epochs and training.max_steps both set: keep one of them")
+            raise ValueError(
+                "training.epochs and training.max_steps are both set: keep one of them "
+                "(--set training.epochs=null takes the conf's away for once)"
+            )
         return self
 
 
@@ -233,13 +277,14 @@ class Checkpoint(Section):
     every_steps: int | None = Field(None, ge=1)
     """Optimizer steps between checkpoints. Unset: once an epoch. One more is always written at the end."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted once a newer one is whole. The best weights (see training.best_checkpoint) are kept besides."""
+    """Checkpoints kept; older ones are deleted once a newer one is whole. The best weights (see training.best_checkpoint) are kept
+    besides."""
 
 
 class Evaluation(Section):
     """Answers before and after, and how right they are."""
 
-    data: tuple[str, ...] | None = None
+    data: Texts | None = None
     """Held-out questions with answers, in the format of `data`. Unset: the validation rows."""
     samples: int | None = Field(20, ge=0)
     """Rows to generate answers for, the first ones; `null` for all, 0 for the losses alone."""
@@ -247,13 +292,6 @@ class Evaluation(Section):
     """Longest generated answer, in tokens. Decoding is greedy."""
     batch_size: int = Field(8, ge=1)
     """Rows generated at once per worker."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_or_many(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("data"), str):
-            return {**values, "data": [values["data"]]}
-        return values
 
 
 class Tracking(Section):
@@ -270,8 +308,9 @@ class FinetuneConf(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run: its folder under `paths.runs`, and the model name it is served by. Letters, digits, `.`, `_`, `-`; at most 63."""
-    stages: tuple[Stage, ...] = STAGES
-    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in `output/`). Done ones are skipped as long as their inputs are the same."""
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(_list, json_schema_input_type=Stage | tuple[Stage, ...])] = STAGES
+    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in `output/`). Done ones
+    are skipped as long as their inputs are the same."""
     runtime: Runtime = Runtime()
     paths: Paths = Field(default_factory=Paths)
     model: Model
@@ -284,16 +323,21 @@ class FinetuneConf(Section):
 
     @model_validator(mode="after")
     def _resolve(self) -> FinetuneConf:
+        wrong = []
         if not self.stages:
-            raise ValueError(f"stages is empty: name at least one of {', '.join(STAGES)}")
+            wrong.append(f"stages is empty: name at least one of {', '.join(STAGES)}")
         if self.training.early_stopping and self.data.validation is None:
-            raise ValueError("training.early_stopping needs validation data: set data.validation")
+            wrong.append("training.early_stopping needs validation data, but data.validation is null: set it, or take early_stopping away")
         if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
-            raise ValueError(f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use text, or objective sft")
+            wrong.append(
+                f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use format text, or objective sft"
+            )
         if self.tuning.objective == "sft" and self.data.format == "text":
-            raise ValueError("tuning.objective sft needs rows with answers, but data.format is text: use another format, or objective pretrain")
+            wrong.append("tuning.objective sft needs rows with answers, but data.format is text: use another format, or objective pretrain")
         if self.training.strategy == "fsdp" and self.runtime.workers == 1:
-            raise ValueError("training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers")
+            wrong.append("training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers")
+        if wrong:
+            raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line
         return self
 
     @property

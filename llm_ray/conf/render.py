@@ -1,0 +1,172 @@
+"""Conf template to YAML text: Jinja, sandboxed, with undefined variables as errors.
+
+A template sees the variables given (``--vars``, ``--set``), ``env`` (``env.HOME``, ``env("HF_HOME", "a default")``) and
+``shipped``, the folder of the files that ship with this package. Values other than text are written as JSON, which is YAML.
+
+    render("name: {{ name }}\nworkers: {{ workers | default(2) }}", {"name": "trial"})
+
+Two things need to be known after rendering. The line of the template that each line came from: marks of them travel in
+the text itself. And which variables were undefined: they print a mark too, so that all of them are reported at once, with
+the keys they stand for, but none that stands in a comment or for a key that ``--set`` gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import DictLoader, StrictUndefined, TemplateNotFound, TemplateSyntaxError, Undefined, meta
+from jinja2.exceptions import SecurityError, UndefinedError
+from jinja2.ext import Extension
+from jinja2.lexer import Token, TokenStream
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import missing
+
+import llm_ray
+
+# Private-use characters, which no conf holds, enclose a line's number, and the message about an undefined variable.
+_LINE = re.compile("\ue000([0-9]+)\ue001")
+_UNDEFINED = re.compile("\ue002([0-9a-f]*)\ue003")
+RESERVED = ("env", "shipped")
+
+
+class TemplateProblem(Exception):
+    """What is wrong with a template, and in which of its lines (from 1)."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """YAML text, and for each of its lines the template's line that it came from."""
+
+    text: str
+    lines: tuple[int, ...]
+
+    def origin(self, line: int) -> int:
+        """The template's line (from 1) of a line of the text."""
+        return self.lines[min(line, len(self.lines)) - 1]
+
+
+class _Undefined(StrictUndefined):
+    """An error in any use, but printed it leaves its message as a mark."""
+
+    @property
+    def _undefined_message(self) -> str:
+        if self._undefined_hint or self._undefined_obj is not missing:
+            return super()._undefined_message
+        name = self._undefined_name
+        return f"the template's variable {name} is not set: give it with --set {name}=VALUE or in a --vars file"
+
+    def _mark(self) -> str:
+        if self._undefined_exception is not UndefinedError:  # the sandbox's refusal
+            self._fail_with_undefined_error()
+        return f"\ue002{self._undefined_message.encode().hex()}\ue003"
+
+    __str__ = _mark  # type: ignore[assignment]
+
+
+class _Environ:
+    """The process's environment variables; read-only, and without methods that could hide a variable's name."""
+
+    def __getitem__(self, name: str) -> str | Undefined:
+        return os.environ.get(name, _Undefined(f"the environment variable {name} is not set"))
+
+    def __call__(self, name: str, default: object = None) -> object:
+        return self[name] if default is None else os.environ.get(name, default)
+
+
+class _MarkLines(Extension):
+    """Begins each line of the template's own text with the mark of its number."""
+
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        for token in stream:
+            if token.type != "data":
+                yield token
+                continue
+            first, *others = token.value.split("\n")
+            marked = [f"\ue000{token.lineno + i}\ue001{text}" for i, text in enumerate(others, 1)]
+            yield Token(token.lineno, "data", "\n".join([first, *marked]))
+
+
+def _print(value: object) -> object:
+    return value if isinstance(value, (str, Undefined)) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        undefined=_Undefined,
+        finalize=_print,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        extensions=[_MarkLines],
+        loader=DictLoader({}),
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": str}  # tojson lets undefined variables print their mark
+    environment.globals.update(env=_Environ(), shipped=str(Path(llm_ray.__file__).parent))
+    return environment
+
+
+def undefined(text: str) -> list[str]:
+    """What is to be said of the undefined variables that were printed into `text`."""
+    return [bytes.fromhex(message).decode() for message in _UNDEFINED.findall(text)]
+
+
+def without_marks(text: str) -> str:
+    """The text with an ellipsis for each undefined variable."""
+    return _UNDEFINED.sub("…", text)
+
+
+def variables(template: str) -> set[str]:
+    """Names of the variables that a template uses. Raises :class:`TemplateProblem` for a syntax error."""
+    environment = _environment()
+    try:
+        return meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
+    except TemplateSyntaxError as error:
+        raise TemplateProblem(f"is no Jinja template: {error.message}", error.lineno) from error
+
+
+def render(template: str, values: Mapping[str, Any]) -> Rendered:
+    """The template with its variables filled in; undefined ones leave a mark that :func:`undefined` reads.
+
+    Raises :class:`TemplateProblem`.
+    """
+    try:
+        compiled = _environment().from_string(template)
+        text = compiled.render(values)
+    except TemplateSyntaxError as error:
+        raise TemplateProblem(f"is no Jinja template: {error.message}", error.lineno) from error
+    except UndefinedError as error:
+        raise TemplateProblem(str(error.message), _line(error)) from error
+    except SecurityError as error:
+        raise TemplateProblem(f"the template reaches for what the sandbox forbids: {error}", _line(error)) from error
+    except TemplateNotFound as error:
+        raise TemplateProblem("include, import and extends are not to be had: a conf is one file", _line(error)) from error
+    except Exception as error:  # whatever an expression of the template may raise: a division by zero, a missing filter argument, …
+        raise TemplateProblem(f"an expression of the template fails: {error}", _line(error)) from error
+    lines, origins, origin = [], [], 1
+    for line in text.split("\n"):
+        if mark := _LINE.search(line):
+            origin = int(mark[1])
+        lines.append(_LINE.sub("", line))
+        origins.append(origin)
+    return Rendered("\n".join(lines), tuple(origins))
+
+
+def _line(error: Exception) -> int:
+    """The template's line in which `error` was raised (Jinja puts it into the traceback)."""
+    line, trace = 1, error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == "<template>":
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return line

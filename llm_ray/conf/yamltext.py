@@ -1,0 +1,130 @@
+"""YAML in and out: numbers as in YAML 1.2 (``1e-3`` is one), duplicate keys refused, and the line of every key kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import yaml
+
+Path: TypeAlias = tuple[str | int, ...]
+
+# PyYAML follows YAML 1.1, to which `1e-3` is text, `no` false, `010` eight and `2024-01-01` a date. These are YAML 1.2's core types.
+RESOLVERS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?(0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": (r"<<", ["<"]),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way: a dictionary of the class)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text that either version of YAML would take for something else is quoted, so that any reader reads it back."""
+
+
+for _tag, (_pattern, _first) in RESOLVERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+class Problem(Exception):
+    """What is wrong with the YAML, and in which line (from 1)."""
+
+    def __init__(self, message: str, line: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Document:
+    """The data, the line of each key or list item by its path, and scalars as they are written."""
+
+    data: Any
+    lines: dict[Path, int]
+    written: dict[Path, str]
+
+    def line(self, path: Path) -> int | None:
+        """The line of `path`, or of the nearest thing around it that has one."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def parse(text: str) -> Document:
+    """Data and lines of one YAML document. Raises :class:`Problem`."""
+    lines: dict[Path, int] = {}
+    written: dict[Path, str] = {}
+    walked: set[int] = set()
+
+    def walk(node: yaml.Node, path: Path) -> None:
+        if id(node) in walked:  # an alias: its anchor has been seen
+            return
+        walked.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            written[path] = node.value
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                lines[*path, index] = item.start_mark.line + 1
+                walk(item, (*path, index))
+        elif isinstance(node, yaml.MappingNode):
+            here: set[str] = set()
+            for key, value in node.value:
+                name, line = str(key.value), key.start_mark.line + 1
+                if name in here:
+                    where = ".".join(map(str, (*path, name)))
+                    raise Problem(f"{where} is there twice (first in line {lines[*path, name]}): keep one of the two", line)
+                here.add(name)
+                lines[*path, name] = line
+                walk(value, (*path, name))
+
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return Document(None, lines, written)
+        walk(node, ())
+        return Document(loader.construct_document(node), lines, written)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise Problem(_words(error), mark.line + 1 if mark else 1) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise Problem(f"holds the control character {chr(int(error.character))!r}: take it out", line) from error
+
+
+def value(text: str) -> Any:
+    """One value in YAML, as after ``--set key=``. Raises :class:`Problem`."""
+    return parse(text).data
+
+
+def dump(data: Any) -> str:
+    """YAML text that :func:`parse`, and YAML 1.1 readers too, read back as `data`."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _words(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or "cannot be read"
+    if "'\\t'" in problem:
+        return "is no YAML: a tab is used for indentation: use blanks"
+    if "expected a single document" in (error.context or ""):
+        return "holds more than one YAML document (---): keep one"
+    if "undefined alias" in problem or "could not determine a constructor" in problem:
+        return f"is no YAML of a conf: {problem}: put text that begins with * or ! in quotes"
+    hint = {
+        "mapping values are not allowed here": "text with ': ' in it goes in quotes; or the indentation here is wrong",
+        "could not find expected ':'": "a key needs a colon and a blank after it",
+        "expected <block end>, but found '<block mapping start>'": "this line is indented further than the lines beside it",
+        "found unexpected end of stream": "a quote or bracket that opens here or above is never closed",
+    }.get(problem.strip())
+    context = f" ({error.context})" if error.context else ""
+    return f"is no YAML: {problem}{context}" + (f": {hint}" if hint else "")
