@@ -31,7 +31,7 @@ BOOKKEEPING = ("dataset_info.json", "state.json", "dataset_dict.json")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
 CHUNK = 1 << 20  # characters read at once from a JSON array
 LONGEST_ELEMENT = 1 << 28  # characters after which a string that has not ended is taken for broken JSON
-CUT_OFF = "the file ends before the array does; was it cut off?"
+CUT_OFF = "the file ends before the array does: it may have been cut off"
 SPACE = re.compile(r"[ \t\r\n]*")
 
 

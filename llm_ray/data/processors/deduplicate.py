@@ -20,9 +20,9 @@ class Deduplicate:
     def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         seen: set[bytes] = set()
         for row in rows:
-            key = {c: row[c] for c in self.columns} if self.columns else row
-            text = " ".join(json.dumps(key, sort_keys=True, ensure_ascii=False, default=str).lower().split())
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            key = [(c, row[c]) for c in (self.columns or sorted(row))]
+            plain = [(c, " ".join(v.lower().split()) if isinstance(v, str) else v) for c, v in key]
+            digest = hashlib.blake2b(json.dumps(plain, sort_keys=True, default=str).encode(), digest_size=16).digest()
             if digest not in seen:
                 seen.add(digest)
                 yield row
