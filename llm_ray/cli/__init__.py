@@ -1,0 +1,1 @@
+"""The command ``llm-ray``: thin click commands that parse, call and print."""

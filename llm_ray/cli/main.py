@@ -1,0 +1,108 @@
+"""The command ``llm-ray``: finds the verb asked for, and turns what goes wrong into one message and an exit code.
+
+Verbs are imported when they are called: ``llm-ray --help`` loads neither torch nor Ray. Exit codes: 0 done, 1 failed,
+2 wrong use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows the traceback of any error.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+import llm_ray
+from llm_ray.errors import LlmRayError
+
+# Verb: where its command is, and what it does in a line.
+COMMANDS = {
+    "quickstart": ("llm_ray.cli.quickstart:quickstart", "Finetune a small model on bundled data, deploy it, ask it: the whole way."),
+    "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as a conf says."),
+    "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
+    "model": ("llm_ray.cli.model:model", "List, import and export models."),
+    "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
+    "runs": ("llm_ray.cli.runs:runs", "List, show and compare runs."),
+}
+
+
+class LlmRay(click.Group):
+    """The group of all verbs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.exceptions.NoSuchCommand(args[0], possibilities=list(COMMANDS), ctx=ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LlmRayError as error:
+            _fail(ctx, f"Error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "\nInterrupted.", 130)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own business
+        except Exception as error:
+            message = f"Error: {type(error).__name__}: {error}\nThis is a defect of llm-ray, or of a library under it."
+            _fail(ctx, f"{message} Where it happened is written in {_report()}; LLM_RAY_DEBUG=1 shows it here.", 1)
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
+    if os.environ.get("LLM_RAY_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
+    click.echo(message, err=True)
+    ctx.exit(code)
+
+
+def _report() -> Path:
+    """Writes the traceback of the current exception to a file."""
+    from llm_ray.conf.schema import home
+
+    text = f"llm-ray {llm_ray.__version__}, Python {platform.python_version()}, {platform.platform()}\n\n{traceback.format_exc()}"
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (home() / "logs", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        except OSError:
+            continue
+        return folder / name
+    return Path(os.devnull)
+
+
+@click.group(cls=LlmRay, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(llm_ray.__version__, prog_name="llm-ray")
+def cli() -> None:
+    """Finetune and serve large language models on Ray, on Xeon clusters without GPUs.
+
+    \b
+    Examples:
+      llm-ray quickstart
+      llm-ray finetune --config lora --set train=tickets.jsonl
+      llm-ray runs list
+    """
+
+
+def main() -> None:
+    """The entry point of the command."""
+    cli(prog_name="llm-ray")
