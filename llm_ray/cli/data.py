@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llm_ray.cli.options import config_options
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llm_ray.conf.schema import FinetuneConf
     from llm_ray.data.encode import Sequence
-
-CONFIG = click.option("--config", "--config_path", required=True, metavar="FILE", help="A conf file, or the name of a shipped template.")
-SET = click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the conf, e.g. data.max_length=256.")
 
 
 @click.group()
@@ -31,11 +30,10 @@ def data() -> None:
 
 
 @data.command()
-@CONFIG
-@SET
+@config_options
 @click.option("-n", "--rows", default=3, show_default=True, type=click.IntRange(1), help="Rows to show.")
 @click.option("--color/--no-color", default=None, help="Mark supervised tokens by colour, or by ⟦ ⟧. Default: colour on a terminal.")
-def preview(config: str, overrides: tuple[str, ...], rows: int, color: bool | None) -> None:
+def preview(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], rows: int, color: bool | None) -> None:
     """Show the first rows as tokens; those that are supervised are marked.
 
     \b
@@ -44,7 +42,7 @@ def preview(config: str, overrides: tuple[str, ...], rows: int, color: bool | No
     """
     from llm_ray.data.prepare import NO_ANSWER, TOO_LONG, Tally, encode_rows
 
-    conf, tokenizer = _load(config, overrides)
+    conf, tokenizer = _load(config, overrides, vars_files)
     color = sys.stdout.isatty() if color is None else color
     tally = Tally(fail=conf.data.on_bad_row == "fail")
     few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
@@ -68,10 +66,9 @@ def preview(config: str, overrides: tuple[str, ...], rows: int, color: bool | No
 
 
 @data.command()
-@CONFIG
-@SET
+@config_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def stats(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def stats(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], as_json: bool) -> None:
     """Count rows and tokens: supervised, longest, truncated, dropped, and how well packing fills the sequences.
 
     \b
@@ -80,7 +77,7 @@ def stats(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     from llm_ray.data.prepare import statistics
 
-    conf, tokenizer = _load(config, overrides)
+    conf, tokenizer = _load(config, overrides, vars_files)
     found = statistics(conf, tokenizer, report=lambda line: click.echo(line, err=True))
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(found.lines()))
 
@@ -101,9 +98,9 @@ def marked(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, color: bool) 
     return "".join(pieces)
 
 
-def _load(config: str, overrides: tuple[str, ...]) -> tuple[FinetuneConf, PreTrainedTokenizerBase]:
+def _load(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...]) -> tuple[FinetuneConf, PreTrainedTokenizerBase]:
     from llm_ray.conf.load import load_finetune
     from llm_ray.models.load import load_tokenizer
 
-    conf = load_finetune(config, overrides)
+    conf = load_finetune(config, overrides, vars_files)
     return conf, load_tokenizer(conf.model, conf.paths)
