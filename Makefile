@@ -1,0 +1,43 @@
+# make help shows these targets.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+RUN := .venv/bin
+.PHONY: help setup quickstart test test-unit test-integration lint format docs bench clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
+
+setup: ## Make .venv with everything pinned (nothing to do when nothing changed)
+	@scripts/setup
+
+quickstart: setup ## Finetune the real small model on bundled data, serve it, ask it; under 15 minutes on 2 cores
+	@$(RUN)/llm-ray quickstart
+
+test: setup ## All tests that need neither root nor a second machine
+	$(RUN)/pytest
+
+test-unit: setup ## The fast tests
+	$(RUN)/pytest tests/unit
+
+test-integration: setup ## The tests with real Ray, real training and a real endpoint
+	$(RUN)/pytest tests/integration
+
+lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are up to date
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/yamllint --strict .
+	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run
+	$(RUN)/python -m llm_ray.conf.reference --check
+
+format: setup ## Format the code and write the generated files
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+	$(RUN)/python -m llm_ray.conf.reference
+
+bench: ## The benchmarks of training and serving, as a table and bench-results/*.json
+	@scripts/setup bench
+	$(RUN)/python -m benchmarks
+
+clean: ## Remove .venv and caches; models, data and runs stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results

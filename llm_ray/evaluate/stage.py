@@ -1,0 +1,133 @@
+"""Evaluation on the cluster: each worker takes its share of the rows, and asks the model before and after training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, TypedDict
+
+from llm_ray.cluster import Cluster, check_resources
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.console import Reporter
+from llm_ray.data.formats import Conversation
+from llm_ray.data.prepare import evaluation_rows
+from llm_ray.errors import DataError
+from llm_ray.files import write_text
+from llm_ray.models.load import load_tokenizer
+
+
+class Share(TypedDict):
+    """One worker's part: summed validation loss, its tokens, and the answers."""
+
+    loss: float
+    tokens: int
+    answers: list[str]
+
+
+def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
+    """Figures before and after, for result.json; writes evaluation.md and answers.jsonl into the run's folder.
+
+    Raises DataError when `evaluation.data` holds no question with an answer.
+    """
+    import ray
+
+    prepared = conf.run_dir / "prepared"
+    rows = []
+    if conf.evaluation.samples != 0 and conf.tuning.objective == "sft":
+        tokenizer = load_tokenizer(conf.model, conf.paths)
+        pairs = (pair for row in evaluation_rows(conf, tokenizer, prepared) if (pair := _pair(row)))
+        rows = [pair for pair, _ in zip(pairs, range(conf.evaluation.samples or 10**9), strict=False)]
+        if conf.evaluation.data and not rows:
+            raise DataError(f"evaluation.data ({', '.join(conf.evaluation.data)}) holds no conversation that ends in an assistant's answer")
+    workers = conf.runtime.workers
+    cpus = check_resources(conf.runtime, cluster)
+    share = ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures, scheduling_strategy="SPREAD")(_share)
+    figures: dict[str, Any] = {"rows": len(rows)}
+    given: dict[str, list[str]] = {}
+    with reporter.bar("evaluating", 2 * workers) as bar:
+        parts = {
+            (which, rank): share.remote(
+                conf.model_dump(mode="json"), str(checkpoint) if which == "finetuned" else None, [q for q, _ in rows[rank::workers]], rank, cpus
+            )
+            for which in ("base", "finetuned")
+            for rank in range(workers)
+        }
+        pending = list(parts.values())
+        while pending:
+            _, pending = ray.wait(pending)
+            bar.update(2 * workers - len(pending), 2 * workers)
+    for which in ("base", "finetuned"):
+        shares: list[Share] = ray.get([parts[which, rank] for rank in range(workers)])
+        given[which] = [shares[n % workers]["answers"][n // workers] for n in range(len(rows))]
+        figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
+    _write_report(conf, figures, rows, given)
+    return figures
+
+
+def _pair(row: Conversation) -> tuple[Conversation, str] | None:
+    from llm_ray.evaluate.generate import question_and_reference
+
+    return question_and_reference(row)
+
+
+def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Conversation], rank: int, cpus: int) -> Share:
+    import contextlib
+
+    import torch
+
+    from llm_ray import cores
+    from llm_ray.data.prepare import open_split
+    from llm_ray.evaluate.generate import answers
+    from llm_ray.train.batches import collate, shares
+    from llm_ray.train.hardware import choose_precision, cpu_flags, torch_dtype
+    from llm_ray.train.loss import SupervisedLoss
+    from llm_ray.train.trained import load_trained
+
+    conf = FinetuneConf.model_validate(conf_json)
+    threads, _ = cores.bind(cpus)
+    torch.set_num_threads(threads)
+    precision, _ = choose_precision(conf.training.precision, cpu_flags())
+    model = load_trained(conf, Path(checkpoint) if checkpoint else None, torch_dtype(precision))
+    model.eval()
+    given = list(answers(model, load_tokenizer(conf.model, conf.paths), questions, conf.evaluation.max_new_tokens, conf.evaluation.batch_size))
+    loss, tokens = 0.0, 0
+    if conf.data.validation is not None:
+        data = open_split(conf.run_dir / "prepared", "validation")
+        module = SupervisedLoss(model, model, packed=False)
+        autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+        with torch.inference_mode(), autocast:
+            module.choose_blockwise()
+            for indices in shares(len(data), conf.training.batch_size, rank, conf.runtime.workers):
+                if indices:
+                    batch = collate(data, indices, packed=False)
+                    loss += module(batch).item()
+                    tokens += len(batch.targets)
+    return Share(loss=loss, tokens=tokens, answers=given)
+
+
+def _figures(shares: list[Share], answers: list[str], references: list[str]) -> dict[str, float]:
+    from llm_ray.evaluate.scores import exact_match, token_f1
+
+    figures: dict[str, float] = {}
+    if tokens := sum(share["tokens"] for share in shares):
+        loss = sum(share["loss"] for share in shares) / tokens
+        figures |= {"validation_loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if answers:
+        pairs = list(zip(answers, references, strict=True))
+        figures["exact_match"] = sum(exact_match(a, r) for a, r in pairs) / len(pairs)
+        figures["token_f1"] = sum(token_f1(a, r) for a, r in pairs) / len(pairs)
+    return figures
+
+
+def _write_report(conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[Conversation, str]], given: dict[str, list[str]]) -> None:
+    import json
+
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("llm_ray.evaluate", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701
+    entries = [
+        {"question": row.messages[-1]["content"], "reference": reference, "base": base, "finetuned": finetuned}
+        for (row, reference), base, finetuned in zip(rows, given["base"], given["finetuned"], strict=True)
+    ]
+    write_text(conf.run_dir / "evaluation.md", environment.get_template("report.md.j2").render(conf=conf, figures=figures, entries=entries))
+    write_text(conf.run_dir / "answers.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

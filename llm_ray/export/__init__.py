@@ -1,0 +1,1 @@
+"""The export stage: a run's Hugging Face model."""

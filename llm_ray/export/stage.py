@@ -1,0 +1,49 @@
+"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, the adapter beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llm_ray.cluster import Cluster, check_resources
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.console import Reporter
+from llm_ray.files import replace_folder, write_text
+
+
+def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, reporter: Reporter) -> Path:
+    """Write `output/` of the run, whole or not at all; returns it. `card` is the model card's text."""
+    import ray
+
+    cpus = check_resources(conf.runtime, cluster)
+    with reporter.bar("exporting", 1) as bar:
+        ray.get(ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures)(_export).remote(conf.model_dump(mode="json"), str(checkpoint), card))
+        bar.update(1, 1)
+    return conf.run_dir / "output"
+
+
+def _export(conf_json: dict[str, Any], checkpoint: str, card: str) -> None:
+    import torch
+
+    from llm_ray.models.load import load_tokenizer, stored_dtype
+    from llm_ray.train.trained import load_adapted, load_trained
+
+    conf = FinetuneConf.model_validate(conf_json)
+    tokenizer = load_tokenizer(conf.model, conf.paths)
+    with replace_folder(conf.run_dir / "output") as folder:
+        if conf.tuning.method == "lora":
+            adapted = load_adapted(conf, Path(checkpoint), torch.float32)
+            adapted.save_pretrained(folder / "adapter", save_embedding_layers=bool(conf.tuning.lora.modules_to_save))
+            model = adapted.merge_and_unload()
+        else:
+            model = load_trained(conf, Path(checkpoint), torch.float32)
+        dtype = stored_dtype(conf.model, conf.paths)
+        model = model.to(dtype)
+        model.config.use_cache = True
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+        if tokenizer.eos_token_id not in ends:  # what training taught to end with has to end generation
+            model.generation_config.eos_token_id = sorted({*ends, tokenizer.eos_token_id})
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", card)

@@ -1,0 +1,170 @@
+"""Checkpoints: whole or not there, the last few and the best one kept.
+
+A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: learning weights, optimizer, each worker's random
+state, and progress (step, best validation loss, …). It is written under a hidden name and renamed when every worker has written
+its part, so that whatever has its final name can be resumed from.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from llm_ray.errors import RunError, TrainError
+from llm_ray.train.workers import agree, world_size
+
+BEST = "best"
+_STEP = re.compile(r"step_(\d{8})")
+_LEARNING = StateDictOptions(ignore_frozen_params=True)
+
+
+@dataclass
+class Progress:
+    """How far training has come: what a resumed run needs to know besides weights and optimizer."""
+
+    step: int = 0
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    validations_without_improvement: int = 0
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints under `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / ".metadata").is_file()) if folder.is_dir() else []
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which `checkpoint` was written."""
+    found = _STEP.fullmatch(checkpoint.name)
+    if not found:
+        raise RunError(f"{checkpoint} is no checkpoint: a folder called step_NNNNNNNN is wanted")
+    return int(found[1])
+
+
+def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, rank: int) -> Path:
+    """Write a checkpoint of all workers under `folder`. Every worker calls it. Raises TrainError on all of them when one cannot write."""
+    final = folder / f"step_{progress.step:08d}"
+    state = {
+        "model": get_model_state_dict(module, options=_LEARNING),
+        "optimizer": get_optimizer_state_dict(module, optimizer, options=_LEARNING),
+        f"random_{rank}": _random_state(),
+        "progress": asdict(progress),
+    }
+    _write(final, lambda partial: dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)), rank)
+    return final
+
+
+def save_best(folder: Path, module: nn.Module, rank: int) -> None:
+    """Write the learning weights as the best so far. Every worker calls it."""
+    state = {"model": get_model_state_dict(module, options=_LEARNING)}
+    _write(folder / BEST, lambda partial: dcp.save(state, checkpoint_id=partial), rank)
+
+
+def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
+    """Bring module, optimizer and this worker's random state to where `checkpoint` left them. Every worker calls it."""
+    model_state = get_model_state_dict(module, options=_LEARNING)
+    optimizer_state = get_optimizer_state_dict(module, optimizer, options=_LEARNING)
+    progress = asdict(Progress())
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
+    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    if any(key.startswith(f"random_{rank}.") for key in saved):  # not when there are more workers than before
+        state[f"random_{rank}"] = _random_state()
+    try:
+        dcp.load(state, checkpoint_id=checkpoint)
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))
+        raise TrainError(
+            f"{checkpoint} does not fit the conf's model and tuning, or is damaged: {reason}. Resume from an earlier one (--resume PATH), or start anew under another name"
+        ) from error
+    set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_LEARNING)
+    if f"random_{rank}" in state:
+        _set_random_state(state[f"random_{rank}"])
+    return Progress(**state["progress"])
+
+
+def load_weights(checkpoint: Path, module: nn.Module) -> None:
+    """Load only the learning weights of `checkpoint` into `module`, in one process without a process group."""
+    state = {"model": get_model_state_dict(module, options=_LEARNING)}
+    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints, and what broken writes left behind. One process calls it."""
+    for old in list_checkpoints(folder)[:-keep]:
+        hidden = old.with_name(f".{old.name}.old")
+        old.rename(hidden)  # half a deletion must not look like a checkpoint
+        shutil.rmtree(hidden, ignore_errors=True)
+    for debris in [*folder.glob(".step_*"), *folder.glob(f".{BEST}.*")]:
+        shutil.rmtree(debris, ignore_errors=True)
+
+
+def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
+    partial = final.with_name(f".{final.name}.partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    agree(None)
+    problem: str | None = None
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        write(partial)
+    except CheckpointException as error:
+        problem = str(next(iter(error.failures.values())))
+    except OSError as error:
+        problem = str(error)
+    if failed := agree(problem):
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(final.parent).free if final.parent.is_dir() else 0
+        raise TrainError(
+            f"the checkpoint {final} could not be written: {failed}. {free / 2**30:.1f} GiB are free there; earlier checkpoints are whole: make room, then run the same command again"
+        )
+    if rank == 0:
+        if final.exists():
+            old = final.with_name(f".{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            partial.rename(final)
+    if world_size() > 1:
+        dist.barrier()
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, keys, pos, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "rest": {"version": version, "gauss": gauss, "kind": kind, "pos": pos, "has_gauss": has_gauss, "cached": cached},
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    rest = state["rest"]
+    torch.set_rng_state(state["torch"])
+    random.setstate((rest["version"], tuple(state["python"].tolist()), rest["gauss"]))
+    np.random.set_state((rest["kind"], state["numpy"].numpy().astype(np.uint32), rest["pos"], rest["has_gauss"], rest["cached"]))

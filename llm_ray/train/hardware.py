@@ -1,0 +1,51 @@
+"""What this host's CPU computes fast, and what follows for training: precision, threads, memory allocation."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16"]
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction set flags of this host's CPU, as Linux names them."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def has_bf16(flags: frozenset[str]) -> str | None:
+    """The instructions that multiply bf16 in hardware, or None."""
+    return "AMX" if {"amx_bf16", "amx_tile"} <= flags else "AVX512-BF16" if "avx512_bf16" in flags else None
+
+
+def choose_precision(wanted: Literal["auto", "fp32", "bf16"], flags: frozenset[str]) -> tuple[Precision, str]:
+    """The precision of matrix products and the reason for it."""
+    hardware = has_bf16(flags)
+    if wanted == "auto":
+        return ("bf16", f"the CPU has {hardware}") if hardware else ("fp32", "the CPU has neither AMX nor AVX512-BF16: it would emulate bf16, slower than fp32")
+    if wanted == "bf16" and not hardware:
+        return "bf16", "the conf asks for it; the CPU has neither AMX nor AVX512-BF16 and emulates it, slower than fp32"
+    return wanted, "the conf asks for it"
+
+
+def torch_dtype(name: Precision) -> torch.dtype:
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def keep_freed_memory() -> None:
+    """Make malloc keep what a step frees for the next step.
+
+    A step allocates and frees the same large blocks again and again; glibc gives each back to the kernel, which zeroes every page
+    anew. See mallopt(3): M_MMAP_MAX 0 and a trim threshold above a step's memory keep the pages.
+    """
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 64 * 2**20)

@@ -1,0 +1,127 @@
+"""The loss of a causal language model over supervised tokens, without a [tokens, vocabulary] matrix in memory.
+
+A vocabulary is large against a small model's width: the logits, their softmax and its gradient cost more memory traffic than
+the layers. Here the hidden states of supervised tokens alone are projected, a block of rows at a time, and the gradient of
+each block is taken at once while it lies in the cache (the idea of Liger Kernel's FusedLinearCrossEntropy, arXiv:2410.10989, and
+of Wijmans et al. 2024, arXiv:2411.09009).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llm_ray.train.batches import Batch
+
+_IDS = torch.arange(1, 17)
+_PROBE = Batch(_IDS[None], _IDS[None] - 1, torch.ones_like(_IDS)[None], [16], torch.arange(15), _IDS[1:], 16)
+BLOCK_BYTES = 24 * 2**20  # of fp32 logits at once: about what a core's share of the last-level cache holds
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of `hidden @ weight.T + bias`. hidden [n, d]; weight [v, d]; bias [v] or None; target [n]."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        learn_hidden, learn_weight, learn_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if learn_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and learn_bias else None
+        projection = weight.to(hidden.dtype)
+        block = max(16, BLOCK_BYTES // (4 * weight.shape[0]))
+        loss = torch.zeros((), dtype=torch.float32)
+        for start in range(0, hidden.shape[0], block):
+            h, t = hidden[start : start + block], target[start : start + block, None]
+            logits = F.linear(h, projection, bias if bias is None else bias.to(h.dtype)).float()
+            norm = logits.logsumexp(1, keepdim=True)
+            loss += (norm - logits.gather(1, t)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = logits.sub_(norm).exp_()
+            grad.scatter_add_(1, t, torch.full_like(norm, -1.0))
+            low = grad.to(h.dtype)
+            if grad_hidden is not None:
+                torch.mm(low, projection, out=grad_hidden[start : start + block])
+            if grad_weight is not None:
+                grad_weight += (low.T @ h).float()
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad_loss.float()
+        return (
+            None if grad_hidden is None else grad_hidden.mul_(scale),
+            None if grad_weight is None else grad_weight.mul_(scale).to(ctx.dtypes[1]),
+            None if grad_bias is None else grad_bias.mul_(scale).to(ctx.dtypes[1]),
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """Summed cross entropy (fp32 scalar) of the projection of hidden [n, d] by weight [v, d] against target [n]."""
+    return _LinearCrossEntropy.apply(hidden, weight, bias, target)
+
+
+class SupervisedLoss(nn.Module):
+    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the summed loss (fp32 scalar).
+
+    `model` is a transformers causal model or a peft model around one; with `packed` its attention is ``llm_ray.train.attention``'s.
+    """
+
+    def __init__(self, model: nn.Module, causal: PreTrainedModel, packed: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.packed = packed
+        self.blockwise = False
+        self._causal = [causal]  # in a list: a second registration would name every weight twice
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._blockwise_loss(batch) if self.blockwise else self._plain_loss(batch)
+
+    @property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model inside."""
+        return self._causal[0]
+
+    def choose_blockwise(self) -> bool:
+        """Use the blockwise loss if it equals the model's own on a few tokens.
+
+        Models may scale, cap or shift their logits after the projection; those that do keep their own.
+        """
+        if type(self.causal.get_output_embeddings()) is not nn.Linear:
+            return False
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            own, blockwise = self._plain_loss(_PROBE), self._blockwise_loss(_PROBE)
+        self.train(training)
+        self.blockwise = bool(torch.isclose(own, blockwise, rtol=1e-2))
+        return self.blockwise
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        if self.packed:
+            return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "row_lengths": batch.row_lengths, "use_cache": False}
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+
+    def _plain_loss(self, batch: Batch) -> Tensor:
+        logits = self.model(**self._inputs(batch)).logits
+        logits = logits.flatten(0, 1)[batch.supervised].float()
+        return F.cross_entropy(logits, batch.targets, reduction="sum")
+
+    def _blockwise_loss(self, batch: Batch) -> Tensor:
+        head = self.causal.get_output_embeddings()
+        hidden = self.causal.base_model(**self._inputs(batch))[0]
+        if torch.is_autocast_enabled("cpu"):
+            hidden = hidden.to(torch.get_autocast_dtype("cpu"))
+        hidden = hidden.flatten(0, 1)[batch.supervised]
+        with torch.autocast("cpu", enabled=False):
+            return linear_cross_entropy(hidden, head.weight, head.bias, batch.targets)

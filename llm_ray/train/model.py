@@ -1,0 +1,122 @@
+"""The model as it is trained: adapters or all weights, laid over the workers by DDP or FSDP."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from llm_ray.conf.schema import FinetuneConf, Lora
+from llm_ray.errors import ConfError
+from llm_ray.models.load import load_empty_model, load_model
+from llm_ray.train.attention import use_packed_attention
+from llm_ray.train.hardware import Precision, has_bf16, torch_dtype
+from llm_ray.train.loss import SupervisedLoss
+
+
+def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]) -> torch.dtype:
+    """Data type the base model is loaded in: fp32 where its weights learn, else the conf's or the fast one."""
+    if conf.tuning.method == "full" or conf.training.strategy == "fsdp" and precision == "fp32":
+        return torch.float32
+    if conf.model.dtype == "auto":
+        return torch_dtype("bf16" if precision == "bf16" and has_bf16(flags) else "fp32")
+    return torch_dtype(conf.model.dtype)
+
+
+def build(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> SupervisedLoss:
+    """The model with its loss, not yet laid over workers.
+
+    With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises ModelError, ConfError.
+    """
+    weightless = conf.training.strategy == "fsdp" and rank != 0
+    causal = load_empty_model(conf.model, conf.paths, dtype) if weightless else load_model(conf.model, conf.paths, dtype)
+    causal.config.use_cache = False
+    packed = use_packed_attention(causal)
+    if conf.training.gradient_checkpointing:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(conf.training.seed)  # the same adapters on every worker
+    model = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
+    if conf.training.accelerator == "ipex":
+        _optimize_with_ipex(causal, dtype)
+    return SupervisedLoss(model, causal, packed)
+
+
+def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
+    """A peft model with fresh LoRA adapters around `causal`. Raises ConfError when `tuning.lora` fits no layer of it."""
+    targets = lora.target_modules
+    try:
+        return get_peft_model(
+            causal,
+            LoraConfig(
+                task_type=TaskType.CAUSAL_LM,
+                r=lora.r,
+                lora_alpha=lora.alpha or 2 * lora.r,
+                lora_dropout=lora.dropout,
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                modules_to_save=list(lora.modules_to_save) or None,
+                use_rslora=lora.rslora,
+            ),
+        )
+    except ValueError as error:
+        linear = sorted({name.rsplit(".", 1)[-1] for name, module in causal.named_modules() if isinstance(module, nn.Linear)})
+        raise ConfError(
+            f"tuning.lora.target_modules: {targets!r} names no layer of this model; its linear layers are {', '.join(linear)} (or use all-linear). peft says: {error}"
+        ) from error
+
+
+def distribute(loss: SupervisedLoss, conf: FinetuneConf, world_size: int) -> nn.Module:
+    """Lay the model over the workers as `training.strategy` says. Returns the module to call."""
+    if world_size == 1:
+        return loss
+    if conf.training.strategy == "ddp":
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    return _shard(loss, world_size)
+
+
+def _shard(loss: SupervisedLoss, world_size: int) -> nn.Module:
+    rank = dist.get_rank()
+    whole = {name: tensor.detach() for name, tensor in loss.state_dict().items()} if rank == 0 else {}
+    mesh = init_device_mesh("cpu", (world_size,))
+    layers = set(loss.causal._no_split_modules or ())
+    for module in list(loss.causal.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(loss, mesh=mesh)
+    if rank != 0:
+        loss.to_empty(device="cpu")
+    set_model_state_dict(loss, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
+    for _, buffer in sorted(loss.named_buffers()):  # rotary frequencies and the like are in no state dict
+        dist.broadcast(buffer, 0)
+    return loss
+
+
+@contextlib.contextmanager
+def gradient_sync(module: nn.Module, last: bool) -> Iterator[None]:
+    """Exchange gradients between workers in the last forward pass of a step only."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def _optimize_with_ipex(causal: PreTrainedModel, dtype: torch.dtype) -> None:
+    try:
+        import intel_extension_for_pytorch as ipex
+    except ImportError as error:
+        raise ConfError(
+            "training.accelerator is ipex, but intel-extension-for-pytorch is not installed here: use the IPEX profile (docs/reference/profiles.md), or accelerator torch"
+        ) from error
+    ipex.optimize(causal, dtype=dtype, inplace=True)

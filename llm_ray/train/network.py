@@ -1,0 +1,48 @@
+"""The network interface that workers talk over.
+
+gloo listens on the address that the host's name resolves to, which on many hosts is loopback: workers of two hosts then never
+meet. Each worker is told the interface that carries its Ray node's address, or the one the conf names, before torch's process
+group is made.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
+from ray.util import get_node_ip_address
+
+from llm_ray.errors import ClusterError
+
+
+def set_interface(wanted: str | None) -> None:
+    """Tell gloo the interface, on this worker. Raises ClusterError when there is none of that name."""
+    addresses = psutil.net_if_addrs()
+    if wanted and wanted not in addresses:
+        raise ClusterError(f"runtime.interface is {wanted}, but {os.uname().nodename} has {', '.join(sorted(addresses))}")
+    node_address = get_node_ip_address()
+    carrying = (name for name, held in addresses.items() if any(a.address == node_address for a in held))
+    if interface := wanted or next(carrying, None):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: GlooConfig) -> None:
+        worker_group.execute(set_interface, backend_config.interface)
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class GlooConfig(TorchConfig):
+    """Ray Train's torch backend with gloo over a chosen interface."""
+
+    backend: str | None = "gloo"
+    interface: str | None = None
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend

@@ -1,0 +1,32 @@
+"""AdamW over the weights that learn, and the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from llm_ray.conf.schema import FinetuneConf
+
+
+def make_optimizer(module: nn.Module, conf: FinetuneConf) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.ndim >= 2], "weight_decay": conf.training.weight_decay},
+        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=conf.learning_rate, betas=conf.training.betas, eps=conf.training.eps, fused=True)
+
+
+def learning_rate(conf: FinetuneConf, step: int, total_steps: int) -> float:
+    """The learning rate of optimizer step `step` (from 0) of `total_steps`."""
+    training = conf.training
+    warmup = training.warmup if training.warmup >= 1 else training.warmup * total_steps
+    warmup = min(round(warmup), total_steps - 1)
+    if step < warmup:
+        return conf.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[training.schedule]
+    return conf.learning_rate * factor

@@ -1,0 +1,243 @@
+"""The training function: what each Ray Train worker runs, from the loaded model to the last checkpoint.
+
+It reads top to bottom: set up, resume, then steps of forward, backward, clip, update, with validation, checkpoints and the
+stop signal between them. Parts that need more than a few lines are functions of their own modules, without state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch import Tensor, nn
+
+from llm_ray import cores
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.data.prepare import open_split
+from llm_ray.errors import LlmRayError, TrainError
+from llm_ray.runs.metrics import MetricsWriter
+from llm_ray.train import checkpoint as checkpoints
+from llm_ray.train.batches import Schedule, collate, shares, steps_of
+from llm_ray.train.hardware import choose_precision, cpu_flags, keep_freed_memory
+from llm_ray.train.model import build, distribute, gradient_sync, weight_dtype
+from llm_ray.train.optimizer import learning_rate, make_optimizer
+from llm_ray.train.workers import agree, first, total
+
+STOP_FILE = ".stop"
+"""Where the driver asks for a checkpoint and an end: a file of this name in the checkpoint folder."""
+
+
+class Task(TypedDict):
+    """What the driver hands to every worker."""
+
+    conf: dict[str, Any]  # FinetuneConf as JSON
+    cpus: int  # CPUs of this worker
+    resume_from: str | None  # checkpoint to begin with where the run has none of its own
+
+
+class Outcome(TypedDict):
+    """What rank 0 hands back. `failed` is for what another try would not mend; for the rest an exception lets Ray Train retry."""
+
+    status: Literal["done", "stopped", "failed"]
+    reason: str
+    step: int
+    total_steps: int
+    best_step: int | None
+    best_validation_loss: float | None
+
+
+@dataclass(frozen=True)
+class Setup:
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    packed: bool
+
+
+def train(task: Task) -> Outcome:
+    """Train on this worker. Called by Ray Train on every worker, again after a lost one was replaced."""
+    conf = FinetuneConf.model_validate(task["conf"])
+    folder = conf.run_dir / "checkpoint"
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+
+    # Set-up: a problem on any worker ends the run on all of them, and says on which host it is.
+    setup, problem = None, None
+    try:
+        setup = set_up(conf, task["cpus"], rank, workers)
+        training_data = open_split(conf.run_dir / "prepared", "train")
+        validation_data = open_split(conf.run_dir / "prepared", "validation") if conf.data.validation is not None else None
+    except (LlmRayError, OSError) as error:
+        problem = f"{error} (worker {rank} on {socket.gethostname()})"
+    if (failed := agree(problem)) or setup is None:
+        return Outcome(status="failed", reason=failed or "", step=0, total_steps=0, best_step=None, best_validation_loss=None)
+    module, optimizer = setup.module, setup.optimizer
+    training = conf.training
+    schedule = Schedule(len(training_data), training.batch_size, training.gradient_accumulation, workers, training.seed)
+    total_steps = training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
+    validate_every = training.validate_every or schedule.steps_per_epoch
+    save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
+
+    # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all follow.
+    found = checkpoints.list_checkpoints(folder)
+    start_from = first(str(found[-1]) if found else task["resume_from"])
+    progress = checkpoints.Progress()
+    torch.manual_seed(training.seed + rank)
+    if start_from:
+        progress = checkpoints.load(Path(start_from), module, optimizer, rank)
+    metrics = MetricsWriter(conf.run_dir, tensorboard=conf.tracking.tensorboard, resume_from_step=progress.step) if rank == 0 else None
+
+    def outcome(status: Literal["done", "stopped", "failed"], reason: str = "") -> Outcome:
+        return Outcome(
+            status=status, reason=reason, step=progress.step, total_steps=total_steps, best_step=progress.best_step, best_validation_loss=progress.best_validation_loss
+        )
+
+    def validate() -> float | None:
+        if not validation_data:
+            return None
+        loss, tokens = 0.0, 0
+        module.eval()
+        with torch.no_grad(), setup.autocast():
+            for indices in shares(len(validation_data), training.batch_size, rank, workers):
+                batch = collate(validation_data, indices, setup.packed)
+                loss += module(batch).item()
+                tokens += len(batch.targets)
+        module.train()
+        loss, tokens = total(loss, tokens)
+        return loss / tokens
+
+    def save() -> None:
+        path = checkpoints.save(folder, module, optimizer, progress, rank)
+        ray.train.report(
+            {"step": progress.step},
+            checkpoint=Checkpoint.from_directory(str(path)) if rank == 0 else None,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is on the run's storage already
+        )
+        if rank == 0:
+            checkpoints.prune(folder, conf.checkpoint.keep)
+
+    try:
+        if progress.step == 0 and (loss := validate()) is not None and metrics:
+            metrics.write({"step": 0, "validation_loss": loss})
+        saved_at = progress.step
+        began = time.perf_counter()
+        for batches in steps_of(training_data, schedule, rank, progress.step, total_steps, setup.packed):
+            rate = learning_rate(conf, progress.step, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            loss_sum, supervised, tokens = 0.0, 0, 0
+            for number, batch in enumerate(batches):
+                with gradient_sync(module, last=number == len(batches) - 1):
+                    with setup.autocast():
+                        loss: Tensor = module(batch)
+                    loss.backward()
+                loss_sum += loss.item()
+                supervised += len(batch.targets)
+                tokens += batch.tokens
+
+            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all supervised tokens.
+            stop = float(rank == 0 and (folder / STOP_FILE).exists())
+            loss_sum, supervised, tokens, stop = total(loss_sum, supervised, tokens, stop)
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, workers / max(1, supervised))
+            norm = _whole(nn.utils.get_total_norm(gradients))
+            mean_loss = loss_sum / max(1, supervised)
+            if not torch.isfinite(torch.tensor([mean_loss, norm])).all():
+                kept = f"the checkpoint of step {saved_at} is intact" if saved_at else "there is no checkpoint yet"
+                raise TrainError(
+                    f"the loss at step {progress.step + 1} is {mean_loss:.3g} (gradient norm {norm:.3g}): {kept}. Lower training.learning_rate "
+                    f"({conf.learning_rate:g}), lengthen training.warmup, or use training.precision fp32; then start under another name, or with --force"
+                )
+            if training.max_grad_norm:
+                torch._foreach_mul_(gradients, min(1.0, training.max_grad_norm / (norm + 1e-6)))
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step += 1
+
+            seconds = time.perf_counter() - began
+            row = {
+                "step": progress.step,
+                "total_steps": total_steps,
+                "epoch": progress.step / schedule.steps_per_epoch,
+                "loss": mean_loss,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "tokens": int(tokens),
+                "tokens_per_second": tokens / seconds,
+                "seconds": seconds,
+            }
+            last = progress.step == total_steps
+            patience = training.early_stopping
+            if last or progress.step % validate_every == 0:
+                validation_loss = validate()
+                if validation_loss is not None:
+                    row["validation_loss"] = validation_loss
+                    least_fall = patience.min_delta if patience else 0.0
+                    if progress.best_validation_loss is None or validation_loss < progress.best_validation_loss - least_fall:
+                        progress.best_validation_loss, progress.best_step, progress.validations_without_improvement = validation_loss, progress.step, 0
+                        if training.best_checkpoint:
+                            checkpoints.save_best(folder, module, rank)
+                    else:
+                        progress.validations_without_improvement += 1
+            if metrics:
+                metrics.write(row)
+            early = bool(patience and progress.validations_without_improvement >= patience.patience)
+            if last or early or stop or progress.step % save_every == 0:
+                save()
+                saved_at = progress.step
+            if stop and not last:
+                return outcome("stopped", f"stopped at step {progress.step} of {total_steps} as asked, with a checkpoint")
+            if early:
+                return outcome("done", f"validation loss has not fallen for {patience.patience if patience else 0} validations: ended early at step {progress.step}")
+            began = time.perf_counter()
+    except TrainError as error:  # raised by all workers at the same point
+        return outcome("failed", str(error))
+    finally:
+        if metrics:
+            metrics.close()
+    return outcome("done")
+
+
+def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
+    """Threads, model, strategy and optimizer of this worker. Raises ModelError, ConfError."""
+    threads, _ = cores.bind(cpus)
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest")
+    flags = cpu_flags()
+    precision, _ = choose_precision(conf.training.precision, flags)
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+    loss = build(conf, weight_dtype(conf, precision, flags), rank)
+    if rank == 0:  # the only one that has weights already, with fsdp
+        with autocast():
+            loss.choose_blockwise()
+    loss.blockwise = first(loss.blockwise)
+    if conf.training.compile:
+        loss.causal.base_model.compile(dynamic=True)
+    module = distribute(loss, conf, workers)
+    keep_freed_memory()
+    module.train()
+    return Setup(module, make_optimizer(module, conf), autocast, loss.packed)
+
+
+def _whole(norm: Tensor) -> float:
+    # FSDP gives each worker its part of a DTensor.
+    return float(norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm)
+
+
+def worker_environment() -> dict[str, str]:
+    """Environment of the workers, for Ray's runtime_env."""
+    kept = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN_PATH", "LLM_RAY_HOME")
+    return {key: os.environ[key] for key in kept if key in os.environ} | {"TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,53 @@
+"""The model that a run has trained, in one process: its base, and a checkpoint's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.errors import RunError
+from llm_ray.models.load import load_model
+from llm_ray.train.checkpoint import BEST, list_checkpoints, load_weights
+from llm_ray.train.model import add_adapters
+
+
+def final_checkpoint(conf: FinetuneConf) -> Path:
+    """The checkpoint whose weights are the run's result: the best by validation loss where there is one, else the last. Raises RunError without any."""
+    folder = conf.run_dir / "checkpoint"
+    if conf.training.best_checkpoint and (folder / BEST / ".metadata").is_file():
+        return folder / BEST
+    found = list_checkpoints(folder)
+    if not found:
+        raise RunError(f"run {conf.name} has no checkpoint under {folder}: run its stage train first")
+    return found[-1]
+
+
+class _Named(nn.Module):
+    """Gives weights the names that training gave them: there the model is the attribute `model` of the module with the loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+def load_adapted(conf: FinetuneConf, checkpoint: Path, dtype: torch.dtype) -> PeftModel:
+    """The base in `dtype` with the checkpoint's adapters (fp32) beside it."""
+    model = add_adapters(load_model(conf.model, conf.paths, dtype), conf.tuning.lora)
+    load_weights(checkpoint, _Named(model))
+    return model
+
+
+def load_trained(conf: FinetuneConf, checkpoint: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model (without a checkpoint), or the trained one with its adapters merged, in `dtype`."""
+    if checkpoint is None:
+        return load_model(conf.model, conf.paths, dtype)
+    if conf.tuning.method == "lora":
+        return load_adapted(conf, checkpoint, torch.float32).merge_and_unload().to(dtype)
+    model = load_model(conf.model, conf.paths, torch.float32)
+    load_weights(checkpoint, _Named(model))
+    return model.to(dtype)
