@@ -5,6 +5,7 @@ The messages of ``llm_ray.conf.load`` and the tables of ``llm_ray.conf.reference
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -142,7 +143,8 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
         return f"{mark}{'null' if value is None else value}{mark}"
 
     if "anyOf" in node:
-        return _or([describe(option, mark) for option in node["anyOf"]])
+        words = [describe(option, mark) for option in node["anyOf"]]
+        return _or([f"{word}, or a list of these" for word in words[:1] if f"a list of {word}" in words[1:]] or words)
     if "enum" in node or "const" in node:
         return _or([word(value) for value in node.get("enum", [node.get("const")])])
     if "$ref" in node:
@@ -165,6 +167,11 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
     return {"string": "a path" if node.get("format") == "path" else "text", "boolean": f"{word('true')} or {word('false')}"}.get(
         str(kind), "keys with values"
     )
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop, that included."""
+    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def _or(parts: list[str]) -> str:

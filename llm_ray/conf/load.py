@@ -327,7 +327,7 @@ class _Loading:
         if kind == "missing":
             for key in keys.keys().values():
                 if not key.section and (key.name == name or (key.name.startswith(f"{name}.") and key.required)):
-                    self._complain(path, f"{key.name} is missing: {_first_sentence(key.text)} Add it, or give --set {key.name}=…")
+                    self._complain(path, f"{key.name} is missing: {keys.first_sentence(key.text)} Add it, or give --set {key.name}=…")
         elif kind in ("extra_forbidden", "invalid_key"):
             section = name.rpartition(".")[0]
             here = [key.name.rpartition(".")[2] for key in keys.keys().values() if key.name.rpartition(".")[0] == section]
@@ -391,10 +391,6 @@ def _dotted(path: yamltext.Path) -> str:
 def _show(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 
 def _error(wrong: list[str]) -> ConfError:

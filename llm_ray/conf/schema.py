@@ -74,7 +74,7 @@ class Runtime(Section):
     """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port 6379)."""
     workers: int = Field(1, ge=1)
     """Number of training workers (processes). With one worker a host, this is the number of hosts that train."""
-    cpus_per_worker: int | Literal["auto"] = "auto"
+    cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the workers, at most one
     host's each."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
@@ -86,12 +86,6 @@ class Runtime(Section):
     max_failures: int = Field(3, ge=0)
     """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last checkpoint, before the
     run fails."""
-
-    @model_validator(mode="after")
-    def _cpus(self) -> Runtime:
-        if isinstance(self.cpus_per_worker, int) and self.cpus_per_worker < 1:
-            raise ValueError("runtime.cpus_per_worker must be at least 1, or auto")
-        return self
 
 
 class Paths(Section):

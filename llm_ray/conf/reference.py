@@ -1,0 +1,145 @@
+"""Writes the reference of the conf (docs/reference/finetune-conf.md, finetune-conf.schema.json) from its schema.
+
+python -m llm_ray.conf.reference            # write
+python -m llm_ray.conf.reference --check    # exit 1 if what is there is not what would be written
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import llm_ray
+from llm_ray.conf import keys
+from llm_ray.conf.keys import Key
+from llm_ray.conf.load import shipped
+
+FOLDER = Path(llm_ray.__file__).parent.parent / "docs" / "reference"
+
+HEAD = """\
+# The conf of a finetune
+
+<!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/schema.py: change it there. -->
+
+A conf is YAML, and before that a Jinja template. The smallest one:
+
+```yaml
+name: support-bot
+model:
+  base: smollm2-135m-instruct
+data:
+  train: tickets.jsonl
+```
+
+    llm-ray finetune --config support-bot.yaml --dry-run    # shows the conf with every default filled in
+    llm-ray finetune --config support-bot.yaml
+
+Unknown keys are errors. [finetune-conf.schema.json](finetune-conf.schema.json) is the same as JSON Schema; editors with the YAML language
+server complete and check a conf that begins with `# yaml-language-server: $schema=` and its path or URL.
+
+## Shipped templates
+
+`--config` takes a file or one of these names:
+
+{templates}
+
+The head of each file in [conf/finetune](../../conf/finetune) holds the commands that run it.
+
+## Variables, `--set` and what rules over what
+
+A template sees the variables that it is given, and two more: `env`, the environment variables, as `env.NAME` or
+`env("NAME", "default")`; and `shipped`, the folder of the files that come with the package. An undefined variable is an error, unless
+the template says `{{{{ name | default("something") }}}}`, or it stands for a key that `--set` gives. Templates run in Jinja's sandbox; they
+cannot include others. Values that are not text are written as JSON, which is YAML; `{{{{ name | tojson }}}}` does the same for text that
+may have a `#` or `:` in it.
+
+| given as | is |
+| --- | --- |
+| `--set NAME=VALUE` | the template's variable NAME, where the template uses one of that name; else the conf's key NAME |
+| `--vars FILE` | variables, from a YAML file |
+| `{{{{ env.NAME }}}}` in the template | an environment variable |
+
+A variable comes from `--set`, else from the last `--vars` file that has it, else from the template's `default(…)`.
+A key comes from `--set`, else from the conf, else from the defaults below.
+
+Values are YAML: `--set training.learning_rate=1e-3`, `--set "data.train=[a.jsonl, b.jsonl]"`, `--set training.epochs=null`.
+YAML is read as version 1.2: `1e-3` is a number, `no` and `2024-01-01` are text, and a key that is there twice is an error.
+
+## Relative paths
+
+Files and folders are looked up beside the conf file, then in the current folder; data files last under `paths.data`.
+Those given with `--set`, and those of shipped templates, are looked up in the current folder (and data files under `paths.data`).
+`LLM_RAY_HOME` is an environment variable, `~/.llm-ray` if unset.
+
+## Keys
+
+"""
+
+
+def markdown() -> str:
+    """The reference page."""
+    templates = "\n".join(f"- `{name}`: {_headline(file)}" for name, file in shipped("finetune").items())
+    tops = [key for key in keys.keys().values() if "." not in key.name]
+    parts = [HEAD.format(templates=templates), _table([key for key in tops if not key.section])]
+    for key in keys.keys().values():
+        if key.section:
+            text = keys.schema()["$defs"][key.section]["description"]
+            children = [child for child in keys.keys().values() if child.name.rpartition(".")[0] == key.name and not child.section]
+            required = " Required." if key.required else ""
+            unset = " Off unless given." if "anyOf" in key.schema else ""
+            parts.append(f"\n### {key.name}\n\n{' '.join(text.split())}{required}{unset}\n\n{_table(children)}")
+    return "".join(parts)
+
+
+def json_schema() -> str:
+    """The JSON Schema, as a file's text."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return json.dumps(head | _one_line(keys.schema()), indent=2, ensure_ascii=False) + "\n"
+
+
+def _one_line(node: Any) -> Any:
+    """The schema with each description on one line."""
+    if isinstance(node, dict):
+        return {k: " ".join(v.split()) if k == "description" and isinstance(v, str) else _one_line(v) for k, v in node.items()}
+    return [_one_line(item) for item in node] if isinstance(node, list) else node
+
+
+def _headline(file: Path) -> str:
+    """The first sentence of a template's head."""
+    comment = " ".join(line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").split("\n#\n")[0].splitlines())
+    return keys.first_sentence(comment)
+
+
+def _table(rows: list[Key]) -> str:
+    lines = [
+        f"| `{key.name}` | {keys.describe(key.schema, '`')} | {_default(key)} | {key.text.replace('|', chr(92) + '|')} |\n" for key in rows
+    ]
+    return "".join(["| key | value | default | meaning |\n| --- | --- | --- | --- |\n", *lines])
+
+
+def _default(key: Key) -> str:
+    if key.required:
+        return "required"
+    default = key.schema.get("default")
+    if default is None:
+        return "" if key.free else "`null`"
+    return f"`{default}`" if isinstance(default, str) else f"`{json.dumps(default)}`"
+
+
+def update(pages: dict[str, str], command: str) -> None:
+    """Writes the pages (by file name) into docs/reference; with ``--check`` among the arguments compares, and exits 1 on a difference."""
+    for name, text in pages.items():
+        file = FOLDER / name
+        there = file.read_text(encoding="utf-8") if file.exists() else None
+        if there == text:
+            continue
+        if "--check" in sys.argv[1:]:
+            sys.exit(f"docs/reference/{name} is not what the code says: run `{command}` and commit the file")
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    update({"finetune-conf.md": markdown(), "finetune-conf.schema.json": json_schema()}, "python -m llm_ray.conf.reference")
