@@ -46,16 +46,18 @@ def preview(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...]
     color = sys.stdout.isatty() if color is None else color
     tally = Tally(fail=conf.data.on_bad_row == "fail")
     few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
-    for row in encode_rows(few, tokenizer, conf.data.train, tally):
-        click.secho(row.place.place, bold=True)
-        for sequence in row.encoded.sequences:
+    for prepared in encode_rows(few, tokenizer, conf.data.train, tally):
+        click.secho(prepared.row.place, bold=True)
+        for sequence in prepared.encoded.sequences:
             supervised = sum(label >= 0 for label in sequence.labels)
             click.echo(marked(tokenizer, sequence, color), color=color)
             click.echo(f"({len(sequence.input_ids)} tokens, {supervised} supervised)")
-        if not row.encoded.sequences:
-            click.echo(f"(dropped: {TOO_LONG if row.encoded.truncated else NO_ANSWER}; {row.encoded.longest} tokens)")
-        elif row.encoded.truncated:
-            click.echo(f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {row.encoded.longest} tokens)")
+        if not prepared.encoded.sequences:
+            click.echo(f"(dropped: {TOO_LONG if prepared.encoded.truncated else NO_ANSWER}; {prepared.encoded.longest} tokens)")
+        elif prepared.encoded.truncated:
+            click.echo(
+                f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {prepared.encoded.longest} tokens)"
+            )
         click.echo()
     if not tally.read:
         click.echo("no rows")

@@ -47,7 +47,7 @@ BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
 NAMED = 5  # bad and dropped rows that are named
 NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
-TOO_LONG = "its first answer does not end within data.max_length"
+TOO_LONG = "the first answer does not end within data.max_length"
 
 
 class SplitStats(BaseModel):
@@ -89,7 +89,7 @@ class DataStats(BaseModel):
 
     def lines(self) -> list[str]:
         """The figures for people, a line each."""
-        text = [f"{self.read} rows read ({', '.join(self.formats)})" + (f", {self.bad} bad ones skipped" if self.bad else "")]
+        text = [f"{self.read} rows read ({', '.join(self.formats)})" + (f", {self.bad} bad skipped" if self.bad else "")]
         text += [f"{n} rows dropped: {why}" for why, n in self.dropped.items()]
         if self.truncated:
             text.append(f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}")
@@ -130,9 +130,9 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A row on its way: where it came from, what was made of it, and its tokens."""
+    """A row on its way: where it came from (its columns are dropped by now), what was made of it, and its tokens."""
 
-    place: Row
+    row: Row
     content: Conversation | Text
     encoded: Encoded
 
@@ -289,17 +289,17 @@ class _Rows:
         with pa.OSFile(str(self.file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             columns: dict[str, list[Any]] = {name: [] for name in schema.names}
             size = 0
-            for row in rows:
-                for number, sequence in enumerate(row.encoded.sequences):
+            for prepared in rows:
+                for number, sequence in enumerate(prepared.encoded.sequences):
                     self.row_of.append(self.count)
                     self.lengths.append(len(sequence.input_ids))
                     self.supervised.append(sum(label >= 0 for label in sequence.labels))
                     columns["input_ids"].append(sequence.input_ids)
                     columns["labels"].append(sequence.labels)
-                    columns["conversation"].append(_heldout_line(row, adapt) if adapt and not number else "")
+                    columns["conversation"].append(_heldout_line(prepared, adapt) if adapt and not number else "")
                     size += len(sequence.input_ids)
-                if row.encoded.sequences:
-                    self.longest.append(row.encoded.longest)
+                if prepared.encoded.sequences:
+                    self.longest.append(prepared.encoded.longest)
                     self.count += 1
                 if size > 1 << 18:
                     writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -313,11 +313,11 @@ class _Rows:
         return Dataset.from_file(str(self.file)).with_format("arrow")
 
 
-def _heldout_line(row: Prepared, adapt: Callable[[Conversation], Conversation]) -> str:
-    if isinstance(row.content, Text):
+def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversation]) -> str:
+    if isinstance(prepared.content, Text):
         return ""
-    conversation = adapt(row.content)
-    line = {"messages": conversation.messages, "tools": conversation.tools, "file": row.place.file, "line": row.place.line}
+    conversation = adapt(prepared.content)
+    line = {"messages": conversation.messages, "tools": conversation.tools, "file": prepared.row.file, "line": prepared.row.line}
     return json.dumps(line, ensure_ascii=False)
 
 
@@ -374,18 +374,18 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 def _reported(rows: Iterator[Prepared], tally: Tally, report: Report) -> Iterator[Prepared]:
     last = time.monotonic()
-    for row in rows:
-        yield row
+    for prepared in rows:
+        yield prepared
         if time.monotonic() - last > 2:
             last = time.monotonic()
-            report(f"prepare: {tally.read} rows read, at {row.place.place}")
+            report(f"prepare: {tally.read} rows read, at {prepared.row.place}")
 
 
 def _refuse_nothing(conf: FinetuneConf, key: str, sources: tuple[str, ...], rows: _Rows, tally: Tally) -> None:
     """A loss over no token is 0.0 and looks like success."""
     if any(rows.supervised):
         return
-    found = f"{tally.read} rows read, {tally.bad} bad ones skipped"
+    found = f"{tally.read} rows read, {tally.bad} bad skipped"
     reasons = "".join(f"; {n} dropped: {why}" for why, n in tally.dropped.items())
     long = tally.dropped[TOO_LONG]
     advice = f"; the longest row has {tally.longest} tokens: raise data.max_length ({conf.data.max_length})" if long else ""

@@ -43,7 +43,7 @@ def test_preview_in_colour(run: Run) -> None:
 
 def test_preview_says_what_is_dropped(run: Run) -> None:
     result = run("preview", "-n", "1", "--set", "data.max_length=16")
-    assert "(dropped: its first answer does not end within data.max_length; " in result.output
+    assert "(dropped: the first answer does not end within data.max_length; " in result.output
 
 
 def test_stats(run: Run) -> None:
@@ -51,4 +51,4 @@ def test_stats(run: Run) -> None:
     found = json.loads(result.stdout)
     assert (found["read"], found["bad"], found["train"]["rows"], found["validation"]["rows"]) == (4, 1, 3, 1)
     result = run("stats", "--set", "data.on_bad_row=skip")
-    assert "4 rows read (prompt_completion), 1 bad ones skipped" in result.output and "train: 3 rows in 1 sequences" in result.output
+    assert "4 rows read (prompt_completion), 1 bad skipped" in result.output and "train: 3 rows in 1 sequences" in result.output
