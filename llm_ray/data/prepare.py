@@ -324,11 +324,12 @@ def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversati
 def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Report) -> DataStats:
     import numpy as np
 
-    tally = Tally(fail=conf.data.on_bad_row == "fail")
+    tallies: list[Tally] = []
     adapt = ChatEncoder(tokenizer, conf.data.max_length).adapt if conf.tuning.objective == "sft" else None
 
     def written(sources: tuple[str, ...], name: str, keep: bool) -> _Rows:
-        rows = _Rows(folder / f"{name}.rows.arrow")
+        rows, tally = _Rows(folder / f"{name}.rows.arrow"), Tally(fail=conf.data.on_bad_row == "fail")
+        tallies.append(tally)
         rows.write(_reported(encode_rows(conf, tokenizer, sources, tally), tally, report), adapt if keep else None)
         _refuse_nothing(conf, f"data.{name}", sources, rows, tally)
         return rows
@@ -359,14 +360,14 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
     stats["train"] = _write_split(conf, train, sequences[~is_held], folder / "train", report)
     train.file.unlink()
     return DataStats(
-        formats=tally.formats,
-        files=list(tally.files),
+        formats=list(dict.fromkeys(form for tally in tallies for form in tally.formats)),
+        files=list(dict.fromkeys(file for tally in tallies for file in tally.files)),
         max_length=conf.data.max_length,
-        read=tally.read,
-        bad=tally.bad,
-        truncated=tally.truncated,
-        dropped=dict(tally.dropped),
-        examples=tally.examples,
+        read=sum(tally.read for tally in tallies),
+        bad=sum(tally.bad for tally in tallies),
+        truncated=sum(tally.truncated for tally in tallies),
+        dropped=dict(sum((tally.dropped for tally in tallies), Counter[str]())),
+        examples=[example for tally in tallies for example in tally.examples],
         train=stats["train"],
         validation=stats.get("validation"),
     )
