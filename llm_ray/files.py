@@ -35,6 +35,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """A new empty folder that takes the place of `path` when the block ends well; `path` is as it was when it does not."""
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():  # a crash between the two renames below
+        old.rename(path)
     for debris in (partial, old):
         shutil.rmtree(debris, ignore_errors=True)
     partial.mkdir(parents=True)

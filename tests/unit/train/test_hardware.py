@@ -1,0 +1,36 @@
+"""Precision follows the CPU's flags, and says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_ray.train.hardware import choose_precision, cpu_flags, has_bf16
+
+AMX = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "amx_tile"})
+AVX512_BF16 = frozenset({"avx512f", "avx512_bf16"})
+AVX2 = frozenset({"avx2", "fma"})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "precision", "reason"),
+    [
+        ("auto", AMX, "bf16", "AMX"),
+        ("auto", AVX512_BF16, "bf16", "AVX512-BF16"),
+        ("auto", AVX2, "fp32", "emulate"),
+        ("bf16", AVX2, "bf16", "emulates"),
+        ("bf16", AMX, "bf16", "conf"),
+        ("fp32", AMX, "fp32", "conf"),
+    ],
+)
+def test_precision(wanted: str, flags: frozenset[str], precision: str, reason: str) -> None:
+    chosen, why = choose_precision(wanted, flags)  # type: ignore[arg-type]
+    assert chosen == precision
+    assert reason in why
+
+
+def test_tiles_without_bf16_are_not_enough() -> None:
+    assert has_bf16(frozenset({"amx_tile", "amx_int8"})) is None
+
+
+def test_this_host_has_flags() -> None:
+    assert "fpu" in cpu_flags() or "fp" in cpu_flags()
