@@ -6,6 +6,7 @@ python -m llm_ray.cli.reference --check    # exit 1 if what is there is not what
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import click
@@ -40,4 +41,4 @@ def _pages(ctx: click.Context) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    update({"cli.md": markdown()}, "python -m llm_ray.cli.reference")
+    update({"cli.md": markdown()}, "python -m llm_ray.cli.reference", check="--check" in sys.argv[1:])

@@ -91,7 +91,7 @@ def schema() -> dict[str, Any]:
 
 
 @cache
-def keys() -> dict[str, Key]:
+def table() -> dict[str, Key]:
     """Every key by its dotted name, in the order of the schema, sections before what they hold."""
     return {key.name: key for key in _walk(schema(), "")}
 
@@ -108,22 +108,22 @@ def _walk(node: dict[str, Any], prefix: str) -> Iterator[Key]:
 def known(name: str) -> bool:
     """Whether `name` (dotted) is a key of the conf, or lies below one whose keys are the user's own."""
     parents = (name[:i] for i, character in enumerate(name) if character == ".")
-    return name in keys() or any(parent in keys() and keys()[parent].free for parent in parents)
+    return name in table() or any(parent in table() and table()[parent].free for parent in parents)
 
 
 def nearest(name: str) -> str | None:
     """The key that an unknown dotted `name` was probably meant to be; ``None`` if there is no likeness."""
     section, _, leaf = name.rpartition(".")
     leaf = leaf.lower().replace("-", "_")
-    beside = {key.rpartition(".")[2]: key for key in keys() if key.rpartition(".")[0] == section}
-    same = [key for key in keys() if key.rpartition(".")[2] == leaf]
+    beside = {key.rpartition(".")[2]: key for key in table() if key.rpartition(".")[0] == section}
+    same = [key for key in table() if key.rpartition(".")[2] == leaf]
     if close := get_close_matches(leaf, beside, 1, 0.8):
         return beside[close[0]]
     if same or leaf in ELSEWHERE:
         return (same or [ELSEWHERE[leaf]])[0]
     if close := get_close_matches(leaf, beside, 1, 0.6):
         return beside[close[0]]
-    everywhere = {name.rpartition(".")[2]: name for name, key in keys().items() if not key.section}
+    everywhere = ELSEWHERE | {name.rpartition(".")[2]: name for name, key in table().items() if not key.section}
     close = get_close_matches(leaf, everywhere, 1, 0.75)
     return everywhere[close[0]] if close else None
 

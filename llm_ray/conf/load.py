@@ -286,8 +286,10 @@ class _Loading:
             return name
         siblings = [str(sibling) for c in candidates if c.parent.is_dir() for sibling in c.parent.iterdir()]
         nearest = [n for candidate in candidates for n in get_close_matches(str(candidate), siblings, 1, 0.9)]
-        hint = f"did you mean {nearest[0]}?" if nearest else "a data set of the hub would be named organisation/name"
-        self._complain(path, f"{_dotted(path[:-1])}: no such file or folder: {' or '.join(map(str, candidates))}; {hint}")
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        if not hint and not entry.is_absolute() and entry.suffix.lower() not in DATA_SUFFIXES:
+            hint = "; a data set of the hub would be named organisation/name"
+        self._complain(path, f"{_dotted(path[:-1])}: no such file or folder: {' or '.join(map(str, candidates))}{hint}")
         return name
 
     def _model(self, key: str, name: str) -> str:
@@ -325,12 +327,12 @@ class _Loading:
         """Complains of a validation error in the user's words."""
         name, value, kind = _dotted(path), detail["input"], detail["type"]
         if kind == "missing":
-            for key in keys.keys().values():
+            for key in keys.table().values():
                 if not key.section and (key.name == name or (key.name.startswith(f"{name}.") and key.required)):
                     self._complain(path, f"{key.name} is missing: {keys.first_sentence(key.text)} Add it, or give --set {key.name}=…")
         elif kind in ("extra_forbidden", "invalid_key"):
             section = name.rpartition(".")[0]
-            here = [key.name.rpartition(".")[2] for key in keys.keys().values() if key.name.rpartition(".")[0] == section]
+            here = [key.name.rpartition(".")[2] for key in keys.table().values() if key.name.rpartition(".")[0] == section]
             nearest = keys.nearest(name)
             hint = f"did you mean {nearest}?" if nearest else f"{section or 'a conf'} has the keys {', '.join(here)}"
             self._complain(path, f"{name}: there is no such key; {hint}")
@@ -338,7 +340,7 @@ class _Loading:
             for text in str(detail["ctx"]["error"]).split("\n"):
                 self._complain(self._about(text) or path, text)
         elif kind in ("string_pattern_mismatch", "string_too_short", "too_short"):
-            self._complain(path, f"{name} is {_show(value) if value else 'empty'}, which does not do: {keys.keys()[name].text}")
+            self._complain(path, f"{name} is {_show(value) if value else 'empty'}, which is not allowed. {keys.table()[name].text}")
         else:
             node = _schema(path)
             must = keys.describe(node)
@@ -375,7 +377,7 @@ def _undefined(node: Any, path: yamltext.Path) -> Iterator[tuple[yamltext.Path, 
 def _schema(path: yamltext.Path) -> dict[str, Any]:
     """The JSON Schema of the value at `path`."""
     names = [_dotted(path[:i]) for i in range(len(path), 0, -1)]
-    name, key = next((name, key) for name in names if (key := keys.keys().get(name)))
+    name, key = next((name, key) for name in names if (key := keys.table().get(name)))
     node = key.schema
     for option in [node, *node.get("anyOf", ())]:
         inner = option.get("additionalProperties") or option.get("items")

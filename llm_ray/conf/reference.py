@@ -81,12 +81,12 @@ Those given with `--set`, and those of shipped templates, are looked up in the c
 def markdown() -> str:
     """The reference page."""
     templates = "\n".join(f"- `{name}`: {_headline(file)}" for name, file in shipped("finetune").items())
-    tops = [key for key in keys.keys().values() if "." not in key.name]
+    tops = [key for key in keys.table().values() if "." not in key.name]
     parts = [HEAD.format(templates=templates), _table([key for key in tops if not key.section])]
-    for key in keys.keys().values():
+    for key in keys.table().values():
         if key.section:
             text = keys.schema()["$defs"][key.section]["description"]
-            children = [child for child in keys.keys().values() if child.name.rpartition(".")[0] == key.name and not child.section]
+            children = [child for child in keys.table().values() if child.name.rpartition(".")[0] == key.name and not child.section]
             required = " Required." if key.required else ""
             unset = " Off unless given." if "anyOf" in key.schema else ""
             parts.append(f"\n### {key.name}\n\n{' '.join(text.split())}{required}{unset}\n\n{_table(children)}")
@@ -128,18 +128,22 @@ def _default(key: Key) -> str:
     return f"`{default}`" if isinstance(default, str) else f"`{json.dumps(default)}`"
 
 
-def update(pages: dict[str, str], command: str) -> None:
-    """Writes the pages (by file name) into docs/reference; with ``--check`` among the arguments compares, and exits 1 on a difference."""
+def update(pages: dict[str, str], command: str, check: bool) -> None:
+    """Writes the pages (by file name) into docs/reference; with `check` only compares, and exits 1 on a difference."""
     for name, text in pages.items():
         file = FOLDER / name
         there = file.read_text(encoding="utf-8") if file.exists() else None
         if there == text:
             continue
-        if "--check" in sys.argv[1:]:
+        if check:
             sys.exit(f"docs/reference/{name} is not what the code says: run `{command}` and commit the file")
         FOLDER.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    update({"finetune-conf.md": markdown(), "finetune-conf.schema.json": json_schema()}, "python -m llm_ray.conf.reference")
+    update(
+        {"finetune-conf.md": markdown(), "finetune-conf.schema.json": json_schema()},
+        "python -m llm_ray.conf.reference",
+        check="--check" in sys.argv[1:],
+    )

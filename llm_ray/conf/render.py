@@ -30,7 +30,8 @@ from jinja2.utils import missing
 import llm_ray
 
 # Private-use characters, which no conf holds, enclose a line's number, and the message about an undefined variable.
-_LINE = re.compile("\ue000([0-9]+)\ue001")
+# Of several marks before the same text the last one holds: the others belong to lines of tags, which left nothing behind.
+_LINE = re.compile("(?:\ue000([0-9]+)\ue001)+")
 _UNDEFINED = re.compile("\ue002([0-9a-f]*)\ue003")
 RESERVED = ("env", "shipped")
 
@@ -78,23 +79,24 @@ class _Environ:
     """The process's environment variables; read-only, and without methods that could hide a variable's name."""
 
     def __getitem__(self, name: str) -> str | Undefined:
-        return os.environ.get(name, _Undefined(f"the environment variable {name} is not set"))
+        return os.environ.get(
+            name, _Undefined(f"the environment variable {name} is not set: set it, or give a default: env('{name}', '…')")
+        )
 
     def __call__(self, name: str, default: object = None) -> object:
         return self[name] if default is None else os.environ.get(name, default)
 
 
 class _MarkLines(Extension):
-    """Begins each line of the template's own text with the mark of its number."""
+    """Puts the mark of its number before each line, or part of a line, of the template's own text."""
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
         for token in stream:
-            if token.type != "data":
+            if token.type == "data":
+                marked = [f"\ue000{line}\ue001{text}" for line, text in enumerate(token.value.split("\n"), token.lineno)]
+                yield Token(token.lineno, "data", "\n".join(marked))
+            else:
                 yield token
-                continue
-            first, *others = token.value.split("\n")
-            marked = [f"\ue000{token.lineno + i}\ue001{text}" for i, text in enumerate(others, 1)]
-            yield Token(token.lineno, "data", "\n".join([first, *marked]))
 
 
 def _print(value: object) -> object:

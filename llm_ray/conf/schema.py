@@ -94,7 +94,7 @@ class Paths(Section):
     models: AbsolutePath = Field(default_factory=lambda: home() / "models", json_schema_extra={"default": "$LLM_RAY_HOME/models"})
     """The model registry: one Hugging Face folder a model."""
     data: AbsolutePath = Field(default_factory=lambda: home() / "data", json_schema_extra={"default": "$LLM_RAY_HOME/data"})
-    """Data files named by a relative path in `data` are looked up beside the conf file first, then here."""
+    """Data files named by a relative path are looked up beside the conf file, then in the current folder, then here."""
     runs: AbsolutePath = Field(default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"})
     """One folder a run."""
 
@@ -136,7 +136,7 @@ class Data(Section):
 
     train: Texts = Field(min_length=1)
     """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these.
-    Relative paths: beside the conf file, then under `paths.data`."""
+    Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
     validation: float | Texts | None = 0.05
     """Validation data: a file or list as in `train`, or a fraction of the training rows (0 < f < 1) that is split off by the seed.
     `null`: none."""
