@@ -1,0 +1,1 @@
+"""A run's folder: lineage, stage marks, metrics, listing, comparison, model card."""

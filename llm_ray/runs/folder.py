@@ -1,0 +1,390 @@
+"""A run's folder: locked by who works in it, with the conf as run, lineage, stage marks and results.
+
+    with open_run(conf, force=False) as run:
+        inputs = inputs_hash(conf.data, file_hashes(conf.data.train))
+        if not run.is_done("prepare", inputs):
+            run.begin("prepare", inputs)
+            …
+            run.mark_done("prepare", inputs, seconds)
+
+Only the process that holds the lock writes here (workers write metrics and checkpoints). Every file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+import llm_ray
+from llm_ray.conf import yamltext
+from llm_ray.conf.load import DATA_SUFFIXES, dump
+from llm_ray.conf.schema import FinetuneConf, Paths, Stage
+from llm_ray.conf.schema import Model as BaseModelConf
+from llm_ray.errors import LlmRayError, RunError
+from llm_ray.files import write_json, write_text
+from llm_ray.runs.metrics import finite
+
+State = Literal["running", "done", "failed", "stopped"]
+
+LOCK, CONF, RUN, PARAMS, RESULT = ".lock", "conf.yaml", "run.json", "params.json", "result.json"
+RESULT_KEYS = ("model", "data", "tuning", "training", "evaluation")
+"""Sections of the conf that change what a run gives; the rest says where and how it runs."""
+PACKAGES = ("ray", "torch", "transformers", "peft")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_BLOCK = 1 << 20
+_LOCK_SECONDS = 1.0  # `runs list` holds a lock for a moment when it looks whether there is one
+
+
+class RunFolder:
+    """The folder of one run. :func:`open_run` makes it and holds its lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lineage(self) -> dict[str, Any]:
+        """run.json as it is; empty where there is none."""
+        return _read_json(self.path / RUN)
+
+    def result(self) -> dict[str, Any]:
+        """result.json as it is; empty where there is none."""
+        return _read_json(self.path / RESULT)
+
+    def is_done(self, stage: Stage, inputs_hash: str) -> bool:
+        """Whether `stage` was done for the same inputs."""
+        mark = self._marks().get(stage, {})
+        return mark.get("inputs") == inputs_hash and "finished" in mark
+
+    def begin(self, stage: Stage, inputs_hash: str) -> bool:
+        """Note that `stage` begins. True when an attempt with the same inputs was begun before, and its leftovers (checkpoints) can be
+        gone on from; False when whatever is left is of other inputs."""
+        mark = self._marks().get(stage, {})
+        self._mark(stage, {"inputs": inputs_hash, "began": _now()})
+        return mark.get("inputs") == inputs_hash
+
+    def mark_done(self, stage: Stage, inputs_hash: str, seconds: float) -> None:
+        """Mark `stage` as done for these inputs."""
+        self._mark(stage, {"inputs": inputs_hash, "finished": _now(), "seconds": round(seconds, 3)})
+
+    def clear(self, stage: Stage) -> None:
+        """Take the mark of `stage` away: it is to be repeated, from its start."""
+        self._mark(stage, None)
+
+    def record(self, **values: Any) -> None:
+        """Set values of run.json, as `hosts` once the cluster is known."""
+        self._write(RUN, self.lineage() | values)
+
+    def set_state(self, state: State, reason: str = "") -> None:
+        """Say how the run stands, and why."""
+        self.record(state=state, reason=reason, updated=_now())
+
+    def write_params(self, params: Mapping[str, Any]) -> None:
+        """Write params.json: the hyperparameters as run."""
+        self._write(PARAMS, params)
+
+    def update_result(self, section: str, values: Mapping[str, Any]) -> None:
+        """Merge `values` into a section of result.json."""
+        result = self.result()
+        self._write(RESULT, result | {section: result.get(section, {}) | dict(values)})
+
+    def _marks(self) -> dict[str, dict[str, Any]]:
+        marks: dict[str, dict[str, Any]] = self.lineage().get("stages", {})
+        return marks
+
+    def _mark(self, stage: Stage, mark: dict[str, Any] | None) -> None:
+        marks = {name: other for name, other in self._marks().items() if name != stage}
+        self.record(stages=marks | {stage: mark} if mark else marks)
+
+    def _write(self, name: str, value: object) -> None:
+        with _told(self.path):
+            write_json(self.path / name, finite(value))
+
+
+@contextlib.contextmanager
+def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
+    """The folder of the run `conf.name`, made or gone on with, locked until the block ends.
+
+    The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C) or `failed` with the error's words, where the block has
+    not set another. Raises RunError when another process works in it, when it was made by a conf with other results (unless
+    `force`), and when it cannot be written.
+    """
+    run = RunFolder(conf.run_dir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_told(run.path))
+        run.path.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_locked(run.path))
+        if not force:
+            _refuse_other_conf(conf, run.path)
+        text = dump(conf)
+        write_text(run.path / CONF, text)
+        lineage = run.lineage()
+        run.record(**{"created": _now(), "stages": {}} | lineage | _lineage(conf, text))
+        run.set_state("running")
+        try:
+            yield run
+        except BaseException as error:
+            stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, LlmRayError) and error.exit_code == 130)
+            with contextlib.suppress(RunError):  # a full disk: the first error is the one to tell
+                run.set_state("stopped" if stopped else "failed", str(error) or type(error).__name__)
+            raise
+        if run.lineage()["state"] == "running":
+            run.set_state("done")
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock of the run in `path`: {"host", "pid", "since"}; None when nobody does."""
+    try:
+        with (path / LOCK).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _holder(file)
+    except OSError:
+        return None
+    return None
+
+
+def stored_conf(path: Path) -> dict[str, Any]:
+    """The conf as it was run, with this version's defaults for keys that are new. Raises RunError where it cannot be read."""
+    try:
+        data = yamltext.parse((path / CONF).read_text(encoding="utf-8")).data
+        return FinetuneConf.model_validate(data).model_dump(mode="json")
+    except (OSError, UnicodeDecodeError, yamltext.Problem, ValidationError) as error:
+        made_by = _read_json(path / RUN).get("versions", {}).get("llm_ray", "unknown")
+        raise RunError(
+            f"{path / CONF} cannot be read by llm-ray {llm_ray.__version__} (it was written by version {made_by}): use another name, or "
+            f"--force to begin anew. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys (dotted) in which two confs differ, with both values."""
+    a, b = flat(old), flat(new)
+    return {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*b, *a]) if a.get(key) != b.get(key)}
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def inputs_hash(*parts: object) -> str:
+    """SHA-256 of the parts as canonical JSON; sections of the conf and paths may be among them."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hashes(sources: Sequence[str]) -> list[dict[str, Any]]:
+    """{"path", "sha256", "bytes"} of each file, those of a folder sorted by name; of a hub id {"hub"} alone.
+
+    Raises RunError when a file cannot be read.
+    """
+    entries: list[dict[str, Any]] = []
+    for source in sources:
+        path = Path(source)
+        if not path.exists():
+            entries.append({"hub": source})
+            continue
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            try:
+                status = file.stat()
+                digest = _file_hash(file, status.st_size, status.st_mtime_ns)
+            except OSError as error:
+                raise RunError(f"{file} cannot be read: {error.strerror}") from error
+            entries.append({"path": str(file), "sha256": digest, "bytes": status.st_size})
+    return entries
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """Streamed SHA-256; remembered as long as size and time of change are the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_identity(model: BaseModelConf, paths: Paths) -> dict[str, Any]:
+    """What the base model is: its name, and of a local folder the fingerprint (names, sizes and both ends of its files)."""
+    identity: dict[str, Any] = {key: value for key in ("base", "revision", "gguf_file") if (value := getattr(model, key))}
+    places = (Path(model.base), paths.models / model.base, paths.runs / model.base / "output")
+    folder = next((place for place in places if place.is_absolute() and place.is_dir()), None)
+    if folder:
+        identity |= {"folder": str(folder), "fingerprint": _fingerprint(folder)}
+    return identity
+
+
+def _fingerprint(folder: Path) -> str:
+    # Weights are large: their size and their first and last MiB tell one training's from another's.
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name}\0{size}\0".encode())
+            file.seek(0)
+            digest.update(file.read(_BLOCK))
+            file.seek(max(0, size - _BLOCK))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _lineage(conf: FinetuneConf, text: str) -> dict[str, Any]:
+    validation = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
+    return {
+        "name": conf.name,
+        "conf_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "data": {
+            "train": file_hashes(conf.data.train),
+            "validation": file_hashes(validation),
+            "evaluation": file_hashes(conf.evaluation.data or ()),
+        },
+        "model": model_identity(conf.model, conf.paths),
+        "versions": {
+            "llm_ray": llm_ray.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+        },
+        "hosts": [socket.gethostname()],
+        "git": _git(),
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the current folder, and whether tracked files differ from it; None outside a work tree."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
+    if not (path / CONF).exists():
+        return
+    old, new = stored_conf(path), conf.model_dump(mode="json")
+    changed = differences({key: old[key] for key in RESULT_KEYS}, {key: new[key] for key in RESULT_KEYS})
+    if changed:
+        lines = [f"{key}: {_show(was)} -> {_show(now)}" for key, (was, now) in changed.items()]
+        raise RunError(
+            "\n  ".join([f"the run {conf.name} exists ({path}) and was made with another conf:", *lines])
+            + "\nGive this one another name (--set name=…), or use --force to replace what depends on these keys."
+        )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the run's lock. flock becomes a lock of the server on NFS (since Linux 2.6.12), for which the file is open for writing."""
+    with (path / LOCK).open("a+b") as file:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    other = _holder(file)
+                    who = f"process {other['pid']} on {other['host']}, since {other['since']}" if other else "another process"
+                    raise RunError(
+                        f"the run {path.name} ({path}) is in use by {who}: wait for it or stop it, or give this one another name"
+                    ) from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                raise RunError(
+                    f"{path} is on storage without file locks ({error.strerror}): on NFS, the lock service must run (NFS 4 has it built in)"
+                ) from error
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}).encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a forked child has the file open
+
+
+def _holder(file: IO[bytes]) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        found: dict[str, Any] = json.loads(file.read())
+    except ValueError:
+        return {}
+    return found
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Failed writes under `path` as RunErrors that say what to do."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
+        room = f"{free / 2**30:.1f} GiB free"
+        if error.errno in _NO_ROOM:
+            raise RunError(f"no space left for the run's folder {path} ({room}): make room, or set paths.runs to another disk") from error
+        if error.errno in _NOT_ALLOWED and error.filename and Path(os.fsdecode(error.filename)).is_relative_to(path.parent):
+            raise RunError(
+                f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): mend its permissions, or set "
+                "paths.runs to another folder"
+            ) from error
+        raise
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no canonical JSON")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise RunError(f"{path} is no JSON ({error}): it was changed by hand or damaged; mend it, or move the folder away") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

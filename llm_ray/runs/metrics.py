@@ -1,0 +1,121 @@
+"""The figures of training, a row a step: written to metrics.jsonl (and TensorBoard) by rank 0, read by whoever shows them.
+
+writer = MetricsWriter(run_dir, tensorboard=True, resume_from_step=0)
+writer.write({"step": 1, "loss": 2.3})
+read_metrics(run_dir / "metrics.jsonl", last=1)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from llm_ray.files import write_text
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+_BLOCK = 8192
+
+
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl`` of a run, and to ``tensorboard/`` where that is asked for.
+
+    Rows with a step after `resume_from_step` (all of them when it is 0) are cut off first, so that a step appears once.
+    Raises OSError when the folder cannot be written.
+    """
+
+    def __init__(self, run_dir: Path, tensorboard: bool, resume_from_step: int) -> None:
+        path = run_dir / METRICS
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_from_step] if resume_from_step else []
+        write_text(path, "".join(_line(row) for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = None
+        if not resume_from_step:
+            shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=resume_from_step + 1 if resume_from_step else None)
+
+    def write(self, row: Mapping[str, float | int]) -> None:
+        """Append a row, which has a `step`. A validation loss is joined by its perplexity. What is no number becomes null."""
+        figures = dict(row)
+        if "validation_loss" in figures:
+            figures["validation_perplexity"] = _exp(figures["validation_loss"])
+        self._file.write(_line(figures))
+        self._file.flush()
+        if self._board:
+            for name, value in figures.items():
+                if name not in ("step", "total_steps"):
+                    tag = name.replace("validation_", "validation/") if name.startswith("validation_") else f"train/{name}"
+                    self._board.add_scalar(tag, value, int(figures["step"]))
+            self._board.flush()  # a killed worker would take with it what is buffered
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, or the last few, of which only the file's tail is read.
+
+    No file is no rows; a line that is torn (its writer was killed, or is writing) is left out.
+    """
+    try:
+        with path.open("rb") as file:
+            lines = file.read().splitlines() if last is None else _tail(file, last + 1)  # one more: the last may be torn
+    except OSError as error:
+        # A file that another host has just replaced is stale on NFS: to be read the next time.
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return []
+        raise
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    return rows if last is None else rows[max(0, len(rows) - last) :]
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that strict JSON has not (NaN, infinity), at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return value
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _tail(file: IO[bytes], count: int) -> list[bytes]:
+    """The last `count` lines of `file`."""
+    start = end = file.seek(0, os.SEEK_END)
+    text = b""
+    while start and text.count(b"\n") <= count:
+        start = max(0, end - max(_BLOCK, 2 * (end - start)))
+        file.seek(start)
+        text = file.read(end - start)
+    return text.splitlines()[-count:]
