@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,15 +76,15 @@ def shipped(kind: str) -> dict[str, Path]:
 
 def find(config: str | Path, kind: str) -> Path:
     """The conf file that `config` means: a file, or the name of a shipped template. Raises :class:`ConfError`."""
-    file = Path(config).expanduser()
+    file = _expand(config)
     templates = shipped(kind)
-    if file.is_file():
+    if _there(file.is_file):
         return file
     if str(config) in templates:
         return templates[str(config)]
-    if file.is_dir():
+    if _there(file.is_dir):
         raise ConfError(f"--config {config}: this is a folder; name a conf file in it")
-    beside = [str(file.parent / other.name) for other in file.parent.iterdir()] if file.parent.is_dir() else []
+    beside = [str(sibling) for sibling in _siblings(file)]
     nearest = get_close_matches(str(config), [*templates, *beside], 1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise ConfError(f"--config {config}: no such file, and no shipped template of that name; {hint}Shipped: {', '.join(templates)}")
@@ -103,7 +103,7 @@ def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
     """The template variables of the ``--vars`` files, later ones over earlier ones."""
     values: dict[str, Any] = {}
     for name in files:
-        file = Path(name).expanduser()
+        file = _expand(name)
         try:
             data = yamltext.parse(_read(file)).data
         except yamltext.Problem as problem:
@@ -243,9 +243,9 @@ class _Loading:
             values = self.data.get(section)
             for name in names:
                 if isinstance(values, dict) and isinstance(values.get(name), str):
-                    path = Path(values[name]).expanduser()
+                    path = _expand(values[name])
                     folders = self._folders((section, name))
-                    values[name] = str(next((f / path for f in folders if (f / path).exists()), folders[0] / path))
+                    values[name] = str(next((f / path for f in folders if _there((f / path).exists)), folders[0] / path))
 
     def _resolve(self, conf: FinetuneConf) -> FinetuneConf:
         """The conf with the files it names as absolute paths; complains of what is not there."""
@@ -262,7 +262,7 @@ class _Loading:
             model["tokenizer"] = self._model("tokenizer", conf.model.tokenizer)
         if conf.model.trust_remote_code:
             model["trusted_models"] = tuple(dict.fromkeys([*conf.model.trusted_models, model["base"]]))
-        if conf.model.chat_template and not conf.model.chat_template.is_file():
+        if conf.model.chat_template and not _there(conf.model.chat_template.is_file):
             self._complain(("model", "chat_template"), f"model.chat_template: no such file: {conf.model.chat_template}")
         return conf.model_copy(
             update={
@@ -277,14 +277,14 @@ class _Loading:
         if not name.strip():
             self._complain(path, f"{_dotted(path)} is empty: name a file, a folder or a data set of the hub")
             return name
-        entry = Path(name).expanduser()
+        entry = _expand(name)
         candidates = list(dict.fromkeys(folder / entry for folder in [*self._folders(path), data]))
-        if found := next((candidate for candidate in candidates if candidate.exists()), None):
+        if found := next((candidate for candidate in candidates if _there(candidate.exists)), None):
             return str(found)
         hub = HUB_ID.fullmatch(name) and entry.suffix.lower() not in DATA_SUFFIXES
-        if hub and not any(candidate.parent.is_dir() for candidate in candidates):
+        if hub and not any(_there(candidate.parent.is_dir) for candidate in candidates):
             return name
-        siblings = [str(sibling) for c in candidates if c.parent.is_dir() for sibling in c.parent.iterdir()]
+        siblings = [str(sibling) for candidate in candidates for sibling in _siblings(candidate)]
         nearest = [n for candidate in candidates for n in get_close_matches(str(candidate), siblings, 1, 0.9)]
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         if not hint and not entry.is_absolute() and entry.suffix.lower() not in DATA_SUFFIXES:
@@ -294,12 +294,12 @@ class _Loading:
 
     def _model(self, key: str, name: str) -> str:
         """A model's folder as absolute path; a name of the registry, of a run or of the hub as it is."""
-        path = Path(name).expanduser()
+        path = _expand(name)
         explicit = path.is_absolute() or name.startswith(("./", "../"))
         candidates = [folder / path for folder in self._folders(("model", key))]
         for folder in candidates:
             # A folder that only happens to be called like a model of the registry is none.
-            if folder.is_dir() and (explicit or any((folder / file).exists() for file in MODEL_FILES)):
+            if _there(folder.is_dir) and (explicit or any(_there((folder / file).exists) for file in MODEL_FILES)):
                 return str(folder)
         if explicit:
             where = " or ".join(map(str, dict.fromkeys(candidates)))
@@ -314,8 +314,8 @@ class _Loading:
             self._complain(path, f"data.processor is {name}: name the class too, as in {name}:MyProcessor")
         if not file.endswith(".py"):
             return name
-        candidates = [folder / Path(file).expanduser() for folder in self._folders(path)]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        candidates = [folder / _expand(file) for folder in self._folders(path)]
+        found = next((candidate for candidate in candidates if _there(candidate.is_file)), None)
         if not found:
             where = " or ".join(map(str, dict.fromkeys(candidates)))
             self._complain(path, f"data.processor: no such file: {where}")
@@ -372,6 +372,30 @@ def _undefined(node: Any, path: yamltext.Path) -> Iterator[tuple[yamltext.Path, 
             yield from _undefined(value, (*path, i))
     elif isinstance(node, str) and (messages := undefined(node)):
         yield path, messages
+
+
+def _expand(name: str | Path) -> Path:
+    """The path with `~` expanded, where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def _there(look: Callable[[], bool]) -> bool:
+    """Whether the file is there; no as well where it may not be looked for, or no file can be called so."""
+    try:
+        return look()
+    except OSError:
+        return False
+
+
+def _siblings(file: Path) -> list[Path]:
+    """What lies in the same folder, if that can be listed."""
+    try:
+        return list(file.parent.iterdir())
+    except OSError:
+        return []
 
 
 def _schema(path: yamltext.Path) -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from llm_ray.conf import keys
 from llm_ray.conf.load import dump, load_finetune
 from llm_ray.errors import ConfError
 from tests.unit.conf.conftest import SMALL
@@ -379,6 +384,14 @@ def test_a_trusted_model_stays_trusted_when_its_path_is_made_absolute(write: Wri
     assert load_finetune(write(dump(conf))) == conf
 
 
+@pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 300, "\0", "my.yaml/x.json"])
+@pytest.mark.parametrize("key", ["data.train", "evaluation.data", "model.chat_template", "data.processor"])
+def test_names_that_no_file_can_have(write: Write, key: str, name: str) -> None:
+    value = f"{name}.py:P" if key == "data.processor" else name
+    assert f"{key}: no such file" in message(write(SMALL), f'{key}="{value}"'.replace("\0", "\\0"))
+    message(name)
+
+
 # The resolved conf ---------------------------------------------------------------------------------------------------------
 
 
@@ -407,3 +420,35 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, folder: Path, override: s
         override = f"{name}='{value}'"
     conf = load_finetune(write(SMALL), [override])
     assert load_finetune(write(dump(conf))) == conf
+
+
+# Anything at all -----------------------------------------------------------------------------------------------------------
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train.jsonl", "~x/y", "a/b", "*", "p.py:P", "\0"])
+)
+NAMES = st.sampled_from(sorted({part for name in keys.table() for part in name.split(".")})) | st.text(max_size=3) | st.integers()
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(NAMES, VALUES, max_size=6))
+def test_any_yaml_is_a_conf_or_a_conf_error(write: Write, data: dict[object, object]) -> None:
+    file = write(yaml.safe_dump({"name": "x", "model": {"base": "b"}, "data": {"train": "train.jsonl"}} | data, allow_unicode=True))
+    try:
+        load_finetune(file)
+    except ConfError as error:
+        assert "my.yaml" in str(error)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([*"{}[]:%#'\"&*!|>-?@` \n\t", "{{", "}}", "{%", "%}", " x ", "data", ": ", "\n  "]), max_size=12).map("".join)
+)
+def test_any_text_is_a_conf_or_a_conf_error(write: Write, text: str) -> None:
+    with pytest.raises(ConfError, match=r"my\.yaml"):
+        load_finetune(write(text))
+    with contextlib.suppress(ConfError):
+        load_finetune(write(SMALL + text))
+    with contextlib.suppress(ConfError):
+        load_finetune(write(SMALL), [text, f"name={text}", f"data.system={text}"])
