@@ -37,10 +37,10 @@ from pydantic import BaseModel, ValidationError
 import llm_ray
 from llm_ray.conf import yamltext
 from llm_ray.conf.load import DATA_SUFFIXES, dump
-from llm_ray.conf.schema import FinetuneConf, Paths, Stage
-from llm_ray.conf.schema import Model as BaseModelConf
+from llm_ray.conf.schema import FinetuneConf, Model, Paths, Stage
 from llm_ray.errors import LlmRayError, RunError
 from llm_ray.files import write_json, write_text
+from llm_ray.models.load import resolve
 from llm_ray.runs.metrics import finite
 
 State = Literal["running", "done", "failed", "stopped"]
@@ -125,19 +125,19 @@ def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
 
     The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C) or `failed` with the error's words, where the block has
     not set another. Raises RunError when another process works in it, when it was made by a conf with other results (unless
-    `force`), and when it cannot be written.
+    `force`), and when it cannot be written; ModelError for a base model that is nowhere.
     """
     run = RunFolder(conf.run_dir)
+    text = dump(conf)
+    lineage = _lineage(conf, text)  # first: without data or base model there is nothing to make a folder for
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told(run.path))
         run.path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_locked(run.path))
         if not force:
             _refuse_other_conf(conf, run.path)
-        text = dump(conf)
         write_text(run.path / CONF, text)
-        lineage = run.lineage()
-        run.record(**{"created": _now(), "stages": {}} | lineage | _lineage(conf, text))
+        run.record(**{"created": _now(), "stages": {}} | run.lineage() | lineage)
         run.set_state("running")
         try:
             yield run
@@ -225,18 +225,15 @@ def _file_hash(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_identity(model: BaseModelConf, paths: Paths) -> dict[str, Any]:
-    """What the base model is: its name, and of a local folder the fingerprint (names, sizes and both ends of its files)."""
-    identity: dict[str, Any] = {key: value for key in ("base", "revision", "gguf_file") if (value := getattr(model, key))}
-    places = (Path(model.base), paths.models / model.base, paths.runs / model.base / "output")
-    folder = next((place for place in places if place.is_absolute() and place.is_dir()), None)
-    if folder:
-        identity |= {"folder": str(folder), "fingerprint": _fingerprint(folder)}
-    return identity
+def _model_identity(model: Model, paths: Paths) -> dict[str, Any]:
+    """What the base model is: its name, and of a local folder the fingerprint."""
+    folder = resolve(model.base, paths).folder
+    identity = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
+    return identity | ({"folder": str(folder), "fingerprint": _fingerprint(folder)} if folder else {})
 
 
 def _fingerprint(folder: Path) -> str:
-    # Weights are large: their size and their first and last MiB tell one training's from another's.
+    # Names, sizes and both ends of all files. Weights are large: their first and last MiB tell one training's from another's.
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
         with path.open("rb") as file:
@@ -259,7 +256,7 @@ def _lineage(conf: FinetuneConf, text: str) -> dict[str, Any]:
             "validation": file_hashes(validation),
             "evaluation": file_hashes(conf.evaluation.data or ()),
         },
-        "model": model_identity(conf.model, conf.paths),
+        "model": _model_identity(conf.model, conf.paths),
         "versions": {
             "llm_ray": llm_ray.__version__,
             "python": platform.python_version(),
