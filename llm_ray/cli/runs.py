@@ -1,0 +1,230 @@
+"""``llm-ray runs``: list, show and compare runs.
+
+llm-ray runs compare lora-r8 lora-r16 --png loss.png
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+folder_option = click.option(
+    "--runs",
+    "folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The folder of runs (paths.runs of the conf). Default: $LLM_RAY_HOME/runs.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group()
+def runs() -> None:
+    """List, show and compare runs.
+
+    \b
+    Examples:
+      llm-ray runs list
+      llm-ray runs show quickstart
+      llm-ray runs compare lora-r8 lora-r16 --png loss.png
+    """
+
+
+@runs.command("list")
+@folder_option
+@json_option
+def list_(folder: Path | None, as_json: bool) -> None:
+    """List the runs, latest first, with state and last figures.
+
+    An `interrupted` run was running, and no process holds it any more: the same finetune command goes on with it.
+
+    \b
+    Example:
+      llm-ray runs list --json
+    """
+    from llm_ray.runs.listing import age, list_runs
+
+    found = list_runs(_folder(folder))
+    if as_json:
+        _print_json([vars(run) for run in found])
+    elif not found:
+        click.echo(f"no runs in {_folder(folder)}: llm-ray finetune makes one")
+    else:
+        head = ("name", "state", "base", "method", "steps", "loss", "validation", "tokens/s", "age")
+        lines = [
+            (
+                run.name,
+                run.state,
+                Path(run.base).name if run.base and run.base.startswith("/") else run.base,
+                run.method,
+                f"{run.step}/{run.total_steps}" if run.total_steps else "",
+                run.loss,
+                run.validation_loss,
+                run.tokens_per_second,
+                age(run.created),
+            )
+            for run in found
+        ]
+        click.echo(_table([head, *lines]))
+
+
+@runs.command()
+@click.argument("name")
+@folder_option
+@json_option
+def show(name: str, folder: Path | None, as_json: bool) -> None:
+    """Show a run: conf, stages, metrics, evaluation, output, lineage.
+
+    \b
+    Example:
+      llm-ray runs show quickstart
+    """
+    from llm_ray.errors import RunError
+    from llm_ray.runs.folder import RunFolder, stored_conf
+    from llm_ray.runs.listing import find_run, summary
+
+    path = find_run(_folder(folder), name)
+    run = summary(path)
+    if run.state == "damaged":
+        raise RunError(f"the run {name} is damaged: {run.reason}")
+    conf, lineage, result = stored_conf(path), RunFolder(path).lineage(), RunFolder(path).result()
+    output = path / "output"
+    if as_json:
+        _print_json({**vars(run), "output": str(output) if output.is_dir() else None, "conf": conf, "lineage": lineage, "result": result})
+        return
+    model, data, tuning, training = conf["model"], conf["data"], conf["tuning"], conf["training"]
+    click.secho(f"{name}: {run.state}", bold=True)
+    if run.reason:
+        click.echo(run.reason)
+    _section("conf", _conf_lines(model, data, tuning, training, conf["runtime"]))
+    _section("stages", _stage_lines(conf["stages"], lineage.get("stages", {})))
+    figures = {
+        "steps": f"{run.step} of {run.total_steps}" if run.total_steps else None,
+        "loss": run.loss,
+        "validation loss": run.validation_loss,
+        "tokens/s": run.tokens_per_second,
+    }
+    _section("metrics", figures.items())
+    evaluation = result.get("evaluation", {})
+    if evaluation.get("base"):
+        click.secho("\nevaluation", bold=True)
+        rows = [(key.replace("_", " "), value, evaluation["finetuned"].get(key)) for key, value in evaluation["base"].items()]
+        click.echo(_table([("", "base", "finetuned"), *rows], indent="  "))
+    git = lineage.get("git")
+    _section(
+        "lineage",
+        [
+            ("created", lineage.get("created")),
+            ("command", lineage.get("command")),
+            ("conf", f"{path / 'conf.yaml'} (sha256 {lineage.get('conf_sha256', '')[:12]})"),
+            *(("data", _file_line(entry)) for entry in lineage.get("data", {}).get("train", [])),
+            ("model", lineage.get("model", {}).get("fingerprint", "")[:12] or None),
+            ("versions", ", ".join(f"{package} {number}" for package, number in lineage.get("versions", {}).items() if number)),
+            ("hosts", ", ".join(lineage.get("hosts", []))),
+            ("git", git and f"{git['commit'][:12]}{', changed' if git['dirty'] else ''}"),
+        ],
+    )
+    _section("output", [("folder", path), ("model", output if output.is_dir() else None)])
+
+
+@runs.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME NAME…")
+@click.option("--metric", default="loss", show_default=True, help="The column of metrics.jsonl to plot.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plot to a PNG, too.")
+@folder_option
+@json_option
+def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path | None, as_json: bool) -> None:
+    """Compare runs: in what their confs differ, their figures, their curves.
+
+    \b
+    Example:
+      llm-ray runs compare lora-r8 lora-r16 --metric validation_loss --png loss.png
+    """
+    from llm_ray.runs.compare import compare as compare_runs
+    from llm_ray.runs.compare import png_plot, terminal_plot
+    from llm_ray.runs.listing import find_run
+
+    if len(set(names)) < 2:
+        raise click.UsageError("name two runs or more to compare")
+    found = compare_runs([find_run(_folder(folder), name) for name in dict.fromkeys(names)], metric)
+    if png:
+        png_plot(found, png)
+        click.echo(f"the plot is in {png}", err=True)
+    if as_json:
+        _print_json(vars(found))
+        return
+    tables = [("conf", found.conf), ("figures", found.figures)]
+    for title, values in tables:
+        if values:
+            click.echo(_table([(title, *found.runs), *((key, *of_runs) for key, of_runs in values.items())]) + "\n")
+    if not found.conf:
+        click.echo("the confs are the same\n")
+    color = sys.stdout.isatty()
+    click.echo(terminal_plot(found, min(100, shutil.get_terminal_size((100, 24)).columns), color=color), color=color)
+
+
+def _folder(folder: Path | None) -> Path:
+    from llm_ray.conf.schema import home
+
+    return folder.expanduser().absolute() if folder else home() / "runs"
+
+
+def _conf_lines(
+    model: dict[str, Any], data: dict[str, Any], tuning: dict[str, Any], training: dict[str, Any], runtime: dict[str, Any]
+) -> list[tuple[str, object]]:
+    rank = f" r {tuning['lora']['r']}" if tuning["method"] == "lora" else ""
+    validation = data["validation"]
+    length = f"{training['max_steps']} steps" if training["max_steps"] else f"{training['epochs'] or 3:g} epochs"
+    return [
+        ("base", model["base"]),
+        ("train", ", ".join(data["train"])),
+        ("validation", ", ".join(validation) if isinstance(validation, list) else validation),
+        ("tuning", f"{tuning['objective']}, {tuning['method']}{rank}"),
+        ("training", f"{length}, batch {training['batch_size']} x {training['gradient_accumulation']} x {runtime['workers']} worker(s)"),
+        ("learning rate", f"{training['learning_rate'] or 'default'}, {training['schedule']}"),
+    ]
+
+
+def _stage_lines(stages: Sequence[str], marks: dict[str, dict[str, Any]]) -> list[tuple[str, object]]:
+    def words(mark: dict[str, Any]) -> str:
+        if "finished" in mark:
+            return f"done {mark['finished']}, in {mark['seconds']:.0f} s"
+        return f"begun {mark['began']}, not done" if mark else "not done"
+
+    return [(stage, words(marks.get(stage, {}))) for stage in dict.fromkeys([*stages, *marks])]
+
+
+def _file_line(entry: dict[str, Any]) -> str:
+    return entry.get("hub") or f"{entry['path']} ({entry['bytes']} bytes, sha256 {entry['sha256'][:12]})"
+
+
+def _section(title: str, lines: Iterable[tuple[str, object]]) -> None:
+    shown = [(key, value) for key, value in lines if value not in (None, "")]
+    if shown:
+        click.secho(f"\n{title}", bold=True)
+        click.echo(_table(shown, indent="  "))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict, bool)) else str(value)
+
+
+def _table(rows: Sequence[Sequence[object]], indent: str = "") -> str:
+    """Rows as columns of one width each."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
