@@ -32,7 +32,10 @@ def write_json(path: Path, value: object) -> None:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `path` when the block ends well; `path` is as it was when it does not."""
+    """A new empty folder that takes the place of `path` when the block ends well; `path` is as it was when it does not.
+
+    One process at a time may do so for a path. Whoever may read the folder may read its files. Raises OSError.
+    """
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():  # a crash between the two renames below
@@ -42,6 +45,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        _settle(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -49,3 +53,13 @@ def replace_folder(path: Path) -> Iterator[Path]:
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Bring the files of `folder` to the disk; safetensors makes its files readable by their owner alone, which is undone."""
+    readable = folder.stat().st_mode & 0o444
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | readable)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

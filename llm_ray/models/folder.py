@@ -3,63 +3,66 @@
 from __future__ import annotations
 
 import json
-import struct
+import math
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_ray.errors import ModelError
 
+CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json", "*.tiktoken")
 _DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
-def check_folder(path: Path) -> None:
-    """Raise ModelError, saying what is missing, unless `path` holds a whole model: configuration, tokenizer and all weights."""
+@dataclass(frozen=True)
+class Weights:
+    """How many parameters a model has, and the data type of most of them."""
+
+    parameters: int
+    dtype: str
+
+
+def check_folder(path: Path, tokenizer: bool = True) -> Weights:
+    """What weights the model folder `path` holds. Raises ModelError, saying what is missing, unless it is whole.
+
+    Whole is: a configuration, a tokenizer (unless that comes from elsewhere), and every file of weights in its full length.
+    """
     if not path.is_dir():
         raise ModelError(f"{path}: there is no such model folder")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        base = read_json(path / "adapter_config.json").get("base_model_name_or_path", "its base model")
-        raise ModelError(f"{path} is a LoRA adapter, not a model: name the merged model (a run's output folder) or {base}")
-    if not (path / "config.json").is_file():
-        ggufs = sorted(p.name for p in path.glob("*.gguf"))
-        hint = f"; it holds {ggufs[0]}: set model.gguf_file, or import it (llm-ray model import {path / ggufs[0]})" if ggufs else ""
-        raise ModelError(f"{path} has no config.json: it is not a Hugging Face model folder, or a half copied one{hint}")
-    read_json(path / "config.json")
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}): copy it from the model's source, or set model.tokenizer")
-    for file in weight_files(path):
-        _check_weights(file)
+    if not (path / CONFIG).is_file():
+        raise ModelError(_without_config(path))
+    read_json(path / CONFIG)
+    if tokenizer:
+        check_tokenizer(path)
+    counts = Counter[str]()
+    for file, wanted in _weight_files(path).items():
+        tensors = _tensors(file)
+        if missing := sorted(wanted - tensors.keys()):
+            raise ModelError(
+                f"{file} lacks {len(missing)} of the tensors that {INDEX} names, as {missing[0]}: copy or download the model again"
+            )
+        for size, dtype in tensors.values():
+            counts[dtype] += size
+    most = counts.most_common(1)[0][0] if counts else "none"
+    return Weights(counts.total(), _DTYPE_NAMES.get(most, most.lower()))
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raise ModelError unless the folder `path` holds a tokenizer's vocabulary."""
+    if not any(next(path.glob(name), None) for name in VOCABULARIES):
+        raise ModelError(
+            f"{path} has no tokenizer ({', '.join(VOCABULARIES[:3])}): copy it from where the model comes from, "
+            "or set model.tokenizer to another folder"
+        )
 
 
 def weight_files(path: Path) -> list[Path]:
     """The files of weights of a model folder. Raises ModelError when one is missing."""
-    if (path / INDEX).is_file():
-        names = sorted(set(read_json(path / INDEX).get("weight_map", {}).values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing or not names:
-            raise ModelError(f"{path} is half a model: {INDEX} names {len(names)} files, of which {', '.join(missing[:3]) or 'none'} are missing. Copy or download it again")
-        return [path / name for name in names]
-    files = [path / SINGLE] if (path / SINGLE).is_file() else sorted(path.glob("pytorch_model*.bin"))
-    if not files:
-        raise ModelError(f"{path} has no weights ({SINGLE} or {INDEX}): copy or download the model again")
-    return files
-
-
-def weights_info(path: Path) -> tuple[int, str]:
-    """Number of parameters and data type of a folder of safetensors, read from the files' headers."""
-    parameters, sizes = 0, dict[str, int]()
-    for file in weight_files(path):
-        if file.suffix == ".safetensors":
-            for tensor in _header(file).values():
-                count = 1
-                for extent in tensor["shape"]:
-                    count *= extent
-                parameters += count
-                sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + count
-    most = max(sizes, key=lambda name: sizes[name], default="?")
-    return parameters, _DTYPE_NAMES.get(most, most.lower())
+    return list(_weight_files(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -67,32 +70,58 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}. The model folder is damaged or half copied: copy it again") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"{path} cannot be read: {reason}. The model folder is damaged or half copied: copy it again") from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object: the model folder is damaged")
+        raise ModelError(f"{path} holds no JSON object. The model folder is damaged: copy it again")
     return value
 
 
-def _check_weights(file: Path) -> None:
-    if file.suffix != ".safetensors":
-        return
-    header = _header(file)
-    with file.open("rb") as stream:
-        length = struct.unpack("<Q", stream.read(8))[0]
-    wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    size = file.stat().st_size
-    if size < wanted:
-        raise ModelError(f"{file} is cut off: {size:,} of {wanted:,} bytes are there. Copy or download the model again")
+def _without_config(path: Path) -> str:
+    """Why there is no config.json in `path`, as far as its other files tell."""
+    if (path / "adapter_config.json").is_file():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        return f"{path} is a LoRA adapter, not a model: name the merged model (a run's output folder), or {base}"
+    if ggufs := sorted(path.glob("*.gguf")):
+        return f"{path} holds a GGUF, and no {CONFIG}: set model.gguf_file: {ggufs[0].name}, or import it (llm-ray model import {ggufs[0]})"
+    return f"{path} has no {CONFIG}: it is no Hugging Face model folder, or a half copied one"
 
 
-def _header(file: Path) -> dict[str, Any]:
-    # https://github.com/huggingface/safetensors#format: length of the header (u64), JSON header, tensors.
+def _weight_files(path: Path) -> dict[Path, set[str]]:
+    """The files of weights, and the tensors that each has to hold (none known: an empty set)."""
+    if (path / SINGLE).is_file():  # transformers, too, prefers it
+        return {path / SINGLE: set()}
+    if (path / INDEX).is_file():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{path / INDEX} names no weights: copy or download the model again")
+        files: dict[Path, set[str]] = {}
+        for tensor, name in sorted(weight_map.items(), key=lambda item: str(item[1])):
+            files.setdefault(path / str(name), set()).add(tensor)
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ModelError(
+                f"{path} is half a model: of the {len(files)} files that {INDEX} names, {len(missing)} are missing "
+                f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): copy or download the model again"
+            )
+        return files
+    if pickles := sorted(path.glob("*.bin")):
+        raise ModelError(
+            f"{path} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where you trust them, write them "
+            "as safetensors with transformers' save_pretrained, and use that folder"
+        )
+    raise ModelError(f"{path} has no weights ({SINGLE}, or {INDEX} and its files): copy or download the model again")
+
+
+def _tensors(file: Path) -> dict[str, tuple[int, str]]:
+    """Number of elements and data type of each tensor, from the header; the file's length is checked against it."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0]
-            header = json.loads(stream.read(length)) if length <= file.stat().st_size else None
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"{file} is no readable safetensors file ({error}): copy or download the model again") from error
-    if header is None:
-        raise ModelError(f"{file} is cut off in its header: copy or download the model again")
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
+            return {name: (math.prod(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{file} is damaged or cut off ({file.stat().st_size:,} bytes; {error}): copy or download the model again"
+        ) from error

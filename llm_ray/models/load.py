@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.conf.schema import Model, Paths
-from llm_ray.errors import ModelError
-from llm_ray.models.folder import check_folder, read_json, weights_info
+from llm_ray.errors import LlmRayError, ModelError
+from llm_ray.models.folder import CONFIG, check_folder, check_tokenizer, read_json
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Location:
-    """A model's folder on disk, or its id on the hub."""
+    """A model's folder on disk, or (`folder` is None) its id on the hub."""
 
     name: str
     folder: Path | None
@@ -30,26 +34,28 @@ class Location:
 
 
 def resolve(base: str, paths: Paths) -> Location:
-    """What `base` means: a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises ModelError for none of them."""
-    if base.startswith(("/", "~", ".")):
-        folder = Path(base).expanduser().absolute()
-        if not folder.is_dir():
-            raise ModelError(f"model {base}: there is no folder {folder}")
-        return Location(folder.name, folder)
+    """What `base` means: a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises ModelError for none."""
+    folder = Path(base).expanduser()
+    explicit = folder.is_absolute() or base.startswith(("./", "../"))
+    if folder.is_dir() and (explicit or (folder / CONFIG).is_file()):
+        return Location(folder.name, folder.absolute())
+    if explicit:
+        raise ModelError(f"model {base}: there is no such folder")
     if "/" not in base:
-        for folder in (paths.models / base, paths.runs / base / "output"):
-            if folder.is_dir():
-                return Location(base, folder)
+        for place in (paths.models / base, paths.runs / base / "output"):
+            if place.is_dir():
+                return Location(base, place)
         if (paths.runs / base).is_dir():
-            raise ModelError(f"model {base} is a run without output: it has not finished its stage export (llm-ray runs show {base})")
-    elif base.count("/") == 1 and not Path(base).is_dir():
+            raise ModelError(f"model {base} is a run without a model: its stage export is not done (llm-ray runs show {base})")
+    elif base.count("/") == 1 and all(base.split("/")):
         return Location(base, None)
-    if Path(base).is_dir():
-        return Location(Path(base).name, Path(base).absolute())
-    known = sorted(p.name for folder in (paths.models, paths.runs) if folder.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
-    near = get_close_matches(base, known, n=3, cutoff=0.5) or known[:5]
-    names = f" Did you mean {', '.join(near)}?" if near else ""
-    raise ModelError(f"model {base}: neither a folder, nor in the registry {paths.models}, nor a run, nor a hub id (organisation/model).{names} To add one: llm-ray model import SOURCE --name NAME")
+    known = sorted(p.name for place in (paths.models, paths.runs) if place.is_dir() for p in place.iterdir() if not p.name.startswith("."))
+    near = get_close_matches(base, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}? " if near else f"There are: {', '.join(known[:5])}. " if known else ""
+    raise ModelError(
+        f"model {base}: no model of this name is in the registry ({paths.models}), and no run ({paths.runs}). {hint}To add one: "
+        f"llm-ray model import SOURCE --name {Path(base).name}; a model of the hub is named organisation/model"
+    )
 
 
 def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
@@ -57,72 +63,93 @@ def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     location = resolve(model.tokenizer or model.base, paths)
-    options: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file and not model.tokenizer else {}
-    with _explained(location, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+    options: dict[str, Any] = {}
+    if not model.tokenizer:
+        options = {"revision": model.revision, **_gguf(model, location)}
+    if location.folder and "gguf_file" not in options:
+        check_tokenizer(location.folder)  # without files transformers may make an empty one
+    with _explained(f"the tokenizer {location}", location):
+        tokenizer = AutoTokenizer.from_pretrained(str(location), trust_remote_code=model.trust_remote_code, **options)
     if model.chat_template:
         try:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            raise ModelError(f"model.chat_template: {model.chat_template} cannot be read: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model, its weights in `dtype`. Raises ModelError."""
+    """The base model, its weights in `dtype`, every one of them from its files. Raises ModelError."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     location = resolve(model.base, paths)
-    if location.folder and not model.gguf_file:
-        check_folder(location.folder)
-    options: dict[str, Any] = {}
-    if model.gguf_file:
-        options = {"gguf_file": model.gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    with _explained(location, "model"):
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(location), dtype=dtype, revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+    options = _gguf(model, location)
+    if options:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        if location.folder:
+            check_folder(location.folder, tokenizer=False)
+        options["use_safetensors"] = True  # pickle may run code
+    with _explained(f"the model {location}", location):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            str(location),
+            dtype=dtype,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"the model {location} lacks {len(missing)} weights of a {type(loaded).__name__}, as {missing[0]}: it is half a model, or "
+            "none that writes text; copy or download it again, or name another"
         )
     if model.gguf_file:
         forget_quantization(loaded)
     return loaded
 
 
+def load_config(model: Model, paths: Paths) -> PreTrainedConfig:
+    """The base model's configuration. Raises ModelError."""
+    from transformers import AutoConfig
+
+    location = resolve(model.base, paths)
+    options = _gguf(model, location)
+    with _explained(f"the model {location}", location):
+        return AutoConfig.from_pretrained(str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+
+
 def load_empty_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
     """The base model's layers without memory for weights (torch's meta device). Raises ModelError."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    location = resolve(model.base, paths)
-    options: dict[str, Any] = {"gguf_file": model.gguf_file} if model.gguf_file else {}
-    with _explained(location, "model"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+    location, config = resolve(model.base, paths), load_config(model, paths)
+    with _explained(f"the model {location}", location), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
 
 
 def stored_dtype(model: Model, paths: Paths) -> torch.dtype:
-    """The data type in which the base model's weights are stored; fp32 where that is not told."""
+    """The data type in which the base model's weights are stored; fp32 where that is not told or is a quantized one. Raises ModelError."""
     import torch
-    from transformers import AutoConfig
 
     location = resolve(model.base, paths)
     if model.gguf_file:
         return torch.float32
     if location.folder:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(weights_info(location.folder)[1], torch.float32)
-    with _explained(location, "model"):
-        config = AutoConfig.from_pretrained(str(location), revision=model.revision, trust_remote_code=model.trust_remote_code)
-    return config.dtype or torch.float32
+        stored = check_folder(location.folder, tokenizer=False).dtype
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stored, torch.float32)
+    return load_config(model, paths).dtype or torch.float32
 
 
 def identity(model: Model, paths: Paths) -> dict[str, Any]:
-    """What tells one base model from another: folder, files with their sizes and times, or hub id and revision."""
+    """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files. Raises ModelError."""
     location = resolve(model.base, paths)
-    if location.folder is None:
-        return {"hub_id": location.name, "revision": model.revision}
-    files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(location.folder.iterdir()) if p.is_file() and p.suffix != ".md"}
-    return {"folder": str(location.folder), "files": files}
+    named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
+    return named | ({"folder": str(location.folder), "fingerprint": _fingerprint(location.folder)} if location.folder else {})
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -134,28 +161,74 @@ def forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-@contextlib.contextmanager
-def _explained(location: Location, what: str) -> Iterator[None]:
-    """Turn what transformers raises about a model into a ModelError for the user."""
-    import os
+def _gguf(model: Model, location: Location) -> dict[str, Any]:
+    """The option of `from_pretrained` that takes a GGUF, where the conf says so."""
+    if not model.gguf_file:
+        return {}
+    if location.folder and not (location.folder / model.gguf_file).is_file():
+        found = ", ".join(sorted(p.name for p in location.folder.glob("*.gguf"))) or "none"
+        raise ModelError(f"model.gguf_file: {location.folder} has no {model.gguf_file}; its GGUF files: {found}")
+    return {"gguf_file": model.gguf_file}
 
-    from huggingface_hub.errors import HFValidationError
+
+def _fingerprint(folder: Path) -> str:
+    # Weights are large: their size and their first and last MiB tell one training's from another's. Texts about a model do not make it.
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in ("README.md", "llm-ray.json")
+    ):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name}\0{size}\0".encode())
+            for start in (0, max(0, size - _BLOCK)):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _explained(what: str, location: Location) -> Iterator[None]:
+    """Turn whatever transformers raises about a model's files into a ModelError for the user: a damaged one can make it raise anything."""
     from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
-    except MemoryError as error:
-        raise ModelError(f"{what} {location}: not enough memory to load it") from error
-    except (OSError, ValueError, KeyError, RuntimeError, HFValidationError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            reason = "it needs Python code of its own; read that code, then set model.trust_remote_code: true and add the model to model.trusted_models"
-        elif location.folder:
-            kind = read_json(location.folder / "config.json").get("model_type") if (location.folder / "config.json").is_file() else None
-            reason = f"{reason} (model_type {kind})" if kind else reason
-        elif os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE", "true"):
-            reason = "it is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub: download it where there is internet, or name a folder"
-        else:
-            reason = f"{reason}. No internet? Copy the model's folder here and name that"
-        raise ModelError(f"{what} {location} cannot be loaded: {reason}") from error
+    except LlmRayError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what} cannot be loaded: {_reason(error, location)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _reason(error: Exception, location: Location) -> str:
+    from huggingface_hub import constants
+
+    text = str(error).strip()
+    first = next(iter(text.splitlines()), "") or type(error).__name__
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        import psutil
+
+        free = psutil.virtual_memory().available / 2**30
+        return f"not enough memory ({free:.1f} GiB are free): use a smaller model, model.dtype bf16, or another host"
+    if "trust_remote_code" in text:
+        return (
+            f"it brings Python code of its own. Read that code; if you trust it, set model.trust_remote_code: true and add {location} to "
+            "model.trusted_models"
+        )
+    if location.folder is None:
+        if constants.HF_HUB_OFFLINE:
+            return (
+                "there is no such folder, and as a model of the hub it is not in the local cache, while HF_HUB_OFFLINE forbids asking "
+                "the hub: bring its folder here and name that"
+            )
+        return f"{first}. (There is no such folder either.) Without internet, bring its folder here and name that"
+    kind = read_json(location.folder / CONFIG).get("model_type") if (location.folder / CONFIG).is_file() else None
+    if kind and ("Unrecognized configuration class" in text or "Unrecognized model" in text):
+        return f"a model of type {kind} does not write text (transformers' AutoModelForCausalLM has it not): name a causal language model"
+    if kind and ("does not recognize this architecture" in text or "model type" in text):
+        return f"transformers does not know models of type {kind}"
+    return f"{type(error).__name__}: {first}" + (f" (model type {kind})" if kind else "")

