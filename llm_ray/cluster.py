@@ -34,6 +34,11 @@ class Cluster:
         return sum(self.node_cpus.values())
 
 
+def host_cluster() -> Cluster:
+    """What `mode: local` would have here, without starting it."""
+    return Cluster({"this host": os.cpu_count() or 1})
+
+
 @contextlib.contextmanager
 def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
     """A Ray instance of this process' own, on free ports, closed by a token; stopped, and its files removed, on leaving.

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_ray.data.encode import end_of_turn
 from llm_ray.data.formats import Conversation
 
 
@@ -18,15 +19,21 @@ def question_and_reference(row: Conversation) -> tuple[Conversation, str] | None
     return Conversation(row.messages[:-1], row.tools), str(last["content"])
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end an answer: the model's own, the tokenizer's EOS, and the end of a turn, which training taught."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        ends.add(end_of_turn(tokenizer))
+    return sorted(end for end in ends if end is not None)
+
+
 def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Conversation], max_new_tokens: int, batch_size: int
 ) -> Iterator[str]:
     """The model's answers, in the order of `questions`; decoding is greedy, at most `max_new_tokens` long."""
-    ends = {tokenizer.eos_token_id}
-    own = model.generation_config.eos_token_id
-    ends.update(own if isinstance(own, list) else [own] if own is not None else [])
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, use_cache=True
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id, use_cache=True
     )
     for start in range(0, len(questions), batch_size):
         prompts = [

@@ -25,6 +25,7 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
 def _export(conf_json: dict[str, Any], checkpoint: str, card: str) -> None:
     import torch
 
+    from llm_ray.evaluate.generate import end_tokens
     from llm_ray.models.load import load_tokenizer, stored_dtype
     from llm_ray.train.trained import load_adapted, load_trained
 
@@ -37,13 +38,9 @@ def _export(conf_json: dict[str, Any], checkpoint: str, card: str) -> None:
             model = adapted.merge_and_unload()
         else:
             model = load_trained(conf, Path(checkpoint), torch.float32)
-        dtype = stored_dtype(conf.model, conf.paths)
-        model = model.to(dtype)
+        model = model.to(stored_dtype(conf.model, conf.paths))
         model.config.use_cache = True
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
-        if tokenizer.eos_token_id not in ends:  # what training taught to end with has to end generation
-            model.generation_config.eos_token_id = sorted({*ends, tokenizer.eos_token_id})
+        model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # what training taught to end with has to end generation
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", card)

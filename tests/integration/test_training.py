@@ -1,0 +1,174 @@
+"""Training on real Ray with the real model: strategies agree, broken runs end as unbroken ones, failures are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llm_ray.cluster import Cluster, local_ray
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.console import Reporter
+from llm_ray.data.prepare import prepare
+from llm_ray.errors import ClusterError, TrainError
+from llm_ray.models.load import load_tokenizer
+from llm_ray.runs.metrics import read_metrics
+from llm_ray.train.checkpoint import list_checkpoints
+from llm_ray.train.launch import Stopped, run_training
+from llm_ray.train.recipe import STOP_FILE, Outcome
+
+STEPS = 6
+ROWS = [{"prompt": f"What is code {n}?", "completion": f"Code {n} means the {word} is worn."} for n, word in enumerate(["belt", "seal", "valve", "fan"] * 6)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with local_ray(2) as joined:
+        yield joined
+
+
+@pytest.fixture(scope="module")
+def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinetuneConf]:
+    """A prepared run. Keyword arguments are sections of the conf, merged into the defaults."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+    def conf(name: str, **sections: dict[str, Any]) -> FinetuneConf:
+        base: dict[str, Any] = {
+            "model": {"base": str(smollm2), "dtype": "fp32"},
+            "paths": {"runs": str(folder / "runs")},
+            "data": {"train": str(folder / "rows.jsonl"), "validation": 0.2, "max_length": 96},
+            "runtime": {"workers": 2, "cpus_per_worker": 1, "max_failures": 0},
+            "tuning": {"lora": {"r": 4, "dropout": 0.1}},
+            "training": {"max_steps": STEPS, "batch_size": 1, "learning_rate": 1e-3, "precision": "fp32", "validate_every": 3},
+            "checkpoint": {"every_steps": 2, "keep": 2},
+        }
+        merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
+        made = FinetuneConf.model_validate({"name": name, **merged})
+        prepare(made, load_tokenizer(made.model, made.paths), made.run_dir / "prepared", lambda line: None)
+        return made
+
+    return conf
+
+
+def run(conf: FinetuneConf, cluster: Cluster) -> Outcome:
+    return run_training(conf, cluster, None, Reporter())
+
+
+def losses(conf: FinetuneConf) -> list[float]:
+    rows = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "each step once, in order"
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def unbroken(make: Callable[..., FinetuneConf], cluster: Cluster) -> FinetuneConf:
+    conf = make("unbroken")
+    outcome = run(conf, cluster)
+    assert outcome["status"] == "done"
+    return conf
+
+
+def test_a_run_learns_and_writes_its_figures_and_checkpoints(unbroken: FinetuneConf) -> None:
+    rows = read_metrics(unbroken.run_dir / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert len(steps) == STEPS
+    assert {"step", "loss", "learning_rate", "tokens", "tokens_per_second", "seconds"} <= steps[0].keys()
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    validations = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(validations) == 3  # before, at step 3, at the end
+    assert validations[-1] < validations[0]
+    assert [p.name for p in list_checkpoints(unbroken.run_dir / "checkpoint")] == ["step_00000004", "step_00000006"]
+    assert (unbroken.run_dir / "checkpoint" / "best" / ".metadata").is_file()
+    assert list((unbroken.run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    total = sum(row["tokens"] for row in steps)
+    stats = json.loads((unbroken.run_dir / "prepared" / "stats.json").read_text())
+    assert total == pytest.approx(stats["train"]["tokens"] * steps[-1]["epoch"], rel=0.25), "real tokens, over all workers"
+
+
+def test_the_same_seed_gives_the_same_losses(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
+    again = make("again")
+    run(again, cluster)
+    assert losses(again) == pytest.approx(losses(unbroken), rel=1e-6)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
+    conf = make("killed", runtime={"max_failures": 2})
+    killed: list[int] = []
+
+    def kill_after_a_checkpoint() -> None:
+        while not list_checkpoints(conf.run_dir / "checkpoint"):
+            time.sleep(0.05)
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
+        killed.append(workers[0].pid)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_after_a_checkpoint, daemon=True)
+    killer.start()
+    assert run(conf, cluster)["status"] == "done"
+    assert killed
+    assert losses(conf) == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
+    conf = make("stopped")
+
+    def stop_at_step_three() -> None:
+        while not (rows := read_metrics(conf.run_dir / "metrics.jsonl", last=1)) or rows[-1]["step"] < 3:
+            time.sleep(0.02)
+        (conf.run_dir / "checkpoint" / STOP_FILE).touch()
+
+    threading.Thread(target=stop_at_step_three, daemon=True).start()
+    with pytest.raises(Stopped, match="with a checkpoint"):
+        run(conf, cluster)
+    reached = len(losses(conf))
+    assert 3 <= reached < STEPS
+    assert run(conf, cluster)["status"] == "done"
+    assert losses(conf) == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+    two = make("two", tuning={"lora": {"r": 4}})
+    one = make("one", tuning={"lora": {"r": 4}}, runtime={"workers": 1}, training={"batch_size": 2})
+    for conf in (two, one):
+        run(conf, cluster)
+    assert losses(one) == pytest.approx(losses(two), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fsdp_has_the_losses_of_ddp(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
+    confs = [make(f"{method}-{strategy}", tuning={"method": method, "lora": {"r": 4}}, training={"strategy": strategy, "max_steps": 3, "learning_rate": 1e-4}) for strategy in ("ddp", "fsdp")]
+    for conf in confs:
+        run(conf, cluster)
+    ddp, fsdp = confs
+    assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-3)
+
+
+def test_a_run_whose_loss_is_no_number_ends_with_the_reason_and_its_checkpoint(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+    conf = make("nan", training={"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0}, runtime={"max_failures": 3})
+    with pytest.raises(TrainError, match=r"loss at step \d+ is (nan|inf).*Lower training.learning_rate"):
+        run(conf, cluster)
+
+
+def test_workers_that_do_not_fit_are_refused_with_the_figures(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+    conf = make("large", runtime={"workers": 3})
+    with pytest.raises(ClusterError, match=r"runtime.workers is 3 with 1 CPU\(s\) each.*room for 2"):
+        run(conf, cluster)
+
+
+def test_half_a_model_folder_is_told_at_once(make: Callable[..., FinetuneConf], cluster: Cluster, tmp_path: Path, smollm2: Path) -> None:
+    half = tmp_path / "half"
+    half.mkdir()
+    for file in smollm2.iterdir():
+        (half / file.name).write_bytes(file.read_bytes()[:1_000_000] if file.suffix == ".safetensors" else file.read_bytes())
+    conf = make("half", model={"base": str(half)}, runtime={"max_failures": 3})
+    with pytest.raises(TrainError, match="is cut off.*worker 0 on"):
+        run(conf, cluster)
