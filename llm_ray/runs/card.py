@@ -39,6 +39,7 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.4g}"
     return environment.get_template("card.md.j2").render(
         conf=conf,
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),

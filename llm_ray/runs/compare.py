@@ -72,7 +72,8 @@ def terminal_plot(comparison: Comparison, width: int = 100, height: int = 22, co
     top, end = (max(max(curve[axis]) for curve in comparison.curves.values() if curve[axis]) for axis in (1, 0))
     figure.legend(x=end, y=top, ha="right", va="top", relative=True)  # losses begin at the upper left
     figure.title(f"{comparison.metric.replace('_', ' ')} by step")
-    return str(figure.build())
+    text = str(figure.build())
+    return text if color else plotext.uncolorize(text)
 
 
 def png_plot(comparison: Comparison, file: Path) -> None:

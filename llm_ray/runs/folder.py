@@ -352,7 +352,8 @@ def _told(path: Path) -> Iterator[None]:
         room = f"{free / 2**30:.1f} GiB free"
         if error.errno in _NO_ROOM:
             raise RunError(f"no space left for the run's folder {path} ({room}): make room, or set paths.runs to another disk") from error
-        if error.errno in _NOT_ALLOWED and error.filename and Path(os.fsdecode(error.filename)).is_relative_to(path.parent):
+        about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+        if error.errno in _NOT_ALLOWED and about and (about.is_relative_to(path) or path.is_relative_to(about)):
             raise RunError(
                 f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): mend its permissions, or set "
                 "paths.runs to another folder"

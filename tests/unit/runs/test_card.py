@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import re
+
+from huggingface_hub import ModelCard
+
+from llm_ray.runs.card import model_card
+from llm_ray.runs.folder import open_run
+from tests.unit.runs.conftest import MakeConf
+
+SPLIT = {"rows": 10, "sequences": 2, "tokens": 1234, "supervised_tokens": 321}
+RESULT = {
+    "data": {"train": SPLIT, "validation": None},
+    "training": {"status": "done", "step": 12, "best_step": 10, "best_validation_loss": 0.5, "loss": 0.4, "tokens": 1000, "seconds": 12.3},
+    "evaluation": {"rows": 4, "base": {"exact_match": 0.0, "perplexity": None}, "finetuned": {"exact_match": 0.75, "perplexity": 2.0}},
+}
+
+
+def test_a_card_says_what_was_made_of_what(make_conf: MakeConf) -> None:
+    conf = make_conf("support-bot", data={"train": make_conf().data.train, "system": 'Say "yes".'})
+    with open_run(conf, force=False) as run:
+        text = model_card(conf, run.lineage(), RESULT)
+    header = ModelCard(text).data.to_dict()
+    assert header == {
+        "base_model": "tiny",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llm-ray", "sft", "lora", "conversational"],
+        "license": "apache-2.0",
+    }
+    for part in ("`rows.jsonl`", "| train | 10 | 1234 | 321 |", "| exact match | 0 | 0.75 |", "| perplexity | – | 2 |", "step 10"):
+        assert part in text
+    assert "llm-ray serve deploy --model support-bot" in text
+    assert str(conf.run_dir.parent) not in text  # a card is published: no folders of this machine
+    assert "\n\n\n" not in text
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(code, "card", "exec")
+
+
+def test_a_card_without_figures_or_licence(make_conf: MakeConf) -> None:
+    conf = make_conf(tuning={"objective": "pretrain", "method": "full"}, model={"base": "organisation/model"})
+    with open_run(conf, force=False) as run:
+        text = model_card(conf, run.lineage(), {})
+    header = ModelCard(text).data.to_dict()
+    assert header["base_model"] == "organisation/model"
+    assert "license" not in header
+    assert "licence of the base model is not known" in text
+    assert "## Results" not in text
+    assert "apply_chat_template" not in text
+    assert "\n\n\n" not in text
