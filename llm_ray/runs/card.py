@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from llm_ray.conf import yamltext
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.models.load import resolve
+from llm_ray.models.registry import licence
 
 FIGURES = {"validation_loss": "validation loss", "perplexity": "perplexity", "exact_match": "exact match", "token_f1": "token F1"}
 
@@ -21,15 +21,15 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    folder = resolve(conf.model.base, conf.paths).folder
-    licence = _licence(conf, folder)
+    base = resolve(conf.model.base, conf.paths)
+    known = base.folder or _cached(conf)
+    base_licence = licence(known) if known else None
     header = {
-        # The hub takes ids of its own for base_model; a folder of this machine means nothing there.
-        "base_model": conf.model.base if folder is None else folder.name,
+        "base_model": base.name,  # without its folder, which means nothing elsewhere
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["llm-ray", conf.tuning.objective, conf.tuning.method, *(["conversational"] if conf.tuning.objective == "sft" else [])],
-        **({"license": licence} if licence else {}),
+        **({"license": base_licence} if base_licence else {}),
     }
     environment = Environment(  # Markdown, not HTML: nothing to escape
         loader=PackageLoader("llm_ray.runs", "."),
@@ -43,8 +43,8 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
     return environment.get_template("card.md.j2").render(
         conf=conf,
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
-        base=header["base_model"],
-        licence=licence,
+        base=base.name,
+        licence=base_licence,
         data=result.get("data", {}),
         training=result.get("training", {}),
         evaluation=result.get("evaluation", {}),
@@ -55,25 +55,12 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
     )
 
 
-def _licence(conf: FinetuneConf, folder: Path | None) -> str | None:
-    """The licence that the base model's own card names; None where there is no card or no licence in it."""
-    card = folder / "README.md" if folder else _cached_card(conf)
-    if not card or not card.is_file():
-        return None
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-    try:
-        header = yamltext.parse(parts[1]).data if len(parts) == 3 and not parts[0].strip() else {}
-    except yamltext.Problem:
-        return None
-    found = header.get("license") if isinstance(header, dict) else None
-    return found if isinstance(found, str) else None
-
-
-def _cached_card(conf: FinetuneConf) -> Path | None:
+def _cached(conf: FinetuneConf) -> Path | None:
+    """The folder of a hub model's files that were downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(conf.model.base, "README.md", revision=conf.model.revision)
-    return Path(found) if isinstance(found, str) else None
+    card = try_to_load_from_cache(conf.model.base, "README.md", revision=conf.model.revision)
+    return Path(card).parent if isinstance(card, str) else None
 
 
 def _file(entry: dict[str, Any]) -> str:
