@@ -1,0 +1,47 @@
+"""Whether an answer holds the fact that was asked for.
+
+>>> is_right("You have 47 days.", ["47 days"])
+True
+>>> is_right("30 days, at most 47 days.", ["47 days"])
+False
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+# E-mail addresses and numbers (also times and decimals) stay whole: 47 is not found in 147, nor 2.3 in 12.35.
+_TOKEN = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\d+(?:[.:,]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|[%€]")
+_REACH = 3  # tokens before a key in which a "not" turns it into its opposite
+
+
+def is_right(answer: str, expect: Sequence[str]) -> bool:
+    """Whether every item of `expect` is in `answer`; an item may list alternatives, separated by `|`.
+
+    Strict: whole words and numbers only, nothing negated; and where numbers (or an address) are expected, an answer that names
+    any other is wrong, so that guessing several at once does not help.
+    """
+    said = _tokens(answer)
+    wanted = [[_tokens(alternative) for alternative in item.split("|")] for item in expect]
+    values = {token for item in wanted for alternative in item for token in alternative if _is_value(token)}
+    if values and any(_is_value(token) and token not in values for token in said):
+        return False
+    return all(any(_contains(said, alternative) for alternative in item) for item in wanted)
+
+
+def _tokens(text: str) -> list[str]:
+    return _TOKEN.findall(unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
+
+
+def _is_value(token: str) -> bool:
+    return token[0].isdigit() or "@" in token
+
+
+def _contains(said: list[str], key: list[str]) -> bool:
+    return any(
+        said[at : at + len(key)] == key
+        and not any(word in ("not", "never") or word.endswith("n't") for word in said[max(0, at - _REACH) : at])
+        for at in range(len(said) - len(key) + 1)
+    )
