@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ OBJECT_STORE_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the joined Ray has: CPUs of each alive node, by node id."""
+    """What the joined Ray has: CPUs of each alive node by node id, and the nodes' host names."""
 
     node_cpus: dict[str, int]
+    hosts: list[str]
 
     @property
     def cpus(self) -> int:
@@ -36,7 +38,7 @@ class Cluster:
 
 def host_cluster() -> Cluster:
     """What `mode: local` would have here, without starting it."""
-    return Cluster({"this host": os.cpu_count() or 1})
+    return Cluster({"this host": os.cpu_count() or 1}, [socket.gethostname()])
 
 
 @contextlib.contextmanager
@@ -96,13 +98,19 @@ def ray_session(runtime: Runtime) -> Iterator[Cluster]:
 def check_resources(runtime: Runtime, cluster: Cluster) -> int:
     """CPUs that each worker gets. Raises ClusterError when the workers do not fit the cluster; Ray itself would wait for ever."""
     nodes = sorted(cluster.node_cpus.values(), reverse=True)
-    wanted, workers = runtime.cpus_per_worker, runtime.workers
+    workers = runtime.workers
     if runtime.placement == "strict_spread" and workers > len(nodes):
-        raise ClusterError(f"runtime.workers is {workers} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer workers or another placement")
-    if wanted == "auto":
-        on_one_host = -(-workers // len(nodes))
+        raise ClusterError(
+            f"runtime.workers is {workers} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer workers or another placement"
+        )
+    on_one_host = -(-workers // len(nodes))
+    if runtime.cpus_per_worker != "auto":
+        wanted = runtime.cpus_per_worker
+    else:
         wanted = max(1, nodes[0] // on_one_host if runtime.placement == "pack" else min(nodes[: min(workers, len(nodes))]) // on_one_host)
-    room = sum(1 if cpus >= wanted else 0 for cpus in nodes) if runtime.placement == "strict_spread" else sum(cpus // wanted for cpus in nodes)
+    room = (
+        sum(1 if cpus >= wanted else 0 for cpus in nodes) if runtime.placement == "strict_spread" else sum(cpus // wanted for cpus in nodes)
+    )
     if room < workers:
         raise ClusterError(
             f"runtime.workers is {workers} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its {len(nodes)} node(s), "
@@ -130,7 +138,8 @@ def _init(address: str, **options: object) -> None:
 def _describe() -> Cluster:
     import ray
 
-    return Cluster({n["NodeID"]: int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")})
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    return Cluster({n["NodeID"]: int(n["Resources"]["CPU"]) for n in nodes}, sorted(n["NodeManagerHostname"] for n in nodes))
 
 
 def _short_temp_dir() -> str:

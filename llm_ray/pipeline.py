@@ -1,24 +1,21 @@
 """A finetune from conf to model: the stages in order, each skipped when it is done for the same inputs.
 
-    run_finetune(load_finetune("quickstart"))
+run_finetune(load_finetune("quickstart"))
 """
 
 from __future__ import annotations
 
 import contextlib
-
-import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from llm_ray.cluster import Cluster, check_resources, ray_session
 from llm_ray.conf.schema import STAGES, FinetuneConf, Stage
 from llm_ray.console import Reporter
-from llm_ray.data.prepare import DataStats, prepare
-from llm_ray.errors import LlmRayError, RunError
+from llm_ray.data.prepare import prepare
+from llm_ray.errors import RunError
 from llm_ray.models.load import identity, load_tokenizer
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run
 
@@ -33,20 +30,7 @@ def run_finetune(conf: FinetuneConf, *, force: bool = False, resume: Resume = "a
     """
     reporter = reporter or Reporter()
     with open_run(conf, force=force) as run:
-        run.set_state("running")
-        try:
-            _run_stages(conf, run, force, resume, reporter)
-        except KeyboardInterrupt:
-            run.set_state("stopped", "interrupted")
-            raise
-        except LlmRayError as error:
-            run.set_state("stopped" if error.exit_code == 130 else "failed", str(error))
-            raise
-        except BaseException as error:
-            run.set_state("failed", f"{type(error).__name__}: {error}")
-            raise
-        if all(run.is_done(stage, key) for stage, key in _inputs(conf).items() if stage in conf.stages):
-            run.set_state("done")
+        _run_stages(conf, run, force, resume, reporter)
     return conf.run_dir
 
 
@@ -60,12 +44,21 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
         if set(due) - {"prepare"}:
             cluster = stack.enter_context(ray_session(conf.runtime))
             check_resources(conf.runtime, cluster)  # before hours of preparation, not after
+            run.record(hosts=cluster.hosts)
         for stage in due:
             _check_order(stage, conf, run, inputs)
             reporter.line(f"{stage} …", style="bold")
-            run.clear(stage)
+            same = run.begin(stage, inputs[stage])
             began = time.perf_counter()
-            _STAGE_FUNCTIONS[stage](conf, run, cluster, force, resume, reporter)
+            if stage == "prepare":
+                _prepare(conf, run, reporter)
+            elif cluster is not None:
+                if stage == "train":
+                    _train(conf, run, cluster, resume if resume != "auto" or (same and not force) else "no", reporter)
+                elif stage == "evaluate":
+                    _evaluate(conf, run, cluster, reporter)
+                else:
+                    _export(conf, run, cluster, reporter)
             seconds = time.perf_counter() - began
             run.mark_done(stage, inputs[stage], seconds)
             reporter.line(f"{stage}: done in {seconds:.0f} s")
@@ -73,34 +66,40 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
 
 def _inputs(conf: FinetuneConf) -> dict[Stage, str]:
     """For each stage, a hash of all that its result depends on."""
-    data = file_hashes(conf.data.train) + (file_hashes(conf.data.validation) if isinstance(conf.data.validation, tuple) else [])
-    prepared = inputs_hash(conf.data.model_dump(mode="json"), data, conf.tuning.objective, conf.training.seed, conf.model.model_dump(mode="json"), identity(conf.model, conf.paths))
-    trained = inputs_hash(prepared, conf.tuning.model_dump(mode="json"), conf.training.model_dump(mode="json"), conf.runtime.workers)
-    questions = file_hashes(conf.evaluation.data) if conf.evaluation.data else []
-    evaluated = inputs_hash(trained, conf.evaluation.model_dump(mode="json"), questions)
-    return {"prepare": prepared, "train": trained, "evaluate": evaluated, "export": inputs_hash(trained, evaluated if "evaluate" in conf.stages else "")}
+    held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
+    files = file_hashes([*conf.data.train, *held_out])
+    prepared = inputs_hash(conf.data, files, conf.tuning.objective, conf.training.seed, conf.model, identity(conf.model, conf.paths))
+    trained = inputs_hash(prepared, conf.tuning, conf.training, conf.runtime.workers)
+    evaluated = inputs_hash(trained, conf.evaluation, file_hashes(conf.evaluation.data or ()))
+    return {
+        "prepare": prepared,
+        "train": trained,
+        "evaluate": evaluated,
+        "export": inputs_hash(trained, evaluated if "evaluate" in conf.stages else ""),
+    }
 
 
 def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[Stage, str]) -> None:
     needed: dict[Stage, Stage] = {"train": "prepare", "evaluate": "train", "export": "train"}
     before = needed.get(stage)
     if before and not run.is_done(before, inputs[before]):
-        raise RunError(f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages ({', '.join([before, *conf.stages])})")
+        raise RunError(
+            f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages ({', '.join([before, *conf.stages])})"
+        )
 
 
-def _prepare(conf: FinetuneConf, run: RunFolder, cluster: Cluster | None, force: bool, resume: Resume, reporter: Reporter) -> None:
+def _prepare(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
     stats = prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda text: reporter.line(f"  {text}"))
     run.update_result("data", stats.model_dump(mode="json"))
     for line in stats.lines():
         reporter.line(f"  {line}")
 
 
-def _train(conf: FinetuneConf, run: RunFolder, cluster: Cluster | None, force: bool, resume: Resume, reporter: Reporter) -> None:
+def _train(conf: FinetuneConf, run: RunFolder, cluster: Cluster, resume: Resume, reporter: Reporter) -> None:
     from llm_ray.train.launch import run_training
     from llm_ray.train.plan import describe_plan
 
-    assert cluster is not None  # noqa: S101
-    initial = _starting_point(conf.run_dir / "checkpoint", "no" if force and resume == "auto" else resume, reporter)
+    initial = _starting_point(conf.run_dir / "checkpoint", resume, reporter)
     params, lines = describe_plan(conf, check_resources(conf.runtime, cluster))
     run.write_params(params)
     for line in lines:
@@ -111,29 +110,23 @@ def _train(conf: FinetuneConf, run: RunFolder, cluster: Cluster | None, force: b
         reporter.line(f"  {outcome['reason']}")
 
 
-def _evaluate(conf: FinetuneConf, run: RunFolder, cluster: Cluster | None, force: bool, resume: Resume, reporter: Reporter) -> None:
+def _evaluate(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
     from llm_ray.evaluate.stage import evaluate
     from llm_ray.train.trained import final_checkpoint
 
-    assert cluster is not None  # noqa: S101
     figures = evaluate(conf, cluster, final_checkpoint(conf), reporter)
     run.update_result("evaluation", figures)
     for key, before in figures["base"].items():
         reporter.line(f"  {key.replace('_', ' ')}: base {before:.3f}, finetuned {figures['finetuned'][key]:.3f}")
 
 
-def _export(conf: FinetuneConf, run: RunFolder, cluster: Cluster | None, force: bool, resume: Resume, reporter: Reporter) -> None:
+def _export(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
     from llm_ray.export.stage import export
     from llm_ray.runs.card import model_card
     from llm_ray.train.trained import final_checkpoint
 
-    assert cluster is not None  # noqa: S101
-    lineage, result = (json.loads((conf.run_dir / name).read_text(encoding="utf-8")) for name in ("run.json", "result.json"))
-    output = export(conf, cluster, final_checkpoint(conf), model_card(conf, lineage, result), reporter)
+    output = export(conf, cluster, final_checkpoint(conf), model_card(conf, run.lineage(), run.result()), reporter)
     reporter.line(f"  the model is in {output}")
-
-
-_STAGE_FUNCTIONS = {"prepare": _prepare, "train": _train, "evaluate": _evaluate, "export": _export}
 
 
 def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | None:

@@ -17,13 +17,30 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_options
-@click.option("stages", "--stage", multiple=True, type=click.Choice(STAGES), help="Run this stage only, instead of the conf's stages. Again for more.")
-@click.option("--resume", default="auto", metavar="auto|no|PATH", show_default=True, help="Train on from the run's last whole checkpoint, from the start, or from the checkpoint PATH.")
+@click.option(
+    "stages", "--stage", multiple=True, type=click.Choice(STAGES), help="Run this stage only, instead of the conf's stages. Again for more."
+)
+@click.option(
+    "--resume",
+    default="auto",
+    metavar="auto|no|PATH",
+    show_default=True,
+    help="Train on from the run's last whole checkpoint, from the start, or from the checkpoint PATH.",
+)
 @click.option("--force", is_flag=True, help="Repeat stages that are done, and let a changed conf replace what depends on it.")
-@click.option("--dry-run", is_flag=True, help="Start nothing: show the resolved conf, the data's statistics, and an estimate of memory and time.")
+@click.option(
+    "--dry-run", is_flag=True, help="Start nothing: show the resolved conf, the data's statistics, and an estimate of memory and time."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
 def finetune(
-    config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], stages: tuple[str, ...], resume: str, force: bool, dry_run: bool, as_json: bool
+    config: str,
+    overrides: tuple[str, ...],
+    vars_files: tuple[str, ...],
+    stages: tuple[str, ...],
+    resume: str,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Finetune a model as a conf says.
 
@@ -58,7 +75,7 @@ def finetune(
 def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
     import dataclasses
 
-    from llm_ray.cluster import host_cluster, ray_session, check_resources
+    from llm_ray.cluster import check_resources, host_cluster, ray_session
     from llm_ray.conf.load import dump
     from llm_ray.data.prepare import statistics
     from llm_ray.models.load import load_tokenizer
@@ -72,7 +89,11 @@ def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
     stats = statistics(conf, load_tokenizer(conf.model, conf.paths))
     guess = estimate(conf, stats, cpus)
     if as_json:
-        report: dict[str, Any] = {"conf": conf.model_dump(mode="json"), "data": stats.model_dump(mode="json"), "estimate": dataclasses.asdict(guess)}
+        report: dict[str, Any] = {
+            "conf": conf.model_dump(mode="json"),
+            "data": stats.model_dump(mode="json"),
+            "estimate": dataclasses.asdict(guess),
+        }
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
         return
     click.echo(dump(conf))

@@ -33,7 +33,11 @@ def answers(
 ) -> Iterator[str]:
     """The model's answers, in the order of `questions`; decoding is greedy, at most `max_new_tokens` long."""
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id, use_cache=True
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
     )
     for start in range(0, len(questions), batch_size):
         prompts = [

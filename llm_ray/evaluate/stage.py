@@ -47,7 +47,11 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
     with reporter.bar("evaluating", 2 * workers) as bar:
         parts = {
             (which, rank): share.remote(
-                conf.model_dump(mode="json"), str(checkpoint) if which == "finetuned" else None, [q for q, _ in rows[rank::workers]], rank, cpus
+                conf.model_dump(mode="json"),
+                str(checkpoint) if which == "finetuned" else None,
+                [q for q, _ in rows[rank::workers]],
+                rank,
+                cpus,
             )
             for which in ("base", "finetuned")
             for rank in range(workers)
@@ -89,7 +93,9 @@ def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Co
     precision, _ = choose_precision(conf.training.precision, cpu_flags())
     model = load_trained(conf, Path(checkpoint) if checkpoint else None, torch_dtype(precision))
     model.eval()
-    given = list(answers(model, load_tokenizer(conf.model, conf.paths), questions, conf.evaluation.max_new_tokens, conf.evaluation.batch_size))
+    given = list(
+        answers(model, load_tokenizer(conf.model, conf.paths), questions, conf.evaluation.max_new_tokens, conf.evaluation.batch_size)
+    )
     loss, tokens = 0.0, 0
     if conf.data.validation is not None:
         data = open_split(conf.run_dir / "prepared", "validation")
@@ -124,7 +130,9 @@ def _write_report(conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[
 
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(loader=PackageLoader("llm_ray.evaluate", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # noqa: S701
+    environment = Environment(
+        loader=PackageLoader("llm_ray.evaluate", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     entries = [
         {"question": row.messages[-1]["content"], "reference": reference, "base": base, "finetuned": finetuned}
         for (row, reference), base, finetuned in zip(rows, given["base"], given["finetuned"], strict=True)

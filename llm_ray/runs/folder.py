@@ -37,10 +37,10 @@ from pydantic import BaseModel, ValidationError
 import llm_ray
 from llm_ray.conf import yamltext
 from llm_ray.conf.load import DATA_SUFFIXES, dump
-from llm_ray.conf.schema import FinetuneConf, Model, Paths, Stage
+from llm_ray.conf.schema import FinetuneConf, Stage
 from llm_ray.errors import LlmRayError, RunError
 from llm_ray.files import write_json, write_text
-from llm_ray.models.load import resolve
+from llm_ray.models.load import identity
 from llm_ray.runs.metrics import finite
 
 State = Literal["running", "done", "failed", "stopped"]
@@ -225,27 +225,6 @@ def _file_hash(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _model_identity(model: Model, paths: Paths) -> dict[str, Any]:
-    """What the base model is: its name, and of a local folder the fingerprint."""
-    folder = resolve(model.base, paths).folder
-    identity = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
-    return identity | ({"folder": str(folder), "fingerprint": _fingerprint(folder)} if folder else {})
-
-
-def _fingerprint(folder: Path) -> str:
-    # Names, sizes and both ends of all files. Weights are large: their first and last MiB tell one training's from another's.
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name}\0{size}\0".encode())
-            file.seek(0)
-            digest.update(file.read(_BLOCK))
-            file.seek(max(0, size - _BLOCK))
-            digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
-
-
 def _lineage(conf: FinetuneConf, text: str) -> dict[str, Any]:
     validation = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     return {
@@ -256,7 +235,7 @@ def _lineage(conf: FinetuneConf, text: str) -> dict[str, Any]:
             "validation": file_hashes(validation),
             "evaluation": file_hashes(conf.evaluation.data or ()),
         },
-        "model": _model_identity(conf.model, conf.paths),
+        "model": identity(conf.model, conf.paths),
         "versions": {
             "llm_ray": llm_ray.__version__,
             "python": platform.python_version(),

@@ -69,7 +69,11 @@ def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, prog
         f"random_{rank}": _random_state(),
         "progress": asdict(progress),
     }
-    _write(final, lambda partial: dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)), rank)
+    _write(
+        final,
+        lambda partial: dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)),
+        rank,
+    )
     return final
 
 

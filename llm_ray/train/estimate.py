@@ -45,7 +45,11 @@ class Estimate:
     def lines(self, conf: FinetuneConf) -> list[str]:
         """The figures for people, a line each."""
         workers = conf.runtime.workers
-        fits = "" if self.memory_per_worker * (workers if conf.runtime.mode == "local" else 1) < self.memory_here else ": TOO MUCH for this host"
+        fits = (
+            ""
+            if self.memory_per_worker * (workers if conf.runtime.mode == "local" else 1) < self.memory_here
+            else ": TOO MUCH for this host"
+        )
         return [
             f"{self.trainable:,} of {self.parameters:,} parameters learn ({self.trainable / self.parameters:.2%})",
             f"precision {self.precision}: {self.precision_reason}",
@@ -73,7 +77,9 @@ def estimate(conf: FinetuneConf, data: DataStats, cpus: int) -> Estimate:
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    schedule = Schedule(data.train.sequences, conf.training.batch_size, conf.training.gradient_accumulation, conf.runtime.workers, conf.training.seed)
+    schedule = Schedule(
+        data.train.sequences, conf.training.batch_size, conf.training.gradient_accumulation, conf.runtime.workers, conf.training.seed
+    )
     steps = conf.training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
 

@@ -28,7 +28,11 @@ def choose_precision(wanted: Literal["auto", "fp32", "bf16"], flags: frozenset[s
     """The precision of matrix products and the reason for it."""
     hardware = has_bf16(flags)
     if wanted == "auto":
-        return ("bf16", f"the CPU has {hardware}") if hardware else ("fp32", "the CPU has neither AMX nor AVX512-BF16: it would emulate bf16, slower than fp32")
+        return (
+            ("bf16", f"the CPU has {hardware}")
+            if hardware
+            else ("fp32", "the CPU has neither AMX nor AVX512-BF16: it would emulate bf16, slower than fp32")
+        )
     if wanted == "bf16" and not hardware:
         return "bf16", "the conf asks for it; the CPU has neither AMX nor AVX512-BF16 and emulates it, slower than fp32"
     return wanted, "the conf asks for it"

@@ -25,7 +25,7 @@ from llm_ray.train.loss import SupervisedLoss
 
 def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]) -> torch.dtype:
     """Data type the base model is loaded in: fp32 where its weights learn, else the conf's or the fast one."""
-    if conf.tuning.method == "full" or conf.training.strategy == "fsdp" and precision == "fp32":
+    if conf.tuning.method == "full" or (conf.training.strategy == "fsdp" and precision == "fp32"):
         return torch.float32
     if conf.model.dtype == "auto":
         return torch_dtype("bf16" if precision == "bf16" and has_bf16(flags) else "fp32")

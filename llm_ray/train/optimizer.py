@@ -17,7 +17,9 @@ def make_optimizer(module: nn.Module, conf: FinetuneConf) -> torch.optim.AdamW:
         {"params": [p for p in learning if p.ndim >= 2], "weight_decay": conf.training.weight_decay},
         {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=conf.learning_rate, betas=conf.training.betas, eps=conf.training.eps, fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=conf.learning_rate, betas=conf.training.betas, eps=conf.training.eps, fused=True
+    )
 
 
 def learning_rate(conf: FinetuneConf, step: int, total_steps: int) -> float:

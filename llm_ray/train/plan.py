@@ -14,7 +14,9 @@ def describe_plan(conf: FinetuneConf, cpus: int) -> tuple[dict[str, Any], list[s
     """Parameters as run (the conf's, with what `auto` came to on this host), and lines for people."""
     training, workers = conf.training, conf.runtime.workers
     precision, reason = choose_precision(training.precision, cpu_flags())
-    schedule = Schedule(len(open_split(conf.run_dir / "prepared", "train")), training.batch_size, training.gradient_accumulation, workers, training.seed)
+    schedule = Schedule(
+        len(open_split(conf.run_dir / "prepared", "train")), training.batch_size, training.gradient_accumulation, workers, training.seed
+    )
     steps = training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
     params = {
         "base": conf.model.base,

@@ -98,22 +98,27 @@ def train(task: Task) -> Outcome:
 
     def outcome(status: Literal["done", "stopped", "failed"], reason: str = "") -> Outcome:
         return Outcome(
-            status=status, reason=reason, step=progress.step, total_steps=total_steps, best_step=progress.best_step, best_validation_loss=progress.best_validation_loss
+            status=status,
+            reason=reason,
+            step=progress.step,
+            total_steps=total_steps,
+            best_step=progress.best_step,
+            best_validation_loss=progress.best_validation_loss,
         )
 
     def validate() -> float | None:
         if not validation_data:
             return None
-        loss, tokens = 0.0, 0
+        summed, tokens = 0.0, 0.0
         module.eval()
         with torch.no_grad(), setup.autocast():
             for indices in shares(len(validation_data), training.batch_size, rank, workers):
                 batch = collate(validation_data, indices, setup.packed)
-                loss += module(batch).item()
+                summed += module(batch).item()
                 tokens += len(batch.targets)
         module.train()
-        loss, tokens = total(loss, tokens)
-        return loss / tokens
+        summed, tokens = total(summed, tokens)
+        return summed / tokens
 
     def save() -> None:
         path = checkpoints.save(folder, module, optimizer, progress, rank)
@@ -126,8 +131,8 @@ def train(task: Task) -> Outcome:
             checkpoints.prune(folder, conf.checkpoint.keep)
 
     try:
-        if progress.step == 0 and (loss := validate()) is not None and metrics:
-            metrics.write({"step": 0, "validation_loss": loss})
+        if progress.step == 0 and (before := validate()) is not None and metrics:
+            metrics.write({"step": 0, "validation_loss": before})
         saved_at = progress.step
         began = time.perf_counter()
         for batches in steps_of(training_data, schedule, rank, progress.step, total_steps, setup.packed):
@@ -135,7 +140,7 @@ def train(task: Task) -> Outcome:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            loss_sum, supervised, tokens = 0.0, 0, 0
+            loss_sum, supervised, tokens = 0.0, 0.0, 0.0
             for number, batch in enumerate(batches):
                 with gradient_sync(module, last=number == len(batches) - 1):
                     with setup.autocast():
@@ -184,7 +189,11 @@ def train(task: Task) -> Outcome:
                     row["validation_loss"] = validation_loss
                     least_fall = patience.min_delta if patience else 0.0
                     if progress.best_validation_loss is None or validation_loss < progress.best_validation_loss - least_fall:
-                        progress.best_validation_loss, progress.best_step, progress.validations_without_improvement = validation_loss, progress.step, 0
+                        progress.best_validation_loss, progress.best_step, progress.validations_without_improvement = (
+                            validation_loss,
+                            progress.step,
+                            0,
+                        )
                         if training.best_checkpoint:
                             checkpoints.save_best(folder, module, rank)
                     else:
@@ -198,7 +207,10 @@ def train(task: Task) -> Outcome:
             if stop and not last:
                 return outcome("stopped", f"stopped at step {progress.step} of {total_steps} as asked, with a checkpoint")
             if early:
-                return outcome("done", f"validation loss has not fallen for {patience.patience if patience else 0} validations: ended early at step {progress.step}")
+                return outcome(
+                    "done",
+                    f"validation loss has not fallen for {patience.patience if patience else 0} validations: ended early at step {progress.step}",
+                )
             began = time.perf_counter()
     except TrainError as error:  # raised by all workers at the same point
         return outcome("failed", str(error))

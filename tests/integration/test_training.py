@@ -26,7 +26,10 @@ from llm_ray.train.launch import Stopped, run_training
 from llm_ray.train.recipe import STOP_FILE, Outcome
 
 STEPS = 6
-ROWS = [{"prompt": f"What is code {n}?", "completion": f"Code {n} means the {word} is worn."} for n, word in enumerate(["belt", "seal", "valve", "fan"] * 6)]
+ROWS = [
+    {"prompt": f"What is code {n}?", "completion": f"Code {n} means the {word} is worn."}
+    for n, word in enumerate(["belt", "seal", "valve", "fan"] * 6)
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,9 @@ def test_the_same_seed_gives_the_same_losses(make: Callable[..., FinetuneConf], 
     assert losses(again) == pytest.approx(losses(unbroken), rel=1e-6)
 
 
-def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
+def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(
+    make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf
+) -> None:
     conf = make("killed", runtime={"max_failures": 2})
     killed: list[int] = []
 
@@ -118,7 +123,9 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(make: Callable[..
     assert losses(conf) == pytest.approx(losses(unbroken), rel=1e-4)
 
 
-def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
+def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
+    make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf
+) -> None:
     conf = make("stopped")
 
     def stop_at_step_three() -> None:
@@ -145,7 +152,16 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp_has_the_losses_of_ddp(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
-    confs = [make(f"{method}-{strategy}", tuning={"method": method, "lora": {"r": 4}}, training={"strategy": strategy, "max_steps": 3, "learning_rate": 1e-4}) for strategy in ("ddp", "fsdp")]
+    confs = [
+        make(
+            f"{method}-{strategy}",
+            tuning={"method": method, "lora": {"r": 4}},
+            data={"validation": None},
+            training={"strategy": strategy, "max_steps": 3, "learning_rate": 1e-4},
+            checkpoint={"every_steps": 100},
+        )
+        for strategy in ("ddp", "fsdp")
+    ]
     for conf in confs:
         run(conf, cluster)
     ddp, fsdp = confs
@@ -170,5 +186,5 @@ def test_half_a_model_folder_is_told_at_once(make: Callable[..., FinetuneConf], 
     for file in smollm2.iterdir():
         (half / file.name).write_bytes(file.read_bytes()[:1_000_000] if file.suffix == ".safetensors" else file.read_bytes())
     conf = make("half", model={"base": str(half)}, runtime={"max_failures": 3})
-    with pytest.raises(TrainError, match="is cut off.*worker 0 on"):
+    with pytest.raises(TrainError, match=r"is cut off.*worker 0 on"):
         run(conf, cluster)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -21,7 +21,9 @@ LABELS = [[IGNORE, IGNORE, *row[2:]] for row in ROWS]
 
 
 def sequences(rows: list[list[int]], labels: list[list[int]]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"input_ids": [sum(rows, [])], "labels": [sum(labels, [])], "lengths": [[len(row) for row in rows]]})
+    return datasets.Dataset.from_dict(
+        {"input_ids": [[*chain(*rows)]], "labels": [[*chain(*labels)]], "lengths": [[len(row) for row in rows]]}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,6 @@ def model(smollm2: Path) -> PreTrainedModel:
     loaded = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     assert use_packed_attention(loaded)
     return loaded.eval()
-
-
 
 
 def single_losses(model: PreTrainedModel) -> float:
@@ -93,7 +93,13 @@ def test_gradients_are_the_same_packed_and_padded(smollm2: Path) -> None:
 def test_a_sliding_window_is_kept() -> None:
     torch.manual_seed(0)
     config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=5
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=5,
     )
     model = MistralForCausalLM(config).eval()
     rows = [list(range(1, 20)), list(range(30, 45))]
