@@ -1,0 +1,1 @@
+"""Serving: models deployed on Ray Serve with the OpenAI API, run by vLLM's CPU engine."""
