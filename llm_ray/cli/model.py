@@ -53,15 +53,14 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for head in ("name", "architecture", "parameters", "type", "on disk", "context", "chat", "from"):
-        table.add_column(head, no_wrap=head not in ("architecture", "from"), overflow="fold")
+    table = Table("name", "architecture", "parameters", "type", "on disk", "context", "chat", "from", box=None, pad_edge=False)
     for info in (info for info in found if info.problem is None):
         count = f"{info.parameters / 1e6:,.0f} M" if info.parameters >= 1e6 else f"{info.parameters:,}"
         size, chat = f"{info.size / 2**30:.2f} GiB", "yes" if info.chat_template else "no"
         table.add_row(*map(Text, (info.name, info.architecture, count, info.dtype, size, str(info.max_length or "?"), chat, info.source)))
     if table.rows:
-        Console().print(table)
+        console = Console()
+        console.print(table, width=max(console.width, 120), soft_wrap=True)
     for info in found:
         if info.problem:
             click.secho(f"{info.name} cannot be used: {info.problem}", fg="red")
