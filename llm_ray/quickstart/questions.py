@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ def ask(url: str, models: Sequence[str], questions: Sequence[Question], progress
     `progress` gets the answers that are there and those there will be. Raises ServeError when a model does not answer.
     """
     import openai
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
     # max_retries=0: the endpoint is this machine's own, and a failure is to be seen. No proxy is asked for a loopback address.
     with openai.OpenAI(

@@ -49,34 +49,51 @@ def deploy(
     began = time.monotonic()
     for model in models:
         check_folder(model.path)
-    port = port or _free_port(host)
-    check_port(host, port)
     with _quiet():
         from ray import serve
-        from ray.serve.config import HTTPOptions
 
         from llm_ray.serve.app import build_app
 
+        url = _start_http(host, port)
         try:
-            serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))
             serve.run_many(
                 [serve.RunTarget(build_app(models), name=APP, route_prefix="/")],
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
             _wait(models, reporter, began, timeout)
-        except BaseException:
-            undeploy()
+        except BaseException as error:
+            undeploy(wait=not isinstance(error, KeyboardInterrupt))
             raise
-    return Endpoint(f"http://{host}:{port}/v1", time.monotonic() - began)
+    return Endpoint(url, time.monotonic() - began)
 
 
-def undeploy() -> None:
-    """Take all models and Ray Serve itself away. Nothing happens where there is none."""
+def undeploy(wait: bool = True) -> None:
+    """Take all models away; Ray Serve itself stays, as long as its Ray. Nothing happens where there is none."""
     from ray import serve
+    from ray.serve.context import _get_global_client
 
     with _quiet():
-        serve.shutdown()
+        if _get_global_client(raise_if_no_controller_running=False):
+            serve.delete(APP, _blocking=wait)
+
+
+def _start_http(host: str, port: int | None) -> str:
+    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer at `port`."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        chosen = port or _free_port(host)
+        check_port(host, chosen)
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=chosen))
+        client = _get_global_client()
+    http = client.http_config
+    if port not in (None, http.port):
+        raise ServeError(f"Ray Serve runs already and answers at port {http.port}: it cannot answer at {port} too")
+    return f"http://{http.host}:{http.port}/v1"
 
 
 def _wait(models: Sequence[ServedModel], reporter: Reporter, began: float, timeout: float) -> None:
