@@ -59,8 +59,7 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
         size, chat = f"{info.size / 2**30:.2f} GiB", "yes" if info.chat_template else "no"
         table.add_row(*map(Text, (info.name, info.architecture, count, info.dtype, size, str(info.max_length or "?"), chat, info.source)))
     if table.rows:
-        console = Console()
-        console.print(table, width=max(console.width, 120), soft_wrap=True)
+        Console(width=max(Console().width, 120)).print(table)
     for info in found:
         if info.problem:
             click.secho(f"{info.name} cannot be used: {info.problem}", fg="red")

@@ -85,13 +85,11 @@ def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedMode
     """The base model, its weights in `dtype`, every one of them from its files. Raises ModelError."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    location = resolve(model.base, paths)
+    location = check_model(model, paths)
     options = _gguf(model, location)
     if options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
-        if location.folder:
-            check_folder(location.folder, tokenizer=False)
         options["use_safetensors"] = True  # pickle may run code
     with _explained(f"the model {location}", location):
         loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -143,6 +141,14 @@ def stored_dtype(model: Model, paths: Paths) -> torch.dtype:
         stored = check_folder(location.folder, tokenizer=False).dtype
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stored, torch.float32)
     return load_config(model, paths).dtype or torch.float32
+
+
+def check_model(model: Model, paths: Paths) -> Location:
+    """Where the base model is. Raises ModelError when there is none, or only half of it (models of the hub are not looked into)."""
+    location = resolve(model.base, paths)
+    if location.folder and not _gguf(model, location):
+        check_folder(location.folder, tokenizer=not model.tokenizer)
+    return location
 
 
 def identity(model: Model, paths: Paths) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 from llm_ray.conf.schema import Model, Paths
 from llm_ray.errors import ModelError
-from llm_ray.models.load import identity, load_empty_model, load_model, load_tokenizer, resolve, stored_dtype
+from llm_ray.models.load import check_model, identity, load_empty_model, load_model, load_tokenizer, resolve, stored_dtype
 
 
 def test_resolve(tiny: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +199,13 @@ def test_identity(tiny: Path, paths: Paths, tmp_path: Path) -> None:
         "revision": "v1",
         "gguf_file": None,
     }
+
+
+def test_check(tiny: Path, paths: Paths) -> None:
+    """What is asked before a run's first stage."""
+    assert check_model(Model(base=str(tiny)), paths).folder == tiny
+    assert check_model(Model(base="organisation/model"), paths).folder is None
+    (tiny / "tokenizer.json").unlink()
+    assert check_model(Model(base=str(tiny), tokenizer="organisation/other"), paths).folder == tiny
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        check_model(Model(base=str(tiny)), paths)
