@@ -7,6 +7,7 @@ attention interface; models that do not use that interface are trained on padded
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 NAME = "llm_ray_packed"
+SHORT = 256
+"""Longest row, in tokens, whose attention is computed by plain matrix products in bf16."""
 
 
 def packed_attention(
@@ -35,18 +38,41 @@ def packed_attention(
     Returns [1, tokens, heads, size], as transformers' attention functions do.
     """
     lengths = row_lengths or [query.shape[2]]
-    rows = [
-        F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling, enable_gqa=True)
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        for mask in [_window(q.shape[2], sliding_window, q.device)]
-    ]
+    split = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    rows = [_attend(q, k, v, scaling or q.shape[3] ** -0.5, dropout, sliding_window) for q, k, v in split]
     return (torch.cat(rows, 2) if len(rows) > 1 else rows[0]).transpose(1, 2), None
 
 
-def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    if sliding_window is None or length <= sliding_window:
-        return None
-    position = torch.arange(length, device=device)
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, sliding_window: int | None) -> Tensor:
+    length = q.shape[2]
+    if sliding_window is not None and length > sliding_window:
+        return F.scaled_dot_product_attention(q, k, v, _window(length, sliding_window), dropout, scale=scale, enable_gqa=True)
+    if q.dtype == torch.bfloat16 and length <= SHORT and not dropout:
+        return _attend_short(q, k, v, scale)
+    return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def _attend_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one short row by plain matrix products, the query heads of a key head stacked.
+
+    torch's fused kernel for CPUs multiplies bf16 blocks slowly in the backward pass; a short row's scores fit the cache anyway.
+    """
+    _, heads, length, size = q.shape
+    groups = k.shape[1]
+    stacked = q.reshape(groups, heads // groups * length, size)
+    scores = torch.baddbmm(_causal(length, heads // groups, q.dtype), stacked, k[0].transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), v[0]).view(1, heads, length, v.shape[3])
+
+
+@functools.lru_cache(maxsize=64)
+def _causal(length: int, stacked: int, dtype: torch.dtype) -> Tensor:
+    """[stacked × length, length]: minus infinity where a position would look ahead."""
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(stacked, 1)
+
+
+def _window(length: int, sliding_window: int) -> Tensor:
+    """[length, length], true where a position may look."""
+    position = torch.arange(length)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < sliding_window)
 
