@@ -54,6 +54,15 @@ def test_every_page_is_in_the_index() -> None:
     assert [str(page) for page in pages if f"]({page})" not in index] == []
 
 
+def test_the_tree_of_the_readme_is_there() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What is where")[2].partition("\n## ")[0]
+    rows = re.findall(r"^    (  )?((?:[\w./]*[./][\w./]* ?)+)  *\w", tree, re.MULTILINE)
+    places = {ROOT / ("llm_ray" if inside else "") / name for inside, names in rows for name in names.split()}
+    assert [str(place) for place in places if not place.exists()] == []
+    packages = {path.parent for path in (ROOT / "llm_ray").glob("*/__init__.py")}
+    assert packages <= places, "the tree says of every package what it is for"
+
+
 @each_written_page
 def test_make_targets_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
