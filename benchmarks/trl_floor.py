@@ -1,0 +1,80 @@
+"""The floor: TRL's SFTTrainer with its defaults on the same rows, in a process of its own. Prints one line of JSON.
+
+    python -m benchmarks.trl_floor MODEL ROWS.jsonl PREPARED THREADS
+
+PREPARED is our run's folder of prepared data: the loss of what TRL trained is measured on the same tokens, by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.ours import SETTINGS
+from llm_ray.data.prepare import open_split
+from llm_ray.train.batches import collate
+from llm_ray.train.loss import SupervisedLoss
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def main(model: str, rows: str, prepared: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=folder,
+                num_train_epochs=1,
+                max_length=int(SETTINGS["max_length"]),
+                report_to="none",
+                save_strategy="no",
+                use_cpu=True,
+            ),
+            train_dataset=datasets.Dataset.from_json(rows),
+            peft_config=LoraConfig(
+                r=int(SETTINGS["r"]), lora_alpha=int(SETTINGS["alpha"]), target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+            callbacks=[clock],
+        )
+        tokens = sum(min(len(row["input_ids"]), int(SETTINGS["max_length"])) for row in trainer.train_dataset)
+        trainer.train()
+    causal = trainer.model.get_base_model().eval()
+    loss, supervised = 0.0, 0
+    validation = open_split(prepared, "validation")
+    with torch.no_grad():
+        module = SupervisedLoss(trainer.model, causal, packed=False)
+        for index in range(len(validation)):
+            batch = collate(validation, [index], packed=False)
+            loss += module(batch).item()
+            supervised += len(batch.targets)
+    steps = len(clock.ends)
+    tokens, seconds = tokens * (steps - 1) / steps, clock.ends[-1] - clock.ends[0]  # without the first step, as for ours
+    print(
+        json.dumps(
+            {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds, "steps": steps, "loss_after": loss / supervised}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
