@@ -23,9 +23,11 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with local_ray(2):
-        yield
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("cores")))  # cores are claimed there: other tests' claims do not count
+        with local_ray(2):
+            yield
 
 
 def test_a_folder_that_is_no_model_is_refused_at_once(ray: None, tmp_path: Path) -> None:
@@ -99,9 +101,7 @@ def test_the_command_serves_until_it_is_interrupted(smollm2: Path, tmp_path: Pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable,
-        "-m",
-        "llm_ray",
+        str(Path(sys.executable).with_name("llm-ray")),
         "serve",
         "--model",
         str(smollm2),
