@@ -7,15 +7,20 @@ ports, no dashboard, every port behind a token of this session's own, gone after
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from llm_ray.conf.schema import Runtime
 from llm_ray.errors import ClusterError
@@ -47,35 +52,24 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
 
     Raises ClusterError when Ray does not start.
     """
-    folder = Path(tempfile.mkdtemp(prefix="llm-ray-", dir=_short_temp_dir()))  # mode 0700: the token lies in it
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    settings = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TRAIN_METRICS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_TRAIN_V2_ENABLED": "1",
-    }
-    with _environment(settings):
-        try:
-            with _quiet_ray():
-                _init(
-                    address="local",
-                    num_cpus=num_cpus or os.cpu_count(),
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=str(folder),
-                )
-                yield _describe()
-        finally:
-            import ray
+    import ray
 
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+    with _session_folder() as folder, _environment(_settings(folder)), _quiet_ray():
+        try:
+            _init(
+                address="local",
+                num_cpus=num_cpus or os.cpu_count(),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(folder),
+            )
+            yield _describe()
+        finally:
+            try:
+                ray.shutdown()
+            finally:
+                _end_processes(folder)
 
 
 @contextlib.contextmanager
@@ -124,8 +118,11 @@ def _init(address: str, **options: object) -> None:
 
     if ray.is_initialized():
         raise ClusterError("Ray is already started in this process")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
+    except SystemExit as error:  # Ray's answer to SIGTERM while it starts
+        raise KeyboardInterrupt from error
     except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address == "local":
@@ -133,6 +130,55 @@ def _init(address: str, **options: object) -> None:
         raise ClusterError(
             f"no Ray cluster at {address} (runtime.address): {reason}. Is it running (llm-ray status), and does this process have its token (RAY_AUTH_TOKEN_PATH)?"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place, which ends the process without our clean-up
+
+
+@contextlib.contextmanager
+def _session_folder() -> Iterator[Path]:
+    """A folder for one session, locked as long as the session lasts. Those that killed processes left behind are removed first."""
+    place = Path(_short_temp_dir())
+    for lock in place.glob("llm-ray-*/lock"):
+        with contextlib.suppress(OSError), lock.open("ab") as file:  # it is held, or another user's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    hidden = Path(tempfile.mkdtemp(prefix=".llm-ray-", dir=place))  # mode 0700: the token lies in it
+    folder = hidden.with_name(hidden.name.removeprefix("."))
+    with (hidden / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        hidden.rename(folder)  # only now do other sessions see it
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """Environment of a session: a token of its own, nothing sent away."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_V2_ENABLED": "1",
+    }
+
+
+def _end_processes(folder: Path) -> None:
+    """End what Ray cannot, of the session in `folder`: processes of a start or a shutdown that Ctrl-C broke off."""
+    left = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # gone in between
+            if str(folder) in " ".join(process.cmdline()):
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=5)
 
 
 def _describe() -> Cluster:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import tempfile
 import time
 import traceback
@@ -104,5 +105,6 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point of the command."""
+    """The entry point of the command. SIGTERM (a service manager, a batch system, Ansible) ends it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cli(prog_name="llm-ray")

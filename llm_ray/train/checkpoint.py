@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from llm_ray.errors import RunError, TrainError
 from llm_ray.train.workers import agree, world_size
@@ -64,7 +65,7 @@ def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, prog
     """Write a checkpoint of all workers under `folder`. Every worker calls it. Raises TrainError on all of them when one cannot write."""
     final = folder / f"step_{progress.step:08d}"
     state = {
-        "model": get_model_state_dict(module, options=_LEARNING),
+        "model": _learning_weights(module),
         "optimizer": get_optimizer_state_dict(module, optimizer, options=_LEARNING),
         f"random_{rank}": _random_state(),
         "progress": asdict(progress),
@@ -79,26 +80,21 @@ def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, prog
 
 def save_best(folder: Path, module: nn.Module, rank: int) -> None:
     """Write the learning weights as the best so far. Every worker calls it."""
-    state = {"model": get_model_state_dict(module, options=_LEARNING)}
+    state = {"model": _learning_weights(module)}
     _write(folder / BEST, lambda partial: dcp.save(state, checkpoint_id=partial), rank)
 
 
 def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
-    """Bring module, optimizer and this worker's random state to where `checkpoint` left them. Every worker calls it."""
-    model_state = get_model_state_dict(module, options=_LEARNING)
-    optimizer_state = get_optimizer_state_dict(module, optimizer, options=_LEARNING)
-    progress = asdict(Progress())
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
-    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    if any(key.startswith(f"random_{rank}.") for key in saved):  # not when there are more workers than before
+    """Bring module, optimizer and this worker's random state to where `checkpoint` left them. Every worker calls it. Raises TrainError
+    on all of them when it is damaged or of another model."""
+    state: dict[str, Any] = {
+        "model": _learning_weights(module),
+        "optimizer": get_optimizer_state_dict(module, optimizer, options=_LEARNING),
+        "progress": asdict(Progress()),
+    }
+    if any(name.startswith(f"random_{rank}.") for name in _names(checkpoint)):  # not when there are more workers than before
         state[f"random_{rank}"] = _random_state()
-    try:
-        dcp.load(state, checkpoint_id=checkpoint)
-    except CheckpointException as error:
-        reason = next(iter(error.failures.values()))
-        raise TrainError(
-            f"{checkpoint} does not fit the conf's model and tuning, or is damaged: {reason}. Resume from an earlier one (--resume PATH), or start anew under another name"
-        ) from error
+    _read(state, checkpoint)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(module, optimizer, state["optimizer"], options=_LEARNING)
     if f"random_{rank}" in state:
@@ -107,9 +103,9 @@ def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Load only the learning weights of `checkpoint` into `module`, in one process without a process group."""
-    state = {"model": get_model_state_dict(module, options=_LEARNING)}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+    """Load only the learning weights of `checkpoint` into `module`, in one process without a process group. Raises TrainError."""
+    state = {"model": _learning_weights(module)}
+    _read(state, checkpoint)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
 
 
@@ -121,6 +117,27 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
     for debris in [*folder.glob(".step_*"), *folder.glob(f".{BEST}.*")]:
         shutil.rmtree(debris, ignore_errors=True)
+
+
+def _read(state: dict[str, Any], checkpoint: Path) -> None:
+    """Fill `state` from `checkpoint`. Raises TrainError on every worker when one cannot."""
+    try:
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=world_size() == 1)
+    except CheckpointException as error:
+        reason = (str(next(iter(error.failures.values()))) or "it cannot be read").splitlines()[0]
+        earlier = [str(p) for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
+        ways = f"from an earlier one (--resume {earlier[-1]}), or from the start" if earlier else "from the start"
+        raise TrainError(
+            f"the checkpoint {checkpoint} is damaged, or does not fit the conf's model and tuning: {reason}. Go on {ways} (--resume no)"
+        ) from error
+
+
+def _names(checkpoint: Path) -> list[str]:
+    """What is in `checkpoint`; nothing when that cannot be read, which loading it will tell."""
+    try:
+        return list(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
+    except Exception:  # it is a pickle, which raises whatever it meets
+        return []
 
 
 def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
@@ -154,6 +171,15 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
             partial.rename(final)
     if world_size() > 1:
         dist.barrier()
+
+
+def _learning_weights(module: nn.Module) -> dict[str, Any]:
+    """Names and tensors of the weights that learn, tied ones once. (torch leaves frozen ones out under one of their names alone, so that
+    a frozen embedding tied to the output head would be in every checkpoint.)"""
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    learning = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    others = {name for name, _ in inner.named_parameters(remove_duplicate=False)} - learning
+    return {name: value for name, value in get_model_state_dict(module, options=_LEARNING).items() if name not in others}
 
 
 def _random_state() -> dict[str, Any]:

@@ -73,6 +73,7 @@ class _Fit(threading.Thread):
         self._trainer = trainer
         self._result: Outcome | None = None
         self._error: BaseException | None = None
+        self.ended = threading.Event()  # Ctrl-C in Thread.join makes Python 3.11 take the thread for ended (CPython bpo-45274)
         self.start()
 
     def run(self) -> None:
@@ -80,6 +81,8 @@ class _Fit(threading.Thread):
             self._result = self._trainer.fit().return_value  # type: ignore[attr-defined]
         except BaseException as error:  # handed to the main thread, whatever it is
             self._error = error
+        finally:
+            self.ended.set()
 
     def outcome(self, conf: FinetuneConf) -> Outcome:
         if self._error is not None:
@@ -92,9 +95,9 @@ class _Fit(threading.Thread):
 def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, reporter: Reporter) -> None:
     asked = False
     shown = -1
-    while fit.is_alive():
+    while not fit.ended.is_set():
         try:
-            fit.join(0.5)
+            fit.ended.wait(0.5)
             rows = read_metrics(conf.run_dir / "metrics.jsonl", last=1)
             if rows and rows[-1]["step"] != shown and "loss" in rows[-1]:
                 row = rows[-1]

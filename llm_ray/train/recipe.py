@@ -93,7 +93,10 @@ def train(task: Task) -> Outcome:
     progress = checkpoints.Progress()
     torch.manual_seed(training.seed + rank)
     if start_from:
-        progress = checkpoints.load(Path(start_from), module, optimizer, rank)
+        try:
+            progress = checkpoints.load(Path(start_from), module, optimizer, rank)
+        except TrainError as error:  # raised by all workers
+            return Outcome(status="failed", reason=str(error), step=0, total_steps=0, best_step=None, best_validation_loss=None)
     metrics = MetricsWriter(conf.run_dir, tensorboard=conf.tracking.tensorboard, resume_from_step=progress.step) if rank == 0 else None
 
     def outcome(status: Literal["done", "stopped", "failed"], reason: str = "") -> Outcome:
