@@ -35,7 +35,7 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
         raise ModelError(f"{path}: there is no such model folder")
     if not (path / CONFIG).is_file():
         raise ModelError(_without_config(path))
-    read_json(path / CONFIG)
+    _check_json(path, CONFIG, "generation_config.json")
     if tokenizer:
         check_tokenizer(path)
     counts = Counter[str]()
@@ -52,12 +52,13 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raise ModelError unless the folder `path` holds a tokenizer's vocabulary."""
+    """Raise ModelError unless the folder `path` holds a tokenizer's vocabulary, and its settings can be read."""
     if not any(next(path.glob(name), None) for name in VOCABULARIES):
         raise ModelError(
             f"{path} has no tokenizer ({', '.join(VOCABULARIES[:3])}): copy it from where the model comes from, "
             "or set model.tokenizer to another folder"
         )
+    _check_json(path, "tokenizer_config.json", "tokenizer.json")
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -75,6 +76,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object. The model folder is damaged: copy it again")
     return value
+
+
+def _check_json(path: Path, *names: str) -> None:
+    for name in names:
+        if (path / name).exists():
+            read_json(path / name)
 
 
 def _without_config(path: Path) -> str:

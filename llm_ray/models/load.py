@@ -214,7 +214,7 @@ def _reason(error: Exception, location: Location) -> str:
     from huggingface_hub import constants
 
     text = str(error).strip()
-    first = next(iter(text.splitlines()), "") or type(error).__name__
+    short = " ".join(text.split())[:300] or type(error).__name__
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         import psutil
 
@@ -231,10 +231,12 @@ def _reason(error: Exception, location: Location) -> str:
                 "there is no such folder, and as a model of the hub it is not in the local cache, while HF_HUB_OFFLINE forbids asking "
                 "the hub: bring its folder here and name that"
             )
-        return f"{first}. (There is no such folder either.) Without internet, bring its folder here and name that"
+        return f"{short}. (There is no such folder either.) Without internet, bring its folder here and name that"
     kind = read_json(location.folder / CONFIG).get("model_type") if (location.folder / CONFIG).is_file() else None
     if kind and ("Unrecognized configuration class" in text or "Unrecognized model" in text):
         return f"a model of type {kind} does not write text (transformers' AutoModelForCausalLM has it not): name a causal language model"
     if kind and ("does not recognize this architecture" in text or "model type" in text):
         return f"transformers does not know models of type {kind}"
-    return f"{type(error).__name__}: {first}" + (f" (model type {kind})" if kind else "")
+    if "ignore_mismatched_sizes" in text:
+        return f"its weights are of other sizes than its {CONFIG} says: one of them is another model's"
+    return short + (f" (model type {kind})" if kind else "")

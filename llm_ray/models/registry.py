@@ -103,17 +103,19 @@ def describe(path: Path, name: str | None = None, kind: str = "base", source: st
         chat = has_chat_template(path)
     except ModelError as error:
         problem = str(error)
+    architectures, text = config.get("architectures"), config.get("text_config")
+    longest = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return ModelInfo(
         name=name or path.name,
         kind=kind,
         path=str(path),
-        architecture=", ".join(config.get("architectures") or ["?"]),
+        architecture=", ".join(map(str, architectures)) if isinstance(architectures, list) else "?",
         parameters=weights.parameters if weights else 0,
         dtype=weights.dtype if weights else "?",
         size=sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
-        max_length=(config.get("text_config") or config).get("max_position_embeddings"),
+        max_length=longest if isinstance(longest, int) else None,
         chat_template=chat,
-        source=source or lineage.get("source", "copied here"),
+        source=source or str(lineage.get("source", "copied here")),
         licence=licence(path),
         problem=problem,
     )

@@ -133,7 +133,7 @@ def test_missing_weights(tiny: Path, paths: Paths) -> None:
 def test_other_size(tiny: Path, paths: Paths) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
-    with pytest.raises(ModelError, match=r"cannot be loaded: .*\(model type llama\)"):
+    with pytest.raises(ModelError, match=r"weights are of other sizes than its config\.json says"):
         load_model(Model(base=str(tiny)), paths, torch.float32)
 
 
@@ -143,7 +143,7 @@ def test_other_size(tiny: Path, paths: Paths) -> None:
         ({"model_type": "llama9"}, "transformers does not know models of type llama9"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "type t5 does not write text"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "type vit does not write text"),
-        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_size": "wide"}, "hidden_size.*wide"),
         ({"num_attention_heads": 0}, "cannot be loaded"),
         ({"hidden_act": "nosuch"}, "nosuch"),
         (
@@ -164,7 +164,7 @@ def test_broken_config(tiny: Path, paths: Paths, change: dict[str, object], word
 @pytest.mark.parametrize(("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[")])
 def test_damaged_tokenizer(tiny: Path, paths: Paths, name: str, text: str) -> None:
     (tiny / name).write_text(text)
-    with pytest.raises(ModelError, match=r"the tokenizer .* cannot be loaded"):
+    with pytest.raises(ModelError, match=r"the tokenizer .* cannot be loaded|tokenizer.*\.json cannot be read|holds no JSON object"):
         load_tokenizer(Model(base=str(tiny)), paths)
 
 
