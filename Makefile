@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 RUN := .venv/bin
-.PHONY: help setup quickstart test test-unit test-integration lint format docs bench clean
+.PHONY: help setup quickstart test test-unit test-integration lint reference format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -28,16 +28,21 @@ lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are
 	$(RUN)/mypy
 	$(RUN)/yamllint --strict .
 	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run
-	$(RUN)/python -m llm_ray.conf.reference --check
+	@$(MAKE) --no-print-directory reference
+
+reference: ## Check that the generated pages are up to date
+	@$(RUN)/python -m llm_ray.conf.reference --check
+	@$(RUN)/python -m llm_ray.cli.reference --check
 
 format: setup ## Format the code and write the generated files
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 	$(RUN)/python -m llm_ray.conf.reference
+	$(RUN)/python -m llm_ray.cli.reference
 
-bench: ## The benchmarks of training and serving, as a table and bench-results/*.json
+bench: ## Training against TRL, two workers against one: a table and bench-results/benchmarks.json
 	@scripts/setup bench
-	$(RUN)/python -m benchmarks
+	$(RUN)/python -m benchmarks $(if $(DATA),--data $(DATA))
 
 clean: ## Remove .venv and caches; models, data and runs stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results

@@ -48,7 +48,7 @@ def host_cluster() -> Cluster:
 
 @contextlib.contextmanager
 def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
-    """A Ray instance of this process' own, on free ports, closed by a token; stopped, and its files removed, on leaving.
+    """A Ray instance of this process' own, on free ports of loopback, closed by a token; stopped, and its files removed, on leaving.
 
     Raises ClusterError when Ray does not start.
     """
@@ -128,7 +128,7 @@ def _init(address: str, **options: object) -> None:
         if address == "local":
             raise ClusterError(f"Ray did not start on this machine: {reason}") from error
         raise ClusterError(
-            f"no Ray cluster at {address} (runtime.address): {reason}. Is it running (llm-ray status), and does this process have its token (RAY_AUTH_TOKEN_PATH)?"
+            f"no Ray cluster at {address} (runtime.address): {reason}. Is it running there, and does this process have its token (RAY_AUTH_TOKEN_PATH)?"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -162,6 +162,8 @@ def _settings(folder: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        # As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority
@@ -212,7 +214,10 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
 
 def _reload_ray_config() -> None:
     # Ray reads its settings once per process; a second session has another token.
+    from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
+
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -187,6 +187,11 @@ class Lora(Section):
     rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): steadier at high ranks."""
 
+    @property
+    def scale(self) -> int:
+        """alpha as run."""
+        return self.alpha or 2 * self.r
+
 
 class Tuning(Section):
     """What is learnt, and by which weights."""

@@ -15,7 +15,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ class Row:
     file: str
     line: int
     values: dict[str, Any]
+    element: int | None = None
+    """Its number in a JSON array, which may be one long line."""
 
     @property
     def place(self) -> str:
         """File and line as an error names them."""
-        return place(self.file, self.line)
+        return place(self.file, self.line) + (f" (element {self.element})" if self.element else "")
 
 
 def place(file: str | Path, line: int) -> str:
@@ -226,7 +228,7 @@ def _json_array(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
             except DataError as bad:
                 on_bad_row(bad)
             else:
-                yield row
+                yield replace(row, element=number)
             line += window.count("\n", at, end)
             at = end
             character = next_character()

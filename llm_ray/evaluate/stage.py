@@ -131,7 +131,11 @@ def _write_report(conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("llm_ray.evaluate", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("llm_ray.evaluate", "."),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701 (it is Markdown)
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     entries = [
         {"question": row.messages[-1]["content"], "reference": reference, "base": base, "finetuned": finetuned}

@@ -17,7 +17,11 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
 
     cpus = check_resources(conf.runtime, cluster)
     with reporter.bar("exporting", 1) as bar:
-        ray.get(ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures)(_export).remote(conf.model_dump(mode="json"), str(checkpoint), card))
+        ray.get(
+            ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures)(_export).remote(
+                conf.model_dump(mode="json"), str(checkpoint), card
+            )
+        )
         bar.update(1, 1)
     return conf.run_dir / "output"
 
@@ -34,7 +38,9 @@ def _export(conf_json: dict[str, Any], checkpoint: str, card: str) -> None:
     with replace_folder(conf.run_dir / "output") as folder:
         if conf.tuning.method == "lora":
             adapted = load_adapted(conf, Path(checkpoint), torch.float32)
+            adapted.peft_config["default"].base_model_name_or_path = conf.model.base
             adapted.save_pretrained(folder / "adapter", save_embedding_layers=bool(conf.tuning.lora.modules_to_save))
+            write_text(folder / "adapter" / "README.md", card)  # in place of peft's empty one
             model = adapted.merge_and_unload()
         else:
             model = load_trained(conf, Path(checkpoint), torch.float32)

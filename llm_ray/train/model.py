@@ -65,7 +65,7 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
             LoraConfig(
                 task_type=TaskType.CAUSAL_LM,
                 r=lora.r,
-                lora_alpha=lora.alpha or 2 * lora.r,
+                lora_alpha=lora.scale,
                 lora_dropout=lora.dropout,
                 target_modules=targets if isinstance(targets, str) else list(targets),
                 modules_to_save=list(lora.modules_to_save) or None,

@@ -21,7 +21,8 @@ def describe_plan(conf: FinetuneConf, cpus: int) -> tuple[dict[str, Any], list[s
     params = {
         "base": conf.model.base,
         "objective": conf.tuning.objective,
-        **conf.tuning.model_dump(mode="json", exclude={"objective"}, exclude_none=True),
+        "method": conf.tuning.method,
+        **({"lora": conf.tuning.lora.model_dump(mode="json") | {"alpha": conf.tuning.lora.scale}} if conf.tuning.method == "lora" else {}),
         **training.model_dump(mode="json", exclude_none=True),
         "learning_rate": conf.learning_rate,
         "epochs": steps / schedule.steps_per_epoch,

@@ -7,6 +7,7 @@ stop signal between them. Parts that need more than a few lines are functions of
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 import time
@@ -190,17 +191,13 @@ def train(task: Task) -> Outcome:
                 validation_loss = validate()
                 if validation_loss is not None:
                     row["validation_loss"] = validation_loss
-                    least_fall = patience.min_delta if patience else 0.0
-                    if progress.best_validation_loss is None or validation_loss < progress.best_validation_loss - least_fall:
-                        progress.best_validation_loss, progress.best_step, progress.validations_without_improvement = (
-                            validation_loss,
-                            progress.step,
-                            0,
-                        )
+                    best = math.inf if progress.best_validation_loss is None else progress.best_validation_loss
+                    enough = validation_loss < best - (patience.min_delta if patience else 0.0)
+                    progress.validations_without_improvement = 0 if enough else progress.validations_without_improvement + 1
+                    if validation_loss < best:
+                        progress.best_validation_loss, progress.best_step = validation_loss, progress.step
                         if training.best_checkpoint:
                             checkpoints.save_best(folder, module, rank)
-                    else:
-                        progress.validations_without_improvement += 1
             if metrics:
                 metrics.write(row)
             early = bool(patience and progress.validations_without_improvement >= patience.patience)

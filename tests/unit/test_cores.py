@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 from llm_ray.cores import list_cores
 
 CLAIM = """
@@ -22,7 +21,11 @@ sys.stdin.read()
 class Claimer:
     def __init__(self, count: int, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CLAIM, str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)}
+            [sys.executable, "-c", CLAIM, str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(folder)},
         )
         assert self.process.stdout
         threads, cpus, self.text = self.process.stdout.readline().strip().split("|")

@@ -82,7 +82,11 @@ def test_every_kind(tmp_path: Path, kind: str, suffix: str) -> None:
     rows = rows_of(path)
     assert [r.values for r in rows] == ROWS
     assert [r.line for r in rows] == lines
-    assert rows[1].place == (f"{path}, row 2" if suffix in ("parquet", "arrow") else f"{path}:{lines[1]}")
+    assert rows[1].place == (
+        f"{path}, row 2"
+        if suffix in ("parquet", "arrow")
+        else f"{path}:{lines[1]}" + (" (element 2)" if kind in ("array", "minified") else "")
+    )
 
 
 @pytest.mark.parametrize(("kind", "suffix"), KINDS[:3] + KINDS[3:5])

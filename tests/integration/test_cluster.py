@@ -1,0 +1,86 @@
+"""Ray of `mode: local`: closed to the network and to strangers on this host, beside others, and gone afterwards."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from llm_ray.cluster import Cluster, check_resources, local_ray
+from llm_ray.conf.schema import Runtime
+from llm_ray.errors import ClusterError
+
+STRANGER = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with local_ray(2) as joined:
+        yield joined
+
+
+def listening() -> dict[str, set[str]]:
+    """Addresses that this process' children, and theirs, listen on, by process name."""
+    found: dict[str, set[str]] = {}
+    for child in psutil.Process().children(recursive=True):
+        for connection in child.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.setdefault(child.name(), set()).add(connection.laddr.ip)
+    return found
+
+
+def test_every_port_is_on_loopback(cluster: Cluster) -> None:
+    import ray
+
+    ray.get(ray.remote(lambda: None).remote())
+    addresses = listening()
+    assert {"raylet", "gcs_server"} <= addresses.keys()
+    for name, held in addresses.items():
+        for address in held:
+            assert ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback, (name, address)
+
+
+def test_without_the_token_nobody_joins(cluster: Cluster, tmp_path: Path) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
+    for more in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        stranger = subprocess.run(
+            [sys.executable, "-c", STRANGER, address], env=environment | more, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert stranger.returncode != 0
+        assert "in\n" not in stranger.stdout
+
+
+@pytest.mark.parametrize(
+    ("nodes", "runtime", "cpus"),
+    [
+        ([8], Runtime(workers=2), 4),
+        ([8], Runtime(workers=3), 2),
+        ([8, 8], Runtime(workers=2, placement="spread"), 8),
+        ([8, 4], Runtime(workers=2, placement="strict_spread"), 4),
+        ([2], Runtime(workers=1, cpus_per_worker=1), 1),
+    ],
+)
+def test_cpus_are_shared_among_the_workers(nodes: list[int], runtime: Runtime, cpus: int) -> None:
+    assert check_resources(runtime, Cluster(dict(zip("abc", nodes, strict=False)), [])) == cpus
+
+
+@pytest.mark.parametrize(
+    ("nodes", "runtime", "message"),
+    [
+        ([2], Runtime(workers=3), r"runtime\.workers is 3 with 1 CPU\(s\) each, but Ray has 2 CPU\(s\).*room for 2"),
+        ([4, 4], Runtime(workers=3, placement="strict_spread"), "strict_spread, but Ray has 2 node"),
+        ([4, 4], Runtime(workers=1, cpus_per_worker=8), r"with 8 CPU\(s\) each.*room for 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(nodes: list[int], runtime: Runtime, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        check_resources(runtime, Cluster(dict(zip("abc", nodes, strict=False)), []))
