@@ -124,11 +124,10 @@ def _read(state: dict[str, Any], checkpoint: Path) -> None:
     try:
         dcp.load(state, checkpoint_id=checkpoint, no_dist=world_size() == 1)
     except CheckpointException as error:
-        reason = (str(next(iter(error.failures.values()))) or "it cannot be read").splitlines()[0]
         earlier = [str(p) for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
         ways = f"from an earlier one (--resume {earlier[-1]}), or from the start" if earlier else "from the start"
         raise TrainError(
-            f"the checkpoint {checkpoint} is damaged, or does not fit the conf's model and tuning: {reason}. Go on {ways} (--resume no)"
+            f"the checkpoint {checkpoint} is damaged, or does not fit the conf's model and tuning: {_reason(error)}. Go on {ways} (--resume no)"
         ) from error
 
 
@@ -150,7 +149,7 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
         partial.mkdir(parents=True, exist_ok=True)
         write(partial)
     except CheckpointException as error:
-        problem = str(next(iter(error.failures.values())))
+        problem = _reason(error)
     except OSError as error:
         problem = str(error)
     if failed := agree(problem):
@@ -171,6 +170,11 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
             partial.rename(final)
     if world_size() > 1:
         dist.barrier()
+
+
+def _reason(error: CheckpointException) -> str:
+    cause, _ = next(iter(error.failures.values()))  # with its traceback
+    return next(iter(str(cause).splitlines()), type(cause).__name__)
 
 
 def _learning_weights(module: nn.Module) -> dict[str, Any]:

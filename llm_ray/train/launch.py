@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -112,31 +114,44 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, reporter: Reporter) -> None
 
 
 def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
+    """The failure in words for the user: who failed, of what, and what to do."""
     from ray.exceptions import ActorDiedError, OutOfMemoryError
-    from ray.train import TrainingFailedError
 
-    if not isinstance(error, TrainingFailedError):
-        return TrainError(f"training of {conf.name} failed: {error}")
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    causes = {f"worker {rank} of {conf.name}": _cause(failure) for rank, failure in failures.items()}
+    causes = causes or {f"training of {conf.name}": _cause(error)}
     resume = f"Checkpoints are whole: the same command goes on from the last one (llm-ray runs show {conf.name})"
-    for rank, cause in causes.items():
+    less = (
+        "Lower training.batch_size or data.max_length, set training.gradient_checkpointing, or use training.strategy fsdp over more workers"
+    )
+    for who, cause in causes.items():
         if isinstance(cause, OutOfMemoryError):
-            return TrainError(
-                f"worker {rank} of {conf.name} was ended because its host ran out of memory. Lower training.batch_size or data.max_length, set "
-                f"training.gradient_checkpointing, or use training.strategy fsdp over more workers. {resume}"
-            )
+            found = re.search(r"Memory on the node \(IP: (\S+),.*? was (\S+ used / \S+) limit", str(cause))
+            host = f"the host {found[1]} ({found[2]})" if found else "its host"
+            return TrainError(f"{who} was ended because {host} ran out of memory. {less}. {resume}")
+        if isinstance(cause, MemoryError) or "allocate memory" in str(cause):  # torch's allocator raises RuntimeError
+            return TrainError(f"{who} got no more memory ({_first_line(cause)}). {less}. {resume}")
     for cause in causes.values():
-        if isinstance(cause, OSError) and cause.errno == 28:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(conf.run_dir).free
             return TrainError(f"no space left on the disk of {conf.run_dir} ({free / 2**30:.1f} GiB free): make room. {resume}")
-    for rank, cause in causes.items():
+    for who, cause in causes.items():
         if isinstance(cause, ActorDiedError):
             return TrainError(
-                f"worker {rank} of {conf.name} died {conf.runtime.max_failures + 1} time(s) (runtime.max_failures is {conf.runtime.max_failures}): killed from "
-                f"outside, most often by the kernel for want of memory, or its host went away. {resume}"
+                f"{who} died {conf.runtime.max_failures + 1} time(s) (runtime.max_failures is {conf.runtime.max_failures}): killed from outside, "
+                f"most often by the kernel for want of memory, or its host went away. If it was memory: {less[0].lower()}{less[1:]}. {resume}"
             )
-    if causes:
-        rank, cause = next(iter(causes.items()))
-        return TrainError(f"worker {rank} of {conf.name} failed: {type(cause).__name__}: {cause}. {resume}")
-    return TrainError(f"training of {conf.name} failed: {error}")
+    who, cause = next(iter(causes.items()))
+    return TrainError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. {resume}")
+
+
+def _cause(failure: BaseException) -> BaseException:
+    """What Ray Train has wrapped: an error of the training function, a worker's death, a failure of its controller."""
+    for name in ("_base_exc", "health_check_failure", "controller_failure"):
+        failure = getattr(failure, name, failure)
+    return failure
+
+
+def _first_line(error: BaseException) -> str:
+    # Ray's own messages go on for pages.
+    return next(iter(str(error).splitlines()), "").rstrip(".")
