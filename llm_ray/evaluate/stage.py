@@ -82,8 +82,8 @@ def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Co
     from llm_ray import cores
     from llm_ray.data.prepare import open_split
     from llm_ray.evaluate.generate import answers
+    from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
     from llm_ray.train.batches import collate, shares
-    from llm_ray.train.hardware import choose_precision, cpu_flags, torch_dtype
     from llm_ray.train.loss import SupervisedLoss
     from llm_ray.train.trained import load_trained
 

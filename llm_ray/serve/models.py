@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_ray.hardware import cpu_flags, has_bf16
 from llm_ray.models.folder import check_folder, read_json
-from llm_ray.train.hardware import cpu_flags, has_bf16
 
 # More than this is taken only when asked for: the cache of a long context is what fills a host's memory.
 DEFAULT_MAX_MODEL_LEN = 8192

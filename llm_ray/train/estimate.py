@@ -16,9 +16,9 @@ from torch import nn
 
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.prepare import DataStats
+from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
 from llm_ray.models.load import load_empty_model
 from llm_ray.train.batches import Schedule
-from llm_ray.train.hardware import choose_precision, cpu_flags, torch_dtype
 from llm_ray.train.model import add_adapters, weight_dtype
 
 PROCESS_BYTES = 0.9e9

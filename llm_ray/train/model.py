@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from llm_ray.conf.schema import FinetuneConf, Lora
 from llm_ray.errors import ConfError
+from llm_ray.hardware import Precision, has_bf16, torch_dtype
 from llm_ray.models.load import load_empty_model, load_model
 from llm_ray.train.attention import use_packed_attention
-from llm_ray.train.hardware import Precision, has_bf16, torch_dtype
 from llm_ray.train.loss import SupervisedLoss
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.prepare import open_split
+from llm_ray.hardware import choose_precision, cpu_flags
 from llm_ray.train.batches import Schedule
-from llm_ray.train.hardware import choose_precision, cpu_flags
 
 
 def describe_plan(conf: FinetuneConf, cpus: int) -> tuple[dict[str, Any], list[str]]:

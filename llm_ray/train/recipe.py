@@ -25,10 +25,10 @@ from llm_ray import cores
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.prepare import open_split
 from llm_ray.errors import LlmRayError, TrainError
+from llm_ray.hardware import choose_precision, cpu_flags, keep_freed_memory
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.batches import Schedule, collate, shares, steps_of
-from llm_ray.train.hardware import choose_precision, cpu_flags, keep_freed_memory
 from llm_ray.train.model import build, distribute, gradient_sync, weight_dtype
 from llm_ray.train.optimizer import learning_rate, make_optimizer
 from llm_ray.train.workers import agree, first, total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_ray.train.hardware import choose_precision, cpu_flags, has_bf16
+from llm_ray.hardware import choose_precision, cpu_flags, has_bf16
 
 AMX = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "amx_tile"})
 AVX512_BF16 = frozenset({"avx512f", "avx512_bf16"})
