@@ -20,6 +20,18 @@ SHORT = 256
 """Longest row, in tokens, whose attention is computed by plain matrix products in bf16."""
 
 
+_rows: list[int] = []
+
+
+def set_rows(lengths: list[int]) -> None:
+    """Say how many tokens each row of the sequence has that the model is about to be called with.
+
+    It does not go through the model's arguments: torch.compile would compile anew for each number of rows.
+    """
+    _rows[:] = lengths
+
+
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -29,16 +41,14 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    row_lengths: list[int] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within rows.
 
-    query [1, heads, tokens, size]; key, value [1, key heads, tokens, size]; `row_lengths` sums up to tokens.
+    query [1, heads, tokens, size]; key, value [1, key heads, tokens, size]; the rows are those of :func:`set_rows`.
     Returns [1, tokens, heads, size], as transformers' attention functions do.
     """
-    lengths = row_lengths or [query.shape[2]]
-    split = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    split = zip(query.split(_rows, 2), key.split(_rows, 2), value.split(_rows, 2), strict=True)
     rows = [_attend(q, k, v, scaling or q.shape[3] ** -0.5, dropout, sliding_window) for q, k, v in split]
     return (torch.cat(rows, 2) if len(rows) > 1 else rows[0]).transpose(1, 2), None
 

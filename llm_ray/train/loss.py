@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_ray.train.attention import set_rows
 from llm_ray.train.batches import Batch
 
 _IDS = torch.arange(1, 17)
@@ -109,7 +110,8 @@ class SupervisedLoss(nn.Module):
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         if self.packed:
-            return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "row_lengths": batch.row_lengths, "use_cache": False}
+            set_rows(batch.row_lengths)
+            return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
 
     def _plain_loss(self, batch: Batch) -> Tensor:

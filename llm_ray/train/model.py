@@ -97,6 +97,14 @@ def _lora_forward(layer: LoraLinear, adapter: str, x: Tensor) -> Tensor:
     return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=layer.scaling[adapter]).view(base.shape)
 
 
+def compile_layers(causal: PreTrainedModel) -> None:
+    """torch.compile each block of the model: they share one compilation, and a step's number of tokens may vary."""
+    blocks = set(causal._no_split_modules or ())
+    for module in causal.modules():
+        if type(module).__name__ in blocks:
+            module.compile(dynamic=True)
+
+
 def distribute(loss: SupervisedLoss, conf: FinetuneConf, world_size: int) -> nn.Module:
     """Lay the model over the workers as `training.strategy` says. Returns the module to call."""
     if world_size == 1:

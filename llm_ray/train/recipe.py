@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import psutil
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
@@ -29,7 +30,7 @@ from llm_ray.hardware import choose_precision, cpu_flags, keep_freed_memory
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.batches import Schedule, collate, shares, steps_of
-from llm_ray.train.model import build, distribute, gradient_sync, weight_dtype
+from llm_ray.train.model import build, compile_layers, distribute, gradient_sync, weight_dtype
 from llm_ray.train.optimizer import learning_rate, make_optimizer
 from llm_ray.train.workers import agree, first, total
 
@@ -156,7 +157,8 @@ def train(task: Task) -> Outcome:
 
             # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all supervised tokens.
             stop = float(rank == 0 and (folder / STOP_FILE).exists())
-            loss_sum, supervised, tokens, stop = total(loss_sum, supervised, tokens, stop)
+            memory = float(psutil.Process().memory_info().rss)
+            loss_sum, supervised, tokens, stop, memory = total(loss_sum, supervised, tokens, stop, memory)
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, workers / max(1, supervised))
             norm = _whole(nn.utils.get_total_norm(gradients))
@@ -184,6 +186,7 @@ def train(task: Task) -> Outcome:
                 "tokens": int(tokens),
                 "tokens_per_second": tokens / seconds,
                 "seconds": seconds,
+                "memory_per_worker": int(memory / workers),
             }
             last = progress.step == total_steps
             patience = training.early_stopping
@@ -237,7 +240,7 @@ def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
             loss.choose_blockwise()
     loss.blockwise = first(loss.blockwise)
     if conf.training.compile:
-        loss.causal.base_model.compile(dynamic=True)
+        compile_layers(loss.causal)
     module = distribute(loss, conf, workers)
     keep_freed_memory()
     module.train()

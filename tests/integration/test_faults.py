@@ -201,10 +201,11 @@ def test_interrupted_before_training(bench: Bench, moment: str, number: signal.S
     bench.assert_nothing_left()
 
 
+@pytest.mark.root
 def test_a_full_disk(bench: Bench) -> None:
     disk = bench.folder / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)  # needs root
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], check=True)
     try:
         bench.runs = disk
         bench.conf["paths"] = {"runs": str(disk)}
@@ -232,10 +233,11 @@ def test_a_full_disk(bench: Bench) -> None:
 @pytest.mark.parametrize(
     ("fault", "code", "told"),
     [
-        (
+        pytest.param(
             "read-only",
             1,
             r"the run's folder \S+/trial cannot be written: Read-only file system: \S+ \(.* free\): mend .* or set paths.runs",
+            marks=pytest.mark.root,
         ),
         ("a file in the way", 1, r"the run's folder \S+/trial cannot be written: Not a directory: \S+ \(.* free\)"),
         ("no model", 2, r"conf.yaml:1: model.base: no such folder: \S+/nowhere"),
@@ -246,7 +248,7 @@ def test_what_cannot_work_is_told_at_once(bench: Bench, smollm2: Path, fault: st
     place = bench.folder / "place"
     if fault == "read-only":
         place.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], check=True)  # needs root
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", place], check=True)
         bench.conf["paths"] = {"runs": str(place)}
     elif fault == "a file in the way":
         place.touch()

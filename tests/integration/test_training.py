@@ -166,6 +166,17 @@ def test_fsdp_has_the_losses_of_ddp(make: Callable[..., FinetuneConf], cluster: 
         run(conf, cluster)
     ddp, fsdp = confs
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-3)
+    if method == "full":  # weights, gradients and optimizer state are what takes the memory
+        memory = [read_metrics(conf.run_dir / "metrics.jsonl")[-1]["memory_per_worker"] for conf in confs]
+        assert memory[1] < 0.8 * memory[0]
+
+
+def test_training_ends_early_when_validation_no_longer_improves(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+    conf = make("early", training={"learning_rate": 1e-12, "validate_every": 1, "early_stopping": {"patience": 2, "min_delta": 0.01}})
+    outcome = run(conf, cluster)
+    assert outcome["status"] == "done"
+    assert "ended early" in outcome["reason"]
+    assert len(losses(conf)) == 3  # the first counts as an improvement on nothing
 
 
 def test_a_run_whose_loss_is_no_number_ends_with_the_reason_and_its_checkpoint(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llm_ray.train.attention import SHORT, packed_attention
+from llm_ray.train.attention import SHORT, packed_attention, set_rows
 
 
 def tensors(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,7 +19,8 @@ def tensors(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_rows_and_their_gradients(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
     query, key, value = tensors(sum(lengths), dtype)
-    given, _ = packed_attention(nn.Identity(), query, key, value, None, scaling=0.25, row_lengths=lengths)
+    set_rows(lengths)
+    given, _ = packed_attention(nn.Identity(), query, key, value, None, scaling=0.25)
     gradients = torch.autograd.grad(given.float().square().sum(), (query, key, value))
 
     exact = [t.detach().float().requires_grad_() for t in (query, key, value)]

@@ -1,0 +1,141 @@
+"""The command `llm-ray finetune` from a conf to a model: every stage, each objective and method, skipping what is done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_ray.runs.metrics import read_metrics
+
+LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
+CONF = """
+name: {{ name | default("codes") }}
+model: {base: {{ model }}}
+data: {train: rows.jsonl, validation: 0.25, max_length: 96}
+tuning: {lora: {r: 4}}
+training: {max_steps: 4, batch_size: 2, learning_rate: 1e-3, precision: fp32}
+evaluation: {samples: 3, max_new_tokens: 8}
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("finetune")
+    rows = [
+        {"prompt": f"What is code {n}?", "completion": f"Code {n} is a worn {part}."} for n, part in enumerate(["belt", "seal", "fan"] * 4)
+    ]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "text.txt").write_text("\n".join(f"Line {n} of the handbook of pumps." for n in range(24)))
+    (home / "codes.yaml.j2").write_text(CONF)
+    return home
+
+
+def llm_ray(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    import os
+
+    done = subprocess.run(
+        [LLM_RAY, *arguments], cwd=home, env={**os.environ, "LLM_RAY_HOME": str(home)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def codes(home: Path, smollm2: Path) -> subprocess.CompletedProcess[str]:
+    return llm_ray(home, "finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}")
+
+
+def test_a_run_has_what_the_reference_promises(home: Path, codes: subprocess.CompletedProcess[str]) -> None:
+    run = home / "runs" / "codes"
+    assert codes.stdout.strip() == str(run)
+    for name in (
+        "conf.yaml",
+        "run.json",
+        "params.json",
+        "result.json",
+        "metrics.jsonl",
+        "evaluation.md",
+        "answers.jsonl",
+        "output/adapter/adapter_model.safetensors",
+    ):
+        assert (run / name).is_file(), name
+    result: dict[str, Any] = json.loads((run / "result.json").read_text())
+    assert result["training"]["status"] == "done"
+    for which in ("base", "finetuned"):
+        assert {"validation_loss", "perplexity", "exact_match", "token_f1"} <= result["evaluation"][which].keys()
+    assert result["evaluation"]["finetuned"]["validation_loss"] < result["evaluation"]["base"]["validation_loss"]
+    best = min(row["validation_loss"] for row in read_metrics(run / "metrics.jsonl") if "validation_loss" in row)
+    assert result["evaluation"]["finetuned"]["validation_loss"] == pytest.approx(best, rel=1e-3), "evaluated is what was trained"
+    card = (run / "output" / "README.md").read_text()
+    assert "codes" in card
+    assert card.startswith("---\n")
+
+
+def test_the_merged_model_is_the_base_with_its_adapter(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+    output = home / "runs" / "codes" / "output"
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is code 3?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(smollm2)
+    with torch.no_grad():
+        untrained = base(**ids).logits
+        adapted = PeftModel.from_pretrained(base, output / "adapter")(**ids).logits
+        given = merged(**ids).logits
+    torch.testing.assert_close(given, adapted, rtol=1e-3, atol=1e-3)
+    assert (given - untrained).abs().max() > 0.05
+
+
+def test_the_same_again_is_skipped_and_another_conf_refused(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+    command = ("finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}")
+    again = llm_ray(home, *command)
+    assert again.stderr.count("done before with the same inputs, skipped") == 4
+    refused = llm_ray(home, *command, "--set", "training.max_steps=5", code=1)
+    assert "training.max_steps" in refused.stderr
+    assert "--force" in refused.stderr
+
+
+def test_a_dry_run_starts_nothing_and_says_what_would_be(home: Path, smollm2: Path) -> None:
+    done = llm_ray(home, "finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}", "--set", "name=dry", "--dry-run", "--json")
+    report = json.loads(done.stdout)
+    assert report["data"]["train"]["rows"] == 9
+    assert report["estimate"]["steps"] == 4
+    assert report["estimate"]["parameters"] == 134_515_008
+    assert 1e9 < report["estimate"]["memory_per_worker"] < 20e9
+    assert not (home / "runs" / "dry").exists()
+
+
+def test_full_pretraining_on_text(home: Path, smollm2: Path) -> None:
+    settings = [
+        "data.train=text.txt",
+        "tuning.objective=pretrain",
+        "tuning.method=full",
+        "training.max_steps=2",
+        "training.learning_rate=1e-4",
+    ]
+    llm_ray(
+        home,
+        "finetune",
+        "--config",
+        "codes.yaml.j2",
+        "--set",
+        f"model={smollm2}",
+        "--set",
+        "name=text",
+        *(a for s in settings for a in ("--set", s)),
+    )
+    run = home / "runs" / "text"
+    evaluation = json.loads((run / "result.json").read_text())["evaluation"]
+    assert evaluation["finetuned"]["validation_loss"] < evaluation["base"]["validation_loss"]
+    assert not (run / "output" / "adapter").exists()
+    AutoModelForCausalLM.from_pretrained(run / "output")
