@@ -197,5 +197,5 @@ def test_half_a_model_folder_is_told_at_once(make: Callable[..., FinetuneConf], 
     for file in smollm2.iterdir():
         (half / file.name).write_bytes(file.read_bytes()[:1_000_000] if file.suffix == ".safetensors" else file.read_bytes())
     conf = make("half", model={"base": str(half)}, runtime={"max_failures": 3})
-    with pytest.raises(TrainError, match=r"is cut off.*worker 0 on"):
+    with pytest.raises(TrainError, match=r"damaged or cut off.*worker 0 on"):
         run(conf, cluster)
