@@ -42,6 +42,16 @@ def torch_dtype(name: Precision) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def return_freed_memory() -> None:
+    """Make malloc return large blocks to the kernel as soon as they are freed.
+
+    By default glibc raises the size from which it does so with every block freed, up to 32 MiB, and keeps what is below in as many
+    arenas as there are threads: the weights that FSDP gathers and drops layer by layer would pile up.
+    """
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
+
+
 def keep_freed_memory() -> None:
     """Make malloc keep what a step frees for the next step.
 

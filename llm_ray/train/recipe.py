@@ -26,7 +26,7 @@ from llm_ray import cores
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.prepare import open_split
 from llm_ray.errors import LlmRayError, TrainError
-from llm_ray.hardware import choose_precision, cpu_flags, keep_freed_memory
+from llm_ray.hardware import choose_precision, cpu_flags, keep_freed_memory, return_freed_memory
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.batches import Schedule, collate, shares, steps_of
@@ -241,8 +241,11 @@ def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
     loss.blockwise = first(loss.blockwise)
     if conf.training.compile:
         compile_layers(loss.causal)
+    if conf.training.strategy == "fsdp":  # memory counts more than time
+        return_freed_memory()
     module = distribute(loss, conf, workers)
-    keep_freed_memory()
+    if conf.training.strategy == "ddp":
+        keep_freed_memory()
     module.train()
     return Setup(module, make_optimizer(module, conf), autocast, loss.packed)
 

@@ -168,7 +168,7 @@ def test_fsdp_has_the_losses_of_ddp(make: Callable[..., FinetuneConf], cluster: 
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-3)
     if method == "full":  # weights, gradients and optimizer state are what takes the memory
         memory = [read_metrics(conf.run_dir / "metrics.jsonl")[-1]["memory_per_worker"] for conf in confs]
-        assert memory[1] < 0.8 * memory[0]
+        assert memory[1] < 0.85 * memory[0]
 
 
 def test_training_ends_early_when_validation_no_longer_improves(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
