@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import click
@@ -33,7 +32,6 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
 
     if home:
         os.environ["LLM_RAY_HOME"] = str(home.absolute())
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop what was started, as at Ctrl-C
     result = quickstart(Reporter(), force=force, keep_serving=keep_serving)
     if not result.good:
         raise LlmRayError(

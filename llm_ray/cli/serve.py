@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-
 import click
 
 
@@ -82,7 +80,6 @@ def deploy(bases: tuple[str, ...], names: tuple[str, ...], port: int, cpus: int 
         models.append(ServedModel(name, location.folder, cpus or max(1, (os.cpu_count() or 1) // len(bases)), max_model_len))
     check_port("127.0.0.1", port)
     reporter = Reporter()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop what was started, as at Ctrl-C
     with local_ray():
         endpoint = deploy_models(models, reporter, port=port)
         reporter.line(f"{', '.join(called)} ready after {endpoint.seconds:.0f} s")

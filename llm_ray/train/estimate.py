@@ -23,7 +23,7 @@ from llm_ray.train.model import add_adapters, weight_dtype
 
 PROCESS_BYTES = 0.9e9
 """A worker's memory before it holds a model: Python, torch, transformers, Ray."""
-EFFICIENCY = {"fp32": 0.6, "bf16": 0.2}
+EFFICIENCY = {"fp32": 0.6, "bf16": 0.15}
 """Share of the matrix rate that training reaches, measured on SmolLM2-135M (docs/reference/benchmarks.md); what is not a matrix product weighs more in bf16."""
 
 
