@@ -62,7 +62,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / "r"),  # Ray opens it to everybody: inside a folder that is closed
             )
             yield _describe()
         finally:
@@ -79,6 +79,8 @@ def ray_session(runtime: Runtime) -> Iterator[Cluster]:
         with local_ray() as cluster:
             yield cluster
         return
+    if runtime.address != "auto":
+        _check_address(runtime.address)
     import ray
 
     with _environment({"RAY_TRAIN_V2_ENABLED": "1"}), _quiet_ray():
@@ -87,6 +89,21 @@ def ray_session(runtime: Runtime) -> Iterator[Cluster]:
             yield _describe()
         finally:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises ClusterError when nothing listens there: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in address:
+        raise ClusterError(
+            f"runtime.address is {address!r}: host:port of the head's GCS is wanted, as 10.0.0.1:6379, or auto on a node of the cluster"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster at {address} (runtime.address): {error.strerror or error}. Is the head running there, and the port open to this host?"
+        ) from error
 
 
 def check_resources(runtime: Runtime, cluster: Cluster) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llm_ray.cluster import Cluster, check_resources, local_ray
+from llm_ray.cluster import Cluster, check_resources, local_ray, ray_session
 from llm_ray.conf.schema import Runtime
 from llm_ray.errors import ClusterError
 
@@ -61,6 +61,19 @@ def test_without_the_token_nobody_joins(cluster: Cluster, tmp_path: Path) -> Non
         output, _ = stranger.communicate(timeout=300)  # Ray goes on trying for 20 s
         assert stranger.returncode != 0
         assert "in\n" not in output
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"no Ray cluster at 127\.0\.0\.1:1 \(runtime\.address\): Connection refused"),
+        ("ray://127.0.0.1:10001", r"runtime\.address is 'ray://.*host:port"),
+        ("head", r"runtime\.address is 'head'.*host:port"),
+    ],
+)
+def test_an_address_where_no_cluster_is_is_told_at_once(address: str, message: str) -> None:
+    with pytest.raises(ClusterError, match=message), ray_session(Runtime(mode="cluster", address=address)):
+        pass
 
 
 @pytest.mark.parametrize(

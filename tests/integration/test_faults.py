@@ -174,6 +174,8 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     code, seen = bench.start().ends()
     assert code == 1
     assert re.search(rf"in use by process {command.process.pid} on \S+, since", seen)
+    (session,) = (p.parent for p in bench.temporary.glob("llm-ray-*/token"))
+    assert session.stat().st_mode & 0o777 == 0o700, "the token, and Ray's sockets, are closed to other users"
     command.process.kill()
     command.process.wait()
     until(lambda: not bench.processes(), 30)
