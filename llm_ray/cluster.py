@@ -135,11 +135,18 @@ def _init(address: str, **options: object) -> None:
 
     if ray.is_initialized():
         raise ClusterError("Ray is already started in this process")
+    try:
+        _connect(address, **options)
+    except SystemExit as error:  # Ray's answer to SIGTERM, as long as its handler is in place
+        raise KeyboardInterrupt from error
+
+
+def _connect(address: str, **options: object) -> None:
+    import ray
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
-    except SystemExit as error:  # Ray's answer to SIGTERM while it starts
-        raise KeyboardInterrupt from error
     except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address == "local":
