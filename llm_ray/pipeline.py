@@ -16,8 +16,7 @@ from llm_ray.conf.schema import STAGES, FinetuneConf, Stage
 from llm_ray.console import Reporter
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import RunError
-from llm_ray.models.folder import check_folder
-from llm_ray.models.load import check_model, identity, load_tokenizer, resolve
+from llm_ray.models.load import check_model, identity, load_tokenizer
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run
 
 Resume = Literal["auto", "no"] | Path
@@ -43,9 +42,8 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
     with contextlib.ExitStack() as stack:
         cluster: Cluster | None = None
         if due:
-            check_model(conf.model, conf.paths)
+            check_model(conf.model, conf.paths)  # before hours of preparation, not after
         if set(due) - {"prepare"}:
-            _check_model(conf)  # before hours of preparation, not after
             cluster = stack.enter_context(ray_session(conf.runtime))
             check_resources(conf.runtime, cluster)
             run.record(hosts=cluster.hosts)
@@ -81,12 +79,6 @@ def _inputs(conf: FinetuneConf) -> dict[Stage, str]:
         "evaluate": evaluated,
         "export": inputs_hash(trained, evaluated if "evaluate" in conf.stages else ""),
     }
-
-
-def _check_model(conf: FinetuneConf) -> None:
-    base = resolve(conf.model.base, conf.paths)
-    if base.folder and not conf.model.gguf_file:
-        check_folder(base.folder, tokenizer=False)
 
 
 def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[Stage, str]) -> None:
