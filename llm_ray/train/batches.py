@@ -12,6 +12,8 @@ import datasets
 import torch
 from torch import Tensor
 
+from llm_ray.conf.schema import FinetuneConf
+
 IGNORE = -100
 
 
@@ -64,6 +66,13 @@ class Schedule:
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.sequences, generator=generator).tolist()
+
+
+def plan_steps(conf: FinetuneConf, sequences: int, workers: int) -> tuple[Schedule, int]:
+    """The conf's schedule over `sequences` packed sequences on `workers`, and the number of optimizer steps of the whole training."""
+    training = conf.training
+    schedule = Schedule(sequences, training.batch_size, training.gradient_accumulation, workers, training.seed)
+    return schedule, training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
 
 
 def steps_of(data: datasets.Dataset, schedule: Schedule, rank: int, start: int, end: int, packed: bool) -> Iterator[list[Batch]]:

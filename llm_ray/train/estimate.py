@@ -18,7 +18,7 @@ from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.prepare import DataStats
 from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
 from llm_ray.models.load import load_empty_model
-from llm_ray.train.batches import Schedule
+from llm_ray.train.batches import plan_steps
 from llm_ray.train.model import add_adapters, weight_dtype
 
 PROCESS_BYTES = 0.9e9
@@ -77,10 +77,7 @@ def estimate(conf: FinetuneConf, data: DataStats, cpus: int) -> Estimate:
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    schedule = Schedule(
-        data.train.sequences, conf.training.batch_size, conf.training.gradient_accumulation, conf.runtime.workers, conf.training.seed
-    )
-    steps = conf.training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
+    schedule, steps = plan_steps(conf, data.train.sequences, conf.runtime.workers)
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
 
     weights = (parameters if conf.tuning.method == "lora" else 0) * frozen_bytes + trainable * (4 + 4 + 8)

@@ -7,17 +7,14 @@ from typing import Any
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.prepare import open_split
 from llm_ray.hardware import choose_precision, cpu_flags
-from llm_ray.train.batches import Schedule
+from llm_ray.train.batches import plan_steps
 
 
 def describe_plan(conf: FinetuneConf, cpus: int) -> tuple[dict[str, Any], list[str]]:
     """Parameters as run (the conf's, with what `auto` came to on this host), and lines for people."""
     training, workers = conf.training, conf.runtime.workers
     precision, reason = choose_precision(training.precision, cpu_flags())
-    schedule = Schedule(
-        len(open_split(conf.run_dir / "prepared", "train")), training.batch_size, training.gradient_accumulation, workers, training.seed
-    )
-    steps = training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
+    schedule, steps = plan_steps(conf, len(open_split(conf.run_dir / "prepared", "train")), workers)
     params = {
         "base": conf.model.base,
         "objective": conf.tuning.objective,

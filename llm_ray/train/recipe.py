@@ -29,7 +29,7 @@ from llm_ray.errors import LlmRayError, TrainError
 from llm_ray.hardware import choose_precision, cpu_flags, keep_freed_memory, return_freed_memory
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
-from llm_ray.train.batches import Schedule, collate, shares, steps_of
+from llm_ray.train.batches import collate, plan_steps, shares, steps_of
 from llm_ray.train.model import build, compile_layers, distribute, gradient_sync, weight_dtype
 from llm_ray.train.optimizer import learning_rate, make_optimizer
 from llm_ray.train.workers import agree, first, total
@@ -84,8 +84,7 @@ def train(task: Task) -> Outcome:
         return Outcome(status="failed", reason=failed or "", step=0, total_steps=0, best_step=None, best_validation_loss=None)
     module, optimizer = setup.module, setup.optimizer
     training = conf.training
-    schedule = Schedule(len(training_data), training.batch_size, training.gradient_accumulation, workers, training.seed)
-    total_steps = training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
+    schedule, total_steps = plan_steps(conf, len(training_data), workers)
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
 
