@@ -1,0 +1,199 @@
+"""The schema of a serve conf: the endpoint, and the models that answer behind it.
+
+As in ``llm_ray.conf.schema``, the text under each field is its documentation.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from llm_ray.conf.schema import AbsolutePath, Paths, Section
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+# First parts of the endpoint's own paths, which a model's route /NAME would hide.
+RESERVED_NAMES = frozenset({"v1", "health", "ready", "metrics", "docs", "redoc", "openapi.json", "tokenize", "detokenize", "-"})
+
+
+class ServeRuntime(Section):
+    """The Ray that serves."""
+
+    mode: Literal["local", "cluster"] = "local"
+    """`local` serves on this machine: Ray is started in the background if it does not run yet, and `llm-ray serve stop --all` ends it;
+    `cluster` joins the running cluster at `address`."""
+    address: str = "auto"
+    """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port 6379)."""
+
+
+class Limits(Section):
+    """What one API key may ask for, unless the key has limits of its own."""
+
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Requests in any minute. Unset: as many as the models can answer."""
+    concurrent: int | None = Field(None, ge=1)
+    """Requests at the same time. Unset: as many as the models can answer."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Tokens of one answer. Unset: as many as fit the model."""
+
+
+class Endpoint(Section):
+    """The HTTP endpoint that all models share. It takes effect when Ray Serve starts; a running endpoint keeps its host, port and TLS."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at. Beyond loopback (`0.0.0.0`, or an address of this host) API keys are demanded."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port to listen at."""
+    proxies: Literal["head", "every_node"] = "head"
+    """Hosts of the cluster that answer HTTP: the head alone, or every one with a model on it (behind a load balancer)."""
+    api_keys: Literal["auto", "on", "off"] = "auto"
+    """Whether requests need an API key (`llm-ray serve keys add NAME`). `auto`: yes as soon as the endpoint listens beyond loopback."""
+    tls_certificate: AbsolutePath | None = None
+    """PEM file with the certificate (chain) for HTTPS."""
+    tls_key: AbsolutePath | None = None
+    """PEM file with the certificate's private key."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins (`https://chat.example.org`) may ask from a browser. Empty: none."""
+    max_body_mib: float = Field(8, gt=0)
+    """Largest request body, in MiB; larger ones get 413."""
+    body_timeout_s: float = Field(30, gt=0)
+    """Seconds within which a request's body has to arrive."""
+    request_timeout_s: float = Field(600, gt=0)
+    """Seconds within which a request has to be answered, waiting in the queue and for a replica to start included."""
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _check(self) -> Endpoint:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("endpoint.tls_certificate and endpoint.tls_key belong together: give both, or none")
+        return self
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches the endpoint."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def needs_keys(self) -> bool:
+        """Whether requests need an API key."""
+        return self.api_keys == "on" or (self.api_keys == "auto" and not self.on_loopback)
+
+
+class Autoscale(Section):
+    """Replicas that come and go with the load."""
+
+    min: int = Field(0, ge=0)
+    """Fewest replicas. 0: none when nobody asks; the next request starts one and waits for it."""
+    max: int = Field(1, ge=1)
+    """Most replicas."""
+    target: float | None = Field(None, gt=0)
+    """Requests at the same time that each replica should have; more start another one. Unset: half of `max_batch`."""
+    idle_s: float = Field(300, ge=0)
+    """Seconds of less load before a replica is taken away."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Autoscale:
+        if self.max < self.min:
+            raise ValueError(f"autoscale.max is {self.max}, less than autoscale.min, {self.min}")
+        return self
+
+
+class ModelServing(Section):
+    """One model as it is served."""
+
+    model: str = Field(min_length=1)
+    """What to serve: a run's name, a name in the model registry, a folder in Hugging Face (or OpenVINO) form, or a hub id."""
+    tokenizer: str | None = None
+    """Tokenizer other than the model's own: a folder, or a name in the model registry."""
+    chat_template: AbsolutePath | None = None
+    """A Jinja file with a chat template that replaces the model's own."""
+    engine: Literal["vllm", "openvino", "transformers"] = "vllm"
+    """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs), `transformers` (any causal
+    model, the slowest)."""
+    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    """Form of the weights for engine `openvino`; a model that is not converted yet is converted first. Unset: as the folder has them, int8
+    for one that is to be converted."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic. `auto`: that of the stored weights; bf16 only where the CPU multiplies it in hardware."""
+    max_model_len: int | None = Field(None, ge=16)
+    """Longest prompt and answer together, in tokens. Unset: the model's, at most 8192."""
+    max_batch: int = Field(32, ge=1)
+    """Requests that a replica computes at the same time; more wait in the queue."""
+    max_queue: int = Field(128, ge=0)
+    """Requests that may wait; more get 429."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two requests of the longest."""
+    cpus: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most a NUMA node's; where none are
+    free it shares those of others."""
+    replicas: int = Field(1, ge=1)
+    """Replicas, each with its own weights and cores. `autoscale` replaces it."""
+    autoscale: Autoscale | None = None
+    """Replicas that come and go with the load, down to none."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """LoRA adapters on this base model (engine `vllm`), each under a model name of its own: name: run or folder. They can be changed
+    without a restart where there is at least one from the beginning."""
+    tools: Literal["auto", "off"] | str = "auto"
+    """How tool calls are read from answers: `auto` (as the model's chat template writes them), `off`, or the name of one of vLLM's tool
+    parsers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
+    trusted_models: tuple[str, ...] = ()
+    """Models (as written in `model`) whose own code may run."""
+    compile: bool = False
+    """Compile the model first (engine `vllm`, no adapters): starts slower, answers faster. Needs a C++ compiler on every host."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Further options of the engine, by its own names: vLLM's engine arguments, OpenVINO's properties."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelServing:
+        wrong = []
+        if self.adapters and self.engine != "vllm":
+            wrong.append(f"adapters are served by engine vllm alone, but engine is {self.engine}: set engine: vllm, or deploy the merged model")
+        if self.weights and self.engine != "openvino":
+            wrong.append(f"weights is for engine openvino, but engine is {self.engine}: set engine: openvino, or use precision")
+        if self.compile and self.engine != "vllm":
+            wrong.append(f"compile is for engine vllm, but engine is {self.engine}")
+        if self.compile and self.adapters:
+            wrong.append("compile does not go together with adapters: vLLM's CPU engine compiles no model with LoRA")
+        if self.autoscale and self.replicas != 1:
+            wrong.append(f"replicas is {self.replicas}, and autoscale is there too: give one of them")
+        if self.trust_remote_code and self.model not in self.trusted_models:
+            wrong.append(
+                f"trust_remote_code runs code that comes with the model: to allow it, read that code and add {self.model!r} to trusted_models"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+class ServeConf(Section):
+    """An endpoint and its models."""
+
+    runtime: ServeRuntime = ServeRuntime()
+    paths: Paths = Field(default_factory=Paths)
+    endpoint: Endpoint = Endpoint()
+    models: dict[str, ModelServing] = Field(min_length=1)
+    """The models, by the name that clients ask for (the `model` of a request, and the route `/NAME`)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ServeConf:
+        wrong = []
+        owner: dict[str, str] = {}
+        for name, model in self.models.items():
+            for called in (name, *model.adapters):
+                if not MODEL_NAME.fullmatch(called):
+                    wrong.append(f"models.{name}: {called!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' in between")
+                elif called.partition("/")[0] in RESERVED_NAMES:
+                    wrong.append(f"models.{name}: {called!r} is a path of the endpoint itself: choose another name")
+                elif called in owner:
+                    wrong.append(f"models.{name}: the name {called} is taken already, by models.{owner[called]}")
+                owner[called] = name
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
