@@ -1,6 +1,7 @@
-"""The keys of a finetune conf, read off its JSON Schema: what each may hold, and which one a misspelled key was meant to be.
+"""The keys of a conf, read off its JSON Schema: what each may hold, and which one a misspelled key was meant to be.
 
-The messages of ``llm_ray.conf.load`` and the tables of ``llm_ray.conf.reference`` both come from here.
+The messages of ``llm_ray.conf.loading`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name of a
+key NAME stands for what the user calls it: ``models.NAME.engine``.
 """
 
 from __future__ import annotations
@@ -8,60 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache
-from typing import Any
+from difflib import SequenceMatcher, get_close_matches
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.schema import FinetuneConf, Section
+from llm_ray.conf.serve import ServeConf
+from llm_ray.conf.yamltext import Path
 
-# What other tools call these keys (Hugging Face Trainer and TRL, peft, torchtune, axolotl, LLaMA-Factory, llm-on-ray).
-ELSEWHERE = {
-    "adapter": "tuning.method",
-    "base_model": "model.base",
-    "bf16": "training.precision",
-    "chat_template_jinja": "model.chat_template",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
-    "dataset_name": "data.train",
-    "eval_steps": "training.validate_every",
-    "finetuning_type": "tuning.method",
-    "fp16": "training.precision",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "logging_steps": "tracking.log_every",
-    "lora_alpha": "tuning.lora.alpha",
-    "lora_config": "tuning.lora",
-    "lora_dropout": "tuning.lora.dropout",
-    "lora_r": "tuning.lora.r",
-    "lora_rank": "tuning.lora.r",
-    "lora_target": "tuning.lora.target_modules",
-    "lora_target_modules": "tuning.lora.target_modules",
-    "lr": "training.learning_rate",
-    "lr_scheduler": "training.schedule",
-    "lr_scheduler_type": "training.schedule",
-    "max_seq_length": "data.max_length",
-    "max_train_steps": "training.max_steps",
-    "micro_batch_size": "training.batch_size",
-    "model_name_or_path": "model.base",
-    "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs",
-    "num_training_workers": "runtime.workers",
-    "num_workers": "runtime.workers",
-    "optim": "training.optimizer",
-    "output_dir": "paths.runs",
-    "per_device_eval_batch_size": "evaluation.batch_size",
-    "per_device_train_batch_size": "training.batch_size",
-    "rank": "tuning.lora.r",
-    "save_steps": "checkpoint.every_steps",
-    "save_total_limit": "checkpoint.keep",
-    "scheduler": "training.schedule",
-    "sequence_len": "data.max_length",
-    "template": "model.chat_template",
-    "train_file": "data.train",
-    "val_set_size": "data.validation",
-    "validation_file": "data.validation",
-    "warmup_ratio": "training.warmup",
-    "warmup_steps": "training.warmup",
-}
+C = TypeVar("C", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -74,9 +30,25 @@ class Key:
     section: str | None
 
     @property
-    def free(self) -> bool:
-        """Whether the keys below it are the user's own, as in ``data.columns``."""
-        return bool(self.schema.get("additionalProperties")) and self.section is None
+    def above(self) -> str:
+        """Name of the section it lies in; empty at the top."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """The last part of its name."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def free(self) -> dict[str, Any] | bool:
+        """The schema of the values below it, where their names are the user's own, as in ``data.columns``; else ``False``."""
+        values: dict[str, Any] | bool = self.schema.get("additionalProperties", False)
+        return False if self.section or (isinstance(values, dict) and "$ref" in values) else values
+
+    @property
+    def is_path(self) -> bool:
+        """Whether its value is a file or folder of this machine."""
+        return any(option.get("format") == "path" for option in [self.schema, *self.schema.get("anyOf", ())])
 
     @property
     def text(self) -> str:
@@ -84,48 +56,115 @@ class Key:
         return " ".join(str(self.schema.get("description", "")).split())
 
 
-@cache
-def schema() -> dict[str, Any]:
-    """The JSON Schema of a finetune conf."""
-    return FinetuneConf.model_json_schema()
+class Keys(Generic[C]):
+    """The keys of one kind of conf."""
 
+    def __init__(self, kind: str, model: type[C], elsewhere: dict[str, str]) -> None:
+        """`kind` is the command that reads the conf, `elsewhere` says what other tools call its keys."""
+        self.kind = kind
+        self.model = model
+        self.elsewhere = elsewhere
 
-@cache
-def table() -> dict[str, Key]:
-    """Every key by its dotted name, in the order of the schema, sections before what they hold."""
-    return {key.name: key for key in _walk(schema(), "")}
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """The JSON Schema of the conf."""
+        return self.model.model_json_schema()
 
+    @cached_property
+    def table(self) -> dict[str, Key]:
+        """Every key by its dotted name, in the order of the schema, sections before what they hold."""
+        return {key.name: key for key in self._walk(self.schema, "")}
 
-def _walk(node: dict[str, Any], prefix: str) -> Iterator[Key]:
-    for name, value in node["properties"].items():
+    def _walk(self, node: dict[str, Any], prefix: str) -> Iterator[Key]:
+        for name, value in node["properties"].items():
+            yield from self._key(prefix + name, value, name in node.get("required", ()))
+
+    def _key(self, name: str, value: dict[str, Any], required: bool) -> Iterator[Key]:
         references = [option["$ref"] for option in [value, *value.get("anyOf", ())] if "$ref" in option]
         section = references[0].rsplit("/", 1)[1] if references else None
-        yield Key(prefix + name, value, name in node.get("required", ()), section)
+        yield Key(name, value, required, section)
         if section:
-            yield from _walk(schema()["$defs"][section], f"{prefix}{name}.")
+            yield from self._walk(self.schema["$defs"][section], f"{name}.")
+        elif isinstance(values := value.get("additionalProperties"), dict) and "$ref" in values:
+            yield from self._key(f"{name}.NAME", values, required)
 
+    def needed(self, name: str = "") -> list[Key]:
+        """The keys that have to be given, of those that `name` is or holds; of the whole conf without it."""
+        required = {key.name: key for key in self.table.values() if key.required}
+        leaves = [key for key in required.values() if not key.section and not self.below(key.name)]
+        return [
+            key
+            for key in leaves
+            if key.name == name or (f"{key.above}.".startswith(f"{name}." if name else "") and key.above in {*required, "", name})
+        ]
 
-def known(name: str) -> bool:
-    """Whether `name` (dotted) is a key of the conf, or lies below one whose keys are the user's own."""
-    parents = (name[:i] for i, character in enumerate(name) if character == ".")
-    return name in table() or any(parent in table() and table()[parent].free for parent in parents)
+    def below(self, name: str) -> list[Key]:
+        """The keys of the section `name`; those at the top for no name."""
+        return [key for key in self.table.values() if key.above == name]
 
+    def key(self, path: Path) -> Key | None:
+        """The key at `path`, as it is in a conf; ``None`` if the schema has none there."""
+        name = ""
+        for part in path:
+            exact = f"{name}.{part}" if name else str(part)
+            name = exact if exact in self.table and "." not in str(part) else f"{name}.NAME"
+            if name not in self.table:
+                return None
+        return self.table.get(name)
 
-def nearest(name: str) -> str | None:
-    """The key that an unknown dotted `name` was probably meant to be; ``None`` if there is no likeness."""
-    section, _, leaf = name.rpartition(".")
-    leaf = leaf.lower().replace("-", "_")
-    beside = {key.rpartition(".")[2]: key for key in table() if key.rpartition(".")[0] == section}
-    same = [key for key in table() if key.rpartition(".")[2] == leaf]
-    if close := get_close_matches(leaf, beside, 1, 0.8):
-        return beside[close[0]]
-    if same or leaf in ELSEWHERE:
-        return (same or [ELSEWHERE[leaf]])[0]
-    if close := get_close_matches(leaf, beside, 1, 0.6):
-        return beside[close[0]]
-    everywhere = ELSEWHERE | {name.rpartition(".")[2]: name for name, key in table().items() if not key.section}
-    close = get_close_matches(leaf, everywhere, 1, 0.75)
-    return everywhere[close[0]] if close else None
+    def known(self, path: Path) -> bool:
+        """Whether `path` is a key of the conf, or lies below one whose keys are the user's own."""
+        return self.key(path) is not None or any(key.free for i in range(len(path)) if (key := self.key(path[:i])))
+
+    def named(self, path: Path) -> bool:
+        """Whether `path` is a section that the user named, as ``models.NAME``, or lies in one."""
+        return len(path) > 1 and f"{path[0]}.NAME" in self.table
+
+    def paths(self, name: str, section: bool = False) -> list[Path]:
+        """The keys that a dotted name may mean: what the user calls a model may hold dots, too. `section`: its value is one."""
+        ways = self._ways(name)
+        return [way for way in (ways if section or len(ways) == 1 else ways[:-1]) if self.known(way)]
+
+    def _ways(self, name: str) -> list[Path]:
+        """How a dotted name may be read, the shortest names of models first; by the last one it is a model's name to the end."""
+        first, *parts = name.split(".")
+        if not self.named((first, *parts)):
+            return [self._joined((first, *parts))]
+        return [self._joined((first, ".".join(parts[:i]), *parts[i:])) for i in range(1, len(parts) + 1)]
+
+    def _joined(self, path: Path) -> Path:
+        """The path with all that comes below a key like ``data.columns`` as one name."""
+        for i in range(1, len(path)):
+            if (key := self.key(path[:i])) and isinstance(key.free, dict):
+                return (*path[:i], ".".join(map(str, path[i:])))
+        return path
+
+    def nearest(self, path: Path) -> str | None:
+        """The key that an unknown one at `path` was probably meant to be; ``None`` if there is no likeness."""
+        name = self._nearest(path)
+        parts = name.split(".") if name else []
+        above = [i for i, part in enumerate(parts) if part == "NAME" and [*path[:i]] == parts[:i] and len(path) > i + 1]
+        return ".".join(str(path[i]) if i in above else part for i, part in enumerate(parts)) or None
+
+    def _nearest(self, path: Path) -> str | None:
+        section = self.key(path[:-1])
+        leaf = str(path[-1]).lower().replace("-", "_")
+        beside = {key.leaf: key.name for key in self.below(section.name if section else "")} if section or len(path) == 1 else {}
+        same = [key.name for key in self.table.values() if key.leaf == leaf]
+        if close := get_close_matches(leaf, beside, 1, 0.8):
+            return beside[close[0]]
+        if same or leaf in self.elsewhere:
+            return (same or [self.elsewhere[leaf]])[0]
+        if close := get_close_matches(leaf, beside, 1, 0.6):
+            return beside[close[0]]
+        everywhere = self.elsewhere | {key.leaf: key.name for key in self.table.values() if not key.section}
+        close = get_close_matches(leaf, everywhere, 1, 0.75)
+        return everywhere[close[0]] if close else None
+
+    def nearest_to(self, name: str) -> str | None:
+        """As `nearest`, for a dotted name."""
+        near = [found for way in self._ways(name) if (found := self.nearest(way))]
+        return max(near, key=lambda found: SequenceMatcher(None, found, name).ratio(), default=None)
 
 
 def choices(node: dict[str, Any]) -> list[str]:
@@ -176,3 +215,135 @@ def first_sentence(text: str) -> str:
 
 def _or(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + f" or {parts[-1]}"
+
+
+# Other names: of Hugging Face Trainer and TRL, peft, torchtune, axolotl, LLaMA-Factory, llm-on-ray.
+FINETUNE = Keys(
+    "finetune",
+    FinetuneConf,
+    {
+        "adapter": "tuning.method",
+        "base_model": "model.base",
+        "bf16": "training.precision",
+        "chat_template_jinja": "model.chat_template",
+        "cutoff_len": "data.max_length",
+        "dataset": "data.train",
+        "dataset_name": "data.train",
+        "eval_steps": "training.validate_every",
+        "finetuning_type": "tuning.method",
+        "fp16": "training.precision",
+        "gradient_accumulation_steps": "training.gradient_accumulation",
+        "logging_steps": "tracking.log_every",
+        "lora_alpha": "tuning.lora.alpha",
+        "lora_config": "tuning.lora",
+        "lora_dropout": "tuning.lora.dropout",
+        "lora_r": "tuning.lora.r",
+        "lora_rank": "tuning.lora.r",
+        "lora_target": "tuning.lora.target_modules",
+        "lora_target_modules": "tuning.lora.target_modules",
+        "lr": "training.learning_rate",
+        "lr_scheduler": "training.schedule",
+        "lr_scheduler_type": "training.schedule",
+        "max_seq_length": "data.max_length",
+        "max_train_steps": "training.max_steps",
+        "micro_batch_size": "training.batch_size",
+        "model_name_or_path": "model.base",
+        "num_epochs": "training.epochs",
+        "num_train_epochs": "training.epochs",
+        "num_training_workers": "runtime.workers",
+        "num_workers": "runtime.workers",
+        "optim": "training.optimizer",
+        "output_dir": "paths.runs",
+        "per_device_eval_batch_size": "evaluation.batch_size",
+        "per_device_train_batch_size": "training.batch_size",
+        "rank": "tuning.lora.r",
+        "save_steps": "checkpoint.every_steps",
+        "save_total_limit": "checkpoint.keep",
+        "scheduler": "training.schedule",
+        "sequence_len": "data.max_length",
+        "template": "model.chat_template",
+        "train_file": "data.train",
+        "val_set_size": "data.validation",
+        "validation_file": "data.validation",
+        "warmup_ratio": "training.warmup",
+        "warmup_steps": "training.warmup",
+    },
+)
+# Other names: of vLLM, Ray Serve and ray.serve.llm, text-generation-inference, llm-on-ray.
+SERVE = Keys(
+    "serve",
+    ServeConf,
+    {
+        "allowed_origins": "endpoint.cors_origins",
+        "api_key": "endpoint.api_keys",
+        "autoscaling": "models.NAME.autoscale",
+        "autoscaling_config": "models.NAME.autoscale",
+        "base": "models.NAME.model",
+        "base_model_id_or_path": "models.NAME.model",
+        "bf16": "models.NAME.precision",
+        "chat_processor": "models.NAME.chat_template",
+        "cpus_per_worker": "models.NAME.cpus",
+        "downscale_delay_s": "models.NAME.autoscale.idle_s",
+        "dtype": "models.NAME.precision",
+        "enable_auto_tool_choice": "models.NAME.tools",
+        "enable_lora": "models.NAME.adapters",
+        "enable_prefix_caching": "models.NAME.engine_options.enable_prefix_caching",
+        "enforce_eager": "models.NAME.compile",
+        "engine_args": "models.NAME.engine_options",
+        "engine_kwargs": "models.NAME.engine_options",
+        "gpu_memory_utilization": "models.NAME.kv_cache_gib",
+        "http_options": "endpoint",
+        "ipex": "models.NAME.engine",
+        "kv_cache_memory_bytes": "models.NAME.kv_cache_gib",
+        "llm_configs": "models",
+        "llm_engine": "models.NAME.engine",
+        "lora_config": "models.NAME.adapters",
+        "lora_modules": "models.NAME.adapters",
+        "max_batch_size": "models.NAME.max_batch",
+        "max_concurrent_queries": "models.NAME.max_batch",
+        "max_concurrent_requests": "models.NAME.max_batch",
+        "max_length": "models.NAME.max_model_len",
+        "max_model_length": "models.NAME.max_model_len",
+        "max_new_tokens": "endpoint.limits.max_tokens",
+        "max_num_batched_tokens": "models.NAME.engine_options.max_num_batched_tokens",
+        "max_num_seqs": "models.NAME.max_batch",
+        "max_ongoing_requests": "models.NAME.max_batch",
+        "max_queued_requests": "models.NAME.max_queue",
+        "max_replicas": "models.NAME.autoscale.max",
+        "max_seq_len": "models.NAME.max_model_len",
+        "max_total_tokens": "models.NAME.max_model_len",
+        "min_replicas": "models.NAME.autoscale.min",
+        "model_description": "models.NAME.model",
+        "model_id": "models",
+        "model_id_or_path": "models.NAME.model",
+        "model_loading_config": "models.NAME.model",
+        "model_name": "models",
+        "model_name_or_path": "models.NAME.model",
+        "model_source": "models.NAME.model",
+        "name": "models",
+        "num_cpus": "models.NAME.cpus",
+        "num_cpus_per_worker": "models.NAME.cpus",
+        "num_replicas": "models.NAME.replicas",
+        "peft_model_id_or_path": "models.NAME.adapters",
+        "pipeline_parallel_size": "models.NAME.engine_options.pipeline_parallel_size",
+        "prompt_template": "models.NAME.chat_template",
+        "quantization": "models.NAME.weights",
+        "rate_limit": "endpoint.limits.requests_per_minute",
+        "ray_actor_options": "models.NAME.cpus",
+        "request_timeout": "endpoint.request_timeout_s",
+        "route_prefix": "models",
+        "served_model_name": "models",
+        "ssl_certfile": "endpoint.tls_certificate",
+        "ssl_keyfile": "endpoint.tls_key",
+        "target_ongoing_requests": "models.NAME.autoscale.target",
+        "tensor_parallel_size": "models.NAME.engine_options.tensor_parallel_size",
+        "threads": "models.NAME.cpus",
+        "timeout": "endpoint.request_timeout_s",
+        "tokenizer_name_or_path": "models.NAME.tokenizer",
+        "tool_call_parser": "models.NAME.tools",
+        "torch_dtype": "models.NAME.precision",
+        "vllm_cpu_kvcache_space": "models.NAME.kv_cache_gib",
+        "vllm_cpu_omp_threads_bind": "models.NAME.cpus",
+        "workers": "models.NAME.replicas",
+    },
+)

@@ -13,7 +13,7 @@ from typing import Any
 
 import llm_ray
 from llm_ray.conf import keys
-from llm_ray.conf.keys import Key
+from llm_ray.conf.keys import FINETUNE, Key
 from llm_ray.conf.load import shipped
 
 FOLDER = Path(llm_ray.__file__).parent.parent / "docs" / "reference"
@@ -81,12 +81,12 @@ Those given with `--set`, and those of shipped templates, are looked up in the c
 def markdown() -> str:
     """The reference page."""
     templates = "\n".join(f"- `{name}`: {_headline(file)}" for name, file in shipped("finetune").items())
-    tops = [key for key in keys.table().values() if "." not in key.name]
+    tops = [key for key in FINETUNE.table.values() if "." not in key.name]
     parts = [HEAD.format(templates=templates), _table([key for key in tops if not key.section])]
-    for key in keys.table().values():
+    for key in FINETUNE.table.values():
         if key.section:
-            text = keys.schema()["$defs"][key.section]["description"]
-            children = [child for child in keys.table().values() if child.name.rpartition(".")[0] == key.name and not child.section]
+            text = FINETUNE.schema["$defs"][key.section]["description"]
+            children = [child for child in FINETUNE.table.values() if child.name.rpartition(".")[0] == key.name and not child.section]
             required = " Required." if key.required else ""
             unset = " Off unless given." if "anyOf" in key.schema else ""
             parts.append(f"\n### {key.name}\n\n{' '.join(text.split())}{required}{unset}\n\n{_table(children)}")
@@ -96,7 +96,7 @@ def markdown() -> str:
 def json_schema() -> str:
     """The JSON Schema, as a file's text."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return json.dumps(head | _one_line(keys.schema()), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(head | _one_line(FINETUNE.schema), indent=2, ensure_ascii=False) + "\n"
 
 
 def _one_line(node: Any) -> Any:

@@ -12,14 +12,15 @@ import click
 import pytest
 
 from llm_ray.cli.main import cli
-from llm_ray.conf import keys
+from llm_ray.conf.keys import FINETUNE, SERVE
 from llm_ray.conf.load import shipped
 from llm_ray.conf.render import variables
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "llm_ray").rglob("*.md")])
-WRITTEN = [page for page in PAGES if page.name not in ("cli.md", "finetune-conf.md")]  # the others are generated
-SECTIONS = {name for name, key in keys.table().items() if key.section}
+WRITTEN = [page for page in PAGES if page.name not in ("cli.md", "finetune-conf.md", "serve-conf.md")]  # the others are generated
+KINDS = (FINETUNE, SERVE)
+SECTIONS = {name for keys in KINDS for name, key in keys.table.items() if key.section or keys.below(name)}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -119,14 +120,15 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 @each_written_page
 def test_settings_of_commands_exist(page: Path) -> None:
-    templates = {name: variables(file.read_text(encoding="utf-8")) for name, file in shipped("finetune").items()}
     for words in commands(page):
+        keys = SERVE if words[0] == "serve" else FINETUNE
+        templates = {name: variables(file.read_text(encoding="utf-8")) for name, file in shipped(keys.kind).items()}
         config = next((words[at + 1] for at, word in enumerate(words) if word in ("--config", "--config_path")), "")
         for setting in (words[at + 1] for at, word in enumerate(words[:-1]) if word == "--set"):
             name = setting.partition("=")[0]
-            known = keys.known(name) or name in templates.get(config, ()) or config not in templates
+            known = keys.paths(name) or name in templates.get(config, ()) or config not in templates
             assert known, f"{page.name}: --set {setting}: {name} is neither a key nor a variable of {config}"
-            assert "." not in name or keys.known(name), f"{page.name}: --set {setting}: there is no such key"
+            assert "." not in name or keys.paths(name), f"{page.name}: --set {setting}: there is no such key"
 
 
 # Keys of the conf --------------------------------------------------------------------------------------------------------
@@ -134,9 +136,10 @@ def test_settings_of_commands_exist(page: Path) -> None:
 
 @each_written_page
 def test_keys_of_the_conf_exist(page: Path) -> None:
-    for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]*)?`", prose(page)):
+    for name in re.findall(r"`([a-z_]+(?:\.(?:[a-z_]+|NAME))+)(?:: [^`]*)?`", prose(page)):
         if name.partition(".")[0] in SECTIONS and Path(name).suffix not in (".md", ".py", ".safetensors"):
-            assert keys.known(name), f"{page.name} names the key {name}: the schema has none; near it is {keys.nearest(name)}"
+            near = [keys.nearest_to(name) for keys in KINDS]
+            assert any(keys.paths(name) for keys in KINDS), f"{page.name} names the key {name}: no schema has it; near it are {near}"
 
 
 # Modules -----------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_ray.conf import keys
+from llm_ray.conf.keys import FINETUNE
 from llm_ray.conf.load import dump, load_finetune
 from llm_ray.errors import ConfError
 from tests.unit.conf.conftest import SMALL
@@ -427,7 +427,7 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, folder: Path, override: s
 SCALARS = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train.jsonl", "~x/y", "a/b", "*", "p.py:P", "\0"])
 )
-NAMES = st.sampled_from(sorted({part for name in keys.table() for part in name.split(".")})) | st.text(max_size=3) | st.integers()
+NAMES = st.sampled_from(sorted({part for name in FINETUNE.table for part in name.split(".")})) | st.text(max_size=3) | st.integers()
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20)
 
 

@@ -14,7 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
-from llm_ray.conf import keys, reference
+from llm_ray.conf import reference
+from llm_ray.conf.keys import FINETUNE
 from llm_ray.conf.load import dump, load_finetune, shipped
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.errors import ConfError
@@ -104,7 +105,7 @@ def test_drift_is_told_with_the_command_that_mends_it(tmp_path: Path, monkeypatc
 
 def test_every_key_is_documented() -> None:
     page = reference.markdown()
-    for key in keys.table().values():
+    for key in FINETUNE.table.values():
         if not key.section:
             assert key.text, key.name
             assert f"| `{key.name}` |" in page
@@ -121,11 +122,11 @@ def test_the_smallest_conf_of_the_reference_is_one(here: Path) -> None:
 
 
 def test_keys_of_other_tools_lead_to_keys_of_the_conf() -> None:
-    assert set(keys.ELSEWHERE.values()) <= set(keys.table())
+    assert set(FINETUNE.elsewhere.values()) <= set(FINETUNE.table)
 
 
 def test_keys_are_those_of_the_schema() -> None:
-    assert {name for name in keys.table() if "." not in name} == set(FinetuneConf.model_fields)
-    assert keys.known("data.columns.anything")
-    assert not keys.known("data.anything")
-    assert not keys.known("name.anything")
+    assert {name for name in FINETUNE.table if "." not in name} == set(FinetuneConf.model_fields)
+    assert FINETUNE.paths("data.columns.anything")
+    assert not FINETUNE.paths("data.anything")
+    assert not FINETUNE.paths("name.anything")
