@@ -54,7 +54,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
     """
     import ray
 
-    with _session_folder() as folder, _environment(_settings(folder)), _quiet_ray():
+    with _session_folder() as folder, _environment(_settings(_make_token(folder))), _quiet_ray():
         try:
             _init(
                 address="local",
@@ -79,13 +79,33 @@ def ray_session(runtime: Runtime) -> Iterator[Cluster]:
         with local_ray() as cluster:
             yield cluster
         return
-    if runtime.address != "auto":
-        _check_address(runtime.address)
+    with join_cluster(runtime.address) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def join_cluster(address: str) -> Iterator[Cluster]:
+    """The running cluster at `address` (`auto`: the one this host is a node of), joined. Raises ClusterError."""
+    if address != "auto":
+        _check_address(address)
+    with _joined(address, {"RAY_TRAIN_V2_ENABLED": "1"}) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def join_local(address: str, token: Path) -> Iterator[Cluster]:
+    """A Ray that another process of this user started with `local_ray`, joined. Raises ClusterError."""
+    with _joined(address, _settings(token)) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _joined(address: str, settings: dict[str, str]) -> Iterator[Cluster]:
     import ray
 
-    with _environment({"RAY_TRAIN_V2_ENABLED": "1"}), _quiet_ray():
+    with _environment(settings), _quiet_ray():
         try:
-            _init(address=runtime.address)
+            _init(address=address)
             yield _describe()
         finally:
             ray.shutdown()
@@ -178,11 +198,15 @@ def _session_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _settings(folder: Path) -> dict[str, str]:
-    """Environment of a session: a token of its own, nothing sent away."""
+def _make_token(folder: Path) -> Path:
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
+    return token
+
+
+def _settings(token: Path) -> dict[str, str]:
+    """Environment of a local session: closed by its token, nothing sent away."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

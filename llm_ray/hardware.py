@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["fp32", "bf16"]
 
@@ -39,6 +40,8 @@ def choose_precision(wanted: Literal["auto", "fp32", "bf16"], flags: frozenset[s
 
 
 def torch_dtype(name: Precision) -> torch.dtype:
+    import torch
+
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import click
+
+from llm_ray.cli.keys import keys
+
+if TYPE_CHECKING:
+    from llm_ray.conf.serve import ServeConf, ServeRuntime
 
 
 class _DeployByDefault(click.Group):
@@ -14,73 +22,319 @@ class _DeployByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
+_ADDRESS = click.option(
+    "--address",
+    metavar="auto|HOST:PORT",
+    help="The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine.",
+)
+
+
 @click.group(cls=_DeployByDefault)
 def serve() -> None:
     """Deploy models on Ray Serve, with an OpenAI-compatible API.
 
     \b
-    Example:
+    Examples:
       llm-ray serve deploy --model quickstart
+      llm-ray serve status
+      llm-ray serve stop quickstart
     """
 
 
+serve.add_command(keys)
+
+
 @serve.command()
+@click.option("--config", "--config_path", "config", metavar="FILE|NAME", help="A serve conf, or the name of a shipped template.")
+@click.option(
+    "overrides", "--set", multiple=True, metavar="KEY=VALUE", help="A variable of the template, or a key of the conf. Again for more."
+)
+@click.option("vars_files", "--vars", multiple=True, metavar="FILE", help="YAML file with variables of the template.")
+@click.option("--only", multiple=True, metavar="NAME", help="Deploy this model of the conf, not all. Again for more.")
 @click.option(
     "bases",
     "--model",
     multiple=True,
-    required=True,
-    metavar="FOLDER|RUN|NAME",
-    help="A Hugging Face folder, a run, or a name in the model registry. Again for more.",
+    metavar="RUN|NAME|FOLDER|HUB-ID",
+    help="Without --config: a run, a name in the model registry, a folder, or a hub id. Again for more.",
 )
 @click.option(
-    "names",
-    "--name",
-    multiple=True,
-    help="What clients call the model; one for each --model, in order. Default: the run's, the registry's or the folder's name.",
+    "names", "--name", multiple=True, help="What clients call the model; one for each --model. Default: the run's or the folder's name."
 )
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Port on 127.0.0.1.")
-@click.option("--cpus", type=click.IntRange(1), help="Cores for each model. Default: all, shared out evenly.")
+@click.option("--tokenizer", metavar="FOLDER|NAME", help="Tokenizer other than the model's own.")
+@click.option("--engine", type=click.Choice(["vllm", "openvino", "transformers"]), default="vllm", show_default=True, help="What computes.")
+@click.option(
+    "--weights", type=click.Choice(["fp32", "bf16", "int8", "int4"]), help="Form of the weights for engine openvino. Default: int8."
+)
+@click.option(
+    "adapters", "--adapter", multiple=True, metavar="NAME=RUN|FOLDER", help="A LoRA adapter on the model, under a name of its own."
+)
+@click.option("--cpus", type=click.IntRange(1), help="Cores for each model. Default: as many free ones as help it.")
+@click.option("--replicas", type=click.IntRange(1), help="Replicas of each model. Default: 1.")
 @click.option(
     "--max-model-len", type=click.IntRange(16), help="Longest prompt and answer together, in tokens. Default: the model's, at most 8192."
 )
-def deploy(bases: tuple[str, ...], names: tuple[str, ...], port: int, cpus: int | None, max_model_len: int | None) -> None:
-    """Serve models on this machine, until Ctrl-C.
+@click.option("--host", metavar="ADDRESS", help="Address to listen at. Beyond loopback API keys are demanded. Default: 127.0.0.1.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen at. Default: 8000.")
+@click.option("--foreground", is_flag=True, help="Stay, and take the models away at Ctrl-C.")
+@click.option("--timeout", type=click.FloatRange(1), default=900, show_default=True, help="Seconds within which the models must be ready.")
+@_ADDRESS
+def deploy(**given: Any) -> None:
+    """Deploy models, or change deployed ones; the others go on answering.
 
-    Starts Ray here, and answers on 127.0.0.1 alone.
+    On this machine Ray is started in the background, unless it runs; `llm-ray serve stop --all` ends it.
 
     \b
     Examples:
       llm-ray serve deploy --model quickstart
-      llm-ray serve deploy --model quickstart --model smollm2-135m-instruct --port 9000
-      llm-ray serve --model ./my-model --name support-bot
+      llm-ray serve deploy --model smollm2-135m-instruct --engine openvino
+      llm-ray serve deploy --config models --only qwen3-0.6b
+      llm-ray serve --model ./my-model --tokenizer ./my-tokenizer --name support-bot
     """
-    import os
-
-    from llm_ray.cluster import local_ray
-    from llm_ray.conf.schema import Paths
     from llm_ray.console import Reporter
-    from llm_ray.errors import ConfError, ModelError
-    from llm_ray.models.load import resolve
+    from llm_ray.serve import local
     from llm_ray.serve.deploy import check_port
     from llm_ray.serve.deploy import deploy as deploy_models
-    from llm_ray.serve.foreground import serve_until_interrupted
-    from llm_ray.serve.models import ServedModel
+    from llm_ray.serve.plan import plan
 
-    locations = [resolve(base, Paths()) for base in bases]
-    if names and len(names) != len(bases):
-        raise ConfError(f"--name is given {len(names)} times, --model {len(bases)} times: give each model a name, or none")
-    called = names or tuple(location.name for location in locations)
-    if len(set(called)) != len(called):
-        raise ConfError(f"two models would be called the same ({', '.join(called)}): tell them apart with --name")
-    models = []
-    for base, name, location in zip(bases, called, locations, strict=True):
-        if location.folder is None:
-            raise ModelError(f"model {base} is not on this machine: bring it into the registry first (llm-ray model import {base})")
-        models.append(ServedModel(name, location.folder, cpus or max(1, (os.cpu_count() or 1) // len(bases)), max_model_len))
-    check_port("127.0.0.1", port)
+    conf = _conf(given)
     reporter = Reporter()
-    with local_ray():
-        endpoint = deploy_models(models, reporter, port=port)
-        reporter.line(f"{', '.join(called)} ready after {endpoint.seconds:.0f} s")
-        serve_until_interrupted(endpoint.url, called[0], reporter)
+    models = plan(conf, reporter, given["only"])
+    mine = conf.runtime.mode == "local" and local.running() is None
+    if mine:
+        check_port(conf.endpoint.host, conf.endpoint.port)
+    try:
+        with local.connected(conf.runtime, reporter, begin=True):
+            served = deploy_models(models, conf.endpoint, reporter, given["timeout"])
+    except BaseException:
+        if mine and (started := local.running()):
+            local.end(started)
+        raise
+    _tell(served, conf, reporter)
+    if given["foreground"]:
+        _stay([model.name for model in models], conf.runtime, mine, reporter)
+
+
+def _conf(given: dict[str, Any]) -> ServeConf:
+    """The conf that the options mean. Raises ConfError."""
+    from llm_ray.conf.load import load_serve
+    from llm_ray.errors import ConfError
+
+    if given["config"] and given["bases"]:
+        raise ConfError("--config and --model: give one of them; --set models.NAME.model=… changes what a conf serves")
+    if given["config"]:
+        settings = [
+            f"{key}={given[name]}"
+            for key, name in (("endpoint.host", "host"), ("endpoint.port", "port"), ("runtime.address", "address"))
+            if given[name] is not None
+        ]
+        if given["address"]:
+            settings.append("runtime.mode=cluster")
+        return load_serve(given["config"], [*settings, *given["overrides"]], given["vars_files"])
+    if not given["bases"]:
+        raise ConfError("nothing to deploy: name a model (--model RUN|NAME|FOLDER|HUB-ID) or a conf (--config FILE|NAME)")
+    return _made(given)
+
+
+def _made(given: dict[str, Any]) -> ServeConf:
+    from pydantic import ValidationError
+
+    from llm_ray.conf.schema import Paths
+    from llm_ray.conf.serve import ServeConf
+    from llm_ray.errors import ConfError
+    from llm_ray.models.load import resolve
+
+    bases = given["bases"]
+    names = given["names"] or tuple(resolve(base, Paths()).name for base in bases)
+    if len(names) != len(bases):
+        raise ConfError(f"--name is given {len(names)} times, --model {len(bases)} times: give each model a name, or none")
+    if len(set(names)) != len(names):
+        raise ConfError(f"two models would be called the same ({', '.join(names)}): tell them apart with --name")
+    adapters = dict(_pair(text) for text in given["adapters"])
+    if adapters and len(bases) > 1:
+        raise ConfError("--adapter goes with one --model: write a conf for several models with adapters")
+    common = {
+        key: given[key] for key in ("tokenizer", "engine", "weights", "cpus", "replicas", "max_model_len") if given[key] is not None
+    } | {"adapters": adapters}
+    endpoint = {key: given[key] for key in ("host", "port") if given[key] is not None}
+    runtime = {"mode": "cluster", "address": given["address"]} if given["address"] else {}
+    try:
+        return ServeConf.model_validate(
+            {
+                "runtime": runtime,
+                "endpoint": endpoint,
+                "models": {name: common | {"model": base} for name, base in zip(names, bases, strict=True)},
+            }
+        )
+    except ValidationError as error:
+        raise ConfError(
+            "\n  ".join(str(e["ctx"]["error"]) if "ctx" in e and "error" in e["ctx"] else e["msg"] for e in error.errors())
+        ) from error
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from llm_ray.errors import ConfError
+
+    name, equals, place = text.partition("=")
+    if not equals or not name or not place:
+        raise ConfError(f"--adapter {text}: write it as NAME=RUN or NAME=FOLDER")
+    if place.startswith(("./", "../", "~")):
+        place = str(Path(place).expanduser().absolute())
+    return name, place
+
+
+def _tell(served: Any, conf: ServeConf, reporter: Any) -> None:
+    import json
+
+    first = served.models[0]
+    reporter.line(f"Ready after {served.seconds:.0f} s at {served.url} (OpenAI API)", style="bold")
+    for model in served.models:
+        for name in (model.name, *model.adapters):
+            reporter.line(f"  {name}: {served.route(name)}")
+    key = " -H 'Authorization: Bearer KEY'" if conf.endpoint.needs_keys else ""
+    if key:
+        reporter.line("Requests need an API key: llm-ray serve keys add NAME")
+    body = json.dumps({"model": first.name, "messages": [{"role": "user", "content": "Hello"}]})
+    reporter.line(f"Try: curl {served.url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+
+
+def _stay(names: list[str], runtime: ServeRuntime, mine: bool, reporter: Any) -> None:
+    """Until Ctrl-C or SIGTERM; then the models are taken away, with the Ray that this command started."""
+    from llm_ray.serve import local
+    from llm_ray.serve.deploy import stop as stop_models
+    from llm_ray.serve.foreground import until_interrupted
+
+    until_interrupted(reporter)
+    if mine and (started := local.running()):
+        local.end(started)
+        return
+    with local.connected(runtime, reporter):
+        stop_models(names, reporter)
+
+
+def _runtime(address: str | None) -> ServeRuntime:
+    from llm_ray.conf.serve import ServeRuntime
+
+    return ServeRuntime(mode="cluster", address=address) if address else ServeRuntime()
+
+
+@serve.command()
+@click.option("as_json", "--json", is_flag=True, help="Print JSON.")
+@_ADDRESS
+def status(as_json: bool, address: str | None) -> None:
+    """Show the deployed models: state, replicas, requests, tokens.
+
+    \b
+    Examples:
+      llm-ray serve status
+      llm-ray serve status --json
+    """
+    import json
+    from dataclasses import asdict
+
+    from llm_ray.console import Reporter
+    from llm_ray.serve import deploy as serving
+    from llm_ray.serve import local
+
+    if not address and local.running() is None:
+        click.echo(json.dumps({"url": None, "models": {}}) if as_json else "Nothing is served on this machine.")
+        return
+    runtime = _runtime(address)
+    with local.connected(runtime, Reporter()):
+        url, models, counts = serving.url(), serving.status(), serving.stats()
+    if as_json:
+        told = {
+            name: {
+                "state": entry.status,
+                "ready": entry.ready,
+                "replicas": entry.replicas,
+                "wanted": entry.wanted,
+                "message": entry.message,
+                **counts.get(name, {}),
+                "model": asdict(entry.model),
+            }
+            for name, entry in models.items()
+        }
+        click.echo(json.dumps({"url": url, "models": told}, default=str, indent=2))
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Models at {url}", title_justify="left", box=box.SIMPLE)
+    for column in ("model", "engine", "state", "replicas", "requests", "failed", "running", "tokens in", "out", "out/s"):
+        table.add_column(column, justify="left" if column in ("model", "engine", "state") else "right", overflow="fold")
+    for name, entry in sorted(models.items()):
+        count = counts.get(name, {})
+        state = entry.status.lower().replace("_", " ")
+        numbers = ("requests", "errors", "in_progress", "prompt_tokens", "generated_tokens", "tokens_per_second")
+        told_counts = [f"{count.get(key, 0):,}" for key in numbers]
+        table.add_row(name, entry.model.engine, state, f"{entry.replicas}/{entry.wanted}", *told_counts)
+        for adapter in entry.model.adapters:
+            table.add_row(f"  {adapter}", "adapter", "", *[""] * 7)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table if models else f"No models are deployed at {url}.")
+    for name, entry in models.items():
+        if entry.message and not entry.ready:
+            click.echo(f"{name}: {serving.tell_reason(entry.message)}")
+
+
+@serve.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("everything", "--all", is_flag=True, help="All models; on this machine also the Ray that serves.")
+@_ADDRESS
+def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
+    """Take models away, when the requests they work on are answered.
+
+    \b
+    Examples:
+      llm-ray serve stop quickstart
+      llm-ray serve stop --all
+    """
+    from llm_ray.console import Reporter
+    from llm_ray.errors import ConfError
+    from llm_ray.serve import deploy as serving
+    from llm_ray.serve import local
+
+    if bool(names) == everything:
+        raise ConfError("name the models to stop, or give --all: llm-ray serve stop NAME")
+    reporter = Reporter()
+    if everything and not address:
+        found = local.running()
+        if found is None:
+            reporter.line("Nothing is served on this machine.")
+            return
+        reporter.line("Stopping all models, and the Ray that serves them.")
+        local.end(found)
+        return
+    runtime = _runtime(address)
+    with local.connected(runtime, reporter):
+        if everything:
+            serving.stop_all(reporter)
+        else:
+            serving.stop(names, reporter)
+
+
+@serve.command()
+@click.argument("name")
+@click.option("-n", "lines", type=click.IntRange(1), default=100, show_default=True, help="Lines from the end of each replica's log.")
+@click.option("-f", "follow", is_flag=True, help="Go on with what is logged from now on, until Ctrl-C.")
+@_ADDRESS
+def logs(name: str, lines: int, follow: bool, address: str | None) -> None:
+    """Show what a model's replicas have logged, those that failed included. NAME `gateway` is the HTTP endpoint.
+
+    \b
+    Examples:
+      llm-ray serve logs quickstart
+      llm-ray serve logs gateway -f
+    """
+    from llm_ray.console import Reporter
+    from llm_ray.serve import local
+    from llm_ray.serve.logs import read_logs
+
+    runtime = _runtime(address)
+    with local.connected(runtime, Reporter()):
+        for line in read_logs(name, lines, follow):
+            click.echo(line)

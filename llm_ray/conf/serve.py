@@ -124,7 +124,7 @@ class ModelServing(Section):
     """Longest prompt and answer together, in tokens. Unset: the model's, at most 8192."""
     max_batch: int = Field(32, ge=1)
     """Requests that a replica computes at the same time; more wait in the queue."""
-    max_queue: int = Field(128, ge=0)
+    max_queue: int = Field(128, ge=1)
     """Requests that may wait; more get 429."""
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two requests of the longest."""
@@ -154,7 +154,9 @@ class ModelServing(Section):
     def _check(self) -> ModelServing:
         wrong = []
         if self.adapters and self.engine != "vllm":
-            wrong.append(f"adapters are served by engine vllm alone, but engine is {self.engine}: set engine: vllm, or deploy the merged model")
+            wrong.append(
+                f"adapters are served by engine vllm alone, but engine is {self.engine}: set engine: vllm, or deploy the merged model"
+            )
         if self.weights and self.engine != "openvino":
             wrong.append(f"weights is for engine openvino, but engine is {self.engine}: set engine: openvino, or use precision")
         if self.compile and self.engine != "vllm":
@@ -188,7 +190,9 @@ class ServeConf(Section):
         for name, model in self.models.items():
             for called in (name, *model.adapters):
                 if not MODEL_NAME.fullmatch(called):
-                    wrong.append(f"models.{name}: {called!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' in between")
+                    wrong.append(
+                        f"models.{name}: {called!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' in between"
+                    )
                 elif called.partition("/")[0] in RESERVED_NAMES:
                     wrong.append(f"models.{name}: {called!r} is a path of the endpoint itself: choose another name")
                 elif called in owner:

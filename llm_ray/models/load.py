@@ -155,7 +155,7 @@ def identity(model: Model, paths: Paths) -> dict[str, Any]:
     """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files. Raises ModelError."""
     location = resolve(model.base, paths)
     named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
-    return named | ({"folder": str(location.folder), "fingerprint": _fingerprint(location.folder)} if location.folder else {})
+    return named | ({"folder": str(location.folder), "fingerprint": fingerprint(location.folder)} if location.folder else {})
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -177,7 +177,8 @@ def _gguf(model: Model, location: Location) -> dict[str, Any]:
     return {"gguf_file": model.gguf_file}
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
+    """Tells one model folder's contents from another's."""
     # Weights are large: their size and their first and last MiB tell one training's from another's. Texts about a model do not make it.
     digest = hashlib.sha256()
     for path in sorted(

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -137,8 +138,16 @@ def export_model(folder: Path, destination: Path) -> None:
 
 def has_chat_template(path: Path) -> bool:
     """Whether the model folder `path` has a chat template. Raises ModelError for a damaged tokenizer configuration."""
-    tokenizer = path / "tokenizer_config.json"
-    return (path / "chat_template.jinja").is_file() or (tokenizer.is_file() and bool(read_json(tokenizer).get("chat_template")))
+    return bool(template_text(path))
+
+
+def template_text(path: Path, replaced: Path | None = None) -> str:
+    """The chat template of the model folder `path`, or the file that replaces it; empty where there is none. Raises ModelError."""
+    file = replaced or path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = read_json(path / "tokenizer_config.json").get("chat_template") if (path / "tokenizer_config.json").is_file() else None
+    return found if isinstance(found, str) else json.dumps(found) if found else ""  # older ones may hold several, by name
 
 
 def licence(path: Path) -> str | None:

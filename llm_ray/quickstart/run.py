@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,9 +76,10 @@ def quickstart(reporter: Reporter, force: bool = False, keep_serving: bool = Fal
     from llm_ray.conf.load import load_finetune
     from llm_ray.models.registry import import_model
     from llm_ray.pipeline import run_finetune
-    from llm_ray.serve.deploy import deploy
-    from llm_ray.serve.foreground import serve_until_interrupted
-    from llm_ray.serve.models import ServedModel
+    from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
+    from llm_ray.serve.deploy import deploy, free_port
+    from llm_ray.serve.foreground import until_interrupted
+    from llm_ray.serve.plan import plan
 
     conf = load_finetune("quickstart")
     clock = Clock(reporter, total=4)
@@ -92,22 +92,24 @@ def quickstart(reporter: Reporter, force: bool = False, keep_serving: bool = Fal
         run_finetune(conf, force=force, reporter=reporter)
     with local_ray():
         with clock.step("deploy", "Deploy both models on Ray Serve"):
-            cpus = max(1, (os.cpu_count() or 1) // 2)
-            models = [
-                ServedModel(name, path, cpus, _MAX_MODEL_LEN, _KV_CACHE_GIB)
-                for name, path in ((conf.model.base, base), (conf.name, conf.run_dir / "output"))
-            ]
-            endpoint = deploy(models, reporter)
-            reporter.line(f"      {endpoint.url}")
+            places = {conf.model.base: base, conf.name: conf.run_dir / "output"}
+            models = {
+                name: ModelServing(model=str(place), max_model_len=_MAX_MODEL_LEN, kv_cache_gib=_KV_CACHE_GIB)
+                for name, place in places.items()
+            }
+            serving = ServeConf(models=models, paths=conf.paths, endpoint=Endpoint(port=free_port()))
+            served = deploy(plan(serving, reporter), serving.endpoint, reporter)
+            reporter.line(f"      {served.url}")
         questions = heldout()
         with clock.step("ask", f"Ask both {len(questions)} questions that were not trained on"), reporter.bar("answers") as bar:
-            answers = ask(endpoint.url, [m.name for m in models], questions, bar.update)
+            answers = ask(served.url, list(models), questions, bar.update)
         result = Result(questions, {"base": answers[conf.model.base], "finetuned": answers[conf.name]})
         seconds = clock.stop()
         _write(conf, result, seconds)
         _show(conf, result, seconds)
         if keep_serving:
-            serve_until_interrupted(endpoint.url, conf.name, reporter)
+            reporter.line(f"Both models answer at {served.url}.", style="bold")
+            until_interrupted(reporter)
     return result
 
 

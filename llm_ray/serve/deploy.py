@@ -1,169 +1,363 @@
-"""Deploying models on the running Ray, and taking them away.
+"""Deploying models on the connected Ray, changing them, and taking them away; each leaves the others alone.
 
-with local_ray():
-    endpoint = deploy([ServedModel("smollm2", folder)], Reporter())
-    ...  # http://127.0.0.1:PORT/v1
-    undeploy()
+with local.connected(reporter):
+    endpoint = deploy(models, conf.endpoint, reporter)
+    ...  # endpoint.url is http://127.0.0.1:8000/v1
+    stop("smollm2", reporter)
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
+import llm_ray
+from llm_ray.conf.serve import Endpoint
 from llm_ray.console import Reporter
 from llm_ray.errors import ServeError
-from llm_ray.models.folder import check_folder
+from llm_ray.serve import catalogue
+from llm_ray.serve.catalogue import DEPLOYMENT, GATEWAY, Deployed
+from llm_ray.serve.gateway.deployment import Gateway
 from llm_ray.serve.models import ServedModel
+from llm_ray.serve.plan import Node, place, tell
+from llm_ray.serve.protect import Protection
+from llm_ray.serve.replica import ModelReplica
 
-APP = "llm-ray"
-_POLL = 0.2  # seconds
+_POLL = 0.1  # seconds
 _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
 # Errors that only say that another one happened elsewhere.
-_EMPTY = ("Engine core initialization failed", "WorkerProc initialization failed", "Failed to start", "EngineCore failed")
+_EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
+DRAIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class Served:
     """Where the models answer: `url` is the base of the OpenAI API, as in http://127.0.0.1:8000/v1."""
 
     url: str
     seconds: float
     """From the call to the moment all models were ready."""
+    models: tuple[ServedModel, ...]
+
+    def route(self, model: str) -> str:
+        """The model's own route."""
+        return f"{self.url.removesuffix('/v1')}/{model}"
 
 
-def deploy(
-    models: Sequence[ServedModel], reporter: Reporter, host: str = "127.0.0.1", port: int | None = None, timeout: float = 600
-) -> Endpoint:
-    """Serve exactly `models` on the connected Ray, and wait until all of them answer.
+def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter, timeout: float = 900) -> Served:
+    """Serve `models` beside what is served already, and wait until all of them answer.
 
-    `port` None: a free one. Raises ModelError for a folder that is no whole model, ServeError with the engine's reason when a model
-    does not start, or is not ready after `timeout` seconds; nothing is left deployed then.
+    A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are others, else by
+    replicas that are replaced one after the other. Raises ServeError where there is no room, with the engine's reason when a model does
+    not start, or is not ready after `timeout` seconds: what was served before is then served again.
     """
     began = time.monotonic()
-    for model in models:
-        check_folder(model.path)
     with _quiet():
-        from ray import serve
-
-        from llm_ray.serve.app import build_app
-
-        url = _start_http(host, port)
+        url = start_endpoint(endpoint)
+        before = status()
+        models = place(models, nodes(), {name: entry.model for name, entry in before.items()})
+        _check_names(models, before)
+        for model in models:
+            reporter.line(f"  {tell(model)}")
+        changed = [
+            model for model in models if model.name not in before or before[model.name].model != model or not before[model.name].ready
+        ]
         try:
-            serve.run_many(
-                [serve.RunTarget(build_app(models), name=APP, route_prefix="/")],
-                wait_for_ingress_deployment_creation=False,
-                wait_for_applications_running=False,
-            )
-            _wait(models, reporter, began, timeout)
+            _run([_gateway(endpoint), *(_application(model) for model in changed)])
+            _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
-            undeploy(wait=not isinstance(error, KeyboardInterrupt))
+            _restore(changed, before, wait=not isinstance(error, KeyboardInterrupt))
             raise
-    return Endpoint(url, time.monotonic() - began)
+    return Served(url, time.monotonic() - began, tuple(models))
 
 
-def undeploy(wait: bool = True) -> None:
-    """Take all models away; Ray Serve itself stays, as long as its Ray. Nothing happens where there is none."""
+def stop(names: Sequence[str], reporter: Reporter) -> None:
+    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not deployed."""
     from ray import serve
-    from ray.serve.context import _get_global_client
 
     with _quiet():
-        if _get_global_client(raise_if_no_controller_running=False):
-            serve.delete(APP, _blocking=wait)
+        there = status()
+        if unknown := [name for name in names if name not in there]:
+            adapters = {adapter: name for name, entry in there.items() for adapter in entry.model.adapters}
+            if unknown[0] in adapters:
+                raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that without it")
+            raise ServeError(f"no model {unknown[0]} is served here; there are: {', '.join(there) or 'none'}")
+        for name in names:
+            reporter.line(f"Stopping {name}.")
+            serve.delete(catalogue.app_name(name))
 
 
-def _start_http(host: str, port: int | None) -> str:
-    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer at `port`."""
+def stop_all(reporter: Reporter) -> None:
+    """Take all models away, and the endpoint; requests in progress are answered first."""
+    from ray import serve
+
+    with _quiet():
+        reporter.line("Stopping all models and the endpoint.")
+        drain()
+        for app in [*map(catalogue.app_name, status()), GATEWAY]:
+            serve.delete(app)
+        if not serve.status().applications:  # others may serve on this cluster, too
+            serve.shutdown()
+
+
+def status() -> dict[str, Deployed]:
+    """The models deployed on the connected Ray, by name; none where Ray Serve does not run."""
+    client = _client()
+    return catalogue.deployed(client.get_serve_details()) if client else {}
+
+
+def stats() -> dict[str, dict[str, float]]:
+    """What the gateway has counted of each model; empty while there is no gateway."""
+    from ray import serve
+
+    with _quiet():
+        try:
+            found: dict[str, dict[str, float]] = serve.get_deployment_handle(GATEWAY, GATEWAY).stats.remote().result(timeout_s=5)
+        except Exception:  # it starts, restarts, or is not there
+            return {}
+        return found
+
+
+def drain(seconds: float = DRAIN_SECONDS) -> int:
+    """Take no more requests, wait until those in progress are answered; returns how many were not after `seconds`."""
+    from ray import serve
+
+    with _quiet():
+        try:
+            return int(serve.get_deployment_handle(GATEWAY, GATEWAY).drain.remote(seconds).result(timeout_s=seconds + 10))
+        except Exception:  # there is no gateway, or it is gone: then nothing is in progress
+            return 0
+
+
+def url() -> str | None:
+    """The base of the OpenAI API where Ray Serve runs."""
+    client = _client()
+    return _url(client.http_config) if client else None
+
+
+def start_endpoint(endpoint: Endpoint) -> str:
+    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer as `endpoint` says."""
     from ray import serve
     from ray.serve.config import HTTPOptions
-    from ray.serve.context import _get_global_client
 
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = _client()
     if client is None:
-        chosen = port or _free_port(host)
-        check_port(host, chosen)
-        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=chosen))
-        client = _get_global_client()
+        check_port(endpoint.host, endpoint.port)
+        serve.start(
+            proxy_location="HeadOnly" if endpoint.proxies == "head" else "EveryNode",
+            http_options=HTTPOptions(
+                host=endpoint.host,
+                port=endpoint.port,
+                keep_alive_timeout_s=75,
+                ssl_certfile=str(endpoint.tls_certificate) if endpoint.tls_certificate else None,
+                ssl_keyfile=str(endpoint.tls_key) if endpoint.tls_key else None,
+            ),
+        )
+        client = _client()
     http = client.http_config
-    if port not in (None, http.port):
-        raise ServeError(f"Ray Serve runs already and answers at port {http.port}: it cannot answer at {port} too")
-    return f"http://{http.host}:{http.port}/v1"
+    if (http.host, http.port) != (endpoint.host, endpoint.port):
+        raise ServeError(
+            f"Ray Serve runs already and answers at {http.host}:{http.port}, not at {endpoint.host}:{endpoint.port}: "
+            "leave endpoint.host and endpoint.port as they are, or stop it first (llm-ray serve stop --all)"
+        )
+    return _url(http)
 
 
-def _wait(models: Sequence[ServedModel], reporter: Reporter, began: float, timeout: float) -> None:
-    from ray import serve
-
-    with reporter.bar("starting", total=len(models)) as bar:
-        while True:
-            app = serve.status().applications.get(APP)
-            ready = {name for name, d in app.deployments.items() if d.status == "HEALTHY"} if app else set()
-            waiting = [m.name for m in models if not any(name.endswith(f":{_deployment_name(m)}") for name in ready)]
-            bar.update(len(models) - len(waiting), len(models), f"{', '.join(waiting) or 'HTTP'} {time.monotonic() - began:.0f} s")
-            if app and app.status == "RUNNING":
-                return
-            if app and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                failed = [f"{name}: {d.message}" for name, d in app.deployments.items() if d.status in ("DEPLOY_FAILED", "UNHEALTHY")]
-                reason = tell_reason("\n".join([app.message, *failed]), _engine_log())
-                raise ServeError(f"{', '.join(waiting)} could not be deployed: {reason}")
-            if time.monotonic() - began > timeout:
-                raise ServeError(
-                    f"{', '.join(waiting)} did not start within {timeout:.0f} s. The engine's last words: {tell_reason('', _engine_log())}"
-                )
-            time.sleep(_POLL)
-
-
-def _deployment_name(model: ServedModel) -> str:
-    return model.name.replace("/", "--").replace(".", "_")
-
-
-def tell_reason(message: str, engine_log: str) -> str:
-    """The most telling error: the root cause in the engine's own log where there is one, else the last of Serve's `message`."""
-    for text in (engine_log, message):
-        found = [f"{kind.rpartition('.')[2]}: {what.strip()}" for kind, what in _ERROR_LINE.findall(text) if not what.startswith(_EMPTY)]
-        if found:
-            return found[-1]
-    return message.strip() or "none (see Ray's session logs)"
-
-
-def _engine_log() -> str:
+def nodes() -> list[Node]:
+    """The hosts of the connected Ray with their cores and memory."""
     import ray
+    from ray._private.state import available_resources_per_node
 
-    node = ray._private.worker._global_node
-    folder = Path(node.get_logs_dir_path()) if node else None
-    if folder is None or not folder.is_dir():
-        return ""
-    files = sorted(folder.glob("worker-*.err"), key=lambda f: f.stat().st_mtime) + sorted(
-        folder.glob("worker-*.out"), key=lambda f: f.stat().st_mtime
-    )
-    return "\n".join(line for f in files for line in f.read_text(errors="replace").splitlines() if "EngineCore" in line or "Worker" in line)
+    free = available_resources_per_node()
+    return [
+        Node(
+            node["NodeManagerHostname"],
+            node["Resources"].get("CPU", 0),
+            node["Resources"].get("memory", 0),
+            free.get(node["NodeID"], {}).get("CPU", 0),
+            free.get(node["NodeID"], {}).get("memory", 0),
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    ]
 
 
-def _free_port(host: str) -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port at which nothing listens now."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    """Raises ServeError where `port` cannot be listened at."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ServeError(
-                f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port, or leave it out for a free one"
+                f"port {port} on {host} cannot be used ({error.strerror}): choose another (--port, or endpoint.port in the conf)"
             ) from error
+
+
+def tell_reason(message: str) -> str:
+    """The root cause in a traceback as Serve tells it: its last error that says something."""
+    found = [f"{kind.rpartition('.')[2]}: {what.strip()}" for kind, what in _ERROR_LINE.findall(message) if not what.startswith(_EMPTY)]
+    return found[-1] if found else message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
+
+
+# Applications ------------------------------------------------------------------------------------------------------------------
+
+
+def _application(model: ServedModel) -> Any:
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig
+
+    resources = {"CPU": model.cpus, "memory": model.memory_bytes}
+    options: dict[str, Any] = {"num_replicas": model.replicas}
+    if scale := model.autoscale:
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=scale.min,
+                initial_replicas=max(scale.min, 1),  # a model that cannot start is found out now
+                max_replicas=scale.max,
+                target_ongoing_requests=scale.target or max(1, model.max_batch / 2),
+                upscale_delay_s=2,
+                downscale_delay_s=scale.idle_s,
+                downscale_to_zero_delay_s=scale.idle_s,
+                metrics_interval_s=1,
+                look_back_period_s=min(10, max(2, scale.idle_s)),
+            )
+        }
+    deployment = serve.deployment(
+        ModelReplica,
+        name=DEPLOYMENT,
+        user_config=catalogue.user_config(model),
+        max_ongoing_requests=model.max_batch,
+        max_queued_requests=model.max_queue,
+        max_constructor_retry_count=1,  # what fails once at the start fails again
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
+        placement_group_bundles=[resources],
+        ray_actor_options={"num_cpus": model.cpus, "memory": model.memory_bytes},
+        **options,
+    )
+    return serve.RunTarget(
+        _versioned(deployment, model.version()).bind(_constant(model)), name=catalogue.app_name(model.name), route_prefix=None
+    )
+
+
+def _constant(model: ServedModel) -> ServedModel:
+    """What replicas are started with: without what is taken over live."""
+    return replace(model, replicas=1, autoscale=None)
+
+
+def _gateway(endpoint: Endpoint) -> Any:
+    from ray import serve
+
+    protection = Protection.of(endpoint)
+    deployment = serve.deployment(
+        serve.ingress()(Gateway),
+        name=GATEWAY,
+        user_config=protection.to_json(),
+        num_replicas=1,
+        max_ongoing_requests=10_000,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return serve.RunTarget(_versioned(deployment, llm_ray.__version__).bind(), name=GATEWAY, route_prefix="/")
+
+
+def _versioned(deployment: Any, version: str) -> Any:
+    """The deployment with a version of ours: Serve gives each deployment a new one, and would replace all replicas for a changed option."""
+    told = hashlib.sha256(json.dumps([llm_ray.__version__, version]).encode()).hexdigest()[:16]
+    return deployment.options(version=told, _internal=True)
+
+
+def _run(targets: list[Any]) -> None:
+    from ray import serve
+
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> None:
+    owner = {
+        called: name
+        for name, entry in before.items()
+        if name not in {model.name for model in models}
+        for called in (name, name.replace("/", "--"), *entry.model.adapters)
+    }
+    for model in models:
+        for called in (model.name, model.name.replace("/", "--"), *model.adapters):
+            if called in owner and owner[called] != model.name:
+                raise ServeError(
+                    f"the name {called} is taken by the deployed model {owner[called]}: choose another, or stop that one first"
+                )
+
+
+def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], wait: bool) -> None:
+    """Serve what was served before a deployment that failed."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # the failure that is told is the one that led here
+        new = [catalogue.app_name(model.name) for model in changed if model.name not in before]
+        for app in new:
+            serve.delete(app, _blocking=wait)
+        if old := [before[model.name].model for model in changed if model.name in before]:
+            _run([_application(model) for model in old])
+
+
+def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:
+    """Until the gateway and the models answer. Raises ServeError."""
+    from ray import serve
+
+    wanted = {catalogue.app_name(name): name for name in names} | {GATEWAY: "HTTP"}
+    with reporter.bar("starting", total=len(wanted)) as bar:
+        while True:
+            apps = serve.status().applications
+            waiting = [said for app, said in wanted.items() if app not in apps or apps[app].status != "RUNNING"]
+            bar.update(len(wanted) - len(waiting), len(wanted), f"{', '.join(waiting)} {time.monotonic() - began:.0f} s")
+            if not waiting:
+                return
+            for app, said in wanted.items():
+                if app in apps and apps[app].status == "DEPLOY_FAILED":
+                    reason = tell_reason("\n".join([apps[app].message, *(d.message for d in apps[app].deployments.values())]))
+                    raise ServeError(f"{said} could not be deployed: {reason}")
+            if time.monotonic() - began > timeout:
+                told = [d.message for app in wanted if app in apps for d in apps[app].deployments.values()]
+                raise ServeError(
+                    f"{', '.join(waiting)} did not start within {timeout:.0f} s. The last word: {tell_reason(chr(10).join(told))}"
+                )
+            time.sleep(_POLL)
+
+
+def _client() -> Any:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def _url(http: Any) -> str:
+    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host  # noqa: S104
+    return f"{'https' if http.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{http.port}/v1"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Serve and vLLM tell their own story on stderr; what matters of it is said here."""
+    """Serve tells its own story on stderr; what matters of it is said here."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,67 +1,98 @@
-"""A model to serve, and the memory its requests need."""
+"""From a model's conf to what a replica needs to know: folder, arithmetic, context, memory, cores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_ray.hardware import cpu_flags, has_bf16
-from llm_ray.models.folder import check_folder, read_json
+from llm_ray.conf.serve import Autoscale
+from llm_ray.models.folder import read_json
+
+Engine = Literal["vllm", "openvino", "transformers"]
+Precision = Literal["fp32", "bf16"]
 
 # More than this is taken only when asked for: the cache of a long context is what fills a host's memory.
 DEFAULT_MAX_MODEL_LEN = 8192
 # Tokens of all requests at once that the cache holds by default, if that is room for two of the longest.
 DEFAULT_CACHED_TOKENS = 16384
-_BYTES = {"fp32": 4, "bf16": 2}
+# Bytes of a number.
+SIZES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: its folder, and a hash of its files."""
+
+    path: str
+    identity: str
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as it is to be served."""
+    """A model as it is to be served, everything decided. It travels to the replica."""
 
     name: str
     """What clients call it: the `model` of a request."""
     path: Path
-    """A Hugging Face folder: weights, tokenizer, chat template."""
-    cpus: int = 1
-    """Cores of the replica, its own where the host has them free."""
-    max_model_len: int | None = None
-    """Longest prompt and answer together, in tokens. None: the model's, at most 8192."""
-    kv_cache_gib: float | None = None
-    """Memory for the keys and values of running requests. None: room for 16384 tokens, and for two requests of the longest."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic. auto: that of the weights; bf16 only where the CPU multiplies it in hardware."""
-    enforce_eager: bool = True
-    """False compiles the model first: slower to start, faster to answer."""
-
-
-def choose_dtype(model: ServedModel) -> Literal["fp32", "bf16"]:
-    """The arithmetic to use. Weights stored in fp32 are not rounded to bf16 unasked: a small model's close calls would fall otherwise."""
-    if model.dtype != "auto":
-        return model.dtype
-    return "bf16" if check_folder(model.path).dtype in ("bf16", "fp16") and has_bf16(cpu_flags()) else "fp32"
-
-
-def longest(model: ServedModel) -> int:
+    """The model's folder: Hugging Face's form, for engine openvino with openvino_model.xml in it."""
+    engine: Engine = "vllm"
+    tokenizer: Path | None = None
+    chat_template: Path | None = None
+    precision: Precision = "fp32"
+    max_model_len: int = DEFAULT_MAX_MODEL_LEN
     """Longest prompt and answer together, in tokens."""
-    return model.max_model_len or min(
-        int(_text_config(model.path).get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN)), DEFAULT_MAX_MODEL_LEN
-    )
+    max_batch: int = 32
+    """Requests computed at the same time."""
+    max_queue: int = 128
+    kv_cache_bytes: int = 2**30
+    memory_bytes: int = 2**31
+    """What a replica takes at most: weights, cache, and the program itself."""
+    cpus: int = 1
+    """Cores of a replica, its own. 0: it shares those of others."""
+    threads: int = 1
+    """Compute threads where it shares cores."""
+    replicas: int = 1
+    autoscale: Autoscale | None = None
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    """LoRA adapters on it, by the name clients call them."""
+    lora_rank: int = 0
+    """Highest rank that an adapter may have; 0: no adapters."""
+    chat: bool = True
+    """Whether it has a chat template."""
+    tool_parser: str | None = None
+    trust_remote_code: bool = False
+    compile: bool = False
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    identity: str = ""
+    """Hash of the model's files: other weights under the same path are another model."""
+
+    def version(self) -> str:
+        """Hash of all that a replica has to be started anew for."""
+        told = asdict(self) | {"autoscale": None, "replicas": None, "adapters": None}
+        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def kv_cache_bytes(model: ServedModel, precision: Literal["fp32", "bf16"]) -> int:
-    """Bytes of the key and value cache: as asked for, else from the model's layers, heads and `longest`."""
-    if model.kv_cache_gib is not None:
-        return int(model.kv_cache_gib * 2**30)
-    config = _text_config(model.path)
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    per_token = 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * head_dim * _BYTES[precision]
-    return per_token * max(DEFAULT_CACHED_TOKENS, 2 * longest(model))
+def longest(path: Path, asked: int | None) -> int:
+    """Longest prompt and answer together, in tokens: as asked, else what the model was made for, at most DEFAULT_MAX_MODEL_LEN."""
+    return asked or min(int(text_config(path).get("max_position_embeddings") or DEFAULT_MAX_MODEL_LEN), DEFAULT_MAX_MODEL_LEN)
 
 
-def _text_config(path: Path) -> dict[str, Any]:
+def kv_cache_bytes(path: Path, precision: Precision, max_model_len: int) -> int:
+    """Bytes of the key and value cache, from the model's layers and heads, for DEFAULT_CACHED_TOKENS or two of the longest requests."""
+    config = text_config(path)
+    heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1)
+    head_dim = int(config.get("head_dim") or hidden // heads)
+    per_token = 2 * layers * int(config.get("num_key_value_heads") or heads) * head_dim * SIZES[precision]
+    return int(per_token * max(DEFAULT_CACHED_TOKENS, 2 * max_model_len))
+
+
+def text_config(path: Path) -> dict[str, Any]:
+    """The language model's part of config.json."""
     config = read_json(path / "config.json")
     text: dict[str, Any] = config.get("text_config") or config  # models that see, too, keep their language part apart
     return text

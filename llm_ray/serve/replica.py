@@ -1,25 +1,67 @@
-"""What runs in a replica before its engine starts: cores of its own, and no download."""
+"""A replica of a model: what Ray Serve starts. It imports the engine itself, so that whoever deploys needs to import none."""
 
 from __future__ import annotations
 
+import logging
 import os
+from typing import TYPE_CHECKING, Any
 
-from ray.llm._internal.common.callbacks.base import CallbackBase
+from llm_ray.serve.catalogue import described
+from llm_ray.serve.models import ServedModel
 
-from llm_ray.cores import claim_cores
+if TYPE_CHECKING:
+    from llm_ray.serve.server import ModelServer
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # the models are folders
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is a thread of this process
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # llm_ray.cores binds
+}
 
 
-class OwnCores(CallbackBase):
-    """Binds the engine's threads to as many cores as the replica was given.
+class ModelReplica:
+    """Methods as ``ray.serve.llm``'s LLMServer has them; each returns an asynchronous generator."""
 
-    vLLM's own binding takes the host's first cores whatever Ray granted, so that two replicas would share them. The engine runs in
-    processes that inherit this environment. The model is a folder that is there: Ray's task that would fetch it on every node (a
-    process that imports vLLM for that) is left out.
-    """
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._server: ModelServer | None = None
 
-    async def on_before_node_init(self) -> None:
-        self.ctx.run_init_node = False
-        count = int(self.kwargs["cpus"])
-        cores = {core.core: core.cpu for core in reversed(claim_cores(count))}  # one thread a physical core
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(cores.values()))) or "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(len(cores) or count)
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Called by Serve with the deployment's user_config: at the start, where the engine is loaded, and whenever it changes."""
+        if self._server is None:
+            os.environ.update(_ENVIRONMENT)
+            logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
+            from llm_ray.serve.server import ModelServer
+
+            server = ModelServer(self._model)
+            await server.start()
+            self._server = server
+        await self.server.set_adapters(described(config).adapters)
+
+    @property
+    def server(self) -> ModelServer:
+        if self._server is None:
+            raise RuntimeError("the engine is not loaded yet")
+        return self._server
+
+    async def chat(self, request: Any, info: Any = None) -> Any:
+        return await self.server.chat(request, info)
+
+    async def completions(self, request: Any, info: Any = None) -> Any:
+        return await self.server.completions(request, info)
+
+    async def embeddings(self, request: Any, info: Any = None) -> Any:
+        return await self.server.embeddings(request, info)
+
+    async def tokenize(self, request: Any, info: Any = None) -> Any:
+        return await self.server.tokenize(request, info)
+
+    async def detokenize(self, request: Any, info: Any = None) -> Any:
+        return await self.server.detokenize(request, info)
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead: Serve then replaces the replica."""
+        await self.server.check_health()

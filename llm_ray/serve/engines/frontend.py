@@ -1,0 +1,98 @@
+"""vLLM's front end before any engine: OpenAI's protocol, chat templates, tools, stop strings, logprobs, usage, streams.
+
+``Engine`` is what ``ray.serve.llm`` calls an engine. The core behind it is one of ``llm_ray.serve.engines``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from llm_ray.cores import bind
+from llm_ray.serve.engines.thread import Core, EngineThread
+from llm_ray.serve.models import ServedModel
+
+# Why a request cannot be done, or None; asked before it reaches the core.
+Refusal = Callable[[SamplingParams], str | None]
+
+
+class FrontEnd(AsyncLLM):
+    """vLLM's asynchronous engine, computing with the core that `make` returns. Built within a running event loop."""
+
+    def __init__(self, config: VllmConfig, make: Callable[[], Core], refusal: Refusal) -> None:
+        self._refusal = refusal
+        with _core_client(lambda: EngineThread(make)):
+            super().__init__(config, UniProcExecutor, log_stats=False, log_requests=False)
+
+    def generate(  # not a generator itself, so that it raises before the stream begins
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As AsyncLLM.generate. Raises VLLMValidationError, which the client sees as 400, for what the core cannot do."""
+        if reason := self._refusal(sampling_params):
+            raise VLLMValidationError(reason)
+        return super().generate(prompt, sampling_params, request_id, *args, **options)
+
+
+@contextlib.contextmanager
+def _core_client(make: Callable[[], EngineThread]) -> Iterator[None]:
+    # AsyncLLM takes no client of the caller's; it asks this function for one.
+    with patch.object(EngineCoreClient, "make_async_mp_client", lambda **_: make()):
+        yield
+
+
+class Engine(VLLMEngine):
+    """``ray.serve.llm``'s engine: vLLM's front end, and the core that the model names."""
+
+    def __init__(self, model: ServedModel, llm_config: LLMConfig) -> None:
+        super().__init__(llm_config)
+        self._model = model
+
+    async def start(self) -> None:
+        """Load the model. Raises what the engine raises."""
+        await super().start()
+        self._oai_serving_tokenization = self._app_state.serving_tokenization  # Ray looks for it under an older name
+
+    async def forget_adapter(self, name: str) -> None:
+        """Unload a LoRA adapter, if it is loaded."""
+        if name in self._oai_models.lora_requests:
+            lora = self._oai_models.lora_requests.pop(name)
+            await self._engine_client.remove_lora(lora.lora_int_id)
+            await self._engine_client.reset_prefix_cache()  # a later adapter of this name computes other values
+
+    def _start_async_llm_engine(self, engine_args: Any, config: VllmConfig, placement_group: Any) -> FrontEnd:
+        make, refusal = _core(self._model, config)
+
+        def bound() -> Core:
+            import torch
+
+            threads = bind(self._model.cpus)[0] if self._model.cpus else self._model.threads
+            torch.set_num_threads(threads)
+            return make()
+
+        return FrontEnd(config, bound, refusal)
+
+
+def _core(model: ServedModel, config: VllmConfig) -> tuple[Callable[[], Core], Refusal]:
+    if model.engine == "openvino":
+        from llm_ray.serve.engines.openvino import OpenVinoCore
+
+        return lambda: OpenVinoCore(model, config), OpenVinoCore.refusal
+    if model.engine == "transformers":
+        from llm_ray.serve.engines.transformers import TransformersCore
+
+        return lambda: TransformersCore(model, config), TransformersCore.refusal
+    from llm_ray.serve.engines.vllm import VllmCore
+
+    return lambda: VllmCore(config), VllmCore.refusal

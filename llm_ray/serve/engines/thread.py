@@ -1,0 +1,148 @@
+"""An engine in a thread of the replica's process, behind the interface that vLLM's front end calls.
+
+vLLM's front end (``AsyncLLM``) tokenizes, detokenizes, finds stop strings and speaks OpenAI's protocol; what computes is a core:
+tokens in, tokens out. As vLLM comes, the core is a process that starts another one for the worker, each of which imports vLLM
+anew. Here the core is a thread: one process a replica, so that it starts in a third of the time, an error at its start is
+the replica's own, and nothing outlives a kill -9. The interpreter's lock is free while the core computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+
+
+class Core(Protocol):
+    """What computes. All its methods are called in one thread, which also made it."""
+
+    def add(self, request: EngineCoreRequest) -> None:
+        """Take a request in. What it cannot do is refused before, by the core's `refusal`."""
+
+    def abort(self, request_ids: list[str]) -> None:
+        """Forget requests, known or not; no output follows for them."""
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+
+    def step(self) -> EngineCoreOutputs:
+        """Compute on, at most a token for each request, and return what is new."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A rarer call of vLLM's interface, as add_lora."""
+
+    def shutdown(self) -> None:
+        """Let memory and threads go."""
+
+
+@dataclass
+class _Resources:
+    engine_dead: bool = False
+
+
+@dataclass
+class _Job:
+    run: Callable[[Core], Any]
+    done: Future[Any] = field(default_factory=Future)
+
+
+class EngineThread(EngineCoreClient):
+    """Runs the core that `make` returns in a thread of its own.
+
+    Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources.engine_dead` is set.
+    """
+
+    def __init__(self, make: Callable[[], Core]) -> None:
+        self.resources = _Resources()
+        self.engine_ranks_managed = [0]
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make, started), name="engine", daemon=True)
+        self._thread.start()
+        started.result()
+
+    def _run(self, make: Callable[[], Core], started: Future[None]) -> None:
+        try:
+            core = make()
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        try:
+            while self._do_jobs(core):
+                if core.has_work():
+                    outputs = core.step()
+                    if outputs.outputs or outputs.scheduler_stats:
+                        self._put(outputs)
+        except Exception as error:  # whatever it is, the engine's state cannot be trusted any more
+            self.resources.engine_dead = True
+            self._put(error)
+        finally:
+            core.shutdown()
+
+    def _do_jobs(self, core: Core) -> bool:
+        """Do what was asked, waiting for something to do; False ends the thread."""
+        while True:
+            try:
+                job = self._jobs.get(block=not core.has_work())
+            except queue.Empty:
+                return True
+            if job is None:
+                return False
+            try:
+                job.done.set_result(job.run(core))
+            except Exception as error:
+                job.done.set_exception(error)
+
+    def _put(self, outputs: EngineCoreOutputs | Exception) -> None:
+        self._loop.call_soon_threadsafe(self._outputs.put_nowait, outputs)
+
+    async def _do(self, run: Callable[[Core], Any]) -> Any:
+        if self.resources.engine_dead:
+            raise EngineDeadError()
+        job = _Job(run)
+        self._jobs.put(job)
+        return await asyncio.wrap_future(job.done)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        outputs = await self._outputs.get()
+        if isinstance(outputs, Exception):
+            raise EngineDeadError() from outputs
+        return outputs
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        await self._do(lambda core: core.add(request))
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        if request_ids and not self.resources.engine_dead:
+            self._jobs.put(_Job(lambda core: core.abort(request_ids)))
+
+    async def get_supported_tasks_async(self) -> Any:
+        return await self._do(lambda core: core.call("get_supported_tasks"))
+
+    async def reset_prefix_cache_async(self, reset_running_requests: bool = False, reset_connector: bool = False) -> Any:
+        return await self._do(lambda core: core.call("reset_prefix_cache", reset_running_requests, reset_connector))
+
+    async def add_lora_async(self, lora_request: Any) -> Any:
+        return await self._do(lambda core: core.call("add_lora", lora_request))
+
+    async def remove_lora_async(self, lora_id: int) -> Any:
+        return await self._do(lambda core: core.call("remove_lora", lora_id))
+
+    async def list_loras_async(self) -> Any:
+        return await self._do(lambda core: core.call("list_loras"))
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        self._jobs.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout if timeout is not None else 10)

@@ -1,0 +1,44 @@
+"""vLLM's CPU engine as a core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+
+class VllmCore:
+    """vLLM's own EngineCore, with its worker in the same thread."""
+
+    def __init__(self, config: VllmConfig) -> None:
+        config.parallel_config.distributed_executor_backend = "uni"
+        self._core = EngineCore(config, UniProcExecutor, log_stats=False)
+
+    @staticmethod
+    def refusal(params: SamplingParams) -> str | None:
+        """Why a request cannot be done: vLLM checks that itself."""
+        return None
+
+    def add(self, request: EngineCoreRequest) -> None:
+        self._core.add_request(*self._core.preprocess_add_request(request))
+
+    def abort(self, request_ids: list[str]) -> None:
+        self._core.abort_requests(request_ids)
+
+    def has_work(self) -> bool:
+        return bool(self._core.scheduler.has_requests())
+
+    def step(self) -> EngineCoreOutputs:
+        outputs, executed = self._core.step_fn()
+        self._core.post_step(model_executed=executed)
+        return (outputs or {}).get(0) or EngineCoreOutputs()
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._core, method)(*args)
+
+    def shutdown(self) -> None:
+        self._core.shutdown()

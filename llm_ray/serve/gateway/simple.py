@@ -1,0 +1,67 @@
+"""The request of a model's own route, `/<model>`: a text, or a conversation, and a few settings.
+
+curl http://127.0.0.1:8000/support-bot -d '{"text": "What is Ray?", "config": {"max_new_tokens": 32}, "stream": false}'
+
+It is that of the earlier LLM on Ray, and becomes a request of OpenAI's kind. A text is a user's message to a model with a chat template,
+and to others the beginning to be continued. The answer is plain text, or JSON for a client that accepts JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class SimpleMessage(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class SimpleConfig(BaseModel):
+    """Settings of the answer, by the names of Hugging Face's generate."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    max_new_tokens: int | None = Field(None, ge=1, description="Tokens of the answer at most.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0: all.")
+    do_sample: bool | None = Field(None, description="false: always the likeliest token.")
+    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class SimpleRequest(BaseModel):
+    """A request to `/<model>`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Text | Annotated[list[SimpleMessage], Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    config: SimpleConfig = SimpleConfig()
+    stream: bool = False
+
+    def bodies(self, model: str, chat: bool) -> list[dict[str, Any]]:
+        """The requests of OpenAI's kind that this one means: several for a list of texts."""
+        common = self._settings() | {"model": model, "stream": self.stream}
+        if isinstance(self.text, list) and isinstance(self.text[0], SimpleMessage):
+            messages = [m.model_dump() for m in self.text if isinstance(m, SimpleMessage)]
+            return [common | {"messages": messages}]
+        texts = [self.text] if isinstance(self.text, str) else self.text
+        return [common | ({"messages": [{"role": "user", "content": t}]} if chat else {"prompt": t}) for t in texts]
+
+    def _settings(self) -> dict[str, Any]:
+        given = self.config.model_dump(exclude_none=True)
+        if given.pop("do_sample", True) is False:
+            given["temperature"] = 0.0
+        if "max_new_tokens" in given:
+            given["max_tokens"] = given.pop("max_new_tokens")
+        return given

@@ -1,0 +1,150 @@
+"""Serving on this machine: a Ray of its own in the background, which one command starts and others join.
+
+python -m llm_ray.serve.local STATE    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress, and ends it
+
+Its place and token are told in `LLM_RAY_HOME/serve/local.json`, which its owner alone can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from llm_ray.cluster import join_local, local_ray
+from llm_ray.conf.schema import home
+from llm_ray.conf.serve import ServeRuntime
+from llm_ray.console import Reporter
+from llm_ray.errors import ServeError
+from llm_ray.files import write_json
+
+_POLL = 0.05  # seconds
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """The Ray that serves on this machine."""
+
+    pid: int
+    created: float
+    """When the process began: a pid alone may be another's by now."""
+    address: str
+    token: str
+    """Path of the file with its token."""
+    session: str
+    """Folder of its logs."""
+
+
+def state_file() -> Path:
+    """Where the local Ray that serves is told."""
+    return home() / "serve" / "local.json"
+
+
+def running() -> LocalRay | None:
+    """The local Ray that serves, if one does."""
+    try:
+        found = LocalRay(**json.loads(state_file().read_text()))
+        alive = abs(psutil.Process(found.pid).create_time() - found.created) < 1
+    except (OSError, ValueError, TypeError, psutil.Error):
+        return None
+    return found if alive else None
+
+
+def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
+    """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
+    if found := running():
+        return found
+    reporter.line("Starting Ray on this machine, in the background.")
+    state = state_file()
+    state.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = state.with_name("local.log")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llm_ray.serve.local"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+        )
+    began = time.monotonic()
+    while True:
+        if (found := running()) and found.pid == process.pid:
+            return found
+        if process.poll() is not None:
+            if found := running():  # another command was faster
+                return found
+            said = log.read_text(errors="replace").strip().splitlines()
+            raise ServeError(f"Ray did not start on this machine: {said[-1] if said else 'no reason given'} ({log})")
+        if time.monotonic() - began > timeout:
+            process.terminate()
+            raise ServeError(f"Ray did not start on this machine within {timeout:.0f} s ({log})")
+        time.sleep(_POLL)
+
+
+def end(found: LocalRay, timeout: float = 120) -> None:
+    """End the local Ray that serves; requests in progress are answered first."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(found.pid)
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except psutil.TimeoutExpired:
+            process.kill()
+
+
+@contextlib.contextmanager
+def connected(runtime: ServeRuntime, reporter: Reporter, begin: bool = False) -> Iterator[None]:
+    """The Ray that serves, joined: the cluster's, or this machine's, which is started where `begin` says so.
+
+    Raises ServeError when nothing is served, ClusterError when the cluster cannot be joined.
+    """
+    if runtime.mode == "cluster":
+        from llm_ray.cluster import join_cluster
+
+        with join_cluster(runtime.address):
+            yield
+        return
+    found = start(reporter) if begin else running()
+    if found is None:
+        raise ServeError("nothing is served on this machine: llm-ray serve deploy --model … starts it (a cluster: --address auto)")
+    with join_local(found.address, Path(found.token)):
+        yield
+
+
+def main() -> None:
+    """The background process: Ray, until SIGTERM."""
+    import fcntl
+
+    state = state_file()
+    ending = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ending.set())
+    signal.signal(signal.SIGINT, lambda *_: ending.set())
+    with state.with_name("local.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("another process serves already", file=sys.stderr)
+            raise SystemExit(1) from None
+        with local_ray() as _:
+            import ray
+
+            node = ray._private.worker._global_node
+            me = psutil.Process()
+            told = LocalRay(me.pid, me.create_time(), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
+            state.touch(mode=0o600)
+            write_json(state, asdict(told))
+            ending.wait()
+            from llm_ray.serve.deploy import drain
+
+            state.unlink(missing_ok=True)
+            drain()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told before loading.
+
+models = plan(conf, Reporter())       # folders found, arithmetic and memory decided; ModelError for what cannot be served
+place(models, nodes, deployed)        # cores decided; ServeError with the figures where there is no room
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llm_ray.conf.schema import Paths
+from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.console import Reporter
+from llm_ray.errors import ModelError, ServeError
+from llm_ray.hardware import cpu_flags, has_bf16
+from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
+from llm_ray.models.load import fingerprint, resolve
+from llm_ray.models.registry import has_chat_template, import_model, template_text
+from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, kv_cache_bytes, longest
+
+# What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
+_PROGRAM_BYTES = 1_800 * 2**20
+_GIB = 2**30
+# Most cores that help, by billions of parameters.
+_CORES = ((0.5, 8), (2, 16), (8, 32))
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# How a chat template writes tool calls, and vLLM's parser of that form.
+_TOOL_FORMS = (
+    ("<|python_tag|>", "llama3_json"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<function=", "qwen3_coder"),
+    ("functools", "phi4_mini_json"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host of the cluster: cores and memory that Ray counts there, and those that are free."""
+
+    host: str
+    cpus: float
+    memory: float
+    free_cpus: float
+    free_memory: float
+
+
+def plan(conf: ServeConf, reporter: Reporter, only: Sequence[str] = ()) -> list[ServedModel]:
+    """The conf's models (or those named `only`), everything decided but their cores.
+
+    Models of the hub are downloaded into the registry, those for engine openvino converted, unless that is done. Raises ModelError.
+    """
+    if unknown := sorted(set(only) - set(conf.models)):
+        raise ServeError(f"--only {unknown[0]}: the conf has no such model; it has {', '.join(conf.models)}")
+    return [_planned(name, model, conf.paths, reporter) for name, model in conf.models.items() if not only or name in only]
+
+
+def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
+    source = _folder(asked.model, paths, reporter)
+    tokenizer = _folder(asked.tokenizer, paths, reporter) if asked.tokenizer else None
+    if tokenizer:
+        check_tokenizer(tokenizer)
+    path, weights = _weights(asked, source, paths, reporter)
+    _check_kind(asked, path)
+    precision = _precision(asked, weights)
+    length = longest(path, asked.max_model_len)
+    cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
+    size = SIZES.get(weights.dtype, 4.0) if asked.engine == "openvino" else SIZES[precision]
+    template = asked.chat_template
+    adapters = {called: _adapter(called, adapter, paths) for called, adapter in asked.adapters.items()}
+    chat = bool(template) or has_chat_template(tokenizer or path)
+    return ServedModel(
+        name=name,
+        path=path,
+        engine=asked.engine,
+        tokenizer=tokenizer,
+        chat_template=template,
+        precision=precision,
+        max_model_len=length,
+        max_batch=asked.max_batch,
+        max_queue=asked.max_queue,
+        kv_cache_bytes=cache,
+        memory_bytes=int(weights.parameters * size * 1.1) + cache + _PROGRAM_BYTES,
+        cpus=0 if asked.cpus == "auto" else asked.cpus,
+        threads=_useful_cores(weights.parameters),
+        replicas=asked.replicas,
+        autoscale=asked.autoscale,
+        adapters={called: Adapter(str(folder), fingerprint(folder)) for called, folder in adapters.items()},
+        lora_rank=max(map(_rank, adapters.values()), default=0),
+        chat=chat,
+        tool_parser=_tool_parser(asked.tools, tokenizer or path, template) if chat else None,
+        trust_remote_code=asked.trust_remote_code,
+        compile=asked.compile,
+        engine_options=asked.engine_options,
+        identity=fingerprint(path),
+    )
+
+
+def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
+    """The folder of a run, a registry name, a folder, or a hub id, which is downloaded unless it has been. Raises ModelError."""
+    location = resolve(called, paths)
+    if location.folder:
+        return location.folder
+    name = called.replace("/", "--")
+    if not (paths.models / name).is_dir():
+        reporter.line(f"{called}: downloading into the model registry, as {name}")
+        return import_model(called, name, paths.models)
+    return paths.models / name
+
+
+def _weights(asked: ModelServing, source: Path, paths: Paths, reporter: Reporter) -> tuple[Path, Weights]:
+    """The folder with weights in the engine's form."""
+    if asked.engine != "openvino":
+        return source, check_folder(source, tokenizer=not asked.tokenizer)
+    from llm_ray.models.convert import openvino_folder, openvino_weights
+
+    folder = openvino_folder(source, asked.weights, paths.models, reporter)
+    return folder, openvino_weights(folder)
+
+
+def _check_kind(asked: ModelServing, path: Path) -> None:
+    """Raises ModelError for a model that transformers does not know, which no engine could load."""
+    config = read_json(path / "config.json")
+    if asked.trust_remote_code:
+        return
+    if "auto_map" in config and not config.get("model_type"):
+        raise ModelError(f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
+    if asked.engine == "transformers" and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{path}: a model of type {kind} does not write text, which engine transformers needs: use engine vllm")
+
+
+def _precision(asked: ModelServing, weights: Weights) -> Precision:
+    """Weights stored in fp32 are not rounded to bf16 unasked: a small model's close calls would fall otherwise."""
+    if asked.precision != "auto":
+        return asked.precision
+    return "fp32" if weights.dtype == "fp32" or not has_bf16(cpu_flags()) else "bf16"
+
+
+def _useful_cores(parameters: int) -> int:
+    return next((cores for billions, cores in _CORES if parameters < billions * 1e9), 64)
+
+
+def _adapter(name: str, called: str, paths: Paths) -> Path:
+    """An adapter's folder: a run's, or one that is named. Raises ModelError."""
+    folder = Path(called).expanduser()
+    places = [folder] if folder.is_absolute() or called.startswith(("./", "../")) else [paths.runs / called / "adapter", folder.absolute()]
+    for place in places:
+        if (place / "adapter_config.json").is_file():
+            if not (place / "adapter_model.safetensors").is_file():
+                raise ModelError(f"adapter {name}: {place} has no adapter_model.safetensors: copy the adapter again")
+            read_json(place / "adapter_config.json")
+            return place.absolute()
+    if (paths.runs / called).is_dir():
+        raise ModelError(f"adapter {name}: the run {called} has no adapter (a full finetune, or not trained yet): deploy its model instead")
+    raise ModelError(f"adapter {name}: no run of this name, and no folder with adapter_config.json: {' or '.join(map(str, places))}")
+
+
+def _rank(folder: Path) -> int:
+    """The rank of an adapter, rounded up to one of those that vLLM knows. Raises ModelError."""
+    config = read_json(folder / "adapter_config.json")
+    ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
+    fitting = [rank for rank in _LORA_RANKS if rank >= max(ranks)]
+    if not fitting:
+        raise ModelError(
+            f"{folder}: an adapter of rank {max(ranks)} cannot be served, {_LORA_RANKS[-1]} is the most: deploy the merged model"
+        )
+    return fitting[0]
+
+
+def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
+    """vLLM's name for the form in which the model writes tool calls. Hermes' form is what a model without one of its own is asked for."""
+    if tools != "auto":
+        return None if tools == "off" else tools
+    text = template_text(path, template)
+    return next((parser for mark, parser in _TOOL_FORMS if mark in text), "hermes")
+
+
+def place(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[ServedModel]:
+    """The models with their cores decided. Raises ServeError, with the figures, where the cluster has no room for one.
+
+    `running` are the deployed ones: what a model of the same name holds now is its own again when it is replaced.
+    """
+    free = [[node.free_cpus, node.free_memory] for node in nodes]
+    for model in models:
+        if old := running.get(model.name):
+            _give_back(old, nodes, free)
+    placed: dict[str, ServedModel] = {}
+    waiting = sum(_replicas(model) for model in models if model.cpus == 0)
+    for model in sorted(models, key=lambda m: m.cpus == 0):  # those that share what is left come last
+        if model.cpus == 0:
+            most, total = max(room[0] for room in free), sum(room[0] for room in free)
+            cores = int(min(model.threads, most, total // waiting))
+            waiting -= _replicas(model)
+            model = replace(model, cpus=cores, threads=int(min(model.threads, max(node.cpus for node in nodes))))  # noqa: PLW2901
+        _take(model, nodes, free)
+        placed[model.name] = model
+    return [placed[model.name] for model in models]
+
+
+def _replicas(model: ServedModel) -> int:
+    return max(model.autoscale.min, 1) if model.autoscale else model.replicas
+
+
+def _give_back(old: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
+    for _ in range(_replicas(old)):
+        for node, room in zip(nodes, free, strict=True):
+            if node.cpus - room[0] >= old.cpus and node.memory - room[1] >= old.memory_bytes:
+                room[0] += old.cpus
+                room[1] += old.memory_bytes
+                break
+
+
+def _take(model: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
+    for _ in range(_replicas(model)):
+        fitting = [room for room in free if room[0] >= model.cpus and room[1] >= model.memory_bytes]
+        if not fitting:
+            raise ServeError(_no_room(model, nodes, free, _replicas(model)))
+        room = max(fitting, key=lambda r: (r[0], r[1]))
+        room[0] -= model.cpus
+        room[1] -= model.memory_bytes
+
+
+def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]], replicas: int) -> str:
+    have = "; ".join(
+        f"{node.host} has {room[0]:g} of {node.cpus:g} CPUs and {max(0, room[1]) / _GIB:.1f} of {node.memory / _GIB:.1f} GiB free"
+        for node, room in zip(nodes, free, strict=True)
+    )
+    if all(node.memory < model.memory_bytes or room[1] < model.memory_bytes for node, room in zip(nodes, free, strict=True)):
+        advice = "take a smaller max_model_len or kv_cache_gib, engine openvino with int8 weights, or stop another model (llm-ray serve stop NAME)"
+    else:
+        advice = "give it fewer cpus or replicas, leave cpus out to share cores, or stop another model (llm-ray serve stop NAME)"
+    each = f"{model.cpus} CPU(s) and {model.memory_bytes / _GIB:.1f} GiB (of which {model.kv_cache_bytes / _GIB:.1f} GiB cache)"
+    return f"no room for {model.name}: {'each of its ' + str(replicas) + ' replicas' if replicas > 1 else 'it'} needs {each}, but {have}: {advice}"
+
+
+def tell(model: ServedModel) -> str:
+    """What was decided for a model, in a line."""
+    cores = f"{model.cpus} core(s)" if model.cpus else f"{model.threads} thread(s) on shared cores"
+    count = f"{model.autoscale.min}-{model.autoscale.max} replicas" if model.autoscale else f"{model.replicas} replica(s)"
+    cache = f"{model.kv_cache_bytes / _GIB:.2g} GiB cache"
+    return f"{model.name}: engine {model.engine}, {model.precision}, {model.max_model_len} tokens, {cores}, {cache}, {count}"
+
+
+def deployment_name_clash(names: Sequence[str]) -> str | None:
+    """Two names that would be one file name (`a/b` and `a--b`), if there are such."""
+    seen: dict[str, str] = {}
+    for name in names:
+        flat = re.sub("/", "--", name)
+        if flat in seen:
+            return f"{seen[flat]} and {name}"
+        seen[flat] = name
+    return None

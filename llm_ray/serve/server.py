@@ -1,0 +1,92 @@
+"""A model's server in its replica: ``ray.serve.llm``'s LLMServer with our engine, and adapters from folders."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ray import serve
+from ray.llm._internal.common.callbacks.base import CallbackBase
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig, LLMConfig, LoraConfig
+from ray.llm._internal.serve.core.protocol import LLMServerProtocol
+from ray.llm._internal.serve.core.server.llm_server import LLMServer
+
+from llm_ray.models.registry import template_text
+from llm_ray.serve.engines.frontend import Engine
+from llm_ray.serve.models import Adapter, ServedModel
+from llm_ray.serve.tools import knows_tools, tell_tools
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_LORAS_AT_ONCE = 8  # adapters whose requests are computed together
+_LORAS_KEPT = 64  # adapters in memory
+
+
+class NoDownload(CallbackBase):
+    """The model is a folder that is there: Ray's task that would fetch it, in a process that imports vLLM for that, is left out."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
+
+
+class ModelServer(LLMServer):
+    """LLMServer with the engine that the model's conf names. `start()` loads it."""
+
+    def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
+        self.adapters = dict(model.adapters)
+        self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
+        LLMServerProtocol.__init__(self)
+        self._init_shared(llm_config(model), functools.partial(Engine, model))
+
+    def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
+        async def load(self: ModelServer, name: str) -> DiskMultiplexConfig:
+            return DiskMultiplexConfig(
+                model_id=name, max_total_tokens=None, local_path=self.adapters[name].path, lora_assigned_int_id=abs(hash(name)) % 2**31 + 1
+            )
+
+        self._load_model = functools.partial(serve.multiplexed(max_num_models_per_replica=-1)(load), self)
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
+        if self._tell_tools and (request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in request.messages)):
+            told = [tool.model_dump(exclude_none=True) for tool in request.tools or ()] if request.tool_choice != "none" else []
+            request.messages = tell_tools(request.messages, told)
+        return await super().chat(request, raw_request_info)
+
+    async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
+        """Serve these adapters from now on; those that are gone or have changed are unloaded."""
+        for name, adapter in self.adapters.items():
+            if adapters.get(name) != adapter:
+                await self.engine.forget_adapter(name)
+        self.adapters = dict(adapters)
+
+
+def llm_config(model: ServedModel) -> LLMConfig:
+    """What ``ray.serve.llm`` wants to know of the model."""
+    engine: dict[str, Any] = {
+        "max_model_len": model.max_model_len,
+        "max_num_seqs": model.max_batch,
+        "kv_cache_memory_bytes": model.kv_cache_bytes,  # given, vLLM needs no forward pass to find it out
+        "dtype": _DTYPES[model.precision],
+        "enforce_eager": not model.compile,
+        "trust_remote_code": model.trust_remote_code,
+        "disable_log_stats": True,
+    }
+    if model.tokenizer:
+        engine["tokenizer"] = str(model.tokenizer)
+    if model.chat_template:
+        engine["chat_template"] = str(model.chat_template)
+    if model.tool_parser:
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": model.tool_parser}
+    if model.lora_rank:
+        engine |= {"enable_lora": True, "max_lora_rank": model.lora_rank, "max_loras": _LORAS_AT_ONCE, "max_cpu_loras": _LORAS_KEPT}
+    if model.engine == "transformers":
+        engine["hf_overrides"] = {"architectures": ["TransformersForCausalLM"]}  # the front end alone reads it
+    if model.engine == "vllm":
+        engine |= model.engine_options
+    return LLMConfig(
+        model_loading_config={"model_id": model.name, "model_source": str(model.path)},
+        accelerator_config={"kind": "cpu"},
+        engine_kwargs=engine,
+        lora_config=LoraConfig(dynamic_lora_loading_path=None, max_num_adapters_per_replica=_LORAS_KEPT) if model.lora_rank else None,
+        callback_config={"callback_class": NoDownload},
+        log_engine_metrics=False,
+    )
