@@ -13,22 +13,19 @@ from llm_ray.errors import ServeError
 from llm_ray.serve.deploy import check_port, tell_reason
 
 SERVE = """The deployment failed to start 1 times in a row. Error:
-ray::ServeReplica:llm-ray:LLMServer:m.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
+ray::ServeReplica:model:m:model.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
   File "core.py", line 1, in __init__
-RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+RuntimeError: Traceback (most recent call last):
+  File "core.py", line 2, in check
+ValueError: To serve at least one request, 3 GiB KV cache is needed
 """
-ENGINE = """(EngineCore pid=1) ERROR 11-24 20:13:14 [core.py:1] ValueError: To serve at least one request, 3 GiB KV cache is needed
-(EngineCore pid=1) RuntimeError: WorkerProc initialization failed due to an exception in a background process
-"""
 
 
-def test_the_root_cause_is_told_from_the_engines_log() -> None:
-    assert tell_reason(SERVE, ENGINE) == "ValueError: To serve at least one request, 3 GiB KV cache is needed"
-
-
-def test_serves_own_error_is_told_where_the_engine_left_none() -> None:
-    assert tell_reason("ray::X\nray.exceptions.FooError: gone\n", "") == "FooError: gone"
-    assert tell_reason("replica died", "") == "replica died"
+def test_the_root_cause_is_told() -> None:
+    assert tell_reason(SERVE) == "ValueError: To serve at least one request, 3 GiB KV cache is needed"
+    assert tell_reason("ray::X\nray.exceptions.FooError: gone\n") == "FooError: gone"
+    assert tell_reason("replica died") == "replica died"
+    assert "llm-ray serve logs" in tell_reason("")
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -45,10 +42,21 @@ def test_a_port_in_use_is_named() -> None:
     [
         (["serve", "deploy", "--model", "./nowhere"], "nowhere", 1),
         (["serve", "--model", "no-such-name"], "no-such-name", 1),
-        (["serve", "deploy", "--model", "organisation/model"], "not on this machine", 1),
+        (["serve", "deploy", "--model", "organisation/model"], "organisation/model: there is no such folder, and as a model of the hub", 1),
         (["serve", "deploy", "--model", "{folder}", "--name", "a", "--name", "b"], "--name is given 2 times", 2),
         (["serve", "deploy", "--model", "{folder}", "--model", "{folder}"], "would be called the same", 2),
-        (["serve", "deploy"], "Missing option '--model'", 2),
+        (["serve", "deploy"], "nothing to deploy: name a model", 2),
+        (["serve", "deploy", "--config", "chat", "--model", "x"], "give one of them", 2),
+        (["serve", "deploy", "--model", "{folder}", "--adapter", "x"], "write it as NAME=RUN", 2),
+        (["serve", "deploy", "--model", "{folder}", "--name", "v1"], "'v1' is a path of the endpoint itself", 2),
+        (
+            ["serve", "deploy", "--model", "{folder}", "--engine", "openvino", "--adapter", "a=b"],
+            "adapters are served by engine vllm alone",
+            2,
+        ),
+        (["serve", "stop"], "name the models to stop, or give --all", 2),
+        (["serve", "stop", "x"], "nothing is served on this machine", 1),
+        (["serve", "logs", "x"], "nothing is served on this machine", 1),
     ],
 )
 def test_wrong_use_is_told_before_anything_starts(

@@ -1,14 +1,16 @@
-"""What a model needs of its host, from its own configuration."""
+"""What a model needs of its host, from its own configuration; and what makes it another one."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from llm_ray.serve import models
-from llm_ray.serve.models import ServedModel, choose_dtype, kv_cache_bytes, longest
+from llm_ray.conf.serve import Autoscale
+from llm_ray.serve import catalogue
+from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest
 
 
 def _folder(path: Path, **changes: object) -> Path:
@@ -24,29 +26,62 @@ def _folder(path: Path, **changes: object) -> Path:
 
 
 def test_the_longest_request_is_the_models_at_most_8192(tmp_path: Path) -> None:
-    assert longest(ServedModel("m", _folder(tmp_path, max_position_embeddings=2048))) == 2048
-    assert longest(ServedModel("m", _folder(tmp_path, max_position_embeddings=131072))) == 8192
-    assert longest(ServedModel("m", _folder(tmp_path), max_model_len=16000)) == 16000
+    assert longest(_folder(tmp_path, max_position_embeddings=2048), None) == 2048
+    assert longest(_folder(tmp_path, max_position_embeddings=131072), None) == 8192
+    assert longest(_folder(tmp_path), 16000) == 16000
 
 
 def test_the_cache_holds_two_of_the_longest_and_at_least_16384_tokens(tmp_path: Path) -> None:
     a_token = 2 * 30 * 3 * 64 * 4
-    assert kv_cache_bytes(ServedModel("m", _folder(tmp_path), max_model_len=512), "fp32") == 16384 * a_token
-    assert kv_cache_bytes(ServedModel("m", _folder(tmp_path), max_model_len=16384), "bf16") == 32768 * a_token // 2
-
-
-def test_the_cache_is_as_large_as_asked_for(tmp_path: Path) -> None:
-    assert kv_cache_bytes(ServedModel("m", tmp_path, kv_cache_gib=0.25), "fp32") == 2**28
+    assert kv_cache_bytes(_folder(tmp_path), "fp32", 512) == 16384 * a_token
+    assert kv_cache_bytes(_folder(tmp_path), "bf16", 16384) == 32768 * a_token // 2
 
 
 def test_a_head_dimension_of_its_own_and_a_language_part_are_read(tmp_path: Path) -> None:
     text = {"num_attention_heads": 8, "num_hidden_layers": 2, "hidden_size": 512, "head_dim": 128, "max_position_embeddings": 1024}
-    model = ServedModel("m", _folder(tmp_path, text_config=text))
-    assert longest(model) == 1024
-    assert kv_cache_bytes(model, "fp32") == 16384 * 2 * 2 * 8 * 128 * 4
+    folder = _folder(tmp_path, text_config=text)
+    assert longest(folder, None) == 1024
+    assert kv_cache_bytes(folder, "fp32", 1024) == 16384 * 2 * 2 * 8 * 128 * 4
 
 
-def test_weights_in_fp32_are_not_rounded_unasked(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "cpu_flags", lambda: frozenset({"amx_bf16", "amx_tile"}))
-    assert choose_dtype(ServedModel("m", smollm2)) == "fp32"
-    assert choose_dtype(ServedModel("m", smollm2, dtype="bf16")) == "bf16"
+MODEL = ServedModel(
+    "support/bot.1", Path("/models/a"), adapters={"fin": Adapter("/runs/fin", "1")}, lora_rank=16, autoscale=Autoscale(max=2)
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "restart"),
+    [
+        ({"replicas": 2}, False),
+        ({"autoscale": Autoscale(max=3)}, False),
+        ({"adapters": {}}, False),
+        ({"adapters": {"fin": Adapter("/runs/fin", "2")}}, False),
+        ({"lora_rank": 32}, True),
+        ({"identity": "other weights"}, True),
+        ({"cpus": 4}, True),
+        ({"max_model_len": 16}, True),
+        ({"engine": "openvino"}, True),
+    ],
+    ids=str,
+)
+def test_a_replica_is_started_anew_for_what_it_cannot_take_over_live(change: dict[str, object], restart: bool) -> None:
+    assert (dataclasses.replace(MODEL, **change).version() != MODEL.version()) is restart  # type: ignore[arg-type]
+
+
+def test_what_is_deployed_is_read_back_from_the_controllers_details() -> None:
+    deployment = {
+        "deployment_config": {"user_config": json.loads(json.dumps(catalogue.user_config(MODEL)))},
+        "message": "",
+        "replicas": [{"state": "RUNNING"}, {"state": "STARTING"}],
+        "target_num_replicas": 2,
+    }
+    app = {"status": "DEPLOYING", "message": "starts", "last_deployed_time_s": 5.5, "deployments": {"model": deployment}}
+    others = {"other": {"deployments": {"model": deployment}}, catalogue.GATEWAY: {"deployments": {"llm-ray": {}}}}
+    (found,) = catalogue.deployed({"applications": {catalogue.app_name(MODEL.name): app, **others}}).values()
+    assert found.model == MODEL
+    assert (found.replicas, found.wanted, found.ready, found.created, found.message) == (1, 2, True, 5, "starts")
+
+
+def test_a_cluster_without_serve_has_no_models() -> None:
+    assert catalogue.deployed({}) == {}
+    assert catalogue.deployed({"applications": {}}) == {}
