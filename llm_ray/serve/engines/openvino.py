@@ -1,0 +1,296 @@
+"""OpenVINO as a core: the fastest of the engines, for models converted with ``llm-ray model convert MODEL --to openvino``.
+
+Batching, the paged cache of keys and values, and sampling are those of ``openvino_genai.ContinuousBatchingPipeline``, which frees the
+interpreter's lock while it computes. What it cannot do of vLLM's sampling parameters `OpenVinoCore.refusal` says.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tempfile
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import openvino_genai as genai
+import torch
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
+
+from llm_ray.errors import ModelError
+from llm_ray.serve.models import ServedModel
+
+# Arithmetic, and what keys and values are kept as. Greedy text at fp32 is that of transformers. With bf16, 8-bit keys and values would
+# halve the cache again, but answers differ more from the unrounded model's and nothing is faster (docs/reference/engines.md).
+_ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
+_NUMBER_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
+_SCALE_BYTES = {"u8": 8}  # of each head's key or value
+_BLOCK_TOKENS = 32  # of a block of the cache, on CPUs
+# Tokens of a step, prompts' pieces among them: while a longer piece is computed the other requests wait.
+_STEP_TOKENS = 512
+# Regular expressions that vLLM's xgrammar reads and OpenVINO's does not; (?:…) both do.
+_BEYOND = re.compile(r"\(\?[^:]")
+
+
+@dataclass
+class _Work:
+    """A request, waiting or running."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+
+
+class OpenVinoCore:
+    """openvino_genai's continuous batching, as vLLM's front end sees an engine.
+
+    Raises ModelError when the model's folder holds no OpenVINO model, or the cache has no room for one request of the greatest length.
+    """
+
+    def __init__(self, model: ServedModel, config: VllmConfig) -> None:
+        if not (model.path / "openvino_model.xml").is_file():
+            raise ModelError(f"{model.path} has no openvino_model.xml: `llm-ray model convert {model.path} --to openvino` makes it")
+        config.structured_outputs_config.backend = "xgrammar"  # OpenVINO's own: vLLM refuses what others alone could do
+        threads = torch.get_num_threads()  # as the front end has set for this thread
+        arithmetic = _ARITHMETIC[model.precision]
+        properties: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": arithmetic,
+            "KV_CACHE_PRECISION": arithmetic,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "sampler_num_threads": threads,
+        } | model.engine_options
+        scheduler = genai.SchedulerConfig()
+        scheduler.num_kv_blocks = _blocks(model, config, str(properties["KV_CACHE_PRECISION"]))
+        scheduler.max_num_batched_tokens = max(_STEP_TOKENS, model.max_batch)
+        scheduler.enable_prefix_caching = True
+        vocabulary = _vocabulary(config)
+        self._load = lambda: genai.ContinuousBatchingPipeline(model.path, vocabulary, scheduler, "CPU", **properties)
+        try:
+            self._pipeline = self._load()
+        except RuntimeError as error:
+            raise ModelError(f"{model.path}: OpenVINO cannot load the model: {str(error).strip().splitlines()[-1]}") from error
+        self._max_batch = model.max_batch
+        self._max_model_len = model.max_model_len
+        self._waiting: dict[str, _Work] = {}
+        self._running: dict[str, _Work] = {}
+        self._handles: dict[str, genai.GenerationHandle] = {}
+        self._numbers = count()
+
+    @staticmethod
+    def refusal(params: SamplingParams) -> str | None:
+        """Why a request cannot be done, naming the parameter; None when it can."""
+        shape = params.structured_outputs
+        # What is known of a token is its own probability: only when it is certainly the likeliest is that the first of the list, too.
+        likeliest = params.temperature == 0 and not (
+            shape or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1 or params.min_tokens
+        )
+        cannot = {
+            "return the likeliest tokens (logprobs, top_logprobs)": (params.logprobs or 0) not in ((0, 1) if likeliest else (0,)),
+            "return probabilities of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
+            "return probabilities of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
+            "score the prompt (prompt_logprob_token_ids)": params.prompt_logprob_token_ids is not None,
+            "do logit_bias": bool(params.logit_bias),
+            "do allowed_token_ids": params.allowed_token_ids is not None,
+            "do bad_words": bool(params.bad_words),
+            "do thinking_token_budget": params.thinking_token_budget is not None,
+            "do repetition_detection": params.repetition_detection is not None,
+            "do trace_decode_token_ids": params.trace_decode_token_ids is not None,
+            "do watermarking": bool(params.watermarking),
+        }
+        if shape:
+            pattern = shape.regex or (shape.json if isinstance(shape.json, str) else json.dumps(shape.json))
+            cannot |= {
+                "do structured_outputs.disable_any_whitespace": shape.disable_any_whitespace,
+                "do structured_outputs.disable_additional_properties": shape.disable_additional_properties,
+                "do structured_outputs.whitespace_pattern": bool(shape.whitespace_pattern),
+                "do a structural_tag of the old form (structures, triggers)": '"structures"' in (shape.structural_tag or ""),
+                "do lookaround, flags or named groups in a pattern": bool(_BEYOND.search(pattern)),
+                "read a grammar in Lark's form (structured_outputs.grammar)": grammar_is_likely_lark(shape.grammar or ""),
+            }
+        return next((f"engine openvino cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None)
+
+    def add(self, request: EngineCoreRequest) -> None:
+        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot see."""
+        if request.sampling_params is None:
+            raise VLLMValidationError("engine openvino computes no embeddings; engine vllm does")
+        for what in ("prompt_embeds", "mm_features", "lora_request", "cache_salt"):
+            if getattr(request, what):
+                raise VLLMValidationError(f"engine openvino cannot do {what}; engine vllm can")
+        self._waiting[request.request_id] = _Work(request.request_id, request.prompt_token_ids or [], request.sampling_params)
+
+    def abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._waiting.pop(request_id, None)
+            if self._running.pop(request_id, None):
+                self._handles.pop(request_id).cancel()
+
+    def has_work(self) -> bool:
+        return bool(self._waiting) or self._pipeline.has_non_finished_requests()
+
+    def step(self) -> EngineCoreOutputs:
+        while self._waiting and len(self._running) < self._max_batch:
+            work = self._waiting.pop(next(iter(self._waiting)))
+            self._running[work.request_id] = work
+            self._start(work)
+        try:
+            self._pipeline.step()
+        except RuntimeError:
+            # OpenVINO compiles a request's schema within a step, and its xgrammar is older than vLLM's, which has accepted the schema.
+            # The pipeline is unusable then: requests with a schema fail, the others go on in a new one.
+            shaped = [work for work in self._running.values() if work.params.structured_outputs]
+            if not shaped:
+                raise
+            outputs = [EngineCoreOutput(work.request_id, [], finish_reason=FinishReason.ERROR) for work in shaped]
+            del self._pipeline
+            self._pipeline = self._load()
+            for work in self._running.values():
+                if work not in shaped:
+                    self._start(work)
+        else:
+            outputs = [output for work in self._running.values() if (output := self._read(work))]
+        for output in outputs:
+            if output.finished:
+                self.abort([output.request_id])
+        return EngineCoreOutputs(outputs=outputs)
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method == "get_supported_tasks":
+            return ("generate",)
+        raise NotImplementedError(f"engine openvino cannot do {method}; engine vllm can")
+
+    def shutdown(self) -> None:
+        self.abort([*self._waiting, *self._running])
+        del self._pipeline
+
+    def _start(self, work: _Work) -> None:
+        """Hand a request to the pipeline, with the tokens that it has already as part of its prompt."""
+        done = len(work.tokens)
+        room = self._max_model_len - len(work.prompt)
+        generation = _generation(work.params)
+        generation.max_new_tokens = min(work.params.max_tokens or room, room) - done
+        generation.min_new_tokens = max(work.params.min_tokens - done, 0)
+        tokens = ov.Tensor(np.array([work.prompt + work.tokens], dtype=np.int64))
+        self._handles[work.request_id] = self._pipeline.add_request(next(self._numbers), tokens, generation)
+
+    def _read(self, work: _Work) -> EngineCoreOutput | None:
+        """What a step brought a request: a token, nothing, or an end."""
+        handle = self._handles[work.request_id]
+        if not handle.can_read():
+            if handle.get_status() != genai.GenerationStatus.IGNORED:
+                return None
+            # The cache was full, and those that held parts of it were dropped: go on from where it was.
+            handle.cancel()
+            if work.params.structured_outputs and work.tokens:  # its schema would begin anew
+                return EngineCoreOutput(work.request_id, [], finish_reason=FinishReason.ERROR)
+            self._start(work)
+            return None
+        (new,) = handle.read().values()
+        tokens = new.generated_ids
+        work.tokens += tokens
+        output = EngineCoreOutput(work.request_id, tokens)
+        if work.params.logprobs is not None:
+            column = np.array(new.generated_log_probs, dtype=np.float32)[:, None]
+            # The chosen token alone. Its rank, which no answer shows, is not known.
+            output.new_logprobs = LogprobsLists(np.array(tokens)[:, None], column, np.ones(len(tokens), dtype=np.int64))
+        if new.finish_reason != genai.GenerationFinishReason.NONE:
+            stop = work.tokens[-1]
+            output.finish_reason = FinishReason.LENGTH
+            if stop == work.params.eos_token_id:
+                output.finish_reason = FinishReason.STOP
+            elif stop in (work.params.stop_token_ids or ()):
+                output.finish_reason, output.stop_reason = FinishReason.STOP, stop
+        return output
+
+
+def _generation(params: SamplingParams) -> genai.GenerationConfig:
+    """Sampling parameters in OpenVINO's form, all but the number of tokens."""
+    generation = genai.GenerationConfig()
+    stops = {*(params.stop_token_ids or ()), *([] if params.eos_token_id is None else [params.eos_token_id])}
+    if stops:
+        generation.stop_token_ids = stops
+        generation.eos_token_id = min(stops)  # any of them, so that the model's own default is not added
+    else:
+        generation.ignore_eos = True
+    generation.do_sample = params.temperature > 0
+    if generation.do_sample:
+        generation.temperature = params.temperature
+        generation.top_p = params.top_p
+        generation.min_p = min(params.min_p, 0.999999)  # 1, which vLLM allows, OpenVINO does not
+        if params.top_k > 0:
+            generation.top_k = params.top_k
+        generation.rng_seed = (random.getrandbits(32) if params.seed is None else params.seed) % 2**32  # not a secret
+    generation.presence_penalty = params.presence_penalty
+    generation.frequency_penalty = params.frequency_penalty
+    generation.repetition_penalty = params.repetition_penalty
+    generation.logprobs = 0 if params.logprobs is None else 1
+    if params.structured_outputs:
+        generation.structured_output_config = _structure(params.structured_outputs)
+    return generation
+
+
+def _structure(asked: StructuredOutputsParams) -> genai.StructuredOutputConfig:
+    structure = genai.StructuredOutputConfig()
+    if asked.json is not None:
+        structure.json_schema = asked.json if isinstance(asked.json, str) else json.dumps(asked.json)
+    elif asked.json_object:
+        structure.json_schema = '{"type": "object"}'
+    elif asked.regex is not None:
+        structure.regex = asked.regex
+    elif asked.structural_tag is not None:
+        structure.structural_tags_config = asked.structural_tag
+    else:
+        structure.grammar = asked.grammar if asked.grammar is not None else choice_as_grammar(asked.choice)
+    return structure
+
+
+def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
+    """Blocks of the cache. Raises ModelError when they have no room for one request of the greatest length."""
+    parallel = config.parallel_config
+    heads = config.model_config.get_num_layers(parallel) * config.model_config.get_num_kv_heads(parallel) * 2
+    per_token = heads * (config.model_config.get_head_size() * _NUMBER_BYTES[stored_as] + _SCALE_BYTES.get(stored_as, 0))
+    blocks = model.kv_cache_bytes // (per_token * _BLOCK_TOKENS)
+    if blocks * _BLOCK_TOKENS < model.max_model_len:
+        need = model.max_model_len * per_token / 2**30
+        raise ModelError(
+            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of keys and values, "
+            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten max_model_len"
+        )
+    return int(blocks)
+
+
+def _vocabulary(config: VllmConfig) -> genai.Tokenizer:
+    """A tokenizer that knows the bytes of each token, for structured outputs, and nothing else: text is the front end's business.
+
+    openvino_genai reads them off the constants before the node named VocabDecoder of a detokenizer. A true one would have to be
+    converted, which not every tokenizer can be; the bytes are those that vLLM's own engine uses.
+    """
+    from openvino import opset13
+    from xgrammar import TokenizerInfo
+
+    tokenizer = cached_tokenizer_from_config(config.model_config)
+    vocabulary = TokenizerInfo.from_huggingface(tokenizer, vocab_size=config.model_config.get_vocab_size()).decoded_vocab
+    ends = np.cumsum([len(token) for token in vocabulary], dtype=np.int32)
+    begins = np.concatenate([[0], ends[:-1]]).astype(np.int32)
+    characters = np.frombuffer(b"".join(vocabulary), dtype=np.uint8).astype(np.int32)
+    tokens = opset13.parameter([-1, -1], ov.Type.i64)
+    flat = opset13.convert(opset13.reshape(tokens, [-1], special_zero=False), "i32")
+    node = opset13.concat([flat, *map(opset13.constant, (begins, ends, characters))], 0)
+    node.set_friendly_name("VocabDecoder")
+    with tempfile.TemporaryDirectory() as folder:
+        ov.save_model(ov.Model([opset13.result(node)], [tokens]), f"{folder}/openvino_detokenizer.xml", compress_to_fp16=False)
+        Path(folder, "config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
+        # Named, so that the detokenizer is not asked for it.
+        Path(folder, "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}), encoding="utf-8")
+        return genai.Tokenizer(folder)
