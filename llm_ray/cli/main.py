@@ -26,6 +26,7 @@ COMMANDS = {
     "quickstart": ("llm_ray.cli.quickstart:quickstart", "Finetune a small model on bundled data, deploy it, ask it: the whole way."),
     "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as a conf says."),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
+    "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
     "model": ("llm_ray.cli.model:model", "List, import and export models."),
     "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
     "runs": ("llm_ray.cli.runs:runs", "List, show and compare runs."),

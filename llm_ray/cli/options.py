@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -31,3 +32,30 @@ _VARS = click.option(
 def config_options(command: F) -> F:
     """Adds ``--config``, ``--set`` and ``--vars``: the arguments ``config, overrides, vars_files`` of ``load_finetune``."""
     return _CONFIG(_SET(_VARS(command)))
+
+
+_ENDPOINT = click.option(
+    "url",
+    "--model_endpoint",
+    "--model-endpoint",
+    "--endpoint",
+    required=True,
+    metavar="URL",
+    help="An OpenAI API (http://HOST:PORT/v1), or one model's own route (http://HOST:PORT/MODEL).",
+)
+_MODEL = click.option("--model", metavar="NAME", help="The model, of an OpenAI API. Default: the only one there is.")
+_KEY_FILE = click.option(
+    "--api-key-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Read the API key from FILE. Default: from LLM_RAY_API_KEY, else OPENAI_API_KEY, in the environment.",
+)
+_KEY = click.option("--api-key", metavar="KEY", help="The API key itself, which other users of this machine can see: not recommended.")
+_TIMEOUT = click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds for a whole answer."
+)
+
+
+def endpoint_options(command: F) -> F:
+    """Adds the options of a client: the arguments ``url, model, api_key, api_key_file, timeout``."""
+    return _ENDPOINT(_MODEL(_KEY_FILE(_KEY(_TIMEOUT(command)))))

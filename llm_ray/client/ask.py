@@ -1,0 +1,282 @@
+"""Asking a model, over the OpenAI API or over its own route, whole or as it comes.
+
+async with Asker(parse("http://127.0.0.1:8000/v1"), "quickstart", Settings(max_tokens=64)) as asker:
+    answer = await asker.ask(Prompt("What is Ray?"), on_text=print)
+
+The OpenAI API is spoken by the openai SDK. A model's own route (``http://HOST:PORT/MODEL``) takes the simple request of the old workflow,
+``{"text": …, "config": {…}, "stream": …}``, and answers in plain text, or in JSON when asked for it. An endpoint that is busy (429, or
+503 with Retry-After) is asked again after the time that it says, as long as that lies within the timeout.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from llm_ray.client.endpoint import Endpoint
+from llm_ray.client.errors import Broken, Failed, Refused, failed, refused
+from llm_ray.client.prompts import Prompt
+from llm_ray.errors import ConfError, ServeError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+OnText = Callable[[str], None]
+OnWait = Callable[[float, Refused], None]
+Usage = dict[str, int]
+Piece = tuple[str, str | None, Usage | None]
+"""A piece of an answer: text, and finish_reason and usage where they come with it."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds before a busy endpoint that does not say when is asked again: the first, doubled each time up to the longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to ask. What is None is left to the endpoint; `timeout` is for the whole answer, with waits for a busy endpoint, in seconds."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    completion: bool = False
+    timeout: float = 600.0
+
+    def given(self) -> dict[str, Any]:
+        """What of it shapes the answer, as JSON: those that are set."""
+        values = {**asdict(self), "stop": list(self.stop), "completion": self.completion or None}
+        return {name: value for name, value in values.items() if value not in (None, []) and name != "timeout"}
+
+    def sampling(self) -> dict[str, Any]:
+        """Those set that have the same name in the OpenAI API and in a route's config, all but max_tokens and top_k."""
+        return {name: value for name, value in self.given().items() if name in ("temperature", "top_p", "seed", "stop")}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer. `usage` (prompt_tokens, completion_tokens, total_tokens) and `finish_reason` (stop, length, …) are None where the
+    endpoint does not tell, as a route does not when it streams. `seconds` are those from asking to the last word."""
+
+    model: str
+    text: str
+    finish_reason: str | None
+    usage: Usage | None
+    seconds: float
+
+
+class Asker:
+    """Asks one model with the same settings; connections are kept between prompts. An async context manager.
+
+    `model` is None for a model's own route, which names it.
+    """
+
+    def __init__(self, endpoint: Endpoint, model: str | None, settings: Settings, on_wait: OnWait = lambda seconds, error: None) -> None:
+        self.endpoint, self.settings = endpoint, settings
+        self.model = model or endpoint.name
+        self._on_wait = on_wait
+        self._http = endpoint.http(settings.timeout)
+        self._sdk = _sdk(endpoint, settings.timeout) if endpoint.openai else None
+
+    async def __aenter__(self) -> Asker:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self._http.aclose()
+        if self._sdk:
+            await self._sdk.close()
+
+    async def ask(self, prompt: Prompt, on_text: OnText | None = None) -> Answer:
+        """The answer to `prompt`; with `on_text` it is streamed, and each piece handed over as it comes.
+
+        Raises Failed (Refused, Unreachable, TimedOut, Broken).
+        """
+        deadline = time.monotonic() + self.settings.timeout
+        for pause in (min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) for n in itertools.count()):
+            try:
+                return await self._ask(prompt, on_text, deadline)
+            except Refused as error:
+                seconds = pause if error.retry_after is None else error.retry_after
+                busy = error.status == 429 or (error.status == 503 and error.retry_after is not None)
+                if not busy or time.monotonic() + seconds >= deadline:
+                    raise await self._with_models(error) from None
+                self._on_wait(seconds, error)
+            await asyncio.sleep(seconds)
+        raise AssertionError("the pauses do not end")
+
+    async def _ask(self, prompt: Prompt, on_text: OnText | None, deadline: float) -> Answer:
+        began = time.monotonic()
+        texts: list[str] = []
+        finish: str | None = None
+        usage: Usage | None = None
+        try:
+            async with (
+                asyncio.timeout(max(0.0, deadline - began)),
+                contextlib.aclosing(self._pieces(prompt, on_text is not None)) as pieces,
+            ):
+                async for text, reason, tokens in pieces:
+                    finish, usage = reason or finish, tokens or usage
+                    texts.append(text)
+                    if text and on_text:
+                        on_text(text)
+        except TimeoutError as error:
+            raise failed(self.endpoint, error, self.settings.timeout) from error
+        if self._sdk and not texts:
+            raise self._foreign()
+        if self._sdk and finish is None:
+            raise Broken(f"{self.endpoint.url} ended the answer before its end (no finish_reason came)")
+        return Answer(self.model, "".join(texts), finish, usage, time.monotonic() - began)
+
+    async def _pieces(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
+        """The pieces of the answer; what goes wrong in the library under it is told as Failed."""
+        import httpx
+        import openai
+
+        try:
+            async for piece in self._from_sdk(self._sdk, prompt, stream) if self._sdk else self._from_route(prompt, stream):
+                yield piece
+        except openai.APIStatusError as error:
+            raise refused(self.endpoint, error.status_code, error.response.headers, error.response.text) from error
+        except openai.APIConnectionError as error:
+            raise failed(self.endpoint, error, self.settings.timeout) from error
+        except openai.APIError as error:  # an error in the middle of a stream
+            raise Broken(f"{self.endpoint.url} broke the answer off: {error.message}") from error
+        except (httpx.HTTPError, ValueError) as error:
+            raise failed(self.endpoint, error, self.settings.timeout) from error
+
+    async def _from_sdk(self, sdk: AsyncOpenAI, prompt: Prompt, stream: bool) -> AsyncIterator[Piece]:
+        import openai
+
+        arguments: dict[str, Any] = {"model": self.model, "stream": stream, **self.settings.sampling()}
+        if self.settings.max_tokens is not None:
+            arguments["max_tokens"] = self.settings.max_tokens
+        if self.settings.top_k is not None:
+            arguments["extra_body"] = {"top_k": self.settings.top_k}
+        if not self.endpoint.key:
+            arguments["extra_headers"] = {"Authorization": openai.omit}
+        if stream:
+            arguments["stream_options"] = {"include_usage": True}
+        if self.settings.completion:
+            content: Any = prompt.content
+            reply: Any = await sdk.completions.create(**arguments, prompt=content)
+        else:
+            messages: Any = prompt.messages(self.settings.system)
+            reply = await sdk.chat.completions.create(**arguments, messages=messages)
+        try:
+            if not stream:
+                yield _piece(reply, "message")
+                return
+            async with reply:
+                async for chunk in reply:
+                    yield _piece(chunk, "delta")
+        except (AttributeError, IndexError, TypeError) as error:  # the SDK does not check what came
+            raise self._foreign() from error
+
+    async def _from_route(self, prompt: Prompt, stream: bool) -> AsyncIterator[Piece]:
+        messages = prompt.messages(self.settings.system)
+        plain = len(messages) == 1 and isinstance(prompt.content, str)
+        names = {"max_tokens": "max_new_tokens"}
+        given = {**self.settings.sampling(), **{k: v for k, v in self.settings.given().items() if k in ("max_tokens", "top_k")}}
+        body = {
+            "text": prompt.content if plain else messages,
+            "config": {names.get(name, name): value for name, value in given.items()},
+            "stream": stream,
+        }
+        accept = "text/plain" if stream else "application/json"
+        async with self._http.stream("POST", self.endpoint.url, json=body, headers={"Accept": accept}) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                raise refused(self.endpoint, response.status_code, response.headers, text)
+            if stream:
+                if not response.headers.get("content-type", "").startswith("text/plain"):
+                    raise self._foreign()
+                response.encoding = "utf-8"
+                async for text in response.aiter_text():
+                    yield text, None, None
+                return
+            await response.aread()
+            reply = response.json()
+            if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
+                raise self._foreign()
+            yield reply["text"], reply.get("finish_reason"), reply.get("usage")
+
+    def _foreign(self) -> Broken:
+        form = "the OpenAI API" if self.endpoint.openai else "a model's route"
+        return Broken(f"{self.endpoint.url} answered, but not as {form} does: is this its address?")
+
+    async def _with_models(self, error: Refused) -> Refused:
+        """The error, with the models that there are when it is that one was not found."""
+        if error.status != 404:
+            return error
+        try:
+            models = await served_models(self.endpoint, self.settings.timeout)
+        except Failed:
+            return error
+        return Refused(f"{error}. {self.endpoint.base} serves {', '.join(models) or 'no model'}", 404)
+
+
+def _sdk(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
+    """The SDK's client, which does not ask again by itself."""
+    import openai
+
+    return openai.AsyncOpenAI(
+        base_url=endpoint.url,
+        api_key=endpoint.key.value if endpoint.key else "none",
+        timeout=timeout,
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=endpoint.trust_env),
+    )
+
+
+def _piece(reply: Any, part: str) -> Piece:
+    """Text, finish_reason and usage of an answer or a chunk of the SDK; a completion has its text in the choice itself."""
+    usage = reply.usage
+    tokens = {name: getattr(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")} if usage else None
+    if not reply.choices and usage:  # the chunk after the last, which holds the usage
+        return "", None, tokens
+    choice = reply.choices[0]
+    text = choice.text if "text" in choice.model_fields_set else getattr(choice, part).content
+    return text or "", choice.finish_reason, tokens
+
+
+async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
+    """The names of the models that the endpoint lists. Raises Failed."""
+    import httpx
+
+    async with endpoint.http(timeout) as client:
+        try:
+            response = await client.get(f"{endpoint.base}/models")
+            if response.status_code != 200:
+                raise refused(endpoint, response.status_code, response.headers, response.text)
+            return [model["id"] for model in response.json()["data"]]
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            raise failed(endpoint, error, timeout) from error
+        except (KeyError, TypeError) as error:
+            raise Broken(f"{endpoint.base}/models lists no models: is this an OpenAI API?") from error
+
+
+async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) -> str | None:
+    """The model to ask: the one named, or the only one that an OpenAI API lists; None for a model's own route.
+
+    Raises ConfError when several are listed and none is named, or when one is named to a route; ServeError when none is listed.
+    """
+    if not endpoint.openai:
+        if model:
+            raise ConfError(f"--model {model}: {endpoint.url} is the route of one model already; with --model give {endpoint.base}")
+        return None
+    if model:
+        return model
+    models = await served_models(endpoint, timeout)
+    if not models:
+        raise ServeError(f"{endpoint.url} serves no model: llm-ray serve deploy --model NAME")
+    if len(models) > 1:
+        raise ConfError(f"{endpoint.url} serves {len(models)} models: name one with --model: {', '.join(models)}")
+    return models[0]

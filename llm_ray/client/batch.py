@@ -1,0 +1,183 @@
+"""A file of prompts: several asked at once, each answer kept as it comes.
+
+with open_answers(Path("answers.jsonl"), prompts, "quickstart", settings) as answers:
+    failures = answer_all(endpoint, "quickstart", settings, answers.open_prompts, 8, answers.keep)
+
+The answers are JSON lines, in the order in which they came: index (of the prompt, from 0), prompt, model, text, finish_reason, usage,
+seconds, settings. A file that is there already is gone on with: what it answers is not asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from llm_ray.client.ask import Answer, Asker, Settings
+from llm_ray.client.endpoint import Endpoint
+from llm_ray.client.errors import Failed, Refused
+from llm_ray.client.prompts import Prompt
+from llm_ray.console import Bar
+from llm_ray.errors import ConfError, DataError
+
+Numbered = tuple[int, Prompt]
+OnAnswer = Callable[[int, Prompt, Answer | Failed], None]
+BEGINNING = b'{"index": '
+"""How each row begins."""
+
+
+def row(index: int, prompt: Prompt, answer: Answer, settings: Settings) -> dict[str, Any]:
+    """An answer as it is written."""
+    values = asdict(answer)
+    return {"index": index, "prompt": prompt.content, **values, "seconds": round(answer.seconds, 3), "settings": settings.given()}
+
+
+def answer_all(
+    endpoint: Endpoint,
+    model: str | None,
+    settings: Settings,
+    prompts: Sequence[Numbered],
+    concurrency: int,
+    keep: OnAnswer,
+    bar: Bar | None = None,
+) -> list[tuple[Prompt, Failed]]:
+    """Asks all prompts, `concurrency` at once, and hands each answer, or why there is none, to `keep` as it comes; what failed is returned.
+
+    `bar` shows prompts done and tokens/s. Raises Failed when the endpoint cannot be asked at all: no
+    connection, a wrong key, an unknown model.
+    """
+    failures: list[tuple[Prompt, Failed]] = []
+    began, done, tokens = time.monotonic(), 0, 0
+    waiting = iter(prompts)
+
+    def tell(text: str) -> None:
+        if bar:
+            bar.update(done, len(prompts), text + (f", {len(failures)} failed" if failures else ""))
+
+    async def worker(asker: Asker) -> None:
+        nonlocal done, tokens
+        for index, prompt in waiting:
+            try:
+                answer: Answer | Failed = await asker.ask(prompt)
+            except Failed as error:
+                if error.fatal:
+                    raise
+                answer = error
+            keep(index, prompt, answer)
+            done += 1
+            if isinstance(answer, Failed):
+                failures.append((prompt, answer))
+            elif answer.usage:
+                tokens += answer.usage["completion_tokens"]
+            tell(f"{tokens / (time.monotonic() - began):.0f} tokens/s")
+
+    def on_wait(seconds: float, error: Refused) -> None:
+        tell(f"the endpoint is busy ({error.status}): asking again in {seconds:.0f} s")
+
+    async def all_workers() -> None:
+        async with Asker(endpoint, model, settings, on_wait) as asker, asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(prompts))):
+                group.create_task(worker(asker))
+
+    try:
+        asyncio.run(all_workers())
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return failures
+
+
+class InOrder:
+    """Prints answers in the order of the prompts: texts with an empty line between them, or with `settings` JSON lines."""
+
+    def __init__(self, file: TextIO, settings: Settings | None) -> None:
+        self._file, self._settings = file, settings
+        self._next = 0
+        self._early: dict[int, str] = {}
+
+    def keep(self, index: int, prompt: Prompt, answer: Answer | Failed) -> None:
+        """Prints an answer when all before it are printed; one that failed leaves a gap, which standard error tells of."""
+        if isinstance(answer, Failed):
+            self._early[index] = ""
+        elif self._settings:
+            self._early[index] = json.dumps(row(index, prompt, answer, self._settings), ensure_ascii=False) + "\n"
+        else:
+            self._early[index] = f"{prompt.place}\n{answer.text}\n\n"
+        while self._next in self._early:
+            self._file.write(self._early.pop(self._next))
+            self._next += 1
+        self._file.flush()
+
+
+class Answers:
+    """The file of answers, open to be gone on with. `open_prompts` are those that it does not answer yet."""
+
+    def __init__(self, file: TextIO, prompts: list[Prompt], done: set[int], settings: Settings) -> None:
+        self.open_prompts = [(index, prompt) for index, prompt in enumerate(prompts) if index not in done]
+        self._file, self._settings = file, settings
+
+    def keep(self, index: int, prompt: Prompt, answer: Answer | Failed) -> None:
+        """Writes an answer, whole; one that failed is asked again the next time."""
+        if isinstance(answer, Failed):
+            return
+        self._file.write(json.dumps(row(index, prompt, answer, self._settings), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> Iterator[Answers]:
+    """The answers to `prompts` in `path`, made when it is not there; a torn last line is taken off.
+
+    Raises ConfError when the file holds answers to other prompts, of another model or with other settings, when it is no file of answers,
+    or when another process writes it; DataError when it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"--output {path} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfError(f"--output {path}: another process writes it") from error
+        done = _done(path, prompts, model, settings)
+        yield Answers(file, prompts, done, settings)
+
+
+def _done(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> set[int]:
+    """The indices answered in `path`, checked against what is asked now."""
+    done = set()
+    whole = 0
+    with path.open("rb+") as file:
+        for line, raw in enumerate(file, 1):
+            if not raw.endswith(b"\n") and raw[: len(BEGINNING)] == BEGINNING[: len(raw)]:
+                file.truncate(whole)  # a row that was being written when the process was killed
+                break
+            whole += len(raw)
+            try:
+                found = json.loads(raw)
+                index, asked, by, how = found["index"], found["prompt"], found["model"], found["settings"]
+                same = prompts[index].content == asked if isinstance(index, int) and 0 <= index < len(prompts) else False
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfError(f"--output {path}:{line} is no answer of llm-ray infer: give another file") from error
+            if not same or by != model or how != settings.given():
+                what = (
+                    f"answers another prompt than number {index}"
+                    if not same
+                    else f"is an answer of {by}, not of {model}"
+                    if by != model
+                    else f"was asked with {_shown(how)}, not with {_shown(settings.given())}"
+                )
+                raise ConfError(f"--output {path}:{line} {what}: a file is gone on with for the same prompts alone. Give another file")
+            done.add(index)
+    return done
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items()) or "no settings"

@@ -1,0 +1,118 @@
+"""Where a model answers, of which kind its URL is, and the key that opens it.
+
+endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None))
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from llm_ray.errors import ConfError
+
+if TYPE_CHECKING:
+    import httpx
+
+KEY_VARIABLES = ("LLM_RAY_API_KEY", "OPENAI_API_KEY")
+CONNECT_SECONDS = 10.0
+"""How long a host may take to accept a connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """An API key, and where it was found, which errors name in its place."""
+
+    value: str = field(repr=False)
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """`url` without a slash at its end; `openai` when it is the base of an OpenAI API (…/v1), else it is one model's own route."""
+
+    url: str
+    openai: bool
+    key: Key | None
+
+    @property
+    def name(self) -> str:
+        """The last part of the path: of a model's route, the model."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def base(self) -> str:
+        """The OpenAI base that belongs to the URL."""
+        return self.url if self.openai else f"{self.url.rpartition('/')[0]}/v1"
+
+    @property
+    def trust_env(self) -> bool:
+        """Whether proxies of the environment count: never for this machine, which no proxy reaches."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return not ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return not (host == "localhost" or host.endswith(".localhost"))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key.value}"} if self.key else {}
+
+    def http(self, timeout: float) -> httpx.AsyncClient:
+        """A client that sends the key, with `timeout` seconds for each step of a request."""
+        import httpx
+
+        limits = httpx.Limits(max_connections=None)
+        connect = min(timeout, CONNECT_SECONDS)
+        return httpx.AsyncClient(
+            headers=self.headers, timeout=httpx.Timeout(timeout, connect=connect), limits=limits, trust_env=self.trust_env
+        )
+
+
+def parse(url: str, key: Key | None = None) -> Endpoint:
+    """The endpoint at `url`. Raises ConfError when it is no http(s) URL with the path of an API or of a model."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfError(f"--model_endpoint {url}: not a URL of the form http://HOST:PORT/v1 or http://HOST:PORT/MODEL")
+    if parts.query or parts.fragment:
+        raise ConfError(f"--model_endpoint {url}: give the address alone, without what follows its path")
+    whole = url.rstrip("/")
+    path = parts.path.rstrip("/")
+    if not path:
+        raise ConfError(f"--model_endpoint {url}: neither an API nor a model: add /v1 (OpenAI API, with --model) or /MODEL (its own route)")
+    before, version, after = f"{path}/".partition("/v1/")
+    if version and after:
+        raise ConfError(f"--model_endpoint {url}: give the base of the API alone, {parts.scheme}://{parts.netloc}{before}/v1")
+    return Endpoint(whole, bool(version), key)
+
+
+def find_key(given: str | None, file: Path | None) -> Key | None:
+    """The key as given (`--api-key`), else in `file` (`--api-key-file`), else in LLM_RAY_API_KEY or OPENAI_API_KEY; else None.
+
+    Raises ConfError when the file cannot be read, or what was found is no key.
+    """
+    if given is not None:
+        return _checked(given, "--api-key")
+    if file is not None:
+        try:
+            return _checked(file.read_text(encoding="utf-8"), f"--api-key-file {file}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfError(f"--api-key-file {file} cannot be read: {error}") from error
+    for variable in KEY_VARIABLES:
+        if os.environ.get(variable):
+            return _checked(os.environ[variable], variable)
+    return None
+
+
+def _checked(text: str, source: str) -> Key:
+    key = text.strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfError(f"{source}: an API key is one word of ASCII characters, but this is {'empty' if not key else 'something else'}")
+    return Key(key, source)

@@ -1,0 +1,82 @@
+"""Prompts from files: a line each of text, or rows of JSON lines, JSON, CSV and the other kinds that data is read from.
+
+| columns (optional ones in brackets) | what is asked |
+| --- | --- |
+| messages | the conversation: a list of {role, content} |
+| prompt | the text |
+| text | the text |
+| instruction, [input] | both, an empty line between them |
+
+Each may have `system`, which goes before the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_ray.data.sources import read
+from llm_ray.errors import DataError, LlmRayError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """`content` is a text, or a conversation; `place` is the file and line that it came from, empty for one that was typed."""
+
+    content: str | list[Message]
+    place: str = ""
+    system: str | None = None
+
+    def messages(self, system: str | None) -> list[Message]:
+        """The conversation to send, after the prompt's own system message or else `system`."""
+        turns = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
+        before = self.system or system
+        return [{"role": "system", "content": before}, *turns] if before and turns[0]["role"] != "system" else turns
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """The prompts of `file`, in order; empty lines of a text are passed over.
+
+    Raises DataError, with file and line, for a row without a prompt, and for a file without any.
+    """
+    if not file.is_file():
+        raise DataError(f"{file}: no such file")
+    prompts = []
+    for row in read(str(file), _raise):
+        if file.suffix.lower() == ".txt" and not row.values["text"].strip():
+            continue
+        prompts.append(Prompt(_content(row.values, row.place), row.place, _system(row.values, row.place)))
+    if not prompts:
+        raise DataError(f"{file}: no prompt in it")
+    return prompts
+
+
+def _raise(error: LlmRayError) -> None:
+    raise error
+
+
+def _content(values: Mapping[str, Any], place: str) -> str | list[Message]:
+    if (messages := values.get("messages")) is not None:
+        good = isinstance(messages, list) and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages)
+        if not good or not messages:
+            raise DataError(f"{place}: 'messages' must be a list of objects with role and content")
+        return list(messages)
+    column = next((name for name in ("prompt", "text", "instruction") if values.get(name) is not None), None)
+    if column is None:
+        names = ", ".join(map(str, values)) or "none"
+        raise DataError(f"{place}: no prompt in the row: it needs a column prompt, text, instruction or messages, and has {names}")
+    parts = [values[column], *([values["input"]] if column == "instruction" and values.get("input") else [])]
+    if not all(isinstance(part, str) for part in parts) or not parts[0].strip():
+        raise DataError(f"{place}: {column!r} must be text, and not empty")
+    return "\n\n".join(parts)
+
+
+def _system(values: Mapping[str, Any], place: str) -> str | None:
+    system = values.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"{place}: 'system' must be text")
+    return system or None
