@@ -132,7 +132,7 @@ def _check(endpoint: Endpoint, settings: Settings, prompts: list[Prompt]) -> Non
             raise click.UsageError(f"{prompt.place}: a conversation or a system message, which --completion does not take")
 
 
-async def _ask(endpoint: Endpoint, model: str | None, settings: Settings, prompt: Prompt, stream: bool, reporter: Reporter) -> Answer:
+async def _ask(endpoint: Endpoint, model: str, settings: Settings, prompt: Prompt, stream: bool, reporter: Reporter) -> Answer:
     from llm_ray.client.ask import Asker
 
     def on_wait(seconds: float, error: Exception) -> None:
@@ -153,7 +153,7 @@ def _shown(answer: Answer) -> dict[str, Any]:
 
 def _ask_all(
     endpoint: Endpoint,
-    model: str | None,
+    model: str,
     settings: Settings,
     prompts: list[Prompt],
     concurrency: int,
@@ -168,7 +168,7 @@ def _ask_all(
     shown = sys.stdout  # the bar redirects sys.stdout
     with contextlib.ExitStack() as stack:
         if output:
-            answers = stack.enter_context(open_answers(output, prompts, model or endpoint.name, settings))
+            answers = stack.enter_context(open_answers(output, prompts, model, settings))
             numbered, keep = answers.open_prompts, answers.keep
             if len(numbered) < len(prompts):
                 reporter.line(f"{output} answers {len(prompts) - len(numbered)} of {len(prompts)} prompts already")

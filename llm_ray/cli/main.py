@@ -30,6 +30,7 @@ COMMANDS = {
     "model": ("llm_ray.cli.model:model", "List, import and export models."),
     "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
     "runs": ("llm_ray.cli.runs:runs", "List, show and compare runs."),
+    "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),
 }
 
 

@@ -74,14 +74,10 @@ class Answer:
 
 
 class Asker:
-    """Asks one model with the same settings; connections are kept between prompts. An async context manager.
+    """Asks one model with the same settings; connections are kept between prompts. An async context manager."""
 
-    `model` is None for a model's own route, which names it.
-    """
-
-    def __init__(self, endpoint: Endpoint, model: str | None, settings: Settings, on_wait: OnWait = lambda seconds, error: None) -> None:
-        self.endpoint, self.settings = endpoint, settings
-        self.model = model or endpoint.name
+    def __init__(self, endpoint: Endpoint, model: str, settings: Settings, on_wait: OnWait = lambda seconds, error: None) -> None:
+        self.endpoint, self.model, self.settings = endpoint, model, settings
         self._on_wait = on_wait
         self._http = endpoint.http(settings.timeout)
         self._sdk = _sdk(endpoint, settings.timeout) if endpoint.openai else None
@@ -263,15 +259,15 @@ async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
             raise Broken(f"{endpoint.base}/models lists no models: is this an OpenAI API?") from error
 
 
-async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) -> str | None:
-    """The model to ask: the one named, or the only one that an OpenAI API lists; None for a model's own route.
+async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) -> str:
+    """The model to ask: the one named, or the only one that an OpenAI API lists; of a model's own route that one.
 
     Raises ConfError when several are listed and none is named, or when one is named to a route; ServeError when none is listed.
     """
     if not endpoint.openai:
         if model:
             raise ConfError(f"--model {model}: {endpoint.url} is the route of one model already; with --model give {endpoint.base}")
-        return None
+        return endpoint.name
     if model:
         return model
     models = await served_models(endpoint, timeout)

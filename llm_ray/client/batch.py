@@ -40,7 +40,7 @@ def row(index: int, prompt: Prompt, answer: Answer, settings: Settings) -> dict[
 
 def answer_all(
     endpoint: Endpoint,
-    model: str | None,
+    model: str,
     settings: Settings,
     prompts: Sequence[Numbered],
     concurrency: int,
