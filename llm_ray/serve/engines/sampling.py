@@ -1,0 +1,98 @@
+"""The next token of every row of a batch: vLLM's sampler, for engines that leave choosing to us.
+
+The order of steps, logprobs of the raw logits, and a seed's own random numbers are vLLM's, so that engines differ in nothing but speed.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams, SamplingType
+from vllm.utils.torch_utils import make_tensor_with_pad
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.request import Request
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    LogitBiasLogitsProcessor,
+    LogitsProcessors,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
+
+_CPU = torch.device("cpu")
+
+
+class PlainSampler(Sampler):
+    """vLLM's sampler in plain torch: without vLLM's kernels, and without torch.compile, which wants a compiler on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.topk_topp_sampler.forward = self.topk_topp_sampler.forward_native
+
+    @staticmethod
+    def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(dim=-1)
+
+    @staticmethod
+    def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
+        chosen = token_ids[:, None]
+        likeliest = logprobs.topk(num_logprobs, dim=-1)
+        own = logprobs.gather(-1, chosen)
+        return LogprobsTensors(
+            torch.cat([chosen, likeliest.indices], dim=1).int(),
+            torch.cat([own, likeliest.values], dim=1),
+            (logprobs >= own).sum(-1),
+        )
+
+
+def metadata(
+    requests: list[Request], params: list[SamplingParams], generators: dict[int, torch.Generator], config: VllmConfig, vocabulary: int
+) -> SamplingMetadata:
+    """What the sampler has to know of a batch. It stays true while the batch holds the same requests, as they grow."""
+    outputs = [request._output_token_ids for request in requests]  # these very lists, which grow
+    processors = LogitsProcessors(
+        kind(config, _CPU, False) for kind in (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
+    )
+    added = [(i, p, request.prompt_token_ids, out) for i, (p, request, out) in enumerate(zip(params, requests, outputs, strict=True))]
+    for processor in processors.all:
+        processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
+    greedy = [p.sampling_type == SamplingType.GREEDY for p in params]
+    top_k = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
+    penalties = any(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 for p in params)
+    logprobs = [vocabulary if p.logprobs == -1 else p.logprobs for p in params if p.logprobs is not None]
+    return SamplingMetadata(
+        temperature=None if all(greedy) else torch.tensor([0.0 if g else p.temperature for g, p in zip(greedy, params, strict=True)]),
+        all_greedy=all(greedy),
+        all_random=not any(greedy),
+        top_p=torch.tensor([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None,
+        top_k=torch.tensor(top_k, dtype=torch.int32) if min(top_k) < vocabulary else None,
+        generators=generators,
+        max_num_logprobs=max(logprobs, default=None),
+        no_penalties=not penalties,
+        prompt_token_ids=_padded([request.prompt_token_ids or [] for request in requests], vocabulary) if penalties else None,
+        frequency_penalties=torch.tensor([p.frequency_penalty for p in params]),
+        presence_penalties=torch.tensor([p.presence_penalty for p in params]),
+        repetition_penalties=torch.tensor([p.repetition_penalty for p in params]),
+        output_token_ids=outputs,
+        allowed_token_ids_mask=_forbidden(params, vocabulary),
+        bad_words_token_ids={i: p.bad_words_token_ids for i, p in enumerate(params) if p.bad_words_token_ids},
+        logitsprocs=processors,
+    )
+
+
+def _padded(tokens: list[list[int]], pad: int) -> torch.Tensor:
+    return make_tensor_with_pad(tokens, pad=pad, dtype=torch.int64, device="cpu")
+
+
+def _forbidden(params: list[SamplingParams], vocabulary: int) -> torch.Tensor | None:
+    """True for tokens that a row may not choose, where any row names those it may."""
+    if not any(p.allowed_token_ids for p in params):
+        return None
+    mask = torch.zeros(len(params), vocabulary, dtype=torch.bool)
+    for row, p in enumerate(params):
+        if p.allowed_token_ids:
+            mask[row] = True
+            mask[row, p.allowed_token_ids] = False
+    return mask
