@@ -9,13 +9,24 @@ import ipaddress
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llm_ray.conf.schema import AbsolutePath, Paths, Section
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # First parts of the endpoint's own paths, which a model's route /NAME would hide.
 RESERVED_NAMES = frozenset({"v1", "health", "ready", "metrics", "docs", "redoc", "openapi.json", "tokenize", "detokenize", "-"})
+
+
+def _model_name(name: str) -> str:
+    if not MODEL_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' in between")
+    if name.partition("/")[0] in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is a path of the endpoint itself: choose another name")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
 class ServeRuntime(Section):
@@ -135,7 +146,7 @@ class ModelServing(Section):
     """Replicas, each with its own weights and cores. `autoscale` replaces it."""
     autoscale: Autoscale | None = None
     """Replicas that come and go with the load, down to none."""
-    adapters: dict[str, str] = Field(default_factory=dict)
+    adapters: dict[ModelName, str] = Field(default_factory=dict)
     """LoRA adapters on this base model (engine `vllm`), each under a model name of its own: name: run or folder. They can be changed
     without a restart where there is at least one from the beginning."""
     tools: Literal["auto", "off"] | str = "auto"
@@ -180,24 +191,19 @@ class ServeConf(Section):
     runtime: ServeRuntime = ServeRuntime()
     paths: Paths = Field(default_factory=Paths)
     endpoint: Endpoint = Endpoint()
-    models: dict[str, ModelServing] = Field(min_length=1)
+    models: dict[ModelName, ModelServing] = Field(min_length=1)
     """The models, by the name that clients ask for (the `model` of a request, and the route `/NAME`)."""
 
     @model_validator(mode="after")
     def _check(self) -> ServeConf:
         wrong = []
-        owner: dict[str, str] = {}
+        owner = {name: f"models.{name}" for name in self.models}
         for name, model in self.models.items():
-            for called in (name, *model.adapters):
-                if not MODEL_NAME.fullmatch(called):
-                    wrong.append(
-                        f"models.{name}: {called!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' in between"
-                    )
-                elif called.partition("/")[0] in RESERVED_NAMES:
-                    wrong.append(f"models.{name}: {called!r} is a path of the endpoint itself: choose another name")
-                elif called in owner:
-                    wrong.append(f"models.{name}: the name {called} is taken already, by models.{owner[called]}")
-                owner[called] = name
+            for adapter in model.adapters:
+                key = f"models.{name}.adapters.{adapter}"
+                if adapter in owner:
+                    wrong.append(f"{key}: the name is taken already, by {owner[adapter]}: give one of them another")
+                owner[adapter] = key
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
