@@ -116,6 +116,7 @@ def plot(report: LoadReport, file: Path) -> None:
     _course(course, report)
     figure.suptitle(f"{report.model}: {report.output_tokens_per_second:.1f} output tokens/s, {report.requests_per_second:.2f} requests/s")
     for axes in (requests, tokens, course):
+        axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
@@ -129,11 +130,10 @@ def _distribution(axes: Axes, label: str, values: list[float], unit: str) -> Non
         axes.ecdf(values, label=label, linewidth=1.4)
     axes.set_xlabel(unit)
     axes.set_ylabel("share")
-    axes.set_xlim(left=0)
 
 
 def _course(axes: Axes, report: LoadReport) -> None:
-    """Output tokens in each second, and requests under way at its beginning."""
+    """Output tokens in each second, and requests under way in the middle of it."""
     import numpy as np
 
     seconds = np.arange(int(report.seconds) + 2)
@@ -143,9 +143,10 @@ def _course(axes: Axes, report: LoadReport) -> None:
     rate, _ = np.histogram(arrived, bins=seconds, weights=weights)
     spans = [(sample.sent, sample.sent + sample.last) for sample in report.samples]
     spans += [(failure.sent, failure.ended) for failure in report.failures]
-    under_way = [sum(1 for start, end in spans if start <= second < end) for second in seconds]
+    middles = seconds[:-1] + 0.5
+    under_way = [sum(1 for start, end in spans if start <= middle < end) for middle in middles]
     axes.stairs(rate, seconds, label="output tokens/s", linewidth=1.4)
-    axes.plot(seconds, under_way, label="requests under way", linewidth=1.4)
+    axes.plot(middles, under_way, label="requests under way", linewidth=1.4)
     ended = [failure.ended for failure in report.failures]
     if ended:
         axes.plot(ended, [0] * len(ended), "x", label="failures", color="tab:red", clip_on=False)

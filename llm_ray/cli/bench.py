@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,13 +109,14 @@ def serve(
         raise ConfError(f"{endpoint.url} is a model's own route: give the OpenAI API, {endpoint.base}, with --model {endpoint.name}")
     prompts = _prompts(file, prompt_tokens, how.seed, how.completion)
     named = asyncio.run(choose_model(endpoint, model, how.timeout))
-    with Reporter().bar("requests" if how.requests else "seconds", how.requests or int(how.duration or 0)) as bar:
+    whole = how.requests or math.ceil(how.duration or 0)
+    with Reporter().bar("requests" if how.requests else "seconds", whole) as bar:
 
         def progress(report: LoadReport) -> None:
             done = len(report.samples) + len(report.failures)
             failed = f", {len(report.failures)} failed" if report.failures else ""
             speed = f"{report.output_tokens_per_second:.0f} tokens/s{failed}"
-            bar.update(done if how.requests else min(int(report.seconds), int(how.duration or 0)), how.requests, speed)
+            bar.update(done if how.requests else min(int(report.seconds), whole), whole, speed)
 
         report = run_load(endpoint, named, prompts, how, progress)
     click.echo(json.dumps(figures(report), indent=2, ensure_ascii=False) if as_json else "\n".join(table(report)))

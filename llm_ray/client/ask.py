@@ -216,7 +216,8 @@ class Asker:
             models = await served_models(self.endpoint, self.settings.timeout)
         except Failed:
             return error
-        return Refused(f"{error}. {self.endpoint.base} serves {', '.join(models) or 'no model'}", 404)
+        listed = ", ".join(models) or "no model"
+        return error if listed in str(error) else Refused(f"{error}. {self.endpoint.base} serves {listed}", 404)
 
 
 def _sdk(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:

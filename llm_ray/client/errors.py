@@ -65,7 +65,7 @@ def refused(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: s
     elif status == 403:
         told = f"{url}: {f'the API key of {key.source}' if key else 'a request without an API key'} may not do this (403: {said})"
     elif status == 404:
-        told = f"{url} was not found (404: {said})"
+        told = f"{url}: not found (404: {said})"
     elif status == 429:
         told = f"{url} is busy, or the API key's limit is reached (429: {said}): ask fewer at once, or later"
     elif status < 500:

@@ -142,7 +142,7 @@ def test_a_completion_has_no_conversation(server: Server, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("nobody", "was not found (404: The model `nobody` does not exist.). http"),
+        ("nobody", ": not found (404: The model `nobody` does not exist.). http"),
         ("down", "failed (503: no replica): `llm-ray serve status`"),
         ("picky", "refused the request (400: bad is a bad word)"),
         ("page", "is this its address?"),
