@@ -182,8 +182,10 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
         return f"{mark}{'null' if value is None else value}{mark}"
 
     if "anyOf" in node:
-        words = [describe(option, mark) for option in node["anyOf"]]
-        return _or([f"{word}, or a list of these" for word in words[:1] if f"a list of {word}" in words[1:]] or words)
+        first, *others = (describe(option, mark) for option in node["anyOf"])
+        if f"a list of {first}" in others:
+            return f"{first}, or a list of these"
+        return _or([text for option in node["anyOf"] for text in ([*map(word, option.get("enum", ()))] or [describe(option, mark)])])
     if "enum" in node or "const" in node:
         return _or([word(value) for value in node.get("enum", [node.get("const")])])
     if "$ref" in node:

@@ -1,7 +1,7 @@
 """From a conf file (or a shipped template's name) to a validated conf with absolute paths.
 
     conf = load_finetune("lora", ["train=tickets.jsonl", "training.epochs=2"])
-    conf = load_serve("chat", ["model=support-bot", "models.chat.cpus=4"])
+    conf = load_serve("chat", ["model=support-bot", "models.support-bot.cpus=4"])
 
 ``--set NAME=VALUE`` gives the template's variable NAME where the template uses one of that name, and else sets the conf's
 key NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars`` file that

@@ -90,8 +90,12 @@ class Loading(ABC, Generic[C]):
     # Places ------------------------------------------------------------------------------------------------------------
 
     def _setting(self, path: yamltext.Path) -> Setting | None:
-        """The ``--set`` that `path` came from."""
-        return next((s for s in reversed(self.settings) if path[: len(s.path)] == s.path), None)
+        """The ``--set`` that `path` came from, or that has made a section of it."""
+        for setting in reversed(self.settings):
+            made = path and path not in self.document.lines and setting.path[: len(path)] == path
+            if made or path[: len(setting.path)] == setting.path:
+                return setting
+        return None
 
     def complain(self, path: yamltext.Path, message: str) -> None:
         """Notes the message, with the place of `path` before it; not of values that are only undefined variables' marks."""
@@ -111,10 +115,13 @@ class Loading(ABC, Generic[C]):
         path: list[str | int] = []
         node: Any = self.data
         for part in detail["loc"]:
-            inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int) and part < len(node)
-            if inside or (detail["type"] in ("missing", "invalid_key") and part == detail["loc"][-1]):
-                path.append(str(part) if isinstance(node, dict) else part)
-                node = node[part] if inside else None
+            inner: dict[str | int, Any] = dict(enumerate(node)) if isinstance(node, list) else {}
+            if isinstance(node, dict):
+                inner = {str(key): value for key, value in node.items()}
+            place = str(part) if isinstance(node, dict) else part
+            if place in inner or (detail["type"] in ("missing", "invalid_key") and part == detail["loc"][-1]):
+                path.append(place)
+                node = inner.get(place)
         return tuple(path)
 
     # What --set and relative paths change --------------------------------------------------------------------------------
@@ -167,6 +174,9 @@ class Loading(ABC, Generic[C]):
         """Complains of a validation error in the user's words."""
         name, value, kind = dotted(path), detail["input"], detail["type"]
         if kind == "missing":
+            if self.keys.named(path) and path[:2] not in self.document.lines:
+                self._not_there(path)
+                return
             key = self.keys.key(path)
             generic = key.name if key else name
             for needed in self.keys.needed(generic):
@@ -202,6 +212,13 @@ class Loading(ABC, Generic[C]):
             elif close := get_close_matches(str(value).lower(), keys.choices(node), 1):
                 hint = f"; did you mean {close[0]}?"
             self.complain(path, f"{name} is {show(value)}: it must be {must}{hint}")
+
+    def _not_there(self, path: yamltext.Path) -> None:
+        """Complains of a key in a section that only ``--set`` names, and not whole."""
+        section = dotted(path[:2])
+        others = [dotted(line) for line in self.document.lines if len(line) == 2 and line[0] == path[0]]
+        has = f"which has {', '.join(others)}" if others else "which has none"
+        self.complain(path[:2], f"there is no {section} in the conf, {has}; to add it give --set {dotted(path)}=… too")
 
     def _about(self, section: yamltext.Path, message: str) -> yamltext.Path | None:
         """The first key named in a rule's message (from `section` on) that the user has given."""

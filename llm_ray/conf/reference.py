@@ -1,4 +1,4 @@
-"""Writes the reference of the conf (docs/reference/finetune-conf.md, finetune-conf.schema.json) from its schema.
+"""Writes the reference of the confs (docs/reference/KIND-conf.md, KIND-conf.schema.json, of finetune and serve) from their schemas.
 
 python -m llm_ray.conf.reference            # write
 python -m llm_ray.conf.reference --check    # exit 1 if what is there is not what would be written
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import llm_ray
-from llm_ray.conf import keys
-from llm_ray.conf.keys import FINETUNE, Key
+from llm_ray.conf.keys import FINETUNE, SERVE, Key, Keys, describe, first_sentence
 from llm_ray.conf.load import shipped
 
 FOLDER = Path(llm_ray.__file__).parent.parent / "docs" / "reference"
 
-HEAD = """\
+FINETUNE_HEAD = """\
 # The conf of a finetune
 
 <!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/schema.py: change it there. -->
@@ -77,26 +76,82 @@ Those given with `--set`, and those of shipped templates, are looked up in the c
 
 """
 
+SERVE_HEAD = """\
+# The conf of an endpoint
 
-def markdown() -> str:
-    """The reference page."""
-    templates = "\n".join(f"- `{name}`: {_headline(file)}" for name, file in shipped("finetune").items())
-    tops = [key for key in FINETUNE.table.values() if "." not in key.name]
-    parts = [HEAD.format(templates=templates), _table([key for key in tops if not key.section])]
-    for key in FINETUNE.table.values():
+<!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/serve.py: change it there. -->
+
+An endpoint and the models behind it. A conf is YAML, and before that a Jinja template. The smallest one:
+
+```yaml
+models:
+  support-bot:
+    model: support-bot
+```
+
+    llm-ray serve deploy --config support-bot.yaml
+    llm-ray serve deploy --config support-bot.yaml --set models.support-bot.cpus=4
+
+Unknown keys are errors. [serve-conf.schema.json](serve-conf.schema.json) is the same as JSON Schema; editors with the YAML language
+server complete and check a conf that begins with `# yaml-language-server: $schema=` and its path or URL.
+
+## Shipped templates
+
+`--config` takes a file or one of these names:
+
+{templates}
+
+The head of each file in [conf/serve](../../conf/serve) holds the commands that run it.
+
+## Variables, `--set` and what rules over what
+
+As in [the conf of a finetune](finetune-conf.md#variables---set-and-what-rules-over-what).
+
+In the keys below NAME stands for what clients call the model: `--set models.support-bot.cpus=4`. A name may have dots in it:
+`--set models.qwen2.5.cpus=4` is about the model `qwen2.5`. A model that the conf has not is added with its key `model`:
+`--set models.base.model=smollm2-135m-instruct`.
+
+## Relative paths
+
+Files and folders are looked up beside the conf file, then in the current folder. Those given with `--set`, and those of shipped
+templates, are looked up in the current folder. `model`, `tokenizer` and adapters are folders if they begin with `./`, `../`, `~` or `/`, or
+if a folder of that name holds a model (an adapter); else they are names: of the model registry, of a run, or of the hub.
+`LLM_RAY_HOME` is an environment variable, `~/.llm-ray` if unset.
+
+## Keys
+
+"""
+
+HEADS = {"finetune": FINETUNE_HEAD, "serve": SERVE_HEAD}
+
+
+def markdown(keys: Keys[Any]) -> str:
+    """The reference page of a kind of conf."""
+    templates = "\n".join(f"- `{name}`: {_headline(file)}" for name, file in shipped(keys.kind).items())
+    parts = [HEADS[keys.kind].format(templates=templates), _table(keys, "")]
+    for key in keys.table.values():
         if key.section:
-            text = FINETUNE.schema["$defs"][key.section]["description"]
-            children = [child for child in FINETUNE.table.values() if child.name.rpartition(".")[0] == key.name and not child.section]
+            text = keys.schema["$defs"][key.section]["description"]
             required = " Required." if key.required else ""
             unset = " Off unless given." if "anyOf" in key.schema else ""
-            parts.append(f"\n### {key.name}\n\n{' '.join(text.split())}{required}{unset}\n\n{_table(children)}")
+            parts.append(f"\n### {key.name}\n\n{' '.join(text.split())}{required}{unset}\n\n{_table(keys, key.name)}")
     return "".join(parts)
 
 
-def json_schema() -> str:
-    """The JSON Schema, as a file's text."""
+def json_schema(keys: Keys[Any]) -> str:
+    """The JSON Schema of a kind of conf, as a file's text."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return json.dumps(head | _one_line(FINETUNE.schema), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(head | _one_line(keys.schema), indent=2, ensure_ascii=False) + "\n"
+
+
+def pages() -> dict[str, str]:
+    """The text of each generated file."""
+    kinds: tuple[Keys[Any], ...] = (FINETUNE, SERVE)
+    return {
+        name: text
+        for keys in kinds
+        for name, text in ((f"{keys.kind}-conf.md", markdown(keys)), (f"{keys.kind}-conf.schema.json", json_schema(keys)))
+    }
 
 
 def _one_line(node: Any) -> Any:
@@ -109,14 +164,16 @@ def _one_line(node: Any) -> Any:
 def _headline(file: Path) -> str:
     """The first sentence of a template's head."""
     comment = " ".join(line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").split("\n#\n")[0].splitlines())
-    return keys.first_sentence(comment)
+    return first_sentence(comment)
 
 
-def _table(rows: list[Key]) -> str:
+def _table(keys: Keys[Any], section: str) -> str:
     lines = [
-        f"| `{key.name}` | {keys.describe(key.schema, '`')} | {_default(key)} | {key.text.replace('|', chr(92) + '|')} |\n" for key in rows
+        f"| `{key.name}` | {describe(key.schema, '`')} | {_default(key)} | {key.text.replace('|', chr(92) + '|')} |\n"
+        for key in keys.below(section)
+        if not key.section
     ]
-    return "".join(["| key | value | default | meaning |\n| --- | --- | --- | --- |\n", *lines])
+    return "".join(["| key | value | default | meaning |\n| --- | --- | --- | --- |\n", *lines]) if lines else ""
 
 
 def _default(key: Key) -> str:
@@ -142,8 +199,4 @@ def update(pages: dict[str, str], command: str, check: bool) -> None:
 
 
 if __name__ == "__main__":
-    update(
-        {"finetune-conf.md": markdown(), "finetune-conf.schema.json": json_schema()},
-        "python -m llm_ray.conf.reference",
-        check="--check" in sys.argv[1:],
-    )
+    update(pages(), "python -m llm_ray.conf.reference", check="--check" in sys.argv[1:])

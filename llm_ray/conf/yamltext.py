@@ -64,12 +64,15 @@ def parse(text: str) -> Document:
     """Data and lines of one YAML document. Raises :class:`Problem`."""
     lines: dict[Path, int] = {}
     written: dict[Path, str] = {}
-    walked: set[int] = set()
+    walked: dict[int, Path] = {}
 
     def walk(node: yaml.Node, path: Path) -> None:
         if id(node) in walked:  # an alias: its anchor has been seen
+            anchor = walked[id(node)]
+            if path[: len(anchor)] == anchor:
+                raise Problem(f"{'.'.join(map(str, path))} is an alias (*) of what it lies in itself", lines[path])
             return
-        walked.add(id(node))
+        walked[id(node)] = path
         if isinstance(node, yaml.ScalarNode):
             written[path] = node.value
         elif isinstance(node, yaml.SequenceNode):
