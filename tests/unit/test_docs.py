@@ -81,6 +81,11 @@ def commands(page: Path) -> Iterator[list[str]]:
     lines = [line for _, code in FENCE.findall(text) for line in code.splitlines()]
     lines += [line for line in prose(page).splitlines() if line.startswith("    ")]
     lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"`(llm-ray [^`]+)`", prose(page))]
+    yield from parsed(lines)
+
+
+def parsed(lines: list[str]) -> Iterator[list[str]]:
+    """The words of the lines that are commands."""
     for line in lines:
         found = re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?llm-ray (.+)", line)
         if found:
@@ -104,18 +109,28 @@ def parse(words: list[str]) -> tuple[click.Command, list[str]]:
     return context.command, words
 
 
+def check_options(words: list[str], where: str) -> None:
+    """The command exists, and has the options that are given."""
+    command, rest = parse(words)
+    options = {
+        name: option for option in command.params if isinstance(option, click.Option) for name in option.opts + option.secondary_opts
+    }
+    for word in rest:
+        name = word.partition("=")[0]
+        assert not re.fullmatch(r"--?[a-z][\w-]*", name) or name in {*options, "--help", "-h"}, f"{where}: {words}: no option {name}"
+
+
 @each_written_page
 def test_commands_and_their_options_exist(page: Path) -> None:
     for words in commands(page):
-        command, rest = parse(words)
-        options = {
-            name: option for option in command.params if isinstance(option, click.Option) for name in option.opts + option.secondary_opts
-        }
-        for word in rest:
-            name = word.partition("=")[0]
-            assert not re.fullmatch(r"--?[a-z][\w-]*", name) or name in {*options, "--help", "-h"}, (
-                f"{page.name}: {words}: no option {name}"
-            )
+        check_options(words, page.name)
+
+
+@pytest.mark.parametrize("template", [f"{keys.kind}/{name}" for keys in KINDS for name in shipped(keys.kind)])
+def test_commands_in_the_heads_of_templates_exist(template: str) -> None:
+    text = (ROOT / "conf" / f"{template}.yaml.j2").read_text(encoding="utf-8")
+    for words in parsed(re.findall(r"^#.*?(llm-ray .+)$", text, re.MULTILINE)):
+        check_options(words, template)
 
 
 @each_written_page

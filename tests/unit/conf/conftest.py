@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llm_ray.errors import ConfError
 
 SMALL = """\
 name: trial
@@ -14,6 +17,16 @@ model:
 data:
   train: train.jsonl
 """
+
+
+def error(load: Callable[..., Any], config: str | Path, *overrides: str, vars_files: tuple[Path, ...] = ()) -> str:
+    """The error that loading ends with."""
+    with pytest.raises(ConfError) as caught:
+        load(config, overrides, vars_files)
+    assert caught.value.exit_code == 2
+    assert "Traceback" not in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture

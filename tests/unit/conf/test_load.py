@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,20 +15,12 @@ from hypothesis import strategies as st
 from llm_ray.conf.keys import FINETUNE
 from llm_ray.conf.load import dump, load_finetune
 from llm_ray.errors import ConfError
-from tests.unit.conf.conftest import SMALL
+from tests.unit.conf.conftest import SMALL, error
 
 Write = Callable[[str], Path]
 
 
-def message(config: str | Path, *overrides: str, vars_files: tuple[Path, ...] = ()) -> str:
-    """The error that loading ends with."""
-    with pytest.raises(ConfError) as caught:
-        load_finetune(config, overrides, vars_files)
-    assert caught.value.exit_code == 2
-    assert "Traceback" not in str(caught.value)
-    assert "pydantic" not in str(caught.value)
-    return str(caught.value)
-
+message = partial(error, load_finetune)
 
 # What is wrong with a conf: the lines that are added to SMALL (which has 5) or, if it begins with `name` or `#`, the whole conf; and the
 # words that the message must have, separated by `; `. `:6:` is the line.
