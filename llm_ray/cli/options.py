@@ -10,28 +10,41 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_CONFIG = click.option(
-    "config", "--config", "--config_path", required=True, metavar="FILE|NAME", help="A conf file, or the name of a shipped template."
-)
-_SET = click.option(
-    "overrides",
-    "--set",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Give a variable of the template, or set a key of the conf (dotted, as training.epochs=2). Again for more.",
-)
-_VARS = click.option(
-    "vars_files",
-    "--vars",
-    multiple=True,
-    metavar="FILE",
-    help="A YAML file with variables of the template. Again for more; later ones win.",
-)
+
+def _config_options(example: str, required: bool) -> Callable[[F], F]:
+    config = click.option(
+        "config",
+        "--config",
+        "--config_path",
+        required=required,
+        metavar="FILE|NAME",
+        help="A conf file, or the name of a shipped template.",
+    )
+    settings = click.option(
+        "overrides",
+        "--set",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"Give a variable of the template, or set a key of the conf (dotted, as {example}). Again for more.",
+    )
+    files = click.option(
+        "vars_files",
+        "--vars",
+        multiple=True,
+        metavar="FILE",
+        help="A YAML file with variables of the template. Again for more; later ones win.",
+    )
+    return lambda command: config(settings(files(command)))
 
 
 def config_options(command: F) -> F:
     """Adds ``--config``, ``--set`` and ``--vars``: the arguments ``config, overrides, vars_files`` of ``load_finetune``."""
-    return _CONFIG(_SET(_VARS(command)))
+    return _config_options("training.epochs=2", required=True)(command)
+
+
+def serve_config_options(command: F) -> F:
+    """The same for ``load_serve``; `config` may be ``None``."""
+    return _config_options("models.my-bot.cpus=4", required=False)(command)
 
 
 _ENDPOINT = click.option(
