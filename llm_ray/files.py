@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -10,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `path` in one piece; its folder is made. Raises OSError, and then `path` is as it was."""
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write `path` in one piece, with permissions `mode` (less the umask); its folder is made. Raises OSError: `path` is as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch(mode)  # before anything is in it
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -53,6 +55,15 @@ def replace_folder(path: Path) -> Iterator[Path]:
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """One process at a time in the block, of all that name the same `file` (made here, and left); others wait. Raises OSError."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def _settle(folder: Path) -> None:

@@ -1,5 +1,127 @@
-# Placeholder of the lead until the real module lands: overwrite freely.
+"""``llm-ray serve keys``: who may ask the served models."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
 import click
+
+_UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+class _Duration(click.ParamType):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+)([mhdw])", value) if isinstance(value, str) else None
+        if not found:
+            self.fail(f"{value} is no duration: write 30d, 12h, 45m or 4w", param, ctx)
+        return float(found[1]) * _UNITS[found[2]]
+
+
 @click.group()
 def keys() -> None:
-    """API keys."""
+    """API keys of the endpoint: added and revoked while it runs.
+
+    \b
+    Examples:
+      llm-ray serve keys add alice
+      llm-ray serve keys list
+      llm-ray serve keys revoke alice
+    """
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--requests-per-minute", type=click.IntRange(1), help="Requests in any minute.")
+@click.option("--concurrent", type=click.IntRange(1), help="Requests at the same time.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one answer.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="A model it may ask; again for more. Default: all.")
+@click.option("--expires", type=_Duration(), metavar="30d|12h|…", help="When it ends by itself. Default: never.")
+def add(
+    name: str,
+    requests_per_minute: int | None,
+    concurrent: int | None,
+    max_tokens: int | None,
+    models: tuple[str, ...],
+    expires: float | None,
+) -> None:
+    """Make a key and print it: it is shown this once, and kept as a hash.
+
+    \b
+    Examples:
+      llm-ray serve keys add alice
+      llm-ray serve keys add batch --requests-per-minute 60 --concurrent 4 --expires 30d > key.txt
+    """
+    from llm_ray.conf.serve import Limits
+    from llm_ray.serve.protect.keys import add_key, keys_file
+
+    limits = Limits(requests_per_minute=requests_per_minute, concurrent=concurrent, max_tokens=max_tokens)
+    key, secret = add_key(keys_file(), name, limits, models or None, time.time() + expires if expires else None)
+    click.echo(f"Key {key.name} (id {key.id}). It is shown this once: send it as Authorization: Bearer KEY.", err=True)
+    click.echo(secret)
+
+
+@keys.command("list")
+@click.option("as_json", "--json", is_flag=True, help="Print JSON.")
+def list_(as_json: bool) -> None:
+    """Show the keys, without their secrets.
+
+    \b
+    Example:
+      llm-ray serve keys list --json
+    """
+    import json
+
+    from llm_ray.serve.protect.keys import keys_file, list_keys
+
+    found = list_keys(keys_file())
+    if as_json:
+        told = [
+            {
+                "id": key.id,
+                "name": key.name,
+                "created": key.created,
+                "expires": key.expires,
+                "expired": key.expired,
+                "models": key.models,
+                "limits": key.limits.model_dump(),
+            }
+            for key in found
+        ]
+        click.echo(json.dumps(told, indent=2))
+        return
+    if not found:
+        click.echo("There are no keys: llm-ray serve keys add NAME")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*("name", "id", "created", "expires", "models", "limits"), box=box.SIMPLE)
+    for key in found:
+        limits = ", ".join(f"{name} {value}" for name, value in key.limits.model_dump().items() if value is not None)
+        expires = "never" if key.expires is None else _day(key.expires) + (" (expired)" if key.expired else "")
+        table.add_row(key.name, key.id, _day(key.created), expires, ", ".join(key.models or ["all"]), limits or "the endpoint's")
+    Console().print(table)
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+@keys.command()
+@click.argument("name", metavar="NAME|ID")
+def revoke(name: str) -> None:
+    """Take a key away; the endpoint refuses it from then on.
+
+    \b
+    Example:
+      llm-ray serve keys revoke alice
+    """
+    from llm_ray.serve.protect.keys import keys_file, revoke_key
+
+    key = revoke_key(keys_file(), name)
+    click.echo(f"Key {key.name} (id {key.id}) is revoked.", err=True)

@@ -1,8 +1,30 @@
-# Placeholder of the lead until the real module lands: overwrite freely.
+"""Errors as OpenAI's API writes them.
+
+Form: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
 from starlette.responses import JSONResponse
 
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_OURS = 500
 
-def openai_error(status, message, type=None, code=None, param=None, headers=None):
-    return JSONResponse(
-        {"error": {"message": message, "type": type or "invalid_request_error", "param": param, "code": code}}, status, headers
-    )
+
+def error_type(status: int) -> str:
+    """OpenAI's name of the kind of error that an HTTP status is."""
+    return "server_error" if status >= _OURS else _TYPES.get(status, "invalid_request_error")
+
+
+def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, object]:
+    """The error, as a response's body or a stream's event holds it."""
+    return {"error": {"message": message, "type": error_type(status), "param": param, "code": code}}
+
+
+def openai_error(
+    status: int, message: str, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """A response with the error."""
+    return JSONResponse(error_body(status, message, code, param), status, headers=headers)
