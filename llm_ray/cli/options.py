@@ -65,7 +65,11 @@ _KEY_FILE = click.option(
 )
 _KEY = click.option("--api-key", metavar="KEY", help="The API key itself, which other users of this machine can see: not recommended.")
 _TIMEOUT = click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds for a whole answer."
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Seconds for a whole answer, with waits for a busy endpoint.",
 )
 
 

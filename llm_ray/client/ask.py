@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -57,8 +56,8 @@ class Settings:
         return {name: value for name, value in values.items() if value not in (None, []) and name != "timeout"}
 
     def sampling(self) -> dict[str, Any]:
-        """Those set that have the same name in the OpenAI API and in a route's config, all but max_tokens and top_k."""
-        return {name: value for name, value in self.given().items() if name in ("temperature", "top_p", "seed", "stop")}
+        """Those set that choose tokens, under their names in the OpenAI API (and top_k, which servers have beside it)."""
+        return {name: value for name, value in self.given().items() if name not in ("system", "completion")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,8 @@ class Asker:
         Raises Failed (Refused, Unreachable, TimedOut, Broken).
         """
         deadline = time.monotonic() + self.settings.timeout
-        for pause in (min(FIRST_PAUSE * 2**n, LONGEST_PAUSE) for n in itertools.count()):
+        pause = FIRST_PAUSE
+        while True:
             try:
                 return await self._ask(prompt, on_text, deadline)
             except Refused as error:
@@ -106,9 +106,10 @@ class Asker:
                     raise await self._with_models(error) from None
                 self._on_wait(seconds, error)
             await asyncio.sleep(seconds)
-        raise AssertionError("the pauses do not end")
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _ask(self, prompt: Prompt, on_text: OnText | None, deadline: float) -> Answer:
+        ask = self._from_sdk if self._sdk else self._from_route
         began = time.monotonic()
         texts: list[str] = []
         finish: str | None = None
@@ -116,7 +117,7 @@ class Asker:
         try:
             async with (
                 asyncio.timeout(max(0.0, deadline - began)),
-                contextlib.aclosing(self._pieces(prompt, on_text is not None)) as pieces,
+                contextlib.aclosing(ask(prompt, on_text is not None)) as pieces,
             ):
                 async for text, reason, tokens in pieces:
                     finish, usage = reason or finish, tokens or usage
@@ -131,78 +132,66 @@ class Asker:
             raise Broken(f"{self.endpoint.url} ended the answer before its end (no finish_reason came)")
         return Answer(self.model, "".join(texts), finish, usage, time.monotonic() - began)
 
-    async def _pieces(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
-        """The pieces of the answer; what goes wrong in the library under it is told as Failed."""
-        import httpx
+    async def _from_sdk(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
         import openai
 
-        try:
-            async for piece in self._from_sdk(self._sdk, prompt, stream) if self._sdk else self._from_route(prompt, stream):
-                yield piece
-        except openai.APIStatusError as error:
-            raise refused(self.endpoint, error.status_code, error.response.headers, error.response.text) from error
-        except openai.APIConnectionError as error:
-            raise failed(self.endpoint, error, self.settings.timeout) from error
-        except openai.APIError as error:  # an error in the middle of a stream
-            raise Broken(f"{self.endpoint.url} broke the answer off: {error.message}") from error
-        except (httpx.HTTPError, ValueError) as error:
-            raise failed(self.endpoint, error, self.settings.timeout) from error
-
-    async def _from_sdk(self, sdk: AsyncOpenAI, prompt: Prompt, stream: bool) -> AsyncIterator[Piece]:
-        import openai
-
-        arguments: dict[str, Any] = {"model": self.model, "stream": stream, **self.settings.sampling()}
-        if self.settings.max_tokens is not None:
-            arguments["max_tokens"] = self.settings.max_tokens
-        if self.settings.top_k is not None:
-            arguments["extra_body"] = {"top_k": self.settings.top_k}
+        arguments: dict[str, Any] = {"model": self.model, "stream": stream, "extra_body": self.settings.sampling()}
         if not self.endpoint.key:
             arguments["extra_headers"] = {"Authorization": openai.omit}
         if stream:
             arguments["stream_options"] = {"include_usage": True}
-        if self.settings.completion:
-            content: Any = prompt.content
-            reply: Any = await sdk.completions.create(**arguments, prompt=content)
-        else:
-            messages: Any = prompt.messages(self.settings.system)
-            reply = await sdk.chat.completions.create(**arguments, messages=messages)
+        sdk: Any = self._sdk
         try:
+            if self.settings.completion:
+                reply = await sdk.completions.create(**arguments, prompt=prompt.content)
+            else:
+                reply = await sdk.chat.completions.create(**arguments, messages=prompt.messages(self.settings.system))
             if not stream:
                 yield _piece(reply, "message")
                 return
             async with reply:
                 async for chunk in reply:
                     yield _piece(chunk, "delta")
+        except openai.APIStatusError as error:
+            raise refused(self.endpoint, error.status_code, error.response.headers, error.response.text) from error
+        except (openai.APIConnectionError, ValueError) as error:
+            raise failed(self.endpoint, error, self.settings.timeout) from error
+        except openai.APIError as error:  # an error in the middle of a stream
+            raise Broken(f"{self.endpoint.url} broke the answer off: {error.message}") from error
         except (AttributeError, IndexError, TypeError) as error:  # the SDK does not check what came
             raise self._foreign() from error
 
-    async def _from_route(self, prompt: Prompt, stream: bool) -> AsyncIterator[Piece]:
+    async def _from_route(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
+        import httpx
+
         messages = prompt.messages(self.settings.system)
         plain = len(messages) == 1 and isinstance(prompt.content, str)
         names = {"max_tokens": "max_new_tokens"}
-        given = {**self.settings.sampling(), **{k: v for k, v in self.settings.given().items() if k in ("max_tokens", "top_k")}}
         body = {
             "text": prompt.content if plain else messages,
-            "config": {names.get(name, name): value for name, value in given.items()},
+            "config": {names.get(name, name): value for name, value in self.settings.sampling().items()},
             "stream": stream,
         }
-        accept = "text/plain" if stream else "application/json"
-        async with self._http.stream("POST", self.endpoint.url, json=body, headers={"Accept": accept}) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                raise refused(self.endpoint, response.status_code, response.headers, text)
-            if stream:
-                if not response.headers.get("content-type", "").startswith("text/plain"):
-                    raise self._foreign()
-                response.encoding = "utf-8"
-                async for text in response.aiter_text():
-                    yield text, None, None
-                return
-            await response.aread()
-            reply = response.json()
-            if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
-                raise self._foreign()
-            yield reply["text"], reply.get("finish_reason"), reply.get("usage")
+        headers = {"Accept": "text/plain" if stream else "application/json"}
+        try:
+            async with self._http.stream("POST", self.endpoint.url, json=body, headers=headers) as response:
+                if response.status_code != 200:
+                    text = (await response.aread()).decode(errors="replace")
+                    raise refused(self.endpoint, response.status_code, response.headers, text)
+                if stream:
+                    if not response.headers.get("content-type", "").startswith("text/plain"):
+                        raise self._foreign()
+                    response.encoding = "utf-8"
+                    async for text in response.aiter_text():
+                        yield text, None, None
+                    return
+                await response.aread()
+                reply = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise failed(self.endpoint, error, self.settings.timeout) from error
+        if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
+            raise self._foreign()
+        yield reply["text"], reply.get("finish_reason"), reply.get("usage")
 
     def _foreign(self) -> Broken:
         form = "the OpenAI API" if self.endpoint.openai else "a model's route"

@@ -74,7 +74,7 @@ def answer_all(
             if isinstance(answer, Failed):
                 failures.append((prompt, answer))
             elif answer.usage:
-                tokens += answer.usage["completion_tokens"]
+                tokens += answer.usage.get("completion_tokens", 0)
             tell(f"{tokens / (time.monotonic() - began):.0f} tokens/s")
 
     def on_wait(seconds: float, error: Refused) -> None:
