@@ -193,8 +193,13 @@ class Loading(ABC, Generic[C]):
         elif kind in ("extra_forbidden", "invalid_key"):
             above = self.keys.key(path[:-1])
             here = ", ".join(key.leaf for key in self.keys.below(above.name if above else ""))
-            nearest = self.keys.nearest(path)
-            hint = f"did you mean {nearest}?" if nearest else f"{dotted(path[:-1]) or 'a conf'} has the keys {here}"
+            if self.keys.paths(name):  # dots in one key, as after --set
+                outer, _, leaf = name.rpartition(".")
+                hint = f"in a file it is {leaf}: indented below {outer}:"
+            elif nearest := self.keys.nearest(path):
+                hint = f"did you mean {nearest}?"
+            else:
+                hint = f"{dotted(path[:-1]) or 'a conf'} has the keys {here}"
             self.complain(path, f"{name}: there is no such key; {hint}")
         elif kind in ("string_pattern_mismatch", "string_too_short", "too_short"):
             key = self.keys.key(path)

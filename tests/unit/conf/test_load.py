@@ -36,6 +36,10 @@ BROKEN = {
     "key with a dash": ("runtime:\n  max-failures: 3\n", ":7: ; mean runtime.max_failures?"),
     "key of the Hugging Face trainer": ("training:\n  num_train_epochs: 3\n", ":7: ; mean training.epochs?"),
     "key of llm-on-ray": ("num_training_workers: 2\n", ":6: ; mean runtime.workers?"),
+    "key as after --set": (
+        "tuning:\n  lora.r: 3\n",
+        ":7: tuning.lora.r: there is no such key; in a file it is r: indented below tuning.lora:",
+    ),
     "key like nothing": (
         "tracking:\n  zebra: 1\n",
         ":7: tracking.zebra: there is no such key; tracking has the keys tensorboard, log_every",

@@ -111,8 +111,16 @@ BROKEN = {
     ),
     "undefined variable": ("    cpus: {{ cpus }}\n", ":4: models.bot.cpus; variable cpus is not set; --set cpus="),
     "sandbox": ("    cpus: {{ ''.__class__.__mro__ }}\n", ":4: the template reaches for what the sandbox forbids"),
-    "nothing of what is needed": ("models_: {}\n", "models_; mean models?"),
-    "the conf of a finetune": ("models:\n", ":1: models is null; a section"),
+    "section misspelled": ("models_: {}\n", "models_; mean models?"),
+    "section of models without any": ("models:\n", ":1: models is null; a section"),
+    "key as after --set": (
+        "endpoint.port: 80\n",
+        ":4: endpoint.port: there is no such key; in a file it is port: indented below endpoint:",
+    ),
+    "model's key as after --set": (
+        "models.bot.cpus: 2\n",
+        ":1: models.bot.cpus: there is; in a file it is cpus: indented below models.bot:",
+    ),
 }
 
 
