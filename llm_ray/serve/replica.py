@@ -12,7 +12,7 @@ from llm_ray.serve.models import ServedModel
 if TYPE_CHECKING:
     from llm_ray.serve.server import ModelServer
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the models are folders
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is a thread of this process
     "VLLM_NO_USAGE_STATS": "1",
@@ -32,7 +32,7 @@ class ModelReplica:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Called by Serve with the deployment's user_config: at the start, where the engine is loaded, and whenever it changes."""
         if self._server is None:
-            os.environ.update(_ENVIRONMENT)
+            os.environ.update(ENVIRONMENT)
             logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
             from llm_ray.serve.server import ModelServer
 

@@ -59,8 +59,8 @@ class ModelServer(LLMServer):
         self.adapters = dict(adapters)
 
 
-def llm_config(model: ServedModel) -> LLMConfig:
-    """What ``ray.serve.llm`` wants to know of the model."""
+def engine_arguments(model: ServedModel) -> dict[str, Any]:
+    """vLLM's AsyncEngineArgs for the model: for its own engine, and for the front end before others."""
     engine: dict[str, Any] = {
         "max_model_len": model.max_model_len,
         "max_num_seqs": model.max_batch,
@@ -72,16 +72,20 @@ def llm_config(model: ServedModel) -> LLMConfig:
     }
     if model.tokenizer:
         engine["tokenizer"] = str(model.tokenizer)
-    if model.chat_template:
-        engine["chat_template"] = str(model.chat_template)
-    if model.tool_parser:
-        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": model.tool_parser}
     if model.lora_rank:
         engine |= {"enable_lora": True, "max_lora_rank": model.lora_rank, "max_loras": _LORAS_AT_ONCE, "max_cpu_loras": _LORAS_KEPT}
     if model.engine == "transformers":
         engine["hf_overrides"] = {"architectures": ["TransformersForCausalLM"]}  # the front end alone reads it
-    if model.engine == "vllm":
-        engine |= model.engine_options
+    return engine | (model.engine_options if model.engine == "vllm" else {})
+
+
+def llm_config(model: ServedModel) -> LLMConfig:
+    """What ``ray.serve.llm`` wants to know of the model."""
+    engine = engine_arguments(model)
+    if model.chat_template:
+        engine["chat_template"] = str(model.chat_template)
+    if model.tool_parser:
+        engine |= {"enable_auto_tool_choice": True, "tool_call_parser": model.tool_parser}
     return LLMConfig(
         model_loading_config={"model_id": model.name, "model_source": str(model.path)},
         accelerator_config={"kind": "cpu"},

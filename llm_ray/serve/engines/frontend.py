@@ -72,16 +72,20 @@ class Engine(VLLMEngine):
             await self._engine_client.reset_prefix_cache()  # a later adapter of this name computes other values
 
     def _start_async_llm_engine(self, engine_args: Any, config: VllmConfig, placement_group: Any) -> FrontEnd:
-        make, refusal = _core(self._model, config)
+        return front_end(self._model, config)
 
-        def bound() -> Core:
-            import torch
 
-            threads = bind(self._model.cpus)[0] if self._model.cpus else self._model.threads
-            torch.set_num_threads(threads)
-            return make()
+def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
+    """The model's core, loaded in a thread bound to the model's cores, behind vLLM's front end. Raises what the engine raises."""
+    make, refusal = _core(model, config)
 
-        return FrontEnd(config, bound, refusal)
+    def bound() -> Core:
+        import torch
+
+        torch.set_num_threads(bind(model.cpus)[0] if model.cpus else model.threads)
+        return make()
+
+    return FrontEnd(config, bound, refusal)
 
 
 def _core(model: ServedModel, config: VllmConfig) -> tuple[Callable[[], Core], Refusal]:
