@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_ray.cli.keys import keys
+from llm_ray.cli.options import serve_config_options
 
 if TYPE_CHECKING:
     from llm_ray.conf.serve import ServeConf, ServeRuntime
@@ -45,11 +46,7 @@ serve.add_command(keys)
 
 
 @serve.command()
-@click.option("--config", "--config_path", "config", metavar="FILE|NAME", help="A serve conf, or the name of a shipped template.")
-@click.option(
-    "overrides", "--set", multiple=True, metavar="KEY=VALUE", help="A variable of the template, or a key of the conf. Again for more."
-)
-@click.option("vars_files", "--vars", multiple=True, metavar="FILE", help="YAML file with variables of the template.")
+@serve_config_options
 @click.option("--only", multiple=True, metavar="NAME", help="Deploy this model of the conf, not all. Again for more.")
 @click.option(
     "bases",
@@ -62,7 +59,7 @@ serve.add_command(keys)
     "names", "--name", multiple=True, help="What clients call the model; one for each --model. Default: the run's or the folder's name."
 )
 @click.option("--tokenizer", metavar="FOLDER|NAME", help="Tokenizer other than the model's own.")
-@click.option("--engine", type=click.Choice(["vllm", "openvino", "transformers"]), default="vllm", show_default=True, help="What computes.")
+@click.option("--engine", type=click.Choice(["vllm", "openvino", "transformers"]), help="What computes. Default: vllm.")
 @click.option(
     "--weights", type=click.Choice(["fp32", "bf16", "int8", "int4"]), help="Form of the weights for engine openvino. Default: int8."
 )
@@ -115,13 +112,27 @@ def deploy(**given: Any) -> None:
         _stay([model.name for model in models], conf.runtime, mine, reporter)
 
 
+# Options that describe the model of --model.
+_FOR_MODEL = {
+    "bases": "--model",
+    "names": "--name",
+    "tokenizer": "--tokenizer",
+    "engine": "--engine",
+    "weights": "--weights",
+    "adapters": "--adapter",
+    "cpus": "--cpus",
+    "replicas": "--replicas",
+    "max_model_len": "--max-model-len",
+}
+
+
 def _conf(given: dict[str, Any]) -> ServeConf:
     """The conf that the options mean. Raises ConfError."""
     from llm_ray.conf.load import load_serve
     from llm_ray.errors import ConfError
 
-    if given["config"] and given["bases"]:
-        raise ConfError("--config and --model: give one of them; --set models.NAME.model=… changes what a conf serves")
+    if given["config"] and (beside := [flag for name, flag in _FOR_MODEL.items() if given[name]]):
+        raise ConfError(f"--config and {beside[0]}: the conf says it; --set models.NAME.KEY=… changes what it says")
     if given["config"]:
         settings = [
             f"{key}={given[name]}"
