@@ -1,0 +1,335 @@
+"""One suite for all engines: the real model in each, asked in OpenAI's form, at fp32 against transformers itself.
+
+    pytest tests/integration/test_engines.py -k openvino
+
+What an engine cannot do stands in CANNOT, and is refused with 400; docs/reference/engines.md tells the same to users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
+
+from llm_ray.cluster import local_ray
+from llm_ray.console import Reporter
+from llm_ray.serve.models import Engine, ServedModel
+
+ENGINES: tuple[Engine, ...] = ("vllm", "openvino")
+QUESTIONS = ("What is the capital of France?", "Explain gravity in two sentences.", "How do I boil an egg?", "Name three colours.")
+# Longest prompt and answer, and room in the cache for little more: sixteen requests at once have to wait for it, or give it back.
+LENGTH = 512
+CACHED_TOKENS = {"vllm": 900}  # its blocks are of 128 tokens, and one is not used
+TOKEN_BYTES = 46080
+
+# Parameters of a request that not every engine has, and what shows in the answer that they were heeded.
+_SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["city", "people"],
+    "additionalProperties": False,
+}
+SOMETIMES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
+    "logit_bias": ({"logit_bias": {"2683": 100.0}, "max_tokens": 2}, lambda choice: len(choice.message.content) > 0),
+    "top_logprobs": ({"logprobs": True, "top_logprobs": 3}, lambda choice: len(choice.logprobs.content[0].top_logprobs) == 3),
+    "prompt_logprobs": ({"prompt_logprobs": 1}, lambda choice: True),
+    "allowed_token_ids": ({"allowed_token_ids": [28]}, lambda choice: set(choice.message.content) == {","}),
+    "bad_words": ({"bad_words": ["Paris"]}, lambda choice: "Paris" not in choice.message.content),
+    "response_format": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA}}, "max_tokens": 60},
+        lambda choice: set(json.loads(choice.message.content)) == {"city", "people"},
+    ),
+    "json_object": (
+        {
+            "response_format": {"type": "json_object"},
+            "max_tokens": 100,
+            "temperature": 0.0,
+            "stop": ["}"],
+            "include_stop_str_in_output": True,
+        },
+        lambda choice: choice.message.content.lstrip().startswith("{"),
+    ),
+    "choice": ({"structured_outputs": {"choice": ["Rome", "Oslo"]}}, lambda choice: choice.message.content in ("Rome", "Oslo")),
+    "regex": ({"structured_outputs": {"regex": "[a-c]{3}-[0-9]{2}"}}, lambda choice: choice.message.content[3] == "-"),
+    "grammar": ({"structured_outputs": {"grammar": 'root ::= "no" | "never"'}}, lambda choice: choice.message.content in ("no", "never")),
+}
+CANNOT: dict[str, set[str]] = {
+    "vllm": set(),
+    "openvino": {"logit_bias", "top_logprobs", "prompt_logprobs", "allowed_token_ids", "bad_words"},
+}
+
+
+class Refused(Exception):
+    """OpenAI's error, with its status."""
+
+
+@dataclass
+class Served:
+    """A model's server in this process, and the event loop it lives in."""
+
+    engine: str
+    server: Any
+    run: Callable[[Coroutine[Any, Any, Any]], Any]
+
+    async def chat(self, question: str = QUESTIONS[0], **asked: Any) -> Any:
+        """The answer, whole or as a list of pieces. Raises Refused."""
+        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+
+        asked = {"temperature": 0.0, "max_tokens": 32} | asked
+        request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": question}], **asked)
+        return await _answer(await self.server.chat(request))
+
+    def ask(self, question: str = QUESTIONS[0], **asked: Any) -> Any:
+        return self.run(self.chat(question, **asked))
+
+    def text(self, question: str = QUESTIONS[0], **asked: Any) -> str:
+        return str(self.ask(question, **asked).choices[0].message.content)
+
+    def busy(self) -> bool:
+        client = self.server.engine._engine_client.engine_core
+        return bool(self.run(client._do(lambda core: core.has_work())))
+
+
+async def _answer(generator: Any) -> Any:
+    pieces: list[Any] = []
+    async for part in generator:
+        pieces += part if isinstance(part, list) else [part]
+    if error := getattr(pieces[0], "error", None):
+        raise Refused(f"{error.code} {error.message}")
+    if isinstance(pieces[0], str):
+        return [json.loads(data) for line in "".join(pieces).split("\n\n") if (data := line.removeprefix("data: ")) not in ("", "[DONE]")]
+    return pieces[0]
+
+
+@pytest.fixture(scope="module")
+def folders(smollm2: Path) -> Callable[[str], Path]:
+    from llm_ray.models.convert import openvino_folder
+
+    return lambda engine: openvino_folder(smollm2, "fp32", smollm2.parent, Reporter()) if engine == "openvino" else smollm2
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    with local_ray(2):
+        yield
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def served(request: pytest.FixtureRequest, ray: None, folders: Callable[[str], Path]) -> Iterator[Served]:
+    from llm_ray.serve.server import ModelServer
+
+    engine = request.param
+    cache = CACHED_TOKENS.get(engine, 600) * TOKEN_BYTES
+    model = ServedModel("m", folders(engine), engine=engine, max_model_len=LENGTH, kv_cache_bytes=cache, max_batch=16, threads=2)
+    with asyncio.Runner() as runner:
+        server = ModelServer(model)
+        runner.run(server.start())
+        yield Served(engine, server, runner.run)
+        server.engine._engine_client.shutdown()
+
+
+class Reference:
+    """transformers, alone and greedy."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.known: dict[tuple[str, int], tuple[str, list[float]]] = {}
+
+    def prompt(self, question: str = QUESTIONS[0]) -> list[int]:
+        messages = [{"role": "user", "content": question}]
+        return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    def answer(self, question: str = QUESTIONS[0], tokens: int = 32, **options: Any) -> tuple[str, list[float]]:
+        """Text, and the logarithm of each token's probability before any penalty."""
+        if not options and (question, tokens) in self.known:
+            return self.known[question, tokens]
+        prompt = torch.tensor([self.prompt(question)])
+        done = self.model.generate(
+            prompt, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_logits=True, **options
+        )
+        new = done.sequences[0, prompt.shape[1] :]
+        rows = torch.log_softmax(torch.cat(done.logits), dim=-1)
+        answer = self.tokenizer.decode(new, skip_special_tokens=True), rows[torch.arange(len(new)), new].tolist()
+        if not options:
+            self.known[question, tokens] = answer
+        return answer
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path) -> Reference:
+    return Reference(smollm2)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_greedy_text_is_that_of_transformers(served: Served, reference: Reference, question: str) -> None:
+    assert served.text(question) == reference.answer(question)[0]
+
+
+def test_logprobs_are_those_of_transformers(served: Served, reference: Reference) -> None:
+    text, logprobs = reference.answer(tokens=12)
+    choice = served.ask(max_tokens=12, logprobs=True, top_logprobs=0).choices[0]
+    assert choice.message.content == text
+    assert [token.logprob for token in choice.logprobs.content] == pytest.approx(logprobs[: len(choice.logprobs.content)], abs=1e-3)
+    assert "".join(token.token for token in choice.logprobs.content).startswith(text)
+
+
+class Penalties(LogitsProcessor):
+    """Presence and frequency penalties, which count the answer's tokens alone."""
+
+    def __init__(self, start: int, presence: float, frequency: float) -> None:
+        self.start, self.presence, self.frequency = start, presence, frequency
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.bincount(ids[0, self.start :], minlength=scores.shape[1])
+        return scores - self.presence * (counts > 0) - self.frequency * counts
+
+
+def test_penalties_are_those_of_transformers(served: Served, reference: Reference) -> None:
+    question = QUESTIONS[2]
+    assert served.text(question, repetition_penalty=1.3) == reference.answer(question, repetition_penalty=1.3)[0]
+    penalties = LogitsProcessorList([Penalties(len(reference.prompt(question)), 0.8, 0.6)])
+    expected = reference.answer(question, logits_processor=penalties)[0]
+    assert served.text(question, presence_penalty=0.8, frequency_penalty=0.6) == expected
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 0.011}])
+def test_sampling_from_one_token_is_greedy(served: Served, narrow: dict[str, Any]) -> None:
+    assert served.text(max_tokens=8, **({"temperature": 1.0, "seed": 1} | narrow)) == served.text(max_tokens=8)
+
+
+def test_a_seed_repeats_an_answer_and_none_does_not(served: Served) -> None:
+    def text(seed: int | None) -> str:
+        return served.text(QUESTIONS[1], temperature=1.2, max_tokens=12, seed=seed)
+
+    assert text(7) == text(7)
+    assert len({text(8), text(-9), text(2**40)}) == 3
+    assert len({text(None) for _ in range(4)}) > 1
+
+
+def test_several_answers_differ_and_are_counted_together(served: Served, reference: Reference) -> None:
+    answer = served.ask(QUESTIONS[1], n=3, seed=5, temperature=1.2, max_tokens=24, ignore_eos=True)
+    assert len({choice.message.content for choice in answer.choices}) == 3
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(reference.prompt(QUESTIONS[1])), 72)
+
+
+def test_the_pieces_of_a_stream_join_to_the_whole(served: Served) -> None:
+    whole = served.ask(QUESTIONS[2])
+    *pieces, last = served.ask(QUESTIONS[2], stream=True, stream_options={"include_usage": True})
+    texts = [piece["choices"][0]["delta"].get("content") or "" for piece in pieces]
+    assert "".join(texts) == whole.choices[0].message.content
+    assert sum(map(bool, texts)) > 20, "a token at a time"
+    assert pieces[-1]["choices"][0]["finish_reason"] == "length"
+    assert last["usage"]["completion_tokens"] == whole.usage.completion_tokens == 32
+
+
+def test_the_end_is_told_and_counted(served: Served, reference: Reference) -> None:
+    cut, whole = served.ask(max_tokens=3), served.ask()
+    assert (cut.choices[0].finish_reason, cut.usage.completion_tokens) == ("length", 3)
+    text = reference.answer()[0]
+    assert (whole.choices[0].finish_reason, whole.choices[0].message.content) == ("stop", text)
+    assert whole.usage.prompt_tokens == len(reference.prompt())
+    assert whole.usage.completion_tokens == len(reference.tokenizer(text)["input_ids"]) + 1, "with the token that ended it"
+
+
+def test_stop_strings_and_tokens_end_an_answer(served: Served, reference: Reference) -> None:
+    text = reference.answer()[0]
+    choice = served.ask(stop=["of Fr"]).choices[0]
+    assert (choice.message.content, choice.finish_reason, choice.stop_reason) == (text[: text.index("of Fr")], "stop", "of Fr")
+    stop = reference.tokenizer(" France")["input_ids"][0]
+    choice = served.ask(stop_token_ids=[stop]).choices[0]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
+    assert text.startswith(choice.message.content) and "Paris" not in choice.message.content
+
+
+def test_an_answer_goes_on_past_its_end_when_asked(served: Served) -> None:
+    short = served.ask().usage.completion_tokens
+    assert served.ask(min_tokens=short + 4).usage.completion_tokens >= short + 4
+    assert served.ask(ignore_eos=True).usage.completion_tokens == 32
+    stopped = served.ask(ignore_eos=True, stop_token_ids=[2]).choices[0]  # 2 is the end: asked for by its number, it counts
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", 2)
+
+
+def test_the_longest_answer_ends_with_the_context(served: Served, reference: Reference) -> None:
+    question = "word " * 470
+    room = LENGTH - len(reference.prompt(question))
+    answer = served.ask(question, max_tokens=None, ignore_eos=True)
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", room)
+    with pytest.raises(Refused, match=r"400 .*maximum"):
+        served.ask("word " * 600)
+
+
+def test_sixteen_at_once_are_answered_as_alone(served: Served) -> None:
+    questions = [f"Tell me about the number {number}." for number in range(16)]
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*(served.chat(question, max_tokens=16, ignore_eos=True) for question in questions))
+
+    texts = [answer.choices[0].message.content for answer in served.run(together())]
+    assert texts == [served.text(question, max_tokens=16, ignore_eos=True) for question in questions]
+
+
+def test_who_goes_away_is_computed_no_longer(served: Served) -> None:
+    async def leave() -> None:
+        asking = [asyncio.create_task(served.chat(f"Count to {number}.", max_tokens=400, ignore_eos=True)) for number in range(8)]
+        await asyncio.sleep(0.5)
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+
+    served.run(leave())
+    left = time.monotonic()
+    while served.busy():
+        assert time.monotonic() - left < 5
+    assert served.text(max_tokens=4)
+
+
+@pytest.mark.parametrize("parameter", SOMETIMES)
+def test_a_parameter_is_heeded_or_refused(served: Served, parameter: str) -> None:
+    asked, heeded = SOMETIMES[parameter]
+    if parameter in CANNOT[served.engine]:
+        with pytest.raises(Refused, match=f"400 engine {served.engine} cannot .*{parameter}"):
+            served.ask(**asked)
+    else:
+        assert heeded(served.ask(**asked).choices[0])
+
+
+def test_a_schema_that_the_engine_cannot_read_harms_no_other_request(served: Served, reference: Reference) -> None:
+    async def together() -> tuple[Any, ...]:
+        return await asyncio.gather(
+            served.chat(QUESTIONS[1]),
+            served.chat(structured_outputs={"json": {"type": "string", "pattern": "a++"}}),
+            served.chat(QUESTIONS[2]),
+            return_exceptions=True,
+        )
+
+    first, _, last = served.run(together())
+    assert first.choices[0].message.content == reference.answer(QUESTIONS[1])[0]
+    assert last.choices[0].message.content == reference.answer(QUESTIONS[2])[0]
+
+
+def test_embeddings_are_refused(served: Served) -> None:
+    from ray.llm._internal.serve.core.configs.openai_api_models import EmbeddingCompletionRequest
+
+    async def embed() -> Any:
+        return await _answer(await served.server.embeddings(EmbeddingCompletionRequest(model="m", input="text")))
+
+    with pytest.raises(Refused, match=r"400 .*embed"):
+        served.run(embed())
+
+
+def test_text_is_tokenized(served: Served, reference: Reference) -> None:
+    from ray.llm._internal.serve.core.configs.openai_api_models import TokenizeCompletionRequest
+
+    async def tokenize() -> Any:
+        return await _answer(await served.server.tokenize(TokenizeCompletionRequest(model="m", prompt="A tale of two cities, 双城记")))
+
+    assert served.run(tokenize()).tokens == reference.tokenizer("A tale of two cities, 双城记")["input_ids"]
