@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_text(path: Path, text: str, mode: int = 0o666) -> None:
-    """Write `path` in one piece, with permissions `mode` (less the umask); its folder is made. Raises OSError: `path` is as it was."""
+def write_text(path: Path, text: str, mode: int = 0o666, owner: tuple[int, int] | None = None) -> None:
+    """Write `path` in one piece, with permissions `mode` (less the umask); its folder is made. Raises OSError: `path` is as it was.
+
+    `owner` (uid, gid) is what root may give it to.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -21,6 +24,8 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        if owner:
+            os.chown(partial, *owner)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ class _Duration(click.ParamType):
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        found = re.fullmatch(r"(\d+)([mhdw])", value) if isinstance(value, str) else None
+        found = re.fullmatch(r"([1-9]\d{0,5})([mhdw])", value) if isinstance(value, str) else None
         if not found:
             self.fail(f"{value} is no duration: write 30d, 12h, 45m or 4w", param, ctx)
         return float(found[1]) * _UNITS[found[2]]
@@ -105,7 +105,10 @@ def list_(as_json: bool) -> None:
         limits = ", ".join(f"{name} {value}" for name, value in key.limits.model_dump().items() if value is not None)
         expires = "never" if key.expires is None else _day(key.expires) + (" (expired)" if key.expired else "")
         table.add_row(key.name, key.id, _day(key.created), expires, ", ".join(key.models or ["all"]), limits or "the endpoint's")
-    Console().print(table)
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
 
 
 def _day(seconds: float) -> str:

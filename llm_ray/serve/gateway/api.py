@@ -42,6 +42,7 @@ from llm_ray.serve.catalogue import Deployed
 from llm_ray.serve.gateway.metrics import Metrics, Watch
 from llm_ray.serve.gateway.simple import SimpleRequest
 from llm_ray.serve.protect.errors import openai_error
+from llm_ray.serve.protect.limits import cap_tokens
 
 # How old the list of models may be, in seconds; an unknown name has it looked up again.
 _FRESH = 1.0
@@ -191,7 +192,7 @@ class Api:
             raise ApiError(503, "This endpoint is being stopped.", "stopping", 5)
         target = await self._target(body.model, request)
         body.model = target.name
-        _limit_tokens(body, request)
+        _limit_tokens(body, request, target)
         watch = self.metrics.begin(target.entry.model.name)
         try:
             if not body.stream:
@@ -381,18 +382,11 @@ def _explained(error: Exception, target: Target) -> ApiError:
     )
 
 
-def _limit_tokens(body: Any, request: Request) -> None:
-    """The key's limit on an answer's tokens: more is refused, none asked for means as many."""
-    state = request.scope.get("state", {})
-    cap = state.get("llm_ray_max_tokens")
-    if cap is None:
-        return
-    field = "max_completion_tokens" if getattr(body, "max_completion_tokens", None) is not None else "max_tokens"
-    asked = getattr(body, field, None)
-    if asked is not None and asked > cap:
-        raise ApiError(400, f"{field} is {asked}; this key may ask for {cap} at most.", "max_tokens_exceeded")
-    if asked is None:
-        body.max_tokens = cap
+def _limit_tokens(body: Any, request: Request, target: Target) -> None:
+    """The key's limit on an answer's tokens. Raises ApiError for a request that asks for more."""
+    cap = request.scope.get("state", {}).get("llm_ray_max_tokens")
+    if cap is not None and (refusal := cap_tokens(body, cap, target.entry.model.max_model_len)):
+        raise ApiError(400, refusal, "max_tokens_exceeded")
 
 
 def _ask_for_usage(body: Any) -> bool:

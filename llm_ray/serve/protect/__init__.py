@@ -64,5 +64,6 @@ def protect(app: ASGIApp, settings: Protection) -> ASGIApp:
     app = Body(app, settings.max_body_bytes, settings.body_timeout_s)
     app = Access(app, Keys(settings.keys_file) if settings.keys_file else None, settings.limits, Limiter())
     if settings.cors_origins:
-        app = CORSMiddleware(app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"])
+        told = ["Retry-After", *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset"))]
+        app = CORSMiddleware(app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told)
     return Headed(app)

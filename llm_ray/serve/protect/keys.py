@@ -11,25 +11,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-import json
 import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from llm_ray.conf.schema import home
 from llm_ray.conf.serve import Limits
-from llm_ray.errors import ServeError
+from llm_ray.errors import ConfError, ServeError
 from llm_ray.files import locked, write_text
 
 _LOG = logging.getLogger("ray.serve")
 _PREFIX = "llmray"
-_OTHERS = 0o077  # permissions of others than the owner
+_NOBODY = "0" * 64  # a hash that no key has
+_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Key:
     created: float
     """Seconds since 1970, as `expires`."""
     expires: float | None = None
-    models: tuple[str, ...] | None = None
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Those it may ask. None: all."""
     limits: Limits = field(default_factory=Limits)
     """Its own; what is unset there the endpoint's conf decides."""
@@ -61,48 +63,52 @@ def keys_file() -> Path:
 
 
 class Keys:
-    """The keys of a file, as the gateway asks for them. A file that cannot be read opens nothing."""
+    """The keys of a file, as the gateway asks for them. A file that cannot be read, or trusted, opens nothing; the log says so once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._keys: dict[str, Key] = {}
+        self._complaint = ""
 
     def check(self, secret: str) -> Key | None:
         """The key whose secret this is, unless it is unknown, revoked or expired."""
         self._refresh()
-        prefix, _, rest = secret.partition("-")
-        identity = rest.partition("-")[0]
-        key = self._keys.get(identity)
-        known = key.sha256 if key else "0" * 64
-        same = hmac.compare_digest(_hash(secret), known)
-        return key if key and same and prefix == _PREFIX and not key.expired else None
+        key = self._keys.get(secret.removeprefix(f"{_PREFIX}-").partition("-")[0])
+        same = hmac.compare_digest(_hash(secret), key.sha256 if key else _NOBODY)
+        return key if key and same and not key.expired else None
 
     def _refresh(self) -> None:
+        complaint = ""
         try:
             found = self._path.stat()
-            seen = (found.st_mtime_ns, found.st_size, found.st_ino)
+            seen = (found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size)  # ctime: permissions change it, too
             if seen == self._seen:
                 return
-            self._keys = _read(self._path)
-        except (OSError, ServeError) as error:
-            if self._seen is not None or self._keys:
-                _LOG.error(f"no API key is accepted: {error}")
-            self._keys, self._seen = {}, None
-            return
-        self._seen = seen
+            try:
+                self._keys, self._seen = _read(self._path), seen
+            except ServeError as error:  # it is so until the file changes
+                self._keys, self._seen, complaint = {}, seen, str(error)
+        except FileNotFoundError:
+            self._keys, self._seen, complaint = {}, None, f"{self._path} is not there: llm-ray serve keys add NAME makes the first key"
+        except OSError as error:
+            self._keys, self._seen, complaint = {}, None, f"{self._path} cannot be read: {error.strerror or error}"
+        if complaint and complaint != self._complaint:
+            _LOG.error(f"No API key is accepted: {complaint}")
+        self._complaint = complaint
 
 
 def add_key(path: Path, name: str, limits: Limits, models: tuple[str, ...] | None = None, expires: float | None = None) -> tuple[Key, str]:
-    """A new key, and its secret, which is kept nowhere. Raises ServeError."""
+    """A new key, and its secret, which is kept nowhere. Raises ConfError for a name that is none, ServeError."""
+    if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ConfError(f"{name!r} cannot be a key's name: 1 to {_LONGEST_NAME} printable characters")
     with _writing(path) as keys:
-        if any(key.name == name and not key.expired for key in keys.values()):
+        if name in keys or any(key.name == name and not key.expired for key in keys.values()):
             raise ServeError(
                 f"there is a key called {name} already: choose another name, or revoke it first (llm-ray serve keys revoke {name})"
             )
-        identity = secrets.token_hex(4)
-        while identity in keys:
-            identity = secrets.token_hex(4)
+        taken = {*keys, *(key.name for key in keys.values())}
+        identity = next(made for made in iter(lambda: secrets.token_hex(4), None) if made not in taken)
         secret = f"{_PREFIX}-{identity}-{secrets.token_urlsafe(32)}"
         key = Key(identity, name, _hash(secret), time.time(), expires, models, limits)
         keys[identity] = key
@@ -111,7 +117,7 @@ def add_key(path: Path, name: str, limits: Limits, models: tuple[str, ...] | Non
 
 def list_keys(path: Path) -> list[Key]:
     """All keys, the oldest first. Raises ServeError."""
-    return sorted(_read(path).values(), key=lambda key: key.created) if path.exists() else []
+    return sorted(_stored(path).values(), key=lambda key: key.created)
 
 
 def revoke_key(path: Path, called: str) -> Key:
@@ -135,32 +141,48 @@ def effective(key: Key | None, common: Limits) -> Limits:
 
 
 def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Key]:
-    mode = path.stat().st_mode
-    if mode & _OTHERS:
-        raise ServeError(f"{path} can be read by others (mode {mode & 0o777:o}): chmod 600 {path}")
+    """Raises ServeError where others can read the file or exchange it, or it holds no keys; OSError."""
+    folder = path.parent.stat().st_mode
+    if folder & (stat.S_IWGRP | stat.S_IWOTH) and not folder & stat.S_ISVTX:
+        raise ServeError(f"others can exchange files in {path.parent} (mode {folder & 0o777:o}): chmod 700 {path.parent}")
+    with path.open("rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ServeError(f"{path} is open to others (mode {mode & 0o777:o}): chmod 600 {path}")
+        text = file.read()
     try:
-        return _KEYS.validate_json(path.read_bytes())
+        return _KEYS.validate_json(text)
     except ValidationError as error:
         raise ServeError(f"{path} holds no API keys: {error.errors()[0]['msg']}. Restore it, or remove it and make new keys") from error
 
 
+def _stored(path: Path) -> dict[str, Key]:
+    """The keys to be shown or changed; a file that is not there yet holds none. Raises ServeError."""
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ServeError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[dict[str, Key]]:
-    """The keys, to be changed and written by one process at a time, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """The keys, to be changed and written by one process at a time, whole or not at all. Raises ServeError."""
+    lock = path.with_suffix(".lock")
     try:
-        with locked(path.with_suffix(".lock")):
-            keys = _read(path) if path.exists() else {}
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = path.parent.stat()
+        owner = (folder.st_uid, folder.st_gid) if os.geteuid() == 0 else None  # who serves is the folder's owner
+        with locked(lock):
+            if owner:
+                os.chown(lock, *owner)
+            keys = _stored(path)
             yield keys
-            text = json.dumps(
-                {i: asdict(replace(key, limits=Limits())) | {"limits": key.limits.model_dump()} for i, key in keys.items()}, indent=2
-            )
-            write_text(path, text + "\n", mode=0o600)
-            if os.geteuid() == 0:  # who serves is the folder's owner
-                os.chown(path, path.parent.stat().st_uid, path.parent.stat().st_gid)
+            write_text(path, _KEYS.dump_json(keys, indent=2).decode() + "\n", mode=0o600, owner=owner)
     except OSError as error:
         raise ServeError(f"{path} cannot be written: {error.strerror or error}") from error

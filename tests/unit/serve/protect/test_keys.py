@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from llm_ray.cli.main import cli
 from llm_ray.conf.serve import Limits
-from llm_ray.errors import ServeError
+from llm_ray.errors import ConfError, ServeError
 from llm_ray.serve.protect.keys import Keys, add_key, effective, list_keys, revoke_key
 
 
@@ -70,22 +73,74 @@ def test_a_key_expires(file: Path) -> None:
     add_key(file, "old", Limits())  # its name is free again
 
 
-@pytest.mark.parametrize("break_it", [lambda f: f.write_text("{"), lambda f: f.unlink(), lambda f: f.chmod(0o644)])
-def test_a_file_that_cannot_be_trusted_opens_nothing(file: Path, break_it: object) -> None:
+def _open_to_others(path: Path) -> None:
+    before = path.stat().st_ctime_ns
+    while path.stat().st_ctime_ns == before:  # the clock of files is coarse
+        path.chmod(0o640)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda f: f.write_text("{"), "holds no API keys"),
+        (lambda f: f.write_text('{"a": {"id": "a"}}'), "holds no API keys"),
+        (lambda f: f.unlink(), "is not there: llm-ray serve keys add"),
+        (_open_to_others, r"is open to others \(mode 640\): chmod 600"),
+        (lambda f: f.rename(f.with_name("moved")) and f.mkdir(mode=0o700), "cannot be read: Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_trusted_opens_nothing_and_is_told_once(
+    file: Path, caplog: pytest.LogCaptureFixture, break_it: Callable[[Path], object], said: str
+) -> None:
+    _, secret = add_key(file, "alice", Limits())
+    before = Keys(file)
+    assert before.check(secret)
+    break_it(file)
+    for keys in (before, Keys(file)):
+        caplog.clear()
+        assert [keys.check(secret) for _ in range(3)] == [None] * 3
+        (record,) = caplog.records
+        assert re.search(f"No API key is accepted: .*{said}", record.message)
+        assert secret not in record.message
+
+
+def test_a_file_that_is_mended_opens_again(file: Path) -> None:
+    _, secret = add_key(file, "alice", Limits())
+    keys = Keys(file)
+    text = file.read_text()
+    for broken in ("", "{", text[:-20]):
+        file.write_text(broken)
+        assert keys.check(secret) is None
+        file.write_text(text)
+        assert keys.check(secret)
+
+
+def test_a_folder_in_which_others_can_exchange_the_file_is_not_trusted(file: Path) -> None:
+    _, secret = add_key(file, "alice", Limits())
+    file.parent.chmod(0o770)
+    assert Keys(file).check(secret) is None
+    with pytest.raises(ServeError, match=r"others can exchange files in .* \(mode 770\): chmod 700"):
+        list_keys(file)
+    file.parent.chmod(0o755)
+    assert Keys(file).check(secret)
+
+
+def test_it_is_looked_at_once_for_a_request_and_read_when_it_changed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, secret = add_key(file, "alice", Limits())
     keys = Keys(file)
     assert keys.check(secret)
-    time.sleep(0.01)
-    break_it(file)  # type: ignore[operator]
-    assert Keys(file).check(secret) is None
-    if not file.exists() or file.read_text() == "{":
-        assert keys.check(secret) is None
+    looked = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path: looked.append(path) or stat(path))
+    monkeypatch.setattr(Path, "open", None)
+    assert keys.check(secret)
+    assert looked == [file]
 
 
-def test_a_readable_file_is_told(file: Path) -> None:
+def test_a_file_that_is_open_to_others_is_told(file: Path) -> None:
     add_key(file, "alice", Limits())
     file.chmod(0o644)
-    with pytest.raises(ServeError, match=r"can be read by others \(mode 644\): chmod 600"):
+    with pytest.raises(ServeError, match=r"is open to others \(mode 644\): chmod 600"):
         list_keys(file)
 
 
@@ -103,7 +158,48 @@ def test_names_are_told_apart(file: Path) -> None:
         add_key(file, "alice", Limits())
     with pytest.raises(ServeError, match="no key called bob; there are: alice"):
         revoke_key(file, "bob")
+    with pytest.raises(ServeError, match="already"):
+        add_key(file, key.id, Limits())  # as a name it would hide the other's id
     assert revoke_key(file, key.id) == key
+
+
+@pytest.mark.parametrize("name", ["", "  ", "two\nlines", "\x1b[2J", "x" * 65])
+def test_names_that_cannot_be_shown_are_refused(file: Path, name: str) -> None:
+    with pytest.raises(ConfError, match="cannot be a key's name"):
+        add_key(file, name, Limits())
+    assert not file.exists()
+
+
+def test_an_expired_key_and_its_successor_are_told_apart(file: Path) -> None:
+    old, _ = add_key(file, "alice", Limits(), expires=time.time() - 1)
+    new, secret = add_key(file, "alice", Limits())
+    with pytest.raises(ServeError, match=f"2 keys are called alice: name one by its id .*{old.id}, {new.id}"):
+        revoke_key(file, "alice")
+    assert revoke_key(file, old.id) == old
+    assert Keys(file).check(secret) == new
+
+
+def test_what_cannot_be_written_leaves_the_keys_as_they_were(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, secret = add_key(file, "alice", Limits())
+    before = file.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ServeError, match=r"keys\.json cannot be written: No space left on device"):
+        add_key(file, "bob", Limits())
+    assert file.read_bytes() == before
+    assert {path.name for path in file.parent.iterdir()} == {"keys.json", "keys.lock"}
+    assert Keys(file).check(secret)
+
+
+@pytest.mark.root
+def test_what_root_writes_belongs_to_the_owner_of_the_folder(file: Path) -> None:
+    file.parent.mkdir(mode=0o700)
+    os.chown(file.parent, 12345, 12346)
+    add_key(file, "alice", Limits())
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in file.parent.iterdir()} == {(12345, 12346)}
 
 
 def _add(path: Path, name: str) -> None:
@@ -117,6 +213,7 @@ def test_two_writers_lose_nothing(file: Path) -> None:
         writer.start()
     for writer in writers:
         writer.join()
+        assert writer.exitcode == 0
     assert {key.name for key in list_keys(file)} == {f"k{i}" for i in range(8)}
 
 
@@ -137,4 +234,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert added.stdout.strip() not in run(cli, ["serve", "keys", "list"]).output
     assert run(cli, ["serve", "keys", "revoke", "alice"]).exit_code == 0
     assert run(cli, ["serve", "keys", "revoke", "alice"]).exit_code == 1
-    assert run(cli, ["serve", "keys", "add", "x", "--expires", "soon"]).exit_code == 2
+    for wrong in ("soon", "0d", "-1d", "30", "1y", "99999999d"):
+        assert run(cli, ["serve", "keys", "add", "x", "--expires", wrong]).exit_code == 2
+    assert run(cli, ["serve", "keys", "add", "x", "--concurrent", "0"]).exit_code == 2
+    assert json.loads(run(cli, ["serve", "keys", "list", "--json"]).stdout) == []
