@@ -56,10 +56,10 @@ class Limiter:
         while usage.times and usage.times[0] <= now - _MINUTE:
             usage.times.popleft()
         if limits.concurrent is not None and usage.running >= limits.concurrent:
-            return Refusal(f"There are {usage.running} requests in progress; {limits.concurrent} may be at the same time.", 1)
+            return Refusal(f"Rate limit reached: {limits.concurrent} at the same time.", 1)
         if limits.requests_per_minute is not None and len(usage.times) >= limits.requests_per_minute:
             wait = usage.times[-limits.requests_per_minute] + _MINUTE - now
-            return Refusal(f"There may be {limits.requests_per_minute} requests a minute.", max(1, math.ceil(wait)))
+            return Refusal(f"Rate limit reached: {limits.requests_per_minute} per minute.", max(1, math.ceil(wait)))
         return None
 
     def headers(self, who: str, limits: Limits) -> dict[str, str]:

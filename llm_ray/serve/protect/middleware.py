@@ -70,7 +70,8 @@ class Access:
             await self._app(scope, receive, send)
             return
         who = key.id if key else ""
-        with self._limiter.slot(who, limits) as refusal:
+        with contextlib.ExitStack() as slot:
+            refusal = slot.enter_context(self._limiter.slot(who, limits))
             left = self._limiter.headers(who, limits)
             if refusal:
                 if key:
@@ -78,9 +79,15 @@ class Access:
                 headers = {**left, "Retry-After": str(refusal.retry_after)}
                 await openai_error(429, refusal.message, "rate_limit_exceeded", headers=headers)(scope, receive, send)
                 return
+
+            async def sent(message: Message) -> None:
+                if _is_last(message):  # who has read the answer may ask again at once
+                    slot.close()
+                await send(message)
+
             began = time.monotonic()
             try:
-                await self._app(scope, receive, _with_headers(send, left))
+                await self._app(scope, receive, _with_headers(sent, left))
             finally:
                 if key:
                     _LOG.info(f"{_asked(scope)} of key {key.id}: {time.monotonic() - began:.2f} s")
@@ -189,7 +196,7 @@ class _Answer:
             self.begun = True
             self.of_events = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
         await self._send(message)
-        self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+        self.whole = _is_last(message)
 
 
 async def _listen(receive: Receive, messages: asyncio.Queue[Message]) -> None:
@@ -210,6 +217,11 @@ async def _stopped(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()  # it was stopped: what it says to that is of no interest
+
+
+def _is_last(message: Message) -> bool:
+    """Whether an answer is whole with this."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
