@@ -32,6 +32,7 @@ _LOG = logging.getLogger("ray.serve")
 _PREFIX = "llmray"
 _NOBODY = "0" * 64  # a hash that no key has
 _LONGEST_NAME = 64
+_OPEN_EVERY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Keys:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen: tuple[int, ...] | None = None
+        self._opened = -_OPEN_EVERY
         self._keys: dict[str, Key] = {}
         self._complaint = ""
 
@@ -81,6 +83,9 @@ class Keys:
     def _refresh(self) -> None:
         complaint = ""
         try:
+            if (now := time.monotonic()) - self._opened >= _OPEN_EVERY:
+                os.close(os.open(self._path, os.O_RDONLY))  # has NFS ask its server; a stat alone it answers from what it knew a minute ago
+                self._opened = now
             found = self._path.stat()
             seen = (found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size)  # ctime: permissions change it, too
             if seen == self._seen:
