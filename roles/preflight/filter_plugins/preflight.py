@@ -1,0 +1,414 @@
+"""The judgements of preflight: what is wrong in an inventory, and what is wrong with hosts.
+
+{{ hostvars | preflight_inventory(groups, roles_folder) }}  and  {{ probes | preflight_hosts(settings) }}
+return a list of problems; each has the keys host, variable, value and fix. An empty list: nothing is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+
+Problem = dict[str, Any]
+GROUPS = ("ray_head", "ray_workers", "nfs_server")
+_GIB = 2**30
+# The longest path under llm_ray_state: a socket in Ray's session folder. A socket's path has at most 107 characters.
+_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
+_SOCKET_LIMIT = 107
+# Ray refuses an object store that is larger than /dev/shm; so much must stay to everything else.
+_STORE_SHARE = 0.8
+
+
+def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
+    return {"host": host, "variable": variable, "value": value, "fix": fix}
+
+
+# The inventory
+
+
+def specs(roles: str | Path) -> dict[str, dict[str, Any]]:
+    """Every variable that a user may set, with its argument spec, from meta/argument_specs.yml of all roles."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(Path(roles).glob("*/meta/argument_specs.yml")):
+        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
+            found |= entry.get("options") or {}
+    return found
+
+
+def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], roles: str) -> list[Problem]:
+    """What is wrong in the inventory, without asking any host.
+
+    hostvars: Ansible's. groups: Ansible's. roles: the folder of the roles, whose argument_specs know the variables.
+    """
+    known = specs(roles)
+    owners = [path.parent.parent.name for path in Path(roles).glob("*/meta/argument_specs.yml")]
+    hosts = sorted({host for group in GROUPS for host in groups.get(group, [])})
+    variables = {host: _variables(hostvars, host) for host in hosts}
+    values = {host: _Values(hostvars[host], known) for host in hosts}
+    problems = group_problems(groups, {host: values[host].get("llm_ray_storage") for host in hosts})
+    for host in hosts:
+        problems += name_problems(host, variables[host], known, owners)
+        problems += type_problems(host, {name: values[host].templated(name) for name in variables[host] if name in known}, known)
+        problems += value_problems(host, values[host].get)
+    return _merged(problems + same_problems(values, known) + address_problems(hosts, hostvars), hosts)
+
+
+def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]:
+    """A host's values of all variables that roles know: the inventory's, else the default in the role's argument_specs."""
+    known = specs(roles)
+    values = _Values(variables, known)
+    return {name: value for name in known if (value := values.get(name)) is not None}
+
+
+class _Undecided(Exception):
+    """A value that only the host's facts decide."""
+
+
+class _Values:
+    """A host's variables, templated; the spec's default where the inventory does not set one."""
+
+    def __init__(self, variables: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> None:
+        self.variables, self.known = variables, known
+
+    def templated(self, name: str) -> Any:
+        """The value of a variable that is set; an exception, returned, where it cannot be worked out."""
+        try:
+            return _plain(self.variables[name])
+        except Exception as error:
+            return _Undecided() if "ansible_facts" in str(error) else error
+
+    def get(self, name: str) -> Any:
+        """The value or the plain default; None where it is not to be known before hosts are asked."""
+        if name in self.variables:
+            value = self.templated(name)
+            return None if isinstance(value, Exception) else value
+        default = self.known.get(name, {}).get("default")
+        return None if isinstance(default, str) and "{{" in default else default
+
+
+def _variables(hostvars: Any, host: str) -> list[str]:
+    return [str(name) for name in hostvars[host]]
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dictionaries of Ansible as Python's own."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def group_problems(groups: Mapping[str, Sequence[str]], storage: Mapping[str, Any]) -> list[Problem]:
+    """One head, no host twice, no group nearly called as one of ours, storage that fits the groups."""
+    heads, workers, servers = ([*groups.get(name, [])] for name in GROUPS)
+    problems = []
+    for name in sorted(set(groups) - {*GROUPS, "all", "ungrouped"}):
+        if near := difflib.get_close_matches(name, GROUPS, 1, 0.8):
+            problems.append(problem("all", "group", name, f"the group {name} means nothing here: did you mean {near[0]}?"))
+    if len(heads) != 1:
+        problems.append(problem("all", "ray_head", heads, f"the group ray_head must have exactly one host, and has {len(heads)}"))
+    for host in sorted(set(heads) & set(workers)):
+        problems.append(problem(host, "ray_workers", host, "is in ray_head and in ray_workers: take it out of one (a head runs tasks too)"))
+    if len(servers) > 1:
+        problems.append(problem("all", "nfs_server", servers, "the group nfs_server has at most one host: leave one"))
+    nodes = {*heads, *workers}
+    for host in sorted(nodes):
+        if storage.get(host) == "existing" and servers:
+            fix = "existing storage needs no server: empty the group nfs_server, or set llm_ray_storage to nfs"
+            problems.append(problem(host, "llm_ray_storage", "existing", fix))
+    if len(nodes) > 1 and not servers and any(storage.get(host) in (None, "nfs") for host in nodes):
+        fix = "the hosts need shared storage: put one host into nfs_server (the head may be it), or set llm_ray_storage to existing"
+        problems.append(problem("all", "nfs_server", [], fix))
+    return problems
+
+
+def name_problems(host: str, names: Sequence[str], known: Mapping[str, Any], roles: Sequence[str]) -> list[Problem]:
+    """Variables that begin like ours and are none, or that are nearly called as one of ours."""
+    problems = []
+    ours = tuple(f"{name}_" for name in (*roles, "llm_ray"))
+    for name in names:
+        # Ansible's own, such as groups and play_hosts, and roles' internal ones
+        if name in known or name.startswith(("ansible_", "_", "inventory_")) or name in ("groups", "group_names", "omit", "hostvars"):
+            continue
+        near = difflib.get_close_matches(name, known, 1, 0.6 if name.startswith(ours) else 0.8)
+        if f"llm_ray_{name}" in known:
+            near = [f"llm_ray_{name}"]
+        if near:
+            problems.append(problem(host, name, None, f"no role knows it: did you mean {near[0]}?"))
+        elif name.startswith(ours):
+            problems.append(problem(host, name, None, "no role knows it: inventory/sample lists all variables"))
+    return problems
+
+
+def type_problems(host: str, values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Values of the wrong type or not among the choices, by Ansible's own rules."""
+    problems = []
+    for name, value in values.items():
+        if isinstance(value, _Undecided):
+            continue
+        if isinstance(value, Exception):
+            problems.append(problem(host, name, None, f"cannot be worked out: {str(value).splitlines()[0]}"))
+            continue
+        spec = {key: part for key, part in known[name].items() if key in ("type", "choices", "elements", "options")}
+        for message in ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages:
+            problems.append(problem(host, name, value, re.sub(r"^argument '\w+' is of type", "is of type", message)))
+    return problems
+
+
+def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
+    """Values that are of the right type and still cannot work."""
+    problems = []
+    for name in ("llm_ray_prefix", "llm_ray_home", "llm_ray_state"):
+        path = get(name)
+        if isinstance(path, str) and not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", path):
+            fix = "must be an absolute path of letters, digits, '.', '_' and '-', and not /"
+            problems.append(problem(host, name, path, fix))
+    state = get("llm_ray_state")
+    if isinstance(state, str) and len(state) + _SOCKET > _SOCKET_LIMIT:
+        fix = f"too long for the sockets that Ray makes below it: at most {_SOCKET_LIMIT - _SOCKET} characters"
+        problems.append(problem(host, "llm_ray_state", state, fix))
+    home = get("llm_ray_home")
+    if isinstance(home, str) and isinstance(state, str) and (f"{state}/".startswith(f"{home}/") or f"{home}/".startswith(f"{state}/")):
+        problems.append(problem(host, "llm_ray_state", state, f"local state and shared storage ({home}) must not lie in one another"))
+    networks = get("llm_ray_admin_networks")
+    for network in networks if isinstance(networks, list) else []:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            problems.append(problem(host, "llm_ray_admin_networks", network, f"is no network: {error}; write it as 10.0.0.0/24"))
+    for name in ("llm_ray_uid", "llm_ray_gid"):
+        number = get(name)
+        if isinstance(number, int) and not 0 < number < 60000:
+            problems.append(problem(host, name, number, "must be between 1 and 59999: not root's and none that systemd gives away"))
+    return problems + _port_problems(host, get)
+
+
+_PORTS = (
+    "ray_node_port", "ray_node_node_manager_port", "ray_node_object_manager_port", "ray_node_runtime_env_agent_port",
+    "ray_node_metrics_export_port", "ray_node_dashboard_agent_grpc_port", "ray_node_dashboard_agent_port", "ray_node_dashboard_port",
+    "ray_node_client_port", "llm_ray_serve_port",
+)  # fmt: skip
+
+
+def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
+    problems, taken = [], dict[int, str]()
+    ports = {name: get(name) for name in (*_PORTS, "ray_node_min_worker_port", "ray_node_max_worker_port")}
+    low, high = ports["ray_node_min_worker_port"], ports["ray_node_max_worker_port"]
+    workers = range(low, high + 1) if isinstance(low, int) and isinstance(high, int) else range(0)
+    for name, port in ports.items():
+        if not isinstance(port, int) or (name == "ray_node_client_port" and port == 0):
+            continue
+        if not 1024 <= port <= 65535:
+            problems.append(problem(host, name, port, "must be a port between 1024 and 65535"))
+        elif port in taken:
+            problems.append(problem(host, name, port, f"is the port of {taken[port]} too: choose another"))
+        elif name in _PORTS and port in workers:
+            problems.append(problem(host, name, port, f"lies among the ports of Ray's workers, {low} to {high}: choose another"))
+        taken.setdefault(port, name)
+    if isinstance(low, int) and isinstance(high, int) and high - low < 99:
+        fix = f"must leave 100 ports or more above ray_node_min_worker_port ({low}): every worker process takes one"
+        problems.append(problem(host, "ray_node_max_worker_port", high, fix))
+    return problems
+
+
+def same_problems(values: Mapping[str, _Values], known: Mapping[str, Any]) -> list[Problem]:
+    """Variables of the whole cluster that have different values on some hosts."""
+    problems = []
+    for name in sorted(name for name in known if name.startswith("llm_ray_")):
+        by_host = {host: json.dumps(one.get(name), sort_keys=True) for host, one in values.items()}
+        common = Counter(by_host.values()).most_common(1)[0][0] if by_host else None
+        for host, value in by_host.items():
+            if value != common:
+                fix = f"must be the same on every host, and elsewhere is {common}: set it in group_vars/all alone"
+                problems.append(problem(host, name, json.loads(value), fix))
+    return problems
+
+
+def address_problems(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Two names for one address."""
+    seen: dict[tuple[Any, Any], str] = {}
+    problems = []
+    for host in hosts:
+        try:
+            address = (_plain(hostvars[host].get("ansible_host", host)), _plain(hostvars[host].get("ansible_port", 22)))
+        except Exception as error:
+            problems.append(problem(host, "ansible_host", None, f"cannot be worked out: {str(error).splitlines()[0]}"))
+            continue
+        if address in seen:
+            problems.append(problem(host, "ansible_host", address[0], f"is the address of {seen[address]} too: one host has one name"))
+        seen.setdefault(address, host)
+    return problems
+
+
+def _merged(problems: list[Problem], hosts: Sequence[str]) -> list[Problem]:
+    """The same finding on every host is one, of all."""
+    by_finding: dict[str, list[Problem]] = defaultdict(list)
+    for one in problems:
+        by_finding[json.dumps([one["variable"], one["value"], one["fix"]], default=str)].append(one)
+    return [
+        found[0] | ({"host": "all"} if len(hosts) > 1 and len(found) == len(hosts) else {"host": ", ".join(one["host"] for one in found)})
+        for found in by_finding.values()
+    ]
+
+
+# The hosts
+
+_SUPPORTED = {"Debian": ["12"], "Ubuntu": ["22.04", "24.04"], "RedHat": ["8", "9"]}
+
+
+def preflight_hosts(probes: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with the hosts.
+
+    probes: of each host what the module preflight_probe returned, with what the role knows of it added (os, version, family,
+    head, storage); an empty one: the host was not reached. settings: the role's variables without their prefix.
+    """
+    problems = []
+    for host, probe in probes.items():
+        if not probe:
+            fix = "not reached: see the error above (ssh to it by hand, check ansible_host and ansible_user), or leave it out with --limit"
+            problems.append(problem(host, "ansible_host", None, fix))
+            continue
+        problems += _system(host, probe, settings) + _size(host, probe, settings) + _network(host, probe, settings)
+        problems += _storage(host, probe)
+    reached = {host: probe for host, probe in probes.items() if probe}
+    return _merged(problems + _together(reached), list(probes))
+
+
+def _system(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    family = probe["family"] if probe["family"] == "RedHat" else probe["os"]
+    version = probe["version"] if family == "Ubuntu" else probe["version"].split(".")[0]
+    if version not in _SUPPORTED.get(family, []) and not settings["allow_other_os"]:
+        fix = (
+            "not supported: Debian 12, Ubuntu 22.04 and 24.04, RHEL or Rocky 8 and 9 are; to try all the same set preflight_allow_other_os"
+        )
+        problems.append(problem(host, "operating system", f"{probe['os']} {probe['version']}", fix))
+    python = probe["python"]
+    if probe["runtime"] == "bare_metal" and python["version"] and not _fits(python):
+        fix = "Ray nodes need Python 3.11 to 3.13: name one in python_runtime_python, or set llm_ray_runtime to docker"
+        problems.append(problem(host, "python_runtime_python", f"{python['path']} is {_dotted(python['version'])}", fix))
+    if probe["runtime"] == "bare_metal" and not python["version"] and not python["installable"]:
+        fix = "not there: install a standalone Python at that path (uv python install 3.11), or set llm_ray_runtime to docker"
+        problems.append(problem(host, "python_runtime_python", python["path"], fix))
+    missing = sorted(set(settings["cpu_flags"]) - set(probe["flags"]))
+    if missing:
+        fix = "the CPU lacks it, and torch and vLLM are built for it: use another host, or change preflight_cpu_flags"
+        problems.append(problem(host, "preflight_cpu_flags", missing, fix))
+    return problems
+
+
+def _size(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    if probe["cores"] < settings["min_cores"]:
+        fix = f"cores: at least {settings['min_cores']} are needed (preflight_min_cores)"
+        problems.append(problem(host, "cores", probe["cores"], fix))
+    memory = probe["memory"] / _GIB
+    if memory < settings["min_memory_gib"]:
+        fix = f"GiB of memory: at least {settings['min_memory_gib']} are needed (preflight_min_memory_gib)"
+        problems.append(problem(host, "memory", round(memory, 1), fix))
+    needed = 1 if probe["installed"] else settings["min_disk_gib"]  # what is installed needs no room again
+    for path, free in probe["free"].items():
+        if free / _GIB < needed:
+            fix = f"GiB free: at least {needed} are needed where {path} lies: make room (preflight_min_disk_gib)"
+            problems.append(problem(host, f"disk of {path}", round(free / _GIB, 1), fix))
+    store, shm = probe["object_store_gib"], probe["shm"] / _GIB
+    if probe["is_node"] and store > shm:
+        fix = f"larger than /dev/shm ({shm:.1f} GiB): Ray would not start; lower it, or mount /dev/shm larger"
+        problems.append(problem(host, "ray_node_object_store_gib", store, fix))
+    elif probe["is_node"] and store > _STORE_SHARE * memory:
+        fix = f"leaves too little of {memory:.1f} GiB of memory to everything else: at most {_STORE_SHARE * memory:.1f}"
+        problems.append(problem(host, "ray_node_object_store_gib", store, fix))
+    return problems
+
+
+def _network(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Problem]:
+    problems = []
+    for taken in probe["taken"]:
+        fix = f"port {taken['port']} is taken by {taken['by'] or 'another process'}: stop that, or set another port"
+        problems.append(problem(host, taken["name"], taken["port"], fix))
+    for target, reason in probe["unreached"].items():
+        fix = f"cannot be reached from {host} ({reason}): check routes, firewalls and ray_node_address"
+        problems.append(problem(host, "address of the head or the NFS server", target, fix))
+    skew = max(probe["started"] - probe["now"], probe["now"] - probe["finished"], 0)
+    if skew > settings["max_clock_skew"]:
+        fix = (
+            f"seconds off this machine's clock, {settings['max_clock_skew']} are allowed: set the clocks by NTP (preflight_max_clock_skew)"
+        )
+        problems.append(problem(host, "clock", round(skew, 1), fix))
+    return problems
+
+
+def _storage(host: str, probe: Mapping[str, Any]) -> list[Problem]:
+    storage, home = probe["storage"], probe["home"]
+    if storage == "existing" and not home["directory"]:
+        return [problem(host, "llm_ray_home", home["path"], "existing storage must be mounted there before the cluster is made: mount it")]
+    if storage == "nfs_client" and home["entries"] and not home["mounted"]:
+        fix = "the folder holds files of this host, which the NFS mount would hide: move them to the server, or choose another path"
+        return [problem(host, "llm_ray_home", home["path"], fix)]
+    lacks = {"nfs_client": "nfs", "nfs_server": "nfsd"}.get(storage)
+    if lacks and lacks not in probe["filesystems"]:
+        fix = f"the kernel of this host has no {lacks} (a container?): use a real host, or set llm_ray_storage to existing"
+        return [problem(host, "llm_ray_storage", "nfs", fix)]
+    return []
+
+
+def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """What only a look at all hosts shows."""
+    problems = []
+    for key, what, fix in (
+        ("machine_id", "/etc/machine-id", "is the same as on {}: a cloned image; rm /etc/machine-id, systemd-machine-id-setup, reboot"),
+        ("hostname", "host name", "is the same as on {}: hostnamectl hostname NAME"),
+    ):
+        seen: dict[str, str] = {}
+        for host, probe in probes.items():
+            if probe[key] in seen:
+                problems.append(problem(host, what, probe[key], fix.format(seen[probe[key]])))
+            elif probe[key]:
+                seen[probe[key]] = host
+    nodes = {host: probe for host, probe in probes.items() if probe["is_node"]}
+    versions = {host: _dotted(p["python"]["version"]) for host, p in nodes.items() if p["runtime"] == "bare_metal" and _fits(p["python"])}
+    homes = {host: str(p["home"]["inode"]) for host, p in nodes.items() if p["storage"] == "existing" and p["home"]["directory"]}
+    for found, variable, fix in (
+        (versions, "python_runtime_python", "Ray wants the same patch level on every host, and elsewhere it is {}: install that one"),
+        (homes, "llm_ray_home", "not the folder that other hosts have there: mount the same shared file system on every host"),
+    ):
+        if len(set(found.values())) > 1:
+            common = Counter(found.values()).most_common(1)[0][0]
+            shown = {host: value if found is versions else nodes[host]["home"]["path"] for host, value in found.items()}
+            problems += [problem(host, variable, shown[host], fix.format(common)) for host, value in found.items() if value != common]
+    return problems
+
+
+def _fits(python: Mapping[str, Any]) -> bool:
+    return (3, 11) <= tuple(python["version"][:2]) <= (3, 13)
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+def preflight_list(problems: Sequence[Problem]) -> str:
+    """The problems as lines to read: host: variable = value: what to do."""
+    lines = []
+    for one in problems:
+        value = "" if one["value"] is None else f" = {json.dumps(one['value'], default=str)}"
+        lines.append(f"{one['host']}: {one['variable']}{value}: {one['fix']}")
+    return "\n".join(lines)
+
+
+class FilterModule:
+    """What Ansible asks a filter plugin for."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "preflight_inventory": preflight_inventory,
+            "preflight_values": preflight_values,
+            "preflight_hosts": preflight_hosts,
+            "preflight_list": preflight_list,
+        }

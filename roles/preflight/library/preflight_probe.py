@@ -1,0 +1,160 @@
+#!/usr/bin/python
+"""What preflight wants to know of a host beside Ansible's facts. It changes nothing and needs only Python's own library."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: preflight_probe
+short_description: What preflight wants to know of a host
+description: Reads the CPU's flags, free disk, taken ports, who can be reached, the shared folder, a Python's version and the clock.
+author: LLM on Ray
+options:
+  ports: {description: "Port numbers by the variable that sets them; a key with a range is from-to.", type: dict, required: true}
+  uid: {description: User id whose own sockets are no others., type: int, required: true}
+  reach: {description: Addresses to reach., type: list, elements: str, default: []}
+  reach_port: {description: Port to try them at; a refusal is an answer., type: int, default: 22}
+  paths: {description: Folders whose free disk is asked for., type: list, elements: path, default: []}
+  home: {description: The shared folder., type: path, required: true}
+  python: {description: "An interpreter, or several to be tried.", type: list, elements: str, default: []}
+"""
+EXAMPLES = "- preflight_probe: {ports: {ray_node_port: 6379}, uid: 1200, home: /srv/llm-ray}"
+RETURN = "probe: {description: what was found, type: dict, returned: always}"
+
+
+def main():
+    module = AnsibleModule(
+        {
+            "ports": {"type": "dict", "required": True},
+            "uid": {"type": "int", "required": True},
+            "reach": {"type": "list", "elements": "str", "default": []},
+            "reach_port": {"type": "int", "default": 22},
+            "paths": {"type": "list", "elements": "path", "default": []},
+            "home": {"type": "path", "required": True},
+            "python": {"type": "list", "elements": "str", "default": []},
+        },
+        supports_check_mode=True,
+    )
+    asked = module.params
+    module.exit_json(
+        changed=False,
+        probe={
+            "now": time.time(),
+            "flags": cpu_flags(Path("/proc/cpuinfo").read_text()),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "shm": shutil.disk_usage("/dev/shm").total,  # noqa: S108
+            "free": {path: shutil.disk_usage(existing(path)).free for path in asked["paths"]},
+            "taken": taken(asked["ports"], asked["uid"]),
+            "unreached": {address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))},
+            "home": folder(asked["home"]),
+            "python": interpreter(asked["python"]),
+            "machine_id": read("/etc/machine-id"),
+            "hostname": socket.gethostname(),
+            "filesystems": filesystems(),
+        },
+    )
+
+
+def read(path):
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def cpu_flags(text):
+    """The flags of the first core."""
+    found = re.search(r"^flags\s*:(.*)$", text, re.M)
+    return found[1].split() if found else []
+
+
+def existing(path):
+    """The nearest folder above that is there."""
+    folder = Path(path)
+    return next(one for one in (folder, *folder.parents) if one.is_dir())
+
+
+def listening(text):
+    """Port, user and inode of every listening socket of a /proc/net/tcp."""
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if words[3] == "0A":
+            yield int(words[1].rsplit(":", 1)[1], 16), int(words[7]), words[9]
+
+
+def taken(ports, uid):
+    """Of the ports those on which another user's process listens."""
+    sockets = [one for path in ("/proc/net/tcp", "/proc/net/tcp6") for one in listening(read(path))]
+    found = {}
+    for name, value in ports.items():
+        low, _, high = str(value).partition("-")
+        for port, owner, inode in sockets:
+            if int(low) <= port <= int(high or low) and owner != uid:
+                found[name] = {"name": name, "port": port, "by": process(inode)}
+    return list(found.values())
+
+
+def process(inode):
+    """Name and id of the process that holds a socket; empty where it cannot be seen."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if any(str(link.readlink()) == f"socket:[{inode}]" for link in (entry / "fd").iterdir()):
+                return f"{read(entry / 'comm')} (process {entry.name})"
+        except OSError:
+            continue
+    return ""
+
+
+def unreached(address, port):
+    """Why a host cannot be reached; empty where it answers, if only by a refusal."""
+    try:
+        socket.create_connection((address, port), 5).close()
+    except OSError as error:
+        return "" if error.errno == errno.ECONNREFUSED else str(error)
+    return ""
+
+
+def folder(path):
+    """The shared folder; what lies on a mount is not listed, since a server may be gone."""
+    place = Path(path)
+    if not place.is_dir():
+        return {"path": path, "directory": False, "mounted": False, "entries": 0, "inode": 0}
+    mounted = place.is_mount()
+    entries = 0 if mounted else len(list(place.iterdir()))
+    return {"path": path, "directory": True, "mounted": mounted, "entries": entries, "inode": place.stat().st_ino}
+
+
+def interpreter(candidates):
+    """The first candidate that runs, and its version."""
+    for path in candidates:
+        try:
+            line = [path, "-c", "import json, sys; print(json.dumps(sys.version_info[:3]))"]
+            return {"path": path, "version": json.loads(subprocess.run(line, capture_output=True, timeout=30, check=True).stdout)}
+        except (OSError, subprocess.SubprocessError, ValueError):
+            continue
+    return {"path": candidates[0] if candidates else "", "version": []}
+
+
+def filesystems():
+    """Of nfs and nfsd those that the kernel has, loaded or as modules."""
+    modules = Path("/lib/modules") / os.uname().release
+    text = read("/proc/filesystems") + read(modules / "modules.dep") + read(modules / "modules.builtin")
+    return [name for name in ("nfs", "nfsd") if re.search(rf"\b{name}$|/{name}\.ko", text, re.M)]
+
+
+if __name__ == "__main__":
+    main()

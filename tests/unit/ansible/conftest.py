@@ -1,0 +1,35 @@
+"""Ansible's parts that are Python, loaded from where the roles have them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def roles() -> str:
+    return str(ROOT / "roles")
+
+
+@pytest.fixture(scope="session")
+def preflight() -> ModuleType:
+    return load("roles/preflight/filter_plugins/preflight.py")
+
+
+@pytest.fixture(scope="session")
+def probe() -> ModuleType:
+    return load("roles/preflight/library/preflight_probe.py")

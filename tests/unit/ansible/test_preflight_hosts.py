@@ -1,0 +1,122 @@
+"""What preflight finds on hosts: each message once; and what the probe reads on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+_GIB = 2**30
+_SETTINGS = {"cpu_flags": ["avx2"], "min_cores": 2, "min_memory_gib": 4, "min_disk_gib": 10, "max_clock_skew": 5, "allow_other_os": False}
+
+
+def _probe(n: int, **changed: Any) -> dict[str, Any]:
+    """What a fit host answers."""
+    return {
+        "now": 1000.0, "started": 999.0, "finished": 1001.0, "flags": ["sse", "avx2"], "cores": 16, "memory": 64 * _GIB, "shm": 32 * _GIB,
+        "free": {"/opt/llm-ray": 50 * _GIB}, "taken": [], "unreached": {}, "machine_id": f"id{n}", "hostname": f"h{n}", "filesystems": ["nfs", "nfsd"],
+        "home": {"path": "/srv/llm-ray", "directory": True, "mounted": False, "entries": 0, "inode": 7},
+        "python": {"path": "/usr/bin/python3", "version": [3, 11, 2], "installable": True},
+        "os": "Debian", "version": "12.8", "family": "Debian", "runtime": "bare_metal", "object_store_gib": 2.0, "is_node": True,
+        "storage": "local", "installed": False,
+    } | changed  # fmt: skip
+
+
+def _lines(preflight: ModuleType, *changes: dict[str, Any]) -> list[str]:
+    probes = {f"h{n}": _probe(n, **change) for n, change in enumerate(changes)}
+    return preflight.preflight_list(preflight.preflight_hosts(probes, _SETTINGS)).splitlines()
+
+
+def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
+    rocky = {"os": "Rocky", "version": "9.4", "family": "RedHat", "python": {"path": "python3.11", "version": [], "installable": True}}
+    ubuntu = {
+        "os": "Ubuntu",
+        "version": "24.04",
+        "family": "Debian",
+        "python": {"path": "python3", "version": [3, 11, 2], "installable": True},
+    }
+    assert _lines(preflight, {}, rocky, ubuntu) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"os": "Debian", "version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported: Debian 12, Ubuntu 22.04 and 24.04"),
+        ({"os": "SLES", "version": "15.5", "family": "Suse"}, "h0: operating system = \"SLES 15.5\": not supported"),
+        ({"python": {"path": "/usr/bin/python3", "version": [3, 10, 12], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.10.12\": Ray nodes need Python 3.11 to 3.13"),
+        ({"python": {"path": "/opt/python3.11/bin/python3", "version": [], "installable": False}}, "h0: python_runtime_python = \"/opt/python3.11/bin/python3\": not there: install"),
+        ({"flags": ["sse"]}, "h0: preflight_cpu_flags = [\"avx2\"]: the CPU lacks it"),
+        ({"cores": 1}, "h0: cores = 1: cores: at least 2 are needed (preflight_min_cores)"),
+        ({"memory": 3 * _GIB}, "h0: memory = 3.0: GiB of memory: at least 4 are needed (preflight_min_memory_gib)"),
+        ({"free": {"/opt/llm-ray": 5 * _GIB}}, "h0: disk of /opt/llm-ray = 5.0: GiB free: at least 10 are needed where /opt/llm-ray lies"),
+        ({"free": {"/opt/llm-ray": _GIB // 2}, "installed": True}, "h0: disk of /opt/llm-ray = 0.5: GiB free: at least 1 are needed"),
+        ({"object_store_gib": 40.0}, "h0: ray_node_object_store_gib = 40.0: larger than /dev/shm (32.0 GiB)"),
+        ({"object_store_gib": 60.0, "shm": 64 * _GIB}, "h0: ray_node_object_store_gib = 60.0: leaves too little of 64.0 GiB"),
+        ({"taken": [{"name": "ray_node_port", "port": 6379, "by": "redis (process 9)"}]}, "h0: ray_node_port = 6379: port 6379 is taken by redis (process 9)"),
+        ({"unreached": {"10.0.0.1": "timed out"}}, "h0: address of the head or the NFS server = \"10.0.0.1\": cannot be reached from h0 (timed out)"),
+        ({"now": 900.0}, "h0: clock = 99.0: seconds off this machine's clock, 5 are allowed"),
+        ({"now": 1101.0}, "h0: clock = 100.0: seconds off this machine's clock"),
+        ({"storage": "existing", "home": {"path": "/mnt/x", "directory": False, "mounted": False, "entries": 0, "inode": 0}}, "h0: llm_ray_home = \"/mnt/x\": existing storage must be mounted"),
+        ({"storage": "nfs_client", "home": {"path": "/mnt/x", "directory": True, "mounted": False, "entries": 3, "inode": 1}}, "h0: llm_ray_home = \"/mnt/x\": the folder holds files of this"),
+        ({"storage": "nfs_client", "filesystems": ["nfsd"]}, "h0: llm_ray_storage = \"nfs\": the kernel of this host has no nfs (a container?)"),
+        ({"storage": "nfs_server", "filesystems": ["nfs"]}, "h0: llm_ray_storage = \"nfs\": the kernel of this host has no nfsd"),
+    ],
+)  # fmt: skip
+def test_one_host(preflight: ModuleType, changed: dict[str, Any], line: str) -> None:
+    (found,) = _lines(preflight, changed, {})
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"machine_id": "id0"}, "h2: /etc/machine-id = \"id0\": is the same as on h0: a cloned image"),
+        ({"hostname": "h1"}, "h2: host name = \"h1\": is the same as on h1: hostnamectl hostname NAME"),
+        ({"python": {"path": "p", "version": [3, 11, 4], "installable": True}}, "h2: python_runtime_python = \"3.11.4\": Ray wants the same patch level on every host, and elsewhere it is 3.11.2"),
+    ],
+)  # fmt: skip
+def test_hosts_together(preflight: ModuleType, changed: dict[str, Any], line: str) -> None:
+    (found,) = _lines(preflight, {}, {}, changed)
+    assert found.startswith(line)
+
+
+def test_shared_storage_that_is_not_shared(preflight: ModuleType) -> None:
+    shared = {"storage": "existing"}
+    other = shared | {"home": {"path": "/srv/llm-ray", "directory": True, "mounted": True, "entries": 0, "inode": 8}}
+    assert _lines(preflight, shared, shared) == []
+    (found,) = _lines(preflight, shared, shared, other)
+    assert found.startswith('h2: llm_ray_home = "/srv/llm-ray": not the folder that other hosts have there: mount the same')
+
+
+def test_a_host_that_was_not_reached_and_a_problem_of_all(preflight: ModuleType) -> None:
+    probes = {"h0": _probe(0, cores=1), "h1": {}, "h2": _probe(2, cores=1)}
+    lines = preflight.preflight_list(preflight.preflight_hosts(probes, _SETTINGS)).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["h0, h2", "h1"]
+    assert "not reached" in lines[1]
+
+
+def test_a_port_of_another_is_taken_and_ones_own_is_not(probe: ModuleType) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (found,) = probe.taken({"ray_node_port": port, "range": f"{port}-{port}"}, os.getuid() + 1)[:1]
+        assert found["name"] == "ray_node_port"
+        assert found["port"] == port
+        assert f"process {os.getpid()}" in found["by"]
+        assert probe.taken({"ray_node_port": port}, os.getuid()) == []
+        assert probe.unreached("127.0.0.1", port) == ""
+    assert probe.unreached("127.0.0.1", port) == ""  # refused: it answers
+    assert "resolution" in probe.unreached("no-such-host.invalid", port) or "known" in probe.unreached("no-such-host.invalid", port)
+
+
+def test_what_the_probe_reads(probe: ModuleType, tmp_path: Path) -> None:
+    assert probe.cpu_flags("processor: 0\nflags\t\t: fpu avx2 amx_tile\n") == ["fpu", "avx2", "amx_tile"]
+    assert probe.existing(str(tmp_path / "a/b")) == tmp_path
+    assert probe.interpreter(["/no/such/python", "python3"])["version"][0] == 3
+    assert probe.interpreter(["/no/such/python"]) == {"path": "/no/such/python", "version": []}
+    (tmp_path / "file").write_text("x")
+    assert probe.folder(str(tmp_path))["entries"] == 1
+    assert not probe.folder(str(tmp_path / "none"))["directory"]

@@ -1,0 +1,112 @@
+"""What preflight finds in an inventory: each message once, and the whole playbook against inventories that are wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[3]
+_GROUPS = {"ray_head": ["head"], "ray_workers": ["w1", "w2"], "nfs_server": ["head"]}
+
+
+def _found(preflight: ModuleType, roles: str, groups: dict[str, list[str]] | None = None, **variables: Any) -> list[str]:
+    """The lines of an inventory with these variables on all hosts; a name host__variable sets it on one."""
+    groups = groups or _GROUPS
+    hostvars: dict[str, dict[str, Any]] = {
+        host: {"ansible_host": f"10.0.0.{n}"} for n, host in enumerate(sorted({host for hosts in groups.values() for host in hosts}))
+    }
+    for name, value in variables.items():
+        host, mark, own = name.partition("__")
+        for one in [host] if mark else hostvars:
+            hostvars[one][own or name] = value
+    return preflight.preflight_list(preflight.preflight_inventory(hostvars, groups, roles)).splitlines()
+
+
+def test_a_sound_inventory_has_no_problems(preflight: ModuleType, roles: str) -> None:
+    assert _found(preflight, roles, llm_ray_uid=1300, ray_node_labels={"rack": "a"}, site_name="mine", ansible_user="root") == []
+    assert _found(preflight, roles, {"ray_head": ["one"]}) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "line"),
+    [
+        ({"ray_head": [], "ray_workers": ["w1"]}, "all: ray_head = []: the group ray_head must have exactly one host, and has 0"),
+        ({"ray_head": ["a", "b"], "nfs_server": ["a"]}, "all: ray_head = [\"a\", \"b\"]: the group ray_head must have exactly one host, and has 2"),
+        ({"ray_head": ["a"], "ray_workers": ["a", "b"], "nfs_server": ["a"]}, "a: ray_workers = \"a\": is in ray_head and in ray_workers: take it out of"),
+        ({"ray_head": ["a"], "nfs_server": ["a", "b"]}, "all: nfs_server = [\"a\", \"b\"]: the group nfs_server has at most one host: leave one"),
+        ({"ray_head": ["a"], "ray_worker": ["b"]}, "all: group = \"ray_worker\": the group ray_worker means nothing here: did you mean ray_workers?"),
+        ({"ray_head": ["a"], "ray_workers": ["b"]}, "all: nfs_server = []: the hosts need shared storage: put one host into nfs_server"),
+    ],
+)  # fmt: skip
+def test_groups(preflight: ModuleType, roles: str, groups: dict[str, list[str]], line: str) -> None:
+    (found,) = _found(preflight, roles, groups)
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"llm_ray_storage": "existing"}, "all: llm_ray_storage = \"existing\": existing storage needs no server: empty the group nfs_server"),
+        ({"ray_node_prot": 6379}, "all: ray_node_prot: no role knows it: did you mean ray_node_port?"),
+        ({"llmray_user": "ray"}, "all: llmray_user: no role knows it: did you mean llm_ray_user?"),
+        ({"cluster_name": "x"}, "all: cluster_name: no role knows it: did you mean llm_ray_cluster_name?"),
+        ({"firewall_zzzzzzzz": 1}, "all: firewall_zzzzzzzz: no role knows it: inventory/sample lists all variables"),
+        ({"w1__llm_ray_uid": "many"}, "w1: llm_ray_uid = \"many\": is of type str and we were unable to convert to int"),
+        ({"llm_ray_runtime": "podman"}, "all: llm_ray_runtime = \"podman\": value of llm_ray_runtime must be one of: bare_metal, docker, got: podman"),
+        ({"llm_ray_prefix": "opt/x"}, "all: llm_ray_prefix = \"opt/x\": must be an absolute path of letters, digits"),
+        ({"llm_ray_state": "/data/a-very/long-path/of-some-forty/characters"}, "all: llm_ray_state = \"/data/a-very/long-path/of-some-forty/characters\": too long for the sockets that Ray makes below it: at most 39"),
+        ({"llm_ray_state": "/srv/llm-ray/state"}, "all: llm_ray_state = \"/srv/llm-ray/state\": local state and shared storage (/srv/llm-ray) must not lie in one"),
+        ({"llm_ray_admin_networks": ["10.0.0.1/24"]}, "all: llm_ray_admin_networks = \"10.0.0.1/24\": is no network: 10.0.0.1/24 has host bits set; write it"),
+        ({"llm_ray_uid": 0}, "all: llm_ray_uid = 0: must be between 1 and 59999"),
+        ({"ray_node_port": 80}, "all: ray_node_port = 80: must be a port between 1024 and 65535"),
+        ({"ray_node_object_manager_port": 6379}, "all: ray_node_object_manager_port = 6379: is the port of ray_node_port too: choose another"),
+        ({"ray_node_dashboard_port": 20005}, "all: ray_node_dashboard_port = 20005: lies among the ports of Ray's workers, 20000 to 21999"),
+        ({"ray_node_max_worker_port": 20010}, "all: ray_node_max_worker_port = 20010: must leave 100 ports or more above ray_node_min_worker_port (20000)"),
+        ({"w1__llm_ray_gid": 1300}, "w1: llm_ray_gid = 1300: must be the same on every host, and elsewhere is 1200: set it in group_vars/all alone"),
+        ({"w2__ansible_host": "10.0.0.1"}, "w2: ansible_host = \"10.0.0.1\": is the address of w1 too: one host has one name"),
+    ],
+)  # fmt: skip
+def test_variables(preflight: ModuleType, roles: str, variables: dict[str, Any], line: str) -> None:
+    found = _found(preflight, roles, **variables)
+    assert any(one.startswith(line) for one in found), found
+
+
+def _playbook(folder: Path, inventory: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(folder / "hosts.yml"), "preflight.yml", *arguments]
+    environment = os.environ | {"ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts"), "ANSIBLE_FORCE_COLOR": "0"}
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=120)
+
+
+def test_the_playbook_stops_at_the_inventory_and_asks_no_host(tmp_path: Path) -> None:
+    unreachable = {"ansible_host": "192.0.2.1", "ray_node_prot": 1, "llm_ray_gid": "{{ undefined_thing }}"}
+    done = _playbook(tmp_path, {"ray_head": {"hosts": {"a": unreachable}}, "ray_worker": {"hosts": {"b": {}}}})
+    assert done.returncode == 2
+    assert "did you mean ray_workers?" in done.stdout
+    assert "a: ray_node_prot: no role knows it: did you mean ray_node_port?" in done.stdout
+    assert "a: llm_ray_gid: cannot be worked out: 'undefined_thing' is undefined" in done.stdout
+    assert "The hosts" not in done.stdout
+
+
+def test_a_limit_does_not_hide_what_is_wrong_elsewhere(tmp_path: Path) -> None:
+    inventory = {
+        "ray_head": {"hosts": {"a": {}}},
+        "ray_workers": {"hosts": {"b": {"llm_ray_uid": "many"}, "c": {}}},
+        "nfs_server": {"hosts": {"a": {}}},
+    }
+    done = _playbook(tmp_path, inventory, "--limit", "c")
+    assert done.returncode == 2
+    assert "b: llm_ray_uid" in done.stdout
+
+
+def test_an_empty_inventory_is_told(tmp_path: Path) -> None:
+    done = _playbook(tmp_path, {"all": {}})
+    assert done.returncode == 2
+    assert "the group ray_head must have exactly one host, and has 0" in done.stdout
