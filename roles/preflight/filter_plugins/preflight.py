@@ -84,7 +84,8 @@ class _Values:
         try:
             return _plain(self.variables[name])
         except Exception as error:
-            return _Undecided() if "ansible_facts" in str(error) else error
+            # facts, and the internal variables of roles, which begin with two underscores
+            return _Undecided() if "ansible_facts" in str(error) or "'__" in str(error) else error
 
     def get(self, name: str) -> Any:
         """The value or the plain default; None where it is not to be known before hosts are asked."""
