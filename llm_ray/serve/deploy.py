@@ -36,6 +36,9 @@ _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+
 # Errors that only say that another one happened elsewhere.
 _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
 DRAIN_SECONDS = 60.0
+# A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
+_STARTS = 5
+_FAILED_TO_START = "failed to start"
 
 
 @dataclass(frozen=True)
@@ -210,9 +213,15 @@ def check_port(host: str, port: int) -> None:
 
 
 def tell_reason(message: str) -> str:
-    """The root cause in a traceback as Serve tells it: its last error that says something."""
-    found = [f"{kind.rpartition('.')[2]}: {what.strip()}" for kind, what in _ERROR_LINE.findall(message) if not what.startswith(_EMPTY)]
-    return found[-1] if found else message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
+    """The root cause in a traceback as Serve tells it: its last error that says something, with what pydantic says of its fields."""
+    found = [match for match in _ERROR_LINE.finditer(message) if not match[2].startswith(_EMPTY)]
+    if not found:
+        return message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
+    what = found[-1][2].strip()
+    if re.search(r"\d+ validation errors? for \w+$", what):
+        details = re.findall(r"^\s*(?:Value error, |Assertion failed, )?(\S.*?) \[type=", message[found[-1].end() :], re.MULTILINE)
+        what = "; ".join(details) or what
+    return f"{found[-1][1].rpartition('.')[2]}: {what}"
 
 
 # Applications ------------------------------------------------------------------------------------------------------------------
@@ -244,7 +253,7 @@ def _application(model: ServedModel) -> Any:
         user_config=catalogue.user_config(model),
         max_ongoing_requests=model.max_batch,
         max_queued_requests=model.max_queue,
-        max_constructor_retry_count=1,  # what fails once at the start fails again
+        max_constructor_retry_count=_STARTS,
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
@@ -333,15 +342,21 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
             if not waiting:
                 return
             for app, said in wanted.items():
-                if app in apps and apps[app].status == "DEPLOY_FAILED":
-                    reason = tell_reason("\n".join([apps[app].message, *(d.message for d in apps[app].deployments.values())]))
-                    raise ServeError(f"{said} could not be deployed: {reason}")
+                if app in apps and (message := _failure(apps[app])):
+                    raise ServeError(f"{said} could not be deployed: {tell_reason(message)}")
             if time.monotonic() - began > timeout:
                 told = [d.message for app in wanted if app in apps for d in apps[app].deployments.values()]
                 raise ServeError(
                     f"{', '.join(waiting)} did not start within {timeout:.0f} s. The last word: {tell_reason(chr(10).join(told))}"
                 )
             time.sleep(_POLL)
+
+
+def _failure(app: Any) -> str | None:
+    """What Serve tells of a deployment that will not do: the constructor's error, at its first occurrence."""
+    told = "\n".join([app.message, *(d.message for d in app.deployments.values())])
+    broken = _FAILED_TO_START in told and "ActorDiedError" not in told
+    return told if broken or app.status == "DEPLOY_FAILED" else None
 
 
 def _client() -> Any:

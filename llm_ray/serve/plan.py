@@ -19,7 +19,7 @@ from llm_ray.hardware import cpu_flags, has_bf16
 from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
 from llm_ray.models.load import fingerprint, resolve
 from llm_ray.models.registry import has_chat_template, import_model, template_text
-from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, kv_cache_bytes, longest
+from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, kv_cache_bytes, longest, text_config
 
 # What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
 _PROGRAM_BYTES = 1_800 * 2**20
@@ -67,6 +67,8 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     _check_kind(asked, path)
     precision = _precision(asked, weights)
     length = longest(path, asked.max_model_len)
+    if (most := text_config(path).get("max_position_embeddings")) and length > most:
+        raise ModelError(f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so many")
     cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
     size = SIZES.get(weights.dtype, 4.0) if asked.engine == "openvino" else SIZES[precision]
     template = asked.chat_template
@@ -115,7 +117,8 @@ def _weights(asked: ModelServing, source: Path, paths: Paths, reporter: Reporter
     """The folder with weights in the engine's form."""
     if asked.engine != "openvino":
         return source, check_folder(source, tokenizer=not asked.tokenizer)
-    from llm_ray.models.convert import openvino_folder, openvino_weights
+    from llm_ray.models.convert import openvino_folder
+    from llm_ray.models.openvino import openvino_weights
 
     folder = openvino_folder(source, asked.weights, paths.models, reporter)
     return folder, openvino_weights(folder)

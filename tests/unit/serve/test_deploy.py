@@ -28,6 +28,14 @@ def test_the_root_cause_is_told() -> None:
     assert "llm-ray serve logs" in tell_reason("")
 
 
+def test_what_a_validation_says_of_the_fields_is_told() -> None:
+    told = """RuntimeError: Failed to create vLLM engine config: 1 validation error for ModelConfig
+  Value error, User-specified max_model_len (20000) is greater than 8192 [type=value_error, input_value=ArgsKwargs(()), input_type=ArgsKwargs]
+    For further information visit https://errors.pydantic.dev/2.12/v/value_error
+"""
+    assert tell_reason(told) == "RuntimeError: User-specified max_model_len (20000) is greater than 8192"
+
+
 def test_a_port_in_use_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

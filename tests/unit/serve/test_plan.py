@@ -50,6 +50,11 @@ def test_weights_in_fp32_are_not_rounded_unasked(smollm2: Path, tmp_path: Path, 
     assert _plan(ModelServing(model=str(smollm2), precision="bf16"), tmp_path).precision == "bf16"
 
 
+def test_more_tokens_than_the_model_was_made_for_are_refused(smollm2: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"models.m.max_model_len is 20000, but the model was made for 8192 tokens"):
+        _plan(ModelServing(model=str(smollm2), max_model_len=20000), tmp_path)
+
+
 def test_a_run_is_served_by_its_name(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / "bot").mkdir(parents=True)
     (tmp_path / "runs" / "bot" / "output").symlink_to(smollm2)
