@@ -23,8 +23,10 @@ def knows_tools(template: str) -> bool:
 
 def tell_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation with the tools told in its system message, and calls and results as text in the same form."""
-    told = _BEFORE + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools) + _AFTER
     plain = [_plain(message) for message in messages]
+    if not tools:
+        return plain
+    told = _BEFORE + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools) + _AFTER
     if plain and plain[0]["role"] == "system" and isinstance(plain[0]["content"], str):
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
     return [{"role": "system", "content": told}, *plain]

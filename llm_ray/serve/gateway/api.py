@@ -1,7 +1,7 @@
 """The HTTP API before all models: OpenAI's routes, a route of its own for each model, health, readiness, metrics.
 
-Requests and answers are those of ``ray.serve.llm`` (and so of vLLM); its ingress is what this one extends: the models are not bound
-when it is deployed but looked up in Ray Serve's controller, so that they come and go without it.
+Answers are those of ``ray.serve.llm`` (and so of vLLM). The models are not bound when this is deployed, as ``ray.serve.llm``'s ingress
+wants it, but looked up in Ray Serve's controller, so that they come and go without it.
 """
 
 from __future__ import annotations
@@ -12,26 +12,15 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Body as FromBody
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.llm._internal.serve.core.configs.openai_api_models import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    ErrorResponse,
-    TokenizeCompletionRequest,
-)
-from ray.llm._internal.serve.core.ingress.utils import _sanitize_chat_completion_request
-from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.configs.openai_api_models import CompletionResponse, ErrorResponse
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -39,32 +28,20 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 
 from llm_ray.serve import catalogue
 from llm_ray.serve.catalogue import Deployed
+from llm_ray.serve.gateway import openapi
+from llm_ray.serve.gateway.errors import ApiError, failed, invalid, refused, refused_in_stream
 from llm_ray.serve.gateway.metrics import Metrics, Watch
+from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
 from llm_ray.serve.gateway.simple import SimpleRequest
 from llm_ray.serve.protect.errors import openai_error
 from llm_ray.serve.protect.limits import cap_tokens
 
-# How old the list of models may be, in seconds; an unknown name has it looked up again.
+# How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name that is not known.
 _FRESH = 1.0
+_OLD = 10.0
 _LOOK_AGAIN = 0.2
-
-
-def _tame(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """vLLM's validators raise whatever Python raises for what they did not expect; to the client all of it is a bad request."""
-    try:
-        return handler(value)
-    except ValidationError:
-        raise
-    except Exception as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-
-
-# Bodies of requests, which fail with a 400 alone.
-Chat = Annotated[ChatCompletionRequest, WrapValidator(_tame)]
-Completion = Annotated[CompletionRequest, WrapValidator(_tame)]
-Embedding = Annotated[EmbeddingRequest, WrapValidator(_tame)]
-Tokenize = Annotated[TokenizeCompletionRequest, WrapValidator(_tame)]
-Detokenize = Annotated[DetokenizeRequest, WrapValidator(_tame)]
+# How long an answer is waited for before it is looked whether its model is still there.
+_STILL_THERE = 5.0
 
 
 @dataclass(frozen=True)
@@ -74,22 +51,6 @@ class Target:
     name: str
     entry: Deployed
     adapter: bool
-
-
-class ApiError(Exception):
-    """An answer with an error, in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, code: str | None = None, retry_after: int | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.retry_after = status, message, code, retry_after
-
-    def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else None
-        return openai_error(self.status, self.message, code=self.code, headers=headers)
-
-    def event(self) -> str:
-        """As an event of a stream whose headers have been sent."""
-        return f"data: {json.dumps({'error': {'message': self.message, 'type': _type(self.status), 'param': None, 'code': self.code}})}\n\n"
 
 
 class Api:
@@ -103,22 +64,14 @@ class Api:
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
         self._looked = 0.0
         self._lock = asyncio.Lock()
-        self._watcher: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self.app = _build(self)
 
     # The models ----------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin to follow the controller's list of models."""
-        if self._watcher is None:
-            await self._look(0)
-            self._watcher = asyncio.create_task(self._follow())
-
-    async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(_FRESH)
-            with contextlib.suppress(Exception):  # the controller restarts: the models are as they were
-                await self._look(_FRESH / 2)
+        """Look up the models, which fails where there is no controller."""
+        await self._look(_OLD)
 
     async def _look(self, age: float) -> None:
         """Look up the models, unless that was done within `age` seconds."""
@@ -134,28 +87,43 @@ class Api:
                 self._targets[name] = Target(name, entry, False)
             for key in [key for key in self._handles if key[0] not in self._models]:
                 del self._handles[key]
-            self.metrics.set_models({name: entry.replicas for name, entry in self._models.items()}, self._queued)
             self._looked = time.monotonic()
 
-    def _queued(self, model: str, in_progress: int) -> int:
-        entry = self._models[model]
-        return max(0, in_progress - entry.replicas * entry.model.max_batch)
+    async def _look_if_old(self) -> None:
+        """Look up the models beside the request that is answered, or before it if that was long ago."""
+        age = time.monotonic() - self._looked
+        if age > _OLD:
+            with contextlib.suppress(Exception):  # the controller restarts: the models are as they were
+                await asyncio.wait_for(self._look(_OLD), _STILL_THERE)
+        elif age > _FRESH and (self._looking is None or self._looking.done()):
+            self._looking = asyncio.create_task(self._look(_FRESH))
+            self._looking.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _visible(self, request: Request) -> dict[str, Target]:
+        """The targets that the request's key may ask."""
+        key = request.scope.get("state", {}).get("llm_ray_key")
+        allowed = key.models if key else None
+        return {name: target for name, target in sorted(self._targets.items()) if not allowed or name in allowed}
 
     async def _target(self, name: str | None, request: Request) -> Target:
         """Where requests for `name` go. Raises ApiError."""
-        if name is None or name == "":
-            if len(self._targets) != 1:
-                raise ApiError(400, f"model is missing: name one of {', '.join(sorted(self._targets)) or 'none, for none is deployed'}")
-            name = next(iter(self._targets))
-        if name not in self._targets:
+        await self._look_if_old()
+        visible = self._visible(request)
+        if name not in visible:
             await self._look(_LOOK_AGAIN)
-        key = request.scope.get("state", {}).get("llm_ray_key")
-        allowed = key.models if key else None
-        target = self._targets.get(name)
-        if target is None or (allowed and name not in allowed):
-            names = sorted(n for n in self._targets if not allowed or n in allowed)
-            raise ApiError(404, f"The model `{name}` does not exist here. There are: {', '.join(names) or 'none'}.", "model_not_found")
-        return target
+            visible = self._visible(request)
+        there = ", ".join(visible) or "none"
+        if name is None:
+            if len(visible) != 1:
+                raise ApiError(400, f"model is missing: name one. There are: {there}.", "model_missing", param="model")
+            return next(iter(visible.values()))
+        if name not in visible:
+            raise ApiError(404, f"The model `{name[:200]}` does not exist here. There are: {there}.", "model_not_found", param="model")
+        return visible[name]
+
+    async def of_path(self, model: str, request: Request) -> None:
+        """Raises ApiError for a path that names no model, before its body is looked at."""
+        await self._target(model, request)
 
     def _handle(self, target: Target) -> DeploymentHandle:
         key = (target.entry.model.name, target.name if target.adapter else "")
@@ -166,77 +134,107 @@ class Api:
 
     # Asking a model --------------------------------------------------------------------------------------------------------
 
-    async def _first(self, target: Target, method: str, body: Any, request: Request) -> tuple[Any, AsyncIterator[Any]]:
-        """The first piece of the answer, and the rest. Raises ApiError for whatever the model does not do."""
-        info = RawRequestInfo.from_starlette_request(request)
+    async def _first(self, target: Target, method: str, body: Any) -> tuple[Any, Any]:
+        """The first piece of the answer, and the stream of the rest. Raises ApiError for whatever the model does not do.
+
+        Nothing of the HTTP request but its body goes to the model: headers could set priorities, ids, and caches of other requests.
+        """
         for attempt in (1, 2):
+            stream = None
             try:
-                stream = getattr(self._handle(target), method).remote(body, info)
-                first = await anext(stream)
+                stream = getattr(self._handle(target), method).remote(body)
+                first = await self._awaited(stream, target)
             except RayActorError as error:
                 if attempt == 1:  # nothing has been sent yet: another replica, or its successor, can answer
                     continue
-                raise _explained(error, target) from error
+                raise failed(error, target.name, target.entry) from error
+            except ApiError:
+                raise
             except Exception as error:
-                raise _explained(error, target) from error
-            if isinstance(first, list) and first and isinstance(first[0], ErrorResponse):
-                first = first[0]
-            if isinstance(first, ErrorResponse):
-                raise ApiError(_status(first.error.code), first.error.message, first.error.type)
+                raise failed(error, target.name, target.entry) from error
+            except BaseException:  # cancelled: the client is gone, or it took too long
+                if stream is not None:
+                    stream.cancel()
+                raise
+            piece = first[0] if isinstance(first, list) and first else first
+            if isinstance(piece, ErrorResponse):
+                raise refused(piece)
+            if isinstance(piece, str) and (error_told := refused_in_stream(piece)):
+                raise error_told
             return first, stream
         raise AssertionError
 
-    async def _answer(self, method: str, body: Any, request: Request) -> Response:
-        """The answer to a chat or a completion, whole or streamed."""
-        if self.draining:
-            raise ApiError(503, "This endpoint is being stopped.", "stopping", 5)
-        target = await self._target(body.model, request)
-        body.model = target.name
-        _limit_tokens(body, request, target)
-        watch = self.metrics.begin(target.entry.model.name)
+    async def _awaited(self, stream: Any, target: Target) -> Any:
+        """The first piece; Serve waits for ever for replicas of a model that was taken away meanwhile. Raises ApiError."""
+        first = asyncio.ensure_future(anext(stream))
         try:
+            while not (await asyncio.wait({first}, timeout=_STILL_THERE))[0]:
+                with contextlib.suppress(Exception):  # the controller restarts
+                    await self._look(_FRESH)
+                if target.entry.model.name not in self._models:
+                    raise ApiError(404, f"The model `{target.name}` was taken away.", "model_not_found", param="model")
+            return first.result()
+        finally:
+            if not first.done():
+                stream.cancel()
+                first.cancel()
+
+    async def _answer(self, method: str, body: Chat | Completion, request: Request) -> Any:
+        """The answer to a chat or a completion: a response of vLLM's, or the events of a stream. Raises ApiError."""
+        target = await self._begin(body, request)
+        if refusal := _too_much(body, target) or _over_key(body, target, request):
+            raise refusal
+        watch = self.metrics.begin(target.name)
+        request.scope["state"]["llm_ray_counted"] = True
+        try:
+            hidden = bool(body.stream) and _ask_for_usage(body)
+            first, rest = await self._first(target, method, body)
             if not body.stream:
-                result, _ = await self._first(target, method, body, request)
-                watch.token()
-                watch.usage(result.usage.prompt_tokens, result.usage.completion_tokens or 0)
+                watch.usage(first.usage.prompt_tokens, first.usage.completion_tokens or 0)
                 watch.end(200)
-                return JSONResponse(result.model_dump())
-            hidden = _ask_for_usage(body)
-            first, rest = await self._first(target, method, body, request)
+                return first
         except ApiError as error:
             watch.end(error.status)
             raise
         except BaseException:
-            watch.end()  # cancelled: the client is gone
+            watch.end()
             raise
-        return StreamingResponse(_events(first, rest, watch, hidden, target), media_type="text/event-stream")
+        return _events(first, rest, watch, hidden, target)
 
-    async def chat(self, body: Chat, request: Request) -> Response:
+    async def _begin(self, body: Any, request: Request) -> Target:
+        """Where the body is to go; its model is named. Raises ApiError."""
+        if self.draining:
+            raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
+        target = await self._target(body.model, request)
+        body.model = target.name
+        return target
+
+    async def chat(self, body: Annotated[Chat, FromBody()], request: Request) -> Response:
         """Answer a conversation."""
-        return await self._answer("chat", _sanitize_chat_completion_request(body), request)
+        return _response(await self._answer("chat", body, request))
 
-    async def completions(self, body: Completion, request: Request) -> Response:
-        """Continue a text."""
-        return await self._answer("completions", body, request)
+    async def completions(self, body: Annotated[Completion, FromBody()], request: Request) -> Response:
+        """Continue a text, or several."""
+        return _response(await self._answer("completions", body, request))
 
-    async def embeddings(self, body: Embedding, request: Request) -> Response:
-        """Vectors of texts, by a model that makes some."""
+    async def embeddings(self, body: Annotated[Embedding, FromBody()], request: Request) -> Response:
+        """Vectors of texts, by a model that makes some; others answer 400."""
         return await self._plain("embeddings", body, request)
 
-    async def tokenize(self, body: Tokenize, request: Request) -> Response:
-        """The tokens of a text."""
+    async def tokenize(self, body: Annotated[Tokenize, FromBody()], request: Request) -> Response:
+        """The tokens of a text, or of a conversation as the model's chat template writes it."""
         return await self._plain("tokenize", body, request)
 
-    async def detokenize(self, body: Detokenize, request: Request) -> Response:
+    async def detokenize(self, body: Annotated[Detokenize, FromBody()], request: Request) -> Response:
         """The text of tokens."""
         return await self._plain("detokenize", body, request)
 
     async def _plain(self, method: str, body: Any, request: Request) -> Response:
-        target = await self._target(body.model, request)
-        body.model = target.name
-        watch = self.metrics.begin(target.entry.model.name)
+        target = await self._begin(body, request)
+        watch = self.metrics.begin(target.name)
+        request.scope["state"]["llm_ray_counted"] = True
         try:
-            result, _ = await self._first(target, method, body, request)
+            result, _ = await self._first(target, method, body)
             if usage := getattr(result, "usage", None):
                 watch.usage(usage.prompt_tokens, 0)
             watch.end(200)
@@ -245,42 +243,40 @@ class Api:
             raise
         finally:
             watch.end()
-        return JSONResponse(result.model_dump())
+        return _response(result)
 
-    async def simple(self, model: str, body: SimpleRequest, request: Request) -> Response:
-        """Ask one model: a text or a conversation in, text out."""
+    async def simple(self, model: str, body: Annotated[SimpleRequest, FromBody()], request: Request) -> Response:
+        """Ask one model: a text or a conversation in, text out. A list of texts gets a list of answers."""
         target = await self._target(model, request)
-        bodies = body.bodies(target.name, chat=target.entry.model.chat)
-        if "messages" in bodies[0] and not target.entry.model.chat:
-            raise ApiError(400, f"The model `{model}` has no chat template: send text in place of messages.")
+        served = target.entry.model
+        if body.is_conversation and not served.chat:
+            raise ApiError(400, f"The model `{target.name}` has no chat template: send a text.", "invalid_request", param="text")
+        bodies = body.bodies(target.name, served.chat)
         if body.stream and len(bodies) > 1:
-            raise ApiError(400, "A list of texts cannot be streamed: send one text, or stream: false.")
-        answers = await asyncio.gather(*(self._openai(one, request) for one in bodies))
+            said = "stream: a list of texts cannot be streamed; send one text, or stream: false."
+            raise ApiError(400, said, "invalid_request", param="stream")
+        if len(bodies) > served.max_batch:
+            raise _too_many(len(bodies), target, "text")
+        answers = await asyncio.gather(*(self._answer("chat" if served.chat else "completions", one, request) for one in bodies))
         if body.stream:
-            return StreamingResponse(_texts(answers[0].body_iterator), media_type="text/plain; charset=utf-8")  # type: ignore[attr-defined]
-        results = [_simple_result(json.loads(bytes(answer.body))) for answer in answers]
+            return StreamingResponse(_texts(answers[0]), media_type="text/plain; charset=utf-8")
+        results = [_simple_result(answer) for answer in answers]
+        several = isinstance(body.text, list) and not body.is_conversation
         if "application/json" in request.headers.get("accept", ""):
-            return JSONResponse(results[0] if len(results) == 1 and not isinstance(body.text, list) else results)
-        if len(results) == 1 and (isinstance(body.text, str) or "messages" in bodies[0]):
-            return PlainTextResponse(results[0]["text"])
-        return JSONResponse([result["text"] for result in results])
-
-    async def _openai(self, body: dict[str, Any], request: Request) -> Response:
-        if "messages" in body:
-            return await self.chat(ChatCompletionRequest(**body), request)
-        return await self.completions(CompletionRequest(**body), request)
+            return JSONResponse(results if several else results[0])
+        if several:
+            return JSONResponse([result["text"] for result in results])
+        return PlainTextResponse(results[0]["text"])
 
     # About the endpoint ----------------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> dict[str, Any]:
-        """The models that answer here."""
-        key = request.scope.get("state", {}).get("llm_ray_key")
-        allowed = key.models if key else None
+        """The models and adapters that answer here."""
         await self._look(_FRESH)
-        return {"object": "list", "data": [_card(t) for n, t in sorted(self._targets.items()) if not allowed or n in allowed]}
+        return {"object": "list", "data": [_card(target) for target in self._visible(request).values()]}
 
     async def model(self, model: str, request: Request) -> dict[str, Any]:
-        """One model."""
+        """One model or adapter."""
         return _card(await self._target(model, request))
 
     async def health(self) -> dict[str, str]:
@@ -288,7 +284,7 @@ class Api:
         return {"status": "ok"}
 
     async def ready(self) -> Response:
-        """Whether every model answers."""
+        """Whether every model answers: 503 while one does not, or none is there."""
         await self._look(_FRESH)
         states = {name: "ready" if entry.ready else entry.status.lower() for name, entry in self._models.items()}
         good = bool(states) and not self.draining and all(state == "ready" for state in states.values())
@@ -296,15 +292,24 @@ class Api:
 
     async def prometheus(self) -> Response:
         """Counters in Prometheus' text format."""
+        with contextlib.suppress(Exception):  # the controller restarts: the counters are here
+            await self._look(_FRESH)
+        self.metrics.set_models(self._models)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        """Of each model: requests, errors, requests in progress, tokens, tokens/s."""
-        return {name: self.metrics.summary(name) for name in self._models}
+        """Of each model and adapter: requests, errors, requests in progress, tokens, tokens/s."""
+        return {name: self.metrics.summary(name) for name in self._targets}
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What answers here."""
+        return frozenset(self._targets)
 
     @property
     def in_progress(self) -> int:
-        return sum(self.metrics.in_progress(name) for name in self._models)
+        """Requests taken in and not answered yet."""
+        return self.metrics.in_progress()
 
     async def idle(self) -> None:
         """Return when no request is in progress."""
@@ -313,83 +318,75 @@ class Api:
 
 
 def _build(api: Api) -> FastAPI:
-    app = FastAPI(title="LLM on Ray", description="Models on Ray Serve with OpenAI's API.", redoc_url=None)
-    error = {"description": "An error in OpenAI's form: error.message, .type, .param, .code"}
-    responses: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 404, 408, 413, 429, 500, 503, 504), error)
-    about: list[str | Enum] = ["endpoint"]
-    ask: list[str | Enum] = ["models"]
-    app.get("/health", tags=about)(api.health)
-    app.get("/ready", tags=about, responses={503: error})(api.ready)
-    app.get("/metrics", tags=about)(api.prometheus)
-    app.get("/v1/models", tags=ask, responses={401: error})(api.models)
-    app.get("/v1/models/{model:path}", tags=ask, responses={401: error, 404: error})(api.model)
-    app.post("/v1/chat/completions", tags=ask, responses=responses)(api.chat)
-    app.post("/v1/completions", tags=ask, responses=responses)(api.completions)
-    app.post("/v1/embeddings", tags=ask, responses=responses)(api.embeddings)
-    app.post("/tokenize", tags=ask, responses=responses)(api.tokenize)
-    app.post("/detokenize", tags=ask, responses=responses)(api.detokenize)
-    app.post("/{model:path}", tags=ask, responses=responses)(api.simple)
-    app.add_exception_handler(ApiError, lambda _, error: error.response())
-    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
-    app.add_exception_handler(StarletteHTTPException, _http_error)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _defect)
+    app = openapi.app()
+    openapi.get(app, "/health", api.health)
+    openapi.get(app, "/ready", api.ready)
+    openapi.get(app, "/metrics", api.prometheus)
+    openapi.get(app, "/v1/models", api.models)
+    openapi.get(app, "/v1/models/{model:path}", api.model)
+    openapi.post(app, "/v1/chat/completions", api.chat)
+    openapi.post(app, "/v1/completions", api.completions)
+    openapi.post(app, "/v1/embeddings", api.embeddings)
+    openapi.post(app, "/tokenize", api.tokenize)
+    openapi.post(app, "/detokenize", api.detokenize)
+    openapi.post(app, "/{model:model}", api.simple, [Depends(api.of_path)])
+
+    async def not_valid(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "none")
+        if isinstance(error.body, bytes) and not kind.partition(";")[0].strip().endswith("json"):
+            said = f"The body's Content-Type is {kind[:100]}; it has to be application/json."
+            return openai_error(415, said, "unsupported_media_type")
+        return invalid(error.errors(), error.body).response()
+
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405 and "model" in request.path_params and request.path_params["model"] not in api.names:
+            return openai_error(404, f"There is nothing at {request.url.path[:200]}.", "not_found")
+        said = str(error.detail)
+        if error.status_code == 404:
+            said = f"There is nothing at {request.url.path[:200]}."
+        elif error.status_code == 405:
+            said = f"{request.method[:20]} is not done at {request.url.path[:200]}."
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        return openai_error(error.status_code, said, codes.get(error.status_code, "invalid_request"), headers=error.headers)
+
+    async def defect(_: Request, error: Exception) -> Response:
+        said = f"{type(error).__name__}: this is a defect of the endpoint; its log has the details (llm-ray serve logs gateway)"
+        return openai_error(500, said, "internal_error")
+
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error.response()
+
+    app.add_exception_handler(ApiError, api_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, not_valid)  # type: ignore[arg-type]
+    app.add_exception_handler(StarletteHTTPException, http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, defect)
     return app
 
 
-async def _invalid(_: Request, error: RequestValidationError) -> Response:
-    first = error.errors()[0] if error.errors() else {"msg": "it cannot be read", "loc": ()}
-    place = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-    return openai_error(400, f"{place}: {first['msg']}", param=place, code="invalid_request")
+# Requests ----------------------------------------------------------------------------------------------------------------------
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
-    return openai_error(error.status_code, str(error.detail), headers=error.headers)
+def _too_much(body: Chat | Completion, target: Target) -> ApiError | None:
+    """Why a request asks for too many answers at once: one request does not take more than the model computes at a time."""
+    several = isinstance(body, Completion) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    answers = (body.n or 1) * (len(body.prompt) if several else 1)
+    return _too_many(answers, target, "prompt" if several else "n") if answers > target.entry.model.max_batch else None
 
 
-async def _defect(_: Request, error: Exception) -> Response:
-    return openai_error(500, f"{type(error).__name__}: this is a defect of the endpoint; its log has the details", code="internal_error")
+def _too_many(answers: int, target: Target, param: str) -> ApiError:
+    most = target.entry.model.max_batch
+    said = f"{param}: the request asks for {answers} answers, and `{target.name}` computes {most} at a time: ask in several requests."
+    return ApiError(400, said, "too_many_answers", param=param)
 
 
-def _type(status: int) -> str:
-    return "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-
-
-def _status(code: object) -> int:
-    """An HTTP status of what an engine calls its error's code; what is neither the client's nor a known one is ours."""
-    return code if isinstance(code, int) and 400 <= code < 600 else 500
-
-
-def _explained(error: Exception, target: Target) -> ApiError:
-    """The error that a client sees for what Ray or the engine raised."""
-    name = target.name
-    if isinstance(error, BackPressureError):
-        return ApiError(
-            429, f"The model `{name}` has as many requests waiting as it may (max_queue {target.entry.model.max_queue}).", "queue_full", 1
-        )
-    if isinstance(error, DeploymentUnavailableError):
-        return ApiError(
-            503, f"The model `{name}` does not start: {target.entry.message or 'see llm-ray serve status'}", "model_unavailable", 10
-        )
-    if isinstance(error, RayActorError):
-        return ApiError(503, f"A replica of the model `{name}` was lost while it answered; ask again.", "replica_lost", 1)
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, (ValueError, TypeError)) or type(cause).__name__ in ("VLLMClientError", "VLLMValidationError", "ValidationError"):
-        return ApiError(400, str(cause) or type(cause).__name__, "invalid_request")
-    if type(cause).__name__ in ("EngineDeadError", "EngineGenerateError"):
-        return ApiError(503, f"The engine of the model `{name}` failed while it answered; ask again.", "engine_failed", 1)
-    return ApiError(
-        500, f"The model `{name}` failed: {type(cause).__name__}; its log has the details (llm-ray serve logs {name})", "internal_error"
-    )
-
-
-def _limit_tokens(body: Any, request: Request, target: Target) -> None:
-    """The key's limit on an answer's tokens. Raises ApiError for a request that asks for more."""
+def _over_key(body: Chat | Completion, target: Target, request: Request) -> ApiError | None:
+    """Hold the request to the key's limit on an answer's tokens; why it is refused, if it asks for more."""
     cap = request.scope.get("state", {}).get("llm_ray_max_tokens")
-    if cap is not None and (refusal := cap_tokens(body, cap, target.entry.model.max_model_len)):
-        raise ApiError(400, refusal, "max_tokens_exceeded")
+    refusal = None if cap is None else cap_tokens(body, cap, target.entry.model.max_model_len)
+    return ApiError(400, refusal, "max_tokens_exceeded", param="max_tokens") if refusal else None
 
 
-def _ask_for_usage(body: Any) -> bool:
+def _ask_for_usage(body: Chat | Completion) -> bool:
     """Have the stream end with its usage, which is counted; returns whether the client is not to see it."""
     asked = bool(body.stream_options and body.stream_options.include_usage)
     if not asked:
@@ -397,13 +394,22 @@ def _ask_for_usage(body: Any) -> bool:
     return not asked
 
 
-async def _events(first: Any, rest: AsyncIterator[Any], watch: Watch, hidden: bool, target: Target) -> AsyncGenerator[str, None]:
+# Answers -----------------------------------------------------------------------------------------------------------------------
+
+
+def _response(answer: Any) -> Response:
+    if isinstance(answer, AsyncGenerator):
+        return StreamingResponse(answer, media_type="text/event-stream")
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def _events(first: Any, rest: Any, watch: Watch, hidden: bool, target: Target) -> AsyncGenerator[str, None]:
     """The events of a stream, counted; an error in the middle becomes an event, for the headers are sent."""
     status = 499
     try:
         piece = first
         while True:
-            text = "".join(piece) if isinstance(piece, list) else str(piece)
+            text = "".join(piece)
             watch.token()
             if '"usage":{' in text:
                 text = _take_usage(text, watch, hidden)
@@ -413,10 +419,12 @@ async def _events(first: Any, rest: AsyncIterator[Any], watch: Watch, hidden: bo
     except StopAsyncIteration:
         status = 200
     except Exception as error:
-        explained = _explained(error, target)
-        status = explained.status
-        yield explained.event()
+        told = failed(error, target.name, target.entry)
+        status = told.status
+        yield told.event()
     finally:
+        if status == 499:  # the client is gone, or it took too long
+            rest.cancel()
         watch.end(status)
 
 
@@ -435,10 +443,10 @@ def _take_usage(text: str, watch: Watch, hidden: bool) -> str:
     return "".join(kept)
 
 
-async def _texts(events: Any) -> AsyncGenerator[str, None]:
+async def _texts(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
     """The bare text of a stream of events."""
     async for chunk in events:
-        for event in str(chunk).split("\n\n"):
+        for event in chunk.split("\n\n"):
             if not event.startswith("data: {"):
                 continue
             data = json.loads(event.removeprefix("data: "))
@@ -449,22 +457,20 @@ async def _texts(events: Any) -> AsyncGenerator[str, None]:
                     yield text
 
 
-def _simple_result(answer: dict[str, Any]) -> dict[str, Any]:
-    choice = answer["choices"][0]
-    usage = {key: answer["usage"][key] for key in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
-    return {"text": text or "", "finish_reason": choice["finish_reason"], "usage": usage, "model": answer["model"]}
+def _simple_result(answer: Any) -> dict[str, Any]:
+    choice = answer.choices[0]
+    text = choice.text if isinstance(answer, CompletionResponse) else choice.message.content
+    usage = openapi.Usage(**{name: getattr(answer.usage, name) or 0 for name in openapi.Usage.model_fields})
+    return openapi.SimpleAnswer(text=text or "", finish_reason=choice.finish_reason, usage=usage, model=answer.model).model_dump()
 
 
 def _card(target: Target) -> dict[str, Any]:
     model = target.entry.model
-    return {
-        "id": target.name,
-        "object": "model",
-        "created": target.entry.created,
-        "owned_by": "llm-ray",
-        "root": model.name,
-        "parent": model.name if target.adapter else None,
-        "max_model_len": model.max_model_len,
-        "metadata": {"engine": model.engine, "precision": model.precision, "ready": target.entry.ready},
-    }
+    return openapi.Card(
+        id=target.name,
+        created=target.entry.created,
+        root=model.name,
+        parent=model.name if target.adapter else None,
+        max_model_len=model.max_model_len,
+        metadata=openapi.ModelInfo(engine=model.engine, precision=model.precision, ready=target.entry.ready),
+    ).model_dump()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class Gateway:
@@ -16,14 +17,17 @@ class Gateway:
         from llm_ray.serve.gateway.api import Api
 
         self._api = Api()
-        self._app = _Switch(self._api.app)
+        self._app = _Outermost(self._api.app, self._api.metrics.refuse)
         return self._app
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Called by Serve with the deployment's user_config, at the start and whenever it changes."""
+        from llm_ray.serve.gateway.openapi import ask_for_keys
         from llm_ray.serve.protect import Protection, protect
 
-        self._app.inner = protect(self._api.app, Protection.from_json(config))
+        protection = Protection.from_json(config)
+        ask_for_keys(self._api.app, protection.keys_file is not None)
+        self._app.inner = protect(self._api.app, protection)
         await self._api.start()
 
     async def stats(self) -> dict[str, dict[str, float]]:
@@ -41,11 +45,18 @@ class Gateway:
         return self._api.in_progress
 
 
-class _Switch:
-    """An ASGI app whose inside can be exchanged while it runs."""
+class _Outermost:
+    """An ASGI app whose inside can be exchanged while it runs. It counts what is refused before it comes to a model."""
 
-    def __init__(self, inner: ASGIApp) -> None:
-        self.inner = inner
+    def __init__(self, inner: ASGIApp, refused: Callable[[int], None]) -> None:
+        self.inner, self._refused = inner, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.inner(scope, receive, send)
+        state = scope.setdefault("state", {})
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400 and "llm_ray_counted" not in state:
+                self._refused(message["status"])
+            await send(message)
+
+        await self.inner(scope, receive, sent)

@@ -1,103 +1,131 @@
-"""What the gateway counts of each model, for Prometheus and `llm-ray serve status`."""
+"""What the gateway counts, for Prometheus and `llm-ray serve status`: by the name asked for, that of a model or of an adapter on one."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from llm_ray.serve.catalogue import Deployed
+
+disable_created_metrics()
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _WINDOW = 60.0
+# The label of requests that name no model which is here.
+NO_MODEL = "-"
 
 
 class Metrics:
     """Counters by model, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        self._requests = Counter("llm_ray_requests", "Requests answered, by HTTP status", ["model", "status"], registry=self._registry)
-        self._errors = Counter("llm_ray_request_errors", "Requests that failed on our side (5xx)", ["model"], registry=self._registry)
-        self._running = Gauge("llm_ray_requests_in_progress", "Requests taken in and not answered yet", ["model"], registry=self._registry)
-        self._waiting = Gauge("llm_ray_requests_queued", "Requests that wait for a replica", ["model"], registry=self._registry)
-        self._prompt = Counter("llm_ray_prompt_tokens", "Tokens of prompts", ["model"], registry=self._registry)
-        self._generated = Counter("llm_ray_generated_tokens", "Tokens of answers", ["model"], registry=self._registry)
+        self.registry = CollectorRegistry()
+        common: Any = {"labelnames": ["model"], "registry": self.registry}
+        self._requests = Counter(
+            "llm_ray_requests", "Requests that have ended, by HTTP status", ["model", "status"], registry=self.registry
+        )
+        self._errors = Counter("llm_ray_request_errors", "Requests that failed on our side (5xx)", **common)
+        self._running = Gauge("llm_ray_requests_in_progress", "Requests taken in and not answered yet, those that wait included", **common)
+        self._waiting = Gauge("llm_ray_requests_queued", "Requests that wait, for more are there than the replicas take at once", **common)
+        self._prompt = Counter("llm_ray_prompt_tokens", "Tokens of prompts", **common)
+        self._generated = Counter("llm_ray_generated_tokens", "Tokens of answers", **common)
         self._first = Histogram(
-            "llm_ray_time_to_first_token_seconds",
-            "From the request to its first token",
-            ["model"],
-            buckets=_SECONDS,
-            registry=self._registry,
+            "llm_ray_time_to_first_token_seconds", "From the request to the first token of a streamed answer", buckets=_SECONDS, **common
         )
         self._each = Histogram(
             "llm_ray_time_per_output_token_seconds",
-            "From the first token to the last, by token",
-            ["model"],
+            "From the first token of a streamed answer to the last, by token",
             buckets=_TOKEN_SECONDS,
-            registry=self._registry,
+            **common,
         )
-        self._whole = Histogram(
-            "llm_ray_request_seconds", "From the request to its end", ["model"], buckets=_SECONDS, registry=self._registry
-        )
-        self._ready = Gauge("llm_ray_model_replicas", "Replicas that answer", ["model"], registry=self._registry)
-        self._recent: dict[str, deque[tuple[float, int]]] = {}
+        self._whole = Histogram("llm_ray_request_seconds", "From the request to the end of its answer", buckets=_SECONDS, **common)
+        self._replicas = Gauge("llm_ray_model_replicas", "Replicas of a model that answer", **common)
+        self._sums: defaultdict[str, _Sums] = defaultdict(_Sums)
 
     def begin(self, model: str) -> Watch:
         """Begin to watch a request to `model`."""
         self._running.labels(model).inc()
+        self._sums[model].in_progress += 1
         return Watch(self, model)
 
-    def _end(self, watch: Watch) -> None:
-        model, now = watch.model, time.monotonic()
-        self._running.labels(model).dec()
-        self._requests.labels(model, str(watch.status)).inc()
-        if watch.status >= 500:
+    def refuse(self, status: int) -> None:
+        """Count a request that never came to a model."""
+        self._count(NO_MODEL, status)
+
+    def _count(self, model: str, status: int) -> None:
+        self._requests.labels(model, str(status)).inc()
+        self._sums[model].requests += 1
+        if status >= 500:
             self._errors.labels(model).inc()
+            self._sums[model].errors += 1
+
+    def _end(self, watch: Watch) -> None:
+        model, now, sums = watch.model, time.monotonic(), self._sums[watch.model]
+        self._running.labels(model).dec()
+        sums.in_progress -= 1
+        self._count(model, watch.status)
         self._whole.labels(model).observe(now - watch.began)
         self._prompt.labels(model).inc(watch.prompt_tokens)
         self._generated.labels(model).inc(watch.generated_tokens)
+        sums.prompt_tokens += watch.prompt_tokens
+        sums.generated_tokens += watch.generated_tokens
         if watch.first is not None:
             self._first.labels(model).observe(watch.first - watch.began)
             if watch.generated_tokens > 1:
                 self._each.labels(model).observe((now - watch.first) / (watch.generated_tokens - 1))
-        self._recent.setdefault(model, deque()).append((now, watch.generated_tokens))
+        sums.recent.append((now, watch.generated_tokens))
+        sums.forget(now)
 
-    def set_models(self, replicas: dict[str, int], queued: Callable[[str, int], int]) -> None:
-        """How many replicas each model has; counters of models that are gone stay, as Prometheus wants it."""
-        for model, count in replicas.items():
-            self._ready.labels(model).set(count)
-            self._waiting.labels(model).set(queued(model, self.in_progress(model)))
+    def set_models(self, models: Mapping[str, Deployed]) -> None:
+        """What is deployed now. Counters of models that are gone stay, as Prometheus wants it; their gauges do not."""
+        self._replicas.clear()
+        self._waiting.clear()
+        for name, entry in models.items():
+            running = sum(self._sums[called].in_progress for called in (name, *entry.model.adapters))
+            self._replicas.labels(name).set(entry.replicas)
+            self._waiting.labels(name).set(max(0, running - entry.replicas * entry.model.max_batch))
 
-    def in_progress(self, model: str) -> int:
-        """Requests to `model` taken in and not answered yet."""
-        return int(self._running.labels(model)._value.get())
+    def in_progress(self) -> int:
+        """Requests taken in and not answered yet, of all models."""
+        return sum(sums.in_progress for sums in self._sums.values())
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
     def summary(self, model: str) -> dict[str, float]:
         """Requests, failures, tokens since the gateway began, and generated tokens/s over the last minute."""
-        recent = self._recent.setdefault(model, deque())
-        now = time.monotonic()
-        while recent and recent[0][0] < now - _WINDOW:
-            recent.popleft()
-        requests = sum(
-            sample.value
-            for metric in self._requests.collect()
-            for sample in metric.samples
-            if sample.name.endswith("_total") and sample.labels["model"] == model
-        )
+        sums = self._sums[model]
+        sums.forget(time.monotonic())
         return {
-            "requests": int(requests),
-            "errors": int(self._errors.labels(model)._value.get()),
-            "in_progress": self.in_progress(model),
-            "prompt_tokens": int(self._prompt.labels(model)._value.get()),
-            "generated_tokens": int(self._generated.labels(model)._value.get()),
-            "tokens_per_second": round(sum(tokens for _, tokens in recent) / _WINDOW, 1),
+            "requests": sums.requests,
+            "errors": sums.errors,
+            "in_progress": sums.in_progress,
+            "prompt_tokens": sums.prompt_tokens,
+            "generated_tokens": sums.generated_tokens,
+            "tokens_per_second": round(sum(tokens for _, tokens in sums.recent) / _WINDOW, 1),
         }
+
+
+@dataclass
+class _Sums:
+    requests: int = 0
+    errors: int = 0
+    in_progress: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    recent: deque[tuple[float, int]] = field(default_factory=deque)
+    """When answers ended, and their tokens."""
+
+    def forget(self, now: float) -> None:
+        while self.recent and self.recent[0][0] < now - _WINDOW:
+            self.recent.popleft()
 
 
 class Watch:
@@ -110,11 +138,11 @@ class Watch:
         self.first: float | None = None
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self.status = 499  # the client was gone, unless something else is said
+        self.status = 499  # cancelled, for the client was gone or it took too long, unless something else is said
         """HTTP status; a stream that breaks is a 5xx though its headers said 200."""
 
     def token(self) -> None:
-        """The first piece of the answer is there."""
+        """The first piece of a streamed answer is there."""
         if self.first is None:
             self.first = time.monotonic()
 

@@ -1,6 +1,6 @@
 """The request of a model's own route, `/<model>`: a text, or a conversation, and a few settings.
 
-curl http://127.0.0.1:8000/support-bot -d '{"text": "What is Ray?", "config": {"max_new_tokens": 32}, "stream": false}'
+curl http://127.0.0.1:8000/support-bot -H 'Content-Type: application/json' -d '{"text": "What is Ray?", "config": {"max_new_tokens": 32}, "stream": false}'
 
 It is that of the earlier LLM on Ray, and becomes a request of OpenAI's kind. A text is a user's message to a model with a chat template,
 and to others the beginning to be continued. The answer is plain text, or JSON for a client that accepts JSON.
@@ -11,6 +11,8 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from llm_ray.serve.gateway.requests import Body, Chat, Completion, Stop
 
 
 class SimpleMessage(BaseModel):
@@ -25,38 +27,51 @@ class SimpleMessage(BaseModel):
 class SimpleConfig(BaseModel):
     """Settings of the answer, by the names of Hugging Face's generate."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    max_new_tokens: int | None = Field(None, ge=1, description="Tokens of the answer at most.")
+    max_new_tokens: int | None = Field(None, ge=1, le=2**24, description="Tokens of the answer at most.")
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="0: all.")
+    top_k: int | None = Field(None, ge=0, lt=2**31, description="0: all.")
     do_sample: bool | None = Field(None, description="false: always the likeliest token.")
     repetition_penalty: float | None = Field(None, gt=0, le=2)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
 
 Text = Annotated[str, Field(min_length=1)]
 
 
-class SimpleRequest(BaseModel):
+class SimpleRequest(Body):
     """A request to `/<model>`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"text": "What is Ray?", "config": {"max_new_tokens": 32}}]}
+    )
 
-    text: Text | Annotated[list[SimpleMessage], Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    text: (
+        Text
+        | Annotated[list[SimpleMessage], Field(min_length=1, max_length=4096)]
+        | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    )
     config: SimpleConfig = SimpleConfig()
     stream: bool = False
 
-    def bodies(self, model: str, chat: bool) -> list[dict[str, Any]]:
+    @property
+    def is_conversation(self) -> bool:
+        """Whether the text is a list of messages."""
+        return isinstance(self.text, list) and isinstance(self.text[0], SimpleMessage)
+
+    def bodies(self, model: str, chat: bool) -> list[Chat] | list[Completion]:
         """The requests of OpenAI's kind that this one means: several for a list of texts."""
         common = self._settings() | {"model": model, "stream": self.stream}
         if isinstance(self.text, list) and isinstance(self.text[0], SimpleMessage):
             messages = [m.model_dump() for m in self.text if isinstance(m, SimpleMessage)]
-            return [common | {"messages": messages}]
+            return [Chat.model_validate(common | {"messages": messages})]
         texts = [self.text] if isinstance(self.text, str) else self.text
-        return [common | ({"messages": [{"role": "user", "content": t}]} if chat else {"prompt": t}) for t in texts]
+        if chat:
+            return [Chat.model_validate(common | {"messages": [{"role": "user", "content": text}]}) for text in texts]
+        return [Completion.model_validate(common | {"prompt": text}) for text in texts]
 
     def _settings(self) -> dict[str, Any]:
         given = self.config.model_dump(exclude_none=True)

@@ -1,0 +1,151 @@
+"""What goes wrong with a request, as its client is told: in OpenAI's form, 4xx for the client's mistakes, 5xx for ours, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.responses import JSONResponse
+from vllm.exceptions import VLLMClientError
+
+from llm_ray.serve.catalogue import Deployed
+from llm_ray.serve.protect.errors import error_body, openai_error
+
+_LONGEST = 1000  # characters of a message
+_TOO_LONG = re.compile(r"maximum context length|longer than the maximum model length|exceeds model's maximum")
+# vLLM repeats at a message's end what the error's param says.
+_PARAMETER = re.compile(r" \(parameter=(?P<param>[\w.]+)(, value=.*)?\)$", re.DOTALL)
+_WORDS = (
+    (re.compile(r"^(Value error|Assertion failed), "), ""),
+    (re.compile(r"^Input should "), "it should "),
+    (re.compile(r"^Field required$"), "it is missing"),
+    (re.compile(r"^Extra inputs are not permitted$"), "there is no such parameter"),
+    (re.compile(r"valid dictionary( or (instance of \w+|object to extract fields from))?"), "valid object"),
+    (re.compile(r"valid list"), "valid array"),
+    (re.compile(r"List should "), "it should "),
+    (re.compile(r"Dictionary should "), "it should "),
+    (re.compile(r" after validation, not \d+"), ""),
+    (re.compile(r"String should "), "it should "),
+    (re.compile(r"Input tag '(.*)' found using '(\w+)' does not match any of the expected tags: "), r"its \2 is '\1', which is none of "),
+    (re.compile(r"Unable to extract tag using discriminator '(\w+)'"), r"its \1 is missing"),
+)
+
+
+class ApiError(Exception):
+    """An answer with an error, in OpenAI's form."""
+
+    def __init__(
+        self, status: int, message: str, code: str | None = None, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
+        self.message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
+
+    def response(self) -> JSONResponse:
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after else None
+        return openai_error(self.status, self.message, self.code, self.param, headers)
+
+    def event(self) -> str:
+        """As an event of a stream whose headers have been sent."""
+        return f"data: {json.dumps(error_body(self.status, self.message, self.code, self.param))}\n\n"
+
+
+def refused(answer: ErrorResponse) -> ApiError:
+    """What vLLM's front end says of a request that it does not do."""
+    return _told(answer.error.code, answer.error.message, answer.error.param)
+
+
+def refused_in_stream(event: str) -> ApiError | None:
+    """The error in a stream's event, if it is one."""
+    if not event.startswith('data: {"error"'):
+        return None
+    error = json.loads(event.removeprefix("data: ").partition("\n")[0])["error"]
+    return _told(error.get("code"), error.get("message") or "", error.get("param"))
+
+
+def _told(status: object, message: str, param: str | None) -> ApiError:
+    if found := _PARAMETER.search(message):
+        message, param = message[: found.start()], param or found["param"]
+    if not isinstance(status, int) or not 400 <= status < 600:
+        return ApiError(500, f"The engine says: {message}", "internal_error")
+    code = "context_length_exceeded" if _TOO_LONG.search(message) else "model_not_found" if status == 404 else "invalid_request"
+    return ApiError(status, message, code if status < 500 else "engine_failed", param=param)
+
+
+def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
+    """What a client is told of an exception that Ray or the engine raised while the model `name` answered."""
+    if isinstance(error, BackPressureError):
+        said = f"The model `{name}` has as many requests waiting as it may (max_queue {entry.model.max_queue})."
+        return ApiError(429, said, "queue_full", retry_after=1)
+    if isinstance(error, DeploymentUnavailableError):
+        said = f"The model `{name}` does not start: {entry.message or 'see llm-ray serve status'}"
+        return ApiError(503, said, "model_unavailable", retry_after=10)
+    if isinstance(error, RayActorError):
+        return ApiError(503, f"A replica of the model `{name}` was lost while it answered; ask again.", "replica_lost", retry_after=1)
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, VLLMClientError):
+        return _told(400, str(cause), getattr(cause, "parameter", None))
+    if type(cause).__name__ in ("EngineDeadError", "EngineGenerateError"):
+        return ApiError(503, f"The engine of the model `{name}` failed while it answered; ask again.", "engine_failed", retry_after=1)
+    said = f"The model `{name}` failed: {type(cause).__name__}; its log has the details (llm-ray serve logs {entry.model.name})"
+    return ApiError(500, said, "internal_error")
+
+
+# Bodies that are not valid -----------------------------------------------------------------------------------------------------
+
+
+def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """What a client is told of a body that is not valid, from pydantic's errors: the field, and shortly what is wrong with it.
+
+    For a field that may be several things pydantic tells what is wrong with each of them. Those that fit best are told.
+    """
+    if not errors:
+        return ApiError(400, "The body is not valid.", "invalid_request")
+    if errors[0]["type"] == "json_invalid":
+        return ApiError(400, f"The body is not JSON: {errors[0]['ctx']['error']} (at character {errors[0]['loc'][-1]})", "invalid_json")
+    located = [(*_place(error["loc"][1:], body, missing=error["type"] == "missing"), error) for error in errors]
+    first = [one for one in located if one[0][:1] == located[0][0][:1]]
+    branches: dict[tuple[str, ...], list[tuple[tuple[str | int, ...], Mapping[str, Any]]]] = {}
+    for path, tags, error in first:
+        branches.setdefault(tags, []).append((path, error))
+    fewest = min(len(branch) for branch in branches.values())
+    best = [branch[0] for branch in branches.values() if len(branch) == fewest]
+    place = max((path for path, _ in best), key=len)
+    there = [error for path, error in best if path == place]
+    there = [error for error in there if not error["type"].endswith("_type")] or there  # of the right type, and wrong otherwise
+    said = " or ".join(dict.fromkeys(_words(error["msg"]) for error in there)).replace(" or it should be ", " or ")
+    param = errors[0].get("ctx", {}).get("param") or _written(place)
+    code = "unsupported_parameter" if errors[0]["type"] == "unsupported_parameter" else "invalid_request"
+    return ApiError(400, f"{param or 'the body'}: {said}", code, param=param)
+
+
+def _place(loc: Sequence[str | int], body: Any, missing: bool) -> tuple[tuple[str | int, ...], tuple[str, ...]]:
+    """Pydantic's location, taken apart: the way in the body, and the alternatives of unions on it."""
+    path: list[str | int] = []
+    tags: list[str] = []
+    for number, part in enumerate(loc):
+        last = number == len(loc) - 1
+        try:
+            body = body[part]
+        except (TypeError, LookupError):
+            if not (missing and last):
+                tags.append(str(part))
+                continue
+        path.append(part)
+    return tuple(path), tuple(tags)
+
+
+def _written(path: Sequence[str | int]) -> str | None:
+    """The way as OpenAI writes it: messages[0].content"""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or None
+
+
+def _words(message: str) -> str:
+    for pattern, words in _WORDS:
+        message = pattern.sub(words, message, count=1)
+    return message

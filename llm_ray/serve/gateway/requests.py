@@ -1,0 +1,380 @@
+"""Bodies of requests as clients may send them: vLLM's request models, less what is the engine's own business, and with bounds.
+
+What is refused here gets a 400 that says why, and is not in the OpenAPI description. What a client of OpenAI's sends and no engine here
+knows (`metadata`, `store`, `service_tier`, …) is passed over, as vLLM does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingCompletionRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from typing_extensions import TypedDict  # typing's own, before Python 3.12, is refused by pydantic
+from vllm.entrypoints.generate.base.protocol import AnyResponseFormat, ResponseFormat
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
+from vllm.exceptions import VLLMClientError
+from vllm.sampling_params import StructuredOutputsParams
+
+_FETCH = "it tells an engine where to fetch caches from"
+_IMAGES = "it changes what an image or a sound costs to read"
+_ELSEWHERE = "it belongs to an API that is not served here"
+_GUIDED = "it is an older name: use response_format, or structured_outputs"
+_FUNCTIONS = "it is an older form: use tools"
+
+# Parameters that a client may not set, and why.
+REFUSED: Mapping[str, str] = {
+    # would reach beyond the request: other hosts, other clients' places in the queue, code
+    "kv_transfer_params": _FETCH,
+    "ec_transfer_params": _FETCH,
+    "priority": "requests are answered in the order in which they come",
+    "request_id": "each request has an id of its own",
+    "session_id": "requests are not tied to a replica",
+    "vllm_xargs": "no extension is there that would read it",
+    "prompt_embeds": "tensors of a client are not read: they can crash an engine",
+    "chat_template": "a template is a program; the model's own is used (chat_template_kwargs sets its variables)",
+    "mm_processor_kwargs": _IMAGES,
+    "media_io_kwargs": _IMAGES,
+    # would cost many times what one answer costs
+    "use_beam_search": "it takes a request for each beam and token",
+    "best_of": "it computes more answers than it returns: ask for them with n",
+    # would do nothing, which a client should know
+    "length_penalty": "it belongs to beam search, which is not done here",
+    "watermarking": "no engine here does it",
+    "thinking_token_budget": "no engine here counts them",
+    "routed_experts_prompt_start": _ELSEWHERE,
+    "return_token_offsets": _ELSEWHERE,
+    "mm_payload": _ELSEWHERE,
+    "return_mm_kwargs": _ELSEWHERE,
+    "guided_json": _GUIDED,
+    "guided_regex": _GUIDED,
+    "guided_choice": _GUIDED,
+    "guided_grammar": _GUIDED,
+    "functions": _FUNCTIONS,
+    "function_call": _FUNCTIONS,
+    "audio": "answers are text",
+    "web_search_options": "nothing is fetched from the web",
+}
+# What the refused ones may be all the same: the value that means nothing is asked for.
+_NOTHING: Mapping[str, Any] = {"priority": 0, "use_beam_search": False, "best_of": 1, "length_penalty": 1.0, "function_call": "none"}
+
+
+class Body(BaseModel):
+    """A request's body, which fails with a ValidationError alone, whatever a validator raises for what it did not expect."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _tame(cls, data: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        if isinstance(data, dict):
+            for name, reason in REFUSED.items():
+                if data.get(name) is not None and data[name] != _NOTHING.get(name, ()):
+                    raise PydanticCustomError("unsupported_parameter", "it cannot be set here: {reason}", {"param": name, "reason": reason})
+            _check_text(data)
+            data = {name: value for name, value in data.items() if name not in REFUSED}
+        try:
+            return handler(data)
+        except ValidationError:
+            raise
+        except VLLMClientError as error:
+            told = {"told": str(error.args[0]), "param": getattr(error, "parameter", None)}
+            raise PydanticCustomError("value_error", "{told}", told) from error
+        except Exception as error:  # vLLM's validators look into values before their types are checked
+            raise PydanticCustomError("value_error", "one of its values is of the wrong type", {}) from error
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        told = handler(core_schema)
+        properties = handler.resolve_ref_schema(told)["properties"]
+        for name in REFUSED.keys() & properties.keys():
+            del properties[name]
+        return told
+
+
+def _check_text(data: Any) -> None:
+    """Half a surrogate pair is JSON, but no text: tokenizers and answers cannot hold it. Raises PydanticCustomError."""
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            if not value.isascii():
+                try:
+                    value.encode()
+                except UnicodeEncodeError:
+                    raise PydanticCustomError("value_error", "it holds half of a surrogate pair, which is no character", {}) from None
+        elif isinstance(value, dict):
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+# Messages ----------------------------------------------------------------------------------------------------------------------
+
+
+def _inline(url: str) -> str:
+    if not url.startswith("data:"):
+        raise ValueError("nothing is fetched from the network: send the content itself, as data:…;base64,…")
+    return url
+
+
+_Url = Annotated[str, AfterValidator(_inline), Field(json_schema_extra={"pattern": "^data:"})]
+
+
+class TextPart(TypedDict):
+    """A text within a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(TypedDict):
+    """An image, within the request itself."""
+
+    url: _Url
+    detail: NotRequired[Literal["auto", "low", "high"] | None]
+
+
+class ImagePart(TypedDict):
+    """An image within a message, for models that see."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class InputAudio(TypedDict):
+    """A sound in base64."""
+
+    data: str
+    format: Literal["wav", "mp3"]
+
+
+class AudioPart(TypedDict):
+    """A sound within a message, for models that hear."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class CalledFunction(TypedDict):
+    """The function of a tool call."""
+
+    name: str
+    arguments: NotRequired[str]
+
+
+class ToolCall(TypedDict):
+    """A tool call of an earlier answer."""
+
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunction
+
+
+_Texts = str | Annotated[list[TextPart], Field(max_length=1024)]
+_Parts = str | Annotated[list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]], Field(max_length=1024)]
+
+
+class SystemMessage(TypedDict):
+    """What the model is told before the conversation."""
+
+    role: Literal["system", "developer"]
+    content: _Texts
+    name: NotRequired[str | None]
+
+
+class UserMessage(TypedDict):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: _Parts
+    name: NotRequired[str | None]
+
+
+class AssistantMessage(TypedDict):
+    """An earlier answer."""
+
+    role: Literal["assistant"]
+    content: NotRequired[_Texts | None]
+    reasoning: NotRequired[str | None]
+    tool_calls: NotRequired[Annotated[list[ToolCall], Field(max_length=128)] | None]
+    name: NotRequired[str | None]
+
+
+class ToolMessage(TypedDict):
+    """What a tool returned."""
+
+    role: Literal["tool"]
+    content: _Texts
+    tool_call_id: NotRequired[str | None]
+    name: NotRequired[str | None]
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+# Bounded fields ----------------------------------------------------------------------------------------------------------------
+
+_MODEL = Field(
+    None, description="Name of a model or of an adapter, as /v1/models lists them. May be left out where there is one only.", max_length=200
+)
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+_Logprobs = Annotated[int, Field(ge=0, le=20)]
+_MAX_TOKENS = 2**24
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """vLLM's own way to ask for an answer of a form: one of these."""
+
+    json: dict[str, Any] | str
+    regex: Annotated[str, Field(min_length=1, max_length=10_000)]
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
+    grammar: Annotated[str, Field(min_length=1, max_length=100_000)]
+    json_object: Literal[True]
+    whitespace_pattern: Annotated[str, Field(max_length=100)] | None
+
+
+def _structured(asked: StructuredOutputs | None) -> StructuredOutputsParams | None:
+    given = {name: value for name, value in (asked or {}).items() if value is not None}
+    if asked is not None and len(given.keys() - {"whitespace_pattern"}) != 1:
+        raise ValueError("it should have one of json, regex, choice, grammar and json_object")
+    return StructuredOutputsParams(**given) if given else None
+
+
+def _with_schema(asked: Any) -> Any:
+    if isinstance(asked, ResponseFormat) and asked.json_schema and asked.json_schema.json_schema is None:
+        raise ValueError("json_schema.schema is missing")
+    return asked
+
+
+class _Sampling(Body):
+    """What chats and completions have in common. Bounds are OpenAI's where it has some, else what one request may cost."""
+
+    model: str | None = _MODEL
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0: always the likeliest token.")
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1: all.")
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    min_tokens: int = Field(0, ge=0, le=_MAX_TOKENS)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = []
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=128)] | None = []
+    bad_words: list[Stop] = Field(default_factory=list, max_length=128)
+    allowed_token_ids: Annotated[list[_TokenId], Field(min_length=1, max_length=1024)] | None = None
+    logprob_token_ids: Annotated[list[_TokenId], Field(max_length=128)] | None = None
+    logit_bias: (
+        Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
+    prompt_logprobs: _Logprobs | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31)
+    structured_outputs: Annotated[StructuredOutputs | None, AfterValidator(_structured)] = None
+    response_format: Annotated[AnyResponseFormat | None, AfterValidator(_with_schema)] = None
+
+
+class Chat(_Sampling, ChatCompletionRequest):
+    """A request to /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        strict=True,
+        json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}]},
+    )
+
+    messages: Messages
+    n: int | None = Field(1, ge=1, le=128, description="Answers; together no more than the model computes at once.")
+    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS, description="Tokens of the answer at most. Unset: as many as fit.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS, description="OpenAI's newer name of max_tokens.")
+    top_logprobs: _Logprobs | None = 0
+    tools: Annotated[list[ChatCompletionToolsParam], Field(min_length=1, max_length=128)] | None = None
+    documents: Annotated[list[dict[str, str]], Field(max_length=128)] | None = None
+
+
+class Completion(_Sampling, CompletionRequest):
+    """A request to /v1/completions."""
+
+    model_config = ConfigDict(
+        extra="ignore", strict=True, json_schema_extra={"examples": [{"prompt": "Once upon a time", "max_tokens": 32}]}
+    )
+
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[_TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=128)]
+        | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
+    ) = Field(description="A text or its token ids, or several: together with n no more than the model computes at once.")
+    n: int = Field(1, ge=1, le=128, description="Answers for each prompt.")
+    max_tokens: int | None = Field(16, ge=0, le=_MAX_TOKENS, description="Tokens of the answer at most; 0 with echo: the prompt alone.")
+    logprobs: _Logprobs | None = None
+
+
+class Embedding(Body, EmbeddingCompletionRequest):
+    """A request to /v1/embeddings."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"examples": [{"input": "Ray is a framework."}]})
+
+    model: str | None = _MODEL
+    input: (
+        str
+        | Annotated[list[_TokenId], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    )
+
+
+class TokenizeText(Body, TokenizeCompletionRequest):
+    """A request to /tokenize for a text."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"examples": [{"prompt": "Hello"}]})
+
+    model: str | None = _MODEL
+
+
+class TokenizeChat(Body, TokenizeChatRequest):
+    """A request to /tokenize for a conversation, as the model's chat template writes it."""
+
+    model_config = ConfigDict(
+        extra="ignore", strict=True, json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]}
+    )
+
+    model: str | None = _MODEL
+    messages: Messages
+    tools: Annotated[list[ChatCompletionToolsParam], Field(min_length=1, max_length=128)] | None = None
+
+
+def _form(data: Any) -> str:
+    return "chat" if isinstance(data, TokenizeChat) or (isinstance(data, dict) and "messages" in data) else "text"
+
+
+Tokenize = Annotated[Annotated[TokenizeText, Tag("text")] | Annotated[TokenizeChat, Tag("chat")], Discriminator(_form)]
+
+
+class Detokenize(Body, DetokenizeRequest):
+    """A request to /detokenize."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"examples": [{"tokens": [1, 2, 3]}]})
+
+    model: str | None = _MODEL
+    tokens: list[_TokenId] = Field(max_length=2**20)
