@@ -1,0 +1,1 @@
+"""Throw-away hosts, and site.yml and the workflows against them. Root: `make test-lab`."""

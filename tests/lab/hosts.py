@@ -1,0 +1,271 @@
+"""Throw-away hosts: systemd containers with SSH on a bridge of their own.
+
+python -m tests.lab.hosts up head worker1 worker2     # prints how to reach them
+python -m tests.lab.hosts down
+
+A host is a Debian root file system (made once, cached) under an overlay of its own, booted by systemd-nspawn: systemd as PID 1, sshd, its
+own address, the outside through NAT. Root alone can do that; `missing` says what a machine lacks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+# On all hosts; the rest is what site.yml installs.
+_PACKAGES = "python3-apt,systemd,systemd-sysv,dbus,openssh-server,python3,iproute2,ca-certificates,sudo,procps,iputils-ping"
+_SUITE = "bookworm"
+_NETWORK = "10.77.0"
+_BRIDGE = "llmraylab"
+_TABLE = "llmray_lab"
+_NEEDED = {
+    "mmdebstrap": "mmdebstrap",
+    "systemd-nspawn": "systemd-container",
+    "ssh": "openssh-client",
+    "ip": "iproute2",
+    "nft": "nftables",
+}
+
+
+def missing() -> str | None:
+    """What this machine lacks to have hosts, in words; None where it lacks nothing."""
+    if os.geteuid() != 0:
+        return "the lab needs root: it boots containers and makes a bridge"
+    lacking = [package for command, package in _NEEDED.items() if not shutil.which(command)]
+    return f"the lab needs {', '.join(lacking)}: apt-get install {' '.join(lacking)}" if lacking else None
+
+
+def cache() -> Path:
+    """Where root file systems and wheels are kept between runs."""
+    return Path(os.environ.get("LLM_RAY_TEST_CACHE") or Path.home() / ".cache" / "llm-ray-tests") / "lab"
+
+
+def base() -> Path:
+    """The root file system that all hosts share, read-only; made where it is not cached."""
+    folder = cache() / f"{_SUITE}-3"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    run("mmdebstrap", "--quiet", "--variant=minbase", "--skip=cleanup/apt", f"--include={_PACKAGES}", _SUITE, str(partial))
+    (partial / "etc/machine-id").write_text("")  # each host makes its own at boot
+    for key in (partial / "etc/ssh").glob("ssh_host_*"):
+        key.unlink()
+    partial.rename(folder)
+    return folder
+
+
+@dataclass
+class Host:
+    """A booted (or not yet booted) host."""
+
+    name: str
+    address: str
+    folder: Path
+    key: Path
+    binds: dict[Path, str] = field(default_factory=dict)
+    """Folders of this machine that the host sees read-only."""
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "root"
+
+    @property
+    def known_hosts(self) -> Path:
+        return self.folder.parent / "known_hosts"
+
+    def prepare(self) -> None:
+        """Its file system: the shared one under an overlay, an address, host keys, the tests' public key."""
+        for part in ("upper", "work", "root", "docker"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        layers = f"lowerdir={base()},upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
+        run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
+        (self.root / "etc/hostname").write_text(f"{self.name}\n")
+        (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
+        shutil.copy("/etc/resolv.conf", self.root / "etc/resolv.conf")
+        network = self.root / "etc/systemd/network/10-host0.network"
+        network.parent.mkdir(parents=True, exist_ok=True)
+        network.write_text(f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\nGateway={_NETWORK}.1\n")
+        wanted = self.root / "etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
+        wanted.unlink(missing_ok=True)
+        wanted.symlink_to("/lib/systemd/system/systemd-networkd.service")
+        ssh = self.root / "root/.ssh"
+        ssh.mkdir(mode=0o700, exist_ok=True)
+        (ssh / "authorized_keys").write_bytes(self.key.with_suffix(".pub").read_bytes())
+        run("ssh-keygen", "-A", "-f", str(self.root))
+        public = (self.root / "etc/ssh/ssh_host_ed25519_key.pub").read_text().split()
+        with self.known_hosts.open("a") as file:
+            file.write(f"{self.address} {public[0]} {public[1]}\n")
+
+    def boot(self) -> None:
+        """Start it, and wait until it can be reached and has booted."""
+        command = ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root), "-M", self.name]
+        command += [f"--network-bridge={_BRIDGE}", "--capability=all", "--system-call-filter=@keyring bpf @mount", "--console=pipe"]
+        command += [f"--bind={self.folder / 'docker'}:/var/lib/docker"]  # an overlay cannot lie on an overlay
+        command += [f"--bind-ro={source}:{target}" for source, target in self.binds.items()]
+        with (self.folder / "console.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self.wait()
+
+    def wait(self, timeout: float = 60) -> None:
+        """Until systemd says that the host has booted."""
+        began = time.monotonic()
+        while (state := self.ssh("systemctl is-system-running", check=False).stdout.strip()) not in ("running", "degraded"):
+            if time.monotonic() - began > timeout:
+                said = (self.folder / "console.log").read_text(errors="replace")[-2000:]
+                raise TimeoutError(f"{self.name} did not boot within {timeout:.0f} s ({state or 'no answer'}): {said}")
+            time.sleep(0.2)
+
+    def ssh(self, command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command on it as root."""
+        options = ["-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "ConnectTimeout=2", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"]
+        line = ["ssh", *options, "-i", str(self.key), f"root@{self.address}", command]
+        done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        if check and done.returncode:
+            raise RuntimeError(f"{self.name}: {command}: exit {done.returncode}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+        return done
+
+    def kill(self) -> None:
+        """As if its power were cut."""
+        if self.process:
+            _kill_tree(self.process.pid)
+            self.process.wait()
+            self.process = None
+
+    def reboot(self) -> None:
+        """Shut it down in order, and boot it again."""
+        self.ssh("systemctl poweroff", check=False)
+        if self.process:
+            self.process.wait(60)
+        self.boot()
+
+    def cut(self) -> None:
+        """Pull its network cable."""
+        run("ip", "link", "set", f"vb-{self.name}", "down")
+
+    def plug(self) -> None:
+        run("ip", "link", "set", f"vb-{self.name}", "up")
+
+    def remove(self) -> None:
+        self.kill()
+        subprocess.run(["umount", "-l", str(self.root)], check=False, capture_output=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Lab:
+    """Hosts on one bridge, and an inventory of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hosts: dict[str, Host] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key = folder / "key"
+        if not self.key.exists():
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
+        _make_bridge()
+
+    def add(self, *names: str, binds: dict[Path, str] | None = None) -> list[Host]:
+        """Boot hosts of these names (at most 11 characters each)."""
+        new = []
+        for name in names:
+            host = Host(name, f"{_NETWORK}.{11 + len(self.hosts)}", self.folder / name, self.key, binds or {})
+            host.prepare()
+            self.hosts[name] = host
+            new.append(host)
+        for host in new:
+            host.boot()
+        return new
+
+    def inventory(self, groups: dict[str, Sequence[str]], **variables: object) -> Path:
+        """An inventory with the hosts in these groups, and variables for all of them."""
+        common = {
+            "ansible_user": "root",
+            "ansible_ssh_private_key_file": str(self.key),
+            "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder / 'known_hosts'} -o ControlMaster=auto -o ControlPersist=60",
+            "ansible_python_interpreter": "/usr/bin/python3",
+        }
+        children = {group: {"hosts": {n: {"ansible_host": self.hosts[n].address} for n in names}} for group, names in groups.items()}
+        folder = self.folder / "inventory"
+        folder.mkdir(exist_ok=True)
+        (folder / "hosts.yml").write_text(yaml.safe_dump({"all": {"vars": common | variables, "children": children}}, sort_keys=False))
+        return folder
+
+    def close(self) -> None:
+        for host in self.hosts.values():
+            host.remove()
+        self.hosts.clear()
+        _remove_bridge()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lab(folder: Path) -> Iterator[Lab]:
+    """A lab that leaves nothing behind."""
+    made = Lab(folder)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def run(*command: str) -> str:
+    """Run a command of this machine; its standard output. Raises RuntimeError with what it said."""
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def _make_bridge() -> None:
+    _remove_bridge()
+    run("ip", "link", "add", _BRIDGE, "type", "bridge")
+    run("ip", "addr", "add", f"{_NETWORK}.1/24", "dev", _BRIDGE)
+    run("ip", "link", "set", _BRIDGE, "up")
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+    run("nft", f"add table ip {_TABLE}; add chain ip {_TABLE} post {{ type nat hook postrouting priority 100; }}; "
+        f"add rule ip {_TABLE} post ip saddr {_NETWORK}.0/24 oifname != {_BRIDGE} masquerade")  # fmt: skip
+
+
+def _remove_bridge() -> None:
+    subprocess.run(["ip", "link", "del", _BRIDGE], check=False, capture_output=True)
+    subprocess.run(["nft", f"delete table ip {_TABLE}"], check=False, capture_output=True)
+
+
+def _kill_tree(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
+
+
+def main(arguments: Sequence[str]) -> None:
+    if reason := missing():
+        sys.exit(reason)
+    made = Lab(Path("/tmp/llm-ray-lab"))
+    try:
+        made.add(*(arguments or ("head", "worker1", "worker2")))
+        for host in made.hosts.values():
+            print(f"{host.name}: ssh -i {made.key} -o UserKnownHostsFile={host.known_hosts} root@{host.address}")
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    finally:
+        made.close()
+
+
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    main(sys.argv[1:])
