@@ -4,7 +4,7 @@ SHELL := /bin/bash
 RUN := .venv/bin
 # Tests that mount file systems need root; everyone else runs the rest.
 PYTEST := $(RUN)/pytest $(if $(filter 0,$(shell id -u)),,-m 'not root')
-.PHONY: help setup quickstart test test-unit test-integration lint reference format bench clean
+.PHONY: help setup setup-convert quickstart test test-unit test-integration lint reference format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -12,16 +12,19 @@ help: ## Show the targets
 setup: ## Make .venv with everything pinned (nothing to do when nothing changed)
 	@scripts/setup
 
+setup-convert: ## Make .venv-convert, in which models are converted to OpenVINO
+	@scripts/setup convert
+
 quickstart: setup ## Finetune the real small model on bundled data, serve it, ask it; under 15 minutes on 2 cores
 	@$(RUN)/llm-ray quickstart
 
-test: setup ## All tests that need neither root nor a second machine
+test: setup setup-convert ## All tests that need neither root nor a second machine
 	$(PYTEST)
 
 test-unit: setup ## The fast tests
 	$(PYTEST) tests/unit
 
-test-integration: setup ## The tests with real Ray, real training and a real endpoint
+test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
 	$(PYTEST) tests/integration
 
 lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are up to date
@@ -46,5 +49,5 @@ bench: ## Training against TRL, two workers against one: a table and bench-resul
 	@scripts/setup bench
 	$(RUN)/python -m benchmarks $(if $(DATA),--data $(DATA))
 
-clean: ## Remove .venv and caches; models, data and runs stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results
+clean: ## Remove the environments and caches; models, data and runs stay
+	rm -rf .venv .venv-convert .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results
