@@ -16,6 +16,7 @@ from llm_ray.conf.schema import STAGES, FinetuneConf, Stage
 from llm_ray.console import Reporter
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import RunError
+from llm_ray.models.convert import check_environment, convert_model, converted
 from llm_ray.models.load import check_model, identity, load_tokenizer
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run
 
@@ -43,7 +44,9 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
         cluster: Cluster | None = None
         if due:
             check_model(conf.model, conf.paths)  # before hours of preparation, not after
-        if set(due) - {"prepare"}:
+        if "convert" in due:
+            check_environment()
+        if set(due) - {"prepare", "convert"}:
             cluster = stack.enter_context(ray_session(conf.runtime))
             check_resources(conf.runtime, cluster)
             run.record(hosts=cluster.hosts)
@@ -54,6 +57,8 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
             began = time.perf_counter()
             if stage == "prepare":
                 _prepare(conf, run, reporter)
+            elif stage == "convert":
+                _convert(conf, force, reporter)
             elif cluster is not None:
                 if stage == "train":
                     _train(conf, run, cluster, resume if resume != "auto" or (same and not force) else "no", reporter)
@@ -78,13 +83,16 @@ def _inputs(conf: FinetuneConf) -> dict[Stage, str]:
         "train": trained,
         "evaluate": evaluated,
         "export": inputs_hash(trained, evaluated if "evaluate" in conf.stages else ""),
+        "convert": inputs_hash(trained, conf.convert),
     }
 
 
 def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[Stage, str]) -> None:
-    needed: dict[Stage, Stage] = {"train": "prepare", "evaluate": "train", "export": "train"}
+    needed: dict[Stage, Stage] = {"train": "prepare", "evaluate": "train", "export": "train", "convert": "export"}
     before = needed.get(stage)
-    if before and not run.is_done(before, inputs[before]):
+    # The model card's figures make another export of the same weights.
+    evaluated = stage == "convert" and run.is_done("export", inputs_hash(inputs["train"], inputs["evaluate"]))
+    if before and not evaluated and not run.is_done(before, inputs[before]):
         raise RunError(
             f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages ({', '.join([before, *conf.stages])})"
         )
@@ -129,6 +137,12 @@ def _export(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Repo
 
     output = export(conf, cluster, final_checkpoint(conf), model_card(conf, run.lineage(), run.result()), reporter)
     reporter.line(f"  the model is in {output}")
+
+
+def _convert(conf: FinetuneConf, force: bool, reporter: Reporter) -> None:
+    output, weights = conf.run_dir / "output", conf.convert.weights
+    folder = convert_model(output, converted(output, weights, conf.paths.models), weights, reporter, force=force)
+    reporter.line(f"  the model with {weights} weights is in {folder}")
 
 
 def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | None:

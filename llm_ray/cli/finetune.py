@@ -68,8 +68,9 @@ def finetune(
         click.echo((folder / "result.json").read_text(encoding="utf-8"))
         return
     click.echo(folder)
-    if "export" in conf.stages:
-        click.echo(f"To serve it: llm-ray serve deploy --model {conf.name}", err=True)
+    if {"export", "convert"} & set(conf.stages):
+        engine = " --engine openvino" if "convert" in conf.stages else ""
+        click.echo(f"To serve it: llm-ray serve deploy --model {conf.name}{engine}", err=True)
 
 
 def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
@@ -78,6 +79,7 @@ def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
     from llm_ray.cluster import check_resources, host_cluster, ray_session
     from llm_ray.conf.load import dump
     from llm_ray.data.prepare import statistics
+    from llm_ray.models.convert import check_environment, size_on_disk
     from llm_ray.models.load import load_tokenizer
     from llm_ray.train.estimate import estimate
 
@@ -88,6 +90,8 @@ def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
             cpus = check_resources(conf.runtime, cluster)
     stats = statistics(conf, load_tokenizer(conf.model, conf.paths))
     guess = estimate(conf, stats, cpus)
+    if "convert" in conf.stages:
+        check_environment()
     if as_json:
         report: dict[str, Any] = {
             "conf": conf.model_dump(mode="json"),
@@ -103,3 +107,8 @@ def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
     click.secho("Estimate", bold=True)
     for line in guess.lines(conf):
         click.echo(f"  {line}")
+    if "convert" in conf.stages:
+        weights = conf.convert.weights
+        click.echo(
+            f"  the model in OpenVINO form takes about {size_on_disk(guess.parameters, weights) / 2**30:.2f} GiB with {weights} weights"
+        )

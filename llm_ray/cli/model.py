@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llm_ray.conf.schema import WEIGHTS, WeightForm
+
 if TYPE_CHECKING:
     from llm_ray.conf.schema import Paths
 
@@ -18,12 +20,13 @@ RUNS = click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", he
 
 @click.group()
 def model() -> None:
-    """List, import and export models.
+    """List, import, convert and export models.
 
     \b
     Examples:
       llm-ray model import /srv/downloads/Qwen3-0.6B --name qwen3-0.6b
       llm-ray model list
+      llm-ray model convert support-bot --to openvino --weights int8
       llm-ray model export support-bot /srv/handover/support-bot
     """
 
@@ -54,6 +57,7 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
     from rich.text import Text
 
     table = Table("name", "architecture", "parameters", "type", "on disk", "context", "chat", "from", box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
     for info in (info for info in found if info.problem is None):
         count = f"{info.parameters / 1e6:,.0f} M" if info.parameters >= 1e6 else f"{info.parameters:,}"
         size, chat = f"{info.size / 2**30:.2f} GiB", "yes" if info.chat_template else "no"
@@ -96,6 +100,54 @@ def import_(*, source: str, name: str | None, gguf_file: str | None, revision: s
 
 
 @model.command()
+@click.argument("source", metavar="MODEL")
+@click.option("--to", "form", type=click.Choice(["openvino"]), required=True, help="The form to bring it into.")
+@click.option("--weights", type=click.Choice(WEIGHTS), default="int8", show_default=True, help="How its weights are stored.")
+@click.option("--name", help="Name in the registry, instead of the usual place.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="A folder elsewhere, instead of the usual place.")
+@click.option("--force", is_flag=True, help="Convert again what is done, and replace another conversion.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@MODELS
+@RUNS
+def convert(
+    *,
+    source: str,
+    form: str,
+    weights: WeightForm,
+    name: str | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+    models: Path | None,
+    runs: Path | None,
+) -> None:
+    """Write MODEL (a run, a name in the registry, or a folder) in OpenVINO form, for serving with engine openvino.
+
+    The usual place is the run's folder, as runs/NAME/openvino-int8, and for any other model the registry, as NAME-openvino-int8.
+    There `serve deploy --engine openvino` finds it. Needs the environment that `make setup-convert` makes.
+
+    \b
+    Examples:
+      llm-ray model convert support-bot --to openvino
+      llm-ray model convert smollm2-135m-instruct --to openvino --weights int4 --name small
+      llm-ray model convert ./Qwen3-0.6B --to openvino --weights bf16 --output /srv/handover/qwen3 --json
+    """
+    from llm_ray.console import Reporter
+    from llm_ray.errors import ConfError
+    from llm_ray.models.convert import convert_model, converted
+    from llm_ray.models.openvino import lineage
+    from llm_ray.models.registry import place
+
+    if name and output:
+        raise ConfError("--name and --output are both given: one of them says where the conversion goes")
+    paths = _paths(models, runs)
+    folder = _folder(source, paths)
+    target = output.expanduser().absolute() if output else place(name, paths.models) if name else converted(folder, weights, paths.models)
+    convert_model(folder, target, weights, Reporter(), force=force)
+    click.echo(json.dumps({"path": str(target), "form": form} | lineage(target), indent=2, ensure_ascii=False) if as_json else target)
+
+
+@model.command()
 @click.argument("name")
 @click.argument("destination", type=click.Path(path_type=Path))
 @MODELS
@@ -107,15 +159,21 @@ def export(name: str, destination: Path, models: Path | None, runs: Path | None)
     Example:
       llm-ray model export support-bot /srv/handover/support-bot
     """
-    from llm_ray.errors import ModelError
-    from llm_ray.models.load import resolve
     from llm_ray.models.registry import export_model
 
-    location = resolve(name, _paths(models, runs))
+    export_model(_folder(name, _paths(models, runs)), destination.expanduser().absolute())
+    click.echo(destination)
+
+
+def _folder(name: str, paths: Paths) -> Path:
+    """The folder of a run, a registry name, or a folder. Raises ModelError."""
+    from llm_ray.errors import ModelError
+    from llm_ray.models.load import resolve
+
+    location = resolve(name, paths)
     if location.folder is None:
         raise ModelError(f"{name} is a model of the hub: import it first (llm-ray model import {name})")
-    export_model(location.folder, destination.expanduser().absolute())
-    click.echo(destination)
+    return location.folder
 
 
 def _paths(models: Path | None, runs: Path | None = None) -> Paths:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-Stage = Literal["prepare", "train", "evaluate", "export"]
-STAGES: tuple[Stage, ...] = ("prepare", "train", "evaluate", "export")
+Stage = Literal["prepare", "train", "evaluate", "export", "convert"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+DEFAULT_STAGES: tuple[Stage, ...] = STAGES[:-1]
+WeightForm = Literal["fp32", "bf16", "int8", "int4"]
+WEIGHTS: tuple[WeightForm, ...] = get_args(WeightForm)
 
 
 def home() -> Path:
@@ -293,6 +296,16 @@ class Evaluation(Section):
     """Rows generated at once per worker."""
 
 
+class Convert(Section):
+    """The stage `convert`: the exported model in the form of another engine, beside `output/` (docs/how-to/models.md)."""
+
+    to: Literal["openvino"] = "openvino"
+    """The engine."""
+    weights: WeightForm = "int8"
+    """How weights are stored: `fp32`, `bf16` (as 16-bit floats), `int8` (a scale for each row; answers hardly change), `int4` (a scale for
+    32 weights; half the memory of int8, and answers change)."""
+
+
 class Tracking(Section):
     """Where the figures of a run go. metrics.jsonl is always written."""
 
@@ -307,9 +320,9 @@ class FinetuneConf(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
     """Name of the run: its folder under `paths.runs`, and the model name it is served by. Letters, digits, `.`, `_`, `-`; at most 63."""
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(_list, json_schema_input_type=Stage | tuple[Stage, ...])] = STAGES
-    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in `output/`). Done ones
-    are skipped as long as their inputs are the same."""
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(_list, json_schema_input_type=Stage | tuple[Stage, ...])] = DEFAULT_STAGES
+    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in `output/`), and where it
+    is named here, convert (see `convert`). Done ones are skipped as long as their inputs are the same."""
     runtime: Runtime = Runtime()
     paths: Paths = Field(default_factory=Paths)
     model: Model
@@ -318,6 +331,7 @@ class FinetuneConf(Section):
     training: Training = Training()
     checkpoint: Checkpoint = Checkpoint()
     evaluation: Evaluation = Evaluation()
+    convert: Convert = Convert()
     tracking: Tracking = Tracking()
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from llm_ray.errors import ModelError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OPENVINO = "openvino_model.xml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json", "*.tiktoken")
 _DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
@@ -112,6 +113,10 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
                 f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): copy or download the model again"
             )
         return files
+    if (path / OPENVINO).is_file():
+        raise ModelError(
+            f"{path} holds a model in OpenVINO form, which engine openvino serves, and nothing else reads: name the model that it was made from"
+        )
     if pickles := sorted(path.glob("*.bin")):
         raise ModelError(
             f"{path} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where you trust them, write them "

