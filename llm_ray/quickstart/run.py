@@ -74,9 +74,9 @@ def quickstart(reporter: Reporter, force: bool = False, keep_serving: bool = Fal
     """
     from llm_ray.cluster import local_ray
     from llm_ray.conf.load import load_finetune
+    from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
     from llm_ray.models.registry import import_model
     from llm_ray.pipeline import run_finetune
-    from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
     from llm_ray.serve.deploy import deploy, free_port
     from llm_ray.serve.foreground import until_interrupted
     from llm_ray.serve.plan import plan
