@@ -27,7 +27,7 @@ from llm_ray.serve import catalogue
 from llm_ray.serve.catalogue import DEPLOYMENT, GATEWAY, Deployed
 from llm_ray.serve.gateway.deployment import Gateway
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.plan import Node, place, tell
+from llm_ray.serve.plan import Node, fits_beside, place, tell
 from llm_ray.serve.protect import Protection
 from llm_ray.serve.replica import ModelReplica
 
@@ -59,14 +59,16 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
     """Serve `models` beside what is served already, and wait until all of them answer.
 
     A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are others, else by
-    replicas that are replaced one after the other. Raises ServeError where there is no room, with the engine's reason when a model does
+    replicas that are replaced one after the other: a new one starts before an old one ends, where there is room for both, so that there
+    always is one to answer. Raises ServeError where there is no room, with the engine's reason when a model does
     not start, or is not ready after `timeout` seconds: what was served before is then served again.
     """
     began = time.monotonic()
     with _quiet():
         url = start_endpoint(endpoint)
         before = status()
-        models = place(models, nodes(), {name: entry.model for name, entry in before.items()})
+        hosts = nodes()
+        models = place(models, hosts, {name: entry.model for name, entry in before.items()})
         _check_names(models, before)
         for model in models:
             reporter.line(f"  {tell(model)}")
@@ -74,7 +76,8 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
             model for model in models if model.name not in before or before[model.name].model != model or not before[model.name].ready
         ]
         try:
-            _run([_gateway(endpoint), *(_application(model) for model in changed)])
+            beside = fits_beside(changed, hosts)
+            _run([_gateway(endpoint), *(_application(model, beside) for model in changed)])
             _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
             _restore(changed, before, wait=not isinstance(error, KeyboardInterrupt))
@@ -227,7 +230,8 @@ def tell_reason(message: str) -> str:
 # Applications ------------------------------------------------------------------------------------------------------------------
 
 
-def _application(model: ServedModel) -> Any:
+def _application(model: ServedModel, beside: bool) -> Any:
+    """The model as Serve takes it; `beside` says that there is room for one more replica while they are replaced."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig
 
@@ -258,6 +262,7 @@ def _application(model: ServedModel) -> Any:
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
+        max_surge_percent=1 if beside else 0,  # of the replicas, rounded up: one
         placement_group_bundles=[resources],
         ray_actor_options={"num_cpus": model.cpus, "memory": model.memory_bytes},
         **options,
@@ -285,6 +290,7 @@ def _gateway(endpoint: Endpoint) -> Any:
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        max_surge_percent=100,
         ray_actor_options={"num_cpus": 0},
     )
     return serve.RunTarget(_versioned(deployment, llm_ray.__version__).bind(), name=GATEWAY, route_prefix="/")
@@ -326,7 +332,7 @@ def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], wait: 
         for app in new:
             serve.delete(app, _blocking=wait)
         if old := [before[model.name].model for model in changed if model.name in before]:
-            _run([_application(model) for model in old])
+            _run([_application(model, beside=True) for model in old])
 
 
 def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:

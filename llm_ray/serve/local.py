@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -27,6 +27,7 @@ from llm_ray.conf.serve import ServeRuntime
 from llm_ray.console import Reporter
 from llm_ray.errors import ServeError
 from llm_ray.files import write_json
+from llm_ray.serve import proxy
 
 _POLL = 0.05  # seconds
 
@@ -43,6 +44,8 @@ class LocalRay:
     """Path of the file with its token."""
     session: str
     """Folder of its logs."""
+    ending: bool = False
+    """Whether it only answers what is in progress, and ends."""
 
 
 def state_file() -> Path:
@@ -62,7 +65,11 @@ def running() -> LocalRay | None:
 
 def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
     """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
-    if found := running():
+    found = running()
+    if found and found.ending:
+        reporter.line("What was served here is being stopped; waiting for its last answers.")
+        end(found)
+    elif found:
         return found
     reporter.line("Starting Ray on this machine, in the background.")
     state = state_file()
@@ -72,6 +79,17 @@ def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
         process = subprocess.Popen(
             [sys.executable, "-m", "llm_ray.serve.local"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
         )
+    try:
+        return _started(process, log, timeout)
+    except BaseException:
+        _stop(psutil.Process(process.pid), 30)
+        raise
+
+
+def _started(process: subprocess.Popen[bytes], log: Path, timeout: float) -> LocalRay:
+    """Wait until the background process serves. Raises ServeError."""
+    import ray.serve  # noqa: F401  # seconds, meanwhile
+
     began = time.monotonic()
     while True:
         if (found := running()) and found.pid == process.pid:
@@ -82,7 +100,6 @@ def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
             said = log.read_text(errors="replace").strip().splitlines()
             raise ServeError(f"Ray did not start on this machine: {said[-1] if said else 'no reason given'} ({log})")
         if time.monotonic() - began > timeout:
-            process.terminate()
             raise ServeError(f"Ray did not start on this machine within {timeout:.0f} s ({log})")
         time.sleep(_POLL)
 
@@ -90,7 +107,12 @@ def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
 def end(found: LocalRay, timeout: float = 120) -> None:
     """End the local Ray that serves; requests in progress are answered first."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(found.pid)
+        _stop(psutil.Process(found.pid), timeout)
+
+
+def _stop(process: psutil.Process, timeout: float) -> None:
+    """SIGTERM, and after `timeout` seconds SIGKILL."""
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.terminate()
         try:
             process.wait(timeout)
@@ -131,19 +153,26 @@ def main() -> None:
         except OSError:
             print("another process serves already", file=sys.stderr)
             raise SystemExit(1) from None
-        with local_ray() as _:
+        os.environ.update(proxy.ENVIRONMENT)
+        with local_ray():
             import ray
 
             node = ray._private.worker._global_node
             me = psutil.Process()
             told = LocalRay(me.pid, me.create_time(), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
-            state.touch(mode=0o600)
-            write_json(state, asdict(told))
+            _tell(told)
             ending.wait()
+            _tell(replace(told, ending=True))
             from llm_ray.serve.deploy import drain
 
-            state.unlink(missing_ok=True)
             drain()
+        state.unlink(missing_ok=True)
+
+
+def _tell(told: LocalRay) -> None:
+    state = state_file()
+    state.touch(mode=0o600)
+    write_json(state, asdict(told))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from llm_ray.cluster import local_ray
 from llm_ray.console import Reporter
 from llm_ray.serve.models import Engine, ServedModel
 
-ENGINES: tuple[Engine, ...] = ("vllm", "openvino")
+ENGINES: tuple[Engine, ...] = ("vllm", "openvino", "transformers")
 QUESTIONS = ("What is the capital of France?", "Explain gravity in two sentences.", "How do I boil an egg?", "Name three colours.")
 # Longest prompt and answer, and room in the cache for little more: sixteen requests at once have to wait for it, or give it back.
 LENGTH = 512
@@ -64,6 +64,7 @@ SOMETIMES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 CANNOT: dict[str, set[str]] = {
     "vllm": set(),
     "openvino": {"logit_bias", "top_logprobs", "prompt_logprobs", "allowed_token_ids", "bad_words"},
+    "transformers": {"prompt_logprobs"},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,8 @@ Make = Callable[..., TransformersCore]
 @pytest.fixture
 def make(llama: Path, config: VllmConfig) -> Make:
     """Makes a core with the given parts of a ServedModel."""
-    return lambda **parts: TransformersCore(
-        ServedModel(**{"name": "m", "path": llama, "engine": "transformers", "max_model_len": LENGTH} | parts), config
-    )
+    model = ServedModel("m", llama, "transformers", max_model_len=LENGTH)
+    return lambda **parts: TransformersCore(replace(model, **parts), config)
 
 
 _arrivals = count()
@@ -183,7 +183,8 @@ class Told(dict[str, list[EngineCoreOutput]]):
 
 def plain(model: PreTrainedModel, ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """What the model writes and its log-probabilities, all computed anew for every token: no cache, no padding."""
-    new, logprobs = [], []
+    new: list[int] = []
+    logprobs: list[float] = []
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     with torch.inference_mode():
         for _ in range(tokens):
