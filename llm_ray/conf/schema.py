@@ -303,7 +303,7 @@ class Convert(Section):
     """The engine."""
     weights: WeightForm = "int8"
     """How weights are stored: `fp32`, `bf16` (as 16-bit floats), `int8` (a scale for each row; answers hardly change), `int4` (a scale for
-    32 weights; half the memory of int8, and answers change)."""
+    32 weights; a little over half the memory of int8, and answers change)."""
 
 
 class Tracking(Section):
