@@ -38,12 +38,21 @@ class ModelServer(LLMServer):
         self._init_shared(llm_config(model), functools.partial(Engine, model))
 
     def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
-        async def load(self: ModelServer, name: str) -> DiskMultiplexConfig:
-            return DiskMultiplexConfig(
-                model_id=name, max_total_tokens=None, local_path=self.adapters[name].path, lora_assigned_int_id=abs(hash(name)) % 2**31 + 1
-            )
+        async def note(name: str) -> str:
+            return name
 
-        self._load_model = functools.partial(serve.multiplexed(max_num_models_per_replica=-1)(load), self)
+        # Serve sends requests for an adapter to replicas that have noted its name.
+        self._load_model = serve.multiplexed(max_num_models_per_replica=_LORAS_KEPT)(note)
+
+    async def _maybe_resolve_lora_from_multiplex(self) -> None:
+        if name := serve.get_multiplexed_model_id():
+            await self._load_model(name)
+            place = self.adapters[name].path  # as it is now: it may have changed since the name was noted
+            await self.engine.resolve_lora(
+                DiskMultiplexConfig(
+                    model_id=name, max_total_tokens=None, local_path=place, lora_assigned_int_id=abs(hash(name)) % 2**31 + 1
+                )
+            )
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         if self._tell_tools and (request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in request.messages)):
