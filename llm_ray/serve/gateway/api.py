@@ -7,7 +7,6 @@ wants it, but looked up in Ray Serve's controller, so that they come and go with
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -24,6 +23,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
 from llm_ray.serve import catalogue
@@ -42,6 +42,8 @@ _OLD = 10.0
 _LOOK_AGAIN = 0.2
 # How long an answer is waited for before it is looked whether its model is still there.
 _STILL_THERE = 5.0
+# How long the controller has for an answer.
+_ANSWERS_WITHIN = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Api:
         self._handles: dict[tuple[str, str], DeploymentHandle] = {}
         self._looked = 0.0
         self._lock = asyncio.Lock()
-        self._looking: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[bool] | None = None
         self.app = _build(self)
 
     # The models ----------------------------------------------------------------------------------------------------------
@@ -89,15 +91,21 @@ class Api:
                 del self._handles[key]
             self._looked = time.monotonic()
 
-    async def _look_if_old(self) -> None:
+    async def _refresh(self, age: float) -> bool:
+        """Look up the models as `_look` does; False when the controller does not answer, as while it restarts: they are as they were."""
+        try:
+            await asyncio.wait_for(self._look(age), _ANSWERS_WITHIN)
+        except Exception:
+            return False
+        return True
+
+    async def _refresh_if_old(self) -> None:
         """Look up the models beside the request that is answered, or before it if that was long ago."""
         age = time.monotonic() - self._looked
         if age > _OLD:
-            with contextlib.suppress(Exception):  # the controller restarts: the models are as they were
-                await asyncio.wait_for(self._look(_OLD), _STILL_THERE)
+            await self._refresh(_OLD)
         elif age > _FRESH and (self._looking is None or self._looking.done()):
-            self._looking = asyncio.create_task(self._look(_FRESH))
-            self._looking.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._looking = asyncio.create_task(self._refresh(_FRESH))
 
     def _visible(self, request: Request) -> dict[str, Target]:
         """The targets that the request's key may ask."""
@@ -107,10 +115,11 @@ class Api:
 
     async def _target(self, name: str | None, request: Request) -> Target:
         """Where requests for `name` go. Raises ApiError."""
-        await self._look_if_old()
+        await self._refresh_if_old()
         visible = self._visible(request)
         if name not in visible:
-            await self._look(_LOOK_AGAIN)
+            if not await self._refresh(_LOOK_AGAIN):
+                raise ApiError(503, "The endpoint cannot look up its models now; ask again.", "controller_lost", retry_after=2)
             visible = self._visible(request)
         there = ", ".join(visible) or "none"
         if name is None:
@@ -140,7 +149,6 @@ class Api:
         Nothing of the HTTP request but its body goes to the model: headers could set priorities, ids, and caches of other requests.
         """
         for attempt in (1, 2):
-            stream = None
             try:
                 stream = getattr(self._handle(target), method).remote(body)
                 first = await self._awaited(stream, target)
@@ -152,10 +160,6 @@ class Api:
                 raise
             except Exception as error:
                 raise failed(error, target.name, target.entry) from error
-            except BaseException:  # cancelled: the client is gone, or it took too long
-                if stream is not None:
-                    stream.cancel()
-                raise
             piece = first[0] if isinstance(first, list) and first else first
             if isinstance(piece, ErrorResponse):
                 raise refused(piece)
@@ -169,8 +173,7 @@ class Api:
         first = asyncio.ensure_future(anext(stream))
         try:
             while not (await asyncio.wait({first}, timeout=_STILL_THERE))[0]:
-                with contextlib.suppress(Exception):  # the controller restarts
-                    await self._look(_FRESH)
+                await self._refresh(_FRESH)
                 if target.entry.model.name not in self._models:
                     raise ApiError(404, f"The model `{target.name}` was taken away.", "model_not_found", param="model")
             return first.result()
@@ -199,7 +202,7 @@ class Api:
         except BaseException:
             watch.end()
             raise
-        return _events(first, rest, watch, hidden, target)
+        return _Stream(first, rest, watch, hidden, target)
 
     async def _begin(self, body: Any, request: Request) -> Target:
         """Where the body is to go; its model is named. Raises ApiError."""
@@ -259,7 +262,7 @@ class Api:
             raise _too_many(len(bodies), target, "text")
         answers = await asyncio.gather(*(self._answer("chat" if served.chat else "completions", one, request) for one in bodies))
         if body.stream:
-            return StreamingResponse(_texts(answers[0]), media_type="text/plain; charset=utf-8")
+            return _Streamed(_texts(answers[0].events()), answers[0], "text/plain; charset=utf-8")
         results = [_simple_result(answer) for answer in answers]
         several = isinstance(body.text, list) and not body.is_conversation
         if "application/json" in request.headers.get("accept", ""):
@@ -272,7 +275,7 @@ class Api:
 
     async def models(self, request: Request) -> dict[str, Any]:
         """The models and adapters that answer here."""
-        await self._look(_FRESH)
+        await self._refresh(_FRESH)
         return {"object": "list", "data": [_card(target) for target in self._visible(request).values()]}
 
     async def model(self, model: str, request: Request) -> dict[str, Any]:
@@ -285,15 +288,14 @@ class Api:
 
     async def ready(self) -> Response:
         """Whether every model answers: 503 while one does not, or none is there."""
-        await self._look(_FRESH)
+        await self._refresh(_FRESH)
         states = {name: "ready" if entry.ready else entry.status.lower() for name, entry in self._models.items()}
         good = bool(states) and not self.draining and all(state == "ready" for state in states.values())
         return JSONResponse({"ready": good, "models": states}, 200 if good else 503)
 
     async def prometheus(self) -> Response:
         """Counters in Prometheus' text format."""
-        with contextlib.suppress(Exception):  # the controller restarts: the counters are here
-            await self._look(_FRESH)
+        await self._refresh(_FRESH)
         self.metrics.set_models(self._models)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -397,35 +399,56 @@ def _ask_for_usage(body: Chat | Completion) -> bool:
 # Answers -----------------------------------------------------------------------------------------------------------------------
 
 
+class _Stream:
+    """A streamed answer that has begun."""
+
+    def __init__(self, first: Any, rest: Any, watch: Watch, hidden: bool, target: Target) -> None:
+        self._first, self._rest, self._watch, self._hidden, self._target = first, rest, watch, hidden, target
+
+    async def events(self) -> AsyncGenerator[str, None]:
+        """Its events, counted; an error in the middle becomes an event, for the headers are sent."""
+        try:
+            piece = self._first
+            while True:
+                text = "".join(piece)
+                self._watch.token()
+                if '"usage":{' in text:
+                    text = _take_usage(text, self._watch, self._hidden)
+                if text:
+                    yield text
+                piece = await anext(self._rest)
+        except StopAsyncIteration:
+            self._watch.end(200)
+        except Exception as error:
+            told = failed(error, self._target.name, self._target.entry)
+            self._watch.end(told.status)
+            yield told.event()
+
+    def close(self) -> None:
+        """End it, and the engine's work for it, unless it has come to its end: its client is gone, or it took too long."""
+        if not self._watch.ended:
+            self._rest.cancel()
+            self._watch.end()
+
+
+class _Streamed(StreamingResponse):
+    """The response with a streamed answer, which it closes however it ends."""
+
+    def __init__(self, content: AsyncIterator[str], answer: _Stream, media_type: str) -> None:
+        super().__init__(content, media_type=media_type)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
 def _response(answer: Any) -> Response:
-    if isinstance(answer, AsyncGenerator):
-        return StreamingResponse(answer, media_type="text/event-stream")
+    if isinstance(answer, _Stream):
+        return _Streamed(answer.events(), answer, "text/event-stream")
     return Response(answer.model_dump_json(), media_type="application/json")
-
-
-async def _events(first: Any, rest: Any, watch: Watch, hidden: bool, target: Target) -> AsyncGenerator[str, None]:
-    """The events of a stream, counted; an error in the middle becomes an event, for the headers are sent."""
-    status = 499
-    try:
-        piece = first
-        while True:
-            text = "".join(piece)
-            watch.token()
-            if '"usage":{' in text:
-                text = _take_usage(text, watch, hidden)
-            if text:
-                yield text
-            piece = await anext(rest)
-    except StopAsyncIteration:
-        status = 200
-    except Exception as error:
-        told = failed(error, target.name, target.entry)
-        status = told.status
-        yield told.event()
-    finally:
-        if status == 499:  # the client is gone, or it took too long
-            rest.cancel()
-        watch.end(status)
 
 
 def _take_usage(text: str, watch: Watch, hidden: bool) -> str:

@@ -149,6 +149,10 @@ class Watch:
     def usage(self, prompt_tokens: int, generated_tokens: int) -> None:
         self.prompt_tokens, self.generated_tokens = prompt_tokens, generated_tokens
 
+    @property
+    def ended(self) -> bool:
+        return self._metrics is None
+
     def end(self, status: int | None = None) -> None:
         if self._metrics:
             metrics, self._metrics = self._metrics, None
