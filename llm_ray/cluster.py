@@ -16,7 +16,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,11 +84,14 @@ def ray_session(runtime: Runtime) -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def join_cluster(address: str) -> Iterator[Cluster]:
-    """The running cluster at `address` (`auto`: the one this host is a node of), joined. Raises ClusterError."""
+def join_cluster(address: str, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+    """The running cluster at `address` (`auto`: the one this host is a node of), joined. Raises ClusterError.
+
+    What is started there gets `environment` as well.
+    """
     if address != "auto":
         _check_address(address)
-    with _joined(address, {"RAY_TRAIN_V2_ENABLED": "1"}) as cluster:
+    with _joined(address, {"RAY_TRAIN_V2_ENABLED": "1"}, runtime_env={"env_vars": dict(environment)} if environment else None) as cluster:
         yield cluster
 
 
@@ -100,12 +103,12 @@ def join_local(address: str, token: Path) -> Iterator[Cluster]:
 
 
 @contextlib.contextmanager
-def _joined(address: str, settings: dict[str, str]) -> Iterator[Cluster]:
+def _joined(address: str, settings: dict[str, str], **options: object) -> Iterator[Cluster]:
     import ray
 
     with _environment(settings), _quiet_ray():
         try:
-            _init(address=address)
+            _init(address=address, **options)
             yield _describe()
         finally:
             ray.shutdown()

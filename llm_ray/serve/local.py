@@ -129,7 +129,7 @@ def connected(runtime: ServeRuntime, reporter: Reporter, begin: bool = False) ->
     if runtime.mode == "cluster":
         from llm_ray.cluster import join_cluster
 
-        with join_cluster(runtime.address):
+        with join_cluster(runtime.address, proxy.ENVIRONMENT):
             yield
         return
     found = start(reporter) if begin else running()

@@ -1,7 +1,7 @@
-"""What a client sees when the gateway dies while it answers: 503 in OpenAI's form, or an error event in a stream.
+"""Ray Serve's HTTP proxy: what a client sees when the gateway dies while it answers, and how soon the proxy is back when it dies itself.
 
-Ray Serve's HTTP proxy itself would break off without an answer, which its HTTP server turns into 500. It takes these middlewares from
-the place that its environment names: ``os.environ.update(proxy.ENVIRONMENT)`` where Ray starts.
+The proxy would break off without an answer, which its HTTP server turns into 500. Here it is 503 in OpenAI's form, or an error event in a
+stream. Serve takes all this from its environment: ``os.environ.update(proxy.ENVIRONMENT)`` where Ray starts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from starlette.middleware import Middleware
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "llm_ray.serve.proxy:middlewares"}
+ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "llm_ray.serve.proxy:middlewares",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # at the third failure it is replaced; every 10 s as Serve comes
+}
 _LOST = {
     "error": {
         "message": "The endpoint was lost while it answered; ask again.",

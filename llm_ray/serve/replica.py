@@ -16,7 +16,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the models are folders
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is a thread of this process
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CONFIGURE_LOGGING": "0",  # it would close the handlers of Serve's log, which the controller asks for when it comes back
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # llm_ray.cores binds
 }
@@ -34,6 +34,7 @@ class ModelReplica:
         if self._server is None:
             os.environ.update(ENVIRONMENT)
             logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
+            logging.getLogger("vllm").setLevel(logging.WARNING)
             from llm_ray.serve.server import ModelServer
 
             server = ModelServer(self._model)

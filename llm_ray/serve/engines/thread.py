@@ -99,6 +99,8 @@ class EngineThread(EngineCoreClient):
                 return True
             if job is None:
                 return False
+            if not job.done.set_running_or_notify_cancel():  # whoever asked is gone
+                continue
             try:
                 job.done.set_result(job.run(core))
             except Exception as error:
