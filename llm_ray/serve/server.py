@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from typing import Any
 
@@ -18,6 +19,7 @@ from llm_ray.serve.tools import knows_tools, tell_tools
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _LORAS_AT_ONCE = 8  # adapters whose requests are computed together
+_LOOKS = 100  # a tenth of a second apart
 _LORAS_KEPT = 64  # adapters in memory
 
 
@@ -47,18 +49,34 @@ class ModelServer(LLMServer):
     async def _maybe_resolve_lora_from_multiplex(self) -> None:
         if name := serve.get_multiplexed_model_id():
             await self._load_model(name)
-            place = self.adapters[name].path  # as it is now: it may have changed since the name was noted
+            place = (await self._adapter(name)).path  # as it is now: it may have changed since the name was noted
             await self.engine.resolve_lora(
                 DiskMultiplexConfig(
                     model_id=name, max_total_tokens=None, local_path=place, lora_assigned_int_id=abs(hash(name)) % 2**31 + 1
                 )
             )
 
+    async def _adapter(self, name: str) -> Adapter:
+        """The adapter; the gateway may know of one a moment before its replicas do. Raises ValueError, for the client a 400."""
+        for _ in range(_LOOKS):
+            if name in self.adapters:
+                return self.adapters[name]
+            await asyncio.sleep(0.1)
+        raise ValueError(f"The model `{name}` is not served any more.")
+
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
-        if self._tell_tools and (request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in request.messages)):
-            told = [tool.model_dump(exclude_none=True) for tool in request.tools or ()] if request.tool_choice != "none" else []
-            request.messages = tell_tools(request.messages, told)
-        return await super().chat(request, raw_request_info)
+        return await super().chat(self._told(request), raw_request_info)
+
+    async def tokenize(self, request: Any, raw_request_info: Any = None) -> Any:
+        return await super().tokenize(self._told(request), raw_request_info)
+
+    def _told(self, request: Any) -> Any:
+        """The request with its tools told in words, where the chat template knows none."""
+        messages = getattr(request, "messages", ())
+        if self._tell_tools and messages and (request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)):
+            wanted = request.tools or () if getattr(request, "tool_choice", "auto") != "none" else ()
+            request.messages = tell_tools(messages, [tool.model_dump(exclude_none=True) for tool in wanted])
+        return request
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
         """Serve these adapters from now on; those that are gone or have changed are unloaded."""
