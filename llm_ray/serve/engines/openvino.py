@@ -30,8 +30,8 @@ from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely
 from llm_ray.errors import ModelError
 from llm_ray.serve.models import ServedModel
 
-# Arithmetic, and what keys and values are kept as. Greedy text at fp32 is that of transformers. With bf16, 8-bit keys and values would
-# halve the cache again, but answers differ more from the unrounded model's and nothing is faster (docs/reference/engines.md).
+# Arithmetic, and what keys and values are kept as. OpenVINO's own choice would be bf16 and 8 bits where the processor has them: fp32 has to
+# be asked for. With bf16, keys and values of 8 bits save memory, no time.
 _ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 _NUMBER_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
 _SCALE_BYTES = {"u8": 8}  # of each head's key or value
