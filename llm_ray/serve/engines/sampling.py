@@ -1,6 +1,6 @@
 """The next token of every row of a batch: vLLM's sampler, for engines that leave choosing to us.
 
-The order of steps, logprobs of the raw logits, and a seed's own random numbers are vLLM's, so that engines differ in nothing but speed.
+Penalties, biases and what else changes logits, their order, and logprobs of the raw ones are vLLM's own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 _CPU = torch.device("cpu")
+# So many tokens nearly always hold all that top_k and top_p leave.
+_LIKELY = 1024
 
 
 class PlainSampler(Sampler):
-    """vLLM's sampler in plain torch: without vLLM's kernels, and without torch.compile, which wants a compiler on the host."""
+    """vLLM's sampler in plain torch: without vLLM's kernels, which IPEX's torch cannot load, and torch.compile, which wants a compiler."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.topk_topp_sampler.forward = self.topk_topp_sampler.forward_native
+        self.topk_topp_sampler.forward = _draw
 
     @staticmethod
     def greedy_sample(logits: torch.Tensor) -> torch.Tensor:
@@ -45,6 +47,49 @@ class PlainSampler(Sampler):
             torch.cat([own, likeliest.values], dim=1),
             (logprobs >= own).sum(-1),
         )
+
+
+def _draw(
+    logits: torch.Tensor, generators: dict[int, torch.Generator], k: torch.Tensor | None, p: torch.Tensor | None
+) -> tuple[torch.Tensor, None]:
+    """Draw a token for each row of logits [rows, vocabulary], from the `k` likeliest [rows], and of these those that make up `p` [rows].
+
+    vLLM's way in torch sorts the vocabulary and draws a random number for each token of it, which took as long as half the forward pass
+    of a small model. What a row draws does not depend on the others.
+    """
+    rows, vocabulary = logits.shape
+    probabilities = logits.softmax(dim=-1)
+    numbers = torch.rand(rows)
+    for row, generator in generators.items():
+        numbers[row] = torch.rand((), generator=generator)
+    limit = torch.full((rows,), vocabulary) if k is None else k
+    share = torch.ones(rows) if p is None else p
+    narrowed = (limit < vocabulary) | (share < 1)
+    drawn = torch.empty(rows, dtype=torch.int64)
+    if not narrowed.all():
+        drawn[~narrowed] = _at(probabilities[~narrowed], numbers[~narrowed])
+    if narrowed.any():
+        kept, tokens = _likeliest(probabilities[narrowed], limit[narrowed, None], share[narrowed, None])
+        drawn[narrowed] = tokens.gather(1, _at(kept, numbers[narrowed])[:, None])[:, 0]
+    return drawn, None
+
+
+def _likeliest(probabilities: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest tokens, falling, and their probabilities: zero beyond `k` and `p`, both [rows, 1]."""
+    vocabulary = probabilities.shape[1]
+    kept, tokens = probabilities.topk(min(_LIKELY, vocabulary))
+    if ((k > _LIKELY) & ((k < vocabulary) | (kept.sum(-1, keepdim=True) < p))).any():
+        kept, tokens = probabilities.sort(descending=True)
+    kept = kept.masked_fill(torch.arange(kept.shape[1]) >= k, 0)
+    total = torch.where(k < vocabulary, kept.sum(-1, keepdim=True), 1.0)  # of those that k leaves
+    before = kept.cumsum(-1) - kept
+    return kept.masked_fill((before >= p * total) & (before > 0), 0), tokens
+
+
+def _at(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The column of each row where probabilities added up from the left pass the number's share (0 to 1) of their sum."""
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(sums, sums[:, -1:] * numbers[:, None], right=True)[:, 0]
 
 
 def metadata(
