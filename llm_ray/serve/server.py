@@ -19,7 +19,7 @@ from llm_ray.serve.tools import knows_tools, tell_tools
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _LORAS_AT_ONCE = 8  # adapters whose requests are computed together
-_LOOKS = 100  # a tenth of a second apart
+_LOOKS = 300  # a tenth of a second apart
 _LORAS_KEPT = 64  # adapters in memory
 
 
