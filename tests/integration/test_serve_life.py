@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -47,7 +48,12 @@ class Home:
 
     def processes(self, title: str) -> list[psutil.Process]:
         root = psutil.Process(json.loads((self.folder / "serve" / "local.json").read_text())["pid"])
-        return [p for p in root.children(recursive=True) if title in " ".join(p.cmdline())]
+        found = []
+        for process in root.children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it ends just now
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def ask(self, name: str, **more: Any) -> httpx.Response:
         body = {"model": name, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0} | more
