@@ -11,6 +11,7 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig, LLMConfig, LoraConfig
 from ray.llm._internal.serve.core.protocol import LLMServerProtocol
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
+from vllm.exceptions import VLLMNotFoundError
 
 from llm_ray.models.registry import template_text
 from llm_ray.serve.engines.frontend import Engine
@@ -57,12 +58,12 @@ class ModelServer(LLMServer):
             )
 
     async def _adapter(self, name: str) -> Adapter:
-        """The adapter; the gateway may know of one a moment before its replicas do. Raises ValueError, for the client a 400."""
+        """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the client a 404."""
         for _ in range(_LOOKS):
             if name in self.adapters:
                 return self.adapters[name]
             await asyncio.sleep(0.1)
-        raise ValueError(f"The model `{name}` is not served any more.")
+        raise VLLMNotFoundError(f"The model `{name}` is not served any more.")
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         return await super().chat(self._told(request), raw_request_info)

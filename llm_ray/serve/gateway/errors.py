@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.responses import JSONResponse
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
 from llm_ray.serve.catalogue import Deployed
 from llm_ray.serve.protect.errors import error_body, openai_error
@@ -89,7 +89,7 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
         return ApiError(503, f"A replica of the model `{name}` was lost while it answered; ask again.", "replica_lost", retry_after=1)
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, VLLMClientError):
-        return _told(400, str(cause), getattr(cause, "parameter", None))
+        return _told(404 if isinstance(cause, VLLMNotFoundError) else 400, str(cause), getattr(cause, "parameter", None))
     if type(cause).__name__ in ("EngineDeadError", "EngineGenerateError"):
         return ApiError(503, f"The engine of the model `{name}` failed while it answered; ask again.", "engine_failed", retry_after=1)
     said = f"The model `{name}` failed: {type(cause).__name__}; its log has the details (llm-ray serve logs {entry.model.name})"
