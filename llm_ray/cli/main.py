@@ -27,7 +27,7 @@ COMMANDS = {
     "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as a conf says."),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
-    "model": ("llm_ray.cli.model:model", "List, import and export models."),
+    "model": ("llm_ray.cli.model:model", "List, import, convert and export models."),
     "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
     "runs": ("llm_ray.cli.runs:runs", "List, show and compare runs."),
     "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),

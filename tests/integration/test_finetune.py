@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llm_ray.console import Reporter
 from llm_ray.runs.metrics import read_metrics
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
@@ -103,6 +104,22 @@ def test_the_same_again_is_skipped_and_another_conf_refused(home: Path, codes: s
     refused = llm_ray(home, *command, "--set", "training.max_steps=5", code=1)
     assert "training.max_steps" in refused.stderr
     assert "--force" in refused.stderr
+
+
+def test_the_stage_convert_alone_after_the_others(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+    from llm_ray.models.convert import openvino_folder
+
+    command = ("finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}", "--stage", "convert")
+    assert "about 0.13 GiB with int8 weights" in llm_ray(home, *command, "--dry-run").stdout
+    done = llm_ray(home, *command)
+    assert "serve deploy --model codes --engine openvino" in done.stderr
+    run = home / "runs" / "codes"
+    assert (run / "openvino-int8" / "tokenizer.json").read_bytes() == (run / "output" / "tokenizer.json").read_bytes()
+    assert {"export", "convert"} <= json.loads((run / "run.json").read_text())["stages"].keys()
+    assert "convert: done before" in llm_ray(home, *command).stderr
+    assert openvino_folder(run / "output", None, home / "models", Reporter()) == run / "openvino-int8", "serving finds it"
+    refused = llm_ray(home, *command, "--set", "name=none", code=1)
+    assert "stage convert of none needs stage export" in refused.stderr
 
 
 def test_a_dry_run_starts_nothing_and_says_what_would_be(home: Path, smollm2: Path) -> None:
