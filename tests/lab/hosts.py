@@ -1,7 +1,6 @@
 """Throw-away hosts: systemd containers with SSH on a bridge of their own.
 
-python -m tests.lab.hosts up head worker1 worker2     # prints how to reach them
-python -m tests.lab.hosts down
+python -m tests.lab.hosts head worker1 worker2     # prints how to reach them; Ctrl-C takes them away
 
 A host is a Debian root file system (made once, cached) under an overlay of its own, booted by systemd-nspawn: systemd as PID 1, sshd, its
 own address, the outside through NAT. Root alone can do that; `missing` says what a machine lacks.
@@ -10,11 +9,13 @@ own address, the outside through NAT. Root alone can do that; `missing` says wha
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,7 @@ import yaml
 # On all hosts; the rest is what site.yml installs.
 _PACKAGES = "python3-apt,systemd,systemd-sysv,dbus,openssh-server,python3,iproute2,ca-certificates,sudo,procps,iputils-ping"
 _SUITE = "bookworm"
-_NETWORK = "10.77.0"
-_BRIDGE = "llmraylab"
-_TABLE = "llmray_lab"
+_LABS = 16  # at once on one machine
 _NEEDED = {
     "mmdebstrap": "mmdebstrap",
     "systemd-nspawn": "systemd-container",
@@ -67,10 +66,56 @@ def base() -> Path:
 
 
 @dataclass
+class Network:
+    """A bridge with its own addresses, which the outside is reached from through NAT."""
+
+    number: int
+    lock: int
+
+    @property
+    def prefix(self) -> str:
+        return f"10.77.{self.number}"
+
+    @property
+    def bridge(self) -> str:
+        return f"llmraylab{self.number}"
+
+    @classmethod
+    def make(cls) -> Network:
+        """One that no other lab of this machine has. Raises RuntimeError where all are taken."""
+        for number in range(_LABS):
+            lock = os.open(f"/run/llm-ray-lab-{number}.lock", os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                continue
+            made = cls(number, lock)
+            made._clear()  # what a killed lab left
+            run("ip", "link", "add", made.bridge, "type", "bridge")
+            run("ip", "addr", "add", f"{made.prefix}.1/24", "dev", made.bridge)
+            run("ip", "link", "set", made.bridge, "up")
+            Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+            run("nft", f"add table ip {made.bridge}; add chain ip {made.bridge} post {{ type nat hook postrouting priority 100; }}; "
+                f"add rule ip {made.bridge} post ip saddr {made.prefix}.0/24 oifname != {made.bridge} masquerade")  # fmt: skip
+            return made
+        raise RuntimeError(f"{_LABS} labs are open on this machine already")
+
+    def remove(self) -> None:
+        self._clear()
+        os.close(self.lock)
+
+    def _clear(self) -> None:
+        subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
+        subprocess.run(["nft", f"delete table ip {self.bridge}"], check=False, capture_output=True)
+
+
+@dataclass
 class Host:
     """A booted (or not yet booted) host."""
 
     name: str
+    net: Network
     address: str
     folder: Path
     key: Path
@@ -81,6 +126,11 @@ class Host:
     @property
     def root(self) -> Path:
         return self.folder / "root"
+
+    @property
+    def machine(self) -> str:
+        """Its name on this machine, where several labs may have a host of one name."""
+        return f"{self.net.number}-{self.name}"
 
     @property
     def known_hosts(self) -> Path:
@@ -97,7 +147,7 @@ class Host:
         shutil.copy("/etc/resolv.conf", self.root / "etc/resolv.conf")
         network = self.root / "etc/systemd/network/10-host0.network"
         network.parent.mkdir(parents=True, exist_ok=True)
-        network.write_text(f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\nGateway={_NETWORK}.1\n")
+        network.write_text(f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\nGateway={self.net.prefix}.1\n")
         wanted = self.root / "etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
         wanted.unlink(missing_ok=True)
         wanted.symlink_to("/lib/systemd/system/systemd-networkd.service")
@@ -111,8 +161,16 @@ class Host:
 
     def boot(self) -> None:
         """Start it, and wait until it can be reached and has booted."""
-        command = ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root), "-M", self.name]
-        command += [f"--network-bridge={_BRIDGE}", "--capability=all", "--system-call-filter=@keyring bpf @mount", "--console=pipe"]
+        command = ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root)]
+        command += [
+            "-M",
+            self.machine,
+            f"--hostname={self.name}",
+            f"--network-bridge={self.net.bridge}",
+            "--capability=all",
+            "--system-call-filter=@keyring bpf @mount",
+            "--console=pipe",
+        ]
         command += [f"--bind={self.folder / 'docker'}:/var/lib/docker"]  # an overlay cannot lie on an overlay
         command += [f"--bind-ro={source}:{target}" for source, target in self.binds.items()]
         with (self.folder / "console.log").open("ab") as log:
@@ -153,10 +211,10 @@ class Host:
 
     def cut(self) -> None:
         """Pull its network cable."""
-        run("ip", "link", "set", f"vb-{self.name}", "down")
+        run("ip", "link", "set", f"vb-{self.machine}", "down")
 
     def plug(self) -> None:
-        run("ip", "link", "set", f"vb-{self.name}", "up")
+        run("ip", "link", "set", f"vb-{self.machine}", "up")
 
     def remove(self) -> None:
         self.kill()
@@ -174,13 +232,13 @@ class Lab:
         self.key = folder / "key"
         if not self.key.exists():
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
-        _make_bridge()
+        self.net = Network.make()
 
     def add(self, *names: str, binds: dict[Path, str] | None = None) -> list[Host]:
-        """Boot hosts of these names (at most 11 characters each)."""
+        """Boot hosts of these names (at most 9 characters each, for they become names of interfaces)."""
         new = []
         for name in names:
-            host = Host(name, f"{_NETWORK}.{11 + len(self.hosts)}", self.folder / name, self.key, binds or {})
+            host = Host(name, self.net, f"{self.net.prefix}.{11 + len(self.hosts)}", self.folder / name, self.key, binds or {})
             host.prepare()
             self.hosts[name] = host
             new.append(host)
@@ -206,7 +264,7 @@ class Lab:
         for host in self.hosts.values():
             host.remove()
         self.hosts.clear()
-        _remove_bridge()
+        self.net.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -228,21 +286,6 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def _make_bridge() -> None:
-    _remove_bridge()
-    run("ip", "link", "add", _BRIDGE, "type", "bridge")
-    run("ip", "addr", "add", f"{_NETWORK}.1/24", "dev", _BRIDGE)
-    run("ip", "link", "set", _BRIDGE, "up")
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    run("nft", f"add table ip {_TABLE}; add chain ip {_TABLE} post {{ type nat hook postrouting priority 100; }}; "
-        f"add rule ip {_TABLE} post ip saddr {_NETWORK}.0/24 oifname != {_BRIDGE} masquerade")  # fmt: skip
-
-
-def _remove_bridge() -> None:
-    subprocess.run(["ip", "link", "del", _BRIDGE], check=False, capture_output=True)
-    subprocess.run(["nft", f"delete table ip {_TABLE}"], check=False, capture_output=True)
-
-
 def _kill_tree(pid: int) -> None:
     import psutil
 
@@ -256,7 +299,7 @@ def _kill_tree(pid: int) -> None:
 def main(arguments: Sequence[str]) -> None:
     if reason := missing():
         sys.exit(reason)
-    made = Lab(Path("/tmp/llm-ray-lab"))
+    made = Lab(Path(tempfile.mkdtemp(prefix="llm-ray-lab-")))
     try:
         made.add(*(arguments or ("head", "worker1", "worker2")))
         for host in made.hosts.values():
