@@ -121,6 +121,8 @@ class Host:
     key: Path
     binds: dict[Path, str] = field(default_factory=dict)
     """Folders of this machine that the host sees read-only."""
+    shares: dict[Path, str] = field(default_factory=dict)
+    """Folders of this machine that the host may write to."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -173,6 +175,7 @@ class Host:
         ]
         command += [f"--bind={self.folder / 'docker'}:/var/lib/docker"]  # an overlay cannot lie on an overlay
         command += [f"--bind-ro={source}:{target}" for source, target in self.binds.items()]
+        command += [f"--bind={source}:{target}" for source, target in self.shares.items()]
         with (self.folder / "console.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         self.wait()
@@ -234,11 +237,13 @@ class Lab:
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
         self.net = Network.make()
 
-    def add(self, *names: str, binds: dict[Path, str] | None = None) -> list[Host]:
+    def add(self, *names: str, binds: dict[Path, str] | None = None, shares: dict[Path, str] | None = None) -> list[Host]:
         """Boot hosts of these names (at most 9 characters each, for they become names of interfaces)."""
         new = []
         for name in names:
-            host = Host(name, self.net, f"{self.net.prefix}.{11 + len(self.hosts)}", self.folder / name, self.key, binds or {})
+            host = Host(
+                name, self.net, f"{self.net.prefix}.{11 + len(self.hosts)}", self.folder / name, self.key, binds or {}, shares or {}
+            )
             host.prepare()
             self.hosts[name] = host
             new.append(host)

@@ -1,0 +1,47 @@
+"""Fixtures of the lab: three hosts, and the cluster that site.yml makes of them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.lab import cluster as lab_cluster
+from tests.lab.cluster import Cluster, Run
+from tests.lab.hosts import missing
+
+
+@dataclass(frozen=True)
+class First:
+    """What site.yml did on bare hosts: in check mode, then in earnest."""
+
+    check: Run
+    site: Run
+
+
+@pytest.fixture(scope="session")
+def lab_ready() -> None:
+    """Ends the session, with exit code 3, on a machine that cannot have a lab; SIGTERM takes the lab down, too."""
+    if reason := missing():
+        pytest.exit(reason, 3)
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 143))
+
+
+@pytest.fixture(scope="session")
+def bare(lab_ready: None) -> Iterator[Cluster]:
+    """Three hosts with nothing on them: head, worker1, worker2."""
+    with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": ["worker1", "worker2"]}) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def first(bare: Cluster) -> First:
+    return First(bare.play("site.yml", "--check", "--diff"), bare.play("site.yml"))
+
+
+@pytest.fixture(scope="session")
+def cluster(bare: Cluster, first: First) -> Cluster:
+    """The hosts after site.yml. A test that breaks the cluster leaves it whole again."""
+    return bare
