@@ -42,12 +42,16 @@ lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are
 reference: ## Check that the generated pages are up to date
 	@$(RUN)/python -m llm_ray.conf.reference --check
 	@$(RUN)/python -m llm_ray.cli.reference --check
+	@$(RUN)/python scripts/sample-inventory --check
+	@$(RUN)/python scripts/role-readmes --check
 
 format: setup ## Format the code and write the generated files
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 	$(RUN)/python -m llm_ray.conf.reference
 	$(RUN)/python -m llm_ray.cli.reference
+	$(RUN)/python scripts/sample-inventory
+	$(RUN)/python scripts/role-readmes
 
 bench: ## Training against TRL, two workers against one: a table and bench-results/benchmarks.json
 	@scripts/setup bench
