@@ -1,0 +1,178 @@
+"""Does the cluster have the nodes that it should have, do they run the same software, and see the same files?
+
+A finding has the keys check, host, result (passed or failed), found, and fix: what to do about it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from llm_ray.errors import ClusterError
+from llm_ray.operations.state import nodes
+
+Finding = dict[str, str]
+_SECONDS = 60.0  # that a task may take to start and end
+_STORAGE_SECONDS = 15.0  # that a file may take to be seen by another host
+_SOFTWARE = ("ray", "torch", "transformers", "llm-ray")
+_HEAL = "ansible-playbook site.yml heals it; journalctl -u 'llm-ray-*' on the host says why"
+
+
+def finding(check: str, host: str, found: str, fix: str = "") -> Finding:
+    """One that failed where there is something to do about it, else one that passed."""
+    return {"check": check, "host": host, "result": "failed" if fix else "passed", "found": found, "fix": fix}
+
+
+def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
+    """All findings about the hosts of the inventory (their addresses by name); files are written below `shared`, and removed."""
+    alive = {node["address"]: node for node in nodes()}
+    findings = node_findings(inventory, alive)
+    there = {host: alive[address]["id"] for host, address in inventory.items() if address in alive and not alive[address]["draining"]}
+    folder = shared / f".validate-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise ClusterError(
+            f"{shared} on the head: {error.strerror}: is the shared storage mounted, and of the user that Ray runs as?"
+        ) from error
+    try:
+        answers = _run({host: (node, (str(folder), host)) for host, node in there.items()}, _write)
+        findings += [
+            finding("task", host, f"a task ran in {said['seconds']:.1f} s")
+            if isinstance(said, dict)
+            else finding("task", host, said, _HEAL)
+            for host, said in answers.items()
+        ]
+        told = {host: said for host, said in answers.items() if isinstance(said, dict)}
+        findings += version_findings({host: said["versions"] for host, said in told.items()})
+        wrote = [host for host, said in told.items() if not said["error"]]
+        reads = _run({host: (there[host], (str(folder), wrote)) for host in told}, _read)
+        findings += storage_findings({host: said["error"] for host, said in told.items()}, reads)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return findings
+
+
+def node_findings(inventory: Mapping[str, str], alive: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """The nodes that live (by address) against the inventory (addresses by name)."""
+    findings = []
+    for host, address in inventory.items():
+        node = alive.get(address)
+        if node is None:
+            findings.append(finding("node", host, f"not in the cluster ({address or 'its address is not known'})", _HEAL))
+        elif node["draining"]:
+            findings.append(finding("node", host, "drains: it takes no more work", "restart its unit (systemctl restart 'llm-ray-*')"))
+        else:
+            findings.append(finding("node", host, f"alive, {node['cpus']:g} CPUs, {node['memory_gib']} GiB"))
+    for address, node in alive.items():
+        if address not in inventory.values():
+            fix = (
+                "put it into ray_workers, or stop Ray there (a host that has left keeps the token: see docs/how-to/operate-remove-node.md)"
+            )
+            findings.append(finding("node", node["host"], f"{address} is in the cluster and not in the inventory", fix))
+    return findings
+
+
+def version_findings(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
+    """Every host's software against the first one's, which is the head."""
+    findings: list[Finding] = []
+    for host, found in versions.items():
+        first, wanted = next(iter(versions.items()))
+        other = [f"{name} {found.get(name)} where {first} has {version}" for name, version in wanted.items() if found.get(name) != version]
+        told = ", ".join(other) or ", ".join(f"{name} {version}" for name, version in found.items())
+        findings.append(finding("versions", host, told, "ansible-playbook upgrade.yml brings all hosts to one version" if other else ""))
+    return findings
+
+
+def storage_findings(errors: Mapping[str, str], reads: Mapping[str, Any]) -> list[Finding]:
+    """What writing (an error or nothing, by host) and reading (hosts whose files were not seen, or an error, by host) came to."""
+    findings = []
+    for host, error in errors.items():
+        unseen = reads.get(host)
+        fix = f"see whether the shared storage is mounted on {host} (findmnt), the same as elsewhere; ansible-playbook site.yml heals it"
+        if error:
+            findings.append(finding("storage", host, f"cannot write: {error}", fix))
+        elif isinstance(unseen, str):
+            findings.append(finding("storage", host, f"cannot read: {unseen}", fix))
+        elif unseen:
+            findings.append(finding("storage", host, f"does not see what was written on {', '.join(unseen)}", fix))
+        else:
+            findings.append(finding("storage", host, "written, and all hosts' files read"))
+    return findings
+
+
+def _run(tasks: Mapping[str, tuple[str, tuple[Any, ...]]], function: Any) -> dict[str, Any]:
+    """The function's answer on each host's node, or in words why there is none. It needs no free CPU, so that a busy cluster answers."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(function())
+    running = {
+        host: remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(*arguments)
+        for host, (node, arguments) in tasks.items()
+    }
+    ray.wait(list(running.values()), num_returns=len(running), timeout=_SECONDS) if running else None
+    answers: dict[str, Any] = {}
+    for host, reference in running.items():
+        try:
+            answers[host] = ray.get(reference, timeout=0)
+        except ray.exceptions.GetTimeoutError:
+            answers[host] = f"no task ran within {_SECONDS:.0f} s"
+            ray.cancel(reference, force=True)
+        except Exception as error:  # whatever the host met
+            answers[host] = f"a task failed: {str(error).strip().splitlines()[-1]}"
+    return answers
+
+
+# Functions within functions: Ray sends them whole, so that a host with another version of this package can run them, too.
+
+
+def _write() -> Any:
+    software = _SOFTWARE
+
+    def write(folder: str, host: str) -> dict[str, Any]:
+        import platform
+        import sys
+        import time
+        from importlib import metadata
+
+        began = time.monotonic()
+        error = ""
+        try:
+            with open(f"{folder}/{host}", "w") as file:  # noqa: PTH123
+                file.write(host)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as failed:
+            error = failed.strerror or str(failed)
+        versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in software}
+        return {"versions": versions, "prefix": sys.prefix, "error": error, "seconds": time.monotonic() - began}
+
+    return write
+
+
+def _read() -> Any:
+    seconds = _STORAGE_SECONDS
+
+    def read(folder: str, hosts: list[str]) -> list[str]:
+        until = time.monotonic() + seconds
+        unseen = list(hosts)
+        while True:
+            for host in list(unseen):
+                try:
+                    with open(f"{folder}/{host}") as file:  # noqa: PTH123
+                        if file.read() == host:
+                            unseen.remove(host)
+                except OSError:
+                    continue
+            if not unseen or time.monotonic() > until:
+                return unseen
+            time.sleep(0.2)
+
+    return read

@@ -1,0 +1,133 @@
+"""Smoke runs: does training reach over all nodes, does serving answer? Both leave nothing behind and disturb nothing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import ssl
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llm_ray.operations.checks import Finding, finding
+
+_SECONDS = 180.0  # that a smoke run may take
+_APP = "llm-ray-validate"
+
+
+def train(workers: int, shared: Path) -> list[Finding]:
+    """One step of a tiny model over a worker on each node, on any that has memory free: it waits for no CPU."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from llm_ray.train.network import GlooConfig
+
+    folder = shared / f".validate-{secrets.token_hex(4)}"
+    trainer = TorchTrainer(
+        _step,
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"memory": 1}, placement_strategy="STRICT_SPREAD"),
+        run_config=ray.train.RunConfig(name="train", storage_path=str(folder)),
+        torch_config=GlooConfig(),
+    )
+    began = time.monotonic()
+    try:
+        hosts = _within(_SECONDS, lambda: trainer.fit().return_value)
+    except Exception as error:  # whatever training met
+        failures = getattr(error, "worker_failures", {})
+        told = _last_line(next(iter(failures.values()), error))
+        fix = "hosts must reach each other at all ports above 32768 (firewall) on the interface of their Ray address (ray_node_interface)"
+        return [finding("train", "all", told, fix)]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [finding("train", "all", f"{workers} workers on {', '.join(hosts)} trained a step in {time.monotonic() - began:.0f} s")]
+
+
+def _step() -> list[str]:
+    """On each worker: a step, after which all must have the same weights. The hosts of all workers, by rank."""
+    import ray.train.torch
+    import torch
+    import torch.distributed as dist
+
+    model = ray.train.torch.prepare_model(torch.nn.Linear(4, 1))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model(torch.full((2, 4), float(rank + 1))).sum().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    told: list[Any] = [None] * world
+    dist.all_gather_object(told, (os.uname().nodename, [p.tolist() for p in model.parameters()]))
+    if any(weights != told[0][1] for _, weights in told):
+        raise RuntimeError("workers have different weights after a step")
+    return [host for host, _ in told]
+
+
+def serve(host: str, port: int) -> list[Finding]:
+    """An application beside those that are served; where Serve does not run it is started at `host` and `port`, and stopped again."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    runs = _get_global_client(raise_if_no_controller_running=False) is not None
+    began = time.monotonic()
+    word = secrets.token_hex(8)
+    try:
+        answer = _within(_SECONDS, lambda: _ask(host, port, word))
+    except Exception as error:  # whatever serving met
+        fix = f"ray list actors on the head, and the logs below Ray's session folder (serve/), say more; is port {port} free?"
+        return [finding("serve", "head", _last_line(error), fix)]
+    finally:
+        if runs:
+            serve.delete(_APP)
+        else:
+            serve.shutdown()
+    if answer != word:
+        return [finding("serve", "head", f"answered {answer[:40]!r}", "another application answers at that route: llm-ray serve status")]
+    return [finding("serve", "head", f"an application answered {time.monotonic() - began:.0f} s after its start, and is gone")]
+
+
+def _ask(host: str, port: int, word: str) -> str:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from llm_ray.serve import deploy
+
+    class Echo:
+        async def __call__(self, request: Any) -> str:
+            return str(request.query_params["word"])
+
+    echo = serve.deployment(Echo, ray_actor_options={"num_cpus": 0})
+    if deploy.url() is None:
+        deploy.check_port(host, port)
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))
+    serve.run(echo.bind(), name=_APP, route_prefix=f"/{_APP}")
+    base = (deploy.url() or "").removesuffix("/v1")
+    # Whose certificate it is does not matter here: the endpoint is this host's own.
+    context = ssl._create_unverified_context() if base.startswith("https:") else None  # noqa: S323
+    with urllib.request.urlopen(f"{base}/{_APP}?word={word}", timeout=30, context=context) as response:  # noqa: S310
+        return str(response.read().decode())
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """The work's result. Raises TimeoutError when it takes longer; it then ends with this process."""
+    result: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            result["value"] = work()
+        except BaseException as error:  # handed to the caller, whatever it is
+            result["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+    if "error" in result:
+        raise result["error"]
+    return result["value"]
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

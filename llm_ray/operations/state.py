@@ -1,0 +1,70 @@
+"""What a cluster has and does now, as far as its own processes know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+_GIB = 2**30
+
+
+def state() -> dict[str, Any]:
+    """Nodes with their resources, jobs that have not ended, and applications that are served, of the joined Ray."""
+    return {"ray": ray.__version__, "nodes": nodes(), "jobs": _jobs(), "applications": _applications()}
+
+
+def nodes() -> list[dict[str, Any]]:
+    """The nodes that live, by host name: address, whether they drain, and of CPUs and memory (GiB) how much is in use."""
+    from ray._private.state import available_resources_per_node
+    from ray._private.state import state as ray_state
+
+    free, draining = available_resources_per_node(), ray_state.get_draining_nodes()
+    found = []
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        all_of, left = node["Resources"], free.get(node["NodeID"], {})
+        found.append(
+            {
+                "id": node["NodeID"],
+                "host": node["NodeManagerHostname"],
+                "address": node["NodeManagerAddress"],
+                "head": "node:__internal_head__" in all_of,
+                "draining": node["NodeID"] in draining,
+                "cpus": all_of.get("CPU", 0),
+                "cpus_used": round(all_of.get("CPU", 0) - left.get("CPU", 0), 2),
+                "memory_gib": round(all_of.get("memory", 0) / _GIB, 1),
+                "memory_gib_used": round((all_of.get("memory", 0) - left.get("memory", 0)) / _GIB, 1),
+            }
+        )
+    return sorted(found, key=lambda node: (not node["head"], node["host"]))
+
+
+def _jobs() -> list[dict[str, Any]]:
+    """Submitted jobs and connected programs, this one left out."""
+    from ray.util.state import list_jobs
+
+    own = ray.get_runtime_context().get_job_id()
+    return [
+        {"id": job.submission_id or job.job_id, "status": job.status, "command": job.entrypoint}
+        for job in list_jobs(limit=1000)
+        if job.status in ("PENDING", "RUNNING") and job.job_id != own
+    ]
+
+
+def _applications() -> list[dict[str, Any]]:
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    if _get_global_client(raise_if_no_controller_running=False) is None:
+        return []
+    return [
+        {
+            "name": name,
+            "status": str(app.status.value),
+            "replicas": sum(deployment.replica_states.get("RUNNING", 0) for deployment in app.deployments.values()),
+            "message": app.message,
+        }
+        for name, app in sorted(serve.status().applications.items())
+    ]

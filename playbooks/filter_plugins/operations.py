@@ -1,0 +1,126 @@
+"""What the playbooks decide and show: whether a name may be meant, what a check came to, and tables to read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Finding = dict[str, str]
+
+
+def operations_misspelt(variables: Mapping[str, Any], arguments: Sequence[str], roles: str) -> list[str]:
+    """What is wrong with names given by -e: those that are nearly, and not quite, an argument of the playbook.
+
+    variables: a host's. arguments: names that the playbook takes. roles: the folder of the roles, whose own variables are no mistakes.
+    """
+    known = {*arguments}
+    for path in Path(roles).glob("*/meta/argument_specs.yml"):
+        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
+            known |= {*(entry.get("options") or {})}
+    problems = []
+    for name in sorted(map(str, variables)):
+        if name not in known and (near := difflib.get_close_matches(name.lower(), arguments, 1, 0.75)):
+            problems.append(f"-e {name}: no such argument: did you mean -e {near[0]}=…?")
+    return problems
+
+
+def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -> str:
+    """Why a host cannot be added or removed (the verb) by that name; empty where it can."""
+    workers = [*groups.get("ray_workers", [])]
+    wanted = f"name one worker: -e node={workers[0] if workers else 'NAME'}; the workers are {', '.join(workers) or 'none'}"
+    if not name:
+        return f"node is not given: {wanted}"
+    if name in groups.get("ray_head", []):
+        return f"node = {name}: the head is not {verb}: {'reset.yml takes a cluster away' if verb == 'removed' else 'site.yml makes it'}"
+    if not isinstance(name, str) or name in groups or any(sign in name for sign in ",:*!&[] "):
+        return f"node = {name}: one host alone is {verb}: {wanted}"
+    if name not in workers:
+        near = difflib.get_close_matches(name, workers, 1, 0.6)
+        told = f"did you mean {near[0]}?" if near else "put it there first" if verb == "added" else f"the workers are {', '.join(workers)}"
+        return f"node = {name}: not in the group ray_workers of the inventory: {told}"
+    if verb == "removed" and name in groups.get("nfs_server", []):
+        return f"node = {name}: it holds the shared storage: move nfs_server to another host first"
+    return ""
+
+
+def operations_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
+    """The address of each host in the cluster; of one whose facts are not known, the one that Ansible has."""
+    found = {}
+    for host in hosts:
+        own = hostvars[host]
+        facts = own.get("ansible_facts") or {}
+        known = (facts.get("default_ipv4") or {}).get("address")
+        found[host] = str((own.get("ray_node_address") if known else None) or known or own.get("ansible_host") or "")
+    return found
+
+
+def operations_units(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[dict[str, str]]:
+    """The units of each host as rows, from what systemd said there (__status_units)."""
+    rows = []
+    for host in hosts:
+        asked = hostvars[host].get("__status_units") or {}
+        found = [one["status"] for one in asked.get("results", []) if one.get("status")]
+        if not found:
+            reached = any(not one.get("unreachable") for one in asked.get("results", []))
+            rows.append({"host": host, "state": "no units: site.yml has not made it a node" if reached else "the host is not reached"})
+        rows += [
+            {
+                "host": host,
+                "unit": unit["Id"].removesuffix(".service"),
+                "state": f"{unit['ActiveState']} ({unit['SubState']})",
+                "boot": unit.get("UnitFileState", ""),
+                "restarts": unit.get("NRestarts", ""),
+                "since": unit.get("StateChangeTimestamp", ""),
+            }
+            for unit in found
+        ]
+    return rows
+
+
+def operations_answer(run: Mapping[str, Any]) -> Any:
+    """What llm_ray.operations answered, or {"error": why}."""
+    lines = [line for line in str(run.get("stdout", "")).splitlines() if line.strip()]
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        said = str(run.get("stderr") or run.get("msg") or "no answer").strip().splitlines()
+        return {"error": said[-1] if said else "no answer"}
+
+
+def operations_failed(result: Mapping[str, Any], check: str, host: str) -> list[Finding]:
+    """Findings from a role's failed check. Its message reads HOST: what is wrong: what to do."""
+    failed = [one for one in result.get("results", []) if one.get("failed")] or [result]
+    findings = []
+    for one in failed:
+        said = str(one.get("stderr") or one.get("msg") or "failed").strip().splitlines()[-1].removeprefix(f"{host}: ")
+        found, _, fix = said.rpartition(": ") if one.get("assertion") else (said, "", "")
+        fix = fix if found and fix else f"ansible-playbook site.yml --limit {host} heals it"
+        findings.append({"check": check, "host": host, "result": "failed", "found": found or said, "fix": fix})
+    return findings
+
+
+def operations_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """Rows as a table to read, with the columns' names as its head. The last column is not padded."""
+    shown = [[*columns], *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(row[at]) for row in shown) for at in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown)
+
+
+class FilterModule:
+    """What Ansible asks a filter plugin for."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        return {
+            "operations_misspelt": operations_misspelt,
+            "operations_node": operations_node,
+            "operations_addresses": operations_addresses,
+            "operations_units": operations_units,
+            "operations_answer": operations_answer,
+            "operations_failed": operations_failed,
+            "operations_table": operations_table,
+        }

@@ -1,0 +1,104 @@
+#!/usr/bin/python
+"""Which ports of a host can be reached from here that should not. It only connects, and says nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: firewall_probe
+short_description: Which ports of a host can be reached from here that should not
+description: Tries the ports on which a host listens and that are closed to this machine, as long as this machine is outside.
+author: LLM on Ray
+options:
+  addresses: {description: Addresses of the host., type: list, elements: str, required: true}
+  open_port: {description: "A port that is open, to know that the host can be reached at all.", type: int, required: true}
+  listening: {description: "Lines of ss -Hltn on the host.", type: list, elements: str, required: true}
+  cluster_ports: {description: "Ports, or from-to, for the cluster alone.", type: list, elements: str, required: true}
+  served_ports: {description: "Ports, or from-to, for the cluster and the admin networks.", type: list, elements: str, required: true}
+  cluster: {description: Addresses of the cluster., type: list, elements: str, required: true}
+  admin: {description: Networks that may reach what is served., type: list, elements: str, required: true}
+  timeout: {description: Seconds to wait for an answer., type: float, default: 3}
+"""
+EXAMPLES = "- firewall_probe: {addresses: [10.0.0.11], open_port: 22, listening: [], cluster_ports: ['6379'], served_ports: ['8000'], cluster: [], admin: []}"
+RETURN = """
+unknown: {description: Why it cannot be judged; empty where it can., type: str, returned: always}
+source: {description: Address that the host sees., type: str, returned: always}
+tried: {description: Ports that were tried., type: list, returned: always}
+open: {description: "Addresses and ports, as 10.0.0.11:6379, that can be reached.", type: list, returned: always}
+"""
+
+
+def main():
+    lists = ("addresses", "listening", "cluster_ports", "served_ports", "cluster", "admin")
+    arguments = {name: {"type": "list", "elements": "str", "required": True} for name in lists}
+    arguments |= {"open_port": {"type": "int", "required": True}, "timeout": {"type": "float", "default": 3}}
+    module = AnsibleModule(arguments, supports_check_mode=True)
+    module.exit_json(changed=False, **probe(module.params))
+
+
+def probe(asked):
+    found = {"unknown": "", "source": "", "tried": [], "open": []}
+    reached = [address for address in asked["addresses"] if connects(address, asked["open_port"], asked["timeout"])]
+    if not reached:
+        return found | {
+            "unknown": f"this machine does not reach port {asked['open_port']} of the host directly: scan its ports from one that does"
+        }
+    found["source"] = source = own_address(reached[0])
+    if source in asked["addresses"] or within(source, asked["cluster"]) or ipaddress.ip_address(source).is_loopback:
+        return found | {"unknown": f"this machine ({source}) is in the cluster: run validate.yml from a host outside"}
+    served = [] if within(source, asked["admin"]) else asked["served_ports"]
+    found["tried"] = sorted(port for port in listening(asked["listening"]) if among(port, asked["cluster_ports"] + served))
+    targets = [(address, port) for address in reached for port in found["tried"]]
+    with ThreadPoolExecutor(max(1, min(64, len(targets)))) as pool:
+        answers = list(pool.map(lambda target: connects(*target, asked["timeout"]), targets))
+    found["open"] = [f"{address}:{port}" for (address, port), answer in zip(targets, answers) if answer]  # noqa: B905
+    return found
+
+
+def listening(lines):
+    """Ports on which a host listens beyond loopback."""
+    ports = set()
+    for line in lines:
+        match = re.match(r"\S+\s+\d+\s+\d+\s+(\S+):(\d+)\s", line)
+        if match and not match[1].strip("[]").startswith(("127.", "::1", "::ffff:127.")):
+            ports.add(int(match[2]))
+    return ports
+
+
+def among(port, ranges):
+    for text in ranges:
+        low, _, high = str(text).partition("-")
+        if int(low) <= port <= int(high or low):
+            return True
+    return False
+
+
+def within(address, networks):
+    own = ipaddress.ip_address(address)
+    return any(own in ipaddress.ip_network(network, strict=False) for network in networks)
+
+
+def connects(address, port, timeout):
+    try:
+        socket.create_connection((address, port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def own_address(address):
+    """The address that a host sees of this machine."""
+    family = socket.getaddrinfo(address, 22)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe_socket:
+        probe_socket.connect((address, 22))
+        return probe_socket.getsockname()[0]
+
+
+if __name__ == "__main__":
+    main()
