@@ -94,10 +94,7 @@ class Cluster:
             output, _ = process.communicate(timeout=timeout)
         finally:
             process.kill()
-        hosts = {
-            name: {key: int(value) for key, value in (pair.split("=") for pair in stats.split())} for name, stats in _RECAP.findall(output)
-        }
-        run = Run(process.returncode, output, time.monotonic() - began, hosts)
+        run = Run(process.returncode, output, time.monotonic() - began, self.parse(output))
         print(f"ansible-playbook {playbook} {' '.join(arguments)}: exit {run.code}, {run.seconds:.0f} s, {run.hosts}")
         if ok and run.code:
             raise AssertionError(f"{playbook} {' '.join(arguments)}: exit {run.code}\n{output[-8000:]}")
@@ -109,12 +106,17 @@ class Cluster:
         home = self.lab.folder / "home"  # Ansible's caches and sockets, apart from those of other labs
         home.mkdir(exist_ok=True)
         own = {"HOME": str(home), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(self.bundle / "ansible.cfg"), "PYTHONUNBUFFERED": "1"}
-        found = self.bundle / "playbooks" / playbook
-        command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory), str(found), *arguments]
+        command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory), playbook, *arguments]
         return subprocess.Popen(
             command, cwd=self.bundle, env=os.environ | own | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
+
+    @staticmethod
+    def parse(output: str) -> dict[str, dict[str, int]]:
+        """Of each host in a playbook's recap ok, changed, unreachable, failed, skipped, rescued, ignored."""
+        recap = _RECAP.findall(output)
+        return {name: {key: int(value) for key, value in (pair.split("=") for pair in stats.split())} for name, stats in recap}
 
     def ray(self, code: str, host: Host | None = None, timeout: float = 120) -> str:
         """Run Python as a Ray client on a host (the head) with the cluster's own environment and token; what it prints."""
@@ -154,13 +156,12 @@ def cluster(groups: dict[str, Sequence[str]], **variables: Any) -> Iterator[Clus
     with lab(folder) as made:
         bundle, storage = folder / "bundle", folder / "storage"
         storage.mkdir()
-        for name in _BUNDLE:
-            source = ROOT / name
+        for source in (*(ROOT / name for name in _BUNDLE), *ROOT.glob("*.yml")):
             if source.is_dir():
-                shutil.copytree(source, bundle / name, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, bundle / source.name, ignore=shutil.ignore_patterns("__pycache__"))
             elif source.exists():
                 bundle.mkdir(exist_ok=True)
-                shutil.copy(source, bundle / name)
+                shutil.copy(source, bundle / source.name)
         names = list(dict.fromkeys(name for members in groups.values() for name in members))
         made.add(*names, binds={wheels(): "/srv/wheels"}, shares={storage: "/srv/llm-ray"})
         common = {

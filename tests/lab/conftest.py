@@ -18,6 +18,8 @@ class First:
     """What site.yml did on bare hosts: in check mode, then in earnest."""
 
     check: Run
+    after_check: str
+    """What of the bundle was on the hosts after check mode."""
     site: Run
 
 
@@ -38,7 +40,10 @@ def bare(lab_ready: None) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def first(bare: Cluster) -> First:
-    return First(bare.play("site.yml", "--check", "--diff"), bare.play("site.yml"))
+    check = bare.play("site.yml", "--check", "--diff")
+    look = "ls -d /etc/llm-ray /opt/llm-ray /var/lib/llm-ray /srv/llm-ray/* 2>/dev/null; getent passwd ray"
+    after = "".join(host.ssh(look, check=False).stdout for host in bare.nodes)
+    return First(check, after, bare.play("site.yml"))
 
 
 @pytest.fixture(scope="session")

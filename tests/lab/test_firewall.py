@@ -1,0 +1,82 @@
+"""What a host outside the cluster reaches of it: a scan of all ports, from a container that no inventory names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.cluster import Cluster
+from tests.lab.hosts import Host
+
+pytestmark = pytest.mark.lab
+
+_SCAN = """
+import asyncio, sys
+
+async def is_open(address, port, limit):
+    async with limit:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 1)
+        except (OSError, TimeoutError):
+            return None
+        writer.close()
+        return port
+
+async def main(address, ports):
+    limit = asyncio.Semaphore(900)
+    print(*[port for port in await asyncio.gather(*(is_open(address, port, limit) for port in ports)) if port])
+
+asyncio.run(main(sys.argv[1], eval(sys.argv[2])))
+"""
+_SERVED = [8000, 7860]
+
+
+def _open_ports(scanner: Host, target: Host, ports: str = "range(1, 65536)") -> list[int]:
+    return [int(port) for port in scanner.ssh(f"python3 - {target.address} '{ports}' <<'END'\n{_SCAN}\nEND", timeout=300).stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def outside(cluster: Cluster) -> Iterator[Host]:
+    """A host on the same network that is not in the inventory, while the head serves at all its addresses."""
+    for port in _SERVED:
+        cluster.head.ssh(f"systemd-run --unit=served-{port} python3 -m http.server {port}")
+    (host,) = cluster.lab.add("outside")
+    yield host
+    for port in _SERVED:
+        cluster.head.ssh(f"systemctl stop served-{port}")
+    host.remove()
+    del cluster.hosts["outside"]
+
+
+def test_from_outside_only_ssh_is_open(cluster: Cluster, outside: Host) -> None:
+    assert {host.name: _open_ports(outside, host) for host in cluster.nodes} == {host.name: [22] for host in cluster.nodes}
+
+
+def test_hosts_of_the_cluster_reach_each_other(cluster: Cluster, outside: Host) -> None:
+    first, second = cluster.workers
+    assert _open_ports(first, second, "[22, 6380, 6381, 6382, 6383, 6384, 52365]") == [22, 6380, 6381, 6382, 6383, 6384, 52365]
+    # the dashboard is on loopback
+    assert _open_ports(second, cluster.head, "[6379, 6380, 7860, 8000, 8265]") == [6379, 6380, 7860, 8000]
+
+
+def test_an_admin_network_reaches_what_is_served_and_no_more(cluster: Cluster, outside: Host) -> None:
+    opened = cluster.play("site.yml", "--tags", "firewall", "-e", json.dumps({"llm_ray_admin_networks": [f"{outside.address}/32"]}))
+    assert opened.changed > 0
+    try:
+        assert _open_ports(outside, cluster.head) == [22, *sorted(_SERVED)]
+    finally:
+        cluster.play("site.yml", "--tags", "firewall")
+    assert _open_ports(outside, cluster.head, "[22, 7860, 8000]") == [22]
+
+
+def test_ssh_is_never_locked_out(cluster: Cluster, outside: Host) -> None:
+    """Not even by an inventory that closes every port, also to the host that Ansible runs on."""
+    closed = {"firewall_cluster_ports": ["1-65535"], "firewall_served_ports": ["22"], "firewall_cluster": ["192.0.2.1"]}
+    cluster.play("site.yml", "--tags", "firewall", "-e", json.dumps(closed))
+    try:
+        assert _open_ports(outside, cluster.head, "[22, 7860, 8000]") == [22]
+    finally:
+        cluster.play("site.yml", "--tags", "firewall")
+    assert _open_ports(cluster.workers[0], cluster.head, "[22, 7860, 8000]") == [22, 7860, 8000]
