@@ -26,10 +26,15 @@ def tell_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> l
     plain = [_plain(message) for message in messages]
     if not tools:
         return plain
-    told = _BEFORE + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools) + _AFTER
+    told = _BEFORE + "\n".join(json.dumps(_described(tool), ensure_ascii=False) for tool in tools) + _AFTER
     if plain and plain[0]["role"] == "system" and isinstance(plain[0]["content"], str):
         return [{**plain[0], "content": f"{plain[0]['content']}\n\n{told}"}, *plain[1:]]
     return [{"role": "system", "content": told}, *plain]
+
+
+def _described(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool without what is for the engine alone."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

@@ -209,6 +209,8 @@ class Api:
         if self.draining:
             raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
         target = await self._target(body.model, request)
+        if target.entry.status == "DELETING":  # its replicas only answer what they have begun
+            raise ApiError(503, f"The model `{target.name}` is being stopped.", "stopping")
         body.model = target.name
         return target
 

@@ -311,6 +311,15 @@ class Chat(_Sampling, ChatCompletionRequest):
     tools: Annotated[list[ChatCompletionToolsParam], Field(min_length=1, max_length=128)] | None = None
     documents: Annotated[list[dict[str, str]], Field(max_length=128)] | None = None
 
+    @model_validator(mode="after")
+    def _strict(self) -> Chat:
+        """A call that is demanded has arguments of the tool's schema, unless the tool says `strict: false`: a small model makes up others."""
+        if self.tools and self.tool_choice not in ("auto", "none", None):
+            for tool in self.tools:
+                if tool.function.strict is None:
+                    tool.function.strict = True
+        return self
+
 
 class Completion(_Sampling, CompletionRequest):
     """A request to /v1/completions."""

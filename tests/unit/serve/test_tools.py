@@ -17,6 +17,8 @@ def test_the_tools_are_told_in_the_system_message() -> None:
     assert system["role"] == "system"
     assert '"name": "weather"' in system["content"]
     assert user == {"role": "user", "content": "Rain?"}
+    strict = {**TOOL, "function": {**TOOL["function"], "strict": True}}  # type: ignore[dict-item]
+    assert tell_tools([{"role": "user", "content": "Rain?"}], [strict])[0] == system
     (system, _) = tell_tools([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}], [TOOL])
     assert system["content"].startswith("Be brief.\n\n")
     assert '"name": "weather"' in system["content"]
@@ -33,3 +35,7 @@ def test_calls_and_results_become_text() -> None:
     )
     assert told[1] == {"role": "assistant", "content": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'}
     assert told[2] == {"role": "user", "content": "<tool_response>\nrain\n</tool_response>"}
+
+
+def test_without_tools_nothing_is_told() -> None:
+    assert tell_tools([{"role": "tool", "content": "rain"}], []) == [{"role": "user", "content": "<tool_response>\nrain\n</tool_response>"}]

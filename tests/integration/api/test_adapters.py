@@ -1,0 +1,74 @@
+"""A LoRA adapter under a name of its own, beside its base model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+PROMPT = "The capital of France is"
+ASK: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+def text(client: openai.OpenAI, model: str, **change: Any) -> str:
+    answer = client.completions.create(model=model, **ASK | change)
+    assert answer.model == model
+    return answer.choices[0].text
+
+
+def replicas(run: Any) -> set[str]:
+    """The processes that have served `small`."""
+    return set(re.findall(r"pid=(\d+)", run("serve", "logs", "small", "-n", "10000").stdout))
+
+
+def test_it_answers_as_peft_does(client: openai.OpenAI, smollm2: Path, adapter: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    settings: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    length = inputs["input_ids"].shape[1]
+    said = tokenizer.decode(plain.generate(**inputs, **settings)[0, length:])
+    tuned = tokenizer.decode(PeftModel.from_pretrained(plain, adapter).generate(**inputs, **settings)[0, length:])
+    assert said != tuned
+    assert text(client, "small") == said
+    assert text(client, "tuned") == tuned
+    assert text(client, "small") == said
+    streamed = client.completions.create(model="tuned", **ASK, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == tuned
+
+
+def test_it_is_listed_beside_its_base(client: openai.OpenAI, http: httpx.Client) -> None:
+    assert [model.id for model in client.models.list()] == ["small", "team/other", "tuned"]
+    card = http.get("/v1/models/tuned").json()
+    assert (card["root"], card["parent"], card["metadata"]["ready"]) == ("small", "small", True)
+    assert http.post("/tuned", json={"text": "Hi", "config": {"max_new_tokens": 2}}).status_code == 200
+
+
+def test_adapters_come_and_go_without_a_restart(
+    run: Any, conf: Path, adapter: Path, client: openai.OpenAI, base: str, tmp_path: Path
+) -> None:
+    before = replicas(run)
+    asked = json.loads(conf.read_text())
+    asked["models"]["small"]["adapters"]["later"] = str(shutil.copytree(adapter, tmp_path / "other"))
+    (tmp_path / "more.yaml").write_text(json.dumps(asked))
+    for file, there in ((tmp_path / "more.yaml", True), (conf, False)):
+        deployed = run("serve", "deploy", "--config", str(file), "--only", "small")
+        assert deployed.returncode == 0, deployed.stderr
+        if there:
+            assert text(client, "later") == text(client, "tuned") != text(client, "small")
+        else:
+            with pytest.raises(openai.NotFoundError, match="later"):  # never the base in its place
+                text(client, "later")
+    assert text(client, "tuned") != text(client, "small")
+    assert replicas(run) == before
+    assert len(before) == 1
