@@ -27,6 +27,8 @@ from llm_ray.errors import ClusterError
 
 # Ray keeps objects in shared memory; the bundle hands data over as files, so that a small store is enough.
 OBJECT_STORE_BYTES = 128 * 2**20
+# As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,12 @@ def join_cluster(address: str, environment: Mapping[str, str] | None = None) -> 
 
     What is started there gets `environment` as well.
     """
+    settings = {"RAY_TRAIN_V2_ENABLED": "1"}
     if address != "auto":
         _check_address(address)
-    with _joined(address, {"RAY_TRAIN_V2_ENABLED": "1"}, runtime_env={"env_vars": dict(environment)} if environment else None) as cluster:
+        if _is_on_loopback_alone(address):
+            settings |= _LOOPBACK
+    with _joined(address, settings, runtime_env={"env_vars": dict(environment)} if environment else None) as cluster:
         yield cluster
 
 
@@ -127,6 +132,20 @@ def _check_address(address: str) -> None:
         raise ClusterError(
             f"no Ray cluster at {address} (runtime.address): {error.strerror or error}. Is the head running there, and the port open to this host?"
         ) from error
+
+
+def _is_on_loopback_alone(address: str) -> bool:
+    """Whether Ray, which asks at this host's outer address for one of loopback, would find nothing there, and try for minutes."""
+    from ray.util import get_node_ip_address
+
+    host, _, port = address.rpartition(":")
+    if host not in ("localhost", "127.0.0.1", "[::1]"):
+        return False
+    try:
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=10).close()
+    except OSError:
+        return True
+    return False
 
 
 def check_resources(runtime: Runtime, cluster: Cluster) -> int:
@@ -182,15 +201,20 @@ def _connect(address: str, **options: object) -> None:
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place, which ends the process without our clean-up
 
 
+def clean_up() -> None:
+    """Remove what killed processes left of their local sessions: folders, and Ray's agents, which write into them for half a minute more."""
+    for lock in Path(_short_temp_dir()).glob("llm-ray-*/lock"):
+        with contextlib.suppress(OSError), lock.open("ab") as file:  # it is held, or another user's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_orphans(lock.parent)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
     """A folder for one session, locked as long as the session lasts. Those that killed processes left behind are removed first."""
-    place = Path(_short_temp_dir())
-    for lock in place.glob("llm-ray-*/lock"):
-        with contextlib.suppress(OSError), lock.open("ab") as file:  # it is held, or another user's
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    hidden = Path(tempfile.mkdtemp(prefix=".llm-ray-", dir=place))  # mode 0700: the token lies in it
+    clean_up()
+    hidden = Path(tempfile.mkdtemp(prefix=".llm-ray-", dir=_short_temp_dir()))  # mode 0700: the token lies in it
     folder = hidden.with_name(hidden.name.removeprefix("."))
     with (hidden / "lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -199,6 +223,16 @@ def _session_folder() -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_orphans(folder: Path) -> None:
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # gone in between, or another user's
+            if any(file.path.startswith(f"{folder}/r/") for file in process.open_files()):
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=5)
 
 
 def _make_token(folder: Path) -> Path:
@@ -213,8 +247,7 @@ def _settings(token: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        # As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        **_LOOPBACK,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority

@@ -43,7 +43,7 @@ class Reporter:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=False) as progress:
+        with Progress(*columns, console=self.console, transient=False, redirect_stdout=False) as progress:  # an answer may be piped on
             yield _RichBar(progress, progress.add_task(title, total=total, text=""))
 
 

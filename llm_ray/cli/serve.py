@@ -304,6 +304,7 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
       llm-ray serve stop quickstart
       llm-ray serve stop --all
     """
+    from llm_ray.cluster import clean_up
     from llm_ray.console import Reporter
     from llm_ray.errors import ConfError
     from llm_ray.serve import deploy as serving
@@ -315,6 +316,7 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
     if everything and not address:
         found = local.running()
         if found is None:
+            clean_up()  # where it was killed
             reporter.line("Nothing is served on this machine.")
             return
         reporter.line("Stopping all models, and the Ray that serves them.")

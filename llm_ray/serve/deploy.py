@@ -35,7 +35,10 @@ _POLL = 0.1  # seconds
 _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
 # Errors that only say that another one happened elsewhere.
 _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
+# vLLM's advice for a cache that is too small names settings that do not hold here.
+_ADVICE = re.compile(r"Try (?:increasing|decreasing) .*gpu_memory_utilization.*")
 DRAIN_SECONDS = 60.0
+_GRACE = 60.0  # seconds that Serve may take for the rest
 # A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
 _STARTS = 5
 _FAILED_TO_START = "failed to start"
@@ -87,8 +90,6 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
 
 def stop(names: Sequence[str], reporter: Reporter) -> None:
     """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not deployed."""
-    from ray import serve
-
     with _quiet():
         there = status()
         if unknown := [name for name in names if name not in there]:
@@ -96,9 +97,8 @@ def stop(names: Sequence[str], reporter: Reporter) -> None:
             if unknown[0] in adapters:
                 raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that without it")
             raise ServeError(f"no model {unknown[0]} is served here; there are: {', '.join(there) or 'none'}")
-        for name in names:
-            reporter.line(f"Stopping {name}.")
-            serve.delete(catalogue.app_name(name))
+        reporter.line(f"Stopping {', '.join(names)}.")
+        _delete([catalogue.app_name(name) for name in names], reporter)
 
 
 def stop_all(reporter: Reporter) -> None:
@@ -108,8 +108,7 @@ def stop_all(reporter: Reporter) -> None:
     with _quiet():
         reporter.line("Stopping all models and the endpoint.")
         drain()
-        for app in [*map(catalogue.app_name, status()), GATEWAY]:
-            serve.delete(app)
+        _delete([*map(catalogue.app_name, status()), GATEWAY], reporter)
         if not serve.status().applications:  # others may serve on this cluster, too
             serve.shutdown()
 
@@ -138,6 +137,9 @@ def drain(seconds: float = DRAIN_SECONDS) -> int:
 
     with _quiet():
         try:
+            app = serve.status().applications.get(GATEWAY)
+            if app is None or not app.deployments[GATEWAY].replica_states.get("RUNNING"):  # it takes none in
+                return 0
             return int(serve.get_deployment_handle(GATEWAY, GATEWAY).drain.remote(seconds).result(timeout_s=seconds + 10))
         except Exception:  # there is no gateway, or it is gone: then nothing is in progress
             return 0
@@ -220,7 +222,7 @@ def tell_reason(message: str) -> str:
     found = [match for match in _ERROR_LINE.finditer(message) if not match[2].startswith(_EMPTY)]
     if not found:
         return message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
-    what = found[-1][2].strip()
+    what = _ADVICE.sub("Raise kv_cache_gib, or lower max_model_len.", found[-1][2].strip())
     if re.search(r"\d+ validation errors? for \w+$", what):
         details = re.findall(r"^\s*(?:Value error, |Assertion failed, )?(\S.*?) \[type=", message[found[-1].end() :], re.MULTILINE)
         what = "; ".join(details) or what
@@ -306,6 +308,22 @@ def _run(targets: list[Any]) -> None:
     from ray import serve
 
     serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _delete(apps: Sequence[str], reporter: Reporter) -> None:
+    """Delete applications, and wait until their replicas have answered what they work on. Raises ServeError."""
+    from ray import serve
+
+    for app in apps:
+        serve.delete(app, _blocking=False)
+    began = time.monotonic()
+    with reporter.bar("stopping", total=len(apps)) as bar:
+        while left := [app for app in apps if app in serve.status().applications]:
+            bar.update(len(apps) - len(left), len(apps), f"{time.monotonic() - began:.0f} s")
+            if time.monotonic() - began > DRAIN_SECONDS + _GRACE:
+                raise ServeError(f"{', '.join(left)} did not stop within {DRAIN_SECONDS + _GRACE:.0f} s: llm-ray serve status tells more")
+            time.sleep(_POLL)
+        bar.update(len(apps), len(apps))
 
 
 def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> None:

@@ -30,6 +30,7 @@ from llm_ray.files import write_json
 from llm_ray.serve import proxy
 
 _POLL = 0.05  # seconds
+_WATCH = 1.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
     try:
         return _started(process, log, timeout)
     except BaseException:
-        _stop(psutil.Process(process.pid), 30)
+        _stop(process.pid, 30)
         raise
 
 
@@ -106,13 +107,13 @@ def _started(process: subprocess.Popen[bytes], log: Path, timeout: float) -> Loc
 
 def end(found: LocalRay, timeout: float = 120) -> None:
     """End the local Ray that serves; requests in progress are answered first."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        _stop(psutil.Process(found.pid), timeout)
+    _stop(found.pid, timeout)
 
 
-def _stop(process: psutil.Process, timeout: float) -> None:
+def _stop(pid: int, timeout: float) -> None:
     """SIGTERM, and after `timeout` seconds SIGKILL."""
     with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
         process.terminate()
         try:
             process.wait(timeout)
@@ -144,9 +145,7 @@ def main() -> None:
     import fcntl
 
     state = state_file()
-    ending = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ending.set())
-    signal.signal(signal.SIGINT, lambda *_: ending.set())
+    signal.signal(signal.SIGTERM, _interrupt)  # while it starts; Ctrl-C does the same
     with state.with_name("local.lock").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -154,19 +153,38 @@ def main() -> None:
             print("another process serves already", file=sys.stderr)
             raise SystemExit(1) from None
         os.environ.update(proxy.ENVIRONMENT)
-        with local_ray():
-            import ray
+        try:
+            with local_ray():
+                _serve_until_told_to_end()
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:
+            state.unlink(missing_ok=True)
 
-            node = ray._private.worker._global_node
-            me = psutil.Process()
-            told = LocalRay(me.pid, me.create_time(), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
-            _tell(told)
-            ending.wait()
-            _tell(replace(told, ending=True))
-            from llm_ray.serve.deploy import drain
 
-            drain()
-        state.unlink(missing_ok=True)
+def _serve_until_told_to_end() -> None:
+    """Until SIGTERM, and then until what is in progress is answered; or until a part of Ray without which nothing works is dead."""
+    import ray
+
+    ending = threading.Event()
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, lambda *_: ending.set())
+    node = ray._private.worker._global_node
+    me = psutil.Process()
+    here = LocalRay(me.pid, me.create_time(), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
+    _tell(here)
+    vital = [child for child in me.children() if child.name() in ("gcs_server", "raylet")]
+    while not ending.wait(_WATCH):
+        if dead := [child.name() for child in vital if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE]:
+            raise ServeError(f"{' and '.join(dead)} of Ray ended unexpectedly; its logs were in {here.session}")
+    _tell(replace(here, ending=True))
+    from llm_ray.serve.deploy import drain
+
+    drain()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _tell(told: LocalRay) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,7 +17,7 @@ class VllmCore:
 
     def __init__(self, config: VllmConfig) -> None:
         config.parallel_config.distributed_executor_backend = "uni"
-        self._core = EngineCore(config, UniProcExecutor, log_stats=False)
+        self._core = EngineCore(config, _Executor, log_stats=False)
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
@@ -42,3 +43,14 @@ class VllmCore:
 
     def shutdown(self) -> None:
         self._core.shutdown()
+
+
+class _Executor(UniProcExecutor):
+    """vLLM's executor of one worker, which leaves no file behind: as it comes, that by which workers find each other stays in TMPDIR."""
+
+    def _init_executor(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="llm-ray-worker-") as self._folder:
+            super()._init_executor()
+
+    def _distributed_args(self) -> tuple[str, int, int]:
+        return f"file://{self._folder}/workers", 0, 0
