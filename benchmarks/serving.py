@@ -19,7 +19,7 @@ from llm_ray.cluster import local_ray
 from llm_ray.conf.schema import Paths
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
 from llm_ray.console import Reporter
-from llm_ray.serve.deploy import deploy, free_port, stop
+from llm_ray.serve.deploy import deploy, free_port, stop_all
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.plan import plan
 
@@ -52,7 +52,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             figures["deploy to first token, s"] = time.monotonic() - began
             for count in (1, 16):
                 figures[f"http {count}"] = max(_over_http(endpoint.url, count, count * _ROUNDS) for _ in range(2))
-            stop(["m"], Reporter())
+            stop_all(Reporter())
             decided = endpoint.models[0]
         figures |= {f"direct {count}": value for count, value in _direct(decided).items()}
         ours[name] = figures

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -93,6 +94,10 @@ class Served:
 
     def text(self, question: str = QUESTIONS[0], **asked: Any) -> str:
         return str(self.ask(question, **asked).choices[0].message.content)
+
+    def known(self) -> set[str]:
+        """Requests that the front end waits for."""
+        return set(self.server.engine._engine_client.output_processor.request_states)
 
     def busy(self) -> bool:
         client = self.server.engine._engine_client.engine_core
@@ -290,6 +295,7 @@ def test_who_goes_away_is_computed_no_longer(served: Served) -> None:
     left = time.monotonic()
     while served.busy():
         assert time.monotonic() - left < 5
+    assert served.known() == set()
     assert served.text(max_tokens=4)
 
 
@@ -315,6 +321,21 @@ def test_a_schema_that_the_engine_cannot_read_harms_no_other_request(served: Ser
     first, _, last = served.run(together())
     assert first.choices[0].message.content == reference.answer(QUESTIONS[1])[0]
     assert last.choices[0].message.content == reference.answer(QUESTIONS[2])[0]
+    assert served.known() == set()
+
+
+def test_a_request_that_the_core_does_not_take_is_forgotten(served: Served) -> None:
+    """vLLM itself would keep it, and what belongs to it, for ever."""
+    from vllm.exceptions import VLLMValidationError
+
+    client = served.server.engine._engine_client
+
+    async def refused(*_: Any) -> None:
+        raise VLLMValidationError("not this one")
+
+    with patch.object(client.engine_core, "add_request_async", refused), pytest.raises(Refused, match="not this one"):
+        served.ask()
+    assert served.known() == set()
 
 
 def test_embeddings_are_refused(served: Served) -> None:

@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -43,6 +44,13 @@ class FrontEnd(AsyncLLM):
         if reason := self._refusal(sampling_params):
             raise VLLMValidationError(reason)
         return super().generate(prompt, sampling_params, request_id, *args, **options)
+
+    async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
+        try:
+            await super()._add_request(request, *args)
+        except BaseException:  # refused by the core, or its client is gone: vLLM itself then forgets it only where it is one of several
+            await self.abort(request.request_id, internal=True)
+            raise
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         from llm_ray.serve.gateway.api import Api
+        from llm_ray.serve.protect.limits import Limiter
 
-        self._api = Api()
+        self._api, self._limiter = Api(), Limiter()
         self._app = _Outermost(self._api.app, self._api.metrics.refuse)
         return self._app
 
@@ -27,7 +28,7 @@ class Gateway:
 
         protection = Protection.from_json(config)
         ask_for_keys(self._api.app, protection.keys_file is not None)
-        self._app.inner = protect(self._api.app, protection)
+        self._app.inner = protect(self._api.app, protection, self._limiter)
         await self._api.start()
 
     async def stats(self) -> dict[str, dict[str, float]]:

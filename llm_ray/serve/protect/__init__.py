@@ -1,6 +1,6 @@
 """Protection of the endpoint: API keys, limits, time-outs, sizes.
 
-app = protect(app, Protection.of(conf.endpoint))
+app = protect(app, Protection.of(conf.endpoint), Limiter())
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from llm_ray.serve.protect.keys import keys_file
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
+
+    from llm_ray.serve.protect.limits import Limiter
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,16 @@ class Protection:
         return TypeAdapter(Protection).validate_python(told)
 
 
-def protect(app: ASGIApp, settings: Protection) -> ASGIApp:
-    """The app behind its protection; the outermost comes last here."""
+def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
+    """The app behind its protection; the outermost comes last here. `limiter` knows what has been asked, under whatever settings."""
     from starlette.middleware.cors import CORSMiddleware
 
     from llm_ray.serve.protect.keys import Keys
-    from llm_ray.serve.protect.limits import Limiter
     from llm_ray.serve.protect.middleware import Access, Body, Deadline, Headed
 
     app = Deadline(app, settings.request_timeout_s)
     app = Body(app, settings.max_body_bytes, settings.body_timeout_s)
-    app = Access(app, Keys(settings.keys_file) if settings.keys_file else None, settings.limits, Limiter())
+    app = Access(app, Keys(settings.keys_file) if settings.keys_file else None, settings.limits, limiter)
     if settings.cors_origins:
         told = ["Retry-After", *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset"))]
         app = CORSMiddleware(app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told)

@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llm_ray.conf.serve import Endpoint, Limits
 from llm_ray.serve.protect import Protection, protect
 from llm_ray.serve.protect.keys import add_key, revoke_key
+from llm_ray.serve.protect.limits import Limiter
 
 
 class App:
@@ -91,7 +92,7 @@ def serve(**settings: Any) -> Iterator[tuple[App, httpx.Client]]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        server = uvicorn.Server(uvicorn.Config(protect(app.app, dataclasses.replace(OPEN, **settings)), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(protect(app.app, dataclasses.replace(OPEN, **settings), Limiter()), log_level="error"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
@@ -152,7 +153,7 @@ def test_a_body_reaches_the_app_as_it_was_sent_or_not_at_all(chunks: list[bytes]
         await Response(message["body"])({"type": "http"}, receive, send)
 
     sent = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks] + [{"type": "http.request"}]
-    status, body = asyncio.run(_ask(protect(app, dataclasses.replace(OPEN, max_body_bytes=100)), sent))
+    status, body = asyncio.run(_ask(protect(app, dataclasses.replace(OPEN, max_body_bytes=100), Limiter()), sent))
     whole = b"".join(chunks)
     assert (status, body) == (200, whole) if len(whole) <= 100 else status == 413
 
@@ -270,13 +271,25 @@ class Slow:
             self.ended.set()
 
 
+def test_changed_settings_know_what_was_asked_before() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response()(scope, receive, send)
+
+    async def run() -> list[int]:
+        limiter = Limiter()
+        settings = [dataclasses.replace(OPEN, limits=Limits(requests_per_minute=count)) for count in (1, 2, 2)]
+        return [(await _ask(protect(app, each, limiter), [WHOLE]))[0] for each in settings]
+
+    assert asyncio.run(run()) == [200, 200, 429]
+
+
 @pytest.mark.parametrize("who", ["client", "server"])
 def test_a_slot_is_free_when_the_work_has_ended_not_before(who: str) -> None:
     """The server is Ray Serve's replica, which cancels the request of a client that is gone."""
 
     async def run() -> None:
         slow, gone = Slow(answers=False), asyncio.Event()
-        app = protect(slow, dataclasses.replace(OPEN, limits=Limits(concurrent=1)))
+        app = protect(slow, dataclasses.replace(OPEN, limits=Limits(concurrent=1)), Limiter())
         request = asyncio.create_task(_ask(app, [WHOLE], wait=gone))
         await slow.begun.wait()
         if who == "client":
@@ -301,7 +314,7 @@ def test_a_slot_is_free_when_the_work_has_ended_not_before(who: str) -> None:
 def test_what_the_app_does_after_its_answer_is_not_cancelled_when_the_client_goes() -> None:
     async def run() -> None:
         slow, gone = Slow(answers=True), asyncio.Event()
-        request = asyncio.create_task(_ask(protect(slow, OPEN), [WHOLE], wait=gone))
+        request = asyncio.create_task(_ask(protect(slow, OPEN, Limiter()), [WHOLE], wait=gone))
         await slow.begun.wait()
         gone.set()
         await asyncio.wait({request}, timeout=0.05)
@@ -327,7 +340,7 @@ def test_a_connection_that_breaks_is_a_client_that_is_gone() -> None:
         async def send(_: Message) -> None:
             raise AssertionError
 
-        await protect(slow, OPEN)({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+        await protect(slow, OPEN, Limiter())({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
         assert slow.cancelled.is_set()
 
     asyncio.run(asyncio.wait_for(run(), 10))
@@ -338,7 +351,7 @@ def test_what_the_app_raises_is_the_servers() -> None:
         raise KeyError("defect")
 
     with pytest.raises(KeyError, match="defect"):
-        asyncio.run(_ask(protect(app, OPEN), [WHOLE]))
+        asyncio.run(_ask(protect(app, OPEN, Limiter()), [WHOLE]))
 
 
 def test_websockets_are_closed() -> None:
@@ -351,7 +364,7 @@ def test_websockets_are_closed() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await protect(App().app, OPEN)({"type": "websocket", "path": "/health", "headers": []}, receive, send)
+        await protect(App().app, OPEN, Limiter())({"type": "websocket", "path": "/health", "headers": []}, receive, send)
         return sent
 
     assert asyncio.run(run()) == [{"type": "websocket.close", "code": 1008}]
