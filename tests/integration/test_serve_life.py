@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,12 +14,17 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
+
+from llm_ray.console import Reporter
+from llm_ray.serve import local
 
 LLM_RAY = Path(sys.executable).with_name("llm-ray")
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -169,6 +175,35 @@ def test_what_stands_before_the_models_is_survived(home: Home, title: str) -> No
     assert set(home.processes("ServeReplica:model:")) == set(replicas)
 
 
+def test_a_deploy_that_is_interrupted_leaves_what_was_there(home: Home) -> None:
+    where = ["--model", str(home.model), "--name", "unwanted", "--port", str(home.port), "--cpus", "1", "--max-model-len", "512"]
+    home.run("serve", "stop", "second")
+    deploy = subprocess.Popen([LLM_RAY, "serve", "deploy", *where], stderr=subprocess.PIPE, text=True, env=home.environment)
+    assert deploy.stderr
+    assert any("starting" in line for line in deploy.stderr)
+    deploy.send_signal(signal.SIGINT)
+    assert deploy.wait(60) == 130
+    _until(lambda: set(home.models()) == {"first"})
+    assert home.ask("first").status_code == 200
+
+
+def test_a_running_cluster_is_joined_by_its_address(home: Home, tmp_path: Path) -> None:
+    ray = json.loads((home.folder / "serve" / "local.json").read_text())
+    there = {**home.environment, "LLM_RAY_HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": ray["token"]}
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([LLM_RAY, "serve", *arguments], capture_output=True, text=True, check=False, timeout=300, env=there)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    options = ["--model", str(home.model), "--name", "third", "--port", str(home.port), "--cpus", "1", "--max-model-len", "512"]
+    run("deploy", *options, "--address", ray["address"])
+    assert home.ask("third").status_code == 200
+    assert set(json.loads(run("status", "--json", "--address", ray["address"]))["models"]) == {"first", "third"}
+    run("stop", "third", "--address", ray["address"])
+    assert set(home.models()) == {"first"}
+
+
 def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
     for stream in (True, False):
         with pytest.raises(httpx.ReadTimeout):
@@ -185,13 +220,47 @@ def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tmp_path: Path) ->
     home.run("serve", "stop", "second")
     assert set(home.models()) == {"first"}
     conf = tmp_path / "sleeper.yaml"
-    sleeper = {"model": str(home.model), "max_model_len": 512, "cpus": 1, "autoscale": {"min": 0, "max": 1, "idle_s": 1}}
+    sleeper = {
+        "model": str(home.model),
+        "max_model_len": 512,
+        "cpus": 1,
+        "max_batch": 1,
+        "max_queue": 1,
+        "autoscale": {"min": 0, "max": 1, "idle_s": 1},
+    }
     conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"sleeper": sleeper}}))
     deployed = home.run("serve", "deploy", "--config", str(conf))
     assert deployed.returncode == 0, deployed.stderr
     _until(lambda: not home.processes("ServeReplica:model:sleeper"))
     assert home.models()["sleeper"]["ready"] is True
-    assert home.ask("sleeper").status_code == 200
+    with ThreadPoolExecutor(4) as pool:  # one is computed at a time, and one may wait
+        answers = list(pool.map(lambda _: home.ask("sleeper"), range(4)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert all(int(answer.headers["retry-after"]) > 0 for answer in answers if answer.status_code == 429)
+    home.run("serve", "stop", "sleeper")
+
+
+def test_new_weights_come_without_a_failed_request(home: Home, tmp_path: Path) -> None:
+    """Under the same path, on two replicas, while clients ask."""
+    folder = shutil.copytree(home.model, tmp_path / "model")
+    conf = tmp_path / "pair.yaml"
+    pair = {"model": str(folder), "max_model_len": 256, "kv_cache_gib": 0.1, "max_batch": 4, "replicas": 2}
+    conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"pair": pair}}))
+    deployed = home.run("serve", "deploy", "--config", str(conf))
+    assert deployed.returncode == 0, deployed.stderr
+    before, old = home.ask("pair").json()["choices"][0]["text"], home.processes("ServeReplica:model:pair")
+    assert len(old) == 2
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].roll(1, dims=0)  # each token is another's neighbour
+    save_file(weights, folder / "new", metadata={"format": "pt"})
+    (folder / "new").replace(folder / "model.safetensors")
+    with Clients(home, "pair") as clients:
+        deployed = home.run("serve", "deploy", "--config", str(conf))
+    assert deployed.returncode == 0, deployed.stderr
+    assert set(clients.statuses) == {200}
+    assert not set(home.processes("ServeReplica:model:pair")) & set(old)
+    assert home.ask("pair").json()["choices"][0]["text"] != before
+    home.run("serve", "stop", "pair")
 
 
 def test_the_end_waits_for_the_answers_in_progress_and_leaves_nothing(home: Home) -> None:
@@ -209,3 +278,19 @@ def test_the_end_waits_for_the_answers_in_progress_and_leaves_nothing(home: Home
     assert alive == []
     assert list(home.folder.glob("llm-ray-*/r")) == []
     assert "Nothing is served" in home.run("serve", "status").stdout
+
+
+def test_a_background_that_is_killed_leaves_nothing_that_the_next_does_not_clear(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_RAY_HOME", str(home.folder))
+    started = local.start(Reporter())
+    background = psutil.Process(started.pid)
+    parts = background.children(recursive=True)
+    background.kill()
+    background.wait()
+    assert local.running() is None
+    again = local.start(Reporter())
+    assert again.pid != background.pid
+    local.end(again)
+    _, alive = psutil.wait_procs(parts, timeout=60)
+    assert alive == []
+    assert not Path(started.session).exists()
