@@ -1,4 +1,4 @@
-"""What is said when a model cannot be deployed; the deployment itself is tests/integration/test_serve.py."""
+"""What is said when a model cannot be deployed; the deployment itself is tests/integration/api and test_serve_life.py."""
 
 from __future__ import annotations
 
