@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Cluster:
     lab: Lab
     bundle: Path
     """A copy of the bundle, which a test may change."""
-    groups: dict[str, Sequence[str]]
+    groups: Mapping[str, Sequence[str]]
     variables: dict[str, Any]
 
     @property
@@ -147,7 +147,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(groups: dict[str, Sequence[str]], **variables: Any) -> Iterator[Cluster]:
+def cluster(groups: Mapping[str, Sequence[str]], **variables: Any) -> Iterator[Cluster]:
     """Bare hosts with these groups, on shared storage of this machine; all is gone at the end.
 
     variables: of the inventory, beside those that every lab has.

@@ -8,6 +8,7 @@ own address, the outside through NAT. Root alone can do that; `missing` says wha
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import fcntl
 import os
@@ -17,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -49,15 +51,23 @@ def cache() -> Path:
     return Path(os.environ.get("LLM_RAY_TEST_CACHE") or Path.home() / ".cache" / "llm-ray-tests") / "lab"
 
 
-def base() -> Path:
-    """The root file system that all hosts share, read-only; made where it is not cached."""
-    folder = cache() / f"{_SUITE}-3"
+def base(*extra: str) -> Path:
+    """The root file system that hosts share, read-only; made where it is not cached. extra: packages beside those of all hosts."""
+    folder = cache() / "-".join([f"{_SUITE}-3", *extra])
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    run("mmdebstrap", "--quiet", "--variant=minbase", "--skip=cleanup/apt", f"--include={_PACKAGES}", _SUITE, str(partial))
+    run(
+        "mmdebstrap",
+        "--quiet",
+        "--variant=minbase",
+        "--skip=cleanup/apt",
+        f"--include={','.join([_PACKAGES, *extra])}",
+        _SUITE,
+        str(partial),
+    )
     (partial / "etc/machine-id").write_text("")  # each host makes its own at boot
     for key in (partial / "etc/ssh").glob("ssh_host_*"):
         key.unlink()
@@ -111,7 +121,7 @@ class Network:
 
 
 @dataclass
-class Host:
+class Host(abc.ABC):
     """A booted (or not yet booted) host."""
 
     name: str
@@ -124,6 +134,10 @@ class Host:
     shares: dict[Path, str] = field(default_factory=dict)
     """Folders of this machine that the host may write to."""
     process: subprocess.Popen[bytes] | None = None
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Beside those of all hosts."""
+    patience: ClassVar[float] = 60
+    """Seconds in which it has booted."""
 
     @property
     def root(self) -> Path:
@@ -135,21 +149,26 @@ class Host:
         return f"{self.net.number}-{self.name}"
 
     @property
+    def cable(self) -> str:
+        """The interface of this machine that it hangs on."""
+        return f"vb-{self.machine}"
+
+    @property
     def known_hosts(self) -> Path:
         return self.folder.parent / "known_hosts"
 
     def prepare(self) -> None:
         """Its file system: the shared one under an overlay, an address, host keys, the tests' public key."""
-        for part in ("upper", "work", "root", "docker"):
+        for part in ("upper", "work", "root"):
             (self.folder / part).mkdir(parents=True, exist_ok=True)
-        layers = f"lowerdir={base()},upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
+        layers = f"lowerdir={base(*self.packages)},upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
         run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
         (self.root / "etc/hostname").write_text(f"{self.name}\n")
         (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n{self.address} {self.name}\n")
         shutil.copy("/etc/resolv.conf", self.root / "etc/resolv.conf")
-        network = self.root / "etc/systemd/network/10-host0.network"
+        network = self.root / "etc/systemd/network/10-lab.network"
         network.parent.mkdir(parents=True, exist_ok=True)
-        network.write_text(f"[Match]\nName=host0\n[Network]\nAddress={self.address}/24\nGateway={self.net.prefix}.1\n")
+        network.write_text(f"[Match]\nName=host0 eth0\n[Network]\nAddress={self.address}/24\nGateway={self.net.prefix}.1\n")
         wanted = self.root / "etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
         wanted.unlink(missing_ok=True)
         wanted.symlink_to("/lib/systemd/system/systemd-networkd.service")
@@ -161,37 +180,33 @@ class Host:
         with self.known_hosts.open("a") as file:
             file.write(f"{self.address} {public[0]} {public[1]}\n")
 
+    @abc.abstractmethod
+    def command(self) -> list[str]:
+        """What runs it on this machine until it is off."""
+
+    def start(self) -> None:
+        """Switch it on."""
+        with (self.folder / "console.log").open("ab") as log:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
     def boot(self) -> None:
         """Start it, and wait until it can be reached and has booted."""
-        command = ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root)]
-        command += [
-            "-M",
-            self.machine,
-            f"--hostname={self.name}",
-            f"--network-bridge={self.net.bridge}",
-            "--capability=all",
-            "--system-call-filter=@keyring bpf @mount",
-            "--console=pipe",
-        ]
-        command += [f"--bind={self.folder / 'docker'}:/var/lib/docker"]  # an overlay cannot lie on an overlay
-        command += [f"--bind-ro={source}:{target}" for source, target in self.binds.items()]
-        command += [f"--bind={source}:{target}" for source, target in self.shares.items()]
-        with (self.folder / "console.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self.start()
         self.wait()
 
-    def wait(self, timeout: float = 60) -> None:
+    def wait(self) -> None:
         """Until systemd says that the host has booted."""
         began = time.monotonic()
         while (state := self.ssh("systemctl is-system-running", check=False).stdout.strip()) not in ("running", "degraded"):
-            if time.monotonic() - began > timeout:
+            if time.monotonic() - began > self.patience:
                 said = (self.folder / "console.log").read_text(errors="replace")[-2000:]
-                raise TimeoutError(f"{self.name} did not boot within {timeout:.0f} s ({state or 'no answer'}): {said}")
+                raise TimeoutError(f"{self.name} did not boot within {self.patience:.0f} s ({state or 'no answer'}): {said}")
             time.sleep(0.2)
 
     def ssh(self, command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command on it as root."""
-        options = ["-o", f"UserKnownHostsFile={self.known_hosts}", "-o", "ConnectTimeout=2", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR"]
+        options = ["-o", f"UserKnownHostsFile={self.known_hosts}", "-o", f"ConnectTimeout={self.patience / 30:.0f}"]
+        options += ["-o", "BatchMode=yes", "-o", "LogLevel=ERROR"]
         line = ["ssh", *options, "-i", str(self.key), f"root@{self.address}", command]
         done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
         if check and done.returncode:
@@ -209,20 +224,41 @@ class Host:
         """Shut it down in order, and boot it again."""
         self.ssh("systemctl poweroff", check=False)
         if self.process:
-            self.process.wait(60)
+            self.process.wait(self.patience)
         self.boot()
 
     def cut(self) -> None:
         """Pull its network cable."""
-        run("ip", "link", "set", f"vb-{self.machine}", "down")
+        run("ip", "link", "set", self.cable, "down")
 
     def plug(self) -> None:
-        run("ip", "link", "set", f"vb-{self.machine}", "up")
+        run("ip", "link", "set", self.cable, "up")
 
     def remove(self) -> None:
         self.kill()
         subprocess.run(["umount", "-l", str(self.root)], check=False, capture_output=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Container(Host):
+    """A host that shares this machine's kernel, booted by systemd-nspawn."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        (self.folder / "docker").mkdir()
+
+    def command(self) -> list[str]:
+        return [
+            *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root), "-M", self.machine),
+            f"--hostname={self.name}",
+            f"--network-bridge={self.net.bridge}",
+            "--capability=all",
+            "--system-call-filter=@keyring bpf @mount",
+            "--console=pipe",
+            f"--bind={self.folder / 'docker'}:/var/lib/docker",  # an overlay cannot lie on an overlay
+            *(f"--bind-ro={source}:{target}" for source, target in self.binds.items()),
+            *(f"--bind={source}:{target}" for source, target in self.shares.items()),
+        ]
 
 
 class Lab:
@@ -237,21 +273,24 @@ class Lab:
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
         self.net = Network.make()
 
-    def add(self, *names: str, binds: dict[Path, str] | None = None, shares: dict[Path, str] | None = None) -> list[Host]:
+    def add(
+        self, *names: str, kind: type[Host] = Container, binds: dict[Path, str] | None = None, shares: dict[Path, str] | None = None
+    ) -> list[Host]:
         """Boot hosts of these names (at most 9 characters each, for they become names of interfaces)."""
         new = []
         for name in names:
-            host = Host(
-                name, self.net, f"{self.net.prefix}.{11 + len(self.hosts)}", self.folder / name, self.key, binds or {}, shares or {}
-            )
-            host.prepare()
+            address = f"{self.net.prefix}.{11 + len(self.hosts)}"
+            host = kind(name, self.net, address, self.folder / name, self.key, binds or {}, shares or {})
             self.hosts[name] = host
+            host.prepare()
             new.append(host)
         for host in new:
-            host.boot()
+            host.start()
+        for host in new:
+            host.wait()
         return new
 
-    def inventory(self, groups: dict[str, Sequence[str]], **variables: object) -> Path:
+    def inventory(self, groups: Mapping[str, Sequence[str]], **variables: object) -> Path:
         """An inventory with the hosts in these groups, and variables for all of them."""
         common = {
             "ansible_user": "root",

@@ -26,10 +26,11 @@ options:
   reach: {description: Addresses to reach., type: list, elements: str, default: []}
   reach_port: {description: Port to try them at; a refusal is an answer., type: int, default: 22}
   paths: {description: Folders whose free disk is asked for., type: list, elements: path, default: []}
+  current: {description: What is there once the software is installed., type: path, required: true}
   home: {description: The shared folder., type: path, required: true}
   python: {description: "An interpreter, or several to be tried.", type: list, elements: str, default: []}
 """
-EXAMPLES = "- preflight_probe: {ports: {ray_node_port: 6379}, uid: 1200, home: /srv/llm-ray}"
+EXAMPLES = "- preflight_probe: {ports: {ray_node_port: 6379}, uid: 1200, current: /opt/llm-ray/current, home: /srv/llm-ray}"
 RETURN = "probe: {description: what was found, type: dict, returned: always}"
 
 
@@ -41,6 +42,7 @@ def main():
             "reach": {"type": "list", "elements": "str", "default": []},
             "reach_port": {"type": "int", "default": 22},
             "paths": {"type": "list", "elements": "path", "default": []},
+            "current": {"type": "path", "required": True},
             "home": {"type": "path", "required": True},
             "python": {"type": "list", "elements": "str", "default": []},
         },
@@ -60,6 +62,7 @@ def main():
             "unreached": {address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))},
             "home": folder(asked["home"]),
             "python": interpreter(asked["python"]),
+            "installed": Path(asked["current"]).exists(),
             "machine_id": read("/etc/machine-id"),
             "hostname": socket.gethostname(),
             "filesystems": filesystems(),
