@@ -26,7 +26,9 @@ def python() -> Iterator[dict[str, Any]]:
 
 def system() -> Iterator[dict[str, Any]]:
     distribution = platform.freedesktop_os_release()["ID"]
-    listed = subprocess.run(["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"], check=True, capture_output=True)
+    listed = subprocess.run(
+        ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"], check=True, capture_output=True
+    )
     for line in listed.stdout.decode().splitlines():
         name, version, architecture = line.split()
         yield component(f"deb/{distribution}", name, version, arch=architecture)
