@@ -138,11 +138,8 @@ def _write() -> Any:
 
     def write(folder: str, host: str) -> dict[str, Any]:
         import platform
-        import sys
-        import time
         from importlib import metadata
 
-        began = time.monotonic()
         error = ""
         try:
             with open(f"{folder}/{host}", "w") as file:  # noqa: PTH123
@@ -152,7 +149,7 @@ def _write() -> Any:
         except OSError as failed:
             error = failed.strerror or str(failed)
         versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in software}
-        return {"versions": versions, "prefix": sys.prefix, "error": error, "seconds": time.monotonic() - began}
+        return {"versions": versions, "error": error}
 
     return write
 

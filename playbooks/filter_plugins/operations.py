@@ -111,6 +111,11 @@ def operations_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown)
 
 
+def operations_list(findings: Sequence[Finding]) -> str:
+    """Findings that failed as lines to read: host: check: what was found: what to do."""
+    return "\n".join(f"{one['host']}: {one['check']}: {one['found']}: {one['fix']}" for one in findings)
+
+
 class FilterModule:
     """What Ansible asks a filter plugin for."""
 
@@ -123,4 +128,5 @@ class FilterModule:
             "operations_answer": operations_answer,
             "operations_failed": operations_failed,
             "operations_table": operations_table,
+            "operations_list": operations_list,
         }
