@@ -36,7 +36,7 @@ lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are
 	$(RUN)/mypy
 	$(RUN)/yamllint --strict .
 	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run
-	PATH=$(CURDIR)/$(RUN):$$PATH $(RUN)/ansible-lint --offline --profile production -q roles playbooks site.yml preflight.yml inventory
+	PATH=$(CURDIR)/$(RUN):$$PATH $(RUN)/ansible-lint --offline --profile production -q roles playbooks $(wildcard *.yml) inventory
 	@$(MAKE) --no-print-directory reference
 
 reference: ## Check that the generated pages are up to date

@@ -88,6 +88,8 @@ def operations_answer(run: Mapping[str, Any]) -> Any:
     try:
         return json.loads(lines[-1])
     except (IndexError, ValueError):
+        if run.get("rc") == 124:  # of the command timeout
+            return {"error": f"no answer within {run['cmd'][1]} s"}
         said = str(run.get("stderr") or run.get("msg") or "no answer").strip().splitlines()
         return {"error": said[-1] if said else "no answer"}
 

@@ -76,6 +76,7 @@ def test_an_answer_is_its_last_line_or_why_there_is_none(operations: ModuleType)
     assert operations.operations_answer({"stdout": "", "stderr": "Traceback\nModuleNotFoundError: llm_ray"}) == {
         "error": "ModuleNotFoundError: llm_ray"
     }
+    assert operations.operations_answer({"stdout": "", "rc": 124, "cmd": ["timeout", "600"]}) == {"error": "no answer within 600 s"}
 
 
 def test_addresses_are_those_of_the_facts_unless_one_is_set(operations: ModuleType) -> None:

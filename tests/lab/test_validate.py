@@ -1,0 +1,78 @@
+"""validate.yml and status.yml: a cluster that works, and one in which several things do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.cluster import Cluster, Run
+
+pytestmark = pytest.mark.lab
+
+
+def _validate(cluster: Cluster, report: Path, *arguments: str, ok: bool) -> tuple[Run, list[dict[str, str]]]:
+    run = cluster.play("validate.yml", "-e", f"validate_report={report}", *arguments, ok=ok)
+    told: dict[str, Any] = json.loads(report.read_text())
+    assert told["ok"] is ok
+    assert (run.code == 0) is ok
+    return run, told["findings"]
+
+
+def test_a_cluster_that_works_passes_and_nothing_is_left_behind(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.wait_for_nodes(cluster.nodes)
+    run, findings = _validate(cluster, tmp_path / "report.json", ok=True)
+    names = {host.name for host in cluster.nodes}
+    for check in ("host_base", "firewall", "nfs_client", "python_runtime", "ray_node", "outside", "node", "task", "versions", "storage"):
+        assert {one["host"] for one in findings if one["check"] == check} == names, check
+    assert {one["result"] for one in findings} == {"passed"}
+    assert {one["check"] for one in findings} >= {"train", "serve"}
+    assert run.changed == 0
+    assert "passed  storage" in run.output
+    assert cluster.head.ssh("find /srv/llm-ray/runs -name '.validate*'").stdout == ""
+    code = "import ray\nray.init(log_to_driver=False, logging_level='error')\nfrom ray.util.state import list_actors\nprint('ALIVE', len(list_actors(filters=[('state', '=', 'ALIVE')])))"
+    assert "ALIVE 0" in cluster.ray(code)
+
+
+def test_each_failure_names_the_host_and_what_to_do(cluster: Cluster, tmp_path: Path) -> None:
+    worker1, worker2 = cluster.workers
+    redirect = "nft add table ip lie; nft add chain ip lie out '{ type nat hook output priority -100; }'"
+    redirect += "; nft add rule ip lie out tcp dport 52365 redirect to :9999"
+    try:
+        worker1.ssh("nft delete table inet llm_ray")  # its ports are open to this machine
+        worker1.ssh(f"systemd-run --unit=lie --quiet python3 -m http.server 9999; {redirect}")  # an agent that wants no token
+        worker2.ssh("systemctl stop llm-ray-worker")
+        _, findings = _validate(cluster, tmp_path / "report.json", "--skip-tags", "train,serve", ok=False)
+    finally:
+        worker1.ssh("systemctl stop lie; nft delete table ip lie; systemctl restart llm-ray-firewall", check=False)
+        worker2.ssh("systemctl start llm-ray-worker")
+    failed = {(one["host"], one["check"]): one for one in findings if one["result"] == "failed"}
+    assert set(failed) == {
+        ("worker1", "firewall"), ("worker1", "outside"), ("worker1", "ray_node"), ("worker2", "ray_node"), ("worker2", "node"),
+    }  # fmt: skip
+    assert f"{worker1.address}:6380" in failed["worker1", "outside"]["found"]
+    assert "to one without a token" in failed["worker1", "ray_node"]["found"]
+    assert "llm-ray-worker is inactive" in failed["worker2", "ray_node"]["found"]
+    assert all(one["fix"] for one in failed.values())
+    cluster.wait_for_nodes(cluster.nodes)
+
+
+def test_status_shows_the_cluster_and_says_when_its_head_is_down(cluster: Cluster) -> None:
+    cluster.wait_for_nodes(cluster.nodes)
+    up = cluster.play("status.yml")
+    assert all(f"{host.name}  {host.address}" in " ".join(up.output.split()).replace(" ", "  ") for host in cluster.nodes)
+    assert "no jobs" in up.output
+    worker = cluster.workers[0]
+    try:
+        cluster.head.ssh("systemctl stop llm-ray-head")
+        worker.cut()
+        down = cluster.play("status.yml")
+    finally:
+        worker.plug()
+        cluster.head.ssh("systemctl start llm-ray-head")
+    assert "Ray's head is down" in down.output
+    assert f"{worker.name}" in down.output
+    assert "not reached" in down.output
+    cluster.wait_for_nodes(cluster.nodes)
