@@ -131,7 +131,7 @@ class Cluster:
         said = self.ray(code).rpartition("NODES ")[2]
         return {node["NodeManagerAddress"]: node for node in json.loads(said) if node["Alive"]}
 
-    def wait_for_nodes(self, hosts: Sequence[Host], timeout: float = 120) -> None:
+    def wait_for_nodes(self, hosts: Sequence[Host], timeout: float = 240) -> None:
         """Until exactly these hosts are Ray's live nodes."""
         wanted, began, said = {host.address for host in hosts}, time.monotonic(), ""
         while time.monotonic() - began < timeout:
@@ -146,6 +146,16 @@ class Cluster:
         raise AssertionError(f"after {timeout:.0f} s Ray should have the nodes {sorted(wanted)}: {said}")
 
 
+def copy_bundle(folder: Path) -> None:
+    """What playbooks need of the bundle, into a new folder."""
+    folder.mkdir()
+    for source in (*(ROOT / name for name in _BUNDLE), *ROOT.glob("*.yml")):
+        if source.is_dir():
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, folder / source.name)
+
+
 @contextlib.contextmanager
 def cluster(groups: Mapping[str, Sequence[str]], **variables: Any) -> Iterator[Cluster]:
     """Bare hosts with these groups, on shared storage of this machine; all is gone at the end.
@@ -156,16 +166,11 @@ def cluster(groups: Mapping[str, Sequence[str]], **variables: Any) -> Iterator[C
     with lab(folder) as made:
         bundle, storage = folder / "bundle", folder / "storage"
         storage.mkdir()
-        for source in (*(ROOT / name for name in _BUNDLE), *ROOT.glob("*.yml")):
-            if source.is_dir():
-                shutil.copytree(source, bundle / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-            elif source.exists():
-                bundle.mkdir(exist_ok=True)
-                shutil.copy(source, bundle / source.name)
+        copy_bundle(bundle)
         names = list(dict.fromkeys(name for members in groups.values() for name in members))
         made.add(*names, binds={wheels(): "/srv/wheels"}, shares={storage: "/srv/llm-ray"})
         common = {
-            "llm_ray_storage": "existing", "llm_ray_wheel_source": "/srv/wheels", "ray_node_object_store_gib": 0.2,
+            "llm_ray_storage": "existing", "llm_ray_offline_bundle": "/srv/wheels", "ray_node_object_store_gib": 0.2,
             "ray_node_cpus": 2, "ray_node_drain_seconds": 10,
         }  # fmt: skip
         yield Cluster(made, bundle, groups, common | variables)

@@ -116,6 +116,8 @@ class Network:
         os.close(self.lock)
 
     def _clear(self) -> None:
+        for cable in Path("/sys/class/net").glob(f"vb-{self.number}-*"):
+            subprocess.run(["ip", "link", "del", cable.name], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
         subprocess.run(["nft", f"delete table ip {self.bridge}"], check=False, capture_output=True)
 
@@ -185,9 +187,10 @@ class Host(abc.ABC):
         """What runs it on this machine until it is off."""
 
     def start(self) -> None:
-        """Switch it on."""
+        """Switch it on. It is gone with the tests, however they end."""
+        command = ["setpriv", "--pdeathsig", "KILL", *self.command()]
         with (self.folder / "console.log").open("ab") as log:
-            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def boot(self) -> None:
         """Start it, and wait until it can be reached and has booted."""
