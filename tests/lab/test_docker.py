@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,13 @@ from tests.lab.hosts import Host
 
 pytestmark = pytest.mark.lab
 
-_VARIABLES = {"llm_ray_runtime": "docker", "ray_node_image_base": docker.BASE, "ray_node_image_packages": ""}
+_VARIABLES = {
+    "llm_ray_runtime": "docker",
+    "ray_node_image_base": docker.BASE,
+    "ray_node_image_packages": "",
+    # A machine in a sandbox may be unable to raise limits, and Docker then starts nothing.
+    "host_base_nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+}
 _ENGINE = "- {hosts: ray_head, become: true, gather_facts: false, roles: [docker_engine]}\n"
 _UNDO = """\
 - hosts: ray_head
