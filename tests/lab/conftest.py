@@ -13,6 +13,11 @@ from tests.lab.cluster import Cluster, Run
 from tests.lab.hosts import missing
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes the cluster away comes last."""
+    items.sort(key=lambda item: "test_reset" in item.nodeid)
+
+
 @dataclass(frozen=True)
 class First:
     """What site.yml did on bare hosts: in check mode, then in earnest."""
