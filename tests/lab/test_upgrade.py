@@ -29,13 +29,13 @@ def test_upgrade_and_back(cluster: Cluster) -> None:
     try:
         module.write_text(before.replace(old_version, "9.9.9"))
         # Staging fails on one host: nowhere is anything stopped.
-        worker.ssh("rm -rf /opt/llm-ray/cache; chattr +i /opt/llm-ray/env")
+        worker.ssh("mount --bind /opt/llm-ray/env /opt/llm-ray/env && mount -o remount,bind,ro /opt/llm-ray/env")
         broken = cluster.play("upgrade.yml", ok=False)
         assert broken.code != 0
         assert "PLAY [Ray stops and starts together]" not in broken.output
         assert _running(cluster) == old
     finally:
-        worker.ssh("chattr -i /opt/llm-ray/env")
+        worker.ssh("umount /opt/llm-ray/env")
     try:
         cluster.play("upgrade.yml")
         new = _running(cluster)
