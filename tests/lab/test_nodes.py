@@ -10,7 +10,7 @@ from tests.lab.cluster import Cluster
 
 pytestmark = pytest.mark.lab
 
-_LISTS = ("Names of the cluster's hosts", "In /etc/hosts", "Rules", "Load the rules")
+_LISTS = ("host_base : In /etc/hosts", "firewall : ")
 # Where the bundle's parts lie on a host.
 _PARTS = (
     "ls -d /etc/llm-ray /opt/llm-ray /var/lib/llm-ray /etc/systemd/system/llm-ray-* /run/systemd/system/llm-ray-* /usr/local/bin/llm-ray"
