@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,14 +19,14 @@ import asyncio, sys
 async def is_open(address, port, limit):
     async with limit:
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 1)
+            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 2)
         except (OSError, TimeoutError):
             return None
         writer.close()
         return port
 
 async def main(address, ports):
-    limit = asyncio.Semaphore(900)
+    limit = asyncio.Semaphore(2000)
     print(*[port for port in await asyncio.gather(*(is_open(address, port, limit) for port in ports)) if port])
 
 asyncio.run(main(sys.argv[1], eval(sys.argv[2])))
@@ -34,7 +35,10 @@ _SERVED = [8000, 7860]
 
 
 def _open_ports(scanner: Host, target: Host, ports: str = "range(1, 65536)") -> list[int]:
-    return [int(port) for port in scanner.ssh(f"python3 - {target.address} '{ports}' <<'END'\n{_SCAN}\nEND", timeout=300).stdout.split()]
+    return [
+        int(port)
+        for port in scanner.ssh(f"ulimit -n 4096; python3 - {target.address} '{ports}' <<'END'\n{_SCAN}\nEND", timeout=300).stdout.split()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,9 @@ def outside(cluster: Cluster) -> Iterator[Host]:
 
 
 def test_from_outside_only_ssh_is_open(cluster: Cluster, outside: Host) -> None:
-    assert {host.name: _open_ports(outside, host) for host in cluster.nodes} == {host.name: [22] for host in cluster.nodes}
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda host: _open_ports(outside, host), cluster.nodes))
+    assert found == [[22], [22], [22]]
 
 
 def test_hosts_of_the_cluster_reach_each_other(cluster: Cluster, outside: Host) -> None:
