@@ -32,8 +32,12 @@ def test_a_cluster_that_works_passes_and_nothing_is_left_behind(cluster: Cluster
     assert run.changed == 0
     assert "passed  storage" in run.output
     assert cluster.head.ssh("find /srv/llm-ray/runs -name '.validate*'").stdout == ""
-    code = "import ray\nray.init(log_to_driver=False, logging_level='error')\nfrom ray.util.state import list_actors\nprint('ALIVE', len(list_actors(filters=[('state', '=', 'ALIVE')])))"
-    assert "ALIVE 0" in cluster.ray(code)
+    code = (
+        "import ray\nray.init(log_to_driver=False, logging_level='error')\nfrom ray.util.state import list_actors\n"
+        "print('ALIVE', [a.class_name for a in list_actors(filters=[('state', '=', 'ALIVE')])])"
+    )
+    # The one that every run of Ray Train leaves, of Ray's own, idle and without resources.
+    assert "ALIVE ['_AutoscalingCoordinatorActor']" in cluster.ray(code)
 
 
 def test_each_failure_names_the_host_and_what_to_do(cluster: Cluster, tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_status_shows_the_cluster_and_says_when_its_head_is_down(cluster: Cluste
         down = cluster.play("status.yml", "-i", str(_ghost(cluster, tmp_path)))
     finally:
         cluster.head.ssh("systemctl start llm-ray-head")
-    assert "Ray's head is down" in down.output
+    assert "head is down" in " ".join(down.output.split())  # YAML doubles the apostrophe before it
     assert "the host is not reached" in down.output
     cluster.wait_for_nodes(cluster.nodes)
 
