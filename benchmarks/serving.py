@@ -83,8 +83,8 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
 
 
 def _over_http(url: str, concurrency: int, requests: int, tokens: int = TOKENS) -> float:
-    prompts = (Prompt(f"{PROMPT} {i}, please.") for i in itertools.count())
-    load = Load(concurrency=concurrency, requests=requests, max_tokens=tokens, ignore_eos=True)
+    prompts = (Prompt(f"{PROMPT} {i}.") for i in itertools.count(concurrency))
+    load = Load(concurrency=concurrency, requests=requests, max_tokens=tokens, ignore_eos=True, completion=True)
     report = run_load(parse(url), "m", prompts, load)
     if report.failures:
         sys.exit(f"requests failed: {report.failures_by_kind}")
