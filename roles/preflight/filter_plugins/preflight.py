@@ -383,6 +383,14 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
             common = Counter(found.values()).most_common(1)[0][0]
             shown = {host: value if found is versions else nodes[host]["home"]["path"] for host, value in found.items()}
             problems += [problem(host, variable, shown[host], fix.format(common)) for host, value in found.items() if value != common]
+    images = {host: probe["image_python"] for host, probe in nodes.items() if probe["runtime"] == "docker" and probe["image_python"]}
+    bare = sorted(set(versions.values()))
+    fix = "the image has this Python, and hosts without Docker have {}: choose an image with that one, or one runtime for all hosts"
+    problems += [
+        problem(host, "ray_node_image_base", version, fix.format(bare[0]))
+        for host, version in images.items()
+        if bare and version != bare[0]
+    ]
     return problems
 
 

@@ -22,7 +22,7 @@ def _probe(n: int, **changed: Any) -> dict[str, Any]:
         "home": {"path": "/srv/llm-ray", "directory": True, "mounted": False, "entries": 0, "inode": 7},
         "python": {"path": "/usr/bin/python3", "version": [3, 11, 2], "installable": True},
         "os": "Debian", "version": "12.8", "family": "Debian", "runtime": "bare_metal", "object_store_gib": 2.0, "is_node": True,
-        "storage": "local", "installed": False,
+        "storage": "local", "installed": False, "image_python": "",
     } | changed  # fmt: skip
 
 
@@ -82,6 +82,22 @@ def test_one_host(preflight: ModuleType, changed: dict[str, Any], line: str) -> 
 def test_hosts_together(preflight: ModuleType, changed: dict[str, Any], line: str) -> None:
     (found,) = _lines(preflight, {}, {}, changed)
     assert found.startswith(line)
+
+
+def test_one_host_with_another_runtime_has_the_others_python(preflight: ModuleType) -> None:
+    docker = {"runtime": "docker", "image_python": "3.11.14", "python": {"path": "", "version": [], "installable": False}}
+    assert _lines(preflight, docker, docker) == []
+    assert _lines(preflight, {}, docker | {"image_python": "3.11.2"}) == []
+    assert _lines(preflight, {}, docker | {"image_python": ""}) == []  # an image of one's own is not known
+    (found,) = _lines(preflight, {}, docker)
+    assert found.startswith('h1: ray_node_image_base = "3.11.14": the image has this Python, and hosts without Docker have 3.11.2: choose')
+
+
+def test_five_hosts_are_judged_one_by_one_and_told_together(preflight: ModuleType) -> None:
+    assert _lines(preflight, {}, {}, {}, {}, {}) == []
+    found = _lines(preflight, {}, {"cores": 1}, {"cores": 1}, {"memory": 3 * _GIB}, {})
+    assert [line.partition(":")[0] for line in found] == ["h1, h2", "h3"]
+    assert _lines(preflight, *[{"cores": 1}] * 5) == ["all: cores = 1: cores: at least 2 are needed (preflight_min_cores)"]
 
 
 def test_shared_storage_that_is_not_shared(preflight: ModuleType) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,21 @@ def test_the_tasks_of_an_include_are_there() -> None:
                 if not (role / "tasks" / name).is_file():
                     missing.append(f"{file.relative_to(ROOT)}: {name}")
     assert missing == []
+
+
+def _tasks(content: Any) -> Iterator[dict[str, Any]]:
+    """The tasks of a file, those of its blocks and plays too."""
+    for entry in content or []:
+        yield entry
+        for part in ("block", "rescue", "always", "tasks", "pre_tasks", "post_tasks", "handlers"):
+            yield from _tasks(entry.get(part))
+
+
+def test_no_collection_is_needed() -> None:
+    files = [*ROOT.glob("*.yml"), *ROOT.glob("playbooks/*.yml"), *ROOT.glob("playbooks/tasks/*.yml")]
+    files += [*ROOT.glob("roles/*/tasks/*.yml"), *ROOT.glob("roles/*/handlers/*.yml")]
+    contents = [yaml.safe_load(file.read_text()) for file in files if file.name != "requirements.yml"]
+    modules = {key for content in contents for task in _tasks(content) for key in task if "." in key}
+    assert len(modules) > 20
+    assert {module for module in modules if not module.startswith("ansible.builtin.")} == set()
+    assert yaml.safe_load((ROOT / "requirements.yml").read_text()) == {"collections": []}
