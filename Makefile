@@ -4,7 +4,7 @@ SHELL := /bin/bash
 RUN := .venv/bin
 # Tests that mount file systems need root; everyone else runs the rest.
 PYTEST := $(RUN)/pytest $(if $(filter 0,$(shell id -u)),,-m 'not root')
-.PHONY: help setup setup-convert quickstart test test-unit test-integration test-lab lint reference format bench clean
+.PHONY: help setup setup-convert quickstart test test-unit test-integration test-lab test-lab-full lint reference format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -27,8 +27,11 @@ test-unit: setup ## The fast tests
 test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
 	$(PYTEST) tests/integration
 
-test-lab: setup ## As root: site.yml and the other playbooks against throw-away hosts
-	$(RUN)/pytest --timeout 1800 $(or $(TESTS),tests/lab)
+test-lab: setup ## As root: site.yml and validate.yml against throw-away hosts, both runtimes; what CI runs
+	$(RUN)/pytest --timeout 1800 --durations 10 -m 'not long' $(or $(TESTS),tests/lab)
+
+test-lab-full: setup ## As root: all playbooks and roles against throw-away hosts, NFS on virtual machines
+	$(RUN)/pytest --timeout 1800 --durations 20 $(or $(TESTS),tests/lab)
 
 lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are up to date
 	$(RUN)/ruff check .

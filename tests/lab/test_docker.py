@@ -18,9 +18,9 @@ from tests.lab import docker
 from tests.lab.cluster import Cluster, Run
 from tests.lab.hosts import Host
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
-_VARIABLES = {
+VARIABLES = {
     "llm_ray_runtime": "docker",
     "ray_node_image_base": docker.BASE,
     "ray_node_image_packages": "",
@@ -45,7 +45,7 @@ class Made:
 @pytest.fixture(scope="module")
 def made(lab_ready: None) -> Iterator[Made]:
     """Three hosts whose nodes run in Docker, made by site.yml from a host that has the base image and no other."""
-    with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": ["worker1", "worker2"]}, **_VARIABLES) as cluster:
+    with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": ["worker1", "worker2"]}, **VARIABLES) as cluster:
         for host in cluster.nodes:
             docker.prepare(host)
         cluster.play("site.yml", "--tags", "host_base,docker_engine")

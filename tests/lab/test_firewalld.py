@@ -12,7 +12,7 @@ import pytest
 from tests.lab.cluster import Cluster, Run, copy_bundle
 from tests.lab.hosts import Host, lab
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 _SSH = [22, 2222]
 _SERVED = [7860, 8000]

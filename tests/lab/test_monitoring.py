@@ -16,7 +16,7 @@ from tests.lab.cluster import Cluster
 from tests.lab.hosts import Host
 from tests.unit.ansible.test_monitoring import metrics
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 RULES_TEST = Path(__file__).parent / "rules_test.yml"
 UNITS = ("llm-ray-prometheus", "llm-ray-node-exporter", "llm-ray-head")

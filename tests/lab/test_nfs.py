@@ -16,7 +16,7 @@ from tests.lab.cluster import Cluster, copy_bundle
 from tests.lab.hosts import Host, lab
 from tests.lab.machines import Machine, missing
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(3000)]
 
 HOME = "/srv/llm-ray"
 _TAGS = ("--tags", "host_base,nfs_server,nfs_client")

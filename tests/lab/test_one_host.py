@@ -1,0 +1,79 @@
+"""A cluster of one host, whose node runs in Docker: the smallest there is, and the other runtime in the short set of the lab."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import cluster as lab_cluster
+from tests.lab import docker
+from tests.lab.cluster import Cluster, Run
+from tests.lab.test_docker import VARIABLES
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def alone(lab_ready: None) -> Iterator[Cluster]:
+    """A bare host in which Docker can run, with storage of its own: neither an NFS server nor a mount."""
+    with lab_cluster.cluster({"ray_head": ["solo"], "ray_workers": []}, **VARIABLES | {"llm_ray_storage": "nfs"}) as made:
+        docker.prepare(made.head)
+        shutil.copy(docker.base(), made.lab.folder / "storage" / "base.tar")
+        yield made
+    docker.clear_cgroups()
+
+
+@pytest.fixture(scope="module")
+def first(alone: Cluster) -> Run:
+    """site.yml on it; the base image that it builds on is there before, as if it had been pulled."""
+    alone.play("site.yml", "--tags", "host_base,docker_engine")
+    alone.head.ssh(f"docker import /srv/llm-ray/base.tar {docker.BASE}; rm /srv/llm-ray/base.tar")
+    return alone.play("site.yml", timeout=1800)
+
+
+def test_its_node_runs_in_docker_as_nobody_in_particular(alone: Cluster, first: Run) -> None:
+    alone.wait_for_nodes([alone.head])
+    (node,) = json.loads(alone.head.ssh("docker inspect llm-ray-head").stdout)
+    assert node["HostConfig"]["ReadonlyRootfs"]
+    assert node["HostConfig"]["CapDrop"] == ["ALL"]
+    assert node["Config"]["User"] == "1200:1200"
+    listed = json.loads(alone.head.ssh("docker exec llm-ray-head cat /opt/llm-ray/packages.cdx.json").stdout)
+    assert {"ray", "torch", "llm-ray", "libc6"} <= {part["name"] for part in listed["components"]}
+
+
+def test_a_second_run_changes_nothing_and_is_fast(alone: Cluster, first: Run) -> None:
+    before = alone.head.ssh("docker inspect --format '{{.Id}}' llm-ray-head").stdout
+    second = alone.play("site.yml")
+    print(f"docker, one host: first run {first.seconds:.0f} s, second {second.seconds:.0f} s, 1/{first.seconds / second.seconds:.1f}")
+    assert second.changes() == []
+    assert second.changed == 0
+    assert alone.head.ssh("docker inspect --format '{{.Id}}' llm-ray-head").stdout == before
+    assert second.seconds < first.seconds / 4, f"{second.seconds:.0f} s after {first.seconds:.0f} s"
+
+
+def test_validate_finds_nothing(alone: Cluster, first: Run, tmp_path: Path) -> None:
+    alone.play("validate.yml", "-e", f"validate_report={tmp_path / 'report.json'}")
+    told: dict[str, Any] = json.loads((tmp_path / "report.json").read_text())
+    assert told["ok"]
+    assert {one["check"] for one in told["findings"]} >= {
+        "docker_engine",
+        "ray_node",
+        "outside",
+        "node",
+        "task",
+        "storage",
+        "train",
+        "serve",
+    }
+    assert {one["result"] for one in told["findings"]} == {"passed"}
+
+
+def test_reset_leaves_the_host_as_it_was(alone: Cluster, first: Run) -> None:
+    alone.play("reset.yml", "-e", "confirm=llm-ray")
+    left = "ls -d /etc/llm-ray /opt/llm-ray /var/lib/llm-ray /etc/systemd/system/llm-ray-* /usr/local/bin/llm-ray; command -v dockerd"
+    assert alone.head.ssh(left, check=False).stdout == ""
