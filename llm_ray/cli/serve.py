@@ -262,6 +262,7 @@ def status(as_json: bool, address: str | None) -> None:
                 "wanted": entry.wanted,
                 "message": entry.message,
                 **counts.get(name, {}),
+                "adapters": {adapter: counts.get(adapter, {}) for adapter in entry.model.adapters},
                 "model": asdict(entry.model),
             }
             for name, entry in models.items()
@@ -275,14 +276,16 @@ def status(as_json: bool, address: str | None) -> None:
     table = Table(title=f"Models at {url}", title_justify="left", box=box.SIMPLE)
     for column in ("model", "engine", "state", "replicas", "requests", "failed", "running", "tokens in", "out", "out/s"):
         table.add_column(column, justify="left" if column in ("model", "engine", "state") else "right", overflow="fold")
+    numbers = ("requests", "errors", "in_progress", "prompt_tokens", "generated_tokens", "tokens_per_second")
+
+    def counted(name: str) -> list[str]:
+        return [f"{counts.get(name, {}).get(key, 0):,}" for key in numbers]
+
     for name, entry in sorted(models.items()):
-        count = counts.get(name, {})
         state = entry.status.lower().replace("_", " ")
-        numbers = ("requests", "errors", "in_progress", "prompt_tokens", "generated_tokens", "tokens_per_second")
-        told_counts = [f"{count.get(key, 0):,}" for key in numbers]
-        table.add_row(name, entry.model.engine, state, f"{entry.replicas}/{entry.wanted}", *told_counts)
+        table.add_row(name, entry.model.engine, state, f"{entry.replicas}/{entry.wanted}", *counted(name))
         for adapter in entry.model.adapters:
-            table.add_row(f"  {adapter}", "adapter", "", *[""] * 7)
+            table.add_row(f"  {adapter}", "adapter", "", "", *counted(adapter))
     console = Console()
     if not console.is_terminal:
         console.width = 160

@@ -178,19 +178,24 @@ def _gguf(model: Model, location: Location) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one model folder's contents from another's."""
-    # Weights are large: their size and their first and last MiB tell one training's from another's. Texts about a model do not make it.
+    """Tells one model folder's contents from another's. Texts about a model do not make it."""
     digest = hashlib.sha256()
     for path in sorted(
         p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in ("README.md", "llm-ray.json")
     ):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            digest.update(f"{path.name}\0{size}\0".encode())
-            for start in (0, max(0, size - _BLOCK)):
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
+        digest.update(file_digest(path))
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> bytes:
+    """Name, size, and first and last MiB of a file: weights are large, and those tell one training's from another's."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        told = f"{path.name}\0{size}\0".encode()
+        for start in (0, max(0, size - _BLOCK)):
+            file.seek(start)
+            told += file.read(_BLOCK)
+    return told
 
 
 @contextlib.contextmanager

@@ -18,6 +18,17 @@ Precision = Literal["fp32", "bf16"]
 DEFAULT_MAX_MODEL_LEN = 8192
 # Tokens of all requests at once that the cache holds by default, if that is room for two of the longest.
 DEFAULT_CACHED_TOKENS = 16384
+# What config.json calls the most tokens of a model.
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
 # Bytes of a number.
 SIZES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -77,7 +88,18 @@ class ServedModel:
 
 def longest(path: Path, asked: int | None) -> int:
     """Longest prompt and answer together, in tokens: as asked, else what the model was made for, at most DEFAULT_MAX_MODEL_LEN."""
-    return asked or min(int(text_config(path).get("max_position_embeddings") or DEFAULT_MAX_MODEL_LEN), DEFAULT_MAX_MODEL_LEN)
+    return asked or min(made_for(path) or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+
+
+def made_for(path: Path) -> int | None:
+    """Most tokens that the model was made for, as vLLM reads it from config.json; None where that does not say."""
+    config = text_config(path)
+    told = [int(config[key]) for key in _LENGTHS if isinstance(config.get(key), int | float)]
+    if not told:
+        return None
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic") and not str(config.get("model_type")).startswith("gemma3")
+    return int(min(told) * ((rope.get("factor") or 1) if stretched else 1))
 
 
 def kv_cache_bytes(path: Path, precision: Precision, max_model_len: int) -> int:

@@ -21,14 +21,14 @@ from llm_ray.hardware import cpu_flags, has_bf16
 from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
 from llm_ray.models.load import fingerprint, resolve
 from llm_ray.models.registry import has_chat_template, import_model, template_text
-from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, kv_cache_bytes, longest, text_config
+from llm_ray.serve.adapters import adapter_rank, check_adapter, find_adapter
+from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, kv_cache_bytes, longest, made_for
 
 # What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
 _PROGRAM_BYTES = 1_800 * 2**20
 _GIB = 2**30
 # Most cores that help, by billions of parameters.
 _CORES = ((0.5, 8), (2, 16), (8, 32))
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # How a chat template writes tool calls, and vLLM's parser of that form.
 _TOOL_FORMS = (
     ("<|python_tag|>", "llama3_json"),
@@ -69,12 +69,16 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     _check_kind(asked, path)
     precision = _precision(asked, weights)
     length = longest(path, asked.max_model_len)
-    if (most := text_config(path).get("max_position_embeddings")) and length > most:
+    if (most := made_for(path)) and length > most:
         raise ModelError(f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so many")
     cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
     size = SIZES.get(weights.dtype, 4.0) if asked.engine == "openvino" else SIZES[precision]
     template = asked.chat_template
-    adapters = {called: _adapter(called, adapter, paths) for called, adapter in asked.adapters.items()}
+    adapters = {called: find_adapter(called, adapter, paths) for called, adapter in asked.adapters.items()}
+    ranks = [adapter_rank(called, folder) for called, folder in adapters.items()]
+    for called, folder in adapters.items():
+        if doubt := check_adapter(called, folder, path, paths):
+            reporter.line(doubt)
     chat = bool(template) or has_chat_template(tokenizer or path)
     return ServedModel(
         name=name,
@@ -93,7 +97,7 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
         replicas=asked.replicas,
         autoscale=asked.autoscale,
         adapters={called: Adapter(str(folder), fingerprint(folder)) for called, folder in adapters.items()},
-        lora_rank=max(map(_rank, adapters.values()), default=0),
+        lora_rank=max(ranks, default=0),
         chat=chat,
         tool_parser=_tool_parser(asked.tools, tokenizer or path, template) if chat else None,
         trust_remote_code=asked.trust_remote_code,
@@ -159,33 +163,6 @@ def _precision(asked: ModelServing, weights: Weights) -> Precision:
 
 def _useful_cores(parameters: int) -> int:
     return next((cores for billions, cores in _CORES if parameters < billions * 1e9), 64)
-
-
-def _adapter(name: str, called: str, paths: Paths) -> Path:
-    """An adapter's folder: a run's, or one that is named. Raises ModelError."""
-    folder = Path(called).expanduser()
-    places = [folder] if folder.is_absolute() or called.startswith(("./", "../")) else [paths.runs / called / "adapter", folder.absolute()]
-    for place in places:
-        if (place / "adapter_config.json").is_file():
-            if not (place / "adapter_model.safetensors").is_file():
-                raise ModelError(f"adapter {name}: {place} has no adapter_model.safetensors: copy the adapter again")
-            read_json(place / "adapter_config.json")
-            return place.absolute()
-    if (paths.runs / called).is_dir():
-        raise ModelError(f"adapter {name}: the run {called} has no adapter (a full finetune, or not trained yet): deploy its model instead")
-    raise ModelError(f"adapter {name}: no run of this name, and no folder with adapter_config.json: {' or '.join(map(str, places))}")
-
-
-def _rank(folder: Path) -> int:
-    """The rank of an adapter, rounded up to one of those that vLLM knows. Raises ModelError."""
-    config = read_json(folder / "adapter_config.json")
-    ranks = [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
-    fitting = [rank for rank in _LORA_RANKS if rank >= max(ranks)]
-    if not fitting:
-        raise ModelError(
-            f"{folder}: an adapter of rank {max(ranks)} cannot be served, {_LORA_RANKS[-1]} is the most: deploy the merged model"
-        )
-    return fitting[0]
 
 
 def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:

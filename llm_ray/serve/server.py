@@ -42,6 +42,16 @@ class ModelServer(LLMServer):
         LLMServerProtocol.__init__(self)
         self._init_shared(llm_config(model), functools.partial(Engine, model))
 
+    async def start(self) -> None:
+        """Load the engine and the adapters, and try the engine out: what it cannot compute shows now, not to the first client.
+
+        Raises what the engine raises.
+        """
+        await super().start()
+        await self.engine.try_out()
+        for name, adapter in self.adapters.items():
+            await self._load_adapter(name, adapter)
+
     def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
         async def note(name: str) -> str:
             return name
@@ -52,12 +62,14 @@ class ModelServer(LLMServer):
     async def _maybe_resolve_lora_from_multiplex(self) -> None:
         if name := serve.get_multiplexed_model_id():
             await self._load_model(name)
-            place = (await self._adapter(name)).path  # as it is now: it may have changed since the name was noted
-            await self.engine.resolve_lora(
-                DiskMultiplexConfig(
-                    model_id=name, max_total_tokens=None, local_path=place, lora_assigned_int_id=abs(hash(name)) % 2**31 + 1
-                )
-            )
+            await self._load_adapter(name, await self._adapter(name))  # as it is now: it may have changed since the name was noted
+
+    async def _load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Load an adapter unless it is loaded. Raises ValueError where vLLM does not take it."""
+        number = abs(hash(name)) % 2**31 + 1
+        await self.engine.resolve_lora(
+            DiskMultiplexConfig(model_id=name, max_total_tokens=None, local_path=adapter.path, lora_assigned_int_id=number)
+        )
 
     async def _adapter(self, name: str) -> Adapter:
         """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the client a 404."""
@@ -85,10 +97,13 @@ class ModelServer(LLMServer):
         return request
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Serve these adapters from now on; those that are gone or have changed are unloaded."""
+        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ValueError for one that is none."""
         for name, adapter in self.adapters.items():
             if adapters.get(name) != adapter:
                 await self.engine.forget_adapter(name)
+        for name, adapter in adapters.items():
+            if self.adapters.get(name) != adapter:
+                await self._load_adapter(name, adapter)
         self.adapters = dict(adapters)
 
 

@@ -355,3 +355,18 @@ def test_text_is_tokenized(served: Served, reference: Reference) -> None:
         return await _answer(await served.server.tokenize(TokenizeCompletionRequest(model="m", prompt="A tale of two cities, 双城记")))
 
     assert served.run(tokenize()).tokens == reference.tokenizer("A tale of two cities, 双城记")["input_ids"]
+
+
+def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray: None, smollm2: Path, tmp_path: Path) -> None:
+    """vLLM's attention for CPUs knows certain sizes of heads, and finds out at the first request."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llm_ray.errors import ModelError
+    from llm_ray.serve.server import ModelServer
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=49152, **sizes)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(tmp_path)
+    server = ModelServer(ServedModel("m", tmp_path, max_model_len=64, kv_cache_bytes=2**24, max_batch=2, threads=2))
+    with pytest.raises(ModelError, match=r"engine vllm cannot compute it: .*16"):
+        asyncio.run(server.start())

@@ -14,14 +14,17 @@ from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llm_ray.cores import bind
+from llm_ray.errors import ModelError
 from llm_ray.serve.engines.thread import Core, EngineThread
 from llm_ray.serve.models import ServedModel
 
@@ -71,6 +74,18 @@ class Engine(VLLMEngine):
         """Load the model. Raises what the engine raises."""
         await super().start()
         self._oai_serving_tokenization = self._app_state.serving_tokenization  # Ray looks for it under an older name
+
+    async def try_out(self) -> None:
+        """Have the core compute a prompt and a token after it. Raises ModelError with the core's reason where it cannot."""
+        if "generate" not in await self._engine_client.get_supported_tasks():
+            return
+        params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False)
+        try:
+            async for _ in self._engine_client.generate(TokensPrompt(prompt_token_ids=[0, 0]), params, "try-out"):
+                pass
+        except EngineDeadError as error:
+            reason = error.__cause__ or error
+            raise ModelError(f"{self._model.path}: engine {self._model.engine} cannot compute it: {reason}") from reason
 
     async def forget_adapter(self, name: str) -> None:
         """Unload a LoRA adapter, if it is loaded."""

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from safetensors.torch import load_file, save_file
 
 PROMPT = "The capital of France is"
 ASK: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
@@ -52,6 +53,34 @@ def test_it_is_listed_beside_its_base(client: openai.OpenAI, http: httpx.Client)
     card = http.get("/v1/models/tuned").json()
     assert (card["root"], card["parent"], card["metadata"]["ready"]) == ("small", "small", True)
     assert http.post("/tuned", json={"text": "Hi", "config": {"max_new_tokens": 2}}).status_code == 200
+
+
+def test_its_requests_are_told_beside_those_of_its_base(run: Any, client: openai.OpenAI) -> None:
+    def counted() -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(run("serve", "status", "--json").stdout)["models"]["small"]
+        return told
+
+    before = counted()
+    text(client, "tuned")
+    after = counted()
+    assert after["adapters"]["tuned"]["generated_tokens"] == before["adapters"]["tuned"]["generated_tokens"] + 12
+    assert after["generated_tokens"] == before["generated_tokens"]
+
+
+def test_an_adapter_of_another_model_is_refused(run: Any, conf: Path, adapter: Path, client: openai.OpenAI, tmp_path: Path) -> None:
+    """It would answer nonsense, or as the base does."""
+    foreign = shutil.copytree(adapter, tmp_path / "foreign")
+    weights = load_file(foreign / "adapter_model.safetensors")
+    save_file(
+        {name: tensor[..., : len(tensor) // 2].contiguous() for name, tensor in weights.items()}, foreign / "adapter_model.safetensors"
+    )
+    asked = json.loads(conf.read_text())
+    asked["models"]["small"]["adapters"]["foreign"] = str(foreign)
+    (tmp_path / "foreign.yaml").write_text(json.dumps(asked))
+    refused = run("serve", "deploy", "--config", str(tmp_path / "foreign.yaml"), "--only", "small")
+    assert (refused.returncode, "does not belong to the model" in refused.stderr) == (1, True), refused.stderr
+    with pytest.raises(openai.NotFoundError):
+        text(client, "foreign")
 
 
 def test_adapters_come_and_go_without_a_restart(

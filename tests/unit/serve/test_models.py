@@ -10,7 +10,7 @@ import pytest
 
 from llm_ray.conf.serve import Autoscale
 from llm_ray.serve import catalogue
-from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest
+from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest, made_for
 
 
 def _folder(path: Path, **changes: object) -> Path:
@@ -29,6 +29,22 @@ def test_the_longest_request_is_the_models_at_most_8192(tmp_path: Path) -> None:
     assert longest(_folder(tmp_path, max_position_embeddings=2048), None) == 2048
     assert longest(_folder(tmp_path, max_position_embeddings=131072), None) == 8192
     assert longest(_folder(tmp_path), 16000) == 16000
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({"n_positions": 1024}, 1024),  # GPT-2
+        ({"max_seq_len": 2048}, 2048),  # MPT
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 32768, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 32768),
+        ({"n_embd": 64}, None),
+    ],
+    ids=str,
+)
+def test_what_a_model_was_made_for_is_read_under_each_of_its_names(config: dict[str, object], tokens: int | None, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert made_for(tmp_path) == tokens
 
 
 def test_the_cache_holds_two_of_the_longest_and_at_least_16384_tokens(tmp_path: Path) -> None:
