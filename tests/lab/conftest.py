@@ -15,7 +15,7 @@ from tests.lab.hosts import missing
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes the cluster away comes last."""
-    items.sort(key=lambda item: "test_reset" in item.nodeid)
+    items.sort(key=lambda item: "test_reset.py" in item.nodeid)
 
 
 @dataclass(frozen=True)

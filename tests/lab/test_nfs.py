@@ -109,6 +109,15 @@ def test_only_ssh_and_nfs_listen(store: Host, node: Host) -> None:
     assert node.ssh(ports).stdout.split() == ["22"]
 
 
+def test_kernel_and_clock_are_as_host_base_sets_them(store: Host, node: Host) -> None:
+    """Here, since a container has the clock and the kernel of its machine."""
+    for host in (store, node):
+        assert "[madvise]" in host.ssh("cat /sys/kernel/mm/transparent_hugepage/enabled").stdout
+        assert host.ssh("sysctl -n vm.swappiness vm.max_map_count").stdout.split() == ["10", "262144"]
+        assert host.ssh("systemctl is-active chrony; systemctl is-enabled chrony").stdout.split() == ["active", "enabled"]
+        assert _ray(host, "ulimit -u").isdigit()
+
+
 def test_what_one_writes_all_read(store: Host, node: Host) -> None:
     for host in (store, node):
         _ray(host, f"echo {host.name} > {HOME}/data/{host.name}")
@@ -166,6 +175,7 @@ def test_nothing_is_lost_when_the_server_goes_away_under_a_writer(store: Host, n
 
 def test_a_client_mounts_it_again_at_the_first_access_after_its_reboot(node: Host) -> None:
     node.reboot()
+    assert "[madvise]" in node.ssh("cat /sys/kernel/mm/transparent_hugepage/enabled").stdout
     assert node.ssh(f"findmnt -n -t nfs4 {HOME}", check=False).stdout == ""
     assert _ray(node, f"cat {HOME}/data/store") == "store"
     assert node.ssh(f"findmnt -n -t nfs4 {HOME}").stdout

@@ -8,7 +8,7 @@ import pytest
 
 from tests.lab.cluster import Cluster
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 _LISTS = ("host_base : In /etc/hosts", "firewall : ")
 # Where the bundle's parts lie on a host.

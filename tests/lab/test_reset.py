@@ -7,7 +7,7 @@ import pytest
 from tests.lab.cluster import Cluster
 from tests.lab.test_nodes import _PARTS
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 
 def test_reset_and_site_again(cluster: Cluster) -> None:

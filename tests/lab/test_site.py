@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import time
@@ -119,12 +120,14 @@ def test_the_unit_is_hardened(cluster: Cluster) -> None:
 def test_a_second_run_changes_nothing_and_is_fast(cluster: Cluster, first: First) -> None:
     before = _pids(cluster)
     second = cluster.play("site.yml")
+    print(f"three hosts: first run {first.site.seconds:.0f} s, second {second.seconds:.0f} s, 1/{first.site.seconds / second.seconds:.1f}")
     assert second.changes() == []
     assert second.changed == 0
     assert _pids(cluster) == before
     assert second.seconds < first.site.seconds / 4, f"{second.seconds:.0f} s after {first.site.seconds:.0f} s"
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_off_is_made_up_for_and_restarts_only_what_it_concerns(cluster: Cluster) -> None:
     """It dies when a worker's unit is written and not yet restarted: nothing is to be changed then, and yet the unit must restart."""
     before, worker = _pids(cluster), cluster.workers[0]
@@ -144,6 +147,7 @@ def test_a_run_that_is_cut_off_is_made_up_for_and_restarts_only_what_it_concerns
     assert _labels(cluster)[worker.address] == "a"
 
 
+@pytest.mark.long
 def test_a_host_cut_off_in_mid_run_leaves_the_others_finished_and_a_run_heals_it(cluster: Cluster) -> None:
     lost, others = cluster.workers[1], [cluster.head, cluster.workers[0]]
     _variables(cluster, {"ray_node_labels": {"rack": "b"}}, cluster.workers)
@@ -169,6 +173,7 @@ def test_a_host_cut_off_in_mid_run_leaves_the_others_finished_and_a_run_heals_it
     assert _labels(cluster)[lost.address] == "b"
 
 
+@pytest.mark.long
 def test_a_task_finishes_when_its_node_is_stopped(cluster: Cluster) -> None:
     worker = cluster.workers[0]
     code = f"""
@@ -196,6 +201,7 @@ print(ray.get(ray.remote(work).options(max_retries=0, scheduling_strategy=NodeAf
     cluster.wait_for_nodes(cluster.nodes)
 
 
+@pytest.mark.long
 def test_a_head_that_is_killed_restarts_and_the_workers_come_back(cluster: Cluster) -> None:
     before = _pids(cluster)["head"]
     cluster.head.ssh("systemctl kill --signal=KILL llm-ray-head")
@@ -203,6 +209,7 @@ def test_a_head_that_is_killed_restarts_and_the_workers_come_back(cluster: Clust
     cluster.wait_for_nodes(cluster.nodes)
 
 
+@pytest.mark.long
 def test_a_head_that_keeps_its_state_goes_on_where_it_was(cluster: Cluster) -> None:
     _variables(cluster, {"ray_node_keep_state": True}, [cluster.head])
     cluster.play("site.yml", "--tags", "ray_node")
@@ -241,6 +248,7 @@ print(ray.get(counter.add.remote()))
     cluster.wait_for_nodes(cluster.nodes)
 
 
+@pytest.mark.long
 def test_hosts_that_were_rebooted_come_back_closed(cluster: Cluster) -> None:
     for host in (cluster.head, cluster.workers[0]):
         host.reboot()
@@ -263,6 +271,42 @@ def test_what_is_wrong_with_the_hosts_comes_in_one_list(cluster: Cluster) -> Non
     assert re.search(rf"{second.name}: ray_node_metrics_export_port = 7383: port 7383 is taken by python3", run.output)
     assert f"{first.name}: ray_node_metrics_export_port" not in run.output
     assert run.output.count("FAILED") == 1 or run.output.count("fatal: ") == 1
+
+
+def test_what_a_kernel_cannot_do_is_said_before_anything_is_changed(cluster: Cluster) -> None:
+    """The head as NFS server too, of hosts that are containers."""
+    groups, variables = cluster.groups | {"nfs_server": ["head"]}, cluster.variables | {"llm_ray_storage": "nfs"}
+    run = dataclasses.replace(cluster, groups=groups, variables=variables).play("site.yml", ok=False)
+    assert run.code == 2
+    assert run.changed == 0
+    assert 'head: llm_ray_storage = "nfs": the kernel of this host has no nfsd (a container?)' in run.output
+    assert 'worker1, worker2: llm_ray_storage = "nfs": the kernel of this host has no nfs (a container?)' in run.output
+
+
+@pytest.mark.long
+def test_another_allocator_is_the_one_of_that_host_alone(cluster: Cluster) -> None:
+    worker, other = cluster.workers
+    before = _pids(cluster)
+    _variables(cluster, {"host_base_allocator": "jemalloc"}, [worker])
+    cluster.play("site.yml", "--tags", "host_base,ray_node")
+    preloaded = "tr '\\0' '\\n' < /proc/$(systemctl show -p MainPID --value llm-ray-worker)/environ | sed -n s/^LD_PRELOAD=//p"
+    assert worker.ssh(preloaded).stdout.strip() == "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2"
+    assert other.ssh(preloaded).stdout.strip() == "/usr/lib/x86_64-linux-gnu/libtcmalloc.so.4"
+    _variables(cluster, {}, [worker])
+    cluster.play("site.yml", "--tags", "host_base,ray_node")
+    assert {name for name, pid in _pids(cluster).items() if pid != before[name]} == {worker.name}
+    cluster.wait_for_nodes(cluster.nodes)
+
+
+@pytest.mark.long
+def test_a_token_that_is_removed_is_replaced_everywhere(cluster: Cluster) -> None:
+    before = cluster.head.ssh("cat /etc/llm-ray/token").stdout
+    cluster.head.ssh("rm /etc/llm-ray/token")
+    cluster.play("site.yml", "--tags", "ray_node")
+    (after,) = {host.ssh("cat /etc/llm-ray/token").stdout for host in cluster.nodes}
+    assert len(after) == 64
+    assert after != before
+    cluster.wait_for_nodes(cluster.nodes)
 
 
 def test_a_bundle_that_is_not_whole_is_refused_and_what_runs_stays(cluster: Cluster) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.lab.cluster import Cluster
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 
 def _running(cluster: Cluster) -> set[str]:

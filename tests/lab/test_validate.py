@@ -40,6 +40,7 @@ def test_a_cluster_that_works_passes_and_nothing_is_left_behind(cluster: Cluster
     assert "ALIVE ['_AutoscalingCoordinatorActor']" in cluster.ray(code)
 
 
+@pytest.mark.long
 def test_each_failure_names_the_host_and_what_to_do(cluster: Cluster, tmp_path: Path) -> None:
     worker1, worker2 = cluster.workers
     redirect = "nft add table ip lie; nft add chain ip lie out '{ type nat hook output priority -100; }'"
@@ -66,6 +67,7 @@ def test_each_failure_names_the_host_and_what_to_do(cluster: Cluster, tmp_path: 
     cluster.wait_for_nodes(cluster.nodes)
 
 
+@pytest.mark.long
 def test_status_shows_the_cluster_and_says_when_its_head_is_down(cluster: Cluster, tmp_path: Path) -> None:
     cluster.wait_for_nodes(cluster.nodes)
     up = cluster.play("status.yml")
