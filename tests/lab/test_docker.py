@@ -245,6 +245,29 @@ def test_an_archive_that_was_tampered_with_is_not_loaded(cluster: Cluster) -> No
     cluster.wait_for_nodes(cluster.nodes)
 
 
+def test_a_registry_brings_the_image_to_the_host_that_lacks_it(cluster: Cluster) -> None:
+    head, worker = cluster.head, cluster.workers[1]
+    registry = f"{head.address}:5000"
+    head.ssh("apt-get install -y -qq --no-install-recommends docker-registry", timeout=300)
+    settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": "/var/lib/docker/registry"}}, "http": {"addr": ":5000"}}
+    head.ssh(f"systemctl disable -q --now docker-registry; echo '{json.dumps(settings)}' > /root/registry.yml")
+    head.ssh("systemd-run --unit=registry --quiet docker-registry serve /root/registry.yml")
+    worker.ssh("systemctl stop llm-ray-worker; docker image rm $(docker image ls --quiet llm-ray)")
+    next((cluster.lab.folder / "storage/images").glob("*.tar.gz")).unlink()
+    config = {"log-driver": "json-file", "live-restore": True, "insecure-registries": [registry]}  # without TLS, in the lab alone
+    run = cluster.play(
+        "site.yml",
+        *("--tags", "docker_engine,ray_node", "-e", json.dumps({"ray_node_registry": registry, "docker_engine_config": config})),
+        timeout=1800,
+    )
+    assert [change for change in run.changes() if change.startswith("ray_node : Pull it")] == ["ray_node : Pull it: [worker2]"]
+    assert list((cluster.lab.folder / "storage/images").glob("*.tar.gz")) == []
+    assert _image(worker)["RootFS"]["Layers"] == _image(head)["RootFS"]["Layers"]
+    cluster.wait_for_nodes(cluster.nodes)
+    head.ssh("systemctl stop registry; rm -r /var/lib/docker/registry")
+    cluster.play("site.yml", "--tags", "docker_engine", timeout=1200)
+
+
 def test_the_other_runtime_takes_the_node_over_and_gives_it_back(cluster: Cluster) -> None:
     worker = cluster.workers[1]
     own = cluster.lab.folder / "inventory/host_vars" / f"{worker.name}.yml"

@@ -14,22 +14,29 @@ from tests.lab.hosts import Host
 pytestmark = pytest.mark.lab
 
 _SCAN = """
-import asyncio, sys
+import errno, select, socket, sys, time
 
-async def is_open(address, port, limit):
-    async with limit:
-        try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), 2)
-        except (OSError, TimeoutError):
-            return None
-        writer.close()
-        return port
-
-async def main(address, ports):
-    limit = asyncio.Semaphore(2000)
-    print(*[port for port in await asyncio.gather(*(is_open(address, port, limit) for port in ports)) if port])
-
-asyncio.run(main(sys.argv[1], eval(sys.argv[2])))
+address, ports, found = sys.argv[1], list(eval(sys.argv[2])), []
+for begin in range(0, len(ports), 3500):
+    waiting, poll = {}, select.poll()
+    for port in ports[begin:begin + 3500]:
+        one = socket.socket()
+        one.setblocking(False)
+        code = one.connect_ex((address, port))
+        if code == errno.EINPROGRESS:
+            waiting[one.fileno()] = one, port
+            poll.register(one, select.POLLOUT)
+        elif code == 0:
+            found.append(port)
+    end = time.monotonic() + 2
+    while waiting and (left := end - time.monotonic()) > 0:
+        for number, _ in poll.poll(left * 1000):
+            poll.unregister(number)
+            one, port = waiting.pop(number)
+            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
+                found.append(port)
+            one.close()
+print(*sorted(found))
 """
 _SERVED = [8000, 7860]
 

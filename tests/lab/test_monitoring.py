@@ -166,7 +166,10 @@ def test_it_goes_without_a_trace_and_comes_from_archives(watched: Cluster) -> No
     head.ssh("systemd-run --unit=mirror --working-directory=/srv/mirror python3 -m http.server 9999")
 
     before = pids(head)["llm-ray-head"]
+    # A file of the same name that another role has for another package's service.
+    head.ssh("mkdir -p /etc/systemd/system/rpcbind.service.d; touch /etc/systemd/system/rpcbind.service.d/llm-ray.conf")
     watched.play("site.yml", "--tags", "monitoring", "-e", "monitoring_enabled=false")
+    head.ssh("ls /etc/systemd/system/rpcbind.service.d/llm-ray.conf; rm -r /etc/systemd/system/rpcbind.service.d")
     for host in watched.nodes:
         left = host.ssh(
             "ls -d /etc/llm-ray/prometheus /var/lib/llm-ray-prometheus /opt/llm-ray/monitoring /etc/systemd/system/llm-ray-prometheus.service"
