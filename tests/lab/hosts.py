@@ -250,8 +250,32 @@ class Container(Host):
         super().prepare()
         (self.folder / "docker").mkdir()
 
+    @property
+    def control_groups(self) -> list[Path]:
+        """Of this machine, in which the host's systemd makes those of its units. Hosts that shared one would take each other's away."""
+        trees = [Path("/sys/fs/cgroup", name) for name in ("systemd", "unified", "")]
+        return [tree / f"llm-ray-lab-{self.machine}" for tree in trees if (tree / "cgroup.procs").exists()]
+
+    def start(self) -> None:
+        for group in self.control_groups:
+            group.mkdir(exist_ok=True)
+        super().start()
+
+    def remove(self) -> None:
+        super().remove()
+        began = time.monotonic()
+        while left := [group for group in self.control_groups if group.exists()]:
+            for part in [*sorted(left[0].rglob("*/"), reverse=True), left[0]]:
+                with contextlib.suppress(OSError):  # a process in it is ending still
+                    part.rmdir()
+            if time.monotonic() - began > 10:
+                break
+            time.sleep(0.05)
+
     def command(self) -> list[str]:
+        groups = [str(group / "cgroup.procs") for group in self.control_groups]
         return [
+            *("sh", "-c", f'for group in {" ".join(groups)}; do echo $$ > $group; done; exec "$@"', "sh"),
             *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root), "-M", self.machine),
             f"--hostname={self.name}",
             f"--network-bridge={self.net.bridge}",

@@ -66,8 +66,8 @@ def engine(lab_ready: None) -> Iterator[Cluster]:
     """One bare host, and a playbook with nothing but docker_engine, which needs host_base's lists of packages."""
     with lab_cluster.cluster({"ray_head": ["solo"], "ray_workers": []}) as cluster:
         docker.prepare(cluster.head)
-        (cluster.bundle / "playbooks/engine.yml").write_text(_ENGINE)
-        (cluster.bundle / "playbooks/undo.yml").write_text(_UNDO)
+        (cluster.bundle / "engine.yml").write_text(_ENGINE)
+        (cluster.bundle / "undo.yml").write_text(_UNDO)
         yield cluster
     docker.clear_cgroups()
 

@@ -142,7 +142,7 @@ def test_validate_names_a_host_that_is_not_read(watched: Cluster) -> None:
     play = [
         {"hosts": "ray_head", "become": True, "tasks": [{"ansible.builtin.include_role": {"name": "monitoring", "tasks_from": "validate"}}]}
     ]
-    (watched.bundle / "playbooks/monitoring_validate.yml").write_text(json.dumps(play))
+    (watched.bundle / "monitoring_validate.yml").write_text(json.dumps(play))
     watched.play("monitoring_validate.yml")
     worker = watched.workers[0]
     worker.ssh("systemctl stop llm-ray-node-exporter")
