@@ -203,7 +203,7 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     low, high = ports["ray_node_min_worker_port"], ports["ray_node_max_worker_port"]
     workers = range(low, high + 1) if isinstance(low, int) and isinstance(high, int) else range(0)
     for name, port in ports.items():
-        if not isinstance(port, int) or (name == "ray_node_client_port" and port == 0):
+        if not isinstance(port, int):
             continue
         if not 1024 <= port <= 65535:
             problems.append(problem(host, name, port, "must be a port between 1024 and 65535"))
