@@ -28,10 +28,10 @@ test-integration: setup setup-convert ## The tests with real Ray, real training 
 	$(PYTEST) tests/integration
 
 test-lab: setup ## As root: site.yml and validate.yml against throw-away hosts, both runtimes; what CI runs
-	$(RUN)/pytest --timeout 1800 --durations 10 -m 'not long' $(or $(TESTS),tests/lab)
+	$(RUN)/pytest --timeout 3600 --durations 10 -m 'not long' $(or $(TESTS),tests/lab)
 
 test-lab-full: setup ## As root: all playbooks and roles against throw-away hosts, NFS on virtual machines
-	$(RUN)/pytest --timeout 1800 --durations 20 $(or $(TESTS),tests/lab)
+	$(RUN)/pytest --timeout 3600 --durations 20 $(or $(TESTS),tests/lab)
 
 lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are up to date
 	$(RUN)/ruff check .

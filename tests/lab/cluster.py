@@ -86,7 +86,7 @@ class Cluster:
     def nodes(self) -> list[Host]:
         return [self.head, *self.workers]
 
-    def play(self, playbook: str, *arguments: str, ok: bool = True, timeout: float = 900, **environment: str) -> Run:
+    def play(self, playbook: str, *arguments: str, ok: bool = True, timeout: float = 1800, **environment: str) -> Run:
         """Run a playbook; `ok`: it has to succeed, else AssertionError with the end of what it said."""
         process = self.start(playbook, *arguments, **environment)
         began = time.monotonic()

@@ -240,7 +240,7 @@ class Host(abc.ABC):
     def remove(self) -> None:
         self.kill()
         subprocess.run(["umount", "-l", str(self.root)], check=False, capture_output=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        subprocess.run(["rm", "-rf", str(self.folder)], check=False)  # in a tenth of the time that Python takes for some 100,000 files
 
 
 class Container(Host):

@@ -51,7 +51,7 @@ def made(lab_ready: None) -> Iterator[Made]:
         cluster.play("site.yml", "--tags", "host_base,docker_engine")
         shutil.copy(docker.base(), cluster.lab.folder / "storage" / "base.tar")
         cluster.head.ssh(f"docker import /srv/llm-ray/base.tar {docker.BASE}; rm /srv/llm-ray/base.tar")
-        yield Made(cluster, cluster.play("site.yml", timeout=1800))
+        yield Made(cluster, cluster.play("site.yml", timeout=3000))
     docker.clear_cgroups()
 
 
@@ -238,7 +238,7 @@ def test_an_archive_that_was_tampered_with_is_not_loaded(cluster: Cluster) -> No
     assert f"worker2: /srv/llm-ray/images/{archive.name} is not what was built" in " ".join(refused.output.split())
     assert worker.ssh("docker image ls --quiet llm-ray").stdout == ""
     archive.unlink()
-    again = cluster.play("site.yml", "--tags", "ray_node", timeout=1200)
+    again = cluster.play("site.yml", "--tags", "ray_node", timeout=3000)
     loaded = [change for change in again.changes() if change.startswith("ray_node : Load it")]
     assert len(loaded) == 1, again.changes()
     assert "worker2" in loaded[0]
@@ -258,14 +258,14 @@ def test_a_registry_brings_the_image_to_the_host_that_lacks_it(cluster: Cluster)
     run = cluster.play(
         "site.yml",
         *("--tags", "docker_engine,ray_node", "-e", json.dumps({"ray_node_registry": registry, "docker_engine_config": config})),
-        timeout=1800,
+        timeout=3000,
     )
     assert [change for change in run.changes() if change.startswith("ray_node : Pull it")] == ["ray_node : Pull it: [worker2]"]
     assert list((cluster.lab.folder / "storage/images").glob("*.tar.gz")) == []
     assert _image(worker)["RootFS"]["Layers"] == _image(head)["RootFS"]["Layers"]
     cluster.wait_for_nodes(cluster.nodes)
     head.ssh("systemctl stop registry; rm -r /var/lib/docker/registry")
-    cluster.play("site.yml", "--tags", "docker_engine", timeout=1200)
+    cluster.play("site.yml", "--tags", "docker_engine", timeout=3000)
 
 
 def test_the_other_runtime_takes_the_node_over_and_gives_it_back(cluster: Cluster) -> None:
@@ -273,7 +273,7 @@ def test_the_other_runtime_takes_the_node_over_and_gives_it_back(cluster: Cluste
     own = cluster.lab.folder / "inventory/host_vars" / f"{worker.name}.yml"
     own.parent.mkdir(exist_ok=True)
     own.write_text(yaml.safe_dump({"ray_node_runtime": "bare_metal"}))
-    cluster.play("site.yml", "--limit", worker.name, timeout=1200)
+    cluster.play("site.yml", "--limit", worker.name, timeout=3000)
     cluster.wait_for_nodes(cluster.nodes)
     assert worker.ssh("docker ps --all --quiet").stdout == ""
     assert worker.ssh("pgrep -c raylet").stdout.strip() == "1"

@@ -29,8 +29,11 @@ for begin in range(0, len(ports), 3500):
         elif code == 0:
             found.append(port)
     end = time.monotonic() + 2
-    while waiting and (left := end - time.monotonic()) > 0:
-        for number, _ in poll.poll(left * 1000):
+    while waiting:
+        ready = poll.poll(max(end - time.monotonic(), 0) * 1000)
+        if not ready:
+            break
+        for number, _ in ready:
             poll.unregister(number)
             one, port = waiting.pop(number)
             if one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:

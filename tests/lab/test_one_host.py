@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from tests.lab import cluster as lab_cluster
 from tests.lab import docker
 from tests.lab.cluster import Cluster, Run
 from tests.lab.test_docker import VARIABLES
+from tests.lab.wheels import ROOT
 
 pytestmark = pytest.mark.lab
 
@@ -33,7 +37,19 @@ def first(alone: Cluster) -> Run:
     """site.yml on it; the base image that it builds on is there before, as if it had been pulled."""
     alone.play("site.yml", "--tags", "host_base,docker_engine")
     alone.head.ssh(f"docker import /srv/llm-ray/base.tar {docker.BASE}; rm /srv/llm-ray/base.tar")
-    return alone.play("site.yml", timeout=1800)
+    return alone.play("site.yml", timeout=3000)
+
+
+def test_this_machine_may_be_it_and_is_not_touched_by_check_mode(lab_ready: None, tmp_path: Path) -> None:
+    """The default inventory, of this machine alone; what preflight thinks of it is not the question."""
+    places = [Path(name) for name in ("/etc/llm-ray", "/opt/llm-ray", "/var/lib/llm-ray", "/srv/llm-ray", "/etc/profile.d/llm-ray.sh")]
+    before = [place.exists() for place in places]
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "site.yml", "--check", "--diff", "--skip-tags", "preflight"]
+    environment = os.environ | {"HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert Cluster.parse(done.stdout)["localhost"]["failed"] == 0
+    assert [place.exists() for place in places] == before
 
 
 def test_its_node_runs_in_docker_as_nobody_in_particular(alone: Cluster, first: Run) -> None:
