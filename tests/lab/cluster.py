@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.lab.hosts import Host, Lab, lab
+from tests.lab.hosts import Container, Host, Lab, lab
 from tests.lab.wheels import ROOT, wheels
 
 # Of the bundle, what playbooks need: a copy, so that a file edited while the lab runs changes nothing in mid-test.
@@ -157,10 +157,10 @@ def copy_bundle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def cluster(groups: Mapping[str, Sequence[str]], **variables: Any) -> Iterator[Cluster]:
+def cluster(groups: Mapping[str, Sequence[str]], kind: type[Host] = Container, **variables: Any) -> Iterator[Cluster]:
     """Bare hosts with these groups, on shared storage of this machine; all is gone at the end.
 
-    variables: of the inventory, beside those that every lab has.
+    kind: of the hosts. variables: of the inventory, beside those that every lab has.
     """
     folder = Path(tempfile.mkdtemp(prefix="llm-ray-lab-"))
     with lab(folder) as made:
@@ -168,9 +168,9 @@ def cluster(groups: Mapping[str, Sequence[str]], **variables: Any) -> Iterator[C
         storage.mkdir()
         copy_bundle(bundle)
         names = list(dict.fromkeys(name for members in groups.values() for name in members))
-        made.add(*names, binds={wheels(): "/srv/wheels"}, shares={storage: "/srv/llm-ray"})
+        made.add(*names, kind=kind, binds={wheels(): "/srv/wheels"}, shares={storage: "/srv/llm-ray"})
         common = {
-            "llm_ray_storage": "existing", "llm_ray_offline_bundle": "/srv/wheels", "ray_node_object_store_gib": 0.2,
+            "llm_ray_storage": "existing", "llm_ray_wheel_source": "/srv/wheels", "ray_node_object_store_gib": 0.2,
             "ray_node_cpus": 2, "ray_node_drain_seconds": 10,
         }  # fmt: skip
         yield Cluster(made, bundle, groups, common | variables)

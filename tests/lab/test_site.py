@@ -309,13 +309,13 @@ def test_a_token_that_is_removed_is_replaced_everywhere(cluster: Cluster) -> Non
     cluster.wait_for_nodes(cluster.nodes)
 
 
-def test_a_bundle_that_is_not_whole_is_refused_and_what_runs_stays(cluster: Cluster) -> None:
+def test_wheels_that_are_not_whole_are_refused_and_what_runs_stays(cluster: Cluster) -> None:
     worker = cluster.workers[0]
     worker.ssh("mkdir -p /root/bundle && cd /root/bundle && echo a > a.whl && sha256sum a.whl > SHA256SUMS && echo b > a.whl")
     before = worker.ssh("readlink /opt/llm-ray/current; ls /opt/llm-ray/env").stdout
     # another interpreter, though by name alone, wants another environment
-    values = {"llm_ray_offline_bundle": "/root/bundle", "python_runtime_python": "/usr/bin/python3.11"}
+    values = {"llm_ray_wheel_source": "/root/bundle", "python_runtime_python": "/usr/bin/python3.11"}
     run = cluster.play("site.yml", "--tags", "python_runtime", "--limit", worker.name, "-e", json.dumps(values), ok=False)
     assert run.code == 2
-    assert f"{worker.name}: llm_ray_offline_bundle = /root/bundle: a.whl: FAILED: fill it anew" in " ".join(run.output.split())
+    assert f"{worker.name}: python_runtime_wheels = /root/bundle: a.whl: FAILED: fill it anew" in " ".join(run.output.split())
     assert worker.ssh("readlink /opt/llm-ray/current; ls /opt/llm-ray/env").stdout == before

