@@ -27,7 +27,7 @@ test-unit: setup ## The fast tests
 test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
 	$(PYTEST) tests/integration
 
-test-lab: setup ## As root: site.yml and validate.yml against throw-away hosts, both runtimes; what CI runs
+test-lab: setup ## As root: site.yml and validate.yml against throw-away hosts, both runtimes
 	$(RUN)/pytest --timeout 3600 --durations 10 -m 'not long' $(or $(TESTS),tests/lab)
 
 test-lab-full: setup ## As root: all playbooks and roles against throw-away hosts, NFS on virtual machines

@@ -52,6 +52,12 @@ def test_this_machine_may_be_it_and_is_not_touched_by_check_mode(lab_ready: None
     assert [place.exists() for place in places] == before
 
 
+def test_check_mode_leaves_the_bare_host_bare(alone: Cluster) -> None:
+    checked = alone.play("site.yml", "--check", "--diff", "-e", "monitoring_enabled=true")
+    assert "ExecStartPre=/usr/bin/docker run --detach --name llm-ray-head" in checked.output
+    assert alone.head.ssh("command -v dockerd prometheus; ls -d /etc/llm-ray /opt/llm-ray /etc/docker", check=False).stdout == ""
+
+
 def test_its_node_runs_in_docker_as_nobody_in_particular(alone: Cluster, first: Run) -> None:
     alone.wait_for_nodes([alone.head])
     (node,) = json.loads(alone.head.ssh("docker inspect llm-ray-head").stdout)
