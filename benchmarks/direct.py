@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.vllm_floor import PROMPT, TOKENS
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.replica import ENVIRONMENT
+from llm_ray.serve.replica import environment
 
 
 async def measure(model: ServedModel) -> dict[str, float]:
@@ -40,5 +40,6 @@ async def measure(model: ServedModel) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
-    print(json.dumps(asyncio.run(measure(TypeAdapter(ServedModel).validate_json(sys.argv[1])))))
+    served = TypeAdapter(ServedModel).validate_json(sys.argv[1])
+    os.environ.update(environment(served))
+    print(json.dumps(asyncio.run(measure(served))))

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,6 +30,9 @@ from llm_ray.errors import ClusterError
 OBJECT_STORE_BYTES = 128 * 2**20
 # As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+# What Ray says where its processes took longer than the 30 s that it gives them, as on a busy host.
+_TOO_SLOW = "timed out during startup"
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,22 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
     import ray
 
     with _session_folder() as folder, _environment(_settings(_make_token(folder))), _quiet_ray():
+        options: dict[str, Any] = {
+            "num_cpus": num_cpus or os.cpu_count(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": str(folder / "r"),  # Ray opens it to everybody: inside a folder that is closed
+        }
         try:
-            _init(
-                address="local",
-                num_cpus=num_cpus or os.cpu_count(),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder / "r"),  # Ray opens it to everybody: inside a folder that is closed
-            )
+            try:
+                _init(address="local", **options)
+            except ClusterError as error:
+                if _TOO_SLOW not in str(error):
+                    raise
+                ray.shutdown()
+                _end_processes(folder)
+                _init(address="local", **options)
             yield _describe()
         finally:
             try:

@@ -71,6 +71,12 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
     beyond = [setting for setting in _BEYOND if config.get(setting)]
     if config.get("bias", "none") != "none":
         beyond.append("bias")
+    made_on = (config.get("auto_mapping") or {}).get("base_model_class")
+    kinds = read_json(base / "config.json").get("architectures") or []
+    if made_on and kinds and made_on not in kinds and made_on.endswith("ForCausalLM"):
+        raise ModelError(
+            f"adapter {name}: {folder} was made for a {made_on} ({CONFIG}), and the model in {base} is a {kinds[0]}: {_MERGED}"
+        )
     if beyond:
         raise ModelError(f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which is not served as an adapter: {_MERGED}")
     _check_layers(name, folder, base, config)
@@ -145,7 +151,7 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
         return None
     origin = str(config.get("base_model_name_or_path") or "")
     named = Path(origin).expanduser()
-    for place in [named] if named.is_absolute() else [paths.models / origin, paths.runs / origin / "output"] if origin else []:
+    for place in (named.absolute(), paths.models / origin, paths.runs / origin / "output") if origin else ():
         if (place / "config.json").is_file():
             if _weights_digest(place) != _weights_digest(base):
                 raise ModelError(

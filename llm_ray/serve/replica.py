@@ -22,6 +22,13 @@ ENVIRONMENT = {
 }
 
 
+def environment(model: ServedModel) -> dict[str, str]:
+    """What the model's process has to have in its environment before it imports the engine."""
+    # vLLM's sampler would compile parts of itself in the middle of the first request that wants logprobs: seconds in which all others wait,
+    # and the engine's death on a host without a C++ compiler.
+    return ENVIRONMENT if model.compile else {**ENVIRONMENT, "TORCH_COMPILE_DISABLE": "1"}
+
+
 class ModelReplica:
     """Methods as ``ray.serve.llm``'s LLMServer has them; each returns an asynchronous generator."""
 
@@ -32,7 +39,7 @@ class ModelReplica:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Called by Serve with the deployment's user_config: at the start, where the engine is loaded, and whenever it changes."""
         if self._server is None:
-            os.environ.update(ENVIRONMENT)
+            os.environ.update(environment(self._model))
             logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
             logging.getLogger("vllm").setLevel(logging.WARNING)
             from llm_ray.serve.server import ModelServer

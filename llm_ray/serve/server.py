@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMNotFoundError
 from llm_ray.models.registry import template_text
 from llm_ray.serve.engines.frontend import Engine
 from llm_ray.serve.models import Adapter, ServedModel
-from llm_ray.serve.pace import Pace
+from llm_ray.serve.pace import TOKEN_BY_TOKEN, collected
 from llm_ray.serve.tools import knows_tools, tell_tools
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -38,7 +38,6 @@ class ModelServer(LLMServer):
     def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
         self.adapters = dict(model.adapters)
         self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
-        self._pace = Pace()
         LLMServerProtocol.__init__(self)
         self._init_shared(llm_config(model), functools.partial(Engine, model))
 
@@ -80,9 +79,10 @@ class ModelServer(LLMServer):
         raise VLLMNotFoundError(f"The model `{name}` is not served any more.")
 
     def _batch_output_stream(self, generator: Any) -> Any:  # the default waits 50 ms for each token, the first as well
-        return self._pace.collected(generator)
+        return collected(generator)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
+        TOKEN_BY_TOKEN.set(bool(request.tools))
         return await super().chat(self._told(request), raw_request_info)
 
     async def tokenize(self, request: Any, raw_request_info: Any = None) -> Any:

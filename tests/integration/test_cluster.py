@@ -101,3 +101,21 @@ def test_cpus_are_shared_among_the_workers(nodes: list[int], runtime: Runtime, c
 def test_what_does_not_fit_is_refused(nodes: list[int], runtime: Runtime, message: str) -> None:
     with pytest.raises(ClusterError, match=message):
         check_resources(runtime, Cluster(dict(zip("abc", nodes, strict=False)), []))
+
+
+def test_a_host_too_busy_for_ray_to_start_in_time_gets_a_second_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    tries = []
+
+    def slow(**options: object) -> object:
+        tries.append(options)
+        if len(tries) == 1:
+            raise RuntimeError("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+        return init(**options)
+
+    init = ray.init
+    monkeypatch.setattr(ray, "init", slow)
+    with local_ray(1) as cluster:
+        assert cluster.cpus == 1
+    assert len(tries) == 2

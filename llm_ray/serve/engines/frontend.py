@@ -17,7 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine import EngineCoreRequest, async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -27,6 +27,9 @@ from llm_ray.cores import bind
 from llm_ray.errors import ModelError
 from llm_ray.serve.engines.thread import Core, EngineThread
 from llm_ray.serve.models import ServedModel
+from llm_ray.serve.pace import PacedOutputs
+
+async_llm.RequestOutputCollector = PacedOutputs  # AsyncLLM takes none of the caller's
 
 # Why a request cannot be done, or None; asked before it reaches the core.
 Refusal = Callable[[SamplingParams], str | None]

@@ -18,6 +18,7 @@ from llm_ray.serve.protect.errors import error_body, openai_error
 
 _LONGEST = 1000  # characters of a message
 _TOO_LONG = re.compile(r"maximum context length|longer than the maximum model length|exceeds model's maximum")
+_NO_TEMPLATE = re.compile(r"default chat template is no longer allowed")
 # vLLM repeats at a message's end what the error's param says.
 _PARAMETER = re.compile(r" \(parameter=(?P<param>[\w.]+)(, value=.*)?\)$", re.DOTALL)
 _WORDS = (
@@ -73,6 +74,9 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
         message, param = message[: found.start()], param or found["param"]
     if not isinstance(status, int) or not 400 <= status < 600:
         return ApiError(500, f"The engine says: {message}", "internal_error")
+    if _NO_TEMPLATE.search(message):
+        said = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
+        return ApiError(400, said, "invalid_request", param="messages")
     code = "context_length_exceeded" if _TOO_LONG.search(message) else "model_not_found" if status == 404 else "invalid_request"
     return ApiError(status, message, code if status < 500 else "engine_failed", param=param)
 

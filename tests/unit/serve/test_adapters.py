@@ -22,7 +22,7 @@ QUERY = "model.layers.{}.self_attn.q_proj"
 def model(folder: Path, hidden: int = 8, layers: int = 2, prefix: str = "", number: float = 1, **config: Any) -> Path:
     """A model of attention queries alone."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | config))
     queries = {f"{prefix}{QUERY.format(i)}.weight": np.full((2 * hidden, hidden), number, np.float32) for i in range(layers)}
     save_file(queries | {f"{prefix}model.norm.weight": np.ones(hidden, np.float32)}, folder / "model.safetensors")
     return folder
@@ -65,6 +65,7 @@ def test_an_adapter_of_the_model_is_served(tmp_path: Path, paths: Paths) -> None
         ({"use_dora": True}, r"has use_dora \(adapter_config.json\), which is not served as an adapter: deploy the merged model"),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "has modules_to_save and bias"),
         ({"peft_type": "IA3"}, "is of type IA3"),
+        ({"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}}, "was made for a Qwen2ForCausalLM .* is a LlamaForCausalLM"),
     ],
     ids=str,
 )

@@ -1,96 +1,179 @@
-"""Streams are sent on as they come to few clients, in handfuls to many, and never lose or hold back anything at their ends."""
+"""Answers are sent on as they come to few clients, in handfuls to many, and nothing is lost or held back at their ends."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import contextvars
+import weakref
+from collections.abc import AsyncGenerator, Coroutine
+from typing import Any
 
 import pytest
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
 
 from llm_ray.serve import pace
-from llm_ray.serve.pace import Pace
-
-
-class Source:
-    """Events that come when the test says so."""
-
-    def __init__(self) -> None:
-        self.queue: asyncio.Queue[str | Exception | None] = asyncio.Queue()
-        self.closed = False
-
-    def put(self, *events: str | Exception | None) -> None:
-        for event in events:
-            self.queue.put_nowait(event)
-
-    async def events(self) -> AsyncGenerator[str, None]:
-        try:
-            while (event := await self.queue.get()) is not None:
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-        finally:
-            self.closed = True
+from llm_ray.serve.pace import TOKEN_BY_TOKEN, PacedOutputs, collected
 
 
 @pytest.fixture(autouse=True)
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So long that whatever waits for the pause is seen to."""
-    monkeypatch.setattr(pace, "_EACH", 60.0)
+    """So long that whatever waits for its time is seen to."""
+    monkeypatch.setattr(pace, "_EACH", 6000.0)
     monkeypatch.setattr(pace, "_MOST", 60.0)
+    monkeypatch.setattr(pace, "_streams", weakref.WeakSet())
 
 
-def run(test: object) -> None:
-    asyncio.run(asyncio.wait_for(test, 10))  # type: ignore[arg-type]
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 10), debug=False)
 
 
-def test_one_stream_gets_each_event_at_once() -> None:
+def token(text: str, last: bool = False) -> RequestOutput:
+    completion = CompletionOutput(0, text, [1], None, None, finish_reason="stop" if last else None)
+    return RequestOutput("r", None, [0], None, [completion], last)
+
+
+def stream(kind: RequestOutputKind = RequestOutputKind.DELTA) -> PacedOutputs:
+    return PacedOutputs(kind, "r")
+
+
+async def taken(outputs: PacedOutputs) -> str:
+    output = outputs.get_nowait() or await outputs.get()
+    assert isinstance(output, RequestOutput)
+    return output.outputs[0].text
+
+
+async def held(outputs: PacedOutputs) -> bool:
+    waiting = asyncio.ensure_future(outputs.get())
+    await asyncio.wait({waiting}, timeout=0.05)
+    return not (waiting.done() or not waiting.cancel())
+
+
+def test_one_stream_gets_each_token_at_once() -> None:
     async def test() -> None:
-        source = Source()
-        stream = Pace().collected(source.events())
-        for event in "abc":
-            source.put(event)
-            assert await anext(stream) == [event]
-        source.put(None)
-        with pytest.raises(StopAsyncIteration):
-            await anext(stream)
+        alone = stream()
+        for text in "abc":
+            alone.put(token(text))
+            assert await taken(alone) == text
 
     run(test())
 
 
-def test_of_several_streams_the_first_event_and_the_end_go_at_once() -> None:
+def test_of_several_streams_the_first_token_and_the_end_go_at_once() -> None:
     async def test() -> None:
-        paced, sources = Pace(), [Source(), Source()]
-        streams = [paced.collected(source.events()) for source in sources]
-        for source, stream in zip(sources, streams, strict=True):
-            source.put("a")
-            assert await anext(stream) == ["a"]
-        sources[0].put("b", "c")
-        second = asyncio.ensure_future(anext(streams[0]))
-        await asyncio.wait({second}, timeout=0.05)
-        assert not second.done()
-        sources[0].put("d", None)
-        assert await second == ["b", "c", "d"]
-        with pytest.raises(StopAsyncIteration):
-            await anext(streams[0])
-        assert await _last(paced) == ["z"]
-        await streams[1].aclose()
+        outputs, other = stream(), stream()
+        outputs.put(token("a"))
+        assert await taken(outputs) == "a"
+        outputs.put(token("b"))
+        outputs.put(token("c"))
+        assert await held(outputs)
+        outputs.put(token("d", last=True))
+        assert await taken(outputs) == "bcd"
+        other.put(token("x"))
+        assert await taken(other) == "x"
+        other.put(token("y"))
+        assert await taken(other) == "y", "the first has ended: this one is alone"
 
-    async def _last(paced: Pace) -> list[str]:
-        source = Source()
-        source.put("z", None)
-        return [event for events in [part async for part in paced.collected(source.events())] for event in events]
+    run(test())
+
+
+def test_who_waits_already_is_held_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_MOST", 0.2)
+
+    async def test() -> None:
+        outputs, _other = stream(), stream()
+        outputs.put(token("a"))
+        await taken(outputs)
+        for text, whole in (("b", "bc"), ("d", "de")):
+            waiting = asyncio.ensure_future(taken(outputs))
+            await asyncio.sleep(0)
+            outputs.put(token(text))
+            await asyncio.sleep(0.01)
+            outputs.put(token(whole[1]))
+            assert await waiting == whole
+
+    run(test())
+
+
+def test_what_was_held_back_comes_in_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "_MOST", 0.02)
+
+    async def test() -> None:
+        outputs, _other = stream(), stream()
+        for text in "abc":
+            outputs.put(token(text))
+            assert await taken(outputs) == text
+
+    run(test())
+
+
+def test_an_error_is_told_at_once() -> None:
+    async def test() -> None:
+        outputs, _other = stream(), stream()
+        outputs.put(token("a"))
+        await taken(outputs)
+        outputs.put(token("b"))
+        outputs.put(ValueError("broken"))
+        with pytest.raises(ValueError, match="broken"):
+            await taken(outputs)
+
+    run(test())
+
+
+def test_answers_that_may_be_tool_calls_and_whole_ones_are_not_held_back() -> None:
+    async def test() -> None:
+        TOKEN_BY_TOKEN.set(True)
+        tools, _other, whole = stream(), stream(), stream(RequestOutputKind.FINAL_ONLY)
+        for text in "ab":
+            tools.put(token(text))
+            assert await taken(tools) == text
+        whole.put(token("all", last=True))
+        assert await taken(whole) == "all"
+
+    contextvars.copy_context().run(run, test())
+
+
+def test_who_has_gone_away_counts_no_longer() -> None:
+    async def test() -> None:
+        outputs, gone = stream(), stream()
+        gone.put(token("a"))
+        gone.close()
+        for text in "ab":
+            outputs.put(token(text))
+            assert await taken(outputs) == text
+
+    run(test())
+
+
+# Events ------------------------------------------------------------------------------------------------------------------------
+
+
+async def events(*given: str | Exception, closed: list[bool] | None = None) -> AsyncGenerator[str, None]:
+    try:
+        for event in given:
+            if isinstance(event, Exception):
+                raise event
+            yield event
+        if closed is not None:
+            await asyncio.Event().wait()
+    finally:
+        if closed is not None:
+            closed.append(True)
+
+
+def test_events_that_come_together_go_together() -> None:
+    async def test() -> None:
+        assert [part async for part in collected(events("a", "b", "c"))] == [["a", "b", "c"]]
 
     run(test())
 
 
 def test_an_error_comes_after_what_was_before_it() -> None:
     async def test() -> None:
-        source = Source()
-        source.put("a", "b", ValueError("broken"))
         got = []
         with pytest.raises(ValueError, match="broken"):
-            async for events in Pace().collected(source.events()):
-                got += events
+            async for part in collected(events("a", "b", ValueError("broken"))):
+                got += part
         assert got == ["a", "b"]
 
     run(test())
@@ -98,13 +181,12 @@ def test_an_error_comes_after_what_was_before_it() -> None:
 
 def test_a_stream_that_nobody_reads_on_ends_what_makes_it() -> None:
     async def test() -> None:
-        paced, source = Pace(), Source()
-        stream = paced.collected(source.events())
-        source.put("a")
-        await anext(stream)
-        await stream.aclose()
+        closed: list[bool] = []
+        reading = collected(events("a", closed=closed))
+        assert await anext(reading) == ["a"]
+        await reading.aclose()
         async with asyncio.timeout(5):
-            while not source.closed:
+            while not closed:
                 await asyncio.sleep(0)
 
     run(test())

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 
-from llm_ray.serve.gateway.errors import ApiError, invalid
+from llm_ray.serve.gateway.errors import ApiError, invalid, refused
 from llm_ray.serve.gateway.requests import REFUSED, Chat, Completion, Detokenize, Embedding, Tokenize, TokenizeChat, TokenizeText
 from llm_ray.serve.gateway.simple import SimpleRequest
 
@@ -167,3 +168,10 @@ def test_a_simple_request_becomes_one_of_openais_kind() -> None:
     assert text.prompt == "Hi"
     assert [body.messages[0]["content"] for body in SimpleRequest.model_validate({"text": ["a", "b"]}).bodies("m", chat=True)] == ["a", "b"]  # type: ignore[union-attr]
     assert SimpleRequest.model_validate({"text": MESSAGES}).is_conversation
+
+
+def test_a_chat_with_a_model_without_a_template_is_told_what_to_do() -> None:
+    said = "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template."
+    told = refused(ErrorResponse(error=ErrorInfo(message=said, type="BadRequestError", code=400)))
+    assert (told.status, told.param) == (400, "messages")
+    assert "/v1/completions" in told.message
