@@ -32,6 +32,8 @@ _streams: weakref.WeakSet[PacedOutputs] = weakref.WeakSet()
 class PacedOutputs(RequestOutputCollector):
     """What vLLM's front end collects an answer's new tokens in; whoever takes them out gets those that have come meanwhile as one."""
 
+    output: RequestOutput | PoolingRequestOutput | Exception | None
+
     def __init__(self, output_kind: RequestOutputKind, request_id: str) -> None:
         super().__init__(output_kind, request_id)
         self._paced = self.aggregate and not TOKEN_BY_TOKEN.get()

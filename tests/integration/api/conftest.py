@@ -23,10 +23,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """The command, with a home of its own, so that no other deployment is met."""
     home = tmp_path_factory.mktemp("home")
 
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         # As on a host without a C++ compiler: vLLM's sampler would want one for logprobs.
         environment = {**os.environ, "LLM_RAY_HOME": str(home), "TMPDIR": str(home), "CXX": "/nowhere"}
-        return subprocess.run([LLM_RAY, *arguments], capture_output=True, text=True, check=False, timeout=300, env=environment)
+        return subprocess.run([LLM_RAY, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
     yield command
     command("serve", "stop", "--all")

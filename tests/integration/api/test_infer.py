@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,40 +12,18 @@ import pytest
 
 from llm_ray.bench.load import Failure, Load, LoadReport, Sample
 
-LLM_RAY = Path(sys.executable).with_name("llm-ray")
 QUESTION = "What is the capital of France?"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The command, with a home of its own, so that no other deployment is met."""
-    home = tmp_path_factory.mktemp("home")
-
-    def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "LLM_RAY_HOME": str(home), "TMPDIR": str(home)}
-        return subprocess.run([LLM_RAY, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=300, env=environment)
-
-    return command
-
-
-@pytest.fixture(scope="module")
-def base(run: Run, smollm2: Path) -> Iterator[str]:
-    """Where the model is served under the name `small`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    deployed = run("serve", "deploy", "--model", str(smollm2), "--name", "small", "--cpus", "1", "--max-model-len", "512", "--port", port)
-    try:
-        assert deployed.returncode == 0, deployed.stderr
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        run("serve", "stop", "--all")
+def at(base: str, path: str = "v1") -> list[str]:
+    """The options that name a model: by the OpenAI API, or by its own route."""
+    return ["--model_endpoint", f"{base}/{path}", *(["--model", "small"] if path == "v1" else [])]
 
 
 @pytest.mark.parametrize("path", ["v1", "small"])
 def test_an_answer_is_the_same_whole_streamed_and_from_a_pipe(run: Run, base: str, path: str) -> None:
-    ask = ["infer", "--model_endpoint", f"{base}/{path}", "--temperature", "0", "--max-tokens", "16"]
+    ask = ["infer", *at(base, path), "--temperature", "0", "--max-tokens", "16"]
     whole, streamed = run(*ask, "--prompt", QUESTION), run(*ask, "--prompt", QUESTION, "--stream")
     piped = run(*ask, "--json", stdin=QUESTION)
     answer = json.loads(piped.stdout)
@@ -66,7 +41,7 @@ def test_a_file_of_prompts(run: Run, base: str, tmp_path: Path) -> None:
         {"instruction": "Name a", "input": "colour"},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    ask = ["infer", "--model_endpoint", f"{base}/v1", "--file", str(file), "--output", str(out), "--max-tokens", "8", "--seed", "1"]
+    ask = ["infer", *at(base), "--file", str(file), "--output", str(out), "--max-tokens", "8", "--seed", "1"]
     assert run(*ask).returncode == 0
     answers = {row["index"]: row for row in map(json.loads, out.read_text(encoding="utf-8").splitlines())}
     assert sorted(answers) == [0, 1, 2]
@@ -81,7 +56,7 @@ def test_a_file_of_prompts(run: Run, base: str, tmp_path: Path) -> None:
     [
         ("v1", ["--model", "nobody"], "small"),
         ("nobody", [], "small"),
-        ("v1", ["--system", "word " * 600], "refused the request (400: "),
+        ("v1", ["--model", "small", "--system", "word " * 600], "refused the request (400: "),
         ("small", ["--system", "word " * 600], "refused the request (400: "),
     ],
 )
@@ -93,7 +68,7 @@ def test_refusals_are_told(run: Run, base: str, path: str, more: list[str], reas
 
 
 def test_a_load(run: Run, base: str, tmp_path: Path) -> None:
-    load = ["bench", "serve", "--model_endpoint", f"{base}/v1", "--max-tokens", "16", "--ignore-eos"]
+    load = ["bench", "serve", *at(base), "--max-tokens", "16", "--ignore-eos"]
     done = run(*load, "--concurrency", "4", "--requests", "8", "--output", str(tmp_path / "bench"), "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
