@@ -4,13 +4,13 @@ SHELL := /bin/bash
 RUN := .venv/bin
 # Tests that mount file systems need root; everyone else runs the rest.
 PYTEST := $(RUN)/pytest $(if $(filter 0,$(shell id -u)),,-m 'not root')
-.PHONY: help setup setup-convert quickstart test test-unit test-integration test-lab test-lab-full lint reference format bench clean
+.PHONY: help setup setup-convert quickstart test test-unit test-integration test-ipex test-lab test-lab-full lint reference format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
 
-setup: ## Make .venv with everything pinned (nothing to do when nothing changed)
-	@scripts/setup
+setup: ## Make .venv with everything pinned (nothing to do when nothing changed); PROFILE=ipex: .venv-ipex
+	@scripts/setup $(filter-out stock,$(PROFILE))
 
 setup-convert: ## Make .venv-convert, in which models are converted to OpenVINO
 	@scripts/setup convert
@@ -26,6 +26,9 @@ test-unit: setup ## The fast tests
 
 test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
 	$(PYTEST) tests/integration
+
+test-ipex: setup ## Both profiles side by side: the same losses and the same answer with IPEX (make setup PROFILE=ipex before)
+	$(RUN)/pytest $(or $(TESTS),tests/ipex)
 
 test-lab: setup ## As root: site.yml and validate.yml against throw-away hosts, both runtimes
 	$(RUN)/pytest --timeout 3600 --durations 10 -m 'not long' $(or $(TESTS),tests/lab)

@@ -249,7 +249,8 @@ class Training(Section):
     """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the workers, for models
     that do not fit one."""
     accelerator: Literal["torch", "ipex"] = "torch"
-    """`ipex` optimizes the model with intel-extension-for-pytorch; needs the IPEX profile (docs/reference/profiles.md)."""
+    """`ipex` computes the base model's layers with intel-extension-for-pytorch, under adapters (method lora, strategy ddp); needs the IPEX
+    profile (docs/reference/profiles.md)."""
     compile: bool = False
     """torch.compile the model: a minute or more at the start, faster steps after; needs g++ and the Python headers on every node."""
     gradient_checkpointing: bool = False
@@ -349,6 +350,11 @@ class FinetuneConf(Section):
             wrong.append("tuning.objective sft needs rows with answers, but data.format is text: use another format, or objective pretrain")
         if self.training.strategy == "fsdp" and self.runtime.workers == 1:
             wrong.append("training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers")
+        if self.training.accelerator == "ipex" and (self.tuning.method != "lora" or self.training.strategy != "ddp"):
+            wrong.append(
+                "training.accelerator ipex lays the base model's weights out for its kernels, which only weights that neither learn nor are "
+                "sharded can stay in: use tuning.method lora and training.strategy ddp, or accelerator torch"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line
         return self

@@ -52,7 +52,7 @@ def build(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> SupervisedLoss:
         model = add_adapters(causal, conf.tuning.lora)
         speed_up_adapters(model)
     if conf.training.accelerator == "ipex":
-        _optimize_with_ipex(causal, dtype)
+        _optimize_with_ipex(model, dtype)
     return SupervisedLoss(model, causal, packed)
 
 
@@ -144,11 +144,21 @@ def gradient_sync(module: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
-def _optimize_with_ipex(causal: PreTrainedModel, dtype: torch.dtype) -> None:
+def _optimize_with_ipex(model: nn.Module, dtype: torch.dtype) -> None:
+    """Lay the frozen matrices under the adapters out as IPEX's kernels read them.
+
+    What learns stays torch's, so that checkpoints and the export are those of accelerator torch.
+    """
     try:
         import intel_extension_for_pytorch as ipex
     except ImportError as error:
         raise ConfError(
             "training.accelerator is ipex, but intel-extension-for-pytorch is not installed here: use the IPEX profile (docs/reference/profiles.md), or accelerator torch"
         ) from error
-    ipex.optimize(causal, dtype=dtype, inplace=True)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
+            # It changes a module's children, as for inference: in training it would want the optimizer, and change that. To fold norms of
+            # convolutions, of which there are none, it would make another kind of module of this.
+            frozen = nn.Sequential(layer.base_layer).eval()
+            options = {"conv_bn_folding": False, "linear_bn_folding": False, "auto_kernel_selection": True}
+            layer.base_layer = ipex.optimize(frozen, dtype=dtype, inplace=True, **options)[0]

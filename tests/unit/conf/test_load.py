@@ -117,6 +117,10 @@ BROKEN = {
         ":4: model.trust_remote_code; add 'a/b' to model.trusted_models",
     ),
     "fsdp alone": ("training:\n  strategy: fsdp\n", ":7: training.strategy fsdp; runtime.workers is 1; use ddp"),
+    "ipex and all weights": (
+        "training:\n  accelerator: ipex\ntuning:\n  method: full\n",
+        ":7: training.accelerator ipex; use tuning.method lora and training.strategy ddp",
+    ),
     "pretraining on questions": (
         "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  format: alpaca\ntuning:\n  objective: pretrain\n",
         ":7: tuning.objective pretrain; data.format is alpaca",
