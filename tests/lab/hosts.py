@@ -261,6 +261,14 @@ class Container(Host):
             group.mkdir(exist_ok=True)
         super().start()
 
+    def kill(self) -> None:
+        super().kill()
+        for group in self.control_groups:  # whatever outlived systemd-nspawn
+            for procs in group.rglob("cgroup.procs"):
+                with contextlib.suppress(OSError):  # it, or its group, has just ended
+                    for pid in procs.read_text().split():
+                        os.kill(int(pid), signal.SIGKILL)
+
     def remove(self) -> None:
         super().remove()
         began = time.monotonic()
