@@ -16,8 +16,8 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,29 @@ class Cluster:
 
     node_cpus: dict[str, int]
     hosts: list[str]
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of each node what its host is called: name and address."""
+
+    def of(self, hosts: Sequence[str]) -> Cluster:
+        """Those of its nodes that are on these hosts (names or addresses); all, where none are named. Raises ClusterError when one is
+        not there."""
+        if not hosts:
+            return self
+        if missing := [host for host in hosts if not any(host in names for names in self.names.values())]:
+            raise ClusterError(
+                f"runtime.hosts names {', '.join(missing)}, and Ray has no such node; it has {', '.join(self.hosts) or 'none'}: "
+                "correct the name, or start the host"
+            )
+        return self.among(hosts)
+
+    def among(self, hosts: Sequence[str]) -> Cluster:
+        """The same, of hosts that may be lost: those that are there."""
+        kept = [node for node in self.node_cpus if not hosts or set(hosts) & {*self.names.get(node, ())}]
+        return Cluster(
+            {node: self.node_cpus[node] for node in kept},
+            sorted(self.names[node][0] for node in kept) if hosts else self.hosts,
+            {node: names for node, names in self.names.items() if node in kept},
+        )
 
     @property
     def cpus(self) -> int:
@@ -77,7 +100,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
                 ray.shutdown()
                 _end_processes(folder)
                 _init(address="local", **options)
-            yield _describe()
+            yield describe()
         finally:
             try:
                 ray.shutdown()
@@ -125,7 +148,7 @@ def _joined(address: str, settings: dict[str, str], **options: object) -> Iterat
     with _environment(settings), _quiet_ray():
         try:
             _init(address=address, **options)
-            yield _describe()
+            yield describe()
         finally:
             ray.shutdown()
 
@@ -159,28 +182,57 @@ def _is_on_loopback_alone(address: str) -> bool:
     return False
 
 
+def describe() -> Cluster:
+    """The joined Ray as it is now: a lost host is in it no more."""
+    import ray
+
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    return Cluster(
+        {n["NodeID"]: int(n["Resources"]["CPU"]) for n in nodes},
+        sorted(n["NodeManagerHostname"] for n in nodes),
+        {n["NodeID"]: (n["NodeManagerHostname"], n["NodeManagerAddress"]) for n in nodes},
+    )
+
+
+def node_selector(runtime: Runtime, cluster: Cluster) -> dict[str, str]:
+    """What keeps Ray's workers on the nodes of `runtime.hosts`; empty where all may be used."""
+    return {"ray.io/node-id": f"in({','.join(cluster.among(runtime.hosts).node_cpus)})"} if runtime.hosts else {}
+
+
+def room_for(runtime: Runtime, cluster: Cluster, cpus: int) -> int:
+    """Workers of `cpus` CPUs each that the cluster has room for, at most `runtime.workers`."""
+    nodes = cluster.among(runtime.hosts).node_cpus.values()
+    room = sum(1 for node in nodes if node >= cpus) if runtime.placement == "strict_spread" else sum(node // cpus for node in nodes)
+    return min(room, runtime.workers)
+
+
 def check_resources(runtime: Runtime, cluster: Cluster) -> int:
     """CPUs that each worker gets. Raises ClusterError when the workers do not fit the cluster; Ray itself would wait for ever."""
+    cluster = cluster.of(runtime.hosts)
     nodes = sorted(cluster.node_cpus.values(), reverse=True)
-    workers = runtime.workers
-    if runtime.placement == "strict_spread" and workers > len(nodes):
+    workers, fewest = runtime.workers, runtime.min_workers or runtime.workers
+    strict = runtime.placement == "strict_spread"
+    if strict and fewest > len(nodes):
         raise ClusterError(
-            f"runtime.workers is {workers} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer workers or another placement"
+            f"{_wanted(runtime)} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer workers or another placement"
         )
+    if strict:  # with some of the hosts lost
+        workers = min(workers, len(nodes))
     on_one_host = -(-workers // len(nodes))
     if runtime.cpus_per_worker != "auto":
         wanted = runtime.cpus_per_worker
     else:
         wanted = max(1, nodes[0] // on_one_host if runtime.placement == "pack" else min(nodes[: min(workers, len(nodes))]) // on_one_host)
-    room = (
-        sum(1 if cpus >= wanted else 0 for cpus in nodes) if runtime.placement == "strict_spread" else sum(cpus // wanted for cpus in nodes)
-    )
-    if room < workers:
+    if (room := room_for(runtime, cluster, wanted)) < fewest:
         raise ClusterError(
-            f"runtime.workers is {workers} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its {len(nodes)} node(s), "
-            f"room for {room}: lower runtime.workers or runtime.cpus_per_worker"
+            f"{_wanted(runtime)} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its {len(nodes)} node(s), "
+            f"room for {room}: lower runtime.{'min_' if runtime.min_workers else ''}workers or runtime.cpus_per_worker"
         )
     return wanted
+
+
+def _wanted(runtime: Runtime) -> str:
+    return f"runtime.min_workers is {runtime.min_workers}" if runtime.min_workers else f"runtime.workers is {runtime.workers}"
 
 
 def _init(address: str, **options: object) -> None:
@@ -276,13 +328,6 @@ def _end_processes(folder: Path) -> None:
                 process.kill()
                 left.append(process)
     psutil.wait_procs(left, timeout=5)
-
-
-def _describe() -> Cluster:
-    import ray
-
-    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
-    return Cluster({n["NodeID"]: int(n["Resources"]["CPU"]) for n in nodes}, sorted(n["NodeManagerHostname"] for n in nodes))
 
 
 def _short_temp_dir() -> str:

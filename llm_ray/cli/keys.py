@@ -111,6 +111,45 @@ def list_(as_json: bool) -> None:
     console.print(table)
 
 
+@keys.command()
+def generate() -> None:
+    """Print a key that is kept nowhere: for a vault, from which `import` (and serve.yml) takes it.
+
+    \b
+    Example:
+      llm-ray serve keys generate | ansible-vault encrypt_string --stdin-name alice
+    """
+    from llm_ray.serve.protect.keys import new_secret
+
+    click.echo(new_secret())
+
+
+@keys.command("import")
+def import_() -> None:
+    """Keep keys that `generate` made, given as JSON on standard input: {"NAME": "KEY"}.
+
+    A name that is there with another key gets the new one; keys under other names stay.
+
+    \b
+    Example:
+      llm-ray serve keys import < keys.json
+    """
+    import json
+    import sys
+
+    from llm_ray.errors import ConfError
+    from llm_ray.serve.protect.keys import import_keys, keys_file
+
+    try:
+        wanted = json.load(sys.stdin)
+    except ValueError as error:
+        raise ConfError('standard input is no JSON: {"NAME": "KEY"} is wanted') from error
+    if not isinstance(wanted, dict):
+        raise ConfError('standard input holds no names with keys: {"NAME": "KEY"} is wanted')
+    changed = import_keys(keys_file(), wanted)
+    click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
+
+
 def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
     "model": ("llm_ray.cli.model:model", "List, import, convert and export models."),
     "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
+    "status": ("llm_ray.cli.status:status", "Show the cluster, its jobs, and what is served."),
     "runs": ("llm_ray.cli.runs:runs", "List, show and compare runs."),
     "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),
 }

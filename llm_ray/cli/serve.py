@@ -26,6 +26,8 @@ class _DeployByDefault(click.Group):
 _ADDRESS = click.option(
     "--address",
     metavar="auto|HOST:PORT",
+    envvar="RAY_ADDRESS",  # set on the nodes of a cluster that site.yml made
+    show_envvar=True,
     help="The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine.",
 )
 
@@ -89,7 +91,7 @@ def deploy(**given: Any) -> None:
       llm-ray serve --model ./my-model --tokenizer ./my-tokenizer --name support-bot
     """
     from llm_ray.console import Reporter
-    from llm_ray.serve import local
+    from llm_ray.serve import declared, local
     from llm_ray.serve.deploy import check_port
     from llm_ray.serve.deploy import deploy as deploy_models
     from llm_ray.serve.plan import plan
@@ -107,6 +109,8 @@ def deploy(**given: Any) -> None:
         if mine and (started := local.running()):
             local.end(started)
         raise
+    if conf.runtime.mode == "cluster" and not given["foreground"]:
+        declared.remember(conf, [model.name for model in served.models])
     _tell(served, conf, reporter)
     if given["foreground"]:
         _stay([model.name for model in models], conf.runtime, mine, reporter)
@@ -310,8 +314,8 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
     from llm_ray.cluster import clean_up
     from llm_ray.console import Reporter
     from llm_ray.errors import ConfError
+    from llm_ray.serve import declared, local
     from llm_ray.serve import deploy as serving
-    from llm_ray.serve import local
 
     if bool(names) == everything:
         raise ConfError("name the models to stop, or give --all: llm-ray serve stop NAME")
@@ -331,6 +335,43 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
             serving.stop_all(reporter)
         else:
             serving.stop(names, reporter)
+    if address:
+        declared.forget(None if everything else names)
+
+
+@serve.command()
+@click.option("--timeout", type=click.FloatRange(1), default=900, show_default=True, help="Seconds within which a model must be ready.")
+def restore(timeout: float) -> None:
+    """On a cluster's head: serve again what was served before it started anew.
+
+    The unit llm-ray-serve does this after each start of Ray's head. Models that are served already are left alone.
+
+    \b
+    Example:
+      llm-ray serve restore
+    """
+    from llm_ray.console import Reporter
+    from llm_ray.errors import LlmRayError, ServeError
+    from llm_ray.serve import declared, local
+    from llm_ray.serve.deploy import deploy as deploy_models
+    from llm_ray.serve.plan import plan
+
+    reporter = Reporter()
+    confs = declared.declared()
+    if not confs:
+        reporter.line("Nothing is to be served.")
+        return
+    failed = []
+    with local.connected(confs[0].runtime, reporter):
+        for conf in confs:
+            (name,) = conf.models
+            try:
+                deploy_models(plan(conf, reporter), conf.endpoint, reporter, timeout)
+                reporter.line(f"{name} is served.")
+            except LlmRayError as error:  # the others are served all the same
+                failed.append(f"{name}: {error}")
+    if failed:
+        raise ServeError("\n  ".join([f"{len(failed)} of {len(confs)} models are not served:", *failed]))
 
 
 @serve.command()

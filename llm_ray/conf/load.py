@@ -14,7 +14,7 @@ shipped template and for ``--set`` the current folder alone is "beside".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -40,21 +40,24 @@ def load_finetune(config: str | Path, overrides: Sequence[str] = (), vars_files:
     `config` is a file or the name of a shipped template, `overrides` are ``key=value`` as after ``--set``, `vars_files`
     YAML files of template variables as after ``--vars``. Raises :class:`ConfError`.
     """
-    return _load(FINETUNE, _Finetune, config, overrides, vars_files)
+    return load(FINETUNE, FinetuneLoading, config, overrides, variables_of(vars_files))
 
 
 def load_serve(config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = ()) -> ServeConf:
     """The conf of an endpoint and its models; otherwise as :func:`load_finetune`."""
-    return _load(SERVE, _Serve, config, overrides, vars_files)
+    return load(SERVE, ServeLoading, config, overrides, variables_of(vars_files))
 
 
-def _load(keys: Keys[C], loading: type[Loading[C]], config: str | Path, overrides: Sequence[str], vars_files: Sequence[str | Path]) -> C:
+def load(
+    keys: Keys[C], loading: Callable[..., Loading[C]], config: str | Path, overrides: Sequence[str], variables_given: Mapping[str, Any]
+) -> C:
+    """A conf of the kind of `keys`: `loading` is where its files lie. Raises :class:`ConfError`."""
     file = find(config, keys.kind)
     template = _read(file)
     try:
         used = variables(template)
         given, settings = _overrides(overrides, used, file, keys)
-        rendered = render(template, _variables(vars_files) | given)
+        rendered = render(template, {**variables_given, **given})
     except TemplateProblem as problem:
         raise ConfError(f"{file}:{problem.line}: {problem.message}") from problem
     try:
@@ -105,8 +108,8 @@ def _read(file: Path) -> str:
         raise ConfError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The template variables of the ``--vars`` files, later ones over earlier ones."""
+def variables_of(files: Iterable[str | Path]) -> dict[str, Any]:
+    """The template variables of the ``--vars`` files, later ones over earlier ones. Raises :class:`ConfError`."""
     values: dict[str, Any] = {}
     for name in files:
         file = expand(name)
@@ -150,12 +153,14 @@ def _overrides(overrides: Sequence[str], used: set[str], file: Path, keys: Keys[
     return given, settings
 
 
-class _Finetune(Loading[FinetuneConf]):
+class FinetuneLoading(Loading[FinetuneConf]):
+    """A finetune's files lie on this machine, or on storage that it shares."""
+
     def resolve(self, conf: FinetuneConf) -> FinetuneConf:
         def files(section: str, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(self._data_file((section, key, i), name, conf.paths.data) for i, name in enumerate(names))
+            return tuple(self.data_file((section, key, i), name, conf.paths.data) for i, name in enumerate(names))
 
-        data: dict[str, Any] = {"train": files("data", "train", conf.data.train), "processor": self._processor(conf.data.processor)}
+        data: dict[str, Any] = {"train": files("data", "train", conf.data.train), "processor": self.processor(conf.data.processor)}
         if isinstance(conf.data.validation, tuple):
             data["validation"] = files("data", "validation", conf.data.validation)
         evaluation = {"data": conf.evaluation.data and files("evaluation", "data", conf.evaluation.data)}
@@ -173,7 +178,7 @@ class _Finetune(Loading[FinetuneConf]):
             }
         )
 
-    def _data_file(self, path: yamltext.Path, name: str, data: Path) -> str:
+    def data_file(self, path: yamltext.Path, name: str, data: Path) -> str:
         """An entry of a list of data files: absolute, or a hub id as it is."""
         if not name.strip():
             self.complain(path, f"{dotted(path)} is empty: name a file, a folder or a data set of the hub")
@@ -193,7 +198,7 @@ class _Finetune(Loading[FinetuneConf]):
         self.complain(path, f"{dotted(path[:-1])}: no such file or folder: {' or '.join(map(str, candidates))}{hint}")
         return name
 
-    def _processor(self, name: str | None) -> str | None:
+    def processor(self, name: str | None) -> str | None:
         """A processor in a file of the user's own with the file's absolute path; others as they are."""
         file, _, attribute = (name or "").rpartition(":")
         path = ("data", "processor")
@@ -208,7 +213,9 @@ class _Finetune(Loading[FinetuneConf]):
         return f"{found}:{attribute}"
 
 
-class _Serve(Loading[ServeConf]):
+class ServeLoading(Loading[ServeConf]):
+    """An endpoint's files lie on this machine, or on storage that it shares."""
+
     def resolve(self, conf: ServeConf) -> ServeConf:
         self.must_be_file(("endpoint", "tls_certificate"), conf.endpoint.tls_certificate)
         self.must_be_file(("endpoint", "tls_key"), conf.endpoint.tls_key)

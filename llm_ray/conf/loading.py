@@ -72,7 +72,7 @@ class Loading(ABC, Generic[C]):
         for path, messages in unset.items():
             self.complain(path, f"{without_marks(dotted(path))}: {'; '.join(messages)}")
         self.unset = tuple(unset)
-        self._absolute(self.data, ())
+        self.make_absolute(self.data, ())
         try:
             conf = self.keys.model.model_validate(self.data)
         except ValidationError as error:
@@ -136,15 +136,19 @@ class Loading(ABC, Generic[C]):
             node = node[part]
         node[str(setting.path[-1])] = setting.value
 
-    def _absolute(self, node: dict[str, Any], path: yamltext.Path) -> None:
+    def make_absolute(self, node: dict[str, Any], path: yamltext.Path) -> None:
         """Files and folders are made absolute before the schema would take them from the current folder."""
         for name, value in node.items():
             key = self.keys.key((*path, name))
             if key and isinstance(value, dict):
-                self._absolute(value, (*path, name))
+                self.make_absolute(value, (*path, name))
             elif key and key.is_path and isinstance(value, str):
-                candidates = self.candidates((*path, name), value)
-                node[name] = str(next((file for file in candidates if there(file.exists)), candidates[0]))
+                node[name] = self.path((*path, name), value)
+
+    def path(self, path: yamltext.Path, name: str) -> str:
+        """The file or folder that the key at `path` names, absolute."""
+        candidates = self.candidates(path, name)
+        return str(next((file for file in candidates if there(file.exists)), candidates[0]))
 
     def candidates(self, path: yamltext.Path, name: str) -> list[Path]:
         """Where the file or folder that the key at `path` names is looked up."""

@@ -75,8 +75,16 @@ class Runtime(Section):
     """`local` starts Ray on this machine and stops it afterwards; `cluster` joins the running cluster at `address`."""
     address: str = "auto"
     """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port 6379)."""
+    nodes: Literal["any", "bare_metal", "docker"] = "any"
+    """How the nodes of the cluster run that this conf is for: `bare_metal` (a virtual environment) or `docker` (an image), as
+    `ray_node_runtime` of the inventory; finetune.yml refuses a cluster of the other kind. `any`: whichever it is."""
+    hosts: Annotated[tuple[str, ...], BeforeValidator(_list, json_schema_input_type=str | tuple[str, ...])] = ()
+    """Hosts of the cluster that may train, by name or address; with finetune.yml also groups of the inventory. Empty: all."""
     workers: int = Field(1, ge=1)
     """Number of training workers (processes). With one worker a host, this is the number of hosts that train."""
+    min_workers: int | None = Field(None, ge=1)
+    """When hosts are lost in mid-training: fewest workers that go on, from the last checkpoint and with as many sequences a step as
+    before. Unset: all `workers`, so that a lost host is waited for."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the workers, at most one
     host's each."""
@@ -89,6 +97,12 @@ class Runtime(Section):
     max_failures: int = Field(3, ge=0)
     """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last checkpoint, before the
     run fails."""
+
+    @model_validator(mode="after")
+    def _fewest(self) -> Runtime:
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"runtime.min_workers is {self.min_workers}, more than runtime.workers ({self.workers}): lower it")
+        return self
 
 
 class Paths(Section):
@@ -123,6 +137,9 @@ class Model(Section):
     """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
     trusted_models: tuple[str, ...] = ()
     """Models (as written in `base`) whose own code may run."""
+    upload: bool = False
+    """With finetune.yml: `base`, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine that Ansible runs
+    on, and are copied to the shared storage, once. Elsewhere it has no effect."""
 
     @model_validator(mode="after")
     def _trust(self) -> Model:
@@ -137,6 +154,9 @@ class Model(Section):
 class Data(Section):
     """What the model learns from."""
 
+    upload: bool = False
+    """With finetune.yml: the files of data (training, validation, evaluation, a processor's) lie on the machine that Ansible runs on, and
+    are copied to the shared storage, once. Elsewhere it has no effect."""
     train: Texts = Field(min_length=1)
     """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these.
     Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""

@@ -123,6 +123,9 @@ class ModelServing(Section):
     """Tokenizer other than the model's own: a folder, or a name in the model registry."""
     chat_template: AbsolutePath | None = None
     """A Jinja file with a chat template that replaces the model's own."""
+    upload: bool = False
+    """With serve.yml: the model, its adapters, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine that
+    Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
     engine: Literal["vllm", "openvino", "transformers"] = "vllm"
     """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs), `transformers` (any causal
     model, the slowest)."""

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llm_ray.cluster import Cluster, check_resources
+from llm_ray.cluster import Cluster, check_resources, node_selector
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.console import Reporter
 from llm_ray.data.formats import Conversation
@@ -41,7 +41,12 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
             raise DataError(f"evaluation.data ({', '.join(conf.evaluation.data)}) holds no conversation that ends in an assistant's answer")
     workers = conf.runtime.workers
     cpus = check_resources(conf.runtime, cluster)
-    share = ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures, scheduling_strategy="SPREAD")(_share)
+    share = ray.remote(
+        num_cpus=cpus,
+        max_retries=conf.runtime.max_failures,
+        scheduling_strategy="SPREAD",
+        label_selector=node_selector(conf.runtime, cluster),
+    )(_share)
     figures: dict[str, Any] = {"rows": len(rows)}
     given: dict[str, list[str]] = {}
     with reporter.bar("evaluating", 2 * workers) as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llm_ray.cluster import Cluster, check_resources
+from llm_ray.cluster import Cluster, check_resources, node_selector
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.console import Reporter
 from llm_ray.files import replace_folder, write_text
@@ -18,9 +18,9 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
     cpus = check_resources(conf.runtime, cluster)
     with reporter.bar("exporting", 1) as bar:
         ray.get(
-            ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures)(_export).remote(
-                conf.model_dump(mode="json"), str(checkpoint), card
-            )
+            ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures, label_selector=node_selector(conf.runtime, cluster))(
+                _export
+            ).remote(conf.model_dump(mode="json"), str(checkpoint), card)
         )
         bar.update(1, 1)
     return conf.run_dir / "output"

@@ -4,6 +4,7 @@ python -m llm_ray.operations state
 python -m llm_ray.operations check --nodes '{"head": "10.0.0.11", "worker1": "10.0.0.12"}' --folder /srv/llm-ray/runs
 python -m llm_ray.operations train --workers 2 --folder /srv/llm-ray/runs
 python -m llm_ray.operations serve --host 127.0.0.1 --port 8000
+python -m llm_ray.operations ask --model support-bot --prompt "Who are you?"
 python -m llm_ray.operations drain --address 10.0.0.12 --seconds 600
 """
 
@@ -21,7 +22,7 @@ import click
 
 from llm_ray.cluster import join_cluster
 from llm_ray.errors import LlmRayError
-from llm_ray.operations import checks, drain, smoke, state
+from llm_ray.operations import ask, checks, drain, smoke, state
 
 
 def _answer(work: Callable[[], Any]) -> None:
@@ -68,6 +69,15 @@ def train(workers: int, folder: Path) -> None:
 def serve(host: str, port: int) -> None:
     """A tiny application is served, answers, and is gone."""
     _answer(lambda: smoke.serve(host, port))
+
+
+@main.command("ask")
+@click.option("--model", required=True, help="A model that is served.")
+@click.option("--prompt", required=True)
+@click.option("--seconds", default=300.0, help="How long the answer may take.")
+def ask_(model: str, prompt: str, seconds: float) -> None:
+    """A served model is asked a question through the endpoint, with a key of its own that ends with it."""
+    _answer(lambda: ask.ask(model, prompt, seconds))
 
 
 @main.command("drain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray
@@ -42,12 +43,21 @@ def nodes() -> list[dict[str, Any]]:
 
 
 def _jobs() -> list[dict[str, Any]]:
-    """Submitted jobs and connected programs, this one left out."""
+    """Submitted jobs and connected programs, this one left out. Without a dashboard nobody can submit any."""
+    from ray._private.services import get_webui_url_from_internal_kv
     from ray.util.state import list_jobs
+
+    if not get_webui_url_from_internal_kv():
+        return []
 
     own = ray.get_runtime_context().get_job_id()
     return [
-        {"id": job.submission_id or job.job_id, "status": job.status, "command": job.entrypoint}
+        {
+            "id": job.submission_id or job.job_id,
+            "status": job.status,
+            "since": time.strftime("%Y-%m-%d %H:%M", time.localtime(job.start_time / 1000)) if job.start_time else "",
+            "command": job.entrypoint,
+        }
         for job in list_jobs(limit=1000)
         if job.status in ("PENDING", "RUNNING") and job.job_id != own
     ]

@@ -37,13 +37,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a training over `sequences` packed sequences: each step takes `batch_size` × `accumulation` × `workers` of them."""
+    """Steps of a training over `sequences` packed sequences: each step takes `batch_size` × `accumulation` × `workers` of them.
+
+    `present`: workers that there are, where some of them are lost: a step takes the same sequences, in more forward passes.
+    """
 
     sequences: int
     batch_size: int
     accumulation: int
     workers: int
     seed: int
+    present: int | None = None
 
     @property
     def per_step(self) -> int:
@@ -60,18 +64,21 @@ class Schedule:
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         order = self._order(epoch)[within * self.per_step : (within + 1) * self.per_step]
-        width = self.batch_size * self.workers
-        return [order[pass_ * width : (pass_ + 1) * width][rank :: self.workers] for pass_ in range(self.accumulation)]
+        present = self.present or self.workers
+        width = self.batch_size * present
+        passes = -(-self.accumulation * self.workers // present)
+        return [order[pass_ * width : (pass_ + 1) * width][rank::present] for pass_ in range(passes)]
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.sequences, generator=generator).tolist()
 
 
-def plan_steps(conf: FinetuneConf, sequences: int, workers: int) -> tuple[Schedule, int]:
-    """The conf's schedule over `sequences` packed sequences on `workers`, and the number of optimizer steps of the whole training."""
+def plan_steps(conf: FinetuneConf, sequences: int, present: int | None = None) -> tuple[Schedule, int]:
+    """The conf's schedule over `sequences` packed sequences (on `present` workers, where some are lost), and the number of optimizer
+    steps of the whole training."""
     training = conf.training
-    schedule = Schedule(sequences, training.batch_size, training.gradient_accumulation, workers, training.seed)
+    schedule = Schedule(sequences, training.batch_size, training.gradient_accumulation, conf.runtime.workers, training.seed, present)
     return schedule, training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
 
 

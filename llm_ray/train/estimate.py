@@ -77,7 +77,7 @@ def estimate(conf: FinetuneConf, data: DataStats, cpus: int) -> Estimate:
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    schedule, steps = plan_steps(conf, data.train.sequences, conf.runtime.workers)
+    schedule, steps = plan_steps(conf, data.train.sequences)
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
 
     weights = (parameters if conf.tuning.method == "lora" else 0) * frozen_bytes + trainable * (4 + 4 + 8)

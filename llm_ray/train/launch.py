@@ -6,16 +6,22 @@ import errno
 import re
 import shutil
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
-from llm_ray.cluster import Cluster, check_resources
+from llm_ray.cluster import Cluster, check_resources, describe, node_selector, room_for
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.console import Bar, Reporter
 from llm_ray.errors import TrainError
 from llm_ray.runs.metrics import read_metrics
+from llm_ray.train.checkpoint import list_checkpoints, step_of
 from llm_ray.train.recipe import STOP_FILE, Outcome, Task, train, worker_environment
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
+_SETTLE_SECONDS = 20.0  # after a loss, before fewer workers go on: a worker that died alone has its host back by then
+_HOST_SECONDS = 900.0  # that lost hosts are waited for
+_SAY_SECONDS = 60.0
 
 
 class Stopped(TrainError):
@@ -27,44 +33,135 @@ class Stopped(TrainError):
 def run_training(conf: FinetuneConf, cluster: Cluster, resume_from: Path | None, reporter: Reporter) -> Outcome:
     """Train as the conf says, on the joined Ray. The first Ctrl-C asks for a checkpoint and an end, the second ends at once.
 
-    Raises ClusterError when the workers do not fit, Stopped after Ctrl-C, TrainError when training failed.
+    A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come back: training goes
+    on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises ClusterError when the workers do not fit,
+    Stopped after Ctrl-C, TrainError when training failed.
     """
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from llm_ray.train.network import GlooConfig
-
     folder = conf.run_dir / "checkpoint"
     cpus = check_resources(conf.runtime, cluster)
-    # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
-    (folder / SNAPSHOT).unlink(missing_ok=True)
-    (folder / STOP_FILE).unlink(missing_ok=True)
-    trainer = TorchTrainer(
-        train,
-        train_loop_config=Task(conf=conf.model_dump(mode="json"), cpus=cpus, resume_from=str(resume_from) if resume_from else None),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=conf.runtime.workers, resources_per_worker={"CPU": cpus}, placement_strategy=conf.runtime.placement.upper()
-        ),
-        run_config=ray.train.RunConfig(
-            name=folder.name,
-            storage_path=str(conf.run_dir),
-            failure_config=ray.train.FailureConfig(max_failures=conf.runtime.max_failures),
-            worker_runtime_env={"env_vars": worker_environment()},
-        ),
-        torch_config=GlooConfig(interface=conf.runtime.interface),
-    )
-    fit = _Fit(trainer)
+    workers = room_for(conf.runtime, cluster, cpus)
+    lost = 0
+    stop = _Stop(folder / STOP_FILE, reporter)
+    stop.file.unlink(missing_ok=True)
     try:
         with reporter.bar("training") as bar:
-            _follow(fit, conf, bar, reporter)
+            while True:
+                # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
+                (folder / SNAPSHOT).unlink(missing_ok=True)
+                fit = _Fit(_trainer(conf, cluster, workers, cpus, resume_from))
+                _follow(fit, conf, bar, stop)
+                try:
+                    outcome = fit.outcome(conf)
+                    break
+                except TrainError as error:
+                    lost += not _is_no_fault(error.__cause__)
+                    if stop.asked:
+                        raise
+                    if lost > conf.runtime.max_failures:
+                        raise TrainError(
+                            f"{error} (This was failure {lost}; runtime.max_failures is {conf.runtime.max_failures}.)"
+                        ) from error
+                    reporter.line(f"  {_told(error)}")
+                    cluster, workers = _what_is_left(conf, cpus, stop, reporter)
+                    reporter.line(f"  {workers} worker(s) go on from {_last_checkpoint(folder)}")
     finally:
-        (folder / STOP_FILE).unlink(missing_ok=True)
-    outcome = fit.outcome(conf)
+        stop.file.unlink(missing_ok=True)
     if outcome["status"] == "failed":
         raise TrainError(f"training of {conf.name} failed: {outcome['reason']}")
     if outcome["status"] == "stopped":
         raise Stopped(f"{conf.name}: {outcome['reason']}. The same command goes on from there.")
     return outcome
+
+
+def _trainer(conf: FinetuneConf, cluster: Cluster, workers: int, cpus: int, resume_from: Path | None) -> Any:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    from llm_ray.train.network import GlooConfig
+
+    return TorchTrainer(
+        train,
+        train_loop_config=Task(conf=conf.model_dump(mode="json"), cpus=cpus, resume_from=str(resume_from) if resume_from else None),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers,
+            resources_per_worker={"CPU": cpus},
+            placement_strategy=conf.runtime.placement.upper(),
+            label_selector=node_selector(conf.runtime, cluster) or None,
+        ),
+        run_config=ray.train.RunConfig(
+            name="checkpoint",
+            storage_path=str(conf.run_dir),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            worker_runtime_env={"env_vars": worker_environment()},
+        ),
+        torch_config=GlooConfig(interface=conf.runtime.interface),
+    )
+
+
+def _is_no_fault(error: BaseException | None) -> bool:
+    """Whether the end is a host's that leaves as it was told to, or workers could not be placed: no failure that is counted."""
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import PreemptionError
+
+    placed = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+    return isinstance(error, PreemptionError) or (isinstance(error, ControllerError) and isinstance(error.controller_failure, placed))
+
+
+def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> tuple[Cluster, int]:
+    """The cluster after a loss, and how many workers it has room for. Hosts are waited for, a short time where fewer workers may go on.
+
+    Raises TrainError when they do not come back.
+    """
+    fewest = conf.runtime.min_workers or conf.runtime.workers
+    began, said = time.monotonic(), 0.0
+    while True:
+        now = describe()
+        room = room_for(conf.runtime, now, cpus)
+        waited = time.monotonic() - began
+        if room == conf.runtime.workers or (room >= fewest and waited > _SETTLE_SECONDS):
+            return now, room
+        if stop.asked:
+            raise Stopped(f"{conf.name}: stopped while it waited for hosts. {_goes_on(conf)}")
+        if waited > _HOST_SECONDS:
+            raise TrainError(
+                f"training of {conf.name} wants {fewest} worker(s) with {cpus} CPU(s) each, and the hosts that are left "
+                f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set runtime.min_workers. {_goes_on(conf)}"
+            )
+        if room < fewest and time.monotonic() - said > _SAY_SECONDS:
+            said = time.monotonic()
+            reporter.line(
+                f"  waiting for hosts: {fewest} worker(s) are wanted, there is room for {room} on {', '.join(now.hosts) or 'none'}"
+            )
+        stop.sleep(1)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    found = list_checkpoints(folder)
+    return f"the checkpoint of step {step_of(found[-1])}" if found else "the start, for there is no checkpoint yet"
+
+
+class _Stop:
+    """Ctrl-C: the first asks the workers for a checkpoint and an end, the second is raised."""
+
+    def __init__(self, file: Path, reporter: Reporter) -> None:
+        self.file, self._reporter = file, reporter
+        self.asked = False
+
+    def ask(self) -> None:
+        self.asked = True
+        self.file.touch()
+        self._reporter.line(
+            "Stopping after this step, with a checkpoint (Ctrl-C again: at once, going on later from the last checkpoint) …"
+        )
+
+    def sleep(self, seconds: float) -> None:
+        try:
+            time.sleep(seconds)
+        except KeyboardInterrupt:
+            if self.asked:
+                raise
+            self.ask()
 
 
 class _Fit(threading.Thread):
@@ -94,8 +191,7 @@ class _Fit(threading.Thread):
         return self._result
 
 
-def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, reporter: Reporter) -> None:
-    asked = False
+def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop) -> None:
     shown = -1
     while not fit.ended.is_set():
         try:
@@ -106,11 +202,9 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, reporter: Reporter) -> None
                 shown = row["step"]
                 bar.update(shown, row["total_steps"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s")
         except KeyboardInterrupt:
-            if asked:
+            if stop.asked:
                 raise
-            asked = True
-            (conf.run_dir / "checkpoint" / STOP_FILE).touch()
-            reporter.line("Stopping after this step, with a checkpoint (Ctrl-C again: at once, going on later from the last checkpoint) …")
+            stop.ask()
 
 
 def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
@@ -120,7 +214,7 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     causes = {f"worker {rank} of {conf.name}": _cause(failure) for rank, failure in failures.items()}
     causes = causes or {f"training of {conf.name}": _cause(error)}
-    resume = f"Checkpoints are whole: the same command goes on from the last one (llm-ray runs show {conf.name})"
+    resume = _goes_on(conf)
     less = (
         "Lower training.batch_size or data.max_length, set training.gradient_checkpointing, or use training.strategy fsdp over more workers"
     )
@@ -138,11 +232,20 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     for who, cause in causes.items():
         if isinstance(cause, ActorDiedError):
             return TrainError(
-                f"{who} died {conf.runtime.max_failures + 1} time(s) (runtime.max_failures is {conf.runtime.max_failures}): killed from outside, "
-                f"most often by the kernel for want of memory, or its host went away. If it was memory: {less[0].lower()}{less[1:]}. {resume}"
+                f"{who} died: killed from outside, most often by the kernel for want of memory, or its host went away. "
+                f"If it was memory: {less[0].lower()}{less[1:]}. {resume}"
             )
     who, cause = next(iter(causes.items()))
     return TrainError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. {resume}")
+
+
+def _goes_on(conf: FinetuneConf) -> str:
+    return f"Checkpoints are whole: the same command goes on from the last one (llm-ray runs show {conf.name})"
+
+
+def _told(error: TrainError) -> str:
+    """The error's first sentence: what is to be done about it is for the one that ends the run."""
+    return str(error).split(". ")[0]
 
 
 def _cause(failure: BaseException) -> BaseException:

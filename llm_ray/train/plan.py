@@ -14,7 +14,7 @@ def describe_plan(conf: FinetuneConf, cpus: int) -> tuple[dict[str, Any], list[s
     """Parameters as run (the conf's, with what `auto` came to on this host), and lines for people."""
     training, workers = conf.training, conf.runtime.workers
     precision, reason = choose_precision(training.precision, cpu_flags())
-    schedule, steps = plan_steps(conf, len(open_split(conf.run_dir / "prepared", "train")), workers)
+    schedule, steps = plan_steps(conf, len(open_split(conf.run_dir / "prepared", "train")))
     params = {
         "base": conf.model.base,
         "objective": conf.tuning.objective,

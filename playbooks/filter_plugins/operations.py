@@ -118,6 +118,25 @@ def operations_list(findings: Sequence[Finding]) -> str:
     return "\n".join(f"{one['host']}: {one['check']}: {one['found']}: {one['fix']}" for one in findings)
 
 
+def workflow_figures(result: Mapping[str, Any], name: str, folder: str, stages: Sequence[str]) -> str:
+    """What a finetune made, in lines: where it is, its figures, and what may be done with it."""
+    lines = [f"{name} is done: {folder}"]
+    training, evaluation = result.get("training") or {}, result.get("evaluation") or {}
+    if "loss" in training:
+        lines.append(
+            f"loss {training['loss']:.4f}, {training.get('tokens', 0):,} tokens, {training.get('tokens_per_second', 0):.0f} tokens/s"
+        )
+    for key, value in (evaluation.get("finetuned") or {}).items():
+        if isinstance(value, (int, float)):
+            before = (evaluation.get("base") or {}).get(key)
+            lines.append(
+                f"{key.replace('_', ' ')}: {before:.3f} before, {value:.3f} after" if before is not None else f"{key}: {value:.3f}"
+            )
+    if "export" in stages:
+        lines += [f"the model: {folder}/output", f"to serve it: ansible-playbook serve.yml -e model={name}"]
+    return "\n".join(lines)
+
+
 class FilterModule:
     """What Ansible asks a filter plugin for."""
 
@@ -131,4 +150,5 @@ class FilterModule:
             "operations_failed": operations_failed,
             "operations_table": operations_table,
             "operations_list": operations_list,
+            "workflow_figures": workflow_figures,
         }

@@ -84,10 +84,19 @@ def test_an_address_where_no_cluster_is_is_told_at_once(address: str, message: s
         ([8, 8], Runtime(workers=2, placement="spread"), 8),
         ([8, 4], Runtime(workers=2, placement="strict_spread"), 4),
         ([2], Runtime(workers=1, cpus_per_worker=1), 1),
+        ([8, 4], Runtime(workers=3, min_workers=2, placement="strict_spread"), 4),
+        ([2], Runtime(workers=3, min_workers=1, cpus_per_worker=1), 1),
+        ([8, 4, 2], Runtime(workers=2, hosts=("b", "10.0.0.3"), placement="strict_spread"), 2),
     ],
 )
 def test_cpus_are_shared_among_the_workers(nodes: list[int], runtime: Runtime, cpus: int) -> None:
-    assert check_resources(runtime, Cluster(dict(zip("abc", nodes, strict=False)), [])) == cpus
+    assert check_resources(runtime, _made(nodes)) == cpus
+
+
+def _made(nodes: list[int]) -> Cluster:
+    """Nodes with these CPUs, on hosts a, b, c at 10.0.0.1, 10.0.0.2, 10.0.0.3."""
+    cpus = dict(zip("abc", nodes, strict=False))
+    return Cluster(cpus, sorted(cpus), {name: (name, f"10.0.0.{'abc'.index(name) + 1}") for name in cpus})
 
 
 @pytest.mark.parametrize(
@@ -96,11 +105,18 @@ def test_cpus_are_shared_among_the_workers(nodes: list[int], runtime: Runtime, c
         ([2], Runtime(workers=3), r"runtime\.workers is 3 with 1 CPU\(s\) each, but Ray has 2 CPU\(s\).*room for 2"),
         ([4, 4], Runtime(workers=3, placement="strict_spread"), "strict_spread, but Ray has 2 node"),
         ([4, 4], Runtime(workers=1, cpus_per_worker=8), r"with 8 CPU\(s\) each.*room for 0"),
+        ([4], Runtime(workers=3, min_workers=2, placement="strict_spread"), "min_workers is 2 and runtime.placement strict_spread"),
+        ([8, 4], Runtime(workers=2, hosts=("b",), cpus_per_worker=4), "room for 1"),
+        (
+            [8, 4],
+            Runtime(workers=1, hosts=("b", "d", "10.0.0.9")),
+            r"runtime\.hosts names d, 10\.0\.0\.9, and Ray has no such node; it has a, b",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(nodes: list[int], runtime: Runtime, message: str) -> None:
     with pytest.raises(ClusterError, match=message):
-        check_resources(runtime, Cluster(dict(zip("abc", nodes, strict=False)), []))
+        check_resources(runtime, _made(nodes))
 
 
 def test_a_host_too_busy_for_ray_to_start_in_time_gets_a_second_chance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,7 +296,7 @@ def test_a_worker_that_dies_too_often_and_ways_on_from_a_damaged_checkpoint(benc
         os.kill(killed[-1], signal.SIGKILL)
     code, seen = command.ends()
     assert code == 1
-    assert re.search(r"worker 0 of trial died 2 time\(s\) \(runtime.max_failures is 1\).*the same command goes on", seen), seen
+    assert re.search(r"worker 0 of trial died: .*the same command goes on.*This was failure 2; runtime.max_failures is 1", seen), seen
     assert bench.state() == "failed"
     bench.assert_nothing_left()
 

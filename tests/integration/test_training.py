@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llm_ray.cluster import Cluster, local_ray
+from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, local_ray
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.console import Reporter
 from llm_ray.data.prepare import prepare
@@ -121,6 +122,45 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(
     assert run(conf, cluster)["status"] == "done"
     assert killed
     assert losses(conf) == pytest.approx(losses(unbroken), rel=1e-4)
+
+
+@contextlib.contextmanager
+def second_node() -> Iterator[Any]:
+    """Another node of the cluster, with a CPU of its own, on this machine; its `kill_all_processes` is as if its host's power were cut."""
+    import ray
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    head = ray._private.worker._global_node
+    place = {"node_ip_address": "127.0.0.1", "temp_dir": head.get_temp_dir_path(), "min_worker_port": 0, "max_worker_port": 0}
+    parameters = RayParams(
+        gcs_address=head.gcs_address, num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **place
+    )
+    node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+    try:
+        while len(describe().node_cpus) < 2:
+            time.sleep(0.1)
+        yield node
+    finally:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def test_with_a_host_lost_fewer_workers_finish_the_run_with_the_same_losses(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+    exact = {"tuning": {"lora": {"r": 4, "dropout": 0.0}}}
+    whole = make("whole", **exact)
+    run(whole, cluster)
+    conf = make("elastic", **exact, runtime={"placement": "strict_spread", "min_workers": 1, "max_failures": 1})
+    with second_node() as node:
+
+        def cut_after_a_checkpoint() -> None:
+            while not list_checkpoints(conf.run_dir / "checkpoint"):
+                time.sleep(0.05)
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+        threading.Thread(target=cut_after_a_checkpoint, daemon=True).start()
+        assert run(conf, describe())["status"] == "done"
+    assert losses(conf) == pytest.approx(losses(whole), rel=1e-4)
+    assert read_metrics(conf.run_dir / "metrics.jsonl", last=1)[0]["step"] == STEPS
 
 
 def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(

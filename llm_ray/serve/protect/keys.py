@@ -13,11 +13,12 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import secrets
 import stat
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,7 @@ from llm_ray.files import locked, write_text
 
 _LOG = logging.getLogger("ray.serve")
 _PREFIX = "llmray"
+_SECRET = re.compile(rf"{_PREFIX}-[0-9a-f]{{8}}-[\w-]{{43}}")
 _NOBODY = "0" * 64  # a hash that no key has
 _LONGEST_NAME = 64
 _OPEN_EVERY = 1.0  # seconds
@@ -76,7 +78,7 @@ class Keys:
     def check(self, secret: str) -> Key | None:
         """The key whose secret this is, unless it is unknown, revoked or expired."""
         self._refresh()
-        key = self._keys.get(secret.removeprefix(f"{_PREFIX}-").partition("-")[0])
+        key = self._keys.get(_identity(secret))
         same = hmac.compare_digest(_hash(secret), key.sha256 if key else _NOBODY)
         return key if key and same and not key.expired else None
 
@@ -105,19 +107,47 @@ class Keys:
 
 def add_key(path: Path, name: str, limits: Limits, models: tuple[str, ...] | None = None, expires: float | None = None) -> tuple[Key, str]:
     """A new key, and its secret, which is kept nowhere. Raises ConfError for a name that is none, ServeError."""
-    if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
-        raise ConfError(f"{name!r} cannot be a key's name: 1 to {_LONGEST_NAME} printable characters")
+    _check_name(name)
     with _writing(path) as keys:
         if name in keys or any(key.name == name and not key.expired for key in keys.values()):
             raise ServeError(
                 f"there is a key called {name} already: choose another name, or revoke it first (llm-ray serve keys revoke {name})"
             )
         taken = {*keys, *(key.name for key in keys.values())}
-        identity = next(made for made in iter(lambda: secrets.token_hex(4), None) if made not in taken)
-        secret = f"{_PREFIX}-{identity}-{secrets.token_urlsafe(32)}"
-        key = Key(identity, name, _hash(secret), time.time(), expires, models, limits)
-        keys[identity] = key
+        secret = next(made for made in iter(new_secret, None) if _identity(made) not in taken)
+        key = Key(_identity(secret), name, _hash(secret), time.time(), expires, models, limits)
+        keys[key.id] = key
     return key, secret
+
+
+def new_secret() -> str:
+    """A key that is kept nowhere yet."""
+    return f"{_PREFIX}-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
+
+
+def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
+    """Keep these keys (secrets by name): new ones are added, one whose secret is another takes the place of the old. The names of those
+    that were changed. Others stay. Raises ConfError for what is no name or no key of `new_secret`, ServeError."""
+    for name, secret in wanted.items():
+        _check_name(name)
+        if not isinstance(secret, str) or not _SECRET.fullmatch(secret):
+            raise ConfError(f"the key called {name} is none that llm-ray made: llm-ray serve keys generate prints one")
+    if len({_identity(secret) for secret in wanted.values()}) < len(wanted):
+        raise ConfError("two names have the same key: give each a key of its own")
+    changed = []
+    with _writing(path) as keys:
+        for name, secret in wanted.items():
+            here = next((key for key in keys.values() if key.name == name), None)
+            if here and here.sha256 == _hash(secret) and not here.expired:
+                continue
+            if (other := keys.get(_identity(secret))) and other.name != name:
+                raise ServeError(f"the key called {name} is already there under the name {other.name}: revoke that one first")
+            if here:
+                del keys[here.id]
+            kept = replace(here, expires=None) if here else Key("", name, "", time.time())
+            keys[_identity(secret)] = replace(kept, id=_identity(secret), sha256=_hash(secret))
+            changed.append(name)
+    return changed
 
 
 def list_keys(path: Path) -> list[Key]:
@@ -143,6 +173,15 @@ def effective(key: Key | None, common: Limits) -> Limits:
         return common
     own = {name: value for name, value in key.limits.model_dump().items() if value is not None}
     return common.model_copy(update=own)
+
+
+def _check_name(name: str) -> None:
+    if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
+        raise ConfError(f"{name!r} cannot be a key's name: 1 to {_LONGEST_NAME} printable characters")
+
+
+def _identity(secret: str) -> str:
+    return secret.removeprefix(f"{_PREFIX}-").partition("-")[0]
 
 
 def _hash(secret: str) -> str:

@@ -36,6 +36,21 @@ def test_a_step_takes_the_same_sequences_whatever_the_number_of_workers() -> Non
     assert taken(workers=1, batch_size=4) == taken(workers=2, batch_size=2) == taken(workers=4, batch_size=1)
 
 
+@given(st.integers(1, 50), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.data())
+def test_with_workers_lost_a_step_takes_the_same_sequences_in_more_passes(
+    sequences: int, batch_size: int, accumulation: int, workers: int, data: st.DataObject
+) -> None:
+    present = data.draw(st.integers(1, workers))
+    whole, fewer = (Schedule(sequences, batch_size, accumulation, workers, 3, present) for present in (None, present))
+    assert fewer.steps_per_epoch == whole.steps_per_epoch
+    for step in range(whole.steps_per_epoch):
+        passes = [fewer.take(step, rank) for rank in range(present)]
+        assert len({len(mine) for mine in passes}) == 1
+        assert all(len(pass_) <= batch_size for mine in passes for pass_ in mine)
+        taken = sorted(i for mine in passes for pass_ in mine for i in pass_)
+        assert taken == sorted(i for rank in range(workers) for pass_ in whole.take(step, rank) for i in pass_)
+
+
 def test_epochs_differ_in_order_and_seeds_too() -> None:
     schedule = Schedule(20, 20, 1, 1, seed=0)
     assert schedule.take(0, 0) != schedule.take(1, 0)

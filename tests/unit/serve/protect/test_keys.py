@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from llm_ray.cli.main import cli
 from llm_ray.conf.serve import Limits
 from llm_ray.errors import ConfError, ServeError
-from llm_ray.serve.protect.keys import Keys, add_key, effective, list_keys, revoke_key
+from llm_ray.serve.protect.keys import Keys, add_key, effective, import_keys, list_keys, new_secret, revoke_key
 
 
 @pytest.fixture
@@ -71,6 +71,58 @@ def test_a_key_expires(file: Path) -> None:
     _, secret = add_key(file, "old", Limits(), expires=time.time() - 1)
     assert Keys(file).check(secret) is None
     add_key(file, "old", Limits())  # its name is free again
+
+
+def test_keys_of_a_vault_are_kept_and_exchanged_and_others_stay(file: Path) -> None:
+    _, own = add_key(file, "own", Limits())
+    first, second = new_secret(), new_secret()
+    assert import_keys(file, {"alice": first, "bob": second}) == ["alice", "bob"]
+    assert import_keys(file, {"alice": first, "bob": second}) == []
+    keys = Keys(file)
+    assert all(keys.check(secret) for secret in (own, first, second))
+    other = new_secret()
+    assert import_keys(file, {"alice": other}) == ["alice"]
+    assert [bool(keys.check(secret)) for secret in (own, first, second, other)] == [True, False, True, True]
+    assert other not in file.read_text()
+
+
+def test_an_exchanged_key_keeps_its_limits(file: Path) -> None:
+    add_key(file, "alice", Limits(concurrent=2), ("m",), expires=time.time() - 1)
+    secret = new_secret()
+    assert import_keys(file, {"alice": secret}) == ["alice"]
+    key = Keys(file).check(secret)
+    assert key
+    assert (key.limits.concurrent, key.models, key.expires) == (2, ("m",), None)
+
+
+@pytest.mark.parametrize("secret", ["", "sk-12345", "llmray-00000000-short", 7, None])
+def test_what_is_no_key_is_refused(file: Path, secret: object) -> None:
+    with pytest.raises(ConfError, match="alice is none that llm-ray made: llm-ray serve keys generate prints one") as error:
+        import_keys(file, {"alice": secret})  # type: ignore[dict-item]
+    assert not secret or str(secret) not in str(error.value)
+    assert not file.exists()
+
+
+def test_the_same_key_under_two_names_is_refused(file: Path) -> None:
+    secret = new_secret()
+    with pytest.raises(ConfError, match="two names have the same key"):
+        import_keys(file, {"alice": secret, "bob": secret})
+    import_keys(file, {"alice": secret})
+    with pytest.raises(ServeError, match="already there under the name alice"):
+        import_keys(file, {"bob": secret})
+
+
+def test_keys_come_by_standard_input(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_RAY_HOME", str(file.parents[1]))
+    made = CliRunner().invoke(cli, ["serve", "keys", "generate"]).output.strip()
+    told = CliRunner().invoke(cli, ["serve", "keys", "import"], input=json.dumps({"alice": made}))
+    assert (told.exit_code, told.output) == (0, "kept: alice\n")
+    assert Keys(file).check(made)
+    assert CliRunner().invoke(cli, ["serve", "keys", "import"], input=json.dumps({"alice": made})).output == "unchanged\n"
+    for wrong in ("{", "[]", '"x"'):
+        told = CliRunner().invoke(cli, ["serve", "keys", "import"], input=wrong)
+        assert told.exit_code == 2
+        assert "standard input" in told.output
 
 
 def _open_to_others(path: Path) -> None:

@@ -1,0 +1,70 @@
+"""``llm-ray status``: the cluster, its jobs, and what is served."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("as_json", "--json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--address",
+    metavar="auto|HOST:PORT",
+    envvar="RAY_ADDRESS",
+    show_envvar=True,
+    help="The cluster: auto on one of its nodes, else its head's GCS. Default: what this machine serves.",
+)
+def status(as_json: bool, address: str | None) -> None:
+    """Show nodes with their resources, jobs that run, and deployed models.
+
+    \b
+    Examples:
+      llm-ray status
+      llm-ray status --address 10.0.0.1:6379 --json
+    """
+    from llm_ray.conf.serve import ServeRuntime
+    from llm_ray.console import Reporter
+    from llm_ray.operations.state import state
+    from llm_ray.serve import local
+
+    if not address and local.running() is None:
+        click.echo(
+            json.dumps({"nodes": [], "jobs": [], "applications": []})
+            if as_json
+            else "No Ray of llm-ray runs on this machine. On a node of a cluster: --address auto."
+        )
+        return
+    with local.connected(ServeRuntime(mode="cluster", address=address) if address else ServeRuntime(), Reporter()):
+        found = state()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    _show("Nodes", found["nodes"], ("host", "address", "head", "draining", "cpus", "cpus_used", "memory_gib", "memory_gib_used"))
+    _show("Jobs", found["jobs"], ("id", "status", "since", "command"))
+    _show("Served", found["applications"], ("name", "status", "replicas", "message"))
+
+
+def _show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 160
+    if not rows:
+        console.print(f"{title}: none")
+        return
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    return {True: "yes", False: "", None: ""}.get(value, str(value)) if isinstance(value, bool | None) else str(value)

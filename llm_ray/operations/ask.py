@@ -1,0 +1,46 @@
+"""A served model asked one question, as its clients ask it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from llm_ray.client.ask import Asker, Settings
+from llm_ray.client.endpoint import Key, parse
+from llm_ray.client.prompts import Prompt
+from llm_ray.conf.serve import Limits
+from llm_ray.errors import ServeError
+from llm_ray.serve import deploy
+from llm_ray.serve.protect.keys import add_key, keys_file, revoke_key
+
+_TOKENS = 64
+
+
+def ask(model: str, question: str, seconds: float) -> dict[str, Any]:
+    """What the model answers, over HTTP, at the endpoint of the joined cluster. Raises ServeError."""
+    url = deploy.url()
+    if url is None:
+        raise ServeError("nothing is served on this cluster")
+    with _key(model, seconds) as key:
+        answer = asyncio.run(_ask(url, model, question, key, seconds))
+    return {"url": url, "model": model, "prompt": question, "answer": answer}
+
+
+async def _ask(url: str, model: str, question: str, key: Key, seconds: float) -> str:
+    settings = Settings(max_tokens=_TOKENS, temperature=0.0, timeout=seconds)
+    async with Asker(parse(url, key), model, settings) as asker:
+        return (await asker.ask(Prompt(question))).text.strip()
+
+
+@contextlib.contextmanager
+def _key(model: str, seconds: float) -> Iterator[Key]:
+    """A key for this one question. An endpoint that wants none does not look at it."""
+    kept, secret = add_key(keys_file(), f"serve.yml {secrets.token_hex(4)}", Limits(), (model,), time.time() + seconds + 60)
+    try:
+        yield Key(secret, "serve.yml")
+    finally:
+        revoke_key(keys_file(), kept.id)

@@ -1,0 +1,78 @@
+"""llm_ray_conf: renders and validates a conf on the machine that runs Ansible, with the inventory's variables and those given by -e.
+
+Of -e, what is no argument of the playbook and no variable of a role sets a variable of the template or a key of the conf, as --set does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail
+from ansible.plugins.action import ActionBase
+from ansible.utils.vars import load_extra_vars
+
+# Variables of Ansible itself and of the cluster, which are no settings of a conf; those of roles begin with the role's name.
+_PREFIXES = ("ansible_", "llm_ray_")
+
+
+class ActionModule(ActionBase):
+    """What Ansible asks an action plugin for."""
+
+    TRANSFERS_FILES = False
+    _requires_connection = False
+    _VALID_ARGS = frozenset(("kind", "conf", "arguments", "settings", "home", "nodes", "hosts", "variables", "bundle"))
+
+    def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        try:
+            from llm_ray.conf.load import find
+            from llm_ray.conf.render import TemplateProblem, variables
+            from llm_ray.conf.ship import Destination, ship_finetune, ship_serve
+            from llm_ray.errors import LlmRayError
+        except ImportError as error:
+            raise AnsibleActionFail(
+                f"the Python of this ansible-playbook has not llm_ray ({error}): make setup, then .venv/bin/ansible-playbook"
+            ) from error
+        asked = self._task.args
+        kind, conf = asked["kind"], str(asked["conf"])
+        own = Path(asked["bundle"]) / "conf" / kind / f"{conf}.yaml.j2"
+        destination = Destination(Path(asked["home"]), asked["nodes"], asked["hosts"])
+        prefixes = (*_PREFIXES, *(f"{role.name}_" for role in Path(asked["bundle"], "roles").iterdir()))
+        extra = {name: value for name, value in load_extra_vars(self._loader).items() if not name.startswith(prefixes)}
+        given_by_e = {name: value for name, value in extra.items() if name not in asked["arguments"]}
+        settings = [f"{name}={_text(value)}" for name, value in ((asked.get("settings") or {}) | given_by_e).items()]
+        try:
+            file = own if own.is_file() else find(conf, kind)
+            try:
+                used = variables(file.read_text(encoding="utf-8-sig"))
+            except (TemplateProblem, UnicodeDecodeError, OSError):
+                used = set()  # loading it tells what is wrong
+            known = {name: self._value(name, task_vars or {}) for name in used if name in (task_vars or {})} | asked["variables"]
+            ship = ship_finetune if kind == "finetune" else ship_serve
+            shipped = ship(file, settings, known, destination)
+        except LlmRayError as error:
+            raise AnsibleActionFail(str(error).replace("--set ", "-e ").replace("--config ", "-e conf=")) from None
+        except OSError as error:
+            raise AnsibleActionFail(f"{error.filename}: {error.strerror}") from None
+        return {
+            "changed": False,
+            "given": sorted(given_by_e),
+            "file": os.path.relpath(file),
+            "conf": shipped.text,
+            "resolved": shipped.conf.model_dump(mode="json"),
+            "sha256": shipped.sha256,
+            "files": [
+                {"key": each.key, "source": str(each.source), "target": each.target, "sha256": each.sha256, "bytes": each.bytes}
+                for each in shipped.files
+            ],
+        }
+
+    def _value(self, name: str, task_vars: dict[str, Any]) -> Any:
+        return json.loads(json.dumps(self._templar.template(task_vars[name]), default=str))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

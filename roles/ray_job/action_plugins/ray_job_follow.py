@@ -1,0 +1,48 @@
+"""ray_job_follow: shows what a job prints, line by line, until it has ended. Takes what the module ray_job takes.
+
+A head that does not answer for a while (it restarts) is asked again; the job's own end is not judged here.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ansible.plugins.action import ActionBase
+from ansible.utils.display import Display
+
+_PATIENCE = 180.0  # seconds without an answer
+_PAUSE = 5.0
+_KEPT = 20  # lines at the end that are given back
+
+display = Display()
+
+
+class ActionModule(ActionBase):
+    """What Ansible asks an action plugin for."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        asked = dict(self._task.args) | {"state": "followed"}
+        offset, partial, heard = 0, "", time.monotonic()
+        last: list[str] = []
+        while True:
+            told = self._execute_module(module_name="ray_job", module_args=asked | {"offset": offset}, task_vars=task_vars)
+            if told.get("failed") or told.get("unreachable"):
+                if time.monotonic() - heard > _PATIENCE:
+                    return told
+                display.display(f"  ({str(told.get('msg', 'no answer')).strip()[-200:]}; asked again)")
+                time.sleep(_PAUSE)
+                continue
+            heard, offset = time.monotonic(), told["offset"]
+            *lines, partial = (partial + told["text"]).split("\n")
+            ended = told["status"] not in ("PENDING", "RUNNING")
+            if ended and partial:
+                lines.append(partial)
+            for line in lines:
+                display.display(f"  {line.rstrip()}")
+            last = (last + [line.rstrip() for line in lines if line.strip()])[-_KEPT:]
+            if ended:
+                return told | {"text": "\n".join(last), "changed": False}

@@ -1,0 +1,261 @@
+#!/usr/bin/python
+"""A job of the running cluster, by Ray's Jobs API: submitted once, followed, stopped. Runs on the head."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import pwd
+import re
+import time
+import urllib.error
+import urllib.request
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: ray_job
+short_description: A job of the running Ray cluster, submitted once, followed, stopped
+description:
+  - Submits llm-ray's work through Ray's Jobs API with the cluster's token. While a job of the same name runs, no other is started.
+author: LLM on Ray
+options:
+  state: {description: What is wanted., choices: [submitted, followed, stopped], required: true}
+  name: {description: "Name of the work; ids of its jobs are NAME-1, NAME-2 and so on.", type: str, required: true}
+  conf: {description: "Text of the conf (submitted).", type: str}
+  folder: {description: "Folder that the conf is written into, with its SHA-256 (submitted).", type: path}
+  command: {description: "Arguments of llm-ray, CONF standing for the conf's file (submitted).", type: list, elements: str}
+  id: {description: "Id of the job (followed); without it (stopped) the one that runs.", type: str}
+  offset: {description: "Characters of its log that are known (followed).", type: int, default: 0}
+  seconds: {description: "How long to wait for news (followed), or for the end (stopped).", type: float, default: 5}
+  result: {description: "A JSON file to read at its end (followed).", type: path}
+  user: {description: User that Ray runs as., type: str, required: true}
+  token: {description: File with the cluster's token., type: path, required: true}
+  url: {description: Address of the dashboard., type: str, required: true}
+  stop_seconds: {description: "How long a job that is stopped may take to write its checkpoint (submitted).", type: int, default: 900}
+"""
+EXAMPLES = "- ray_job: {state: stopped, name: finetune-support-bot, user: ray, token: /etc/llm-ray/token, url: 'http://127.0.0.1:8265'}"
+RETURN = """
+id: {description: Id of the job; empty where there is none., type: str, returned: always}
+attached: {description: Whether it ran before (submitted)., type: bool, returned: submitted}
+status: {description: "PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; empty where there is none.", type: str, returned: always}
+text: {description: "What it has printed since the offset (followed).", type: str, returned: followed}
+offset: {description: Characters of its log that are known now (followed)., type: int, returned: followed}
+found: {description: "What the file of the result holds (followed, at the end).", type: dict, returned: followed}
+"""
+_ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+_POLL = 0.5
+
+
+class Refused(Exception):
+    """What was asked cannot be done; the words are for the user."""
+
+
+class Api:
+    """Ray's Jobs API (ray.io, Ray Jobs REST API)."""
+
+    def __init__(self, url, token):
+        self.url = url
+        self.token = token
+
+    def __call__(self, path, data=None):
+        request = urllib.request.Request(self.url + path, method="GET" if data is None else "POST")  # noqa: S310
+        request.add_header("Authorization", f"Bearer {self.token}")
+        if data is not None:
+            request.add_header("Content-Type", "application/json")
+            request.data = json.dumps(data).encode()
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace").strip()
+            raise Refused(f"{self.url}{path}: {error.code} {said[-500:] or error.reason}") from error
+        except OSError as error:
+            raise Refused(
+                f"Ray's head does not answer at {self.url} ({getattr(error, 'reason', error)}): "
+                "journalctl -u llm-ray-head says why; ansible-playbook site.yml starts it"
+            ) from error
+
+    def jobs(self, name):
+        """The jobs of that name, by number."""
+        found = {}
+        for job in self("/api/jobs/"):
+            match = re.fullmatch(rf"{re.escape(name)}-(\d+)", job.get("submission_id") or "")
+            if match:
+                found[int(match[1])] = job
+        return found
+
+    def running(self, name):
+        """The job of that name that has not ended."""
+        return next((job for job in self.jobs(name).values() if job["status"] not in _ENDED), None)
+
+
+def submit(api, asked, check_mode):
+    digest = hashlib.sha256(asked["conf"].encode()).hexdigest()
+    jobs = api.jobs(asked["name"])
+    file = f"{asked['folder']}/{digest[:16]}.yaml"
+    active = api.running(asked["name"])
+    if active:
+        return attach(active, asked, digest)
+    identity = f"{asked['name']}-{max(jobs, default=0) + 1}"
+    if check_mode:
+        return {"changed": True, "id": identity, "attached": False, "status": ""}
+    write(file, asked["conf"])
+    write(f"{file}.sha256", f"{digest}  {os.path.basename(file)}\n")  # noqa: PTH119
+    words = [file if word == "CONF" else word for word in asked["command"]]
+    body = {
+        "entrypoint": "exec llm-ray " + " ".join(map(quote, words)),
+        "submission_id": identity,
+        "metadata": {"llm_ray": asked["name"], "conf": file, "conf_sha256": digest},
+        "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(asked["stop_seconds"])}},
+    }
+    try:
+        api("/api/jobs/", body)
+    except Refused:
+        active = api.running(asked["name"])  # another one has been a moment earlier
+        if active:
+            return attach(active, asked, digest)
+        raise
+    return {"changed": True, "id": identity, "attached": False, "status": "PENDING"}
+
+
+def attach(job, asked, digest):
+    """To the running job, where it is the same work."""
+    told = job.get("metadata") or {}
+    if told.get("conf_sha256") != digest:
+        with contextlib.suppress(OSError), open(told.get("conf", "")) as file:  # noqa: PTH123
+            lines = difflib.unified_diff(file.read().splitlines(), asked["conf"].splitlines(), n=0, lineterm="")
+            changed = "; ".join(" ".join(line.split()) for line in lines if not line.startswith(("---", "+++", "@@")))
+            raise Refused(
+                f"{job['submission_id']} runs with another conf ({changed}): wait for it, end it with -e cancel=true, "
+                "or give this one another name with -e name=…"
+            )
+        raise Refused(f"{job['submission_id']} runs with another conf: wait for it, or end it with -e cancel=true")
+    return {"changed": False, "id": job["submission_id"], "attached": True, "status": job["status"]}
+
+
+def follow(api, asked):
+    """Until there is news or the seconds are over."""
+    until = time.monotonic() + asked["seconds"]
+    while True:
+        job = api(f"/api/jobs/{asked['id']}")
+        text = api(f"/api/jobs/{asked['id']}/logs")["logs"]
+        if len(text) > asked["offset"] or job["status"] in _ENDED or time.monotonic() > until:
+            break
+        time.sleep(_POLL)
+    found = {}
+    if job["status"] in _ENDED and asked["result"]:
+        with contextlib.suppress(OSError, ValueError), open(asked["result"]) as file:  # noqa: PTH123
+            found = json.load(file)
+    return {
+        "changed": False,
+        "id": asked["id"],
+        "status": job["status"],
+        "text": text[asked["offset"] :],
+        "offset": len(text),
+        "found": found,
+        "message": job.get("message") or "",
+    }
+
+
+def stop(api, asked, check_mode):
+    job = api.running(asked["name"])
+    if job is None:
+        return {"changed": False, "id": "", "status": ""}
+    identity = job["submission_id"]
+    if check_mode:
+        return {"changed": True, "id": identity, "status": job["status"]}
+    api(f"/api/jobs/{identity}/stop", {})
+    until = time.monotonic() + asked["seconds"]
+    while job["status"] not in _ENDED:
+        if time.monotonic() > until:
+            raise Refused(f"{identity} was told to stop and has not after {asked['seconds']:.0f} s: it may still be writing its checkpoint")
+        time.sleep(_POLL)
+        job = api(f"/api/jobs/{identity}")
+    return {"changed": True, "id": identity, "status": job["status"]}
+
+
+def quote(word):
+    """As shlex.quote, which a reader of the job's list would find hard to read."""
+    return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\"'\"'") + "'"
+
+
+def write(path, text):
+    """Whole or not at all."""
+    os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)  # noqa: PTH103, PTH120
+    partial = f"{path}.{os.getpid()}.partial"
+    with open(partial, "w") as file:  # noqa: PTH123
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)  # noqa: PTH105
+
+
+@contextlib.contextmanager
+def acting_as(user):
+    """With the rights of the user of Ray: to root the shared storage may be closed. Root again afterwards, for Ansible's own files."""
+    entry = pwd.getpwnam(user)
+    if os.geteuid() != 0:
+        yield
+        return
+    groups, mask = os.getgroups(), os.umask(0o027)
+    os.setgroups(os.getgrouplist(user, entry.pw_gid))
+    os.setegid(entry.pw_gid)
+    os.seteuid(entry.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+        os.umask(mask)
+
+
+def main():
+    text, number = {"type": "str"}, {"type": "int"}
+    module = AnsibleModule(
+        {
+            "state": {"type": "str", "choices": ["submitted", "followed", "stopped"], "required": True},
+            "name": text | {"required": True},
+            "conf": text,
+            "folder": {"type": "path"},
+            "command": {"type": "list", "elements": "str"},
+            "id": text,
+            "offset": number | {"default": 0},
+            "seconds": {"type": "float", "default": 5},
+            "result": {"type": "path"},
+            "user": text | {"required": True},
+            "token": {"type": "path", "required": True, "no_log": False},
+            "url": text | {"required": True},
+            "stop_seconds": number | {"default": 900},
+        },
+        required_if=[("state", "submitted", ("conf", "folder", "command")), ("state", "followed", ("id",))],
+        supports_check_mode=True,
+    )
+    asked = module.params
+    try:
+        with open(asked["token"]) as file:  # noqa: PTH123
+            token = file.read().strip()
+        api = Api(asked["url"], token)
+        with acting_as(asked["user"]):
+            if asked["state"] == "submitted":
+                result = submit(api, asked, module.check_mode)
+            elif asked["state"] == "followed":
+                result = follow(api, asked)
+            else:
+                result = stop(api, asked, module.check_mode)
+    except KeyError as error:
+        module.fail_json(msg=f"there is no user {asked['user']} ({error}): ansible-playbook site.yml makes it")
+    except Refused as error:
+        module.fail_json(msg=str(error))
+    except OSError as error:
+        module.fail_json(msg=f"{error.filename}: {error.strerror}: ansible-playbook site.yml heals it")
+    else:
+        module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+#!/usr/bin/python
+"""Files on the shared storage that are named by their contents: is one there, and put one there that was copied to this host."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pwd
+import shutil
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = """
+module: shared_file
+short_description: A file or folder on the shared storage, with its checksum
+description:
+  - Tells whether it is there, whole. With source, moves what lies there to its place when the checksum is right. Works as the user of Ray,
+    since to root of a host that mounts the storage it may be closed.
+author: LLM on Ray
+options:
+  path: {description: Its place on the shared storage., type: path, required: true}
+  sha256: {description: "Its sum; of a folder, that of its files' sums and names.", type: str, required: true}
+  source: {description: Where it was copied to on this host., type: path}
+  user: {description: User that Ray runs as., type: str, required: true}
+"""
+EXAMPLES = "- shared_file: {path: /srv/llm-ray/data/uploads/ab/x.jsonl, sha256: ab…, user: ray}"
+RETURN = "there: {description: Whether it is there now, type: bool, returned: always}"
+_BLOCK = 1 << 20
+
+
+def digest(path):
+    """SHA-256 of a file; of a folder, of its files' sums and names in the order of the names. As llm_ray.conf.ship has it."""
+    if os.path.isfile(path):  # noqa: PTH113
+        made = hashlib.sha256()
+        with open(path, "rb") as file:  # noqa: PTH123
+            for block in iter(lambda: file.read(_BLOCK), b""):
+                made.update(block)
+        return made.hexdigest()
+    found = {}
+    for folder, _, names in os.walk(path, followlinks=True):
+        for name in names:
+            file = os.path.join(folder, name)  # noqa: PTH118
+            found[os.path.relpath(file, path)] = digest(file)
+    return hashlib.sha256("".join(f"{found[name]}  {name}\n" for name in sorted(found)).encode()).hexdigest()
+
+
+def main():
+    module = AnsibleModule(
+        {
+            "path": {"type": "path", "required": True},
+            "sha256": {"type": "str", "required": True},
+            "source": {"type": "path"},
+            "user": {"type": "str", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    path, sha256, source = (module.params[name] for name in ("path", "sha256", "source"))
+    mark = f"{os.path.dirname(path)}/.{os.path.basename(path)}.sha256"  # noqa: PTH119, PTH120
+    try:
+        with acting_as(module.params["user"]):
+            there = is_there(path, mark, sha256)
+            right = there or not source or digest(source) == sha256
+            if source and right and not there and not module.check_mode:
+                put(source, path, mark, sha256)
+    except KeyError:
+        module.fail_json(msg=f"there is no user {module.params['user']}: ansible-playbook site.yml makes it")
+    except OSError as error:
+        module.fail_json(msg=f"{error.filename or path}: {error.strerror or error}: is the shared storage mounted, and has it room?")
+    if not right:
+        module.fail_json(msg=f"{source} is not what was sent (its checksum differs): run this again")
+    changed = bool(source) and not there
+    module.exit_json(changed=changed, there=there or (changed and not module.check_mode))
+
+
+@contextlib.contextmanager
+def acting_as(user):
+    """With the rights of the user of Ray; root again afterwards, for Ansible's own files."""
+    entry = pwd.getpwnam(user)
+    if os.geteuid() != 0:
+        yield
+        return
+    groups, mask = os.getgroups(), os.umask(0o027)
+    os.setgroups(os.getgrouplist(user, entry.pw_gid))
+    os.setegid(entry.pw_gid)
+    os.seteuid(entry.pw_uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+        os.umask(mask)
+
+
+def is_there(path, mark, sha256):
+    try:
+        with open(mark) as file:  # noqa: PTH123
+            return file.read().split()[0] == sha256 and os.path.exists(path)  # noqa: PTH110
+    except (OSError, IndexError):
+        return False
+
+
+def put(source, path, mark, sha256):
+    """Whole or not at all: the mark is written last."""
+    folder = os.path.dirname(path)  # noqa: PTH120
+    os.makedirs(folder, mode=0o750, exist_ok=True)  # noqa: PTH103
+    partial = os.path.join(folder, f".{os.path.basename(path)}.partial")  # noqa: PTH118, PTH119
+    for left in (partial, path):
+        if os.path.isdir(left):  # noqa: PTH112
+            shutil.rmtree(left)
+        elif os.path.exists(left):  # noqa: PTH110
+            os.unlink(left)  # noqa: PTH108
+    if os.path.isdir(source):  # noqa: PTH112
+        shutil.copytree(source, partial)
+    else:
+        shutil.copyfile(source, partial)
+    os.rename(partial, path)  # noqa: PTH104
+    with open(mark, "w") as file:  # noqa: PTH123
+        file.write(f"{sha256}  {os.path.basename(path)}\n")  # noqa: PTH119
+
+
+if __name__ == "__main__":
+    main()
