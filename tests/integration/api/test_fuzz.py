@@ -23,7 +23,7 @@ def test_no_request_is_answered_otherwise_than_described(base: str, subtests: py
     for found in schemathesis.openapi.from_url(f"{base}/openapi.json").get_all_operations():
         operation = found.ok()
         modes = [(GenerationMode.POSITIVE, 12)]
-        if operation.body or list(operation.iter_parameters()):  # else there is nothing in it that could be wrong
+        if operation.body:  # else there is nothing in it that could be wrong: any text can be a model's name
             modes.append((GenerationMode.NEGATIVE, 20))
         for mode, examples in modes:
             with subtests.test(operation.label, mode=mode.value):

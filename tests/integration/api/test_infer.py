@@ -74,7 +74,7 @@ def test_a_load(run: Run, base: str, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["answered"], found["failed"], found["output_tokens"]) == (8, 0, 128)
     assert (
-        0 < found["inter_token_latency_seconds"]["p50"] < found["time_to_first_token_seconds"]["p50"] < found["end_to_end_seconds"]["p50"]
+        0 < found["time_per_output_token_seconds"]["p50"] < found["time_to_first_token_seconds"]["p50"] < found["end_to_end_seconds"]["p50"]
     )
     assert found["client_cpu_share"] < 0.5
     assert (tmp_path / "bench" / "plot.png").exists()
