@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_ray.conf import yamltext
-from llm_ray.conf.keys import FINETUNE, SERVE
+from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
 from llm_ray.conf.load import DATA_SUFFIXES, HUB_ID, FinetuneLoading, ServeLoading, dump, load
 from llm_ray.conf.loading import MODEL_FILES, Loading, dotted, there
 from llm_ray.conf.schema import FinetuneConf, Section, home
@@ -71,29 +71,21 @@ class Shipped:
 
 def ship_finetune(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> Shipped:
     """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises :class:`ConfError`."""
-    files: list[Upload] = []
-    with _home(to.home) as here:
-        conf = load(
-            FINETUNE,
-            lambda *arguments: _Finetune(to, here, files, *arguments),
-            config,
-            [*overrides, "runtime.mode=cluster", "runtime.address=auto"],
-            variables,
-        )
-    return Shipped(conf, tuple(files))
+    return _ship(FINETUNE, _Finetune, config, overrides, variables, to)
 
 
 def ship_serve(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> Shipped:
     """The conf of an endpoint; otherwise as :func:`ship_finetune`."""
+    return _ship(SERVE, _Serve, config, overrides, variables, to)
+
+
+def _ship(
+    keys: Keys[C], kind: type[_Elsewhere], config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
+) -> Shipped:
     files: list[Upload] = []
+    runtime = ["runtime.mode=cluster", "runtime.address=auto"]
     with _home(to.home) as here:
-        conf = load(
-            SERVE,
-            lambda *arguments: _Serve(to, here, files, *arguments),
-            config,
-            [*overrides, "runtime.mode=cluster", "runtime.address=auto"],
-            variables,
-        )
+        conf = load(keys, lambda *arguments: kind(to, here, files, *arguments), config, [*overrides, *runtime], variables)
     return Shipped(conf, tuple(files))
 
 
