@@ -8,13 +8,13 @@ import difflib
 import hashlib
 import json
 import os
-import pwd
 import re
 import time
 import urllib.error
 import urllib.request
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.ray_user import acting_as
 
 DOCUMENTATION = """
 module: ray_job
@@ -192,26 +192,6 @@ def write(path, text):
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)  # noqa: PTH105
-
-
-@contextlib.contextmanager
-def acting_as(user):
-    """With the rights of the user of Ray: to root the shared storage may be closed. Root again afterwards, for Ansible's own files."""
-    entry = pwd.getpwnam(user)
-    if os.geteuid() != 0:
-        yield
-        return
-    groups, mask = os.getgroups(), os.umask(0o027)
-    os.setgroups(os.getgrouplist(user, entry.pw_gid))
-    os.setegid(entry.pw_gid)
-    os.seteuid(entry.pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-        os.umask(mask)
 
 
 def main():

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import pwd
 import shutil
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.ray_user import acting_as
 
 DOCUMENTATION = """
 module: shared_file
@@ -71,26 +70,6 @@ def main():
         module.fail_json(msg=f"{source} is not what was sent (its checksum differs): run this again")
     changed = bool(source) and not there
     module.exit_json(changed=changed, there=there or (changed and not module.check_mode))
-
-
-@contextlib.contextmanager
-def acting_as(user):
-    """With the rights of the user of Ray; root again afterwards, for Ansible's own files."""
-    entry = pwd.getpwnam(user)
-    if os.geteuid() != 0:
-        yield
-        return
-    groups, mask = os.getgroups(), os.umask(0o027)
-    os.setgroups(os.getgrouplist(user, entry.pw_gid))
-    os.setegid(entry.pw_gid)
-    os.seteuid(entry.pw_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
-        os.umask(mask)
 
 
 def is_there(path, mark, sha256):

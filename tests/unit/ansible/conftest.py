@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,9 @@ def load(path: str) -> ModuleType:
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
+    shared = (ROOT / path).parent.parent / "module_utils"
+    if shared.is_dir():  # of the role, which Ansible puts beside its own
+        importlib.import_module("ansible.module_utils").__path__.append(str(shared))
     spec.loader.exec_module(module)
     return module
 
