@@ -209,8 +209,14 @@ def _tell(served: Any, conf: ServeConf, reporter: Any) -> None:
     key = " -H 'Authorization: Bearer KEY'" if conf.endpoint.needs_keys else ""
     if key:
         reporter.line("Requests need an API key: llm-ray serve keys add NAME")
-    body = json.dumps({"model": first.name, "messages": [{"role": "user", "content": "Hello"}]})
-    reporter.line(f"Try: curl {served.url}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    examples: dict[str, tuple[str, dict[str, Any]]] = {
+        "chat": ("chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        "completions": ("completions", {"prompt": "Hello"}),
+        "embeddings": ("embeddings", {"input": "Hello"}),
+    }
+    path, asked = examples[first.task]
+    body = json.dumps({"model": first.name} | asked)
+    reporter.line(f"Try: curl {served.url}/{path}{key} -H 'Content-Type: application/json' -d '{body}'")
 
 
 def _stay(names: list[str], runtime: ServeRuntime, mine: bool, reporter: Any) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 from llm_ray.client.ask import Asker, Settings
 from llm_ray.client.endpoint import Key, parse
+from llm_ray.client.errors import refused
 from llm_ray.client.prompts import Prompt
 from llm_ray.conf.serve import Limits
 from llm_ray.errors import ServeError
 from llm_ray.serve import deploy
+from llm_ray.serve.models import ServedModel
 from llm_ray.serve.protect.keys import add_key, keys_file, revoke_key
 
 _TOKENS = 64
@@ -22,18 +24,29 @@ _TOKENS = 64
 
 def ask(model: str, question: str, seconds: float) -> dict[str, Any]:
     """What the model answers, over HTTP, at the endpoint of the joined cluster. Raises ServeError."""
-    url = deploy.url()
-    if url is None:
-        raise ServeError("nothing is served on this cluster")
+    url, served = deploy.url(), deploy.status().get(model)
+    if url is None or served is None:
+        raise ServeError(f"{model} is not served on this cluster")
     with _key(model, seconds) as key:
-        answer = asyncio.run(_ask(url, model, question, key, seconds))
+        answer = asyncio.run(_ask(url, served.model, question, key, seconds))
     return {"url": url, "model": model, "prompt": question, "answer": answer}
 
 
-async def _ask(url: str, model: str, question: str, key: Key, seconds: float) -> str:
-    settings = Settings(max_tokens=_TOKENS, temperature=0.0, timeout=seconds)
-    async with Asker(parse(url, key), model, settings) as asker:
+async def _ask(url: str, served: ServedModel, question: str, key: Key, seconds: float) -> str:
+    if served.task == "embeddings":
+        return await _embed(url, served.name, question, key, seconds)
+    settings = Settings(max_tokens=_TOKENS, temperature=0.0, completion=served.task == "completions", timeout=seconds)
+    async with Asker(parse(url, key), served.name, settings) as asker:
         return (await asker.ask(Prompt(question))).text.strip()
+
+
+async def _embed(url: str, model: str, text: str, key: Key, seconds: float) -> str:
+    endpoint = parse(url, key)
+    async with endpoint.http(seconds) as http:
+        response = await http.post(f"{url}/embeddings", json={"model": model, "input": text})
+    if response.status_code != 200:
+        raise refused(endpoint, response.status_code, response.headers, response.text)
+    return f"a vector of {len(response.json()['data'][0]['embedding'])} numbers"
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +14,14 @@ from llm_ray.models.folder import read_json
 
 Engine = Literal["vllm", "openvino", "transformers"]
 Precision = Literal["fp32", "bf16"]
+Task = Literal["chat", "completions", "embeddings"]
 
 # More than this is taken only when asked for: the cache of a long context is what fills a host's memory.
 DEFAULT_MAX_MODEL_LEN = 8192
 # Tokens of all requests at once that the cache holds by default, if that is room for two of the longest.
 DEFAULT_CACHED_TOKENS = 16384
+# Ends of the names of architectures that write text, as vLLM tells them (vllm.config.model).
+_WRITERS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
 # What config.json calls the most tokens of a model.
 _LENGTHS = (
     "max_position_embeddings",
@@ -71,8 +75,8 @@ class ServedModel:
     """LoRA adapters on it, by the name clients call them."""
     lora_rank: int = 0
     """Highest rank that an adapter may have; 0: no adapters."""
-    chat: bool = True
-    """Whether it has a chat template."""
+    task: Task = "chat"
+    """What it is for, by OpenAI's names: completions without a chat template, embeddings where it makes vectors in place of text."""
     tool_parser: str | None = None
     trust_remote_code: bool = False
     compile: bool = False
@@ -100,6 +104,15 @@ def made_for(path: Path) -> int | None:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic") and not str(config.get("model_type")).startswith("gemma3")
     return int(min(told) * ((rope.get("factor") or 1) if stretched else 1))
+
+
+def writes(path: Path, engine_options: Mapping[str, Any]) -> bool:
+    """Whether the model writes text, rather than making vectors: as vLLM decides it where engine_options say nothing."""
+    if (runner := engine_options.get("runner", "auto")) != "auto":
+        return bool(runner == "generate")
+    if (path / "modules.json").is_file():  # of Sentence Transformers, whatever the architecture
+        return False
+    return any(name.endswith(_WRITERS) for name in read_json(path / "config.json").get("architectures") or ["ForCausalLM"])
 
 
 def kv_cache_bytes(path: Path, precision: Precision, max_model_len: int) -> int:

@@ -22,7 +22,7 @@ from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_j
 from llm_ray.models.load import fingerprint, resolve
 from llm_ray.models.registry import has_chat_template, import_model, template_text
 from llm_ray.serve.adapters import adapter_rank, check_adapter, find_adapter
-from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, kv_cache_bytes, longest, made_for
+from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, Task, kv_cache_bytes, longest, made_for, writes
 
 # What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
 _PROGRAM_BYTES = 1_800 * 2**20
@@ -80,6 +80,7 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
         if doubt := check_adapter(called, folder, path, paths):
             reporter.line(doubt)
     chat = bool(template) or has_chat_template(tokenizer or path)
+    task: Task = "embeddings" if not writes(path, asked.engine_options) else "chat" if chat else "completions"
     return ServedModel(
         name=name,
         path=path,
@@ -98,8 +99,8 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
         autoscale=asked.autoscale,
         adapters={called: Adapter(str(folder), fingerprint(folder)) for called, folder in adapters.items()},
         lora_rank=max(ranks, default=0),
-        chat=chat,
-        tool_parser=_tool_parser(asked.tools, tokenizer or path, template) if chat else None,
+        task=task,
+        tool_parser=_tool_parser(asked.tools, tokenizer or path, template) if task == "chat" else None,
         trust_remote_code=asked.trust_remote_code,
         compile=asked.compile,
         engine_options=asked.engine_options,

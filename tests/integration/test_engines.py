@@ -370,3 +370,43 @@ def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray:
     server = ModelServer(ServedModel("m", tmp_path, max_model_len=64, kv_cache_bytes=2**24, max_batch=2, threads=2))
     with pytest.raises(ModelError, match=r"engine vllm cannot compute it: .*16"):
         asyncio.run(server.start())
+
+
+def test_a_model_that_makes_vectors_makes_the_same_as_transformers(ray: None, tmp_path: Path) -> None:
+    """A model of Sentence Transformers' form: the mean over the tokens, of length 1."""
+    from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, EmbeddingCompletionRequest
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    from llm_ray.serve.models import writes
+    from llm_ray.serve.server import ModelServer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sleeps"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    bert = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).eval()
+    tokenizer = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
+    bert.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [
+        {"idx": n, "name": str(n), "path": "pooling", "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "pooling").mkdir()
+    (tmp_path / "pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}))
+    assert not writes(tmp_path, {})
+
+    async def embed(text: str) -> Any:
+        server = ModelServer(ServedModel("m", tmp_path, max_model_len=64, kv_cache_bytes=2**24, max_batch=2, threads=2, task="embeddings"))
+        await server.start()
+        answer = await _answer(await server.embeddings(EmbeddingCompletionRequest(model="m", input=text)))
+        asked = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": text}])
+        with pytest.raises(Refused, match=r"400 .*generate"):
+            await _answer(await server.chat(asked))
+        return answer.data[0].embedding
+
+    text = "the cat sleeps"
+    with torch.no_grad():
+        mean = bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(torch.tensor(asyncio.run(embed(text))), torch.nn.functional.normalize(mean, dim=0), atol=1e-5, rtol=0)

@@ -254,15 +254,16 @@ class Api:
         """Ask one model: a text or a conversation in, text out. A list of texts gets a list of answers."""
         target = await self._target(model, request)
         served = target.entry.model
-        if body.is_conversation and not served.chat:
+        if body.is_conversation and served.task != "chat":
             raise ApiError(400, f"The model `{target.name}` has no chat template: send a text.", "invalid_request", param="text")
-        bodies = body.bodies(target.name, served.chat)
+        bodies = body.bodies(target.name, served.task == "chat")
         if body.stream and len(bodies) > 1:
             said = "stream: a list of texts cannot be streamed; send one text, or stream: false."
             raise ApiError(400, said, "invalid_request", param="stream")
         if len(bodies) > served.max_batch:
             raise _too_many(len(bodies), target, "text")
-        answers = await asyncio.gather(*(self._answer("chat" if served.chat else "completions", one, request) for one in bodies))
+        method = "chat" if served.task == "chat" else "completions"
+        answers = await asyncio.gather(*(self._answer(method, one, request) for one in bodies))
         if body.stream:
             return _Streamed(_texts(answers[0].events()), answers[0], "text/plain; charset=utf-8")
         results = [_simple_result(answer) for answer in answers]

@@ -10,7 +10,7 @@ import pytest
 
 from llm_ray.conf.serve import Autoscale
 from llm_ray.serve import catalogue
-from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest, made_for
+from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest, made_for, writes
 
 
 def _folder(path: Path, **changes: object) -> Path:
@@ -101,3 +101,23 @@ def test_what_is_deployed_is_read_back_from_the_controllers_details() -> None:
 def test_a_cluster_without_serve_has_no_models() -> None:
     assert catalogue.deployed({}) == {}
     assert catalogue.deployed({"applications": {}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules", "options", "text"),
+    [
+        ("LlamaForCausalLM", False, {}, True),
+        ("GPT2LMHeadModel", False, {}, True),
+        ("BertModel", False, {}, False),
+        ("Qwen3ForCausalLM", True, {}, False),
+        ("LlamaForCausalLM", False, {"runner": "pooling"}, False),
+        ("Qwen3ForCausalLM", True, {"runner": "generate"}, True),
+    ],
+)
+def test_models_that_make_vectors_are_told_from_those_that_write(
+    architecture: str, modules: bool, options: dict[str, str], text: bool, tmp_path: Path
+) -> None:
+    _folder(tmp_path, architectures=[architecture])
+    if modules:
+        (tmp_path / "modules.json").write_text("[]")
+    assert writes(tmp_path, options) is text

@@ -44,7 +44,7 @@ def _adapter(folder: Path, **config: object) -> Path:
 
 def test_a_small_model_needs_no_tuning(smollm2: Path, tmp_path: Path) -> None:
     model = _plan(ModelServing(model=str(smollm2)), tmp_path)
-    assert (model.engine, model.precision, model.max_model_len, model.chat, model.tool_parser) == ("vllm", "fp32", 8192, True, "hermes")
+    assert (model.engine, model.precision, model.max_model_len, model.task, model.tool_parser) == ("vllm", "fp32", 8192, "chat", "hermes")
     assert 2 * GIB < model.memory_bytes < 4 * GIB
 
 
@@ -107,7 +107,7 @@ def test_a_model_without_a_chat_template_has_no_tools(smollm2: Path, tmp_path: P
     told.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(told))
     model = _plan(ModelServing(model=str(folder)), tmp_path)
-    assert (model.chat, model.tool_parser) == (False, None)
+    assert (model.task, model.tool_parser) == ("completions", None)
 
 
 def test_adapters_are_runs_or_folders(smollm2: Path, tmp_path: Path) -> None:
