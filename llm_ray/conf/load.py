@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,8 @@ def _overrides(overrides: Sequence[str], used: set[str], file: Path, keys: Keys[
         elif paths := keys.paths(name, section=isinstance(value, dict)):
             settings.append(Setting(paths, value, f"--set {override}"))
         else:
-            nearest = next(iter(get_close_matches(name, used, 1)), None) or keys.nearest_to(name)
+            near = [*get_close_matches(name, used, 1), *filter(None, [keys.nearest_to(name)])]
+            nearest = max(near, key=lambda one: SequenceMatcher(None, name, one).ratio(), default=None)
             hint = f"did you mean {nearest}?" if nearest else f"its variables are: {', '.join(sorted(used)) or 'none'}"
             wrong.append(f"--set {override}: {name} is neither a key of the conf nor a variable of {file.name}; {hint}")
     if wrong:

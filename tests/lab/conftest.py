@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.lab import cluster as lab_cluster
+from tests.lab import docker
 from tests.lab.cluster import Cluster, Run
 from tests.lab.hosts import missing
 
@@ -43,6 +44,26 @@ def bare(lab_ready: None) -> Iterator[Cluster]:
         yield made
 
 
+@dataclass(frozen=True)
+class Made:
+    """Three hosts whose nodes run in Docker, and what site.yml did on them."""
+
+    cluster: Cluster
+    site: Run
+
+
+@pytest.fixture(scope="session")
+def in_docker(lab_ready: None) -> Iterator[Made]:
+    """head, worker1 and worker2 in the other runtime, made by site.yml from a host that has the base image and no other."""
+    groups = {"ray_head": ["head"], "ray_workers": ["worker1", "worker2"]}
+    with lab_cluster.cluster(groups, **docker.VARIABLES) as made:
+        for host in made.nodes:
+            docker.prepare(host)
+        docker.import_base(made)
+        yield Made(made, made.play("site.yml", timeout=3000))
+    docker.clear_cgroups()
+
+
 @pytest.fixture(scope="session")
 def first(bare: Cluster) -> First:
     check = bare.play("site.yml", "--check", "--diff")
@@ -52,6 +73,12 @@ def first(bare: Cluster) -> First:
 
 
 @pytest.fixture(scope="session")
-def cluster(bare: Cluster, first: First) -> Cluster:
+def in_venv(bare: Cluster, first: First) -> Cluster:
     """The hosts after site.yml. A test that breaks the cluster leaves it whole again."""
     return bare
+
+
+@pytest.fixture(scope="session")
+def cluster(in_venv: Cluster) -> Cluster:
+    """The cluster that is meant where a test does not say which."""
+    return in_venv

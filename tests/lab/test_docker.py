@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -15,18 +12,12 @@ import yaml
 
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
-from tests.lab.cluster import Cluster, Run
+from tests.lab.cluster import Cluster
+from tests.lab.conftest import Made
 from tests.lab.hosts import Host
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
-VARIABLES = {
-    "llm_ray_runtime": "docker",
-    "ray_node_image_base": docker.BASE,
-    "ray_node_image_packages": "",
-    # A machine in a sandbox may be unable to raise limits, and Docker then starts nothing.
-    "host_base_nofile": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
-}
 _ENGINE = "- {hosts: ray_head, become: true, gather_facts: false, roles: [docker_engine]}\n"
 _UNDO = """\
 - hosts: ray_head
@@ -36,29 +27,10 @@ _UNDO = """\
 """
 
 
-@dataclass(frozen=True)
-class Made:
-    cluster: Cluster
-    first: Run
-
-
 @pytest.fixture(scope="module")
-def made(lab_ready: None) -> Iterator[Made]:
-    """Three hosts whose nodes run in Docker, made by site.yml from a host that has the base image and no other."""
-    with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": ["worker1", "worker2"]}, **VARIABLES) as cluster:
-        for host in cluster.nodes:
-            docker.prepare(host)
-        cluster.play("site.yml", "--tags", "host_base,docker_engine")
-        shutil.copy(docker.base(), cluster.lab.folder / "storage" / "base.tar")
-        cluster.head.ssh(f"docker import /srv/llm-ray/base.tar {docker.BASE}; rm /srv/llm-ray/base.tar")
-        yield Made(cluster, cluster.play("site.yml", timeout=3000))
-    docker.clear_cgroups()
-
-
-@pytest.fixture(scope="module")
-def cluster(made: Made) -> Cluster:
+def cluster(in_docker: Made) -> Cluster:
     """The hosts after site.yml. A test that breaks the cluster leaves it whole again."""
-    return made.cluster
+    return in_docker.cluster
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +87,10 @@ def test_every_host_is_a_node_and_closed_without_the_token(cluster: Cluster) -> 
         assert host.ssh("pgrep -c raylet").stdout.strip() == "1"
 
 
-def test_the_image_is_built_once_and_the_same_everywhere(made: Made) -> None:
-    images = [_image(host) for host in made.cluster.nodes]
+def test_the_image_is_built_once_and_the_same_everywhere(in_docker: Made) -> None:
+    images = [_image(host) for host in in_docker.cluster.nodes]
     assert len({json.dumps(image["RootFS"]["Layers"]) for image in images}) == 1
-    tasks = made.first.output.split("TASK [")
+    tasks = in_docker.site.output.split("TASK [")
     builders = [
         line for task in tasks if task.startswith("ray_node : Build it]") for line in task.splitlines() if line.startswith("changed")
     ]
@@ -165,13 +137,14 @@ def test_the_commands_are_on_the_hosts_path(cluster: Cluster) -> None:
     )
 
 
-def test_a_second_run_changes_nothing(made: Made) -> None:
-    before = {host.name: _container(made.cluster, host)["Id"] for host in made.cluster.nodes}
-    second = made.cluster.play("site.yml")
+def test_a_second_run_changes_nothing(in_docker: Made) -> None:
+    cluster, first = in_docker.cluster, in_docker.site
+    before = {host.name: _container(cluster, host)["Id"] for host in cluster.nodes}
+    second = cluster.play("site.yml")
     assert second.changes() == []
     assert second.changed == 0
-    assert {host.name: _container(made.cluster, host)["Id"] for host in made.cluster.nodes} == before
-    assert second.seconds < made.first.seconds / 4, f"{second.seconds:.0f} s after {made.first.seconds:.0f} s"
+    assert {host.name: _container(cluster, host)["Id"] for host in cluster.nodes} == before
+    assert second.seconds < first.seconds / 4, f"{second.seconds:.0f} s after {first.seconds:.0f} s"
 
 
 def test_nodes_outlive_a_restart_of_docker(cluster: Cluster) -> None:

@@ -63,6 +63,19 @@ ray.get(work.remote())
     cluster.wait_for_nodes(others)
 
 
+def test_a_worker_of_other_software_than_the_cluster_is_not_added(cluster: Cluster) -> None:
+    module = cluster.bundle / "llm_ray" / "__init__.py"
+    before = module.read_text()
+    module.write_text(f"{before}\n")
+    try:
+        run = cluster.play("add_node.yml", "-e", "node=worker2", ok=False)
+    finally:
+        module.write_text(before)
+    assert run.code != 0
+    assert "head: the cluster does not run the software of this bundle" in " ".join(run.output.split())
+    assert run.changed == 0
+
+
 def test_a_new_worker_joins_and_the_others_are_let_alone(cluster: Cluster) -> None:
     before = _pids(cluster)
     run = cluster.play("add_node.yml", "-e", "node=worker2")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from llm_ray.serve.protect.keys import new_secret
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
 from tests.lab.cluster import Cluster, Run
-from tests.lab.test_docker import VARIABLES
 from tests.lab.wheels import ROOT
+from tests.lab.workflows import Workflow
 
 pytestmark = pytest.mark.lab
 
@@ -25,18 +25,16 @@ pytestmark = pytest.mark.lab
 @pytest.fixture(scope="module")
 def alone(lab_ready: None) -> Iterator[Cluster]:
     """A bare host in which Docker can run, with storage of its own: neither an NFS server nor a mount."""
-    with lab_cluster.cluster({"ray_head": ["solo"], "ray_workers": []}, **VARIABLES | {"llm_ray_storage": "nfs"}) as made:
+    with lab_cluster.cluster({"ray_head": ["solo"], "ray_workers": []}, **docker.VARIABLES | {"llm_ray_storage": "nfs"}) as made:
         docker.prepare(made.head)
-        shutil.copy(docker.base(), made.lab.folder / "storage" / "base.tar")
         yield made
     docker.clear_cgroups()
 
 
 @pytest.fixture(scope="module")
 def first(alone: Cluster) -> Run:
-    """site.yml on it; the base image that it builds on is there before, as if it had been pulled."""
-    alone.play("site.yml", "--tags", "host_base,docker_engine")
-    alone.head.ssh(f"docker import /srv/llm-ray/base.tar {docker.BASE}; rm /srv/llm-ray/base.tar")
+    """site.yml on it."""
+    docker.import_base(alone)
     return alone.play("site.yml", timeout=3000)
 
 
@@ -93,6 +91,20 @@ def test_validate_finds_nothing(alone: Cluster, first: Run, tmp_path: Path) -> N
         "serve",
     }
     assert {one["result"] for one in told["findings"]} == {"passed"}
+
+
+def test_a_model_is_finetuned_served_and_taken_away(alone: Cluster, first: Run, smollm2: Path, tmp_path: Path) -> None:
+    """The workflows of test_workflows.py in short."""
+    work = Workflow(alone, tmp_path, smollm2)
+    tuned = alone.play("finetune.yml", *work.finetune("codes"), timeout=1200)
+    assert "codes is done: /srv/llm-ray/runs/codes" in tuned.output
+    assert work.told("codes")["state"] == "done"
+    served = alone.play("serve.yml", *work.serve("codes"), timeout=1200)
+    assert "was asked: What is the capital of France?" in " ".join(served.output.split())
+    assert work.key not in served.output
+    assert (work.ask("codes"), work.ask("codes", new_secret())) == (200, 401)
+    alone.play("serve_stop.yml", "-e", "model=codes")
+    assert work.ask("codes") == 404
 
 
 def test_reset_leaves_the_host_as_it_was(alone: Cluster, first: Run) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from llm_ray.conf.load import dump, load_finetune
 from llm_ray.errors import ConfError
 from tests.unit.conf.conftest import SMALL, error
 
+ROOT = Path(__file__).parents[3]
 Write = Callable[[str], Path]
 
 
@@ -453,3 +456,17 @@ def test_any_text_is_a_conf_or_a_conf_error(write: Write, text: str) -> None:
         load_finetune(write(SMALL + text))
     with contextlib.suppress(ConfError):
         load_finetune(write(SMALL), [text, f"name={text}", f"data.system={text}"])
+
+
+def test_the_package_ships_each_template_of_the_project_and_none_of_a_users_own() -> None:
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    tracked = subprocess.run(["git", "ls-files", "conf"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert told == {name: f"llm_ray/shipped/{name}" for name in tracked}
+
+
+def test_the_nearest_of_variables_and_keys_is_what_was_meant(write: Write) -> None:
+    text = SMALL + "training: {epochs: {{ epochs | default(1) }}}\n"
+    with pytest.raises(ConfError, match=r"traning.epochs is neither .* did you mean training\.epochs\?"):
+        load_finetune(write(text), ["traning.epochs=2"])
+    with pytest.raises(ConfError, match=r"epoch is neither .* did you mean epochs\?"):
+        load_finetune(write(text), ["epoch=2"])
