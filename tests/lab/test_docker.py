@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import yaml
 
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
-from tests.lab.cluster import Cluster
+from tests.lab.cluster import Cluster, until
 from tests.lab.conftest import Made
 from tests.lab.hosts import Host
 
@@ -60,15 +59,8 @@ def _image(host: Host) -> dict[str, Any]:
     return found[0]
 
 
-def _until(condition: Callable[[], bool], what: str, timeout: float = 90) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, f"{what}: not within {timeout:.0f} s"
-        time.sleep(0.5)
-
-
 def _wait_until_healthy(cluster: Cluster, host: Host) -> None:
-    _until(lambda: _container(cluster, host)["State"]["Health"]["Status"] == "healthy", f"{host.name} is healthy")
+    until(lambda: _container(cluster, host)["State"]["Health"]["Status"] == "healthy", f"{host.name} is healthy")
 
 
 def _status(asker: Host, url: str) -> str:
@@ -152,7 +144,7 @@ def test_nodes_outlive_a_restart_of_docker(cluster: Cluster) -> None:
     before = _container(cluster, worker)
     pid = worker.ssh("systemctl show --property=MainPID --value llm-ray-worker").stdout
     worker.ssh("systemctl restart docker")
-    _until(lambda: worker.ssh("docker version", check=False).returncode == 0, "Docker answers")
+    until(lambda: worker.ssh("docker version", check=False).returncode == 0, "Docker answers")
     assert _container(cluster, worker)["State"]["StartedAt"] == before["State"]["StartedAt"]
     assert worker.ssh("systemctl show --property=MainPID --value llm-ray-worker").stdout == pid
     cluster.wait_for_nodes(cluster.nodes)
@@ -162,7 +154,7 @@ def test_a_node_that_is_killed_comes_back(cluster: Cluster) -> None:
     worker = cluster.workers[1]
     before = _container(cluster, worker)["Id"]
     worker.ssh("docker kill llm-ray-worker")
-    _until(
+    until(
         lambda: worker.ssh("docker inspect --format '{{.Id}}' llm-ray-worker", check=False).stdout.strip() not in ("", before),
         "a new one runs",
     )
@@ -185,10 +177,10 @@ print(ray.get(task))
 """
     cluster.head.ssh(f"rm -f /srv/llm-ray/data/began; cat > /srv/llm-ray/data/drain.py <<'END'\n{code}\nEND")
     cluster.head.ssh("nohup /opt/llm-ray/current/bin/python /srv/llm-ray/data/drain.py > /tmp/drain.out 2>&1 < /dev/null &")
-    _until(lambda: worker.ssh("test -e /srv/llm-ray/data/began", check=False).returncode == 0, "the task begins")
+    until(lambda: worker.ssh("test -e /srv/llm-ray/data/began", check=False).returncode == 0, "the task begins")
     worker.ssh("systemctl stop llm-ray-worker")
     try:
-        _until(lambda: cluster.head.ssh("pgrep -f data/drain.py", check=False).returncode != 0, "the driver ends")
+        until(lambda: cluster.head.ssh("pgrep -f data/drain.py", check=False).returncode != 0, "the driver ends")
         assert cluster.head.ssh("cat /tmp/drain.out").stdout.splitlines()[-1:] == ["whole"]
         assert worker.ssh("systemctl show --property=Result --value llm-ray-worker").stdout.strip() == "success"
         assert worker.ssh("docker ps --all --quiet").stdout == ""

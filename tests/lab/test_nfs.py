@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.lab.cluster import Cluster, copy_bundle
+from tests.lab.cluster import Cluster, copy_bundle, until
 from tests.lab.hosts import Host, lab
 from tests.lab.machines import Machine, missing
 
@@ -72,13 +72,6 @@ def node(machines: Cluster) -> Host:
 def _ray(host: Host, command: str, check: bool = True) -> str:
     """Run it as the user of the cluster."""
     return host.ssh(f"runuser -u ray -- sh -c '{command}'", check=check, timeout=300).stdout.strip()
-
-
-def _until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, f"{what}: not within {timeout:.0f} s"
-        time.sleep(1)
 
 
 def test_check_mode_on_bare_machines_then_twice(machines: Cluster, store: Host, node: Host) -> None:
@@ -159,14 +152,14 @@ def test_nothing_is_lost_when_the_server_goes_away_under_a_writer(store: Host, n
     node.ssh(f"cat > /var/tmp/writer.py <<'END'{_WRITER}END")
     node.ssh(f"touch /var/tmp/acknowledged; chown ray /var/tmp/acknowledged; ls {HOME}")
     node.ssh("systemd-run --unit=writer --uid=ray python3 /var/tmp/writer.py")
-    _until(lambda: goes_on(0), "the writer begins")
+    until(lambda: goes_on(0), "the writer begins")
     store.reboot()
     before = acknowledged()
-    _until(lambda: goes_on(before), "the writer goes on after the server's reboot")
+    until(lambda: goes_on(before), "the writer goes on after the server's reboot")
     store.kill()
     before = acknowledged()
     store.boot()
-    _until(lambda: goes_on(before), "the writer goes on after the server's power cut")
+    until(lambda: goes_on(before), "the writer goes on after the server's power cut")
     assert node.ssh("systemctl is-active writer").stdout.strip() == "active"
     node.ssh("systemctl stop writer")
     lines = [int(line) for line in _ray(store, f"cat {HOME}/runs/lines").split()]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from tests.lab.cluster import Cluster
+from tests.lab.cluster import Cluster, until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
@@ -49,7 +47,7 @@ ray.get(work.remote())
 """
     cluster.head.ssh(f"cat > /tmp/work.py <<'END'\n{code}\nEND\nsystemd-run --unit=work --quiet -p EnvironmentFile=/etc/llm-ray/ray.env "
                      "/opt/llm-ray/current/bin/python /tmp/work.py")  # fmt: skip
-    _until(cluster, "test -e /srv/llm-ray/runs/began")
+    until(lambda: cluster.head.ssh("test -e /srv/llm-ray/runs/began", check=False).returncode == 0, "the task begins")
     run = cluster.play("remove_node.yml", "-e", "node=worker2")
     assert cluster.head.ssh("systemctl is-failed work; ls /srv/llm-ray/runs/ended").stdout.split()[-1] == "/srv/llm-ray/runs/ended"
     cluster.head.ssh("rm /srv/llm-ray/runs/began /srv/llm-ray/runs/ended")
@@ -86,10 +84,3 @@ def test_a_new_worker_joins_and_the_others_are_let_alone(cluster: Cluster) -> No
     assert all(any(name in task for name in _LISTS) for task in elsewhere), elsewhere
     again = cluster.play("add_node.yml", "-e", "node=worker2")
     assert again.changes() == []
-
-
-def _until(cluster: Cluster, condition: str, seconds: float = 90) -> None:
-    began = time.monotonic()
-    while cluster.head.ssh(condition, check=False).returncode:
-        assert time.monotonic() - began < seconds, condition
-        time.sleep(0.5)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import yaml
 
-from tests.lab.cluster import Cluster, Run
+from tests.lab.cluster import Cluster, Run, until
 from tests.lab.conftest import First
 from tests.lab.hosts import Host
 
@@ -40,13 +39,6 @@ def _unit(cluster: Cluster, host: Host) -> str:
 
 def _pids(cluster: Cluster) -> dict[str, str]:
     return {host.name: host.ssh(f"systemctl show -p MainPID --value {_unit(cluster, host)}").stdout.strip() for host in cluster.nodes}
-
-
-def _until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, f"{what}: not within {timeout:.0f} s"
-        time.sleep(0.5)
 
 
 def _variables(cluster: Cluster, values: dict[str, object], hosts: Sequence[Host]) -> None:
@@ -189,10 +181,10 @@ print(ray.get(ray.remote(work).options(max_retries=0, scheduling_strategy=NodeAf
 """
     cluster.head.ssh(f"cat > /tmp/drain.py <<'END'\n{code}\nEND")
     cluster.head.ssh("rm -f /srv/llm-ray/data/began; bash -lc '/opt/llm-ray/current/bin/python /tmp/drain.py > /tmp/drain.out 2>&1 &'")
-    _until(lambda: worker.ssh("test -e /srv/llm-ray/data/began", check=False).returncode == 0, "the task begins")
+    until(lambda: worker.ssh("test -e /srv/llm-ray/data/began", check=False).returncode == 0, "the task begins")
     worker.ssh("systemctl stop llm-ray-worker")
     try:
-        _until(lambda: cluster.head.ssh("pgrep -f /tmp/drain.py", check=False).returncode != 0, "the driver ends")
+        until(lambda: cluster.head.ssh("pgrep -f /tmp/drain.py", check=False).returncode != 0, "the driver ends")
         assert cluster.head.ssh("cat /tmp/drain.out").stdout.splitlines()[-1:] == ["whole"]
         assert worker.ssh("systemctl show -p Result --value llm-ray-worker").stdout.strip() == "success"
         assert worker.ssh("pgrep -u ray", check=False).stdout == ""
@@ -205,7 +197,7 @@ print(ray.get(ray.remote(work).options(max_retries=0, scheduling_strategy=NodeAf
 def test_a_head_that_is_killed_restarts_and_the_workers_come_back(cluster: Cluster) -> None:
     before = _pids(cluster)["head"]
     cluster.head.ssh("systemctl kill --signal=KILL llm-ray-head")
-    _until(lambda: _pids(cluster)["head"] not in (before, "0"), "the head restarts")
+    until(lambda: _pids(cluster)["head"] not in (before, "0"), "the head restarts")
     cluster.wait_for_nodes(cluster.nodes)
 
 
@@ -241,7 +233,7 @@ print(ray.get(counter.add.remote()))
             said = str(error)
         return said.split()[-1:] == ["2"]
 
-    _until(answers, "the actor answers, with what it had counted", 240)
+    until(answers, "the actor answers, with what it had counted", 240)
     assert _pids(cluster)[cluster.workers[0].name] == worker  # it did not have to join anew
     _variables(cluster, {}, [cluster.head])
     cluster.play("site.yml", "--tags", "ray_node")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from llm_ray.serve.protect.keys import new_secret
-from tests.lab.cluster import Cluster, Run
-from tests.lab.workflows import Workflow, until
+from tests.lab.cluster import Cluster, Run, until
+from tests.lab.workflows import Workflow
 
 pytestmark = pytest.mark.lab
 

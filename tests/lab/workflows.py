@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,11 +87,3 @@ class Workflow:
         """The status that a client among the hosts, whom the firewall lets in, gets for a question; 0 for no answer."""
         code = _CLIENT.replace("ADDRESS", self.cluster.head.address).replace("KEY", key or self.key).replace("MODEL", name)
         return int(self.cluster.head.ssh(f"python3 - <<'END'\n{code}\nEND", check=False).stdout or 0)
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
-    """Wait for it. Raises AssertionError, with what was waited for, after `timeout` seconds."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, f"{what}: not within {timeout:.0f} s"
-        time.sleep(0.5)
