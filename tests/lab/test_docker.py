@@ -17,11 +17,10 @@ from tests.lab.hosts import Host
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
-_ENGINE = "- {hosts: ray_head, become: true, gather_facts: false, roles: [docker_engine]}\n"
+_ENGINE = "- {hosts: ray_head, become: true, roles: [docker_engine]}\n"
 _UNDO = """\
 - hosts: ray_head
   become: true
-  gather_facts: false
   tasks: [{ansible.builtin.include_role: {name: docker_engine, tasks_from: remove}}]
 """
 

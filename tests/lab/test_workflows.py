@@ -87,7 +87,7 @@ def made(cluster: Cluster, work: Workflow) -> Run:
     return cluster.play("finetune.yml", *work.finetune("codes"), timeout=1200)
 
 
-def test_a_finetune_runs_on_both_hosts_and_shows_its_progress(cluster: Cluster, made: Run) -> None:
+def test_a_finetune_runs_on_both_hosts_and_shows_its_progress(cluster: Cluster, made: Run, work: Workflow) -> None:
     assert "finetune-codes-1: submitted" in made.output
     assert re.search(r"^ +training 4/4 loss", made.output, re.M), made.output[-6000:]
     assert "codes is done: /srv/llm-ray/runs/codes" in made.output
