@@ -15,7 +15,7 @@ import pytest
 from llm_ray.serve.protect.keys import new_secret
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
-from tests.lab.cluster import Cluster, Run
+from tests.lab.cluster import Cluster, Run, until
 from tests.lab.wheels import ROOT
 from tests.lab.workflows import Workflow
 
@@ -104,7 +104,7 @@ def test_a_model_is_finetuned_served_and_taken_away(alone: Cluster, first: Run, 
     assert work.key not in served.output
     assert (work.ask("codes"), work.ask("codes", new_secret())) == (200, 401)
     alone.play("serve_stop.yml", "-e", "model=codes")
-    assert work.ask("codes") == 404
+    until(lambda: work.ask("codes") == 404, "the gateway knows that it is gone")
 
 
 def test_reset_leaves_the_host_as_it_was(alone: Cluster, first: Run) -> None:
