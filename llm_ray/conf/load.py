@@ -40,12 +40,12 @@ def load_finetune(config: str | Path, overrides: Sequence[str] = (), vars_files:
     `config` is a file or the name of a shipped template, `overrides` are ``key=value`` as after ``--set``, `vars_files`
     YAML files of template variables as after ``--vars``. Raises :class:`ConfError`.
     """
-    return load(FINETUNE, FinetuneLoading, config, overrides, variables_of(vars_files))
+    return load(FINETUNE, FinetuneLoading, config, overrides, _variables(vars_files))
 
 
 def load_serve(config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = ()) -> ServeConf:
     """The conf of an endpoint and its models; otherwise as :func:`load_finetune`."""
-    return load(SERVE, ServeLoading, config, overrides, variables_of(vars_files))
+    return load(SERVE, ServeLoading, config, overrides, _variables(vars_files))
 
 
 def load(
@@ -108,8 +108,8 @@ def _read(file: Path) -> str:
         raise ConfError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def variables_of(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The template variables of the ``--vars`` files, later ones over earlier ones. Raises :class:`ConfError`."""
+def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
+    """The template variables of the ``--vars`` files, later ones over earlier ones."""
     values: dict[str, Any] = {}
     for name in files:
         file = expand(name)

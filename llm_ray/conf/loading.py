@@ -72,7 +72,7 @@ class Loading(ABC, Generic[C]):
         for path, messages in unset.items():
             self.complain(path, f"{without_marks(dotted(path))}: {'; '.join(messages)}")
         self.unset = tuple(unset)
-        self.make_absolute(self.data, ())
+        self._absolute(self.data, ())
         try:
             conf = self.keys.model.model_validate(self.data)
         except ValidationError as error:
@@ -136,12 +136,12 @@ class Loading(ABC, Generic[C]):
             node = node[part]
         node[str(setting.path[-1])] = setting.value
 
-    def make_absolute(self, node: dict[str, Any], path: yamltext.Path) -> None:
+    def _absolute(self, node: dict[str, Any], path: yamltext.Path) -> None:
         """Files and folders are made absolute before the schema would take them from the current folder."""
         for name, value in node.items():
             key = self.keys.key((*path, name))
             if key and isinstance(value, dict):
-                self.make_absolute(value, (*path, name))
+                self._absolute(value, (*path, name))
             elif key and key.is_path and isinstance(value, str):
                 node[name] = self.path((*path, name), value)
 

@@ -37,3 +37,8 @@ def preflight() -> ModuleType:
 @pytest.fixture(scope="session")
 def probe() -> ModuleType:
     return load("roles/preflight/library/preflight_probe.py")
+
+
+@pytest.fixture(scope="session")
+def operations() -> ModuleType:
+    return load("playbooks/filter_plugins/operations.py")

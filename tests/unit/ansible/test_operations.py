@@ -20,11 +20,6 @@ GROUPS = {
 
 
 @pytest.fixture(scope="module")
-def operations() -> ModuleType:
-    return load("playbooks/filter_plugins/operations.py")
-
-
-@pytest.fixture(scope="module")
 def probe() -> ModuleType:
     return load("roles/firewall/library/firewall_probe.py")
 

@@ -25,11 +25,6 @@ def filters() -> ModuleType:
     return load("roles/ray_job/filter_plugins/ray_job.py")
 
 
-@pytest.fixture(scope="module")
-def operations() -> ModuleType:
-    return load("playbooks/filter_plugins/operations.py")
-
-
 def test_groups_and_hosts_stand_for_addresses_of_rays_nodes(filters: ModuleType) -> None:
     facts = {"ansible_facts": {"default_ipv4": {"address": "10.0.0.1"}}}
     hostvars = {"head": facts, "w1": facts | {"ray_node_address": "10.1.0.2"}, "w2": {"ansible_host": "10.0.0.3"}, "w3": {}}
