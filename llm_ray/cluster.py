@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from llm_ray import cores
 from llm_ray.conf.schema import Runtime
 from llm_ray.errors import ClusterError
 
@@ -251,7 +252,8 @@ def _connect(address: str, **options: object) -> None:
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
+        with cores.background():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
     except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address == "local":

@@ -2,13 +2,19 @@
 
 Ray counts CPUs but binds nothing: two workers on a host run on the same cores unless each is told its own. A process claims
 cores by file locks, which the kernel lets go when the process dies, however it dies.
+
+What computes comes first: its threads wait for each other at every layer of a model, so that a moment which Ray, Serve or a gateway takes
+from one is lost to all. Those are started in the `background`, where Linux has them wait for the end of a time slice (SCHED_BATCH, see
+sched(7)) and not interrupt; `foreground` is for what computes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,10 +63,11 @@ def claim_cores(count: int) -> list[Core]:
 
 
 def bind(count: int) -> tuple[int, str]:
-    """Bind the calling thread, and the threads it starts, to `count` cores of its own.
+    """Bind the calling thread, and the threads it starts, to `count` cores of its own, in the foreground.
 
     Returns the number of compute threads to use (one a physical core) and, in words, what was done.
     """
+    foreground()
     cores = claim_cores(count)
     if not cores:
         return count, f"{count} threads, not bound: other processes hold this host's cores"
@@ -68,6 +75,27 @@ def bind(count: int) -> tuple[int, str]:
     threads = len({core.core for core in cores})
     nodes = sorted({core.numa_node for core in cores})
     return threads, f"{threads} threads on CPUs {_ranges([c.cpu for c in cores])}, NUMA node {_ranges(nodes)}"
+
+
+@contextlib.contextmanager
+def background() -> Iterator[None]:
+    """Processes that the calling thread starts in here do not interrupt what computes."""
+    before = os.sched_getscheduler(0)
+    _schedule(os.SCHED_BATCH)
+    try:
+        yield
+    finally:
+        _schedule(before)
+
+
+def foreground() -> None:
+    """The calling thread, and the threads it starts from now on, compute."""
+    _schedule(os.SCHED_OTHER)
+
+
+def _schedule(policy: int) -> None:
+    with contextlib.suppress(OSError):  # a container may forbid it, and then it only takes longer
+        os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 def _lock(cpu: int) -> int | None:

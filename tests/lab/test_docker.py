@@ -116,6 +116,7 @@ def test_nodes_have_no_power_over_their_host_and_are_well(cluster: Cluster) -> N
         assert found["Uid"].split()[0] == host.ssh("id -u ray").stdout.strip()
         assert int(found["CapEff"], 16) == 0
         assert found["NoNewPrivs"] == "1"
+        assert "SCHED_BATCH" in host.ssh("chrt --pid $(pgrep -o raylet)").stdout
         _wait_until_healthy(cluster, host)
 
 

@@ -109,6 +109,11 @@ def test_the_unit_is_hardened(cluster: Cluster) -> None:
         assert host.ssh(f"ps -o user= -p $(systemctl show -p MainPID --value {_unit(cluster, host)})").stdout.strip() == "ray"
 
 
+def test_ray_itself_does_not_interrupt_what_computes(cluster: Cluster) -> None:
+    for host in cluster.nodes:
+        assert "SCHED_BATCH" in host.ssh("chrt --pid $(pgrep -o raylet)").stdout
+
+
 def test_a_second_run_changes_nothing_and_is_fast(cluster: Cluster, first: First) -> None:
     before = _pids(cluster)
     second = cluster.play("site.yml")

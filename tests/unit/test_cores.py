@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_ray.cores import list_cores
+from llm_ray.cores import background, list_cores
 
 CLAIM = """
 import os, sys
@@ -15,6 +15,13 @@ from llm_ray.cores import bind
 threads, text = bind(int(sys.argv[1]))
 print(threads, sorted(os.sched_getaffinity(0)), text, sep="|", flush=True)
 sys.stdin.read()
+"""
+SCHEDULED = """
+import os
+from llm_ray.cores import foreground
+before = os.sched_getscheduler(0)
+foreground()
+print(before, os.sched_getscheduler(0))
 """
 
 
@@ -61,3 +68,15 @@ def test_first_threads_of_cores_come_before_their_siblings() -> None:
         physical = [core.core for core in cores if core.numa_node == node]
         distinct = len(set(physical))
         assert len(set(physical[:distinct])) == distinct
+
+
+def test_what_ray_starts_does_not_interrupt_what_computes() -> None:
+    with background():
+        shown = subprocess.run(
+            [sys.executable, "-c", SCHEDULED],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert shown.stdout.split() == [str(os.SCHED_BATCH), str(os.SCHED_OTHER)]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER

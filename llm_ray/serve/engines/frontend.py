@@ -23,7 +23,7 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from llm_ray.cores import bind
+from llm_ray import cores
 from llm_ray.errors import ModelError
 from llm_ray.serve.engines.thread import Core, EngineThread
 from llm_ray.serve.models import ServedModel
@@ -108,7 +108,8 @@ def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
     def bound() -> Core:
         import torch
 
-        torch.set_num_threads(bind(model.cpus)[0] if model.cpus else model.threads)
+        cores.foreground()
+        torch.set_num_threads(cores.bind(model.cpus)[0] if model.cpus else model.threads)
         return make()
 
     return FrontEnd(config, bound, refusal)
