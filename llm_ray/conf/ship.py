@@ -64,10 +64,6 @@ class Shipped:
     def text(self) -> str:
         return dump(self.conf)
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
 
 def ship_finetune(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> Shipped:
     """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises :class:`ConfError`."""
@@ -95,9 +91,10 @@ def digest(source: Path) -> tuple[str, int]:
         with source.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest(), source.stat().st_size
     lines, size = [], 0
-    for file in sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.relative_to(source).as_posix()):
+    files = (Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names)
+    for name, file in sorted((file.relative_to(source).as_posix(), file) for file in files):
         sha256, length = digest(file)
-        lines.append(f"{sha256}  {file.relative_to(source).as_posix()}\n")
+        lines.append(f"{sha256}  {name}\n")
         size += length
     return hashlib.sha256("".join(lines).encode()).hexdigest(), size
 

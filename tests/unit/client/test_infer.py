@@ -361,7 +361,8 @@ def test_an_endpoint_that_cannot_be_asked_ends_a_file_at_once(server: Server, pr
 def test_interrupted(server: Server, tmp_path: Path, number: signal.Signals) -> None:
     file, out = tmp_path / "p.jsonl", tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "a"}\n')
-    command = [str(Path(sys.executable).with_name("llm-ray")), "infer", "--model_endpoint", server.route("slow")]
+    command = ["env", "--default-signal", str(Path(sys.executable).with_name("llm-ray"))]  # a shell's background job would ignore SIGINT
+    command += ["infer", "--model_endpoint", server.route("slow")]
     with subprocess.Popen([*command, "--file", str(file), "--output", str(out)], stderr=subprocess.PIPE, text=True) as process:
         while not server.requests:
             assert process.poll() is None
