@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import subprocess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import ansible.module_utils
 import pytest
 
 from llm_ray.conf.load import load_finetune, load_serve
@@ -156,12 +159,11 @@ def test_a_folders_digest_is_that_of_sha256sums_lines(tmp_path: Path) -> None:
 
 
 def _shared_file() -> Any:
-    import importlib.util
-
-    path = Path(__file__).parents[3] / "roles/ray_job/library/shared_file.py"
-    spec = importlib.util.spec_from_file_location("shared_file", path)
+    role = Path(__file__).parents[3] / "roles/ray_job"
+    spec = importlib.util.spec_from_file_location("shared_file", role / "library/shared_file.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with patch.object(ansible.module_utils, "__path__", [*ansible.module_utils.__path__, str(role / "module_utils")]):
+        spec.loader.exec_module(module)
     return module
