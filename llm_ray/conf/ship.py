@@ -64,6 +64,10 @@ class Shipped:
     def text(self) -> str:
         return dump(self.conf)
 
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
 
 def ship_finetune(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> Shipped:
     """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises :class:`ConfError`."""

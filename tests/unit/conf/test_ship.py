@@ -87,6 +87,7 @@ def test_what_is_shipped_is_a_conf_that_the_cluster_reads(folder: Path, tmp_path
     file = tmp_path / "sent.yaml"
     file.write_text(shipped.text)
     assert load_finetune(file) == shipped.conf
+    assert shipped.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_hosts_and_groups_of_the_inventory_become_addresses(folder: Path) -> None:
