@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,3 +105,47 @@ def test_the_playbooks_arguments_are_no_keys_of_a_conf() -> None:
     arguments = yaml.safe_load((ROOT / "playbooks/vars/workflow.yml").read_text())
     assert not set(arguments["__finetune_arguments"]) & set(FINETUNE.table)
     assert not set(arguments["__serve_own_arguments"]) & set(SERVE.table)
+
+
+@pytest.fixture(scope="module")
+def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A playbook that renders a conf and writes down what Ansible has of it."""
+    folder = tmp_path_factory.mktemp("rendering")
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    conf = {"name": "codes", "model": {"base": "small"}, "data": {"train": str(folder / "rows.jsonl"), "upload": True, "validation": None}}
+    (folder / "codes.yaml").write_text(yaml.safe_dump(conf))
+    action = {
+        "kind": "finetune", "conf": str(folder / "codes.yaml"), "bundle": str(ROOT), "home": "/srv/llm-ray", "nodes": "any", "hosts": {},
+        "arguments": ["conf"], "variables": {}, "settings": {},
+    }  # fmt: skip
+    tasks = [{"llm_ray_conf": action, "register": "made"}, {"copy": {"content": "{{ made | to_json }}", "dest": str(folder / "made.json")}}]
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
+    (folder / "render.yml").write_text(yaml.safe_dump([play]))
+    return folder
+
+
+def _render(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), str(folder / "render.yml")]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "ANSIBLE_ACTION_PLUGINS": str(ROOT / "roles/ray_job/action_plugins")}
+    arguments = [argument for setting in settings for argument in ("-e", setting)]
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_a_conf_comes_with_its_checksum_and_the_files_that_go_with_it(rendering: Path) -> None:
+    done = _render(rendering, "training.max_steps=7")
+    assert done.returncode == 0, done.stdout
+    made = json.loads((rendering / "made.json").read_text())
+    assert made["resolved"]["training"]["max_steps"] == 7
+    assert made["given"] == ["training.max_steps"]
+    assert made["sha256"] == hashlib.sha256(made["conf"].encode()).hexdigest()
+    (file,) = made["files"]
+    assert file["source"] == str(rendering / "rows.jsonl")
+    assert file["sha256"] == hashlib.sha256((rendering / "rows.jsonl").read_bytes()).hexdigest()
+
+
+def test_a_key_that_no_conf_has_is_told_as_it_was_given(rendering: Path) -> None:
+    done = _render(rendering, "training.max_stepz=7")
+    assert done.returncode == 2
+    assert "-e training.max_stepz" in done.stdout + done.stderr
+    assert "max_steps" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
-import ansible.module_utils
 import pytest
 
 from llm_ray.conf.load import load_finetune, load_serve
@@ -17,6 +13,7 @@ from llm_ray.conf.schema import FinetuneConf, home
 from llm_ray.conf.serve import ServeConf
 from llm_ray.conf.ship import Destination, Shipped, digest, ship_finetune, ship_serve
 from llm_ray.errors import ConfError
+from tests.unit.ansible.conftest import load
 
 TO = Destination(
     Path("/srv/llm-ray"),
@@ -154,17 +151,7 @@ def test_a_folders_digest_is_that_of_sha256sums_lines(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     lines = subprocess.run(["sha256sum", "a", "b/two"], cwd=tmp_path, capture_output=True, check=True).stdout
     assert digest(tmp_path) == (hashlib.sha256(lines).hexdigest(), 2)
-    assert _shared_file().digest(str(tmp_path)) == digest(tmp_path)[0]  # the hosts' own way comes to the same
+    on_hosts = load("roles/ray_job/library/shared_file.py").digest  # their own way comes to the same
+    assert on_hosts(str(tmp_path)) == digest(tmp_path)[0]
     (tmp_path / "linked").symlink_to("b", target_is_directory=True)
-    assert _shared_file().digest(str(tmp_path)) == digest(tmp_path)[0] != hashlib.sha256(lines).hexdigest()
-
-
-def _shared_file() -> Any:
-    role = Path(__file__).parents[3] / "roles/ray_job"
-    spec = importlib.util.spec_from_file_location("shared_file", role / "library/shared_file.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with patch.object(ansible.module_utils, "__path__", [*ansible.module_utils.__path__, str(role / "module_utils")]):
-        spec.loader.exec_module(module)
-    return module
+    assert on_hosts(str(tmp_path)) == digest(tmp_path)[0] != hashlib.sha256(lines).hexdigest()
