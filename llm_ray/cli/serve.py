@@ -110,8 +110,8 @@ def deploy(**given: Any) -> None:
             local.end(started)
         raise
     if conf.runtime.mode == "cluster" and not given["foreground"]:
-        declared.remember(conf, [model.name for model in served.models])
-    _tell(served, conf, reporter)
+        declared.remember(conf.model_copy(update={"endpoint": served.endpoint}), [model.name for model in served.models])
+    _tell(served, reporter)
     if given["foreground"]:
         _stay([model.name for model in models], conf.runtime, mine, reporter)
 
@@ -198,7 +198,7 @@ def _pair(text: str) -> tuple[str, str]:
     return name, place
 
 
-def _tell(served: Any, conf: ServeConf, reporter: Any) -> None:
+def _tell(served: Any, reporter: Any) -> None:
     import json
 
     first = served.models[0]
@@ -206,7 +206,7 @@ def _tell(served: Any, conf: ServeConf, reporter: Any) -> None:
     for model in served.models:
         for name in (model.name, *model.adapters):
             reporter.line(f"  {name}: {served.route(name)}")
-    key = " -H 'Authorization: Bearer KEY'" if conf.endpoint.needs_keys else ""
+    key = " -H 'Authorization: Bearer KEY'" if served.endpoint.needs_keys else ""
     if key:
         reporter.line("Requests need an API key: llm-ray serve keys add NAME")
     examples: dict[str, tuple[str, dict[str, Any]]] = {

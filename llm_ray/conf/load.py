@@ -72,8 +72,14 @@ def load(
 
 
 def dump(conf: Section) -> str:
-    """The conf as YAML, every key written out; :func:`load_finetune` or :func:`load_serve` makes an equal conf of it."""
-    text = yamltext.dump(conf.model_dump(mode="json"))
+    """The conf as YAML, every key written out; :func:`load_finetune` or :func:`load_serve` makes an equal conf of it.
+
+    Of an endpoint, those alone that were given: what a conf does not say stays as the running endpoint has it.
+    """
+    told = conf.model_dump(mode="json")
+    if isinstance(conf, ServeConf):
+        told["endpoint"] = conf.endpoint.model_dump(mode="json", exclude_unset=True)
+    text = yamltext.dump(told)
     return f"# {{% raw %}}\n{text}# {{% endraw %}}\n" if re.search(r"\{[{%#]", text) else text
 
 

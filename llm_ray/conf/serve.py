@@ -51,7 +51,8 @@ class Limits(Section):
 
 
 class Endpoint(Section):
-    """The HTTP endpoint that all models share. It takes effect when Ray Serve starts; a running endpoint keeps its host, port and TLS."""
+    """The HTTP endpoint that all models share. What a conf does not say of it stays as the running endpoint has it; its host, port and TLS
+    are settled when Ray Serve starts."""
 
     host: str = "127.0.0.1"
     """Address to listen at. Beyond loopback (`0.0.0.0`, or an address of this host) API keys are demanded."""
@@ -80,6 +81,10 @@ class Endpoint(Section):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("endpoint.tls_certificate and endpoint.tls_key belong together: give both, or none")
         return self
+
+    def over(self, running: Endpoint) -> Endpoint:
+        """The running endpoint, with what this one says of it."""
+        return running.model_copy(update={key: getattr(self, key) for key in self.model_fields_set})
 
     @property
     def on_loopback(self) -> bool:
@@ -143,7 +148,7 @@ class ModelServing(Section):
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two requests of the longest."""
     cpus: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most a NUMA node's; where none are
+    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most 64; where none are
     free it shares those of others."""
     replicas: int = Field(1, ge=1)
     """Replicas, each with its own weights and cores. `autoscale` replaces it."""
@@ -201,6 +206,10 @@ class ServeConf(Section):
     def _check(self) -> ServeConf:
         wrong = []
         owner = {name: f"models.{name}" for name in self.models}
+        flat: dict[str, str] = {}
+        for name in self.models:  # part of file names, in which a slash becomes --
+            if (other := flat.setdefault(name.replace("/", "--"), name)) != name:
+                wrong.append(f"models.{name}: its name cannot be told from that of models.{other}: give one of them another")
         for name, model in self.models.items():
             for adapter in model.adapters:
                 key = f"models.{name}.adapters.{adapter}"

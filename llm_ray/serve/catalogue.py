@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from llm_ray.conf.serve import Endpoint
 from llm_ray.serve.models import ServedModel
 
 GATEWAY = "llm-ray"
@@ -35,6 +36,11 @@ class Deployed:
     """When it was deployed, in seconds since 1970."""
 
     @property
+    def held(self) -> int:
+        """Replicas that hold cores and memory, or are to."""
+        return max(self.replicas, self.wanted)
+
+    @property
     def ready(self) -> bool:
         """Whether a request is answered, if only after a replica has been started for it."""
         return self.status == "RUNNING" or self.replicas > 0
@@ -48,6 +54,13 @@ def app_name(model: str) -> str:
 def user_config(model: ServedModel) -> dict[str, Any]:
     """What a model's deployment carries: its description, and the adapters that a replica takes over without a restart."""
     return {"model": _MODEL.dump_python(model, mode="json")}
+
+
+def endpoint(details: Mapping[str, Any]) -> Endpoint | None:
+    """The endpoint that is deployed, from the controller's details; the gateway's `user_config` has it."""
+    app = (details.get("applications") or {}).get(GATEWAY)
+    config = app["deployments"][GATEWAY]["deployment_config"]["user_config"] if app and GATEWAY in app["deployments"] else None
+    return Endpoint.model_validate(config["endpoint"]) if config and "endpoint" in config else None
 
 
 def described(config: Mapping[str, Any]) -> ServedModel:

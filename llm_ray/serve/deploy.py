@@ -37,7 +37,6 @@ _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+
 _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
 # vLLM's advice for a cache that is too small names settings that do not hold here.
 _ADVICE = re.compile(r"Try (?:increasing|decreasing) .*gpu_memory_utilization.*")
-DRAIN_SECONDS = 60.0
 _GRACE = 60.0  # seconds that Serve may take for the rest
 # A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
 _STARTS = 5
@@ -52,6 +51,8 @@ class Served:
     seconds: float
     """From the call to the moment all models were ready."""
     models: tuple[ServedModel, ...]
+    endpoint: Endpoint
+    """With what was left as it ran."""
 
     def route(self, model: str) -> str:
         """The model's own route."""
@@ -59,7 +60,8 @@ class Served:
 
 
 def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter, timeout: float = 900) -> Served:
-    """Serve `models` beside what is served already, and wait until all of them answer.
+    """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it is, but for what
+    `endpoint` says of it.
 
     A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are others, else by
     replicas that are replaced one after the other: a new one starts before an old one ends, where there is room for both, so that there
@@ -68,10 +70,11 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
     """
     began = time.monotonic()
     with _quiet():
+        endpoint = endpoint.over(running) if (running := running_endpoint()) else endpoint
         url = start_endpoint(endpoint)
         before = status()
         hosts = nodes()
-        models = place(models, hosts, {name: entry.model for name, entry in before.items()})
+        models = place(models, hosts, {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()})
         _check_names(models, before)
         for model in models:
             reporter.line(f"  {tell(model)}")
@@ -80,12 +83,12 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
         ]
         try:
             beside = fits_beside(changed, hosts)
-            _run([_gateway(endpoint), *(_application(model, beside) for model in changed)])
+            _run([_gateway(endpoint), *(_application(model, endpoint, beside) for model in changed)])
             _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
-            _restore(changed, before, wait=not isinstance(error, KeyboardInterrupt))
+            _restore(changed, before, endpoint, wait=not isinstance(error, KeyboardInterrupt))
             raise
-    return Served(url, time.monotonic() - began, tuple(models))
+    return Served(url, time.monotonic() - began, tuple(models), endpoint)
 
 
 def stop(names: Sequence[str], reporter: Reporter) -> None:
@@ -119,6 +122,12 @@ def status() -> dict[str, Deployed]:
     return catalogue.deployed(client.get_serve_details()) if client else {}
 
 
+def running_endpoint() -> Endpoint | None:
+    """The endpoint of the connected Ray, if one is deployed."""
+    client = _client()
+    return catalogue.endpoint(client.get_serve_details()) if client else None
+
+
 def stats() -> dict[str, dict[str, float]]:
     """What the gateway has counted of each model; empty while there is no gateway."""
     from ray import serve
@@ -131,12 +140,13 @@ def stats() -> dict[str, dict[str, float]]:
         return found
 
 
-def drain(seconds: float = DRAIN_SECONDS) -> int:
-    """Take no more requests, wait until those in progress are answered; returns how many were not after `seconds`."""
+def drain() -> int:
+    """Take no more requests, wait until those in progress are answered; returns how many were not within the time that one may take."""
     from ray import serve
 
     with _quiet():
         try:
+            seconds = _longest()
             app = serve.status().applications.get(GATEWAY)
             if app is None or not app.deployments[GATEWAY].replica_states.get("RUNNING"):  # it takes none in
                 return 0
@@ -232,7 +242,7 @@ def tell_reason(message: str) -> str:
 # Applications ------------------------------------------------------------------------------------------------------------------
 
 
-def _application(model: ServedModel, beside: bool) -> Any:
+def _application(model: ServedModel, endpoint: Endpoint, beside: bool) -> Any:
     """The model as Serve takes it; `beside` says that there is room for one more replica while they are replaced."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig
@@ -262,7 +272,7 @@ def _application(model: ServedModel, beside: bool) -> Any:
         max_constructor_retry_count=_STARTS,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=endpoint.request_timeout_s,
         graceful_shutdown_wait_loop_s=0.2,
         max_surge_percent=1 if beside else 0,  # of the replicas, rounded up: one
         placement_group_bundles=[resources],
@@ -282,16 +292,15 @@ def _constant(model: ServedModel) -> ServedModel:
 def _gateway(endpoint: Endpoint) -> Any:
     from ray import serve
 
-    protection = Protection.of(endpoint)
     deployment = serve.deployment(
         serve.ingress()(Gateway),
         name=GATEWAY,
-        user_config=protection.to_json(),
+        user_config={"endpoint": endpoint.model_dump(mode="json"), "protection": Protection.of(endpoint).to_json()},
         num_replicas=1,
         max_ongoing_requests=10_000,
         health_check_period_s=2,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=DRAIN_SECONDS,
+        graceful_shutdown_timeout_s=endpoint.request_timeout_s,
         max_surge_percent=100,
         ray_actor_options={"num_cpus": 0},
     )
@@ -314,14 +323,15 @@ def _delete(apps: Sequence[str], reporter: Reporter) -> None:
     """Delete applications, and wait until their replicas have answered what they work on. Raises ServeError."""
     from ray import serve
 
+    within = _longest() + _GRACE
     for app in apps:
         serve.delete(app, _blocking=False)
     began = time.monotonic()
     with reporter.bar("stopping", total=len(apps)) as bar:
         while left := [app for app in apps if app in serve.status().applications]:
             bar.update(len(apps) - len(left), len(apps), f"{time.monotonic() - began:.0f} s")
-            if time.monotonic() - began > DRAIN_SECONDS + _GRACE:
-                raise ServeError(f"{', '.join(left)} did not stop within {DRAIN_SECONDS + _GRACE:.0f} s: llm-ray serve status tells more")
+            if time.monotonic() - began > within:
+                raise ServeError(f"{', '.join(left)} did not stop within {within:.0f} s: llm-ray serve status tells more")
             time.sleep(_POLL)
         bar.update(len(apps), len(apps))
 
@@ -341,7 +351,7 @@ def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> 
                 )
 
 
-def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], wait: bool) -> None:
+def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], endpoint: Endpoint, wait: bool) -> None:
     """Serve what was served before a deployment that failed."""
     from ray import serve
 
@@ -350,7 +360,7 @@ def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], wait: 
         for app in new:
             serve.delete(app, _blocking=wait)
         if old := [before[model.name].model for model in changed if model.name in before]:
-            _run([_application(model, beside=True) for model in old])
+            _run([_application(model, endpoint, beside=True) for model in old])
 
 
 def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:
@@ -374,6 +384,11 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                     f"{', '.join(waiting)} did not start within {timeout:.0f} s. The last word: {tell_reason(chr(10).join(told))}"
                 )
             time.sleep(_POLL)
+
+
+def _longest() -> float:
+    """Seconds that a request may take."""
+    return (running_endpoint() or Endpoint()).request_timeout_s
 
 
 def _failure(app: Any) -> str | None:

@@ -31,6 +31,7 @@ from llm_ray.serve import proxy
 
 _POLL = 0.05  # seconds
 _WATCH = 1.0
+_ENDS_WITHIN = 120
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def _started(process: subprocess.Popen[bytes], log: Path, timeout: float) -> Loc
         time.sleep(_POLL)
 
 
-def end(found: LocalRay, timeout: float = 120) -> None:
+def end(found: LocalRay) -> None:
     """End the local Ray that serves; requests in progress are answered first."""
-    _stop(found.pid, timeout)
+    _stop(found.pid)
 
 
-def _stop(pid: int, timeout: float) -> None:
+def _stop(pid: int, timeout: float | None = None) -> None:
     """SIGTERM, and after `timeout` seconds SIGKILL."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
@@ -181,6 +182,7 @@ def _serve_until_told_to_end() -> None:
     from llm_ray.serve.deploy import drain
 
     drain()
+    signal.alarm(_ENDS_WITHIN)  # it would hang otherwise
 
 
 def _interrupt(*_: object) -> None:

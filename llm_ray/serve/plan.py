@@ -7,7 +7,6 @@ place(models, nodes, deployed)        # cores decided; ServeError with the figur
 from __future__ import annotations
 
 import importlib.util
-import re
 import runpy
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -136,10 +135,10 @@ def _check_kind(asked: ModelServing, path: Path) -> None:
     config = read_json(path / "config.json")
     if asked.trust_remote_code:
         return
-    if "auto_map" in config and not config.get("model_type"):
-        raise ModelError(f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it")
     kind = config.get("model_type")
     if kind not in _known_kinds():
+        if "auto_map" in config:
+            raise ModelError(f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it")
         raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
     if asked.engine == "transformers":
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -177,8 +176,8 @@ def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
 def place(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[ServedModel]:
     """The models with their cores decided. Raises ServeError, with the figures, where the cluster has no room for one.
 
-    `running` are the deployed ones: what a model of the same name holds now is its own again when it is replaced. One that is otherwise
-    unchanged keeps its cores, so that it need not be started anew.
+    `running` are the deployed ones, with the replicas that they have now: what a model of the same name holds is its own again when it is
+    replaced. One that is otherwise unchanged keeps its cores, so that it need not be started anew.
     """
     kept = {model.name: like for model in models if (old := running.get(model.name)) and (like := _with_cores_of(old, model))}
     try:
@@ -233,7 +232,7 @@ def _replicas(model: ServedModel) -> int:
 
 
 def _give_back(old: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
-    for _ in range(_replicas(old)):
+    for _ in range(old.replicas):
         for node, room in zip(nodes, free, strict=True):
             if node.cpus - room[0] >= old.cpus and node.memory - room[1] >= old.memory_bytes:
                 room[0] += old.cpus
@@ -270,14 +269,3 @@ def tell(model: ServedModel) -> str:
     count = f"{model.autoscale.min}-{model.autoscale.max} replicas" if model.autoscale else f"{model.replicas} replica(s)"
     cache = f"{model.kv_cache_bytes / _GIB:.2g} GiB cache"
     return f"{model.name}: engine {model.engine}, {model.precision}, {model.max_model_len} tokens, {cores}, {cache}, {count}"
-
-
-def deployment_name_clash(names: Sequence[str]) -> str | None:
-    """Two names that would be one file name (`a/b` and `a--b`), if there are such."""
-    seen: dict[str, str] = {}
-    for name in names:
-        flat = re.sub("/", "--", name)
-        if flat in seen:
-            return f"{seen[flat]} and {name}"
-        seen[flat] = name
-    return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -37,6 +39,9 @@ class ModelServer(LLMServer):
 
     def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
         self.adapters = dict(model.adapters)
+        # vLLM keeps what it has computed of a prompt by an adapter's name and path: other weights get another path.
+        self._folder = tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
+        self._versions = Path(self._folder.name)
         self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
         LLMServerProtocol.__init__(self)
         self._init_shared(llm_config(model), functools.partial(Engine, model))
@@ -66,8 +71,11 @@ class ModelServer(LLMServer):
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
         """Load an adapter unless it is loaded. Raises ValueError where vLLM does not take it."""
         number = abs(hash(name)) % 2**31 + 1
+        path = self._versions / adapter.identity
+        path.unlink(missing_ok=True)  # the same may lie elsewhere by now
+        path.symlink_to(adapter.path)
         await self.engine.resolve_lora(
-            DiskMultiplexConfig(model_id=name, max_total_tokens=None, local_path=adapter.path, lora_assigned_int_id=number)
+            DiskMultiplexConfig(model_id=name, max_total_tokens=None, local_path=str(path), lora_assigned_int_id=number)
         )
 
     async def _adapter(self, name: str) -> Adapter:
@@ -98,13 +106,13 @@ class ModelServer(LLMServer):
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
         """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ValueError for one that is none."""
-        for name, adapter in self.adapters.items():
+        before, self.adapters = self.adapters, dict(adapters)  # first: requests that come meanwhile load what is to be served
+        for name, adapter in before.items():
             if adapters.get(name) != adapter:
                 await self.engine.forget_adapter(name)
         for name, adapter in adapters.items():
-            if self.adapters.get(name) != adapter:
+            if before.get(name) != adapter:
                 await self._load_adapter(name, adapter)
-        self.adapters = dict(adapters)
 
 
 def engine_arguments(model: ServedModel) -> dict[str, Any]:

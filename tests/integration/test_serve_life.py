@@ -137,6 +137,23 @@ def test_neighbours_come_fail_and_go_while_the_first_answers(home: Home, tmp_pat
     assert set(home.models()) == {"first", "second"}
 
 
+def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_mention_it(home: Home, tmp_path: Path) -> None:
+    conf = tmp_path / "first.yaml"
+    first = {"model": str(home.model), "max_model_len": 512, "cpus": 1}
+
+    def deploy(keys: str) -> None:
+        conf.write_text(json.dumps({"endpoint": {"port": home.port, "api_keys": keys}, "models": {"first": first}}))
+        deployed = home.run("serve", "deploy", "--config", str(conf))
+        assert deployed.returncode == 0, deployed.stderr
+
+    deploy("on")
+    assert home.ask("first").status_code == 401
+    assert home.deploy("second").returncode == 0
+    assert home.ask("first").status_code == 401
+    deploy("off")
+    assert home.ask("first").status_code == 200
+
+
 def test_replicas_compute_on_cores_of_their_own(home: Home) -> None:
     def cores(process: psutil.Process) -> list[frozenset[int]]:
         allowed = [Path(f"/proc/{process.pid}/task/{t.id}/status").read_text() for t in process.threads()]
@@ -214,6 +231,7 @@ def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
                 trust_env=False,
             )
         _until(lambda: home.models()["first"]["in_progress"] == 0, 10)
+        _until(lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10)  # the answer would take it half a minute
 
 
 def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tmp_path: Path) -> None:

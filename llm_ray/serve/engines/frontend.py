@@ -95,7 +95,6 @@ class Engine(VLLMEngine):
         if name in self._oai_models.lora_requests:
             lora = self._oai_models.lora_requests.pop(name)
             await self._engine_client.remove_lora(lora.lora_int_id)
-            await self._engine_client.reset_prefix_cache()  # a later adapter of this name computes other values
 
     def _start_async_llm_engine(self, engine_args: Any, config: VllmConfig, placement_group: Any) -> FrontEnd:
         return front_end(self._model, config)

@@ -210,7 +210,7 @@ class Api:
             raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
         target = await self._target(body.model, request)
         if target.entry.status == "DELETING":  # its replicas only answer what they have begun
-            raise ApiError(503, f"The model `{target.name}` is being stopped.", "stopping")
+            raise ApiError(503, f"The model `{target.name}` is being stopped.", "stopping", retry_after=5)
         body.model = target.name
         return target
 
@@ -263,7 +263,12 @@ class Api:
         if len(bodies) > served.max_batch:
             raise _too_many(len(bodies), target, "text")
         method = "chat" if served.task == "chat" else "completions"
-        answers = await asyncio.gather(*(self._answer(method, one, request) for one in bodies))
+        try:
+            async with asyncio.TaskGroup() as group:  # where one is refused, the others end
+                asked = [group.create_task(self._answer(method, one, request)) for one in bodies]
+        except BaseExceptionGroup as failed_ones:
+            raise failed_ones.exceptions[0] from None
+        answers = [task.result() for task in asked]
         if body.stream:
             return _Streamed(_texts(answers[0].events()), answers[0], "text/plain; charset=utf-8")
         results = [_simple_result(answer) for answer in answers]

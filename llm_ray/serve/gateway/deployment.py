@@ -26,7 +26,7 @@ class Gateway:
         from llm_ray.serve.gateway.openapi import ask_for_keys
         from llm_ray.serve.protect import Protection, protect
 
-        protection = Protection.from_json(config)
+        protection = Protection.from_json(config["protection"])
         ask_for_keys(self._api.app, protection.keys_file is not None)
         self._app.inner = protect(self._api.app, protection, self._limiter)
         await self._api.start()

@@ -74,11 +74,13 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
         message, param = message[: found.start()], param or found["param"]
     if not isinstance(status, int) or not 400 <= status < 600:
         return ApiError(500, f"The engine says: {message}", "internal_error")
+    if status >= 500:
+        return ApiError(503, f"The engine failed while it answered; ask again. It says: {message}", "engine_failed", retry_after=1)
     if _NO_TEMPLATE.search(message):
         said = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
         return ApiError(400, said, "invalid_request", param="messages")
     code = "context_length_exceeded" if _TOO_LONG.search(message) else "model_not_found" if status == 404 else "invalid_request"
-    return ApiError(status, message, code if status < 500 else "engine_failed", param=param)
+    return ApiError(status, message, code, param=param)
 
 
 def failed(error: Exception, name: str, entry: Deployed) -> ApiError:

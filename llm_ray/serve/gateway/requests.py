@@ -351,6 +351,7 @@ class Embedding(Body, EmbeddingCompletionRequest):
         | Annotated[list[str], Field(min_length=1, max_length=2048)]
         | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
     )
+    encoding_format: Literal["float", "base64"] = "float"
 
 
 class TokenizeText(Body, TokenizeCompletionRequest):

@@ -101,3 +101,28 @@ def test_adapters_come_and_go_without_a_restart(
     assert text(client, "tuned") != text(client, "small")
     assert replicas(run) == before
     assert len(before) == 1
+
+
+def test_a_changed_adapter_answers_with_its_new_weights_while_its_base_is_asked(
+    run: Any, conf: Path, adapter: Path, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    """What was computed of a prompt with its old weights is not used again."""
+    folder = shutil.copytree(adapter, tmp_path / "changing")
+    asked = json.loads(conf.read_text())
+    asked["models"]["small"]["adapters"]["changing"] = str(folder)
+    (tmp_path / "more.yaml").write_text(json.dumps(asked))
+
+    def deploy(file: Path) -> None:
+        deployed = run("serve", "deploy", "--config", str(file), "--only", "small")
+        assert deployed.returncode == 0, deployed.stderr
+
+    long = {"prompt": PROMPT * 40}  # several blocks of the cache
+    deploy(tmp_path / "more.yaml")
+    assert text(client, "changing", **long) != text(client, "small", **long)
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    with client.completions.create(model="small", **ASK | {"max_tokens": 500}, stream=True) as stream:
+        assert next(iter(stream)).choices
+        deploy(tmp_path / "more.yaml")
+        assert text(client, "changing", **long) == text(client, "small", **long)
+    deploy(conf)

@@ -78,6 +78,12 @@ def test_a_kind_of_model_that_nobody_knows_is_refused(smollm2: Path, tmp_path: P
         _plan(ModelServing(model=str(folder)), tmp_path)
 
 
+def test_a_model_with_code_of_its_own_is_told_how_to_be_trusted(smollm2: Path, tmp_path: Path) -> None:
+    folder = _copy(smollm2, tmp_path / "m", model_type="frobnicator", auto_map={"AutoConfig": "configuration.Frobnicator"})
+    with pytest.raises(ModelError, match="code of its own: read it, and set trust_remote_code and trusted_models"):
+        _plan(ModelServing(model=str(folder)), tmp_path)
+
+
 def test_a_model_that_writes_no_text_is_refused_by_transformers(smollm2: Path, tmp_path: Path) -> None:
     folder = _copy(smollm2, tmp_path / "m", model_type="clip")
     with pytest.raises(ModelError, match="a model of type clip does not write text"):
@@ -162,6 +168,12 @@ def test_where_no_core_is_free_they_are_shared() -> None:
 def test_what_a_model_holds_is_free_for_its_successor() -> None:
     old = _model(cpus=2, memory=40)
     assert [m.cpus for m in place([_model(memory=40)], [_node(cpus=2, free=0, free_memory=24)], {"m": old})] == [2]
+
+
+def test_a_model_that_sleeps_holds_nothing() -> None:
+    sleeper = _model(cpus=2, replicas=0)
+    with pytest.raises(ServeError, match="no room for m"):
+        place([_model(cpus=2)], [_node(cpus=2, free=0)], {"m": sleeper})
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_a_body_that_is_no_object_is_told(body: Any) -> None:
         (Tokenize, {}, "prompt"),
         (Tokenize, {"messages": [{"role": "user"}]}, "messages[0].content"),
         (Detokenize, {"tokens": [2**40]}, "tokens[0]"),
+        (Embedding, {"model": "m", "input": "a", "encoding_format": "bytes"}, "encoding_format"),
         (SimpleRequest, {}, "text"),
         (SimpleRequest, {"text": ""}, "text"),
         (SimpleRequest, {"text": [5]}, "text[0]"),
