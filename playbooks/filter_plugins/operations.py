@@ -1,32 +1,13 @@
-"""What the playbooks decide and show: whether a name may be meant, what a check came to, and tables to read."""
+"""What the playbooks decide and show: whether a host may be meant, what a check came to, and tables to read."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 Finding = dict[str, str]
-
-
-def operations_misspelt(variables: Mapping[str, Any], arguments: Sequence[str], roles: str) -> list[str]:
-    """What is wrong with names given by -e: those that are nearly, and not quite, an argument of the playbook.
-
-    variables: a host's. arguments: names that the playbook takes. roles: the folder of the roles, whose own variables are no mistakes.
-    """
-    known = {*arguments}
-    for path in Path(roles).glob("*/meta/argument_specs.yml"):
-        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
-            known |= {*(entry.get("options") or {})}
-    problems = []
-    for name in sorted(map(str, variables)):
-        if name not in known and (near := difflib.get_close_matches(name.lower(), arguments, 1, 0.75)):
-            problems.append(f"-e {name}: no such argument: did you mean -e {near[0]}=…?")
-    return problems
 
 
 def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -> str:
@@ -142,7 +123,6 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
-            "operations_misspelt": operations_misspelt,
             "operations_node": operations_node,
             "operations_addresses": operations_addresses,
             "operations_units": operations_units,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -85,6 +86,32 @@ def test_an_admin_network_reaches_what_is_served_and_no_more(cluster: Cluster, o
     finally:
         cluster.play("site.yml", "--tags", "firewall")
     assert _open_ports(outside, cluster.head, "[22, 7860, 8000]") == [22]
+
+
+def test_ssh_stays_open_where_sshd_listens(cluster: Cluster, outside: Host) -> None:
+    """Also at a port that no inventory names, among those that are closed."""
+    conf = "/etc/ssh/sshd_config.d/ports.conf"
+    cluster.head.ssh(rf"printf 'Port 22\nPort 50022\n' > {conf}; systemctl restart ssh")
+    try:
+        cluster.play("site.yml", "--tags", "firewall", "--limit", "head")
+        assert _open_ports(outside, cluster.head, "[22, 8000, 50022]") == [22, 50022]
+        assert cluster.play("site.yml", "--tags", "firewall", "--limit", "head").changed == 0
+    finally:
+        cluster.head.ssh(f"rm {conf}; systemctl restart ssh")
+        cluster.play("site.yml", "--tags", "firewall")
+
+
+def test_clients_of_the_storage_reach_nfs_and_no_more(cluster: Cluster, outside: Host) -> None:
+    served = replace(cluster, groups={**cluster.groups, "nfs_server": ["head"]})
+    cluster.head.ssh("systemd-run --unit=served-2049 python3 -m http.server 2049")
+    try:
+        served.play("site.yml", "--tags", "firewall")
+        assert _open_ports(outside, cluster.head, "[22, 2049, 6380, 8000]") == [22]
+        served.play("site.yml", "--tags", "firewall", "-e", json.dumps({"nfs_server_clients": [f"{outside.address}/32"]}))
+        assert _open_ports(outside, cluster.head, "[22, 2049, 6380, 8000]") == [22, 2049]
+    finally:
+        cluster.head.ssh("systemctl stop served-2049")
+        cluster.play("site.yml", "--tags", "firewall")
 
 
 def test_ssh_is_never_locked_out(cluster: Cluster, outside: Host) -> None:

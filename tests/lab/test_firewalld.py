@@ -14,7 +14,7 @@ from tests.lab.hosts import Host, lab
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
-_SSH = [22, 2222]
+_SSH = [22, 2222, 50022]  # the last is in no inventory, and among the ports that are closed
 _SERVED = [7860, 8000]
 _RAY = [6379, 20500]
 _OTHER = [5555]
@@ -43,7 +43,7 @@ def hosts(lab_ready: None) -> Iterator[Cluster]:
         (folder / "bundle/remove.yml").write_text(_REMOVE)
         made.add("head", "worker1", "outside")
         for name in ("head", "worker1"):
-            made.hosts[name].ssh(r"printf 'Port 22\nPort 2222\n' > /etc/ssh/sshd_config.d/ports.conf; systemctl restart ssh")
+            made.hosts[name].ssh(r"printf 'Port 22\nPort 2222\nPort 50022\n' > /etc/ssh/sshd_config.d/ports.conf; systemctl restart ssh")
             known = made.hosts[name].known_hosts
             address = made.hosts[name].address
             (key,) = [line for line in known.read_text().splitlines() if line.startswith(f"{address} ")]
@@ -145,7 +145,7 @@ def test_remove_restores(closed: Cluster) -> None:
 
 def test_firewalld_that_ran_before_goes_on_as_it_was(closed: Cluster) -> None:
     outside, head = closed.hosts["outside"], closed.head
-    head.ssh("systemctl enable -q --now firewalld; firewall-cmd -q --permanent --add-port=2222/tcp; firewall-cmd -q --reload")
+    head.ssh("systemctl enable -q --now firewalld; firewall-cmd -q --permanent --add-port={2222,50022}/tcp; firewall-cmd -q --reload")
     before = head.ssh("firewall-cmd --list-all-zones").stdout
     _site(closed)
     assert _open(outside, head) == _SSH

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
 from tests.lab.cluster import Cluster, until
@@ -27,6 +30,54 @@ def test_only_one_worker_may_be_named(cluster: Cluster, node: str) -> None:
     assert f"node = {node}" in run.output
     assert run.changed == 0
     assert "PLAY [Its work ends]" not in run.output
+
+
+def test_one_host_alone_is_all_right_when_nothing_is_cached_of_the_others(cluster: Cluster) -> None:
+    cluster.wait_for_nodes(cluster.nodes)
+    shutil.rmtree(cluster.lab.folder / "home/.cache/llm-ray/facts")
+    run = cluster.play("site.yml", "--limit", "worker1")
+    assert run.changes() == []
+    shutil.rmtree(cluster.lab.folder / "home/.cache/llm-ray/facts")
+    cluster.head.cut()
+    try:
+        away = cluster.play("site.yml", "--limit", "worker1", "--skip-tags", "preflight", ok=False)
+    finally:
+        cluster.head.plug()
+    assert away.code != 0
+    assert "head: left out by --limit, not reached now" in " ".join(away.output.split())
+    assert away.changed == 0
+    cluster.wait_for_nodes(cluster.nodes)
+
+
+def test_a_node_that_does_not_start_says_why_and_soon(cluster: Cluster) -> None:
+    run = cluster.play("site.yml", "--tags", "ray_node", "--limit", "worker1", "-e", "ray_node_cpus=many", ok=False)
+    assert run.code != 0
+    assert re.search(r"worker1: after \d+ s llm-ray-worker is \w+ and was started anew \d+ times; its journal ends:", run.output)
+    assert "'many' is not a valid int" in run.output
+    assert run.seconds < 280
+    cluster.play("site.yml")
+    cluster.wait_for_nodes(cluster.nodes)
+
+
+def test_a_removal_that_is_cut_off_is_undone_by_site(cluster: Cluster) -> None:
+    """It dies when it has the head drain the node, which then would not come back by itself."""
+    cluster.wait_for_nodes(cluster.nodes)
+    leaving, drop_in = cluster.hosts["worker2"], "/run/systemd/system/llm-ray-worker.service.d"
+    run = cluster.start("remove_node.yml", "-e", "node=worker2")
+    assert run.stdout
+    for line in run.stdout:
+        if line.startswith("TASK [Ask the cluster: drain"):
+            run.kill()
+    run.wait()
+    restart = "systemctl show --value -p Restart llm-ray-worker"
+    assert leaving.ssh(f"ls {drop_in}; {restart}").stdout.split() == ["drain.conf", "no"]
+    cluster.play("site.yml")
+    assert leaving.ssh(f"test ! -e {drop_in} && {restart}").stdout.strip() == "always"
+    before = _pids(cluster)["worker2"].split()
+    leaving.ssh("systemctl kill --signal=KILL llm-ray-worker")
+    until(lambda: not {*_pids(cluster)["worker2"].split()} <= {"0", *before}, "the worker starts again")
+    cluster.wait_for_nodes(cluster.nodes)
+    assert cluster.play("site.yml").changes() == []
 
 
 def test_a_worker_leaves_when_its_tasks_have_ended(cluster: Cluster) -> None:

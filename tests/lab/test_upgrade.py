@@ -15,8 +15,24 @@ def _running(cluster: Cluster) -> set[str]:
     return {host.ssh(shown).stdout.split()[0].partition("/bin/")[0] for host in cluster.nodes}
 
 
+def _pids(cluster: Cluster) -> dict[str, str]:
+    return {host.name: host.ssh("systemctl show --value -p MainPID llm-ray-head llm-ray-worker").stdout for host in cluster.nodes}
+
+
 def _version(cluster: Cluster) -> str:
     return cluster.ray("import llm_ray; print(llm_ray.__version__)").strip()
+
+
+def _cut_off(cluster: Cluster, *arguments: str) -> None:
+    """upgrade.yml, which dies when all is switched and Ray is stopped."""
+    run = cluster.start("upgrade.yml", *arguments)
+    assert run.stdout
+    for line in run.stdout:
+        if line.startswith("TASK [Ray starts, the head first"):
+            run.kill()
+    run.wait()
+    state = "systemctl is-active llm-ray-head llm-ray-worker"
+    assert all("active" not in host.ssh(state, check=False).stdout.split() for host in cluster.nodes)
 
 
 def test_upgrade_and_back(cluster: Cluster) -> None:
@@ -46,6 +62,34 @@ def test_upgrade_and_back(cluster: Cluster) -> None:
         cluster.play("upgrade.yml", "-e", "rollback=true")
         assert _running(cluster) == old
         assert cluster.play("upgrade.yml", "-e", "rollback=true").changes() == []
+        cluster.wait_for_nodes(cluster.nodes)
+    finally:
+        module.write_text(before)
+
+
+def test_an_upgrade_that_is_cut_off_is_finished_by_the_next_run(cluster: Cluster) -> None:
+    cluster.wait_for_nodes(cluster.nodes)
+    old, old_version = _running(cluster), _version(cluster)
+    module = cluster.bundle / "llm_ray" / "__init__.py"
+    before = module.read_text()
+    try:
+        module.write_text(before.replace(old_version, "9.9.9"))
+        _cut_off(cluster)
+        cluster.play("upgrade.yml")
+        new = _running(cluster)
+        assert len(new) == 1
+        assert new != old
+        assert _version(cluster) == "9.9.9"
+        cluster.wait_for_nodes(cluster.nodes)
+        # A host that does not run what is installed starts alone.
+        cluster.workers[1].ssh("systemctl stop llm-ray-worker")
+        pids = _pids(cluster)
+        cluster.play("upgrade.yml")
+        assert {name for name, pid in _pids(cluster).items() if pid != pids[name]} == {cluster.workers[1].name}
+        cluster.wait_for_nodes(cluster.nodes)
+        _cut_off(cluster, "-e", "rollback=true")
+        cluster.play("upgrade.yml", "-e", "rollback=true")
+        assert _running(cluster) == old
         cluster.wait_for_nodes(cluster.nodes)
     finally:
         module.write_text(before)

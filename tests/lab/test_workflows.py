@@ -96,7 +96,7 @@ def test_a_finetune_runs_on_both_hosts_and_shows_its_progress(cluster: Cluster, 
     assert cluster.head.ssh("cd /srv/llm-ray/runs/codes/submitted && sha256sum --check *.sha256").stdout.strip().endswith(": OK")
     assert "model.safetensors" in cluster.head.ssh("ls /srv/llm-ray/runs/codes/output").stdout
     assert cluster.head.ssh("stat -c %U /srv/llm-ray/runs/codes /srv/llm-ray/data/uploads").stdout.split() == ["ray", "ray"]
-    assert cluster.head.ssh("ls /var/lib/llm-ray/upload", check=False).returncode != 0
+    assert cluster.head.ssh("ls -A /var/lib/llm-ray/upload").stdout == ""
 
 
 def test_a_second_run_copies_nothing_and_does_nothing_again(cluster: Cluster, work: Workflow, made: Run) -> None:
@@ -113,8 +113,10 @@ def test_two_terminals_see_one_job_and_a_third_stops_it_resumably(cluster: Clust
         until(lambda: work.steps("long") >= 3, "the run trains")
         other = cluster.play("finetune.yml", *work.finetune("long", **{"training.max_steps": 300}), ok=False)
         assert "runs with another conf (- max_steps: 400; + max_steps: 300)" in _words(other)
+        forced = cluster.play("finetune.yml", *long, "-e", "force=true", ok=False)
+        assert "finetune-long-1 runs, and was not started with --force" in _words(forced)
         assert "finetune-long-1" in cluster.play("status.yml").output
-        cancelled = cluster.play("finetune.yml", *long, "-e", "cancel=true")
+        cancelled = cluster.play("finetune.yml", "-e", "name=long", "-e", "cancel=true")  # no conf, nor its files
         assert "finetune-long-1 is stopped" in cancelled.output
         outputs = [_end(first), _end(second)]
     finally:
@@ -149,7 +151,28 @@ def test_with_a_host_lost_in_mid_training_the_run_ends_on_what_is_left(cluster: 
     cluster.wait_for_nodes(cluster.nodes)
 
 
+def test_two_runs_that_bring_the_same_new_file_do_not_take_it_from_each_other(cluster: Cluster, work: Workflow) -> None:
+    rows = work.folder / "more.jsonl"
+    rows.write_text((work.folder / "rows.jsonl").read_text() * 4000)
+    settings = {"train": str(rows), "data.max_rows": 24, "stages": ["prepare"]}
+    runs = [cluster.start("finetune.yml", *work.finetune(name, **settings)) for name in ("one", "other")]
+    try:
+        outputs = [_end(run) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], "".join(output[-6000:] for output in outputs)
+    uploads = cluster.head.ssh("ls -A /srv/llm-ray/data/uploads/*/ | grep more; ls -A /var/lib/llm-ray/upload").stdout
+    assert uploads.split() == [".more.jsonl.sha256", "more.jsonl"]
+
+
 # An endpoint ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_endpoint_is_not_opened_where_the_firewall_does_not_guard_it(cluster: Cluster, work: Workflow) -> None:
+    run = cluster.play("serve.yml", *work.serve("codes", port=9100), "--check", ok=False)
+    assert run.code != 0
+    assert "endpoint.port is 9100, none of the ports that the firewall guards (8000, 7860)" in _words(run)
 
 
 @pytest.fixture(scope="module")

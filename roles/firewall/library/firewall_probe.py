@@ -21,11 +21,16 @@ options:
   listening: {description: "Lines of ss -Hltn on the host.", type: list, elements: str, required: true}
   cluster_ports: {description: "Ports, or from-to, for the cluster alone.", type: list, elements: str, required: true}
   served_ports: {description: "Ports, or from-to, for the cluster and the admin networks.", type: list, elements: str, required: true}
+  ssh_ports: {description: "Ports of SSH, which are open.", type: list, elements: int, required: true}
   cluster: {description: Addresses of the cluster., type: list, elements: str, required: true}
   admin: {description: Networks that may reach what is served., type: list, elements: str, required: true}
+  nfs: {description: Networks that may reach NFS., type: list, elements: str, required: true}
   timeout: {description: Seconds to wait for an answer., type: float, default: 3}
 """
-EXAMPLES = "- firewall_probe: {addresses: [10.0.0.11], open_port: 22, listening: [], cluster_ports: ['6379'], served_ports: ['8000'], cluster: [], admin: []}"
+EXAMPLES = """
+- firewall_probe: {addresses: [10.0.0.11], open_port: 22, listening: [], cluster_ports: ['6379'], served_ports: ['8000'], ssh_ports: [22],
+                   cluster: [], admin: [], nfs: []}
+"""
 RETURN = """
 unknown: {description: Why it cannot be judged; empty where it can., type: str, returned: always}
 source: {description: Address that the host sees., type: str, returned: always}
@@ -33,10 +38,13 @@ tried: {description: Ports that were tried., type: list, returned: always}
 open: {description: "Addresses and ports, as 10.0.0.11:6379, that can be reached.", type: list, returned: always}
 """
 
+_NFS = 2049
+
 
 def main():
-    lists = ("addresses", "listening", "cluster_ports", "served_ports", "cluster", "admin")
+    lists = ("addresses", "listening", "cluster_ports", "served_ports", "cluster", "admin", "nfs")
     arguments = {name: {"type": "list", "elements": "str", "required": True} for name in lists}
+    arguments |= {"ssh_ports": {"type": "list", "elements": "int", "required": True}}
     arguments |= {"open_port": {"type": "int", "required": True}, "timeout": {"type": "float", "default": 3}}
     module = AnsibleModule(arguments, supports_check_mode=True)
     module.exit_json(changed=False, **probe(module.params))
@@ -53,7 +61,8 @@ def probe(asked):
     if source in asked["addresses"] or within(source, asked["cluster"]) or ipaddress.ip_address(source).is_loopback:
         return found | {"unknown": f"this machine ({source}) is in the cluster: run validate.yml from a host outside"}
     served = [] if within(source, asked["admin"]) else asked["served_ports"]
-    found["tried"] = sorted(port for port in listening(asked["listening"]) if among(port, asked["cluster_ports"] + served))
+    open_to_it = {*asked["ssh_ports"]} | ({_NFS} if within(source, asked["nfs"]) else set())
+    found["tried"] = sorted(port for port in listening(asked["listening"]) - open_to_it if among(port, asked["cluster_ports"] + served))
     targets = [(address, port) for address in reached for port in found["tried"]]
     with ThreadPoolExecutor(max(1, min(64, len(targets)))) as pool:
         answers = list(pool.map(lambda target: connects(*target, asked["timeout"]), targets))

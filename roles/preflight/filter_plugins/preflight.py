@@ -2,12 +2,14 @@
 
 {{ hostvars | preflight_inventory(groups, roles_folder) }}  and  {{ probes | preflight_hosts(settings) }}
 return a list of problems; each has the keys host, variable, value and fix. An empty list: nothing is wrong.
+{{ hostvars | preflight_reach(groups, host, roles_folder) }} returns the addresses that a node has to reach.
 """
 
 from __future__ import annotations
 
 import difflib
 import ipaddress
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -26,6 +28,29 @@ _SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_st
 _SOCKET_LIMIT = 107
 # Ray refuses an object store that is larger than /dev/shm; so much must stay to everything else.
 _STORE_SHARE = 0.8
+# Variables of folders by what is in them. What is of two kinds lies apart, since reset.yml deletes all of a kind, or none.
+_FOLDERS = {
+    "software": ("llm_ray_prefix", "python_runtime_prefix", "ray_node_prefix"),
+    "local state": ("llm_ray_state", "host_base_state", "ray_node_state", "ray_job_state"),
+    "monitoring's data": ("monitoring_data",),
+    "shared storage": ("llm_ray_home", "nfs_client_path", "nfs_server_path", "ray_node_home", "ray_job_home"),
+    "spilled objects": ("ray_node_spill",),
+}
+_DELETED = ("software", "local state", "monitoring's data")
+# Folders in which others have theirs, and those in which nothing of the cluster has a place.
+_SHARED = (
+    "/home", "/media", "/mnt", "/opt", "/snap", "/srv", "/tmp", "/usr/local", "/usr/share", "/var/cache",  # noqa: S108
+    "/var/lib", "/var/local", "/var/log", "/var/opt", "/var/spool", "/var/tmp", "/var/www",  # noqa: S108
+)  # fmt: skip
+_SYSTEM = (
+    "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/lost+found", "/proc", "/root", "/run", "/sbin", "/sys",
+    "/usr/bin", "/usr/include", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec", "/usr/local/bin", "/usr/sbin", "/usr/src",
+    "/var/backups", "/var/lib/apt", "/var/lib/containerd", "/var/lib/dpkg", "/var/lib/docker", "/var/lib/nfs", "/var/lib/rpm",
+    "/var/lib/systemd", "/var/lock", "/var/mail", "/var/run",
+)  # fmt: skip
+_USERS = ("llm_ray_user", "host_base_user", "nfs_client_user", "ray_job_user", "ray_node_user", "monitoring_user")
+_SHAPES: dict[str, tuple[type, str]] = {"list": (list, "[{}]"), "dict": (dict, "{{{}}}")}
+_TYPED = ("bundle_model",)  # a list that its role takes as a,b too
 
 
 def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
@@ -59,7 +84,9 @@ def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], role
         problems += name_problems(host, variables[host], known, owners)
         problems += type_problems(host, {name: values[host].templated(name) for name in variables[host] if name in known}, known)
         problems += value_problems(host, values[host].get)
-    return _merged(problems + same_problems(values, known) + address_problems(hosts, hostvars), hosts)
+        problems += folder_problems(host, values[host].get) + user_problems(host, values[host].get)
+    problems += same_problems(values, known) + address_problems(hosts, hostvars) + node_address_problems(values)
+    return _merged(problems + runtime_problems(groups, values), hosts)
 
 
 def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]:
@@ -67,6 +94,22 @@ def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]
     known = specs(roles)
     values = _Values(variables, known)
     return {name: value for name in known if (value := values.get(name)) is not None}
+
+
+def preflight_reach(hostvars: Any, groups: Mapping[str, Sequence[str]], host: str, roles: str) -> list[str]:
+    """Where a node finds the head and the NFS server: the addresses that are set, else those of the facts."""
+    known = specs(roles)
+    own = _Values(hostvars[host], known)
+    found = []
+    for group, here, there in (
+        ("ray_head", "ray_node_head_address", "ray_node_address"),
+        ("nfs_server", "nfs_client_server", "nfs_server_address"),
+    ):
+        for other in groups.get(group, []):
+            fact = ((hostvars[other].get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
+            if other != host:
+                found.append(own.get(here) or _Values(hostvars[other], known).get(there) or fact)
+    return [*dict.fromkeys(map(str, filter(None, found)))]
 
 
 class _Undecided(Exception):
@@ -91,6 +134,8 @@ class _Values:
         """The value or the plain default; None where it is not to be known before hosts are asked."""
         if name in self.variables:
             value = self.templated(name)
+            if isinstance(value, str) and value.isdecimal() and self.known.get(name, {}).get("type") == "int":
+                return int(value)  # as -e brings it
             return None if isinstance(value, Exception) else value
         default = self.known.get(name, {}).get("default")
         return None if isinstance(default, str) and "{{" in default else default
@@ -156,6 +201,14 @@ def type_problems(host: str, values: Mapping[str, Any], known: Mapping[str, Mapp
         if isinstance(value, Exception):
             problems.append(problem(host, name, None, f"cannot be worked out: {str(value).splitlines()[0]}"))
             continue
+        shape, written = _SHAPES.get(known[name]["type"], (None, ""))
+        if shape and not isinstance(value, shape) and not (name in _TYPED and isinstance(value, str)):
+            # Ansible would let it pass, and the roles take it apart letter by letter
+            text = "" if value is None else str(value)
+            right = text if text[:1] == written[:1] else written.format(text.replace("=", ": ") if shape is dict else text)
+            fix = f"must be a {known[name]['type']}: write {right}, with -e as JSON: -e '{{\"{name}\": …}}'"
+            problems.append(problem(host, name, value, fix))
+            continue
         spec = {key: part for key, part in known[name].items() if key in ("type", "choices", "elements", "options")}
         for message in ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages:
             problems.append(problem(host, name, value, re.sub(r"^argument '\w+' is of type", "is of type", message)))
@@ -165,18 +218,10 @@ def type_problems(host: str, values: Mapping[str, Any], known: Mapping[str, Mapp
 def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     """Values that are of the right type and still cannot work."""
     problems = []
-    for name in ("llm_ray_prefix", "llm_ray_home", "llm_ray_state"):
-        path = get(name)
-        if isinstance(path, str) and not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", path):
-            fix = "must be an absolute path of letters, digits, '.', '_' and '-', and not /"
-            problems.append(problem(host, name, path, fix))
     state = get("llm_ray_state")
     if isinstance(state, str) and len(state) + _SOCKET > _SOCKET_LIMIT:
         fix = f"too long for the sockets that Ray makes below it: at most {_SOCKET_LIMIT - _SOCKET} characters"
         problems.append(problem(host, "llm_ray_state", state, fix))
-    home = get("llm_ray_home")
-    if isinstance(home, str) and isinstance(state, str) and (f"{state}/".startswith(f"{home}/") or f"{home}/".startswith(f"{state}/")):
-        problems.append(problem(host, "llm_ray_state", state, f"local state and shared storage ({home}) must not lie in one another"))
     networks = get("llm_ray_admin_networks")
     for network in networks if isinstance(networks, list) else []:
         try:
@@ -188,6 +233,79 @@ def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
         if isinstance(number, int) and not 0 < number < 60000:
             problems.append(problem(host, name, number, "must be between 1 and 59999: not root's and none that systemd gives away"))
     return problems + _port_problems(host, get)
+
+
+def folder_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
+    """Folders that are others', too, or lie in one another: reset.yml would delete more than it should."""
+    problems, found = [], list[tuple[str, str, str, str]]()
+    for kind, names in _FOLDERS.items():
+        for name in names:
+            path = get(name)
+            if not isinstance(path, str) or (not path and name == "ray_node_spill"):
+                continue
+            if not re.fullmatch(r"(/(?!\.\.?(/|$))[A-Za-z0-9._-]+)+", path):
+                fix = "must be an absolute path of letters, digits, '.', '_' and '-', without . or .. as a part, and not /"
+                problems.append(problem(host, name, path, fix))
+                continue
+            folder = f"{path}/llm-ray" if name == "ray_node_spill" else path  # it may be a disk of many
+            if fix := _others(folder, kind in _DELETED):
+                problems.append(problem(host, name, path, fix))
+            else:
+                found.append((kind, name, path, folder))
+    for (kind, name, path, folder), (other, _, _, place) in itertools.combinations(found, 2):
+        # what is spilled may go to the state's disk or the storage's
+        spilled = other == "spilled objects" and kind in ("local state", "shared storage") and _within(place, folder) and place != folder
+        if kind != other and not spilled and (_within(folder, place) or _within(place, folder)):
+            fix = f"{kind} and {other} ({place}) must not lie in one another: give each a folder of its own"
+            problems.append(problem(host, name, path, fix))
+    folders = get("nfs_client_folders")
+    for folder in folders if isinstance(folders, list) else []:
+        if not re.fullmatch(r"(?!\.\.?$)[A-Za-z0-9._-]+", str(folder)):
+            fix = "must be the name of a folder in llm_ray_home: letters, digits, '.', '_' and '-'"
+            problems.append(problem(host, "nfs_client_folders", folder, fix))
+    return problems
+
+
+def _others(path: str, deleted: bool) -> str:
+    """Why a folder cannot be the cluster's own; empty where it can."""
+    for folder in _SYSTEM:
+        if _within(path, folder):
+            return f"{folder} is the system's: name a folder of its own elsewhere"
+    for folder in (*_SHARED, *_SYSTEM):
+        if path == folder:
+            return f"others have their files there, too: name a folder of its own in it, such as {path}/llm-ray"
+        if _within(folder, path):
+            return f"{folder} lies in it, which is others', too: name a folder of its own"
+    if deleted and path.count("/") == 1:
+        return f"reset.yml deletes it whole: name a folder of its own in it, such as {path}/llm-ray"
+    return ""
+
+
+def _within(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder}/")
+
+
+def user_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
+    """Users that are somebody else: the roles lock their password, and reset.yml deletes them."""
+    problems = []
+    login = {name: get(name) for name in ("ansible_user", "ansible_ssh_user")}
+    for name in _USERS:
+        user = get(name)
+        if not isinstance(user, str):
+            continue
+        fix = ""
+        if user == "root":
+            fix = "must not be root: name a user of the cluster's own, such as ray, which site.yml makes"
+        elif user in login.values():
+            variable = next(key for key, value in login.items() if value == user)
+            fix = f"is who Ansible logs in as ({variable}), and would be locked out: name a user of the cluster's own, such as ray"
+        elif not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
+            fix = "must be a user's name: small letters, digits, '_' and '-', at most 32"
+        elif name == "monitoring_user" and user in (get("llm_ray_user"), get("host_base_user")):
+            fix = "is llm_ray_user too, and goes when monitoring goes: name another, such as llm-ray-monitoring"
+        if fix:
+            problems.append(problem(host, name, user, fix))
+    return problems
 
 
 _PORTS = (
@@ -247,6 +365,40 @@ def address_problems(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, A
     return problems
 
 
+def node_address_problems(values: Mapping[str, _Values]) -> list[Problem]:
+    """Two hosts with one address in the cluster, such as one that is set for all."""
+    seen: dict[str, str] = {}
+    problems = []
+    for host, one in values.items():
+        address = one.get("ray_node_address")
+        if address in seen:
+            fix = f"is the address of {seen[address]} too: each host has its own: set it in host_vars"
+            problems.append(problem(host, "ray_node_address", address, fix))
+        elif address:
+            seen[address] = host
+    return problems
+
+
+def runtime_problems(groups: Mapping[str, Sequence[str]], values: Mapping[str, _Values]) -> list[Problem]:
+    """Nodes in Docker whose image would be built, or handed on, by a head that has no Docker."""
+    heads = [host for host in groups.get("ray_head", []) if _runtime(values[host]) == "bare_metal"]
+    problems = []
+    for host in groups.get("ray_workers", []) if heads else []:
+        get = values[host].get
+        pulled = get("ray_node_registry") and get("ray_node_image_builder") == "control" and not get("llm_ray_offline_bundle")
+        if _runtime(values[host]) == "docker" and not get("ray_node_image") and not pulled:
+            fix = (
+                f"its image comes from the head ({heads[0]}), which is bare_metal and gets no Docker: give the head docker too, all hosts "
+                "bare_metal, or name an image that hosts can pull (ray_node_image)"
+            )
+            problems.append(problem(host, "ray_node_runtime", "docker", fix))
+    return problems
+
+
+def _runtime(values: _Values) -> Any:
+    return values.get("ray_node_runtime") or values.get("llm_ray_runtime")
+
+
 def _merged(problems: list[Problem], hosts: Sequence[str]) -> list[Problem]:
     """The same finding on every host is one, of all."""
     by_finding: dict[str, list[Problem]] = defaultdict(list)
@@ -276,7 +428,7 @@ def preflight_hosts(probes: Mapping[str, Mapping[str, Any]], settings: Mapping[s
             problems.append(problem(host, "ansible_host", None, fix))
             continue
         problems += _system(host, probe, settings) + _size(host, probe, settings) + _network(host, probe, settings)
-        problems += _storage(host, probe)
+        problems += _storage(host, probe) + _accounts(host, probe)
     reached = {host: probe for host, probe in probes.items() if probe}
     return _merged(problems + _together(reached), list(probes))
 
@@ -292,11 +444,18 @@ def _system(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) ->
         problems.append(problem(host, "operating system", f"{probe['os']} {probe['version']}", fix))
     python = probe["python"]
     if probe["runtime"] == "bare_metal" and python["version"] and not _fits(python):
-        fix = "Ray nodes need Python 3.11 to 3.13: name one in python_runtime_python, or set llm_ray_runtime to docker"
+        fix = (
+            "Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or uv:3.11.14, "
+            "or set llm_ray_runtime to docker"
+        )
         problems.append(problem(host, "python_runtime_python", f"{python['path']} is {_dotted(python['version'])}", fix))
     if probe["runtime"] == "bare_metal" and not python["version"] and not python["installable"]:
         fix = "not there: install a standalone Python at that path (uv python install 3.11), or set llm_ray_runtime to docker"
         problems.append(problem(host, "python_runtime_python", python["path"], fix))
+    image = probe["image_python"]
+    if probe["is_node"] and probe["runtime"] == "docker" and image and not _fits({"version": [*map(int, image.split("."))]}):
+        fix = f"the image has Python {image}, and Ray nodes need 3.11 or 3.12: take another, such as python:3.11.14-slim-bookworm"
+        problems.append(problem(host, "ray_node_image_base", image, fix))
     missing = sorted(set(settings["cpu_flags"]) - set(probe["flags"]))
     if missing:
         fix = "the CPU lacks it, and torch and vLLM are built for it: use another host, or change preflight_cpu_flags"
@@ -359,6 +518,37 @@ def _storage(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     return []
 
 
+def _accounts(host: str, probe: Mapping[str, Any]) -> list[Problem]:
+    """Accounts that are not what site.yml has made, and ids that are taken."""
+    accounts, wanted = probe["accounts"], probe["wanted"]
+    problems = []
+    for variable, account in accounts["users"].items():
+        own = wanted["homes"][variable]
+        person = _within(account["home"], "/home") or account["shell"].rpartition("/")[2] not in ("nologin", "false")
+        fix = ""
+        if variable == "llm_ray_user" and account["uid"] != wanted["uid"]:
+            fix = f"is on the host with the uid {account['uid']}, and not {wanted['uid']} (llm_ray_uid): name a user of the cluster's own"
+        elif person and account["home"] != own:
+            what = f"{account['home']}, {account['shell']}"
+            fix = f"is on the host as somebody's account ({what}), which would be locked and, by reset.yml, deleted: name another"
+        if fix:
+            problems.append(problem(host, variable, account["name"], fix))
+    user, group = wanted["user"], accounts["group"]
+    if accounts["uid_of"] not in ("", user):
+        fix = f"is the uid of {accounts['uid_of']} there: choose one that is free on every host"
+        problems.append(problem(host, "llm_ray_uid", wanted["uid"], fix))
+    if group is not None and group != wanted["gid"]:
+        fix = f"the group {user} is on the host with the gid {group}: choose another llm_ray_user, or take that group away"
+        problems.append(problem(host, "llm_ray_gid", wanted["gid"], fix))
+    if accounts["gid_of"] not in ("", user):
+        fix = f"is the gid of {accounts['gid_of']} there: choose one that is free on every host"
+        problems.append(problem(host, "llm_ray_gid", wanted["gid"], fix))
+    for folder, name in accounts["homes"].items():
+        fix = f"the home of {name} is there, and reset.yml would delete it: name a folder of the cluster's own"
+        problems.append(problem(host, wanted["folders"][folder], folder, fix))
+    return problems
+
+
 def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     """What only a look at all hosts shows."""
     problems = []
@@ -395,7 +585,7 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
 
 
 def _fits(python: Mapping[str, Any]) -> bool:
-    return (3, 11) <= tuple(python["version"][:2]) <= (3, 13)
+    return (3, 11) <= tuple(python["version"][:2]) <= (3, 12)
 
 
 def _dotted(version: Sequence[int]) -> str:
@@ -418,6 +608,7 @@ class FilterModule:
         return {
             "preflight_inventory": preflight_inventory,
             "preflight_values": preflight_values,
+            "preflight_reach": preflight_reach,
             "preflight_hosts": preflight_hosts,
             "preflight_list": preflight_list,
         }

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import errno
+import grp
 import json
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -18,11 +20,14 @@ from ansible.module_utils.basic import AnsibleModule
 DOCUMENTATION = """
 module: preflight_probe
 short_description: What preflight wants to know of a host
-description: Reads the CPU's flags, free disk, taken ports, who can be reached, the shared folder, a Python's version and the clock.
+description: Reads the CPU's flags, free disk, taken ports, who can be reached, accounts, the shared folder, a Python's version and the clock.
 author: LLM on Ray
 options:
   ports: {description: "Port numbers by the variable that sets them; a key with a range is from-to.", type: dict, required: true}
   uid: {description: User id whose own sockets are no others., type: int, required: true}
+  gid: {description: Id that the user's group is to have., type: int, required: true}
+  users: {description: Names of users by the variable that sets them., type: dict, required: true}
+  folders: {description: Folders in which no other account may have its home., type: list, elements: path, default: []}
   reach: {description: Addresses to reach., type: list, elements: str, default: []}
   reach_port: {description: Port to try them at; a refusal is an answer., type: int, default: 22}
   paths: {description: Folders whose free disk is asked for., type: list, elements: path, default: []}
@@ -30,7 +35,10 @@ options:
   home: {description: The shared folder., type: path, required: true}
   python: {description: "An interpreter, or several to be tried.", type: list, elements: str, default: []}
 """
-EXAMPLES = "- preflight_probe: {ports: {ray_node_port: 6379}, uid: 1200, current: /opt/llm-ray/current, home: /srv/llm-ray}"
+EXAMPLES = """
+- preflight_probe:
+    {ports: {ray_node_port: 6379}, uid: 1200, gid: 1200, users: {llm_ray_user: ray}, current: /opt/llm-ray/current, home: /srv/llm-ray}
+"""
 RETURN = "probe: {description: what was found, type: dict, returned: always}"
 
 
@@ -39,6 +47,9 @@ def main():
         {
             "ports": {"type": "dict", "required": True},
             "uid": {"type": "int", "required": True},
+            "gid": {"type": "int", "required": True},
+            "users": {"type": "dict", "required": True},
+            "folders": {"type": "list", "elements": "path", "default": []},
             "reach": {"type": "list", "elements": "str", "default": []},
             "reach_port": {"type": "int", "default": 22},
             "paths": {"type": "list", "elements": "path", "default": []},
@@ -60,6 +71,7 @@ def main():
             "free": {path: shutil.disk_usage(existing(path)).free for path in asked["paths"]},
             "taken": taken(asked["ports"], asked["uid"]),
             "unreached": {address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))},
+            "accounts": accounts(asked["users"], asked["uid"], asked["gid"], asked["folders"]),
             "home": folder(asked["home"]),
             "python": interpreter(asked["python"]),
             "installed": Path(asked["current"]).exists(),
@@ -129,6 +141,42 @@ def unreached(address, port):
     except OSError as error:
         return "" if error.errno == errno.ECONNREFUSED else str(error)
     return ""
+
+
+def accounts(users, uid, gid, folders):
+    """The users that are there, by variable; who has the ids; the group of llm_ray_user; whose home lies in a folder."""
+    found = {variable: entry for variable, name in users.items() if (entry := known(pwd.getpwnam, name))}
+    group = known(grp.getgrnam, users["llm_ray_user"])
+    owner, others = known(pwd.getpwuid, uid), known(grp.getgrgid, gid)
+    return {
+        "users": {
+            variable: {"name": entry.pw_name, "uid": entry.pw_uid, "home": entry.pw_dir, "shell": entry.pw_shell}
+            for variable, entry in found.items()
+        },
+        "uid_of": owner.pw_name if owner else "",
+        "gid_of": others.gr_name if others else "",
+        "group": group.gr_gid if group else None,
+        "homes": homes(read("/etc/passwd"), folders, [*users.values()]),
+    }
+
+
+def known(look, key):
+    """An account's entry, or None."""
+    try:
+        return look(key)
+    except KeyError:
+        return None
+
+
+def homes(text, folders, users):
+    """Of the folders those in which another account of a /etc/passwd has its home, with its name."""
+    found = {}
+    for line in text.splitlines():
+        name, _, _, _, _, home, *_ = [*line.split(":"), *[""] * 6]
+        for folder in folders:
+            if name not in users and f"{home}/".startswith(f"{folder}/"):
+                found[folder] = name
+    return found
 
 
 def folder(path):

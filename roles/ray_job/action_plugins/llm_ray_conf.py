@@ -23,7 +23,9 @@ class ActionModule(ActionBase):
 
     TRANSFERS_FILES = False
     _requires_connection = False
-    _VALID_ARGS = frozenset(("kind", "conf", "arguments", "settings", "home", "nodes", "hosts", "variables", "bundle"))
+    _VALID_ARGS = frozenset(
+        ("kind", "conf", "arguments", "settings", "home", "nodes", "hosts", "variables", "unknown", "guarded", "bundle")
+    )
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
@@ -51,12 +53,19 @@ class ActionModule(ActionBase):
             except (TemplateProblem, UnicodeDecodeError, OSError):
                 used = set()  # loading it tells what is wrong
             known = {name: self._value(name, task_vars or {}) for name in used if name in (task_vars or {})} | asked["variables"]
+            if (unknown := asked.get("unknown")) and "cpus_per_host" in used - given_by_e.keys() - (asked.get("settings") or {}).keys():
+                raise AnsibleActionFail(
+                    f"{file.name} asks for cpus_per_host, and the cores of {', '.join(unknown)} are not known, for no facts came from there: "
+                    "start it, set ray_node_cpus for it in the inventory, or give -e cpus_per_host=…"
+                )
             ship = ship_finetune if kind == "finetune" else ship_serve
             shipped = ship(file, settings, known, destination)
         except LlmRayError as error:
             raise AnsibleActionFail(str(error).replace("--set ", "-e ").replace("--config ", "-e conf=")) from None
         except OSError as error:
             raise AnsibleActionFail(f"{error.filename}: {error.strerror}") from None
+        if kind == "serve" and asked.get("guarded") is not None:
+            _check_port(shipped.conf.endpoint, asked["guarded"])
         return {
             "changed": False,
             "given": sorted(given_by_e),
@@ -76,3 +85,14 @@ class ActionModule(ActionBase):
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_port(endpoint: Any, guarded: list[Any]) -> None:
+    """An endpoint that others reach is behind the firewall. `guarded`: ports, or from-to."""
+    ranges = [str(port).partition("-") for port in guarded]
+    if not endpoint.on_loopback and not any(int(low) <= endpoint.port <= int(high or low) for low, _, high in ranges):
+        raise AnsibleActionFail(
+            f"endpoint.port is {endpoint.port}, none of the ports that the firewall guards ({', '.join(map(str, guarded))}), "
+            f"and endpoint.host is {endpoint.host}: set llm_ray_serve_port: {endpoint.port} in the inventory, or add it to "
+            "firewall_served_ports, and run site.yml --tags firewall"
+        )

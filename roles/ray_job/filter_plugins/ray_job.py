@@ -25,11 +25,16 @@ def ray_job_names(addresses: Mapping[str, str], groups: Mapping[str, Sequence[st
 
 
 def ray_job_cpus(host: Mapping[str, Any]) -> int:
-    """Cores that the host gives to Ray; 1 where its facts are not known."""
+    """Cores that the host gives to Ray; 0 where its facts are not known."""
     wanted = str(host.get("ray_node_cpus", "auto"))
     if wanted.isdigit():
         return int(wanted)
-    return int((host.get("ansible_facts") or {}).get("processor_vcpus") or 1)
+    return int((host.get("ansible_facts") or {}).get("processor_vcpus") or 0)
+
+
+def ray_job_unknown(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:
+    """Hosts whose cores are not known."""
+    return [host for host in hosts if not ray_job_cpus(hostvars[host])]
 
 
 def ray_job_reason(text: str, message: str) -> str:
@@ -47,5 +52,6 @@ class FilterModule:
             "ray_job_addresses": ray_job_addresses,
             "ray_job_names": ray_job_names,
             "ray_job_cpus": ray_job_cpus,
+            "ray_job_unknown": ray_job_unknown,
             "ray_job_reason": ray_job_reason,
         }

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 import urllib.error
 import urllib.request
@@ -124,17 +125,25 @@ def submit(api, asked, check_mode):
 
 def attach(job, asked, digest):
     """To the running job, where it is the same work."""
-    told = job.get("metadata") or {}
+    told, identity = job.get("metadata") or {}, job["submission_id"]
     if told.get("conf_sha256") != digest:
+        changed = ""
         with contextlib.suppress(OSError), open(told.get("conf", "")) as file:  # noqa: PTH123
             lines = difflib.unified_diff(file.read().splitlines(), asked["conf"].splitlines(), n=0, lineterm="")
             changed = "; ".join(" ".join(line.split()) for line in lines if not line.startswith(("---", "+++", "@@")))
-            raise Refused(
-                f"{job['submission_id']} runs with another conf ({changed}): wait for it, end it with -e cancel=true, "
-                "or give this one another name with -e name=…"
-            )
-        raise Refused(f"{job['submission_id']} runs with another conf: wait for it, or end it with -e cancel=true")
-    return {"changed": False, "id": job["submission_id"], "attached": True, "status": job["status"]}
+        ways = (
+            f"wait until it has ended, as status.yml shows, or end it on the head: ray job stop {identity}"
+            if asked["command"][0] == "serve"
+            else "wait for it, end it with -e cancel=true, or give this one another name with -e name=…"
+        )
+        raise Refused(f"{identity} runs with another conf{f' ({changed})' if changed else ''}: {ways}")
+    runs = shlex.split(job.get("entrypoint") or "")
+    if any(word not in runs for word in asked["command"] if word != "CONF"):
+        more = " ".join(asked["command"][asked["command"].index("CONF") + 1 :])
+        raise Refused(
+            f"{identity} runs, and was not started with {more}: end it first with -e cancel=true, or leave that out to see it go on"
+        )
+    return {"changed": False, "id": identity, "attached": True, "status": job["status"]}
 
 
 def follow(api, asked):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ray_user import acting_as
@@ -81,22 +82,29 @@ def is_there(path, mark, sha256):
 
 
 def put(source, path, mark, sha256):
-    """Whole or not at all: the mark is written last."""
-    folder = os.path.dirname(path)  # noqa: PTH120
+    """Whole or not at all: the mark is written last. Where another one was faster, theirs stays, for it may be read already."""
+    folder, name = os.path.split(path)
     os.makedirs(folder, mode=0o750, exist_ok=True)  # noqa: PTH103
-    partial = os.path.join(folder, f".{os.path.basename(path)}.partial")  # noqa: PTH118, PTH119
-    for left in (partial, path):
-        if os.path.isdir(left):  # noqa: PTH112
-            shutil.rmtree(left)
-        elif os.path.exists(left):  # noqa: PTH110
-            os.unlink(left)  # noqa: PTH108
-    if os.path.isdir(source):  # noqa: PTH112
-        shutil.copytree(source, partial)
-    else:
-        shutil.copyfile(source, partial)
-    os.rename(partial, path)  # noqa: PTH104
-    with open(mark, "w") as file:  # noqa: PTH123
-        file.write(f"{sha256}  {os.path.basename(path)}\n")  # noqa: PTH119
+    own = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)
+    copy, old, new_mark = (os.path.join(own, what) for what in ("copy", "old", "mark"))  # noqa: PTH118
+    try:
+        if os.path.isdir(source):  # noqa: PTH112
+            shutil.copytree(source, copy)
+        else:
+            shutil.copyfile(source, copy)
+        if os.path.lexists(path) and digest(path) != sha256:
+            os.rename(path, old)  # noqa: PTH104
+        try:
+            if not os.path.lexists(path):
+                os.rename(copy, path)  # noqa: PTH104
+        except OSError:  # a folder has come there meanwhile
+            if not os.path.lexists(path):
+                raise
+        with open(new_mark, "w") as file:  # noqa: PTH123
+            file.write(f"{sha256}  {name}\n")
+        os.replace(new_mark, mark)  # noqa: PTH105
+    finally:
+        shutil.rmtree(own)
 
 
 if __name__ == "__main__":

