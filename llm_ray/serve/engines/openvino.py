@@ -38,6 +38,8 @@ _SCALE_BYTES = {"u8": 8}  # of each head's key or value
 _BLOCK_TOKENS = 32  # of a block of the cache, on CPUs
 # Tokens of a step, prompts' pieces among them: while a longer piece is computed the other requests wait.
 _STEP_TOKENS = 512
+# Schemas that turned out to be unreadable, as they are remembered.
+_REMEMBERED = 99
 # Regular expressions that vLLM's xgrammar reads and OpenVINO's does not; (?:…) both do.
 _BEYOND = re.compile(r"\(\?[^:]")
 
@@ -87,6 +89,7 @@ class OpenVinoCore:
         self._running: dict[str, _Work] = {}
         self._handles: dict[str, genai.GenerationHandle] = {}
         self._numbers = count()
+        self._unreadable: list[StructuredOutputsParams | None] = []
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
@@ -128,6 +131,10 @@ class OpenVinoCore:
         for what in ("prompt_embeds", "mm_features", "lora_request", "cache_salt"):
             if getattr(request, what):
                 raise VLLMValidationError(f"engine openvino cannot do {what}; engine vllm can")
+        if request.sampling_params.structured_outputs in self._unreadable:
+            raise VLLMValidationError(
+                "engine openvino cannot read this schema, pattern or grammar (structured_outputs, response_format); engine vllm can"
+            )
         self._waiting[request.request_id] = _Work(request.request_id, request.prompt_token_ids or [], request.sampling_params)
 
     def abort(self, request_ids: list[str]) -> None:
@@ -140,10 +147,12 @@ class OpenVinoCore:
         return bool(self._waiting) or self._pipeline.has_non_finished_requests()
 
     def step(self) -> EngineCoreOutputs:
+        begun = []
         while self._waiting and len(self._running) < self._max_batch:
             work = self._waiting.pop(next(iter(self._waiting)))
             self._running[work.request_id] = work
             self._start(work)
+            begun.append(work)
         try:
             self._pipeline.step()
         except RuntimeError:
@@ -152,6 +161,8 @@ class OpenVinoCore:
             shaped = [work for work in self._running.values() if work.params.structured_outputs]
             if not shaped:
                 raise
+            if len(new := [work for work in begun if work in shaped]) == 1:  # then it is this one's; it is refused from now on
+                self._unreadable = [*self._unreadable[-_REMEMBERED:], new[0].params.structured_outputs]
             outputs = [EngineCoreOutput(work.request_id, [], finish_reason=FinishReason.ERROR) for work in shaped]
             del self._pipeline
             self._pipeline = self._load()
