@@ -32,6 +32,13 @@ def test_only_one_worker_may_be_named(cluster: Cluster, node: str) -> None:
     assert "PLAY [Its work ends]" not in run.output
 
 
+def test_no_worker_is_removed_behind_the_heads_back(cluster: Cluster) -> None:
+    run = cluster.play("remove_node.yml", "-e", "node=worker2", "--limit", "worker2", ok=False)
+    assert run.code != 0
+    assert "run this without --limit" in run.output
+    assert run.changed == 0
+
+
 def test_one_host_alone_is_all_right_when_nothing_is_cached_of_the_others(cluster: Cluster) -> None:
     cluster.wait_for_nodes(cluster.nodes)
     shutil.rmtree(cluster.lab.folder / "home/.cache/llm-ray/facts")
