@@ -51,4 +51,6 @@ def test_nodes_speak_under_tls_and_to_nobody_without(cluster: Cluster) -> None:
     finally:
         settings.unlink()
         cluster.play("site.yml")
+        for host in cluster.nodes:
+            host.ssh(f"rm -r {_FOLDER}")
         cluster.wait_for_nodes(cluster.nodes)
