@@ -116,7 +116,8 @@ def test_a_changed_adapter_answers_with_its_new_weights_while_its_base_is_asked(
         deployed = run("serve", "deploy", "--config", str(file), "--only", "small")
         assert deployed.returncode == 0, deployed.stderr
 
-    long = {"prompt": PROMPT * 40}  # several blocks of the cache
+    notes = "".join(f"Note {n}: the stone of house {n * 7} is grey. " for n in range(20))  # several blocks of the cache
+    long = {"prompt": f"{notes}{PROMPT}"}
     deploy(tmp_path / "more.yaml")
     assert text(client, "changing", **long) != text(client, "small", **long)
     weights = load_file(folder / "adapter_model.safetensors")
