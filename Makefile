@@ -41,7 +41,7 @@ lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/yamllint --strict .
-	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run
+	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run docker/install docker/llm-ray-entry
 	PATH=$(CURDIR)/$(RUN):$$PATH $(RUN)/ansible-lint --offline --profile production -q roles playbooks $(wildcard *.yml) inventory
 	@$(MAKE) --no-print-directory reference
 
