@@ -39,9 +39,6 @@ class ModelServer(LLMServer):
 
     def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
         self.adapters = dict(model.adapters)
-        # vLLM keeps what it has computed of a prompt by an adapter's name and path: other weights get another path.
-        self._folder = tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
-        self._versions = Path(self._folder.name)
         self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
         LLMServerProtocol.__init__(self)
         self._init_shared(llm_config(model), functools.partial(Engine, model))
@@ -68,10 +65,15 @@ class ModelServer(LLMServer):
             await self._load_model(name)
             await self._load_adapter(name, await self._adapter(name))  # as it is now: it may have changed since the name was noted
 
+    @functools.cached_property
+    def _versions(self) -> tempfile.TemporaryDirectory[str]:
+        """vLLM keeps what it has computed of a prompt by an adapter's name and path: here other weights have another path."""
+        return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
+
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
         """Load an adapter unless it is loaded. Raises ValueError where vLLM does not take it."""
         number = abs(hash(name)) % 2**31 + 1
-        path = self._versions / adapter.identity
+        path = Path(self._versions.name) / adapter.identity
         path.unlink(missing_ok=True)  # the same may lie elsewhere by now
         path.symlink_to(adapter.path)
         await self.engine.resolve_lora(
