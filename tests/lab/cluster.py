@@ -112,6 +112,15 @@ class Cluster:
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
+    def cut_off(self, playbook: str, *arguments: str, at: str) -> None:
+        """Begin a playbook, and kill it when it comes to the task whose name begins so."""
+        run = self.start(playbook, *arguments)
+        assert run.stdout
+        for line in run.stdout:
+            if line.startswith(f"TASK [{at}"):
+                run.kill()
+        run.wait()
+
     @staticmethod
     def parse(output: str) -> dict[str, dict[str, int]]:
         """Of each host in a playbook's recap ok, changed, unreachable, failed, skipped, rescued, ignored."""

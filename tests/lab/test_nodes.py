@@ -70,12 +70,7 @@ def test_a_removal_that_is_cut_off_is_undone_by_site(cluster: Cluster) -> None:
     """It dies when it has the head drain the node, which then would not come back by itself."""
     cluster.wait_for_nodes(cluster.nodes)
     leaving, drop_in = cluster.hosts["worker2"], "/run/systemd/system/llm-ray-worker.service.d"
-    run = cluster.start("remove_node.yml", "-e", "node=worker2")
-    assert run.stdout
-    for line in run.stdout:
-        if line.startswith("TASK [Ask the cluster: drain"):
-            run.kill()
-    run.wait()
+    cluster.cut_off("remove_node.yml", "-e", "node=worker2", at="Ask the cluster: drain")
     restart = "systemctl show --value -p Restart llm-ray-worker"
     assert leaving.ssh(f"ls {drop_in}; {restart}").stdout.split() == ["drain.conf", "no"]
     cluster.play("site.yml")

@@ -129,12 +129,7 @@ def test_a_run_that_is_cut_off_is_made_up_for_and_restarts_only_what_it_concerns
     """It dies when a worker's unit is written and not yet restarted: nothing is to be changed then, and yet the unit must restart."""
     before, worker = _pids(cluster), cluster.workers[0]
     _variables(cluster, {"ray_node_labels": {"rack": "a"}}, [worker])
-    run = cluster.start("site.yml", "--tags", "ray_node")
-    assert run.stdout
-    for line in run.stdout:
-        if line.startswith("TASK [ray_node : Old logs"):
-            run.kill()
-    run.wait()
+    cluster.cut_off("site.yml", "--tags", "ray_node", at="ray_node : Old logs")
     assert "rack=a" in worker.ssh("cat /etc/systemd/system/llm-ray-worker.service").stdout
     assert _pids(cluster) == before
     again = cluster.play("site.yml")

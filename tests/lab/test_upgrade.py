@@ -25,12 +25,7 @@ def _version(cluster: Cluster) -> str:
 
 def _cut_off(cluster: Cluster, *arguments: str) -> None:
     """upgrade.yml, which dies when all is switched and Ray is stopped."""
-    run = cluster.start("upgrade.yml", *arguments)
-    assert run.stdout
-    for line in run.stdout:
-        if line.startswith("TASK [Ray starts, the head first"):
-            run.kill()
-    run.wait()
+    cluster.cut_off("upgrade.yml", *arguments, at="Ray starts, the head first")
     state = "systemctl is-active llm-ray-head llm-ray-worker"
     assert all("active" not in host.ssh(state, check=False).stdout.split() for host in cluster.nodes)
 
