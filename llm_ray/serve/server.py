@@ -39,6 +39,7 @@ class ModelServer(LLMServer):
 
     def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
         self.adapters = dict(model.adapters)
+        self._loading = asyncio.Lock()
         self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
         LLMServerProtocol.__init__(self)
         self._init_shared(llm_config(model), functools.partial(Engine, model))
@@ -72,13 +73,19 @@ class ModelServer(LLMServer):
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
         """Load an adapter unless it is loaded. Raises ValueError where vLLM does not take it."""
-        number = abs(hash(name)) % 2**31 + 1
         path = Path(self._versions.name) / adapter.identity
-        path.unlink(missing_ok=True)  # the same may lie elsewhere by now
-        path.symlink_to(adapter.path)
-        await self.engine.resolve_lora(
-            DiskMultiplexConfig(model_id=name, max_total_tokens=None, local_path=str(path), lora_assigned_int_id=number)
-        )
+        if self.engine.adapter_path(name) == str(path):
+            return
+        async with self._loading:
+            if self.engine.adapter_path(name) == str(path):
+                return  # another request has loaded it meanwhile; vLLM would refuse the name
+            await self.engine.forget_adapter(name)
+            path.unlink(missing_ok=True)  # the same may lie elsewhere by now
+            path.symlink_to(adapter.path)
+            number = abs(hash(name)) % 2**31 + 1
+            await self.engine.resolve_lora(
+                DiskMultiplexConfig(model_id=name, max_total_tokens=None, local_path=str(path), lora_assigned_int_id=number)
+            )
 
     async def _adapter(self, name: str) -> Adapter:
         """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the client a 404."""

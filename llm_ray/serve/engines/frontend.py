@@ -90,6 +90,11 @@ class Engine(VLLMEngine):
             reason = error.__cause__ or error
             raise ModelError(f"{self._model.path}: engine {self._model.engine} cannot compute it: {reason}") from reason
 
+    def adapter_path(self, name: str) -> str | None:
+        """Where a LoRA adapter was loaded from; None where it is not loaded."""
+        lora = self._oai_models.lora_requests.get(name)
+        return lora.lora_path if lora else None
+
     async def forget_adapter(self, name: str) -> None:
         """Unload a LoRA adapter, if it is loaded."""
         if name in self._oai_models.lora_requests:
