@@ -254,6 +254,7 @@ def _connect(address: str, **options: object) -> None:
     try:
         with cores.background():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
+        ray._private.worker.print_to_stdstream = _log  # Ray's own writes errors to stdout, which is a command's output
     except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address == "local":
@@ -264,6 +265,11 @@ def _connect(address: str, **options: object) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place, which ends the process without our clean-up
+
+
+def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        logging.getLogger(__name__).warning("Ray: %s", line)
 
 
 def clean_up() -> None:

@@ -31,7 +31,7 @@ from llm_ray.serve import proxy
 
 _POLL = 0.05  # seconds
 _WATCH = 1.0
-_ENDS_WITHIN = 120
+_ENDS_WITHIN = 120  # seconds, once all is answered
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _serve_until_told_to_end() -> None:
     from llm_ray.serve.deploy import drain
 
     drain()
-    signal.alarm(_ENDS_WITHIN)  # it would hang otherwise
+    signal.alarm(_ENDS_WITHIN)  # ends this process should Ray's shutdown hang
 
 
 def _interrupt(*_: object) -> None:

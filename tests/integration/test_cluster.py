@@ -6,6 +6,7 @@ import ipaddress
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,20 @@ def test_every_port_is_on_loopback(cluster: Cluster) -> None:
     for name, held in addresses.items():
         for address in held:
             assert ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback, (name, address)
+
+
+def test_errors_of_ray_are_logged_and_not_written_among_a_commands_output(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+    from ray._private.utils import publish_error_to_driver
+
+    publish_error_to_driver("died", "a part of Ray has died", ray._private.worker.global_worker.gcs_client)
+    written, began = "", time.monotonic()
+    while "a part of Ray has died" not in caplog.text + written:
+        written += capsys.readouterr().out
+        assert time.monotonic() - began < 30
+    assert written == ""
 
 
 def test_without_the_token_nobody_joins(cluster: Cluster, tmp_path: Path) -> None:
