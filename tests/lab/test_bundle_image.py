@@ -18,7 +18,7 @@ import pytest
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker, offline
 from tests.lab.cluster import Cluster, until
-from tests.lab.hosts import Container
+from tests.lab.hosts import Container, Host
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
@@ -65,6 +65,10 @@ def bundled(lab_ready: None) -> Iterator[Bundled]:
     shutil.rmtree(folder)
 
 
+def _layers(host: Host) -> str:
+    return host.ssh("docker inspect --format '{{.RootFS.Layers}}' $(docker image ls -q llm-ray)").stdout
+
+
 def test_without_docker_here_it_is_told_what_to_do(bundled: Bundled) -> None:
     run = bundled.cluster.play("bundle.yml", ok=False, DOCKER_HOST="unix:///nowhere/docker.sock", PATH=bundled.docker["PATH"])
     assert run.code == 2
@@ -100,8 +104,18 @@ def test_site_takes_it_from_the_bundle(bundled: Bundled) -> None:
     site = cluster.play("site.yml")
     assert "ray_node : Build it]" not in site.output
     cluster.wait_for_nodes(cluster.nodes)
-    there, built = (host.ssh("docker inspect --format '{{.RootFS.Layers}}' $(docker image ls -q llm-ray)").stdout
-                    for host in (head, bundled.builder.head))  # fmt: skip
-    assert there == built
-    assert head.ssh("ls -A /opt/llm-ray/docker").stdout.split() == ["id"] or "archive" not in head.ssh("ls -A /opt/llm-ray/docker").stdout
+    assert _layers(head) == _layers(bundled.builder.head)
+    assert "archive" not in head.ssh("ls -A /opt/llm-ray/docker").stdout
     assert cluster.play("site.yml").changes() == []
+
+
+def test_an_image_that_the_control_machine_builds_comes_from_there(bundled: Bundled) -> None:
+    """It is built there already: with other contents it would have another tag."""
+    cluster, head = bundled.cluster, bundled.cluster.head
+    head.ssh("systemctl stop llm-ray-head; docker image rm --force $(docker image ls -q llm-ray)")
+    from_here = ["-e", "ray_node_image_builder=control", "-e", "llm_ray_offline_bundle="]
+    site = cluster.play("site.yml", *from_here, **bundled.docker)
+    assert "changed: [head -> localhost" in site.output
+    cluster.wait_for_nodes(cluster.nodes)
+    assert _layers(head) == _layers(bundled.builder.head)
+    assert cluster.play("site.yml", *from_here, **bundled.docker).changes() == []

@@ -202,8 +202,12 @@ def test_a_head_that_is_killed_restarts_and_the_workers_come_back(cluster: Clust
 
 
 @pytest.mark.long
-def test_a_head_that_keeps_its_state_goes_on_where_it_was(cluster: Cluster) -> None:
-    _variables(cluster, {"ray_node_keep_state": True}, [cluster.head])
+@pytest.mark.parametrize("kept", [{"ray_node_keep_state": True}, {"ray_node_redis": "127.0.0.1:6399"}], ids=["on its disk", "in Redis"])
+def test_a_head_that_keeps_its_state_goes_on_where_it_was(cluster: Cluster, kept: dict[str, object]) -> None:
+    if "ray_node_redis" in kept:
+        cluster.head.ssh("apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server", timeout=300)
+        cluster.head.ssh("systemctl stop redis-server; systemd-run --unit=state redis-server --port 6399 --bind 127.0.0.1 --save ''")
+    _variables(cluster, kept, [cluster.head])
     cluster.play("site.yml", "--tags", "ray_node")
     cluster.wait_for_nodes(cluster.nodes)
     begin = """
@@ -238,6 +242,7 @@ print(ray.get(counter.add.remote()))
     _variables(cluster, {}, [cluster.head])
     cluster.play("site.yml", "--tags", "ray_node")
     cluster.wait_for_nodes(cluster.nodes)
+    cluster.head.ssh("systemctl stop state", check=False)
 
 
 @pytest.mark.long
