@@ -84,7 +84,7 @@ def test_every_node_and_host_is_read(watched: Cluster) -> None:
 def test_ray_and_the_hosts_export_what_rules_and_dashboards_ask(watched: Cluster) -> None:
     watched.ray(SPILL)
     asked = metrics("ray_") | metrics("node_")
-    assert len(asked) > 15
+    assert {"ray_tasks", "node_cpu_seconds_total"} <= asked
 
     def missing() -> set[str]:
         return asked - set(ask(watched, "label/__name__/values"))
