@@ -82,8 +82,6 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
 
     Raises ClusterError when Ray does not start.
     """
-    import ray
-
     with _session_folder() as folder, _environment(_settings(_make_token(folder))), _quiet_ray():
         options: dict[str, Any] = {
             "num_cpus": num_cpus or os.cpu_count(),
@@ -98,13 +96,13 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
             except ClusterError as error:
                 if _TOO_SLOW not in str(error):
                     raise
-                ray.shutdown()
+                _shut_down()
                 _end_processes(folder)
                 _init(address="local", **options)
             yield describe()
         finally:
             try:
-                ray.shutdown()
+                _shut_down()
             finally:
                 _end_processes(folder)
 
@@ -144,14 +142,12 @@ def join_local(address: str, token: Path) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _joined(address: str, settings: dict[str, str], **options: object) -> Iterator[Cluster]:
-    import ray
-
     with _environment(settings), _quiet_ray():
         try:
             _init(address=address, **options)
             yield describe()
         finally:
-            ray.shutdown()
+            _shut_down()
 
 
 def _check_address(address: str) -> None:
@@ -250,9 +246,8 @@ def _init(address: str, **options: object) -> None:
 def _connect(address: str, **options: object) -> None:
     import ray
 
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with cores.background():
+        with _our_sigterm(), cores.background():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
         ray._private.worker.print_to_stdstream = _log  # Ray's own writes errors to stdout, which is a command's output
     except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
@@ -262,9 +257,26 @@ def _connect(address: str, **options: object) -> None:
         raise ClusterError(
             f"no Ray cluster at {address} (runtime.address): {reason}. Is it running there, and does this process have its token (RAY_AUTH_TOKEN_PATH)?"
         ) from error
+
+
+def _shut_down() -> None:
+    import ray
+
+    with _our_sigterm():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """Puts back what is done at SIGTERM: Ray's start puts its own in place and its end the system's, both of which end the process without
+    our clean-up.
+    """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in place, which ends the process without our clean-up
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:

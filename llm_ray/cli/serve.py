@@ -75,7 +75,7 @@ serve.add_command(keys)
 )
 @click.option("--host", metavar="ADDRESS", help="Address to listen at. Beyond loopback API keys are demanded. Default: 127.0.0.1.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen at. Default: 8000.")
-@click.option("--foreground", is_flag=True, help="Stay, and take the models away at Ctrl-C.")
+@click.option("--foreground", is_flag=True, help="Stay, and take the models away at Ctrl-C or SIGTERM.")
 @click.option("--timeout", type=click.FloatRange(1), default=900, show_default=True, help="Seconds within which the models must be ready.")
 @_ADDRESS
 def deploy(**given: Any) -> None:
@@ -220,12 +220,16 @@ def _tell(served: Any, reporter: Any) -> None:
 
 
 def _stay(names: list[str], runtime: ServeRuntime, mine: bool, reporter: Any) -> None:
-    """Until Ctrl-C or SIGTERM; then the models are taken away, with the Ray that this command started."""
+    """Until Ctrl-C or SIGTERM; then the models are taken away, with the Ray that this command started. Raises ServeError where the Ray
+    of this machine ends before, so that whoever watches this command starts it anew."""
+    from llm_ray.errors import ServeError
     from llm_ray.serve import local
     from llm_ray.serve.deploy import stop as stop_models
     from llm_ray.serve.foreground import until_interrupted
 
-    until_interrupted(reporter)
+    if not until_interrupted(reporter, lambda: runtime.mode == "cluster" or local.running() is not None):
+        log = local.state_file().with_name("local.log")
+        raise ServeError(f"nothing is served any more: another command has stopped it, or Ray ended by itself ({log})")
     if mine and (started := local.running()):
         local.end(started)
         return

@@ -40,13 +40,13 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The last part of the path: of a model's route, the model."""
-        return self.url.rpartition("/")[2]
+        """Of a model's route, the model: it may have a slash in its name."""
+        return urlsplit(self.url).path.removeprefix("/")
 
     @property
     def base(self) -> str:
         """The OpenAI base that belongs to the URL."""
-        return self.url if self.openai else f"{self.url.rpartition('/')[0]}/v1"
+        return self.url if self.openai else f"{self.url.removesuffix(self.name)}v1"
 
     @property
     def trust_env(self) -> bool:

@@ -148,8 +148,8 @@ class ModelServing(Section):
     kv_cache_gib: float | None = Field(None, gt=0)
     """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two requests of the longest."""
     cpus: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most 64; where none are
-    free it shares those of others."""
+    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most 64, and no more than leave
+    some for each of `autoscale.max` replicas; where none are free it shares those of others."""
     replicas: int = Field(1, ge=1)
     """Replicas, each with its own weights and cores. `autoscale` replaces it."""
     autoscale: Autoscale | None = None

@@ -83,7 +83,7 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
         ]
         try:
             beside = fits_beside(changed, hosts)
-            _run([_gateway(endpoint), *(_application(model, endpoint, beside) for model in changed)])
+            _run([_gateway(endpoint), *(_application(model, endpoint, beside, before.get(model.name)) for model in changed)])
             _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
             _restore(changed, before, endpoint, wait=not isinstance(error, KeyboardInterrupt))
@@ -242,8 +242,8 @@ def tell_reason(message: str) -> str:
 # Applications ------------------------------------------------------------------------------------------------------------------
 
 
-def _application(model: ServedModel, endpoint: Endpoint, beside: bool) -> Any:
-    """The model as Serve takes it; `beside` says that there is room for one more replica while they are replaced."""
+def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Deployed | None) -> Any:
+    """The model as Serve takes it, in place of the `old` one; `beside` says that there is room for one more replica while they are replaced."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig
 
@@ -253,7 +253,8 @@ def _application(model: ServedModel, endpoint: Endpoint, beside: bool) -> Any:
         options = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=scale.min,
-                initial_replicas=max(scale.min, 1),  # a model that cannot start is found out now
+                # One at least: a model that cannot start is found out now. And those that the load wants now.
+                initial_replicas=min(max(scale.min, 1, old.wanted if old else 0), scale.max),
                 max_replicas=scale.max,
                 target_ongoing_requests=scale.target or max(1, model.max_batch / 2),
                 upscale_delay_s=2,
@@ -360,7 +361,7 @@ def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], endpoi
         for app in new:
             serve.delete(app, _blocking=wait)
         if old := [before[model.name].model for model in changed if model.name in before]:
-            _run([_application(model, endpoint, beside=True) for model in old])
+            _run([_application(model, endpoint, True, before[model.name]) for model in old])
 
 
 def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:
@@ -379,9 +380,10 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                 if app in apps and (message := _failure(apps[app])):
                     raise ServeError(f"{said} could not be deployed: {tell_reason(message)}")
             if time.monotonic() - began > timeout:
-                told = [d.message for app in wanted if app in apps for d in apps[app].deployments.values()]
+                told = "\n".join(d.message for app in wanted if app in apps for d in apps[app].deployments.values()).strip()
                 raise ServeError(
-                    f"{', '.join(waiting)} did not start within {timeout:.0f} s. The last word: {tell_reason(chr(10).join(told))}"
+                    f"{', '.join(waiting)} did not start within {timeout:.0f} s: give more time (--timeout), or see "
+                    f"llm-ray serve logs {names[0] if names else 'gateway'}" + (f". The last word: {tell_reason(told)}" if told else "")
                 )
             time.sleep(_POLL)
 

@@ -17,9 +17,10 @@ _POLL = 1.0  # seconds
 def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
     """The last `lines` lines of each replica's log, oldest replica first; then, where `follow` says so, what is added, without end.
 
-    Raises ServeError where no host has a log of that model.
+    Raises ServeError where no host has a log of that model, or when none is left.
     """
     import ray
+    from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     app, deployment = (GATEWAY, GATEWAY) if name == "gateway" else (catalogue.app_name(name), DEPLOYMENT)
@@ -28,16 +29,23 @@ def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
     offsets: dict[str, int] = {}
     while True:
         found = {}
-        for node in nodes:
+        for node in list(nodes):
             there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            told = ray.get(
-                there.remote(
-                    re.sub(r"[^\w.-]", "_", f"{app}_{deployment}"),
-                    {k: v for k, v in offsets.items() if k.startswith(node["NodeID"])},
-                    node["NodeID"],
-                )
+            asked = there.remote(
+                re.sub(r"[^\w.-]", "_", f"{app}_{deployment}"),
+                {k: v for k, v in offsets.items() if k.startswith(node["NodeID"])},
+                node["NodeID"],
             )
+            try:
+                told = ray.get(asked)
+            except RayTaskError:
+                raise
+            except RayError:  # the host is lost, or all of Ray has ended
+                nodes.remove(node)
+                continue
             found.update({key: (node["NodeManagerHostname"], *value) for key, value in told.items()})
+        if not nodes:
+            raise ServeError(f"there is nothing more to read of {name}: its Ray has ended")
         if not found and not offsets:
             raise ServeError(f"{name} has no logs here: llm-ray serve status shows what is deployed")
         for key, (host, offset, text) in found.items():

@@ -203,13 +203,15 @@ def _place(
             _give_back(old, nodes, free)
     placed: dict[str, ServedModel] = {}
     undecided = {model.name for model in models if model.cpus == 0 and model.name not in kept}
-    waiting = sum(_replicas(model) for model in models if model.name in undecided)
+    waiting = [model for model in models if model.name in undecided]
     for model in sorted(models, key=lambda m: m.name in undecided):  # those that share what is left come last
         chosen = kept.get(model.name, model)
         if model.name in undecided:
             most, total = max(room[0] for room in free), sum(room[0] for room in free)
-            cores = int(min(model.threads, most, total // waiting))
-            waiting -= _replicas(model)
+            # One for each replica that is to start, and more where those that may come with the load can have as many.
+            each = max(1, total // sum(map(_most_replicas, waiting))) if total >= sum(map(_replicas, waiting)) else 0
+            cores = int(min(model.threads, most, each))
+            waiting.remove(model)
             chosen = replace(model, cpus=cores, threads=int(min(model.threads, max(node.cpus for node in nodes))))
         _take(chosen, nodes, free)
         placed[model.name] = chosen
@@ -229,6 +231,10 @@ def fits_beside(models: Sequence[ServedModel], nodes: Sequence[Node]) -> bool:
 
 def _replicas(model: ServedModel) -> int:
     return max(model.autoscale.min, 1) if model.autoscale else model.replicas
+
+
+def _most_replicas(model: ServedModel) -> int:
+    return model.autoscale.max if model.autoscale else model.replicas
 
 
 def _give_back(old: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:

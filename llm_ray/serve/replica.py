@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # llm_ray.cores binds
 }
+# Seconds for the clients whose requests the engine took with it to be told. What killed it would otherwise be asked of another replica.
+_TOLD_WITHIN = 1.0
 
 
 def environment(model: ServedModel) -> dict[str, str]:
@@ -71,5 +74,14 @@ class ModelReplica:
         return await self.server.detokenize(request, info)
 
     async def check_health(self) -> None:
-        """Raises when the engine is dead: Serve then replaces the replica."""
-        await self.server.check_health()
+        """Ends the process when its engine is dead. Serve replaces at once what has ended, and what is ill after three checks only: until
+        then every request that came to it would fail.
+        """
+        try:
+            await self.server.check_health()
+        except Exception as error:
+            await asyncio.sleep(_TOLD_WITHIN)
+            said = f"The engine is dead, so that this replica ends and another is started: {type(error).__name__}: {error}"
+            logging.getLogger("ray.serve").error(said)
+            logging.shutdown()
+            os._exit(1)

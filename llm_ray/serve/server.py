@@ -8,9 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ray import serve
 from ray.llm._internal.common.callbacks.base import CallbackBase
-from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig, LLMConfig, LoraConfig
+from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 from ray.llm._internal.serve.core.protocol import LLMServerProtocol
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
 from vllm.exceptions import VLLMNotFoundError
@@ -38,6 +37,7 @@ class ModelServer(LLMServer):
     """LLMServer with the engine that the model's conf names. `start()` loads it."""
 
     def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
+        self._name = model.name
         self.adapters = dict(model.adapters)
         self._loading = asyncio.Lock()
         self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
@@ -54,17 +54,11 @@ class ModelServer(LLMServer):
         for name, adapter in self.adapters.items():
             await self._load_adapter(name, adapter)
 
-    def _init_multiplex_loader(self, model_downloader_cls: Any = None) -> None:
-        async def note(name: str) -> str:
-            return name
-
-        # Serve sends requests for an adapter to replicas that have noted its name.
-        self._load_model = serve.multiplexed(max_num_models_per_replica=_LORAS_KEPT)(note)
-
-    async def _maybe_resolve_lora_from_multiplex(self) -> None:
-        if name := serve.get_multiplexed_model_id():
-            await self._load_model(name)
-            await self._load_adapter(name, await self._adapter(name))  # as it is now: it may have changed since the name was noted
+    async def _run_request(self, request: Any, *args: Any, **options: Any) -> Any:
+        # Not by Serve's multiplexing, which sends requests for a name to one replica until that is full: here all have all adapters.
+        if request.model != self._name:
+            await self._load_adapter(request.model, await self._adapter(request.model))
+        return await super()._run_request(request, *args, **options)
 
     @functools.cached_property
     def _versions(self) -> tempfile.TemporaryDirectory[str]:
@@ -72,20 +66,20 @@ class ModelServer(LLMServer):
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Load an adapter unless it is loaded. Raises ValueError where vLLM does not take it."""
+        """Load an adapter unless it is loaded. Raises what vLLM raises of one that it does not take."""
         path = Path(self._versions.name) / adapter.identity
         if self.engine.adapter_path(name) == str(path):
             return
         async with self._loading:
             if self.engine.adapter_path(name) == str(path):
-                return  # another request has loaded it meanwhile; vLLM would refuse the name
-            await self.engine.forget_adapter(name)
-            path.unlink(missing_ok=True)  # the same may lie elsewhere by now
-            path.symlink_to(adapter.path)
-            number = abs(hash(name)) % 2**31 + 1
-            await self.engine.resolve_lora(
-                DiskMultiplexConfig(model_id=name, max_total_tokens=None, local_path=str(path), lora_assigned_int_id=number)
-            )
+                return  # another request has loaded it meanwhile
+            self._link(adapter)
+            await self.engine.load_adapter(name, path)
+
+    def _link(self, adapter: Adapter) -> None:
+        path = Path(self._versions.name) / adapter.identity
+        path.unlink(missing_ok=True)  # the same may lie elsewhere by now
+        path.symlink_to(adapter.path)
 
     async def _adapter(self, name: str) -> Adapter:
         """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the client a 404."""
@@ -114,13 +108,13 @@ class ModelServer(LLMServer):
         return request
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ValueError for one that is none."""
+        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises what vLLM raises of one that is none."""
         before, self.adapters = self.adapters, dict(adapters)  # first: requests that come meanwhile load what is to be served
-        for name, adapter in before.items():
-            if adapters.get(name) != adapter:
-                await self.engine.forget_adapter(name)
+        for name in before.keys() - adapters.keys():
+            self.engine.forget_adapter(name)
         for name, adapter in adapters.items():
             if before.get(name) != adapter:
+                self._link(adapter)  # vLLM reads it again where there are more adapters than it keeps
                 await self._load_adapter(name, adapter)
 
 
@@ -155,7 +149,6 @@ def llm_config(model: ServedModel) -> LLMConfig:
         model_loading_config={"model_id": model.name, "model_source": str(model.path)},
         accelerator_config={"kind": "cpu"},
         engine_kwargs=engine,
-        lora_config=LoraConfig(dynamic_lora_loading_path=None, max_num_adapters_per_replica=_LORAS_KEPT) if model.lora_rank else None,
         callback_config={"callback_class": NoDownload},
         log_engine_metrics=False,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from llm_ray.cluster import local_ray
 from llm_ray.console import Reporter
 from llm_ray.serve.models import Engine, ServedModel
+from tests.integration import tiny
 
 ENGINES: tuple[Engine, ...] = ("vllm", "openvino", "transformers")
 QUESTIONS = ("What is the capital of France?", "Explain gravity in two sentences.", "How do I boil an egg?", "Name three colours.")
@@ -378,28 +380,12 @@ def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray:
 
 
 def test_a_model_that_makes_vectors_makes_the_same_as_transformers(ray: None, tmp_path: Path) -> None:
-    """A model of Sentence Transformers' form: the mean over the tokens, of length 1."""
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, EmbeddingCompletionRequest
-    from transformers import BertConfig, BertModel, BertTokenizerFast
 
     from llm_ray.serve.models import writes
     from llm_ray.serve.server import ModelServer
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sleeps"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    bert = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).eval()
-    tokenizer = BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
-    bert.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    kinds = ("Transformer", "Pooling", "Normalize")
-    modules = [
-        {"idx": n, "name": str(n), "path": "pooling", "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)
-    ]
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    (tmp_path / "pooling").mkdir()
-    (tmp_path / "pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}))
+    tiny.bert(tmp_path, tmp_path)
     assert not writes(tmp_path, {})
 
     async def embed(text: str) -> Any:
@@ -412,6 +398,44 @@ def test_a_model_that_makes_vectors_makes_the_same_as_transformers(ray: None, tm
         return answer.data[0].embedding
 
     text = "the cat sleeps"
-    with torch.no_grad():
-        mean = bert(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
-    torch.testing.assert_close(torch.tensor(asyncio.run(embed(text))), torch.nn.functional.normalize(mean, dim=0), atol=1e-5, rtol=0)
+    assert asyncio.run(embed(text)) == pytest.approx(tiny.embedded(tmp_path, tmp_path, text), abs=1e-5)
+
+
+def test_an_adapter_that_is_taken_away_ends_no_answer_in_progress(ray: None, smollm2: Path, tmp_path: Path) -> None:
+    """vLLM would load it once more for them, and end where its folder is gone."""
+    from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
+
+    from llm_ray.serve.models import Adapter
+    from llm_ray.serve.server import ModelServer
+
+    llama = tiny.llama(tmp_path / "llama", smollm2)
+    folder = tiny.adapter(tmp_path / "adapter", llama, 0)
+    model = ServedModel(
+        "m", llama, max_model_len=512, kv_cache_bytes=2**26, max_batch=4, threads=2, adapters={"a": Adapter(str(folder), "1")}, lora_rank=8
+    )
+
+    async def texts() -> list[str]:
+        server = ModelServer(model)
+        await server.start()
+
+        async def ask(name: str, stream: bool) -> Any:
+            asked = {"max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": stream}
+            return await server.completions(CompletionRequest(model=name, prompt="Once", **asked))
+
+        alone = await _answer(await ask("a", False))
+        stream = await ask("a", True)
+        events = [*await anext(stream)]
+        shutil.rmtree(folder)
+        await server.set_adapters({})
+        async for more in stream:
+            events += more
+        base = await _answer(await ask("m", False))
+        server.engine._engine_client.shutdown()
+        pieces = [
+            json.loads(data) for event in "".join(events).split("\n\n") if (data := event.removeprefix("data: ")) not in ("", "[DONE]")
+        ]
+        assert len(pieces) > 2
+        return ["".join(piece["choices"][0]["text"] for piece in pieces), alone.choices[0].text, base.choices[0].text]
+
+    streamed, alone, base = asyncio.run(texts())
+    assert streamed == alone != base

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_ray.console import Reporter
 from llm_ray.runs.metrics import read_metrics
+from tests.integration.serving import Home
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
 CONF = """
@@ -95,6 +96,26 @@ def test_the_merged_model_is_the_base_with_its_adapter(home: Path, codes: subpro
         given = merged(**ids).logits
     torch.testing.assert_close(given, adapted, rtol=1e-3, atol=1e-3)
     assert (given - untrained).abs().max() > 0.05
+
+
+def test_the_adapter_of_a_run_is_served_beside_its_base(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+    """Each name answers with its own weights: the first token is as likely as transformers and PEFT say."""
+    ids = AutoTokenizer.from_pretrained(smollm2)("Code 3 is a", return_tensors="pt")
+    base = AutoModelForCausalLM.from_pretrained(smollm2)
+    with torch.no_grad():
+        untrained = float(base(**ids).logits[0, -1].log_softmax(-1).max())
+        adapted = PeftModel.from_pretrained(base, home / "runs" / "codes" / "output" / "adapter")
+        trained = float(adapted(**ids).logits[0, -1].log_softmax(-1).max())
+    assert abs(trained - untrained) > 0.01
+    served = Home(home, smollm2)
+    deployed = served.deploy("small", "--adapter", "codes=codes", "--max-model-len", "256")
+    try:
+        assert deployed.returncode == 0, deployed.stderr
+        for name, expected in (("small", untrained), ("codes", trained)):
+            answer = served.ask(name, prompt="Code 3 is a", max_tokens=1, logprobs=1).json()
+            assert answer["choices"][0]["logprobs"]["token_logprobs"] == [pytest.approx(expected, abs=1e-3)], name
+    finally:
+        served.run("serve", "stop", "--all")
 
 
 def test_the_same_again_is_skipped_and_another_conf_refused(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:

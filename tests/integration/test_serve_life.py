@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -25,78 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from llm_ray.console import Reporter
 from llm_ray.serve import local
+from tests.integration.serving import LLM_RAY, Clients, Home, ending, outcome, until
+from tests.integration.tiny import llama
 
-LLM_RAY = Path(sys.executable).with_name("llm-ray")
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-class Home:
-    """A home with an endpoint of its own."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = {**os.environ, "LLM_RAY_HOME": str(folder), "TMPDIR": str(folder)}
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([LLM_RAY, *arguments], capture_output=True, text=True, check=False, timeout=300, env=self.environment)
-
-    def deploy(self, name: str, *options: str, model: str | None = None) -> subprocess.CompletedProcess[str]:
-        where = ["--model", model or str(self.model), "--name", name, "--port", str(self.port)]
-        return self.run("serve", "deploy", *where, *(options or ("--cpus", "1", "--max-model-len", "512")))
-
-    def models(self) -> dict[str, Any]:
-        told: dict[str, Any] = json.loads(self.run("serve", "status", "--json").stdout)["models"]
-        return told
-
-    def processes(self, title: str) -> list[psutil.Process]:
-        root = psutil.Process(json.loads((self.folder / "serve" / "local.json").read_text())["pid"])
-        found = []
-        for process in root.children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it ends just now
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
-
-    def ask(self, name: str, **more: Any) -> httpx.Response:
-        body = {"model": name, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0} | more
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120, trust_env=False)
-
-
-class Clients:
-    """Two clients that ask a model all the time; `statuses` counts what they were told."""
-
-    def __init__(self, home: Home, name: str) -> None:
-        self.statuses: Counter[int | str] = Counter()
-        self._ending = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(home, name)) for _ in range(2)]
-
-    def _run(self, home: Home, name: str) -> None:
-        while not self._ending.is_set():
-            try:
-                self.statuses[home.ask(name).status_code] += 1
-            except httpx.HTTPError as error:
-                self.statuses[type(error).__name__] += 1
-
-    def __enter__(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ending.set()
-        for thread in self._threads:
-            thread.join()
-
-
-def _until(true: Callable[[], bool], seconds: float = 90) -> None:
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.2)
+# Tokens that the small model has, of the 49152 of its tokenizer: one beyond them is the engine's death.
+TOKENS = 16384
+SECOND = ("--cpus", "1", "--max-model-len", "8192")
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +34,12 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     assert deployed.returncode == 0, deployed.stderr
     yield made
     made.run("serve", "stop", "--all")
+
+
+@pytest.fixture(scope="module")
+def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where it does not matter what is answered, or where an answer of a thousand tokens is to be short."""
+    return str(llama(tmp_path_factory.mktemp("tiny"), smollm2, vocab_size=TOKENS, max_position_embeddings=8192))
 
 
 @pytest.mark.parametrize(
@@ -122,22 +56,25 @@ def test_what_cannot_be_is_refused_with_the_figures(home: Home, options: list[st
     assert "Traceback" not in refused.stderr
 
 
-def test_neighbours_come_fail_and_go_while_the_first_answers(home: Home, tmp_path: Path) -> None:
+def test_neighbours_come_fail_and_go_while_the_first_answers(home: Home, tiny: str, tmp_path: Path) -> None:
     (replica,) = home.processes("ServeReplica:model:first")
     conf = tmp_path / "broken.yaml"
-    broken = {"model": str(home.model), "max_model_len": 512, "cpus": 1, "engine_options": {"no_such_option": 1}}
+    broken = {"model": tiny, "max_model_len": 512, "cpus": 1, "engine_options": {"no_such_option": 1}}
     conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"broken": broken}}))
     with Clients(home, "first") as clients:
         failed = home.run("serve", "deploy", "--config", str(conf))
         assert (failed.returncode, "no_such_option" in failed.stderr, "Traceback" in failed.stderr) == (1, True, False)
-        second = home.deploy("second")
+        second = home.deploy("second", *SECOND, model=tiny)
         assert second.returncode == 0, second.stderr
     assert set(clients.statuses) == {200}
     assert home.processes("ServeReplica:model:first") == [replica]
-    assert set(home.models()) == {"first", "second"}
+    told = home.models()
+    assert set(told) == {"first", "second"}
+    assert told["first"]["requests"] == clients.statuses[200]
+    assert told["first"]["tokens_per_second"] > 0
 
 
-def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_mention_it(home: Home, tmp_path: Path) -> None:
+def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_mention_it(home: Home, tiny: str, tmp_path: Path) -> None:
     conf = tmp_path / "first.yaml"
     first = {"model": str(home.model), "max_model_len": 512, "cpus": 1}
 
@@ -148,7 +85,7 @@ def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_men
 
     deploy("on")
     assert home.ask("first").status_code == 401
-    assert home.deploy("second").returncode == 0
+    assert home.deploy("second", *SECOND, model=tiny).returncode == 0
     assert home.ask("first").status_code == 401
     deploy("off")
     assert home.ask("first").status_code == 200
@@ -167,44 +104,136 @@ def test_replicas_compute_on_cores_of_their_own(home: Home) -> None:
 
 def test_a_killed_replica_comes_back_while_others_answer(home: Home) -> None:
     (killed,) = home.processes("ServeReplica:model:second")
-    with Clients(home, "first") as others, Clients(home, "second") as clients:
-        _until(lambda: clients.statuses[200] > 2)
+    with (
+        Clients(home, "first") as others,
+        Clients(home, "second") as clients,
+        Clients(home, "second", stream=True, max_tokens=100) as readers,
+        home.stream("second", 8000) as events,
+    ):
+        until(lambda: min(clients.statuses[200], readers.statuses[200]) > 2)
         killed.kill()
+        seen = ending(list(events))
         before = clients.statuses[200]
-        _until(lambda: clients.statuses[200] > before + 4)
+        until(lambda: clients.statuses[200] > before + 4)
+    assert seen == "replica_lost"
     assert set(others.statuses) == {200}
     assert set(clients.statuses) <= {200, 503}
+    assert set(readers.statuses) <= {200, 503, "replica_lost"}
+    assert max(clients.lost(), readers.lost()) <= 2  # what they waited for when it died
 
 
-@pytest.mark.parametrize("title", ["ServeController", "ProxyActor", "ServeReplica:llm-ray"])
-def test_what_stands_before_the_models_is_survived(home: Home, title: str) -> None:
+def test_an_engine_that_dies_is_told_and_replaced(home: Home) -> None:
+    (ill,) = home.processes("ServeReplica:model:second")
+    with Clients(home, "first") as others, Clients(home, "second") as clients, home.stream("second", 8000) as events:
+        until(lambda: clients.statuses[200] > 2)
+        deadly = home.ask("second", prompt=[TOKENS + 1])
+        seen = ending(list(events))
+        before = clients.statuses[200]
+        until(lambda: clients.statuses[200] > before + 4)
+    assert (outcome(deadly), deadly.json()["error"]["code"]) == (503, "engine_failed")
+    assert seen == "engine_failed"
+    assert set(others.statuses) == {200}
+    assert set(clients.statuses) <= {200, 503}
+    assert ill not in home.processes("ServeReplica:model:second")
+    assert "another is started: IndexError: index out of range" in home.run("serve", "logs", "second").stdout
+
+
+@pytest.mark.parametrize(
+    ("title", "lost", "streamed"),
+    [
+        ("ServeController", set(), 200),
+        ("ServeReplica:llm-ray", {503}, "gateway_lost"),
+        ("ProxyActor", {503, "ConnectError", "ReadError", "RemoteProtocolError"}, "RemoteProtocolError"),
+    ],
+)
+def test_what_stands_before_the_models_is_survived(home: Home, title: str, lost: set[int | str], streamed: int | str) -> None:
     replicas = home.processes("ServeReplica:model:")
-    home.processes(title)[0].kill()
-
-    def answers() -> bool:
+    (killed,) = home.processes(title)
+    seen: int | str
+    with Clients(home, "first") as clients, home.stream("second", 2000) as events:
+        until(lambda: clients.statuses[200] > 2)
+        killed.kill()
         try:
-            return home.ask("first").status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    _until(answers)
-    _until(lambda: bool(home.processes(title)))
+            seen = ending(list(events))
+        except httpx.HTTPError as error:
+            seen = type(error).__name__
+        until(lambda: any(process != killed for process in home.processes(title)))
+        before = clients.statuses[200]
+        until(lambda: clients.statuses[200] > before + 2)
+    assert seen == streamed
+    assert set(clients.statuses) <= {200} | lost
     assert set(home.processes("ServeReplica:model:")) == set(replicas)
 
 
+def test_logs_are_followed_until_ctrl_c(home: Home) -> None:
+    following = home.begin("serve", "logs", "gateway", "-f", "-n", "1")
+    assert following.stdout
+    assert next(following.stdout)
+    asked = home.ask("first").headers["x-request-id"]
+    assert any(asked in line for line in following.stdout)
+    following.send_signal(signal.SIGINT)
+    _, said = following.communicate(timeout=60)
+    assert (following.returncode, "Traceback" in said) == (130, False)
+
+
+def test_slow_and_half_open_clients_do_not_hold_up_others(home: Home) -> None:
+    with contextlib.ExitStack() as stack:
+        for begun in (
+            b"",
+            b"POST /v1/completions HTTP/1.1\r\n",
+            b"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: 99\r\n\r\n{",
+        ):
+            for _ in range(100):
+                stack.enter_context(socket.create_connection(("127.0.0.1", home.port))).sendall(begun)
+        for _ in range(4):  # more than buffers hold, and nothing of it is read
+            stack.enter_context(home.stream("second", 8000))
+        for name in ("first", "second"):
+            assert home.ask(name).status_code == 200
+    until(lambda: all(model["in_progress"] == 0 for model in home.models().values()), 20)
+
+
+def test_a_model_that_is_stopped_answers_what_it_has_begun(home: Home) -> None:
+    with (
+        Clients(home, "first") as others,
+        Clients(home, "second") as clients,
+        ThreadPoolExecutor() as pool,
+        home.stream("second", 2000) as events,
+    ):
+        until(lambda: clients.statuses[200] > 2)
+        reading = pool.submit(list, events)
+        stopped = home.run("serve", "stop", "second")
+        until(lambda: clients.statuses[404] > 2)
+    assert stopped.returncode == 0, stopped.stderr
+    assert ending(reading.result()) == 200
+    assert set(others.statuses) == {200}
+    assert set(clients.statuses) <= {200, 404, 503}
+
+
+def test_a_change_that_fails_leaves_the_old_to_answer(home: Home, tiny: str, tmp_path: Path) -> None:
+    (replica,) = home.processes("ServeReplica:model:first")
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"intermediate_size": 256}))  # as of another model than the weights
+    with Clients(home, "first") as clients:
+        failed = home.deploy("first", model=str(folder))
+    assert failed.returncode == 1
+    assert "first could not be deployed" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert set(clients.statuses) == {200}
+    assert home.processes("ServeReplica:model:first") == [replica]
+
+
 def test_a_deploy_that_is_interrupted_leaves_what_was_there(home: Home) -> None:
-    where = ["--model", str(home.model), "--name", "unwanted", "--port", str(home.port), "--cpus", "1", "--max-model-len", "512"]
-    home.run("serve", "stop", "second")
-    deploy = subprocess.Popen([LLM_RAY, "serve", "deploy", *where], stderr=subprocess.PIPE, text=True, env=home.environment)
+    deploy = home.begin("serve", "deploy", *home.options("unwanted"))
     assert deploy.stderr
     assert any("starting" in line for line in deploy.stderr)
     deploy.send_signal(signal.SIGINT)
     assert deploy.wait(60) == 130
-    _until(lambda: set(home.models()) == {"first"})
+    until(lambda: set(home.models()) == {"first"})
     assert home.ask("first").status_code == 200
 
 
-def test_a_running_cluster_is_joined_by_its_address(home: Home, tmp_path: Path) -> None:
+def test_a_running_cluster_is_joined_by_its_address(home: Home, tiny: str, tmp_path: Path) -> None:
     ray = json.loads((home.folder / "serve" / "local.json").read_text())
     there = {**home.environment, "LLM_RAY_HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": ray["token"]}
 
@@ -213,8 +242,7 @@ def test_a_running_cluster_is_joined_by_its_address(home: Home, tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    options = ["--model", str(home.model), "--name", "third", "--port", str(home.port), "--cpus", "1", "--max-model-len", "512"]
-    run("deploy", *options, "--address", ray["address"])
+    run("deploy", *home.options("third", model=tiny), "--address", ray["address"])
     assert home.ask("third").status_code == 200
     assert set(json.loads(run("status", "--json", "--address", ray["address"]))["models"]) == {"first", "third"}
     run("stop", "third", "--address", ray["address"])
@@ -230,16 +258,14 @@ def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
                 timeout=httpx.Timeout(5, read=0.7 if not stream else 0.05),
                 trust_env=False,
             )
-        _until(lambda: home.models()["first"]["in_progress"] == 0, 10)
-        _until(lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10)  # the answer would take it half a minute
+        until(lambda: home.models()["first"]["in_progress"] == 0, 10)
+        until(lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10)  # the answer would take it half a minute
 
 
-def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tmp_path: Path) -> None:
-    home.run("serve", "stop", "second")
-    assert set(home.models()) == {"first"}
+def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tiny: str, tmp_path: Path) -> None:
     conf = tmp_path / "sleeper.yaml"
     sleeper = {
-        "model": str(home.model),
+        "model": tiny,
         "max_model_len": 512,
         "cpus": 1,
         "max_batch": 1,
@@ -249,7 +275,7 @@ def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tmp_path: Path) ->
     conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"sleeper": sleeper}}))
     deployed = home.run("serve", "deploy", "--config", str(conf))
     assert deployed.returncode == 0, deployed.stderr
-    _until(lambda: not home.processes("ServeReplica:model:sleeper"))
+    until(lambda: not home.processes("ServeReplica:model:sleeper"))
     assert home.models()["sleeper"]["ready"] is True
     with ThreadPoolExecutor(4) as pool:  # one is computed at a time, and one may wait
         answers = list(pool.map(lambda _: home.ask("sleeper"), range(4)))
@@ -258,9 +284,9 @@ def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tmp_path: Path) ->
     home.run("serve", "stop", "sleeper")
 
 
-def test_new_weights_come_without_a_failed_request(home: Home, tmp_path: Path) -> None:
+def test_new_weights_come_without_a_failed_request(home: Home, tiny: str, tmp_path: Path) -> None:
     """Under the same path, on two replicas, while clients ask."""
-    folder = shutil.copytree(home.model, tmp_path / "model")
+    folder = shutil.copytree(tiny, tmp_path / "model")
     conf = tmp_path / "pair.yaml"
     pair = {"model": str(folder), "max_model_len": 256, "kv_cache_gib": 0.1, "max_batch": 4, "replicas": 2}
     conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"pair": pair}}))
@@ -282,20 +308,39 @@ def test_new_weights_come_without_a_failed_request(home: Home, tmp_path: Path) -
 
 
 def test_the_end_waits_for_the_answers_in_progress_and_leaves_nothing(home: Home) -> None:
-    root = psutil.Process(json.loads((home.folder / "serve" / "local.json").read_text())["pid"])
+    watching = home.begin("serve", "deploy", "--foreground", *home.options("first"))  # as it is deployed already
+    assert watching.stderr
+    assert any("Ctrl-C" in line for line in watching.stderr)
+    root = home.root()
     started = [root, *root.children(recursive=True)]
-    pieces: list[str] = []
-    body = {"model": "first", "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{home.url}/v1/completions", json=body, timeout=120, trust_env=False) as answer:
-        lines = answer.iter_lines()
-        pieces.append(next(lines))
+    with home.stream("first", 200) as events:
         root.send_signal(signal.SIGTERM)
-        pieces.extend(lines)
-    assert [piece for piece in pieces if piece][-1] == "data: [DONE]"
+        until(lambda: httpx.get(f"{home.url}/ready", trust_env=False).status_code == 503)
+        refused = home.ask("first")
+        assert (outcome(refused), refused.json()["error"]["code"]) == (503, "stopping")
+        assert ending(list(events)) == 200
     _, alive = psutil.wait_procs(started, timeout=60)
     assert alive == []
     assert list(home.folder.glob("llm-ray-*/r")) == []
     assert "Nothing is served" in home.run("serve", "status").stdout
+    _, said = watching.communicate(timeout=60)
+    assert (watching.returncode, "nothing is served any more" in said) == (1, True)
+
+
+def test_in_the_foreground_it_serves_until_it_is_told_to_end(home: Home, tiny: str) -> None:
+    serving = home.begin("serve", "deploy", "--foreground", *home.options("here", *SECOND, model=tiny))
+    assert serving.stderr
+    assert any("Ctrl-C" in line for line in serving.stderr)
+    root = home.root()
+    started = [root, *root.children(recursive=True)]
+    with home.stream("here", 2000) as events:
+        serving.send_signal(signal.SIGTERM)
+        assert ending(list(events)) == 200
+    _, said = serving.communicate(timeout=120)
+    assert (serving.returncode, "Traceback" in said) == (0, False)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
+    assert list(home.folder.glob("llm-ray-*/r")) == []
 
 
 def test_a_background_that_is_killed_leaves_nothing_that_the_next_does_not_clear(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ _REMOVE = """
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[Cluster]:
+def machines(lab_ready: None) -> Iterator[Cluster]:
     if reason := missing():
         pytest.exit(reason, 3)
     folder = Path(tempfile.mkdtemp(prefix="llm-ray-lab-"))

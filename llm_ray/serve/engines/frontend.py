@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +17,7 @@ from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, async_llm
@@ -30,6 +33,8 @@ from llm_ray.serve.models import ServedModel
 from llm_ray.serve.pace import PacedOutputs
 
 async_llm.RequestOutputCollector = PacedOutputs  # AsyncLLM takes none of the caller's
+
+_LOOK = 1.0  # seconds
 
 # Why a request cannot be done, or None; asked before it reaches the core.
 Refusal = Callable[[SamplingParams], str | None]
@@ -72,6 +77,7 @@ class Engine(VLLMEngine):
     def __init__(self, model: ServedModel, llm_config: LLMConfig) -> None:
         super().__init__(llm_config)
         self._model = model
+        self._unloading: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Load the model. Raises what the engine raises."""
@@ -90,16 +96,39 @@ class Engine(VLLMEngine):
             reason = error.__cause__ or error
             raise ModelError(f"{self._model.path}: engine {self._model.engine} cannot compute it: {reason}") from reason
 
+    async def check_health(self) -> None:
+        """Raises what the core died of."""
+        if death := self._engine_client.engine_core.resources.death:
+            raise death
+        await super().check_health()
+
     def adapter_path(self, name: str) -> str | None:
         """Where a LoRA adapter was loaded from; None where it is not loaded."""
         lora = self._oai_models.lora_requests.get(name)
         return lora.lora_path if lora else None
 
-    async def forget_adapter(self, name: str) -> None:
-        """Unload a LoRA adapter, if it is loaded."""
-        if name in self._oai_models.lora_requests:
-            lora = self._oai_models.lora_requests.pop(name)
-            await self._engine_client.remove_lora(lora.lora_int_id)
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises what vLLM raises of it."""
+        lora = LoRARequest(name, self._oai_models.lora_id_counter.inc(1), str(path))
+        await self._engine_client.add_lora(lora)
+        self.forget_adapter(name)
+        self._oai_models.lora_requests[name] = lora
+
+    def forget_adapter(self, name: str) -> None:
+        """Take no more requests for a LoRA adapter, and unload it when those in progress are answered."""
+        if lora := self._oai_models.lora_requests.pop(name, None):
+            task = asyncio.create_task(self._unload(lora.lora_int_id))
+            self._unloading.add(task)
+            task.add_done_callback(self._unloading.discard)
+
+    async def _unload(self, number: int) -> None:
+        # For a request in progress vLLM would load it again, from a folder that may hold other weights by now, or be gone: the engine's end.
+        requests = self._engine_client.output_processor.request_states
+        while True:
+            await asyncio.sleep(_LOOK)  # at first as well: who was let in a moment ago is not among the requests yet
+            if not any(state.lora_request and state.lora_request.lora_int_id == number for state in requests.values()):
+                break
+        await self._engine_client.remove_lora(number)
 
     def _start_async_llm_engine(self, engine_args: Any, config: VllmConfig, placement_group: Any) -> FrontEnd:
         return front_end(self._model, config)

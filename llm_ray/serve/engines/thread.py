@@ -46,6 +46,7 @@ class Core(Protocol):
 @dataclass
 class _Resources:
     engine_dead: bool = False
+    death: Exception | None = None
 
 
 @dataclass
@@ -57,7 +58,7 @@ class _Job:
 class EngineThread(EngineCoreClient):
     """Runs the core that `make` returns in a thread of its own.
 
-    Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources.engine_dead` is set.
+    Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources` tell what it died of.
     """
 
     def __init__(self, make: Callable[[], Core]) -> None:
@@ -85,7 +86,7 @@ class EngineThread(EngineCoreClient):
                     if outputs.outputs or outputs.scheduler_stats:
                         self._put(outputs)
         except Exception as error:  # whatever it is, the engine's state cannot be trusted any more
-            self.resources.engine_dead = True
+            self.resources.engine_dead, self.resources.death = True, error
             self._put(error)
         finally:
             core.shutdown()

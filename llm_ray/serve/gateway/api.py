@@ -29,7 +29,7 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 from llm_ray.serve import catalogue
 from llm_ray.serve.catalogue import Deployed
 from llm_ray.serve.gateway import openapi
-from llm_ray.serve.gateway.errors import ApiError, failed, invalid, refused, refused_in_stream
+from llm_ray.serve.gateway.errors import STREAM_ERROR, ApiError, failed, invalid, refused, refused_in_stream
 from llm_ray.serve.gateway.metrics import Metrics, Watch
 from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
 from llm_ray.serve.gateway.simple import SimpleRequest
@@ -41,7 +41,7 @@ _FRESH = 1.0
 _OLD = 10.0
 _LOOK_AGAIN = 0.2
 # How long an answer is waited for before it is looked whether its model is still there.
-_STILL_THERE = 5.0
+_STILL_THERE = 1.0
 # How long the controller has for an answer.
 _ANSWERS_WITHIN = 5.0
 
@@ -63,7 +63,7 @@ class Api:
         self.metrics = Metrics()
         self._models: dict[str, Deployed] = {}
         self._targets: dict[str, Target] = {}
-        self._handles: dict[tuple[str, str], DeploymentHandle] = {}
+        self._handles: dict[str, DeploymentHandle] = {}
         self._looked = 0.0
         self._lock = asyncio.Lock()
         self._looking: asyncio.Task[bool] | None = None
@@ -87,8 +87,8 @@ class Api:
             for name, entry in self._models.items():
                 self._targets |= {adapter: Target(adapter, entry, True) for adapter in entry.model.adapters}
                 self._targets[name] = Target(name, entry, False)
-            for key in [key for key in self._handles if key[0] not in self._models]:
-                del self._handles[key]
+            for name in self._handles.keys() - self._models.keys():
+                del self._handles[name]
             self._looked = time.monotonic()
 
     async def _refresh(self, age: float) -> bool:
@@ -135,11 +135,11 @@ class Api:
         await self._target(model, request)
 
     def _handle(self, target: Target) -> DeploymentHandle:
-        key = (target.entry.model.name, target.name if target.adapter else "")
-        if key not in self._handles:
-            handle = serve.get_deployment_handle(catalogue.DEPLOYMENT, catalogue.app_name(key[0]), _check_exists=False)
-            self._handles[key] = handle.options(stream=True, multiplexed_model_id=key[1])
-        return self._handles[key]
+        name = target.entry.model.name
+        if name not in self._handles:
+            handle = serve.get_deployment_handle(catalogue.DEPLOYMENT, catalogue.app_name(name), _check_exists=False)
+            self._handles[name] = handle.options(stream=True)
+        return self._handles[name]
 
     # Asking a model --------------------------------------------------------------------------------------------------------
 
@@ -169,12 +169,13 @@ class Api:
         raise AssertionError
 
     async def _awaited(self, stream: Any, target: Target) -> Any:
-        """The first piece; Serve waits for ever for replicas of a model that was taken away meanwhile. Raises ApiError."""
+        """The first piece; Serve waits for ever for replicas of a model that was taken away meanwhile, and a replica for an adapter that it
+        may be about to get. Raises ApiError."""
         first = asyncio.ensure_future(anext(stream))
         try:
             while not (await asyncio.wait({first}, timeout=_STILL_THERE))[0]:
                 await self._refresh(_FRESH)
-                if target.entry.model.name not in self._models:
+                if target.name not in self._targets:
                     raise ApiError(404, f"The model `{target.name}` was taken away.", "model_not_found", param="model")
             return first.result()
         finally:
@@ -418,12 +419,16 @@ class _Stream:
         try:
             piece = self._first
             while True:
-                text = "".join(piece)
+                text, error, said = "".join(piece).partition(STREAM_ERROR)
                 self._watch.token()
                 if '"usage":{' in text:
                     text = _take_usage(text, self._watch, self._hidden)
                 if text:
                     yield text
+                if told := refused_in_stream(error + said):  # vLLM goes on with [DONE]: here a stream that has it is whole
+                    self._watch.end(told.status)
+                    yield told.event()
+                    return
                 piece = await anext(self._rest)
         except StopAsyncIteration:
             self._watch.end(200)

@@ -16,8 +16,11 @@ from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 from llm_ray.serve.catalogue import Deployed
 from llm_ray.serve.protect.errors import error_body, openai_error
 
+# How an event of vLLM's begins that tells an error; nothing within an event can look like it.
+STREAM_ERROR = 'data: {"error"'
 _LONGEST = 1000  # characters of a message
 _TOO_LONG = re.compile(r"maximum context length|longer than the maximum model length|exceeds model's maximum")
+_DEAD = "EngineCore encountered an issue"  # and vLLM goes on to name a stack trace above, which the client does not see
 _NO_TEMPLATE = re.compile(r"default chat template is no longer allowed")
 # vLLM repeats at a message's end what the error's param says.
 _PARAMETER = re.compile(r" \(parameter=(?P<param>[\w.]+)(, value=.*)?\)$", re.DOTALL)
@@ -63,7 +66,7 @@ def refused(answer: ErrorResponse) -> ApiError:
 
 def refused_in_stream(event: str) -> ApiError | None:
     """The error in a stream's event, if it is one."""
-    if not event.startswith('data: {"error"'):
+    if not event.startswith(STREAM_ERROR):
         return None
     error = json.loads(event.removeprefix("data: ").partition("\n")[0])["error"]
     return _told(error.get("code"), error.get("message") or "", error.get("param"))
@@ -75,7 +78,8 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
     if not isinstance(status, int) or not 400 <= status < 600:
         return ApiError(500, f"The engine says: {message}", "internal_error")
     if status >= 500:
-        return ApiError(503, f"The engine failed while it answered; ask again. It says: {message}", "engine_failed", retry_after=1)
+        said = "" if _DEAD in message else f" It says: {message}"
+        return ApiError(503, f"The engine failed while it answered; ask again.{said}", "engine_failed", retry_after=1)
     if _NO_TEMPLATE.search(message):
         said = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
         return ApiError(400, said, "invalid_request", param="messages")

@@ -15,9 +15,9 @@ from llm_ray.errors import ConfError
     [
         ("http://127.0.0.1:8000/v1", True, "v1", "http://127.0.0.1:8000/v1"),
         ("http://127.0.0.1:8000/v1/", True, "v1", "http://127.0.0.1:8000/v1"),
-        ("https://llm.example.org/team/v1", True, "v1", "https://llm.example.org/team/v1"),
+        ("https://llm.example.org/team/v1", True, "team/v1", "https://llm.example.org/team/v1"),
         ("http://127.0.0.1:8000/custom-model", False, "custom-model", "http://127.0.0.1:8000/v1"),
-        ("http://[::1]:8000/team/my-bot/", False, "my-bot", "http://[::1]:8000/team/v1"),
+        ("http://[::1]:8000/team/my-bot/", False, "team/my-bot", "http://[::1]:8000/v1"),
     ],
 )
 def test_the_path_tells_the_kind(url: str, openai: bool, name: str, base: str) -> None:

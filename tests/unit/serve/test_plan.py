@@ -159,6 +159,13 @@ def test_several_share_the_free_cores_evenly_after_those_that_say_what_they_want
     assert [m.cpus for m in place([_model(replicas=2)], [_node("one", 4), _node("two", 4)], {})] == [4]
 
 
+def test_replicas_that_may_come_with_the_load_find_cores() -> None:
+    assert [m.cpus for m in place([_model(autoscale=Autoscale(min=1, max=2))], [_node(cpus=2)], {})] == [1]
+    assert [m.cpus for m in place([_model(autoscale=Autoscale(min=0, max=3))], [_node(cpus=12)], {})] == [4]
+    assert [m.cpus for m in place([_model(autoscale=Autoscale(min=0, max=99))], [_node(cpus=12)], {})] == [1]
+    assert [m.cpus for m in place([_model("a", autoscale=Autoscale(max=3)), _model("b")], [_node(cpus=8)], {})] == [2, 6]
+
+
 def test_where_no_core_is_free_they_are_shared() -> None:
     (model,) = place([_model()], [_node(cpus=2, free=0)], {})
     assert (model.cpus, model.threads) == (0, 2)
