@@ -1,0 +1,81 @@
+"""What clients and the machine wait for: a model that sleeps to be woken by a request, and a generation to end when its client is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from llm_ray.cluster import local_ray
+from llm_ray.conf.schema import Paths
+from llm_ray.conf.serve import Autoscale, Endpoint, ModelServing, ServeConf
+from llm_ray.console import Reporter
+from llm_ray.serve.deploy import deploy, free_port, stop_all
+from llm_ray.serve.plan import plan
+
+_TOKENS = 1500
+_IDLE = 0.2  # of a core: what a replica that computes nothing takes at most
+_LOOK = 0.1  # seconds
+
+
+def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
+    """With engine vllm in fp32, on all cores of this machine."""
+    conf = ServeConf(
+        models={"m": ModelServing(model=str(model), max_model_len=2048, kv_cache_gib=1, autoscale=Autoscale(min=0, max=1, idle_s=5))},
+        paths=Paths(models=work / "models", runs=work / "runs"),
+        endpoint=Endpoint(port=free_port()),
+    )
+    (served,) = plan(conf, Reporter())
+    began = time.monotonic()
+    with local_ray(), httpx.Client(base_url=f"http://127.0.0.1:{conf.endpoint.port}", timeout=300, trust_env=False) as client:
+        deploy([served], conf.endpoint, Reporter())
+        _answer(client, 1)
+        deployed = time.monotonic() - began
+        while _replica():
+            time.sleep(_LOOK)
+        woken = _answer(client, 1)
+        whole = _answer(client, _TOKENS)
+        gone = _gone(client)
+        stop_all(Reporter())
+    table = [
+        _row("asleep: request to first token, s, against starting Ray and deploying", woken, deployed),
+        _row(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole),
+    ]
+    return {"ours": {"woken": woken, "gone": gone}, "table": table}
+
+
+def _body(tokens: int) -> dict[str, Any]:
+    return {"model": "m", "prompt": "Once upon a time", "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+
+
+def _answer(client: httpx.Client, tokens: int) -> float:
+    began = time.monotonic()
+    client.post("/v1/completions", json=_body(tokens)).raise_for_status()
+    return time.monotonic() - began
+
+
+def _gone(client: httpx.Client) -> float:
+    """Seconds from the client's going, in the middle of a stream, until the replica computes no more."""
+    with client.stream("POST", "/v1/completions", json=_body(_TOKENS) | {"stream": True}) as answer:
+        next(answer.iter_lines())
+    began, (replica,) = time.monotonic(), _replica()
+    while replica.cpu_percent(_LOOK) > 100 * _IDLE:
+        pass
+    return time.monotonic() - began
+
+
+def _replica() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            if "ServeReplica:model:m" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _row(figure: str, ours: float, floor: float) -> dict[str, Any]:
+    return {"figure": figure, "ours": ours, "floor": floor, "ratio": ours / floor, "mark": ""}
