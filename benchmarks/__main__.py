@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 import llm_ray
-from benchmarks import scaling, serving, training
+from benchmarks import scaling, serving, training, waiting
 from llm_ray.models.registry import import_model
 
 BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
     "training": training.measure,
     "scaling": scaling.measure,
     "serving": serving.measure,
+    "waiting": waiting.measure,
 }
 SHIPPED = Path(llm_ray.__file__).parent / "quickstart" / "data" / "train.jsonl"
 
