@@ -58,12 +58,12 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         ours[name] = figures
     best = max(ours["vllm fp32"]["http 16"], ours["openvino fp32"]["http 16"])
     table = [
-        _row(f"{name}: 16 at once over HTTP, tokens/s, against directly", figures["http 16"], figures["direct 16"], "0.85 x, then 0.95 x")
+        row(f"{name}: 16 at once over HTTP, tokens/s, against directly", figures["http 16"], figures["direct 16"], "0.85 x, then 0.95 x")
         for name, figures in ours.items()
     ]
     table += [
-        _row("fp32, our best engine: 16 at once over HTTP, tokens/s, against vLLM offline", best, floor["16"], "1.2 x, then 1.5 x"),
-        _row(
+        row("fp32, our best engine: 16 at once over HTTP, tokens/s, against vLLM offline", best, floor["16"], "1.2 x, then 1.5 x"),
+        row(
             "int8, one request at a time over HTTP, tokens/s, against vLLM fp32 offline",
             ours["openvino int8"]["http 1"],
             floor["1"],
@@ -71,7 +71,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         ),
     ]
     table += [
-        _row(
+        row(
             f"{name}: deploy to first token, s, against ray.serve.llm as it comes",
             figures["deploy to first token, s"],
             _AS_IT_COMES_SECONDS,
@@ -103,5 +103,6 @@ def _process(module: str, argument: str) -> dict[str, float]:
     return found
 
 
-def _row(figure: str, ours: float, floor: float, mark: str) -> dict[str, Any]:
+def row(figure: str, ours: float, floor: float, mark: str) -> dict[str, Any]:
+    """A line of the table."""
     return {"figure": figure, "ours": ours, "floor": floor, "ratio": ours / floor, "mark": mark}

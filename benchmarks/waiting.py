@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.serving import row
 from llm_ray.cluster import local_ray
 from llm_ray.conf.schema import Paths
 from llm_ray.conf.serve import Autoscale, Endpoint, ModelServing, ServeConf
@@ -42,8 +43,8 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         gone = _gone(client)
         stop_all(Reporter())
     table = [
-        _row("asleep: request to first token, s, against starting Ray and deploying", woken, deployed),
-        _row(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole),
+        row("asleep: request to first token, s, against starting Ray and deploying", woken, deployed, ""),
+        row(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole, ""),
     ]
     return {"ours": {"woken": woken, "gone": gone}, "table": table}
 
@@ -75,7 +76,3 @@ def _replica() -> list[psutil.Process]:
             if "ServeReplica:model:m" in " ".join(process.cmdline()):
                 found.append(process)
     return found
-
-
-def _row(figure: str, ours: float, floor: float) -> dict[str, Any]:
-    return {"figure": figure, "ours": ours, "floor": floor, "ratio": ours / floor, "mark": ""}

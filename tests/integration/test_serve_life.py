@@ -307,40 +307,44 @@ def test_new_weights_come_without_a_failed_request(home: Home, tiny: str, tmp_pa
     home.run("serve", "stop", "pair")
 
 
+def _in_the_foreground(home: Home, *options: str) -> subprocess.Popen[str]:
+    """`serve deploy --foreground`, which serves and stays."""
+    staying = home.begin("serve", "deploy", "--foreground", *options)
+    assert staying.stderr
+    assert any("Ctrl-C" in line for line in staying.stderr)
+    return staying
+
+
+def _assert_nothing_left(home: Home, started: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
+    assert list(home.folder.glob("llm-ray-*/r")) == []
+
+
 def test_the_end_waits_for_the_answers_in_progress_and_leaves_nothing(home: Home) -> None:
-    watching = home.begin("serve", "deploy", "--foreground", *home.options("first"))  # as it is deployed already
-    assert watching.stderr
-    assert any("Ctrl-C" in line for line in watching.stderr)
-    root = home.root()
-    started = [root, *root.children(recursive=True)]
+    watching = _in_the_foreground(home, *home.options("first"))  # as it is deployed already
+    started = [home.root(), *home.root().children(recursive=True)]
     with home.stream("first", 200) as events:
-        root.send_signal(signal.SIGTERM)
+        started[0].send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{home.url}/ready", trust_env=False).status_code == 503)
         refused = home.ask("first")
         assert (outcome(refused), refused.json()["error"]["code"]) == (503, "stopping")
         assert ending(list(events)) == 200
-    _, alive = psutil.wait_procs(started, timeout=60)
-    assert alive == []
-    assert list(home.folder.glob("llm-ray-*/r")) == []
+    _assert_nothing_left(home, started)
     assert "Nothing is served" in home.run("serve", "status").stdout
     _, said = watching.communicate(timeout=60)
     assert (watching.returncode, "nothing is served any more" in said) == (1, True)
 
 
 def test_in_the_foreground_it_serves_until_it_is_told_to_end(home: Home, tiny: str) -> None:
-    serving = home.begin("serve", "deploy", "--foreground", *home.options("here", *SECOND, model=tiny))
-    assert serving.stderr
-    assert any("Ctrl-C" in line for line in serving.stderr)
-    root = home.root()
-    started = [root, *root.children(recursive=True)]
+    serving = _in_the_foreground(home, *home.options("here", *SECOND, model=tiny))
+    started = [home.root(), *home.root().children(recursive=True)]
     with home.stream("here", 2000) as events:
         serving.send_signal(signal.SIGTERM)
         assert ending(list(events)) == 200
     _, said = serving.communicate(timeout=120)
     assert (serving.returncode, "Traceback" in said) == (0, False)
-    _, alive = psutil.wait_procs(started, timeout=60)
-    assert alive == []
-    assert list(home.folder.glob("llm-ray-*/r")) == []
+    _assert_nothing_left(home, started)
 
 
 def test_a_background_that_is_killed_leaves_nothing_that_the_next_does_not_clear(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ def llama(folder: Path, like: Path, **settings: int) -> Path:
     return folder
 
 
-def adapter(folder: Path, base: Path, seed: int) -> Path:
-    """A LoRA adapter with random weights, large enough to change every answer of the model in the folder `base`."""
+def adapter(folder: Path, base: Path, seed: int, std: float = 1.0) -> Path:
+    """A LoRA adapter with random weights, large enough (`std`) to change every answer of the model in the folder `base`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,7 @@ def adapter(folder: Path, base: Path, seed: int) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     for name, weights in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weights)
+            torch.nn.init.normal_(weights, std=std)
     model.save_pretrained(folder)
     return folder
 

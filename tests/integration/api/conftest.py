@@ -14,6 +14,8 @@ import httpx
 import openai
 import pytest
 
+from tests.integration import tiny
+
 LLM_RAY = Path(sys.executable).with_name("llm-ray")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -35,18 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 @pytest.fixture(scope="package")
 def adapter(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA adapter with random weights, large enough to change the answers."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
-    for name, weights in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weights, std=0.2)
-    folder = tmp_path_factory.mktemp("adapter")
-    model.save_pretrained(folder)
-    return folder
+    return tiny.adapter(tmp_path_factory.mktemp("adapter"), smollm2, 0, std=0.2)
 
 
 @pytest.fixture(scope="package")
