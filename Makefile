@@ -18,11 +18,10 @@ setup-convert: ## Make .venv-convert, in which models are converted to OpenVINO
 quickstart: setup ## Finetune the real small model on bundled data, serve it, ask it; under 15 minutes on 2 cores
 	@$(RUN)/llm-ray quickstart
 
-test: setup setup-convert ## All tests that need neither root nor a second machine
-	$(PYTEST)
+test: test-unit test-integration ## All tests that need neither root nor a second machine
 
-test-unit: setup ## The fast tests
-	$(PYTEST) tests/unit
+test-unit: setup ## The fast tests, on several cores
+	$(PYTEST) --numprocesses auto --maxprocesses 8 tests/unit
 
 test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
 	$(PYTEST) tests/integration

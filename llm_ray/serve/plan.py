@@ -6,6 +6,7 @@ place(models, nodes, deployed)        # cores decided; ServeError with the figur
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import runpy
 from collections.abc import Container, Mapping, Sequence
@@ -197,10 +198,7 @@ def _with_cores_of(old: ServedModel, model: ServedModel) -> ServedModel | None:
 def _place(
     models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel], kept: Mapping[str, ServedModel]
 ) -> list[ServedModel]:
-    free = [[node.free_cpus, node.free_memory] for node in nodes]
-    for model in models:
-        if old := running.get(model.name):
-            _give_back(old, nodes, free)
+    free = _free_without(models, nodes, running)
     placed: dict[str, ServedModel] = {}
     undecided = {model.name for model in models if model.cpus == 0 and model.name not in kept}
     waiting = [model for model in models if model.name in undecided]
@@ -227,6 +225,35 @@ def fits_beside(models: Sequence[ServedModel], nodes: Sequence[Node]) -> bool:
     except ServeError:
         return False
     return True
+
+
+def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[str]:
+    """What is to be said of placed models whose `autoscale.max` the cluster has no room for: a line each."""
+    free = _free_without(models, nodes, running)
+    for model in models:
+        _take(model, nodes, free)
+    said = []
+    for model in models:
+        left, there = [room.copy() for room in free], _replicas(model)
+        with contextlib.suppress(ServeError):
+            while there < _most_replicas(model):
+                _take(replace(model, replicas=1, autoscale=None), nodes, left)
+                there += 1
+        if there < _most_replicas(model):
+            most = _most_replicas(model)
+            said.append(
+                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {there}: the others wait for room"
+            )
+    return said
+
+
+def _free_without(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[list[float]]:
+    """Free cores and memory of each node, as if those that the models replace were gone."""
+    free = [[node.free_cpus, node.free_memory] for node in nodes]
+    for model in models:
+        if old := running.get(model.name):
+            _give_back(old, nodes, free)
+    return free
 
 
 def _replicas(model: ServedModel) -> int:

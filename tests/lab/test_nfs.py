@@ -109,7 +109,7 @@ def test_kernel_and_clock_are_as_host_base_sets_them(store: Host, node: Host) ->
         assert "[madvise]" in host.ssh("cat /sys/kernel/mm/transparent_hugepage/enabled").stdout
         assert host.ssh("sysctl -n vm.swappiness vm.max_map_count").stdout.split() == ["10", "262144"]
         assert host.ssh("systemctl is-active chrony; systemctl is-enabled chrony").stdout.split() == ["active", "enabled"]
-        assert _ray(host, "ulimit -u").isdigit()
+        assert _ray(host, 'bash -c "ulimit -u"').isdigit()
 
 
 def test_what_one_writes_all_read(store: Host, node: Host) -> None:

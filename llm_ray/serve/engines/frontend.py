@@ -35,6 +35,8 @@ from llm_ray.serve.pace import PacedOutputs
 async_llm.RequestOutputCollector = PacedOutputs  # AsyncLLM takes none of the caller's
 
 _LOOK = 1.0  # seconds
+# Seconds after which a step (at most a few thousand tokens of prompts) does not end any more.
+_LONGEST_STEP = 900.0
 
 # Why a request cannot be done, or None; asked before it reaches the core.
 Refusal = Callable[[SamplingParams], str | None]
@@ -97,9 +99,12 @@ class Engine(VLLMEngine):
             raise ModelError(f"{self._model.path}: engine {self._model.engine} cannot compute it: {reason}") from reason
 
     async def check_health(self) -> None:
-        """Raises what the core died of."""
-        if death := self._engine_client.engine_core.resources.death:
+        """Raises what the core died of; ModelError where it hangs."""
+        core = self._engine_client.engine_core
+        if death := core.resources.death:
             raise death
+        if (seconds := core.stalled()) > _LONGEST_STEP:
+            raise ModelError(f"engine {self._model.engine} has been at one step for {seconds:.0f} s")
         await super().check_health()
 
     def adapter_path(self, name: str) -> str | None:

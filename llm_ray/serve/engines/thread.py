@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ class EngineThread(EngineCoreClient):
     """Runs the core that `make` returns in a thread of its own.
 
     Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources` tell what it died of.
+    One that does not come back cannot be broken off: `stalled` tells of it.
     """
 
     def __init__(self, make: Callable[[], Core]) -> None:
@@ -67,6 +69,7 @@ class EngineThread(EngineCoreClient):
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
+        self._began: float | None = None
         started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, started), name="engine", daemon=True)
         self._thread.start()
@@ -82,6 +85,7 @@ class EngineThread(EngineCoreClient):
         try:
             while self._do_jobs(core):
                 if core.has_work():
+                    self._began = time.monotonic()
                     outputs = core.step()
                     if outputs.outputs or outputs.scheduler_stats:
                         self._put(outputs)
@@ -95,17 +99,24 @@ class EngineThread(EngineCoreClient):
         """Do what was asked, waiting for something to do; False ends the thread."""
         while True:
             try:
+                self._began = None
                 job = self._jobs.get(block=not core.has_work())
             except queue.Empty:
                 return True
             if job is None:
                 return False
+            self._began = time.monotonic()
             if not job.done.set_running_or_notify_cancel():  # whoever asked is gone
                 continue
             try:
                 job.done.set_result(job.run(core))
             except Exception as error:
                 job.done.set_exception(error)
+
+    def stalled(self) -> float:
+        """Seconds since the core was last heard of, while it is at work: at a step, or at something that was asked of it; else 0."""
+        began = self._began
+        return time.monotonic() - began if began is not None else 0.0
 
     def _put(self, outputs: EngineCoreOutputs | Exception) -> None:
         self._loop.call_soon_threadsafe(self._outputs.put_nowait, outputs)

@@ -16,7 +16,7 @@ from llm_ray.console import Reporter
 from llm_ray.errors import ModelError, ServeError
 from llm_ray.serve import plan as planning
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.plan import Node, place, plan, tell
+from llm_ray.serve.plan import Node, beyond_room, place, plan, tell
 
 GIB = 2**30
 
@@ -164,6 +164,15 @@ def test_replicas_that_may_come_with_the_load_find_cores() -> None:
     assert [m.cpus for m in place([_model(autoscale=Autoscale(min=0, max=3))], [_node(cpus=12)], {})] == [4]
     assert [m.cpus for m in place([_model(autoscale=Autoscale(min=0, max=99))], [_node(cpus=12)], {})] == [1]
     assert [m.cpus for m in place([_model("a", autoscale=Autoscale(max=3)), _model("b")], [_node(cpus=8)], {})] == [2, 6]
+
+
+def test_what_may_come_with_the_load_and_has_no_room_is_told() -> None:
+    greedy, modest = _model(cpus=2, autoscale=Autoscale(min=1, max=9)), _model("n", cpus=1, autoscale=Autoscale(min=0, max=2))
+    nodes = [_node("one", 4), _node("two", 2)]
+    (said,) = beyond_room([greedy, modest], nodes, {})
+    assert said.startswith("m: autoscale.max is 9, and beside what runs now the cluster has room for 2")
+    full = [_node("one", 4, free=0, free_memory=32)]
+    assert beyond_room([modest], full, {"n": _model("n", cpus=2, replicas=2)}) == []
 
 
 def test_where_no_core_is_free_they_are_shared() -> None:
