@@ -185,7 +185,12 @@ def cluster(groups: Mapping[str, Sequence[str]], kind: type[Host] = Container, *
         storage.mkdir()
         copy_bundle(bundle)
         names = list(dict.fromkeys(name for members in groups.values() for name in members))
-        made.add(*names, kind=kind, binds={wheels(): "/srv/wheels"}, shares={storage: "/srv/llm-ray"})
+        made.add(
+            *names,
+            kind=kind,
+            binds={wheels(str(variables.get("llm_ray_profile", "stock"))): "/srv/wheels"},
+            shares={storage: "/srv/llm-ray"},
+        )
         common = {
             "llm_ray_storage": "existing", "llm_ray_wheel_source": "/srv/wheels", "ray_node_object_store_gib": 0.2,
             "ray_node_cpus": 2, "ray_node_drain_seconds": 10,

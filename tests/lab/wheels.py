@@ -11,8 +11,8 @@ from tests.lab.hosts import cache
 ROOT = Path(__file__).parents[2]
 
 
-def wheels() -> Path:
+def wheels(profile: str = "stock") -> Path:
     """The bundle's folder. Raises CalledProcessError where a package cannot be had; what is missing is on stderr then."""
-    folder = cache() / "wheels"
-    subprocess.run([sys.executable, str(ROOT / "scripts/bundle"), str(folder)], check=True)
+    folder = cache() / ("wheels" if profile == "stock" else f"wheels-{profile}")
+    subprocess.run([sys.executable, str(ROOT / "scripts/bundle"), str(folder), "--profile", profile], check=True)
     return folder

@@ -8,6 +8,7 @@ and what a grammar allows is vLLM's own code.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import time
 from collections import deque
 from typing import Any
@@ -263,6 +264,7 @@ def _optimized_by_ipex(model: PreTrainedModel, dtype: torch.dtype) -> PreTrained
     import intel_extension_for_pytorch as ipex
 
     optimized: PreTrainedModel = ipex.optimize(model, dtype=dtype, inplace=True)
+    logging.getLogger("ray.serve").info(f"optimized by intel-extension-for-pytorch {ipex.__version__}")
     return optimized
 
 
