@@ -53,6 +53,13 @@ runpy.run_module("optimum.commands.optimum_cli", run_name="__main__")
 # What optimum-intel says as it begins the next part of its work, and what that is.
 _PARTS = (("Loading weights", "reading the weights"), ("TracerWarning", "tracing the layers"), ("INFO:nncf", "compressing the weights"))
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)\b.*)")
+# What optimum-intel says of a type that it does not export; the last: not with the transformers that it has here.
+_NOT_EXPORTED = (
+    "unsupported architecture",
+    "only supports the tasks",
+    "does not recognize this architecture",
+    "does not allow for the export of the model",
+)
 # Of the original only what is not weights.
 _WEIGHT_FILES = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", LINEAGE)
 
@@ -247,7 +254,7 @@ def _reason(code: int, output: list[str], source: Path) -> str:
         return "the disk is full: make room, or choose another place with --output"
     if "trust_remote_code" in text:
         return "it brings Python code of its own, which conversion does not run: serve it with engine vllm or transformers"
-    if "unsupported architecture" in text or "only supports the tasks" in text or "does not recognize this architecture" in text:
+    if any(said in text for said in _NOT_EXPORTED):
         return f"optimum-intel does not export text models of type {kind} ({CONFIG}: model_type): serve it with engine vllm or transformers"
     errors = [found[1] for line in output if (found := _ERROR.match(line))]
     return f"optimum-intel says: {errors[-1] if errors else next(filter(None, reversed(output)), f'nothing, with exit code {code}')}"

@@ -218,6 +218,10 @@ def test_too_little_disk(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: py
         ("echo 'ValueError: Trying to export a llama model, that is a custom or unsupported architecture'", "text models of type llama"),
         ("echo 'ValueError: Asked to export a llama model, but it only supports the tasks x'", "text models of type llama"),
         ("echo 'ValueError: … has model type llama but Transformers does not recognize this architecture.'", "text models of type llama"),
+        (
+            "echo 'ValueError: The current version of Transformers does not allow for the export of the model. Maximum required is 5.0'",
+            "text models of type llama",
+        ),
         ("echo 'ValueError: … Please pass the argument trust_remote_code=True'", "it brings Python code of its own"),
         ("echo 'OSError: [Errno 28] No space left on device'", "the disk is full"),
         ("kill -9 $$", "the memory did not suffice"),
