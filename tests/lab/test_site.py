@@ -206,7 +206,9 @@ def test_a_head_that_is_killed_restarts_and_the_workers_come_back(cluster: Clust
 def test_a_head_that_keeps_its_state_goes_on_where_it_was(cluster: Cluster, kept: dict[str, object]) -> None:
     if "ray_node_redis" in kept:
         cluster.head.ssh("apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server", timeout=300)
-        cluster.head.ssh("systemctl disable --now redis-server; systemd-run --unit=state redis-server --port 6399 --bind 127.0.0.1 --save ''")
+        cluster.head.ssh(
+            "systemctl disable --now redis-server; systemd-run --unit=state redis-server --port 6399 --bind 127.0.0.1 --save ''"
+        )
     _variables(cluster, kept, [cluster.head])
     cluster.play("site.yml", "--tags", "ray_node")
     cluster.wait_for_nodes(cluster.nodes)
