@@ -32,6 +32,7 @@ from llm_ray.serve.protect import Protection
 from llm_ray.serve.replica import ModelReplica
 
 _POLL = 0.1  # seconds
+_SETTLES = 5.0  # seconds within which Ray counts as free what a replica held that has ended
 _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
 # Errors that only say that another one happened elsewhere.
 _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
@@ -73,9 +74,8 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
         endpoint = endpoint.over(running) if (running := running_endpoint()) else endpoint
         url = start_endpoint(endpoint)
         before = status()
-        hosts = nodes()
         holding = {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()}
-        models = place(models, hosts, holding)
+        models, hosts = _place(models, holding)
         _check_names(models, before)
         for line in (*map(tell, models), *beyond_room(models, hosts, holding)):
             reporter.line(f"  {line}")
@@ -188,6 +188,31 @@ def start_endpoint(endpoint: Endpoint) -> str:
             "leave endpoint.host and endpoint.port as they are, or stop it first (llm-ray serve stop --all)"
         )
     return _url(http)
+
+
+def _place(models: Sequence[ServedModel], holding: dict[str, ServedModel]) -> tuple[list[ServedModel], list[Node]]:
+    """The models with their cores decided, and the hosts. Raises ServeError where there is no room for one.
+
+    What a replica held that has just ended, after a deployment that failed or a stop, Ray counts as free a moment later: that is waited for.
+    """
+    end = time.monotonic() + _SETTLES
+    while True:
+        hosts = nodes()
+        try:
+            return place(models, hosts, holding), hosts
+        except ServeError:
+            if time.monotonic() > end or not _fit_alone(models, hosts):
+                raise
+        time.sleep(_POLL)
+
+
+def _fit_alone(models: Sequence[ServedModel], hosts: Sequence[Node]) -> bool:
+    """Whether the cluster had room for these models if nothing else ran there."""
+    try:
+        place(models, [replace(host, free_cpus=host.cpus, free_memory=host.memory) for host in hosts], {})
+    except ServeError:
+        return False
+    return True
 
 
 def nodes() -> list[Node]:

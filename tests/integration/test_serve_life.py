@@ -226,7 +226,12 @@ def test_a_change_that_fails_leaves_the_old_to_answer(home: Home, tiny: str, tmp
 def test_a_deploy_that_is_interrupted_leaves_what_was_there(home: Home) -> None:
     deploy = home.begin("serve", "deploy", *home.options("unwanted"))
     assert deploy.stderr
-    assert any("starting" in line for line in deploy.stderr)
+    said = []
+    for line in deploy.stderr:
+        said.append(line)
+        if "starting" in line:
+            break
+    assert "starting" in said[-1], said
     deploy.send_signal(signal.SIGINT)
     assert deploy.wait(60) == 130
     until(lambda: set(home.models()) == {"first"})
