@@ -6,7 +6,6 @@ place(models, nodes, deployed)        # cores decided; ServeError with the figur
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import runpy
 from collections.abc import Container, Mapping, Sequence
@@ -218,29 +217,22 @@ def _place(
 
 def fits_beside(models: Sequence[ServedModel], nodes: Sequence[Node]) -> bool:
     """Whether one more replica of each of these models has room beside all that runs."""
-    free = [[node.free_cpus, node.free_memory] for node in nodes]
-    try:
-        for model in models:
-            _take(replace(model, replicas=1, autoscale=None), nodes, free)
-    except ServeError:
-        return False
-    return True
+    free = _free_without((), nodes, {})
+    return all(_put(model, free) for model in models)
 
 
 def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[str]:
     """What is to be said of placed models whose `autoscale.max` the cluster has no room for: a line each."""
     free = _free_without(models, nodes, running)
     for model in models:
-        _take(model, nodes, free)
+        for _ in range(_replicas(model)):
+            _put(model, free)
     said = []
     for model in models:
-        left, there = [room.copy() for room in free], _replicas(model)
-        with contextlib.suppress(ServeError):
-            while there < _most_replicas(model):
-                _take(replace(model, replicas=1, autoscale=None), nodes, left)
-                there += 1
-        if there < _most_replicas(model):
-            most = _most_replicas(model)
+        left, there, most = [room.copy() for room in free], _replicas(model), _most_replicas(model)
+        while there < most and _put(model, left):
+            there += 1
+        if there < most:
             said.append(
                 f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {there}: the others wait for room"
             )
@@ -275,12 +267,18 @@ def _give_back(old: ServedModel, nodes: Sequence[Node], free: list[list[float]])
 
 def _take(model: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
     for _ in range(_replicas(model)):
-        fitting = [room for room in free if room[0] >= model.cpus and room[1] >= model.memory_bytes]
-        if not fitting:
+        if not _put(model, free):
             raise ServeError(_no_room(model, nodes, free, _replicas(model)))
+
+
+def _put(model: ServedModel, free: list[list[float]]) -> bool:
+    """Take room for one replica, where there is most; False where there is none."""
+    fitting = [room for room in free if room[0] >= model.cpus and room[1] >= model.memory_bytes]
+    if fitting:
         room = max(fitting, key=lambda r: (r[0], r[1]))
         room[0] -= model.cpus
         room[1] -= model.memory_bytes
+    return bool(fitting)
 
 
 def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]], replicas: int) -> str:

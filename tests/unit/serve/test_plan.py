@@ -171,6 +171,8 @@ def test_what_may_come_with_the_load_and_has_no_room_is_told() -> None:
     nodes = [_node("one", 4), _node("two", 2)]
     (said,) = beyond_room([greedy, modest], nodes, {})
     assert said.startswith("m: autoscale.max is 9, and beside what runs now the cluster has room for 2")
+    # Placed in another order (those that say what they want first) than they are told.
+    assert beyond_room([_model("small", cpus=1), _model("large", cpus=6)], [_node("one", 6), _node("two", 1)], {}) == []
     full = [_node("one", 4, free=0, free_memory=32)]
     assert beyond_room([modest], full, {"n": _model("n", cpus=2, replicas=2)}) == []
 
