@@ -40,7 +40,8 @@ def test_the_finetuned_model_knows_what_the_base_model_cannot(home: Path) -> Non
     assert (home / "models" / "smollm2-135m-instruct" / "config.json").is_file()
 
 
-def test_a_second_run_skips_what_is_done_and_stops_all_when_told_to(home: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_run_skips_what_is_done_and_stops_all_when_told_to(home: Path, sent: signal.Signals) -> None:
     with subprocess.Popen(
         [COMMAND, "quickstart", "--home", str(home)], stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
@@ -52,7 +53,7 @@ def test_a_second_run_skips_what_is_done_and_stops_all_when_told_to(home: Path) 
                 break
         assert any("train: done before" in line for line in said), "".join(said)
         started = _children(process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         said.append(process.stderr.read())
         assert process.wait(60) == 130, "".join(said)
     _, alive = psutil.wait_procs(started, timeout=10)

@@ -188,7 +188,7 @@ def cluster(groups: Mapping[str, Sequence[str]], kind: type[Host] = Container, *
         made.add(
             *names,
             kind=kind,
-            binds={wheels(str(variables.get("llm_ray_profile", "stock"))): "/srv/wheels"},
+            binds={wheels(variables.get("llm_ray_profile", "stock")): "/srv/wheels"},
             shares={storage: "/srv/llm-ray"},
         )
         common = {

@@ -85,7 +85,6 @@ class EngineThread(EngineCoreClient):
         try:
             while self._do_jobs(core):
                 if core.has_work():
-                    self._began = time.monotonic()
                     outputs = core.step()
                     if outputs.outputs or outputs.scheduler_stats:
                         self._put(outputs)
@@ -98,14 +97,15 @@ class EngineThread(EngineCoreClient):
     def _do_jobs(self, core: Core) -> bool:
         """Do what was asked, waiting for something to do; False ends the thread."""
         while True:
+            self._began = None
             try:
-                self._began = None
                 job = self._jobs.get(block=not core.has_work())
             except queue.Empty:
                 return True
+            finally:
+                self._began = time.monotonic()
             if job is None:
                 return False
-            self._began = time.monotonic()
             if not job.done.set_running_or_notify_cancel():  # whoever asked is gone
                 continue
             try:

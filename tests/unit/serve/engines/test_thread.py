@@ -6,10 +6,10 @@ import asyncio
 import threading
 from typing import Any
 
-import pytest
-from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 
 from llm_ray.serve.engines.thread import EngineThread
+from tests.unit.serve.engines.arriving import request
 
 
 class Stuck:
@@ -19,7 +19,7 @@ class Stuck:
         self.at_work, self.let_go = threading.Event(), threading.Event()
         self._work = False
 
-    def add(self, request: Any) -> None:
+    def add(self, request: EngineCoreRequest) -> None:
         self._work = True
 
     def abort(self, request_ids: list[str]) -> None:
@@ -41,26 +41,23 @@ class Stuck:
         pass
 
 
-@pytest.fixture
-def core() -> Stuck:
-    return Stuck()
-
-
 async def _until_at_rest(thread: EngineThread) -> None:
     while thread.stalled():
         await asyncio.sleep(0.01)
 
 
-def test_a_step_that_does_not_end_is_told_and_rest_is_none(core: Stuck) -> None:
+def test_a_step_that_does_not_end_is_told_and_rest_is_none() -> None:
+    core = Stuck()
+
     async def scenario() -> None:
         thread = EngineThread(lambda: core)
         await _until_at_rest(thread)
-        await thread.add_request_async(None)  # type: ignore[arg-type]
+        await thread.add_request_async(request("stuck", [1]))
         assert await asyncio.to_thread(core.at_work.wait, 60)
         first = thread.stalled()
+        assert first > 0
         while thread.stalled() <= first:
             await asyncio.sleep(0.01)
-        assert first >= 0
         core.let_go.set()
         assert await thread.get_supported_tasks_async() == "get_supported_tasks"
         await _until_at_rest(thread)

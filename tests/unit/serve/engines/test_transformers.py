@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,15 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
-from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 
 from llm_ray.errors import ModelError
 from llm_ray.serve.engines.batches import Batch
 from llm_ray.serve.engines.transformers import TransformersCore
 from llm_ray.serve.models import ServedModel
+from tests.unit.serve.engines.arriving import EOS, request
 
-VOCABULARY, EOS, LENGTH = 49152, 2, 1024
+VOCABULARY, LENGTH = 49152, 1024
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -131,28 +131,6 @@ def make(llama: Path, config: VllmConfig) -> Make:
     """Makes a core with the given parts of a ServedModel."""
     model = ServedModel("m", llama, "transformers", max_model_len=LENGTH)
     return lambda **parts: TransformersCore(replace(model, **parts), config)
-
-
-_arrivals = count()
-
-
-def request(name: str, prompt: list[int], **params: Any) -> EngineCoreRequest:
-    """A request as the front end sends it: greedy, eight tokens, no end before."""
-    asked = SamplingParams(**({"temperature": 0.0, "max_tokens": 8, "ignore_eos": True} | params))
-    asked.update_from_generation_config({}, EOS)
-    if asked.structured_outputs:
-        asked.structured_outputs._backend = "xgrammar"
-    return EngineCoreRequest(
-        request_id=name,
-        prompt_token_ids=prompt,
-        mm_features=None,
-        sampling_params=asked,
-        pooling_params=None,
-        arrival_time=float(next(_arrivals)),
-        lora_request=None,
-        cache_salt=None,
-        data_parallel_rank=None,
-    )
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
