@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -96,6 +97,23 @@ def test_a_failed_check_says_what_is_wrong_and_what_to_do(operations: ModuleType
     (row,) = operations.operations_failed(each, "firewall", "w1")
     assert row["found"] == "nft: no such table"
     assert row["fix"] == "ansible-playbook site.yml --limit w1 heals it"
+
+
+def test_a_cluster_that_fails_ends_validate_with_1_and_one_that_cannot_be_judged_with_2(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # where nobody listens once it is closed
+    hosts = {"ray_head": {"hosts": {"head": {"ansible_host": "127.0.0.1", "ansible_port": port}}}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": hosts}}))
+    report = tmp_path / "report.json"
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(tmp_path / "hosts.yml"), "validate.yml"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    for given, code in ((f"validate_report={report}", 1), ("validate_reprot=x", 2)):
+        done = subprocess.run([*command, "-e", given], env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    told = json.loads(report.read_text())
+    assert told["failed"] == 1
+    assert told["findings"][0]["found"].startswith("not reached: Failed to connect")
 
 
 def test_an_answer_is_its_last_line_or_why_there_is_none(operations: ModuleType) -> None:
