@@ -16,6 +16,7 @@ def _group(item: pytest.Item) -> str:
     return item.path.relative_to(_HERE).parts[0].removesuffix(".py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         if not item.path.is_relative_to(_HERE):
