@@ -23,8 +23,8 @@ test: test-unit test-integration ## All tests that need neither root nor a secon
 test-unit: setup ## The fast tests, on several cores
 	$(PYTEST) --numprocesses auto --maxprocesses 8 tests/unit
 
-test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint, two files at a time
-	$(PYTEST) --numprocesses 2 --dist loadgroup --no-loadscope-reorder tests/integration
+test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
+	$(PYTEST) tests/integration
 
 test-ipex: setup ## Both profiles side by side: the same losses and the same answer with IPEX (make setup PROFILE=ipex before)
 	$(RUN)/pytest $(or $(TESTS),tests/ipex)
