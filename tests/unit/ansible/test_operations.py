@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from tests.unit.ansible.conftest import ROOT, load
+from tests.unit.ansible.conftest import ROOT, load, playbook
 
 GROUPS = {
     "all": ["head", "w1", "w2", "nas"],
@@ -99,21 +99,19 @@ def test_a_failed_check_says_what_is_wrong_and_what_to_do(operations: ModuleType
     assert row["fix"] == "ansible-playbook site.yml --limit w1 heals it"
 
 
-def test_a_cluster_that_fails_ends_validate_with_1_and_one_that_cannot_be_judged_with_2(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]  # where nobody listens once it is closed
-    hosts = {"ray_head": {"hosts": {"head": {"ansible_host": "127.0.0.1", "ansible_port": port}}}}
-    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": hosts}}))
-    report = tmp_path / "report.json"
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(tmp_path / "hosts.yml"), "validate.yml"]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+def test_a_cluster_that_fails_ends_validate_with_1_and_one_that_cannot_be_judged_with_2(tmp_path: Path, closed: int) -> None:
+    inventory = {"ray_head": {"hosts": {"head": {"ansible_host": "127.0.0.1", "ansible_port": closed}}}}
+    report, others = tmp_path / "report.json", tmp_path / "junit"
+    environment = {"HOME": str(tmp_path), "ANSIBLE_CALLBACKS_ENABLED": "junit", "JUNIT_OUTPUT_DIR": str(others)}
     for given, code in ((f"validate_report={report}", 1), ("validate_reprot=x", 2)):
-        done = subprocess.run([*command, "-e", given], env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        done = playbook(tmp_path, inventory, "-e", given, name="validate.yml", **environment)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
     told = json.loads(report.read_text())
     assert told["failed"] == 1
     assert told["findings"][0]["found"].startswith("not reached: Failed to connect")
+    assert len(list(others.iterdir())) == 2  # a callback of the user's own has been told the end, too
+    assert list((tmp_path / ".ansible/tmp").iterdir()) == []
 
 
 def test_an_answer_is_its_last_line_or_why_there_is_none(operations: ModuleType) -> None:
@@ -136,6 +134,13 @@ def test_addresses_are_those_of_the_facts_unless_one_is_set(operations: ModuleTy
 
 def test_a_table_lines_up(operations: ModuleType) -> None:
     assert operations.operations_table([{"a": "long one", "b": 1}], ["a", "b"]) == "a         b\nlong one  1"
+
+
+@pytest.fixture
+def closed() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @pytest.fixture
@@ -181,8 +186,6 @@ def test_what_is_open_by_intention_is_not_tried(probe: ModuleType, listener: int
     assert probe.probe(asked | {"nfs": ["192.0.2.0/24"]})["tried"] == []
 
 
-def test_it_says_when_it_cannot_judge(probe: ModuleType, listener: int) -> None:
+def test_it_says_when_it_cannot_judge(probe: ModuleType, listener: int, closed: int) -> None:
     assert "is in the cluster" in probe.probe(_asked(listener))["unknown"]
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    assert "does not reach" in probe.probe(_asked(listener) | {"open_port": port})["unknown"]
+    assert "does not reach" in probe.probe(_asked(listener) | {"open_port": closed})["unknown"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 
-ROOT = Path(__file__).parents[3]
+from tests.unit.ansible.conftest import playbook
+
 _GROUPS = {"ray_head": ["head"], "ray_workers": ["w1", "w2"], "nfs_server": ["head"]}
 
 
@@ -148,16 +145,9 @@ def test_a_node_reaches_the_addresses_that_are_set(preflight: ModuleType, roles:
     assert preflight.preflight_reach(hostvars | {"head": {}}, groups, "w1", roles) == ["10.0.0.3"]  # it was not reached
 
 
-def _playbook(folder: Path, inventory: dict[str, Any], *arguments: str, name: str = "preflight.yml") -> subprocess.CompletedProcess[str]:
-    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(folder / "hosts.yml"), name, *arguments]
-    environment = os.environ | {"ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts"), "ANSIBLE_FORCE_COLOR": "0"}
-    return subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=120)
-
-
 def test_the_playbook_stops_at_the_inventory_and_asks_no_host(tmp_path: Path) -> None:
     unreachable = {"ansible_host": "192.0.2.1", "ray_node_prot": 1, "llm_ray_gid": "{{ undefined_thing }}"}
-    done = _playbook(tmp_path, {"ray_head": {"hosts": {"a": unreachable}}, "ray_worker": {"hosts": {"b": {}}}})
+    done = playbook(tmp_path, {"ray_head": {"hosts": {"a": unreachable}}, "ray_worker": {"hosts": {"b": {}}}})
     assert done.returncode == 2
     assert "did you mean ray_workers?" in done.stdout
     assert "a: ray_node_prot: no role knows it: did you mean ray_node_port?" in done.stdout
@@ -171,20 +161,20 @@ def test_a_limit_does_not_hide_what_is_wrong_elsewhere(tmp_path: Path) -> None:
         "ray_workers": {"hosts": {"b": {"llm_ray_uid": "many"}, "c": {}}},
         "nfs_server": {"hosts": {"a": {}}},
     }
-    done = _playbook(tmp_path, inventory, "--limit", "c")
+    done = playbook(tmp_path, inventory, "--limit", "c")
     assert done.returncode == 2
     assert "b: llm_ray_uid" in done.stdout
 
 
 def test_an_empty_inventory_is_told(tmp_path: Path) -> None:
-    done = _playbook(tmp_path, {"all": {}})
+    done = playbook(tmp_path, {"all": {}})
     assert done.returncode == 2
     assert "the group ray_head must have exactly one host, and has 0" in done.stdout
 
 
 def test_reset_looks_at_the_inventory_before_it_deletes(tmp_path: Path) -> None:
     inventory = {"ray_head": {"hosts": {"a": {"ansible_host": "192.0.2.1", "llm_ray_prefix": "/opt"}}}}
-    done = _playbook(tmp_path, inventory, "-e", "confirm=llm-ray", name="reset.yml")
+    done = playbook(tmp_path, inventory, "-e", "confirm=llm-ray", name="reset.yml")
     assert done.returncode == 2
     assert 'llm_ray_prefix = "/opt": others have their files there' in done.stdout
     assert "Ray stops" not in done.stdout
