@@ -30,7 +30,7 @@ from llm_ray.errors import ClusterError
 # Ray keeps objects in shared memory; the bundle hands data over as files, so that a small store is enough.
 OBJECT_STORE_BYTES = 128 * 2**20
 # As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
-_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 # What Ray says where its processes took longer than the 30 s that it gives them, as on a busy host.
 _TOO_SLOW = "timed out during startup"
@@ -128,7 +128,7 @@ def join_cluster(address: str, environment: Mapping[str, str] | None = None) -> 
     if address != "auto":
         _check_address(address)
         if _is_on_loopback_alone(address):
-            settings |= _LOOPBACK
+            settings |= LOOPBACK
     with _joined(address, settings, runtime_env={"env_vars": dict(environment)} if environment else None) as cluster:
         yield cluster
 
@@ -330,7 +330,7 @@ def _settings(token: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
-        **_LOOPBACK,
+        **LOOPBACK,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority

@@ -146,6 +146,8 @@ def import_() -> None:
         raise ConfError('standard input is no JSON: {"NAME": "KEY"} is wanted') from error
     if not isinstance(wanted, dict):
         raise ConfError('standard input holds no names with keys: {"NAME": "KEY"} is wanted')
+    # a key that came through a pipe into a vault has the pipe's line break
+    wanted = {name: secret.strip() if isinstance(secret, str) else secret for name, secret in wanted.items()}
     changed = import_keys(keys_file(), wanted)
     click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
 

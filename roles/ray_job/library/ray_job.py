@@ -132,7 +132,7 @@ def attach(job, asked, digest):
             lines = difflib.unified_diff(file.read().splitlines(), asked["conf"].splitlines(), n=0, lineterm="")
             changed = "; ".join(" ".join(line.split()) for line in lines if not line.startswith(("---", "+++", "@@")))
         ways = (
-            f"wait until it has ended, as status.yml shows, or end it on the head: ray job stop {identity}"
+            f"wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job stop {identity}"
             if asked["command"][0] == "serve"
             else "wait for it, end it with -e cancel=true, or give this one another name with -e name=…"
         )
