@@ -106,7 +106,10 @@ def test_what_a_running_job_would_not_heed_is_refused(job: ModuleType, more: lis
     ("kind", "said"),
     [
         ("finetune", r"\(-a: 1; \+a: 2\): wait for it, end it with -e cancel=true, or give this one another name with -e name=…"),
-        ("serve", r"\(-a: 1; \+a: 2\): wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job stop serve-endpoint-2"),
+        (
+            "serve",
+            r"\(-a: 1; \+a: 2\): wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job stop serve-endpoint-2",
+        ),
     ],
 )
 def test_beside_another_conf_what_can_be_done_is_told(job: ModuleType, tmp_path: Path, kind: str, said: str) -> None:

@@ -115,7 +115,9 @@ def test_the_same_key_under_two_names_is_refused(file: Path) -> None:
 def test_keys_come_by_standard_input(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_RAY_HOME", str(file.parents[1]))
     printed = CliRunner().invoke(cli, ["serve", "keys", "generate"]).output
-    told = CliRunner().invoke(cli, ["serve", "keys", "import"], input=json.dumps({"alice": printed}))  # as a vault keeps what came by a pipe
+    told = CliRunner().invoke(
+        cli, ["serve", "keys", "import"], input=json.dumps({"alice": printed})
+    )  # as a vault keeps what came by a pipe
     assert (told.exit_code, told.output) == (0, "kept: alice\n")
     made = printed.strip()
     assert Keys(file).check(made)
