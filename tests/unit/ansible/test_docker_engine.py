@@ -25,7 +25,7 @@ def test_dockers_repository_is_named_for_the_distribution(distribution: str, rel
     text = template.render(ansible_managed="", docker_engine_repository="https://mirror.example/docker", ansible_facts=facts)
     fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     assert fields == {
-        "Types": "deb", "URIs": uri, "Suites": release, "Components": "stable", "Signed-By": "/etc/apt/keyrings/docker.asc",
+        "Types": "deb", "URIs": uri, "Suites": release, "Components": "stable", "Signed-By": "/etc/apt/keyrings/llm-ray-docker.asc",
     }  # fmt: skip
 
 
