@@ -26,7 +26,7 @@ DISTRIBUTIONS = {
 # What Ansible's own modules and the roles' shell commands run with. On RHEL it is part of every installation.
 _ANSIBLE = {"Debian": ["python3", "python3-apt", "sudo", "tar"], "RedHat": ["python3", "sudo", "tar"]}
 # As roles/firewall and roles/monitoring name them in their tasks.
-_FIREWALL = {"nftables": ["nftables"], "firewalld": ["firewalld"], "none": []}
+_FIREWALL = {"auto": ["nftables"], "nftables": ["nftables"], "firewalld": ["firewalld"], "none": []}
 _MONITORING = {"packages": ["prometheus", "prometheus-node-exporter"], "archive": []}
 
 
@@ -43,12 +43,12 @@ def _packages(roles: Path, files: tuple[str, ...], family: str, wanted: Mapping[
     red = family == "RedHat"
     base, python, docker = (_vars(roles / role, files) for role in ("host_base", "python_runtime", "docker_engine"))
     found = {*_ANSIBLE[family], *base["__host_base_packages"]}
-    allocator = wanted.get("allocator") or "tcmalloc"
+    allocator = wanted.get("allocator") or ("none" if red else "tcmalloc")
     if allocator != "none":
         found.add(base["__host_base_allocators"][allocator]["package"])
     if wanted.get("time_sync", True):
         found.add(base["__host_base_time_package"])
-    found |= {*_FIREWALL[wanted.get("firewall") or ("firewalld" if red else "nftables")]}
+    found |= {*_FIREWALL[wanted.get("firewall") or "auto"]}
     if wanted["storage"] == "nfs" and wanted["hosts"] > 1:
         for role in ("nfs_client", "nfs_server"):
             found |= {*_vars(roles / role, ("main",))[f"__{role}_packages"][family]}

@@ -31,7 +31,7 @@ def test_every_supported_distribution_has_its_packages(bundle: ModuleType, roles
     assert "libgoogle-perftools4t64" in found["ubuntu-24.04"]
     assert "python3-venv" in found["ubuntu-22.04"]  # for uv, which brings a newer Python
     assert "python3.12" in bundle.bundle_packages(roles, WANTED | {"python": "python3.12"})["redhat-9"]
-    assert {"python3.11", "firewalld", "gperftools-libs", "nfs-utils"} <= {*found["redhat-9"]}
+    assert {"python3.11", "nftables", "nfs-utils"} <= {*found["redhat-9"]}
     assert len(found) == 5
 
 

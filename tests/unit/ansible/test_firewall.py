@@ -55,6 +55,7 @@ HOSTS: dict[str, dict[str, Any]] = {
 }
 SETTINGS = {
     "__firewall_sshd": {"ports": [22, 50022]},
+    "monitoring_enabled": True,
     "monitoring_port": 9191,
     "monitoring_node_exporter_port": 9200,
     "nfs_server_clients": ["10.1.0.7", "10.1.1.0/24", "fd00::/64", "client.example.com"],
@@ -93,6 +94,32 @@ def test_ports_of_monitoring_and_of_the_endpoint_are_those_of_the_inventory(rend
     dropped = set(re.findall(r'<rule priority="1"><port port="([\d-]+)" protocol="tcp"/><drop/>', policy))
     assert dropped == nft_set(rules, "cluster_only") | nft_set(rules, "served")
     assert '<source address="192.0.2.0/24"/><port port="9000" protocol="tcp"/><accept/>' in policy
+
+
+def test_ports_that_the_bundle_does_not_use_are_not_closed(tmp_path: Path) -> None:
+    """They are another Prometheus', another node exporter's, Cockpit's."""
+    for settings, closed in (
+        ({}, set()),
+        ({"monitoring_enabled": True, "monitoring_node_exporter": False}, {"9090"}),
+        ({"monitoring_enabled": True}, {"9090", "9100"}),
+    ):
+        tell = {"ansible.builtin.debug": {"msg": "PORTS {{ inventory_hostname }} {{ firewall_cluster_ports | join(' ') }}"}}
+        said = play(tmp_path, [tell], HOSTS, "firewall", **settings)
+        ports = {host: {*words.split()} & {"9090", "9100"} for host, words in re.findall(r"PORTS (\w+) ([\d -]+)", said)}
+        assert ports == {"head": closed, "nas": closed - {"9090"}}, said
+
+
+_GATEWAY = "203.0.113.7"
+
+
+@pytest.mark.parametrize(("role", "shown"), [("firewall", "__firewall_addresses"), ("nfs_server", "__nfs_server_cluster")])
+def test_a_gateway_before_the_hosts_is_not_one_of_them(tmp_path: Path, role: str, shown: str) -> None:
+    facts = {"default_ipv4": {"address": "10.9.0.2"}, "all_ipv4_addresses": ["10.9.0.2", "172.16.0.2"]}
+    for reached, others in ((_GATEWAY, ["10.9.0.2"]), ("172.16.0.2", ["10.9.0.2", "172.16.0.2"])):
+        known = {"ansible.builtin.set_fact": facts | {"cacheable": True}, "delegate_to": "w1", "delegate_facts": True}
+        tell = {"ansible.builtin.debug": {"msg": f"FOUND {{{{ {shown} | join(' ') }}}}."}}
+        said = play(tmp_path, [known, tell], HOSTS | {"w1": {"ansible_host": reached}}, role)
+        assert {*re.findall(r"FOUND (.*)\.", said)[0].split()} - {"10.0.0.1", "10.0.0.3"} == {*others}, said
 
 
 def test_clients_of_a_network_of_its_own_reach_nfs_and_nothing_else(rendered: Path) -> None:
