@@ -104,3 +104,16 @@ def test_no_collection_is_needed() -> None:
     assert len(modules) > 20
     assert {module for module in modules if not module.startswith("ansible.builtin.")} == set()
     assert yaml.safe_load((ROOT / "requirements.yml").read_text()) == {"collections": []}
+
+
+def test_tasks_of_this_machine_are_its_user_s() -> None:
+    """A variable of the inventory is above the keyword become, and localhost has those of all hosts, too."""
+    files = [*ROOT.glob("playbooks/*.yml"), *ROOT.glob("playbooks/tasks/*.yml"), *ROOT.glob("roles/*/tasks/*.yml")]
+    local = [
+        (f"{file.relative_to(ROOT)}: {task['name']}", (task.get("vars") or {}).get("ansible_become"))
+        for file in files
+        for task in _tasks(yaml.safe_load(file.read_text()))
+        if task.get("delegate_to") == "localhost"
+    ]
+    assert len(local) > 15
+    assert [name for name, become in local if become is not False] == []
