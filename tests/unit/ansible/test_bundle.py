@@ -72,8 +72,8 @@ def test_no_role_installs_a_package_that_the_list_lacks(bundle: ModuleType, role
         if not file.stem.startswith("remove"):
             for task in yaml.safe_load(file.read_text()) or []:
                 for one in [task, *task.get("block", [])]:
-                    for module in ("package", "apt", "dnf"):
-                        name = one.get(f"ansible.builtin.{module}", {}).get("name", "")
+                    wanted = (one.get("vars") or {}).get("__host_base_wanted", [])
+                    for name in [one.get("ansible.builtin.apt", {}).get("name", ""), *(wanted if isinstance(wanted, list) else [])]:
                         named |= {name} if re.fullmatch(r"[\w.-]+", str(name)) else set()
     assert {"nftables", "firewalld"} <= named
     assert named <= everything
