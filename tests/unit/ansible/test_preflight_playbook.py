@@ -1,0 +1,56 @@
+"""What only Ansible itself shows of preflight: values that are not to be known before hosts are asked, and vaults."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.unit.ansible.conftest import playbook
+
+_HOST = "127.0.0.1"
+_HEAD = "{{ hostvars[groups['ray_head'][0]].ansible_facts.default_ipv4.address }}"
+
+
+def _inventory(**variables: Any) -> dict[str, Any]:
+    """Of one host that is not reached, so that nothing is known of it."""
+    return {"ray_head": {"hosts": {_HOST: {"ansible_port": 1, "ansible_connection": "ssh"} | variables}}}
+
+
+def test_values_of_facts_that_are_not_cached_are_left_for_later(tmp_path: Path) -> None:
+    variables = {
+        "ray_node_address": "{{ ansible_facts['ens1f0']['ipv4']['address'] }}",
+        "docker_engine_provider": "{{ 'docker_ce' if ansible_facts['os_family'] == 'RedHat' else 'distribution' }}",
+        "monitoring_provider": "{{ of_facts }}",
+        "of_facts": "{{ 'archive' if ansible_facts.os_family == 'RedHat' else 'packages' }}",
+        "ray_node_head_address": _HEAD,
+        "nfs_server_address": "{{ ansible_host }}",
+        "ray_node_max_worker_port": "{{ ray_node_min_worker_port + 999 }}",
+        "host_base_sysctl": {"vm.nr_hugepages": "{{ ansible_facts.memtotal_mb // 4 }}"},
+    }
+    done = playbook(tmp_path, _inventory(**variables))
+    assert "cannot be worked out" not in done.stdout
+    assert "UNREACHABLE!" in done.stdout
+
+
+def test_what_is_wrong_whatever_the_facts_are_is_told(tmp_path: Path) -> None:
+    variables = {"llm_ray_cluster_name": "{{ site.name }}", "site": {"nam": "x"}, "llm_ray_home": "{{ llm_ray_stat }}/x"}
+    done = playbook(tmp_path, _inventory(**variables))
+    assert f"{_HOST}: llm_ray_cluster_name: cannot be worked out: object of type 'dict' has no attribute 'name'" in done.stdout
+    assert f"{_HOST}: llm_ray_home: cannot be worked out: 'llm_ray_stat' is undefined" in done.stdout
+
+
+def test_a_vault_without_its_password_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("x")
+    command = [str(Path(sys.executable).parent / "ansible-vault"), "encrypt", "--vault-password-file", str(tmp_path / "password")]
+    vaulted = subprocess.run(command, input="secret", check=True, capture_output=True, text=True).stdout
+    folder = tmp_path / "host_vars"
+    folder.mkdir()
+    block = "".join(f"  {line}\n" for line in vaulted.splitlines())
+    (folder / f"{_HOST}.yml").write_text(
+        f"mine: !vault |\n{block}llm_ray_cluster_name: '{{{{ mine }}}}'\nnfs_client_server: '{{{{ vault_decoy }}}}'\n"
+    )
+    done = playbook(tmp_path, _inventory())
+    assert "llm_ray_cluster_name" not in done.stdout
+    assert f"{_HOST}: nfs_client_server: cannot be worked out: 'vault_decoy' is undefined" in done.stdout
