@@ -1,6 +1,6 @@
 """The judgements of preflight: what is wrong in an inventory, and what is wrong with hosts.
 
-{{ hostvars | preflight_inventory(groups, roles_folder) }}  and  {{ probes | preflight_hosts(settings) }}
+{{ hostvars | preflight_inventory(groups, roles_folder) }}  and  {{ probes | preflight_hosts }}
 return a list of problems; each has the keys host, variable, value and fix. An empty list: nothing is wrong.
 {{ hostvars | preflight_reach(groups, host, roles_folder) }} returns the addresses that a node has to reach.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.module_utils.parsing.convert_bool import boolean
 
 Problem = dict[str, Any]
 GROUPS = ("ray_head", "ray_workers", "nfs_server")
@@ -97,7 +98,9 @@ def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]
     """A host's values of all variables that roles know, but secrets: the inventory's, else the default in the role's argument_specs."""
     known = specs(roles)
     values = _Values(variables, known)
-    return {name: value for name, spec in known.items() if not spec.get("no_log") and (value := values.get(name)) is not None}
+    names = [name for name, spec in known.items() if not spec.get("no_log")]
+    found = {name: value for name in names if (value := values.default(name)) is not None}
+    return found | {name: value for name in names if (value := values.get(name)) is not None}
 
 
 def preflight_reach(hostvars: Any, groups: Mapping[str, Sequence[str]], host: str, roles: str) -> list[str]:
@@ -149,11 +152,14 @@ class _Values:
 
     def get(self, name: str) -> Any:
         """The value or the plain default; None where it is not to be known before hosts are asked."""
-        if name in self.variables:
-            value = self.templated(name)
-            if isinstance(value, str) and value.isdecimal() and self.known.get(name, {}).get("type") == "int":
-                return int(value)  # as -e brings it
-            return None if isinstance(value, Exception) else value
+        if name not in self.variables:
+            return self.default(name)
+        value = self.templated(name)
+        if isinstance(value, str) and value.isdecimal() and self.known.get(name, {}).get("type") == "int":
+            return int(value)  # as -e brings it
+        return None if isinstance(value, Exception) else value
+
+    def default(self, name: str) -> Any:
         default = self.known.get(name, {}).get("default")
         return None if isinstance(default, str) and "{{" in default else default
 
@@ -404,7 +410,10 @@ _PORTS = (
 
 def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     problems, taken = [], dict[int, str]()
-    ports = {name: get(name) for name in (*_PORTS, "ray_node_min_worker_port", "ray_node_max_worker_port")}
+    single = [*_PORTS]
+    if boolean(get("monitoring_enabled"), strict=False):
+        single += ["monitoring_port"] + ["monitoring_node_exporter_port"] * boolean(get("monitoring_node_exporter"), strict=False)
+    ports = {name: get(name) for name in (*single, "ray_node_min_worker_port", "ray_node_max_worker_port")}
     low, high = ports["ray_node_min_worker_port"], ports["ray_node_max_worker_port"]
     workers = range(low, high + 1) if isinstance(low, int) and isinstance(high, int) else range(0)
     for name, port in ports.items():
@@ -414,7 +423,7 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
             problems.append(problem(host, name, port, "must be a port between 1024 and 65535"))
         elif port in taken:
             problems.append(problem(host, name, port, f"is the port of {taken[port]} too: choose another"))
-        elif name in _PORTS and port in workers:
+        elif name in single and port in workers:
             problems.append(problem(host, name, port, f"lies among the ports of Ray's workers, {low} to {high}: choose another"))
         taken.setdefault(port, name)
     if isinstance(low, int) and isinstance(high, int) and high - low < 99:
@@ -506,33 +515,40 @@ def _merged(problems: list[Problem], hosts: Sequence[str]) -> list[Problem]:
 _SUPPORTED = {"Debian": ["12"], "Ubuntu": ["22.04", "24.04"], "RedHat": ["8", "9"]}
 
 
-def preflight_hosts(probes: Mapping[str, Mapping[str, Any]], settings: Mapping[str, Any]) -> list[Problem]:
+def preflight_hosts(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     """What is wrong with the hosts.
 
     probes: of each host what the module preflight_probe returned, with what the role knows of it added (os, version, family,
-    head, storage); an empty one: the host was not reached. settings: the role's variables without their prefix.
+    storage, settings: the role's variables without their prefix); an empty one: the host was not reached.
     """
     problems = []
     for host, probe in probes.items():
         if not probe:
-            fix = "not reached: see the error above (ssh to it by hand, check ansible_host and ansible_user), or leave it out with --limit"
+            fix = (
+                "not reached: see the error above (ssh to it by hand, check ansible_host and ansible_user; RHEL 8 needs python3.11 and "
+                "ansible_python_interpreter: docs/reference/support.md), or leave it out with --limit"
+            )
             problems.append(problem(host, "ansible_host", None, fix))
             continue
-        problems += _system(host, probe, settings) + _size(host, probe, settings) + _network(host, probe, settings)
-        problems += _storage(host, probe) + _accounts(host, probe)
+        if probe["is_node"]:
+            problems += _software(host, probe) + _power(host, probe)
+        problems += _system(host, probe) + _disk(host, probe) + _network(host, probe) + _storage(host, probe) + _accounts(host, probe)
     reached = {host: probe for host, probe in probes.items() if probe}
     return _merged(problems + _together(reached), list(probes))
 
 
-def _system(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+def _system(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     family = probe["family"] if probe["family"] == "RedHat" else probe["os"]
     version = probe["version"] if family == "Ubuntu" else probe["version"].split(".")[0]
-    if version not in _SUPPORTED.get(family, []) and not settings["allow_other_os"]:
-        fix = (
-            "not supported: Debian 12, Ubuntu 22.04 and 24.04, RHEL or Rocky 8 and 9 are; to try all the same set preflight_allow_other_os"
-        )
-        problems.append(problem(host, "operating system", f"{probe['os']} {probe['version']}", fix))
+    if version in _SUPPORTED.get(family, []) or probe["settings"]["allow_other_os"]:
+        return []
+    fix = "not supported: Debian 12, Ubuntu 22.04 and 24.04, RHEL or Rocky 8 and 9 are; to try all the same set preflight_allow_other_os"
+    return [problem(host, "operating system", f"{probe['os']} {probe['version']}", fix)]
+
+
+def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
+    """What a node runs: its Python, by itself or in an image, and the CPU that its packages are built for."""
+    problems = []
     python = probe["python"]
     if probe["runtime"] == "bare_metal" and python["version"] and not _fits(python):
         fix = (
@@ -544,18 +560,19 @@ def _system(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) ->
         fix = "not there: install a standalone Python at that path (uv python install 3.11), or set llm_ray_runtime to docker"
         problems.append(problem(host, "python_runtime_python", python["path"], fix))
     image = probe["image_python"]
-    if probe["is_node"] and probe["runtime"] == "docker" and image and not _fits({"version": [*map(int, image.split("."))]}):
+    if probe["runtime"] == "docker" and image and not _fits({"version": [*map(int, image.split("."))]}):
         fix = f"the image has Python {image}, and Ray nodes need 3.11 or 3.12: take another, such as python:3.11.14-slim-bookworm"
         problems.append(problem(host, "ray_node_image_base", image, fix))
-    missing = sorted(set(settings["cpu_flags"]) - set(probe["flags"]))
+    missing = sorted(set(probe["settings"]["cpu_flags"]) - set(probe["flags"]))
     if missing:
         fix = "the CPU lacks it, and torch and vLLM are built for it: use another host, or change preflight_cpu_flags"
         problems.append(problem(host, "preflight_cpu_flags", missing, fix))
     return problems
 
 
-def _size(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+def _power(host: str, probe: Mapping[str, Any]) -> list[Problem]:
+    """Cores and memory of a node."""
+    problems, settings = [], probe["settings"]
     if probe["cores"] < settings["min_cores"]:
         fix = f"cores: at least {settings['min_cores']} are needed (preflight_min_cores)"
         problems.append(problem(host, "cores", probe["cores"], fix))
@@ -563,23 +580,35 @@ def _size(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> l
     if memory < settings["min_memory_gib"]:
         fix = f"GiB of memory: at least {settings['min_memory_gib']} are needed (preflight_min_memory_gib)"
         problems.append(problem(host, "memory", round(memory, 1), fix))
-    needed = 1 if probe["installed"] else settings["min_disk_gib"]  # what is installed needs no room again
-    for path, free in probe["free"].items():
-        if free / _GIB < needed:
-            fix = f"GiB free: at least {needed} are needed where {path} lies: make room (preflight_min_disk_gib)"
-            problems.append(problem(host, f"disk of {path}", round(free / _GIB, 1), fix))
     store, shm = probe["object_store_gib"], probe["shm"] / _GIB
-    if probe["is_node"] and store > shm:
+    if store > shm:
         fix = f"larger than /dev/shm ({shm:.1f} GiB): Ray would not start; lower it, or mount /dev/shm larger"
         problems.append(problem(host, "ray_node_object_store_gib", store, fix))
-    elif probe["is_node"] and store > _STORE_SHARE * memory:
+    elif store > _STORE_SHARE * memory:
         fix = f"leaves too little of {memory:.1f} GiB of memory to everything else: at most {_STORE_SHARE * memory:.1f}"
         problems.append(problem(host, "ray_node_object_store_gib", store, fix))
     return problems
 
 
-def _network(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[Problem]:
-    problems = []
+def _disk(host: str, probe: Mapping[str, Any]) -> list[Problem]:
+    needed = 1 if probe["installed"] else probe["settings"]["min_disk_gib"]  # what is installed needs no room again
+    fix = "GiB free: at least {} are needed where {} lies: make room (preflight_min_disk_gib)"
+    return [
+        problem(host, f"disk of {path}", round(free / _GIB, 1), fix.format(needed, path))
+        for path, free in probe["free"].items()
+        if free / _GIB < needed
+    ]
+
+
+def _network(host: str, probe: Mapping[str, Any]) -> list[Problem]:
+    problems, allowed = [], probe["settings"]["max_clock_skew"]
+    if probe["is_node"] and not probe["address"]:
+        why = "is made of a fact that this host has not" if probe["address_given"] else "no default route"
+        fix = f"{why}: set ray_node_address (its address in the cluster's network) in host_vars/{host}.yml"
+        problems.append(problem(host, "ray_node_address", None, fix))
+    if probe["storage"] == "nfs_server" and not probe["nfs_address"]:
+        fix = f"no default route: set nfs_server_address (its address in the cluster's network) in host_vars/{host}.yml"
+        problems.append(problem(host, "nfs_server_address", None, fix))
     for taken in probe["taken"]:
         fix = f"port {taken['port']} is taken by {taken['by'] or 'another process'}: stop that, or set another port"
         problems.append(problem(host, taken["name"], taken["port"], fix))
@@ -587,10 +616,8 @@ def _network(host: str, probe: Mapping[str, Any], settings: Mapping[str, Any]) -
         fix = f"cannot be reached from {host} ({reason}): check routes, firewalls and ray_node_address"
         problems.append(problem(host, "address of the head or the NFS server", target, fix))
     skew = max(probe["started"] - probe["now"], probe["now"] - probe["finished"], 0)
-    if skew > settings["max_clock_skew"]:
-        fix = (
-            f"seconds off this machine's clock, {settings['max_clock_skew']} are allowed: set the clocks by NTP (preflight_max_clock_skew)"
-        )
+    if skew > allowed:
+        fix = f"seconds off this machine's clock, {allowed} are allowed: set the clocks by NTP (preflight_max_clock_skew)"
         problems.append(problem(host, "clock", round(skew, 1), fix))
     return problems
 
@@ -664,6 +691,7 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
             common = Counter(found.values()).most_common(1)[0][0]
             shown = {host: value if found is versions else nodes[host]["home"]["path"] for host, value in found.items()}
             problems += [problem(host, variable, shown[host], fix.format(common)) for host, value in found.items() if value != common]
+    problems += _dropped(probes, nodes)
     images = {host: probe["image_python"] for host, probe in nodes.items() if probe["runtime"] == "docker" and probe["image_python"]}
     bare = sorted(set(versions.values()))
     fix = "the image has this Python, and hosts without Docker have {}: choose an image with that one, or one runtime for all hosts"
@@ -672,6 +700,24 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
         for host, version in images.items()
         if bare and version != bare[0]
     ]
+    return problems
+
+
+def _dropped(probes: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
+    """Hosts whose own ufw drops what nodes send: that the bundle's rules accept it does not stop ufw's."""
+    problems = []
+    for host, probe in probes.items():
+        if probe["ufw"] is None or probe["firewall"] == "none":  # none: ufw is how the user closes the ports
+            continue
+        let_in = [ipaddress.ip_network(source, strict=False) for source in probe["ufw"]]
+        others = [node["address"] for name, node in nodes.items() if name != host and re.fullmatch("[0-9.]+", node["address"])]
+        dropped = [address for address in others if not any(ipaddress.ip_address(address) in network for network in let_in)]
+        if dropped:
+            fix = (
+                "ufw is active and drops what these nodes send: ufw allow from ADDRESS for each of them, or ufw disable: the bundle's "
+                "firewall closes the cluster's ports itself (firewall_provider)"
+            )
+            problems.append(problem(host, "ufw", dropped, fix))
     return problems
 
 

@@ -20,18 +20,18 @@ from ansible.module_utils.basic import AnsibleModule
 DOCUMENTATION = """
 module: preflight_probe
 short_description: What preflight wants to know of a host
-description: Reads the CPU's flags, free disk, taken ports, who can be reached, accounts, the shared folder, a Python's version and the clock.
+description: Reads the CPU's flags, free disk, taken ports, who can be reached, ufw, accounts, the shared folder, a Python and the clock.
 author: LLM on Ray
 options:
   ports: {description: "Port numbers by the variable that sets them; a key with a range is from-to.", type: dict, required: true}
-  uid: {description: User id whose own sockets are no others., type: int, required: true}
+  uid: {description: "User id whose sockets are no others', as are those of the users.", type: int, required: true}
   gid: {description: Id that the user's group is to have., type: int, required: true}
   users: {description: Names of users by the variable that sets them., type: dict, required: true}
   folders: {description: Folders in which no other account may have its home., type: list, elements: path, default: []}
   reach: {description: Addresses to reach., type: list, elements: str, default: []}
   reach_port: {description: Port to try them at; a refusal is an answer., type: int, default: 22}
   paths: {description: Folders whose free disk is asked for., type: list, elements: path, default: []}
-  current: {description: What is there once the software is installed., type: path, required: true}
+  current: {description: What is there once the host is installed., type: path, required: true}
   home: {description: The shared folder., type: path, required: true}
   python: {description: "An interpreter, or several to be tried.", type: list, elements: str, default: []}
 """
@@ -60,6 +60,8 @@ def main():
         supports_check_mode=True,
     )
     asked = module.params
+    found = accounts(asked["users"], asked["uid"], asked["gid"], asked["folders"])
+    own = {asked["uid"], *(user["uid"] for user in found["users"].values())}
     module.exit_json(
         changed=False,
         probe={
@@ -69,9 +71,10 @@ def main():
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "shm": shutil.disk_usage("/dev/shm").total,  # noqa: S108
             "free": {path: shutil.disk_usage(existing(path)).free for path in asked["paths"]},
-            "taken": taken(asked["ports"], asked["uid"]),
+            "taken": taken(asked["ports"], own),
             "unreached": {address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))},
-            "accounts": accounts(asked["users"], asked["uid"], asked["gid"], asked["folders"]),
+            "ufw": ufw(),
+            "accounts": found,
             "home": folder(asked["home"]),
             "python": interpreter(asked["python"]),
             "installed": Path(asked["current"]).exists(),
@@ -109,14 +112,14 @@ def listening(text):
             yield int(words[1].rsplit(":", 1)[1], 16), int(words[7]), words[9]
 
 
-def taken(ports, uid):
-    """Of the ports those on which another user's process listens."""
+def taken(ports, own):
+    """Of the ports those on which a process listens that is none of our users'."""
     sockets = [one for path in ("/proc/net/tcp", "/proc/net/tcp6") for one in listening(read(path))]
     found = {}
     for name, value in ports.items():
         low, _, high = str(value).partition("-")
         for port, owner, inode in sockets:
-            if int(low) <= port <= int(high or low) and owner != uid:
+            if int(low) <= port <= int(high or low) and owner not in own:
                 found[name] = {"name": name, "port": port, "by": process(inode)}
     return list(found.values())
 
@@ -141,6 +144,25 @@ def unreached(address, port):
     except OSError as error:
         return "" if error.errno == errno.ECONNREFUSED else str(error)
     return ""
+
+
+def ufw():
+    """The networks that an active ufw lets in at every port; None where it is not active."""
+    try:
+        line = ["/usr/sbin/ufw", "status", "verbose"]
+        return let_in(subprocess.run(line, capture_output=True, timeout=30, check=True, env=os.environ | {"LC_ALL": "C"}, text=True).stdout)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def let_in(text):
+    """The same from what ufw says of itself. A rule of an interface is taken for one of all."""
+    if not text.startswith("Status: active"):
+        return None
+    place = r"(Anywhere|[0-9.]{7,}(?:/[0-9]+)?)(?:/tcp)?"
+    rules = re.findall(rf"^{place}(?: on \S+)? +ALLOW(?: IN)? +{place} *(?:\(log.*|#.*)?$", text, re.M)
+    found = [source.replace("Anywhere", "0.0.0.0/0") for _, source in rules]
+    return found + (["0.0.0.0/0"] if "Default: allow (incoming)" in text else [])
 
 
 def accounts(users, uid, gid, folders):

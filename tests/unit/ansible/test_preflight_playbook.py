@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,30 @@ def test_a_vault_without_its_password_stops_nothing(tmp_path: Path) -> None:
     done = playbook(tmp_path, _inventory())
     assert "llm_ray_cluster_name" not in done.stdout
     assert f"{_HOST}: nfs_client_server: cannot be worked out: 'vault_decoy' is undefined" in done.stdout
+
+
+def test_hosts_are_judged_by_their_own_variables(tmp_path: Path) -> None:
+    """This machine under three names, each with variables of its own."""
+
+    def host(n: int, **own: Any) -> dict[str, Any]:
+        here = {"ansible_host": f"127.0.0.{n}", "ansible_connection": "local", "ansible_become": False}
+        return here | {"ansible_python_interpreter": sys.executable, "preflight_min_cores": 1, "preflight_allow_other_os": True} | own
+
+    everywhere = {"monitoring_enabled": True, "llm_ray_uid": 59990, "ray_node_max_worker_port": "{{ ray_node_min_worker_port + 999 }}"}
+    inventory = {
+        "all": {"vars": everywhere},
+        "ray_head": {"hosts": {"a": host(1, preflight_min_cores=9999)}},
+        "ray_workers": {"hosts": {"b": host(2, ray_node_address="{{ ansible_facts['ens1f0x'].ipv4.address }}")}},
+        "nfs_server": {"hosts": {"c": host(3, preflight_min_cores=9999, preflight_min_disk_gib=99999999)}},
+    }
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        everywhere |= {"monitoring_port": first.getsockname()[1], "monitoring_node_exporter_port": second.getsockname()[1]}
+        told = playbook(tmp_path, inventory).stdout
+    assert "a: cores = " in told, told
+    assert "a: monitoring_port = " in told  # the head's alone
+    assert "all: monitoring_node_exporter_port = " in told
+    assert "b: ray_node_address: is made of a fact that this host has not" in told
+    assert "c: disk of /srv/llm-ray = " in told
+    assert "cores: at least 9999 are needed" in told
+    assert "c: cores" not in told
+    assert "c: disk of /opt/llm-ray" not in told
