@@ -28,7 +28,7 @@ def _found(preflight: ModuleType, roles: str, groups: dict[str, list[str]] | Non
 
 def test_a_sound_inventory_has_no_problems(preflight: ModuleType, roles: str) -> None:
     assert _found(preflight, roles, llm_ray_uid=1300, ray_node_labels={"rack": "a"}, site_name="mine", ansible_user="root") == []
-    assert _found(preflight, roles, {"ray_head": ["one"]}) == []
+    assert _found(preflight, roles, {"ray_head": ["one"]}, llm_ray_api_keys={"me": "llmray-0-x"}) == []
     five = {"ray_head": ["a"], "ray_workers": ["b", "c", "d", "e"], "nfs_server": ["e"]}
     assert _found(preflight, roles, five, a__ray_node_runtime="docker", c__ray_node_cpus=4, d__host_base_allocator="jemalloc") == []
 
