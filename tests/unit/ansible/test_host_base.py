@@ -48,12 +48,16 @@ def test_packages_that_not_every_host_can_get_are_not_the_default(tmp_path: Path
     assert "libgoogle-perftools4" in _told(tmp_path, _HEAD, packages, __host_base_clock={"stdout": ""}).split()
 
 
-def test_the_name_with_a_domain_comes_first(tmp_path: Path) -> None:
-    """hostname --fqdn says the first one."""
+def test_names_of_the_hosts(tmp_path: Path) -> None:
+    """At the address that Ray has; hostname --fqdn says the first one."""
     hosts = {
         "n1.example.com": {"default_ipv4": {"address": "10.0.0.1"}, "hostname": "n1"},
         "worker": {"default_ipv4": {"address": "10.0.0.2"}, "hostname": "n2"},
         "10.0.0.3": {"default_ipv4": {"address": "10.0.0.3"}, "hostname": "n3"},
+        "two": {"default_ipv4": {"address": "192.0.2.4"}, "hostname": "n4", "ray_node_address": "10.0.0.4"},
+        "closed": {"default_ipv4": {}, "hostname": "n5", "ray_node_address": "10.0.0.5"},
     }
     lines = _told(tmp_path, hosts, f"{{{{ lookup('ansible.builtin.template', '{ROOT}/roles/host_base/templates/hosts.j2') | trim }}}}")
-    assert [line.strip() for line in lines.splitlines()] == ["10.0.0.3 n3", "10.0.0.1 n1.example.com n1", "10.0.0.2 n2 worker"]
+    assert [line.strip() for line in lines.splitlines()] == [
+        "10.0.0.3 n3", "10.0.0.5 n5 closed", "10.0.0.1 n1.example.com n1", "10.0.0.4 n4 two", "10.0.0.2 n2 worker",
+    ]  # fmt: skip
