@@ -1,13 +1,28 @@
-"""What the playbooks decide and show: whether a host may be meant, what a check came to, and tables to read."""
+"""What the playbooks decide and show: whether a host may be meant, whose facts are known, what a check came to, and tables to read."""
 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jinja2 import Undefined
+
 Finding = dict[str, str]
+
+
+def operations_needed(groups: Mapping[str, Sequence[str]], taking_part: Sequence[str], needed: Sequence[str] = ()) -> str:
+    """Why nothing can be asked of the cluster: no head in the inventory, or hosts that --limit leaves out (the head, and others that
+    are needed); empty where it can."""
+    heads = [*groups.get("ray_head", [])]
+    if len(heads) != 1:
+        near = difflib.get_close_matches("ray_head", set(groups) - {"ray_head"}, 1, 0.8)
+        meant = f": the group {near[0]} means nothing here: did you mean ray_head?" if near else ""
+        return f"the group ray_head of the inventory must have exactly one host, and has {len(heads)}{meant}: preflight.yml checks the inventory"
+    missing = [host for host in dict.fromkeys([*heads, *needed]) if host not in taking_part]
+    return f"--limit leaves out {', '.join(missing)}: nothing was touched: run this without --limit" if missing else ""
 
 
 def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -> str:
@@ -30,21 +45,47 @@ def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -
 
 
 def operations_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """The address of each host in the cluster; of one whose facts are not known, the one that Ansible has."""
+    """The address of each host in the cluster: the one that is set, else that of its facts, else the one that Ansible has."""
     found = {}
     for host in hosts:
         own = hostvars[host]
-        facts = own.get("ansible_facts") or {}
-        known = (facts.get("default_ipv4") or {}).get("address")
-        found[host] = str((own.get("ray_node_address") if known else None) or known or own.get("ansible_host") or "")
+        chosen = own.get("ray_node_address")
+        fact = ((own.get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
+        # Undefined where it is worked out from facts that are not known.
+        found[host] = str((None if isinstance(chosen, Undefined) else chosen) or fact or own.get("ansible_host") or "")
     return found
+
+
+def operations_facts(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
+    """Whose facts are cached of each host: its own; an other's, as of a cluster whose hosts have the same names; unsure, where
+    the inventory has no address to compare; or none."""
+    found = {}
+    for host in hosts:
+        facts, address = hostvars[host].get("ansible_facts") or {}, str(hostvars[host].get("ansible_host") or host)
+        if not facts.get("default_ipv4"):
+            found[host] = "none"
+        elif address in (*facts.get("all_ipv4_addresses", ()), *facts.get("all_ipv6_addresses", ())):
+            found[host] = "own"
+        else:
+            found[host] = "other" if _is_address(address) else "unsure"
+    return found
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
 
 
 def operations_units(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[dict[str, str]]:
     """The units of each host as rows, from what systemd said there (__status_units)."""
     rows = []
     for host in hosts:
-        asked = hostvars[host].get("__status_units") or {}
+        asked = hostvars[host].get("__status_units")
+        if asked is None:
+            rows.append({"host": host, "state": "left out by --limit"})
+            continue
         found = [one["status"] for one in asked.get("results", []) if one.get("status")]
         if not found:
             reached = any(not one.get("unreachable") for one in asked.get("results", []))
@@ -123,8 +164,10 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
+            "operations_needed": operations_needed,
             "operations_node": operations_node,
             "operations_addresses": operations_addresses,
+            "operations_facts": operations_facts,
             "operations_units": operations_units,
             "operations_answer": operations_answer,
             "operations_failed": operations_failed,

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jinja2 import Undefined
+
 
 def ray_job_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """The address that Ray knows each host by."""
+    """The address that Ray knows each host by: the one that is set, else that of its facts, else the one that Ansible has."""
     found = {}
     for host in hosts:
         own = hostvars[host]
-        known = ((own.get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
-        found[host] = str(
-            own.get("ray_node_address") if known and own.get("ray_node_address") else known or own.get("ansible_host") or host
-        )
+        chosen = own.get("ray_node_address")
+        fact = ((own.get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
+        # Undefined where it is worked out from facts that are not known.
+        found[host] = str((None if isinstance(chosen, Undefined) else chosen) or fact or own.get("ansible_host") or host)
     return found
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import yaml
+from jinja2 import StrictUndefined
 
 from tests.unit.ansible.conftest import ROOT, load, playbook
 
@@ -128,8 +129,20 @@ def test_addresses_are_those_of_the_facts_unless_one_is_set(operations: ModuleTy
         "a": {"ansible_facts": facts},
         "b": {"ansible_facts": facts, "ray_node_address": "10.1.0.1"},
         "c": {"ansible_host": "10.0.0.3"},
+        "d": {"ansible_host": "10.0.0.4", "ray_node_address": "10.1.0.4"},  # it has no default route
+        "e": {"ansible_host": "10.0.0.5", "ray_node_address": StrictUndefined()},  # comes of facts that are not known
     }
-    assert operations.operations_addresses(hostvars, ["a", "b", "c"]) == {"a": "10.0.0.1", "b": "10.1.0.1", "c": "10.0.0.3"}
+    assert operations.operations_addresses(hostvars, [*hostvars]) == {
+        "a": "10.0.0.1", "b": "10.1.0.1", "c": "10.0.0.3", "d": "10.1.0.4", "e": "10.0.0.5",
+    }  # fmt: skip
+
+
+def test_a_host_that_was_not_asked_is_not_said_to_be_away(operations: ModuleType) -> None:
+    away = {"__status_units": {"results": [{"unreachable": True}]}}
+    assert operations.operations_units({"w1": {}, "w2": away}, ["w1", "w2"]) == [
+        {"host": "w1", "state": "left out by --limit"},
+        {"host": "w2", "state": "the host is not reached"},
+    ]
 
 
 def test_a_table_lines_up(operations: ModuleType) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jinja2 import StrictUndefined
 
 from tests.unit.ansible.conftest import load
 
@@ -39,6 +40,8 @@ def test_groups_and_hosts_stand_for_addresses_of_rays_nodes(filters: ModuleType)
     hostvars = {"head": facts, "w1": facts | {"ray_node_address": "10.1.0.2"}, "w2": {"ansible_host": "10.0.0.3"}, "w3": {}}
     addresses = filters.ray_job_addresses(hostvars, ["head", "w1", "w2", "w3"])
     assert addresses == {"head": "10.0.0.1", "w1": "10.1.0.2", "w2": "10.0.0.3", "w3": "w3"}
+    chosen = {"w1": {"ansible_host": "10.0.0.4", "ray_node_address": "10.1.0.4"}, "w2": {"ray_node_address": StrictUndefined()}}
+    assert filters.ray_job_addresses(chosen, ["w1", "w2"]) == {"w1": "10.1.0.4", "w2": "w2"}
     names = filters.ray_job_names(addresses, {"ray_workers": ["w1", "w2"], "nfs_server": ["other"], "ungrouped": [], "all": ["head", "w1"]})
     assert names == {"ray_workers": ["10.1.0.2", "10.0.0.3"], "all": ["10.0.0.1", "10.1.0.2"], "head": ["10.0.0.1"], "w1": ["10.1.0.2"],
                      "w2": ["10.0.0.3"], "w3": ["w3"]}  # fmt: skip
