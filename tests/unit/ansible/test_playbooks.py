@@ -52,7 +52,7 @@ def test_no_worker_is_stripped_of_folders_that_are_others(tmp_path: Path, away: 
     assert "Who is there" not in done.stdout
 
 
-@pytest.mark.parametrize("seconds", ["1h", "-1", "1.5", ""])
+@pytest.mark.parametrize("seconds", ["1h", ""])
 def test_seconds_to_drain_are_a_number(tmp_path: Path, away: dict[str, Any], seconds: str) -> None:
     inventory = cluster(away, w1=away)
     done = playbook(tmp_path, inventory, "-e", "node=w1", "-e", f"drain_seconds={seconds}", name="remove_node.yml")
