@@ -39,6 +39,23 @@ def test_no_worker_is_removed_behind_the_heads_back(cluster: Cluster) -> None:
     assert run.changed == 0
 
 
+def test_a_worker_stays_when_the_head_is_not_reached(cluster: Cluster) -> None:
+    cluster.wait_for_nodes(cluster.nodes)
+    before = _pids(cluster)
+    cluster.head.cut()
+    try:
+        run = cluster.play("remove_node.yml", "-e", "node=worker2", ok=False)
+    finally:
+        cluster.head.plug()
+    assert run.code != 0
+    assert "head is not reached, and it ends the node's work: nothing was touched" in " ".join(run.output.replace("''", "'").split())
+    assert run.changed == 0
+    leaving = cluster.hosts["worker2"]
+    assert leaving.ssh("systemctl show --value -p Restart llm-ray-worker").stdout.strip() == "always"
+    cluster.wait_for_nodes(cluster.nodes)
+    assert _pids(cluster)["head"] == before["head"]
+
+
 def test_one_host_alone_is_all_right_when_nothing_is_cached_of_the_others(cluster: Cluster) -> None:
     cluster.wait_for_nodes(cluster.nodes)
     shutil.rmtree(cluster.lab.folder / "home/.cache/llm-ray/facts")
@@ -125,6 +142,21 @@ def test_a_worker_of_other_software_than_the_cluster_is_not_added(cluster: Clust
     assert run.code != 0
     assert "head: the cluster does not run the software of this bundle" in " ".join(run.output.split())
     assert run.changed == 0
+
+
+def test_no_worker_is_added_behind_the_heads_back(cluster: Cluster) -> None:
+    run = cluster.play("add_node.yml", "-e", "node=worker2", "--limit", "worker2", ok=False)
+    assert run.code != 0
+    assert "--limit leaves out head" in run.output
+    assert run.changed == 0
+
+
+def test_an_upgrade_leaves_out_a_host_that_is_no_node_yet(cluster: Cluster) -> None:
+    before = _pids(cluster)
+    run = cluster.play("upgrade.yml")
+    assert "worker2 is no node yet, and is left out" in " ".join(run.output.split())
+    assert run.hosts["worker2"]["changed"] == 0
+    assert _pids(cluster) == before
 
 
 def test_a_new_worker_joins_and_the_others_are_let_alone(cluster: Cluster) -> None:

@@ -23,9 +23,14 @@ def _version(cluster: Cluster) -> str:
     return cluster.ray("import llm_ray; print(llm_ray.__version__)").strip()
 
 
-def _cut_off(cluster: Cluster, *arguments: str) -> None:
-    """upgrade.yml, which dies when all is switched and Ray is stopped."""
-    cluster.cut_off("upgrade.yml", *arguments, at="Ray starts, the head first")
+def _environments(cluster: Cluster) -> dict[str, set[str]]:
+    """The environments that lie on each host."""
+    return {host.name: {*host.ssh("ls -d /opt/llm-ray/env/*").stdout.split()} for host in cluster.nodes}
+
+
+def _cut_off(cluster: Cluster, *arguments: str, at: str = "Ray starts, the head first") -> None:
+    """upgrade.yml, which dies when Ray is stopped, and all is switched or not yet."""
+    cluster.cut_off("upgrade.yml", *arguments, at=at)
     state = "systemctl is-active llm-ray-head llm-ray-worker"
     assert all("active" not in host.ssh(state, check=False).stdout.split() for host in cluster.nodes)
 
@@ -69,6 +74,11 @@ def test_an_upgrade_that_is_cut_off_is_finished_by_the_next_run(cluster: Cluster
     before = module.read_text()
     try:
         module.write_text(before.replace(old_version, "9.9.9"))
+        # Nothing is switched yet: one may go back to what ran.
+        _cut_off(cluster, at="The prepared environment is the one that runs")
+        cluster.play("upgrade.yml", "-e", "rollback=true")
+        assert _running(cluster) == old
+        cluster.wait_for_nodes(cluster.nodes)
         _cut_off(cluster)
         cluster.play("upgrade.yml")
         new = _running(cluster)
@@ -85,6 +95,33 @@ def test_an_upgrade_that_is_cut_off_is_finished_by_the_next_run(cluster: Cluster
         _cut_off(cluster, "-e", "rollback=true")
         cluster.play("upgrade.yml", "-e", "rollback=true")
         assert _running(cluster) == old
+        cluster.wait_for_nodes(cluster.nodes)
+    finally:
+        module.write_text(before)
+
+
+def test_a_host_that_is_down_is_left_out_and_old_environments_go(cluster: Cluster) -> None:
+    cluster.wait_for_nodes(cluster.nodes)
+    (old,), old_version = _running(cluster), _version(cluster)
+    module = cluster.bundle / "llm_ray" / "__init__.py"
+    before = module.read_text()
+    down, others = cluster.workers[1], [cluster.head, cluster.workers[0]]
+    try:
+        down.cut()
+        module.write_text(before.replace(old_version, "9.9.8"))
+        cluster.play("upgrade.yml", "--limit", f"all:!{down.name}")
+        assert _version(cluster) == "9.9.8"
+        cluster.wait_for_nodes(others)
+    finally:
+        down.plug()
+    try:
+        cluster.play("site.yml")
+        cluster.wait_for_nodes(cluster.nodes)
+        (new,) = _running(cluster)
+        assert all(there == {old, new} for there in _environments(cluster).values())
+        cluster.play("upgrade.yml", "-e", "rollback=true")
+        assert _running(cluster) == {old}
+        assert all(there == {old, new} for there in _environments(cluster).values())
         cluster.wait_for_nodes(cluster.nodes)
     finally:
         module.write_text(before)
