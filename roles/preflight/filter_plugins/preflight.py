@@ -193,9 +193,10 @@ def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callab
     problems = []
     for name in sorted(set(groups) - {"all", "ungrouped"}):
         left_out = sorted({*groups[name]} - {*heads, *workers, *servers})
-        if left_out and (near := _near_group(name)):
-            fix = f"the group {name} means nothing here: did you mean {near}? {', '.join(left_out)} would be left out"
-            problems.append(problem("all", "group", name, fix))
+        near = "" if name in GROUPS else _near_group(name)
+        if near and (left_out or (near == "ray_head" and not heads)):
+            fix = f"the group {name} means nothing here: did you mean {near}?"
+            problems.append(problem("all", "group", name, f"{fix} {', '.join(left_out)} would be left out" if left_out else fix))
     if len(heads) != 1:
         problems.append(problem("all", "ray_head", heads, f"the group ray_head must have exactly one host, and has {len(heads)}"))
     for host in sorted(set(heads) & set(workers)):
