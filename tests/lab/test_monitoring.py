@@ -110,6 +110,7 @@ def test_the_rules_do_what_they_say(watched: Cluster) -> None:
 def test_others_reach_neither(watched: Cluster) -> None:
     for host in watched.nodes:
         assert listening(host, 9100) == [f"{host.address}:9100"]
+        assert "9100" in host.ssh("nft list set inet llm_ray cluster_only").stdout
         assert host.ssh("systemctl is-active prometheus-node-exporter prometheus", check=False).stdout.split() == ["inactive"] * 2
     assert listening(watched.head, 9090) == ["127.0.0.1:9090"]
     assert listening(watched.workers[0], 9090) == []
@@ -119,7 +120,7 @@ def test_the_key_opens_metrics_alone_and_is_seen_by_prometheus_alone(watched: Cl
     path = "/etc/llm-ray/prometheus/serve-key"
     assert watched.head.ssh(f"stat -c '%U %a' {path}").stdout.split() == ["llm-ray-monitoring", "400"]
     (key,) = json.loads(watched.head.ssh("cat /srv/llm-ray/serve/keys.json").stdout).values()
-    assert (key["name"], key["models"]) == ("prometheus", ["-"])
+    assert (key["name"], key["models"]) == ("llm-ray-monitoring", ["-"])
     assert watched.head.ssh(f"cat {path}").stdout.startswith(f"llmray-{key['id']}-")
 
 
