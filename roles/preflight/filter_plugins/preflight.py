@@ -66,11 +66,11 @@ def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
 
 
 def specs(roles: str | Path) -> dict[str, dict[str, Any]]:
-    """Every variable that a user may set, with its argument spec, from meta/argument_specs.yml of all roles."""
+    """Every variable that a user may set, with its argument spec and its role, from meta/argument_specs.yml of all roles."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(Path(roles).glob("*/meta/argument_specs.yml")):
         for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
-            found |= entry.get("options") or {}
+            found |= {name: spec | {"role": path.parent.parent.name} for name, spec in (entry.get("options") or {}).items()}
     return found
 
 
@@ -141,14 +141,20 @@ class _Values:
         seen, todo = set[str](), [name]
         while todo:
             words = set(re.findall(r"[A-Za-z_]\w*", repr(self.raw.get(todo.pop())))) - seen
-            if any(word in _LATER or word.startswith("__") or self._default_of_a_role(word) for word in words):
+            if any(word in _LATER or word.startswith("__") or self._default_beside(name, word) for word in words):
                 return True
             seen |= words
             todo += words & set(self.raw)
         return False
 
-    def _default_of_a_role(self, name: str) -> bool:
-        return name in self.known and name not in self.raw and not name.startswith("llm_ray_")  # those have no defaults in roles
+    def _default_beside(self, name: str, other: str) -> bool:
+        """Whether the other is there in tasks that use the variable: a default of its own role. Of llm_ray_* no role has one."""
+        if other in self.raw or other.startswith("llm_ray_") or not {name, other} <= set(self.known):
+            return False
+        return bool(self.known[name]["role"] == self.known[other]["role"])
+
+    def decided(self, name: str) -> bool:
+        return name not in self.variables or not isinstance(self.templated(name), _Undecided)
 
     def get(self, name: str) -> Any:
         """The value or the plain default; None where it is not to be known before hosts are asked."""
@@ -193,7 +199,7 @@ def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callab
     problems = []
     for name in sorted(set(groups) - {"all", "ungrouped"}):
         left_out = sorted({*groups[name]} - {*heads, *workers, *servers})
-        near = "" if name in GROUPS else _near_group(name)
+        near = "" if name in GROUPS else _near_group(name, groups)
         if near and (left_out or (near == "ray_head" and not heads)):
             fix = f"the group {name} means nothing here: did you mean {near}?"
             problems.append(problem("all", "group", name, f"{fix} {', '.join(left_out)} would be left out" if left_out else fix))
@@ -214,11 +220,14 @@ def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callab
     return problems
 
 
-def _near_group(name: str) -> str:
-    """Which of our groups a name was to be; empty where it is quite another's."""
-    short = re.sub(r"^ray_?|_?servers?$", "", name.lower().replace("-", "_"))  # else dns_server would be near
-    near = difflib.get_close_matches(short, _GROUP_NAMES, 1, 0 if name.lower().startswith("ray_") else 0.8)
-    return _GROUP_NAMES[near[0]] if near else ""
+def _near_group(name: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """Which of our groups a name was to be; empty where it is quite another's, as workers beside a group ray_workers."""
+    plain = name.lower().replace("-", "_")
+    short = re.sub(r"^ray_?|_?servers?$", "", plain)  # else dns_server would be near
+    near = difflib.get_close_matches(short, _GROUP_NAMES, 1, 0.6 if plain.startswith("ray_") else 0.8)
+    if near and (_GROUP_NAMES[near[0]] not in groups):
+        return _GROUP_NAMES[near[0]]
+    return next(iter(difflib.get_close_matches(plain, GROUPS, 1, 0.8)), "") if plain.startswith(("ray", "nfs")) else ""
 
 
 def _lacks_storage(get: Callable[[str], Any]) -> bool:
@@ -437,7 +446,7 @@ def same_problems(values: Mapping[str, _Values], known: Mapping[str, Any]) -> li
     """Variables of the whole cluster that have different values on some hosts."""
     problems = []
     for name in sorted(name for name, spec in known.items() if name.startswith("llm_ray_") and not spec.get("no_log")):
-        by_host = {host: json.dumps(one.get(name), sort_keys=True) for host, one in values.items()}
+        by_host = {host: json.dumps(one.get(name), sort_keys=True) for host, one in values.items() if one.decided(name)}
         common = Counter(by_host.values()).most_common(1)[0][0] if by_host else None
         for host, value in by_host.items():
             if value != common:

@@ -73,7 +73,7 @@ def main():
             "free": {path: shutil.disk_usage(existing(path)).free for path in asked["paths"]},
             "taken": taken(asked["ports"], own),
             "unreached": {address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))},
-            "ufw": ufw(),
+            "ufw": ufw(int(asked["ports"].get("ray_node_node_manager_port", 2049))),
             "accounts": found,
             "home": folder(asked["home"]),
             "python": interpreter(asked["python"]),
@@ -146,23 +146,31 @@ def unreached(address, port):
     return ""
 
 
-def ufw():
-    """The networks that an active ufw lets in at every port; None where it is not active."""
+def ufw(port):
+    """The networks that an active ufw lets in at a port of the cluster's; None where it is not active."""
     try:
         line = ["/usr/sbin/ufw", "status", "verbose"]
-        return let_in(subprocess.run(line, capture_output=True, timeout=30, check=True, env=os.environ | {"LC_ALL": "C"}, text=True).stdout)
+        done = subprocess.run(line, capture_output=True, timeout=30, check=True, env=os.environ | {"LC_ALL": "C"}, text=True)
+        return let_in(done.stdout, port)
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def let_in(text):
+def let_in(text, port):
     """The same from what ufw says of itself. A rule of an interface is taken for one of all."""
     if not text.startswith("Status: active"):
         return None
-    place = r"(Anywhere|[0-9.]{7,}(?:/[0-9]+)?)(?:/tcp)?"
-    rules = re.findall(rf"^{place}(?: on \S+)? +ALLOW(?: IN)? +{place} *(?:\(log.*|#.*)?$", text, re.M)
-    found = [source.replace("Anywhere", "0.0.0.0/0") for _, source in rules]
+    address = r"[0-9.]{7,}(?:/[0-9]+)?"
+    place = rf"(?:Anywhere|{address}|(?:{address} )?([0-9][0-9,:]*))(?:/tcp)?(?: on \S+)?"
+    rules = re.findall(rf"^{place} +ALLOW(?: IN)? +(Anywhere|{address})(?:/tcp)? *(?:\(log.*|#.*)?$", text, re.M)
+    found = [source.replace("Anywhere", "0.0.0.0/0") for ports, source in rules if not ports or covers(ports, port)]
     return found + (["0.0.0.0/0"] if "Default: allow (incoming)" in text else [])
+
+
+def covers(ports, port):
+    """Whether ports as 22,6379:6384 have one."""
+    ranges = [(low, high or low) for low, _, high in (part.partition(":") for part in ports.split(","))]
+    return any(int(low) <= port <= int(high) for low, high in ranges)
 
 
 def accounts(users, uid, gid, folders):

@@ -31,8 +31,10 @@ def words(done: Any) -> str:
     return " ".join((done.stdout + done.stderr).split())
 
 
-def test_a_worker_stays_whole_when_the_head_that_ends_its_work_is_not_reached(tmp_path: Path, away: dict[str, Any]) -> None:
-    inventory = cluster(away, w1=stand_in(tmp_path, "w1"))
+@pytest.mark.parametrize("reached", [False, True], ids=["away", "without sudo"])
+def test_a_worker_stays_whole_when_the_head_that_ends_its_work_is_of_no_use(tmp_path: Path, away: dict[str, Any], reached: bool) -> None:
+    refusing = stand_in(tmp_path, "head", setup={"failed": True, "msg": "sudo: a password is required"})
+    inventory = cluster(refusing if reached else away, w1=stand_in(tmp_path, "w1"))
     done = playbook(tmp_path, inventory, "-e", "node=w1", name="remove_node.yml", HOME=str(tmp_path))
     assert done.returncode == 2, done.stdout
     assert "head is not reached, and it ends the node's work: nothing was touched" in words(done)

@@ -194,12 +194,18 @@ Anywhere/tcp               ALLOW IN    10.0.1.0/24/tcp            # cluster
 Anywhere                   ALLOW IN    10.0.0.4 1024/tcp
 Anywhere                   DENY IN     10.0.0.5
 Anywhere                   ALLOW OUT   10.0.0.6
+6379:20000/tcp             ALLOW IN    10.0.0.7
+10.0.0.1 80,6380/tcp       ALLOW IN    10.0.0.8
+2049                       ALLOW IN    10.0.2.0/24
 22/tcp (v6)                ALLOW IN    Anywhere (v6)
 """
-    assert probe.let_in(rules) == ["10.0.0.2", "10.0.1.0/24", "10.0.0.3"]
-    assert probe.let_in(rules + "Anywhere on eth1           ALLOW IN    Anywhere\n")[-1] == "0.0.0.0/0"
-    assert probe.let_in(rules.replace("deny (incoming)", "allow (incoming)"))[-1] == "0.0.0.0/0"
-    assert probe.let_in("Status: inactive\n") is None
+    everywhere = ["10.0.0.2", "10.0.1.0/24", "10.0.0.3"]
+    assert probe.let_in(rules, 6380) == [*everywhere, "10.0.0.7", "10.0.0.8"]
+    assert probe.let_in(rules, 2049) == [*everywhere, "10.0.2.0/24"]
+    assert probe.let_in(rules, 22) == ["0.0.0.0/0", *everywhere]
+    assert probe.let_in(rules + "Anywhere on eth1           ALLOW IN    Anywhere\n", 6380)[-1] == "0.0.0.0/0"
+    assert probe.let_in(rules.replace("deny (incoming)", "allow (incoming)"), 6380)[-1] == "0.0.0.0/0"
+    assert probe.let_in("Status: inactive\n", 6380) is None
 
 
 def test_what_the_probe_reads(probe: ModuleType, tmp_path: Path) -> None:

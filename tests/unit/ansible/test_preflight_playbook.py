@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.unit.ansible.conftest import playbook
 
 _HOST = "127.0.0.1"
@@ -27,7 +29,7 @@ def test_values_of_facts_that_are_not_cached_are_left_for_later(tmp_path: Path) 
         "of_facts": "{{ 'archive' if ansible_facts.os_family == 'RedHat' else 'packages' }}",
         "ray_node_head_address": _HEAD,
         "nfs_server_address": "{{ ansible_host }}",
-        "ray_node_max_worker_port": "{{ ray_node_min_worker_port + 999 }}",
+        "ray_node_max_worker_port": "{{ ray_node_min_worker_port + 999 }}",  # a default of the same role
         "host_base_sysctl": {"vm.nr_hugepages": "{{ ansible_facts.memtotal_mb // 4 }}"},
     }
     done = playbook(tmp_path, _inventory(**variables))
@@ -37,9 +39,25 @@ def test_values_of_facts_that_are_not_cached_are_left_for_later(tmp_path: Path) 
 
 def test_what_is_wrong_whatever_the_facts_are_is_told(tmp_path: Path) -> None:
     variables = {"llm_ray_cluster_name": "{{ site.name }}", "site": {"nam": "x"}, "llm_ray_home": "{{ llm_ray_stat }}/x"}
+    variables["firewall_served_ports"] = ["{{ ray_node_client_port }}"]  # a default of another role, which is not there in firewall's play
     done = playbook(tmp_path, _inventory(**variables))
     assert f"{_HOST}: llm_ray_cluster_name: cannot be worked out: object of type 'dict' has no attribute 'name'" in done.stdout
     assert f"{_HOST}: llm_ray_home: cannot be worked out: 'llm_ray_stat' is undefined" in done.stdout
+    assert f"{_HOST}: firewall_served_ports: cannot be worked out: 'ray_node_client_port' is undefined" in done.stdout
+
+
+def test_a_value_of_facts_is_not_compared_with_one_that_is_not_known_yet(tmp_path: Path) -> None:
+    """As where the facts of some hosts alone are cached."""
+    value = "{{ '/srv/ray' if ansible_facts['os_family'] == 'RedHat' else '/var/lib/llm-ray' }}"
+    facts = {"ansible.builtin.set_fact": {"os_family": "Debian", "cacheable": True}}
+    (tmp_path / "known.yml").write_text(yaml.safe_dump([{"hosts": "ray_head", "gather_facts": False, "tasks": [facts]}]))
+    inventory = _inventory(llm_ray_state=value)
+    inventory["ray_workers"] = {"hosts": {"127.0.0.2": {"ansible_port": 1, "ansible_connection": "ssh", "llm_ray_state": value}}}
+    inventory["all"] = {"vars": {"llm_ray_storage": "existing"}}
+    assert playbook(tmp_path, inventory, name=str(tmp_path / "known.yml")).returncode == 0
+    done = playbook(tmp_path, inventory)
+    assert "must be the same on every host" not in done.stdout
+    assert "UNREACHABLE!" in done.stdout
 
 
 def test_a_vault_without_its_password_stops_nothing(tmp_path: Path) -> None:
