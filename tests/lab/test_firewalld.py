@@ -50,7 +50,8 @@ def hosts(lab_ready: None) -> Iterator[Cluster]:
             known.write_text(f"{known.read_text()}[{address}]:2222 {key.partition(' ')[2]}\n")
         _listen(made.hosts["head"])
         groups = {"ray_head": ["head"], "ray_workers": ["worker1"]}
-        yield Cluster(made, folder / "bundle", groups, {"firewall_provider": "firewalld", "ansible_port": 2222})
+        own = {"firewall_provider": "firewalld", "ansible_port": 2222, "llm_ray_storage": "existing"}
+        yield Cluster(made, folder / "bundle", groups, own)
 
 
 def _listen(head: Host) -> None:
