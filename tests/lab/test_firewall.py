@@ -101,6 +101,13 @@ def test_ssh_stays_open_where_sshd_listens(cluster: Cluster, outside: Host) -> N
         cluster.play("site.yml", "--tags", "firewall")
 
 
+def test_rules_that_others_have_flushed_are_loaded_again(cluster: Cluster, outside: Host) -> None:
+    cluster.head.ssh("nft delete table inet llm_ray")
+    assert _open_ports(outside, cluster.head, "[22, 8000]") == [22, 8000]
+    assert cluster.play("site.yml", "--tags", "firewall").changed > 0
+    assert _open_ports(outside, cluster.head, "[22, 8000]") == [22]
+
+
 def test_clients_of_the_storage_reach_nfs_and_no_more(cluster: Cluster, outside: Host) -> None:
     served = replace(cluster, groups={**cluster.groups, "nfs_server": ["head"]})
     cluster.head.ssh("systemd-run --unit=served-2049 python3 -m http.server 2049")

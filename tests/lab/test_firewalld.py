@@ -148,7 +148,7 @@ def test_firewalld_that_ran_before_goes_on_as_it_was(closed: Cluster) -> None:
     outside, head = closed.hosts["outside"], closed.head
     head.ssh("systemctl enable -q --now firewalld; firewall-cmd -q --permanent --add-port={2222,50022}/tcp; firewall-cmd -q --reload")
     before = head.ssh("firewall-cmd --list-all-zones").stdout
-    _site(closed)
+    _site(closed, firewall_provider="auto")
     assert _open(outside, head) == _SSH
     closed.play("remove.yml")
     assert head.ssh("firewall-cmd --state").stdout.strip() == "running"
