@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.ansible.conftest import ROOT, load
+from tests.unit.ansible.conftest import ROOT, load, playbook
 
 WANTED: dict[str, Any] = {"runtime": "bare_metal", "storage": "nfs", "hosts": 3}
 
@@ -140,3 +141,27 @@ def test_a_wheel_s_name_is_the_lock_s() -> None:
     project = load_script()._project
     assert project("torch==2.13.0") == project("torch==2.13.0+cpu cp311") == "torch==2.13.0"
     assert project("opencv-python.headless==1.2 \\") == "opencv_python_headless==1.2"
+
+
+_DOCKER = """#!/bin/sh
+echo "$1" >> {log}
+case "$1" in image) [ -e {log}.built ] || exit 1 ;; build) cat > /dev/null; touch {log}.built ;; esac
+echo '[{{"Id": "sha256:x"}}]'
+"""
+
+
+def test_the_image_of_a_bundle_is_built_by_this_machine_s_user(tmp_path: Path) -> None:
+    """Where hosts want sudo too, which here refuses; what stands for Docker notes what it is asked."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "docker").write_text(_DOCKER.format(log=tmp_path / "log"))
+    (programs / "sudo").write_text("#!/bin/sh\nexit 1\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    save = {"include_role": {"name": "ray_node", "tasks_from": "image_save"}, "vars": {"__ray_node_image_to": str(tmp_path / "out")}}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([{"hosts": "ray_head", "gather_facts": False, "become": True, "tasks": [save]}]))
+    inventory = {"all": {"vars": {"ansible_become": True}}, "ray_head": {"hosts": {"n1": {}}}}
+    path = f"{programs}:{os.environ['PATH']}"
+    done = playbook(tmp_path, inventory, name=str(tmp_path / "play.yml"), PATH=path, HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "log").read_text().split() == ["version", "image", "build", "image", "save"]
