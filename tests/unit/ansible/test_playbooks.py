@@ -14,6 +14,15 @@ import yaml
 
 from tests.unit.ansible.conftest import FACTS, ROOT, modules, playbook, stand_in
 
+# Playbooks that ask or use the cluster, with what each cannot do without.
+ASKING: list[tuple[str, list[str]]] = [
+    ("validate.yml", []),
+    ("status.yml", []),
+    ("finetune.yml", ["-e", "conf=cluster"]),
+    ("serve.yml", ["-e", "model=bot"]),
+    ("serve_stop.yml", ["-e", "model=bot"]),
+]
+
 
 @pytest.fixture
 def away() -> dict[str, Any]:
@@ -74,11 +83,7 @@ def test_a_head_that_is_lost_while_it_is_asked_has_answered_so(tmp_path: Path, a
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("validate.yml", []),
-        ("status.yml", []),
-        ("finetune.yml", ["-e", "conf=cluster"]),
-        ("serve.yml", ["-e", "model=bot"]),
-        ("serve_stop.yml", ["-e", "model=bot"]),
+        *ASKING,
         ("remove_node.yml", ["-e", "node=w1"]),
         ("site.yml", ["--tags", "firewall"]),
     ],
@@ -101,11 +106,7 @@ def test_to_skip_preflight_skips_its_look_at_the_inventory_too(tmp_path: Path, a
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("validate.yml", []),
-        ("status.yml", []),
-        ("finetune.yml", ["-e", "conf=cluster"]),
-        ("serve.yml", ["-e", "model=bot"]),
-        ("serve_stop.yml", ["-e", "model=bot"]),
+        *ASKING,
         ("add_node.yml", ["-e", "node=w1"]),
         ("upgrade.yml", []),
         ("bundle.yml", []),
