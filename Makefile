@@ -4,7 +4,7 @@ SHELL := /bin/bash
 RUN := .venv/bin
 # Tests that mount file systems need root; everyone else runs the rest.
 PYTEST := $(RUN)/pytest $(if $(filter 0,$(shell id -u)),,-m 'not root')
-.PHONY: help setup setup-convert quickstart test test-unit test-integration test-ipex test-lab test-lab-full test-lab-ipex lint reference format bench clean
+.PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -23,8 +23,14 @@ test: test-unit test-integration ## All tests that need neither root nor a secon
 test-unit: setup ## The fast tests, on several cores
 	$(PYTEST) --numprocesses auto --maxprocesses 8 tests/unit
 
-test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint
-	$(PYTEST) tests/integration
+test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint; two files or folders at a time, for they wait a lot (threads of an engine that wait must not take the other's cores: OMP_WAIT_POLICY)
+	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses 2 --dist loadscope --durations 25 tests/integration
+
+test-full: setup setup-convert ## Training of every causal architecture, schemas and settings of every kind in every engine, the page from a file to an answer: an hour; CI does not run it
+	$(RUN)/pytest $(or $(TESTS),tests/full)
+
+pictures: setup ## Take the pictures of the page that docs/ shows, by the test that goes the whole way
+	LLM_RAY_PICTURES=$(CURDIR)/docs/images $(RUN)/pytest tests/full/test_page.py
 
 test-ipex: setup ## Both profiles side by side: the same losses and the same answer with IPEX (make setup PROFILE=ipex before)
 	$(RUN)/pytest $(or $(TESTS),tests/ipex)
@@ -43,7 +49,7 @@ lint: setup ## ruff, mypy, yamllint, shellcheck, and whether generated files are
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/yamllint --strict .
-	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run docker/install docker/llm-ray-entry
+	$(RUN)/shellcheck scripts/setup scripts/lock .ci/run findings/*.sh docker/install docker/llm-ray-entry
 	PATH=$(CURDIR)/$(RUN):$$PATH $(RUN)/ansible-lint --offline --profile production -q roles playbooks $(wildcard *.yml) inventory
 	@$(MAKE) --no-print-directory reference
 

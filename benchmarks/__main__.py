@@ -16,13 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 import llm_ray
-from benchmarks import scaling, serving, training, waiting
+from benchmarks import estimates, page, scaling, serving, tools, training, waiting
 from llm_ray.models.registry import import_model
 
 BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
     "training": training.measure,
     "scaling": scaling.measure,
+    "estimates": estimates.measure,
+    "page": page.measure,
     "serving": serving.measure,
+    "tools": tools.measure,
     "waiting": waiting.measure,
 }
 SHIPPED = Path(llm_ray.__file__).parent / "quickstart" / "data" / "train.jsonl"

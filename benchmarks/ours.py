@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.console import Reporter
 from llm_ray.data.prepare import prepare
 from llm_ray.models.load import load_tokenizer
 from llm_ray.runs.metrics import read_metrics
@@ -17,9 +17,7 @@ SETTINGS = {"r": 8, "alpha": 16, "learning_rate": 2e-5, "max_length": 512, "rows
 """What both sides train with: TRL's default rate and batch, LoRA on all linear layers."""
 
 
-def train(
-    name: str, model: Path, data: Path, held_out: Path, work: Path, workers: int, cpus: int, batch_size: int, seed: int = 42
-) -> dict[str, Any]:
+def train(name: str, model: Path, data: Path, held_out: Path, work: Path, workers: int, cpus: int, seed: int = 42) -> dict[str, Any]:
     """Train one epoch; real tokens a second (without the first step, which warms caches) and validation loss before and after."""
     conf = FinetuneConf.model_validate(
         {
@@ -28,10 +26,10 @@ def train(
             "paths": {"runs": str(work / "runs")},
             "data": {"train": [str(data)], "validation": [str(held_out)], "max_length": SETTINGS["max_length"]},
             "runtime": {"workers": workers, "cpus_per_worker": cpus},
-            "tuning": {"lora": {"r": SETTINGS["r"], "alpha": SETTINGS["alpha"]}},
+            "tuning": {"lora": {"r": SETTINGS["r"], "alpha": SETTINGS["alpha"], "dropout": 0.0}},
             "training": {
                 "epochs": 1,
-                "batch_size": batch_size,
+                "global_batch_size": SETTINGS["rows_per_step"],
                 "learning_rate": SETTINGS["learning_rate"],
                 "schedule": "linear",
                 "warmup": 0,
@@ -41,7 +39,7 @@ def train(
     )
     prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda line: None)
     with local_ray(workers * cpus) as cluster:
-        run_training(conf, cluster, None, Reporter())
+        run_training(conf, cluster, None, Terminal())
     rows = read_metrics(conf.run_dir / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row][1:]
     validations = [row["validation_loss"] for row in rows if "validation_loss" in row]

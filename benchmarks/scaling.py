@@ -10,10 +10,10 @@ from benchmarks.training import messages, write_rows
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """The same sequences a step on both sides."""
+    """The same rows a step on both sides."""
     train, held_out = (messages(file) for file in write_rows(data, rows, work))
-    one = ours.train("one-worker", model, train, held_out, work, workers=1, cpus=1, batch_size=4)
-    two = ours.train("two-workers", model, train, held_out, work, workers=2, cpus=1, batch_size=2)
+    one = ours.train("one-worker", model, train, held_out, work, workers=1, cpus=1)
+    two = ours.train("two-workers", model, train, held_out, work, workers=2, cpus=1)
     ratio = two["tokens_per_second"] / one["tokens_per_second"]
     table = [
         {

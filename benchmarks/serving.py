@@ -13,12 +13,12 @@ from typing import Any
 
 from benchmarks.vllm_floor import PROMPT, TOKENS
 from llm_ray.bench.load import Load, run_load
+from llm_ray.cli.terminal import Terminal
 from llm_ray.client.endpoint import parse
 from llm_ray.client.prompts import Prompt
 from llm_ray.cluster import local_ray
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.schema import Paths, home
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
-from llm_ray.console import Reporter
 from llm_ray.serve.deploy import deploy, free_port, stop_all
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.plan import plan
@@ -44,15 +44,15 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             paths=Paths(models=work / "models", runs=work / "runs"),
             endpoint=Endpoint(port=free_port()),
         )
-        (served,), figures = plan(conf, Reporter()), {}
+        (served,), figures = plan(conf, Terminal()), {}
         began = time.monotonic()
         with local_ray():
-            endpoint = deploy([served], conf.endpoint, Reporter())
+            endpoint = deploy([served], conf.endpoint, home(), Terminal())
             _over_http(endpoint.url, 1, 1, tokens=1)
             figures["deploy to first token, s"] = time.monotonic() - began
             for count in (1, 16):
                 figures[f"http {count}"] = max(_over_http(endpoint.url, count, count * _ROUNDS) for _ in range(2))
-            stop_all(Reporter())
+            stop_all(Terminal())
             decided = endpoint.models[0]
         figures |= {f"direct {count}": value for count, value in _direct(decided).items()}
         ours[name] = figures

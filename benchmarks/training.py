@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from llm_ray.data.formats import Conversation, Formatter
 from llm_ray.data.sources import read
 
 
+def conversations(data: Path) -> Iterator[Conversation]:
+    """The rows of a file that are conversations."""
+    formatter = Formatter(Data(train=(str(data),)), pretrain=False)
+    for row in read(str(data), on_bad_row=lambda error: None):
+        if isinstance(content := formatter(row), Conversation):
+            yield content
+
+
 def write_rows(data: Path, count: int, work: Path) -> tuple[Path, Path]:
     """The first rows of `data` as prompt and completion, which both sides read: seven of eight to train on, the eighth to validate."""
-    formatter = Formatter(Data(train=(str(data),)), pretrain=False)
     lines: list[str] = []
-    for row in read(str(data), on_bad_row=lambda error: None):
-        content = formatter(row)
-        if isinstance(content, Conversation) and content.messages[-1]["role"] == "assistant":
+    for content in conversations(data):
+        if content.messages[-1]["role"] == "assistant":
             lines.append(json.dumps({"prompt": content.messages[:-1], "completion": content.messages[-1:]}, ensure_ascii=False) + "\n")
         if len(lines) == count:
             break
@@ -45,7 +52,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     """Both sides, one after the other, on all cores of this machine."""
     cores = len(os.sched_getaffinity(0))
     train, held_out = write_rows(data, rows, work)
-    given = ours.train("training", model, messages(train), messages(held_out), work, workers=1, cpus=cores, batch_size=4)
+    given = ours.train("training", model, messages(train), messages(held_out), work, workers=1, cpus=cores)
     command = [
         sys.executable,
         "-m",

@@ -11,10 +11,10 @@ import httpx
 import psutil
 
 from benchmarks.serving import row
+from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.schema import Paths, home
 from llm_ray.conf.serve import Autoscale, Endpoint, ModelServing, ServeConf
-from llm_ray.console import Reporter
 from llm_ray.serve.deploy import deploy, free_port, stop_all
 from llm_ray.serve.plan import plan
 
@@ -30,10 +30,10 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         paths=Paths(models=work / "models", runs=work / "runs"),
         endpoint=Endpoint(port=free_port()),
     )
-    (served,) = plan(conf, Reporter())
+    (served,) = plan(conf, Terminal())
     began = time.monotonic()
     with local_ray(), httpx.Client(base_url=f"http://127.0.0.1:{conf.endpoint.port}", timeout=300, trust_env=False) as client:
-        deploy([served], conf.endpoint, Reporter())
+        deploy([served], conf.endpoint, home(), Terminal())
         _answer(client, 1)
         deployed = time.monotonic() - began
         while _replica():
@@ -41,7 +41,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         woken = _answer(client, 1)
         whole = _answer(client, _TOKENS)
         gone = _gone(client)
-        stop_all(Reporter())
+        stop_all(Terminal())
     table = [
         row("asleep: request to first token, s, against starting Ray and deploying", woken, deployed, ""),
         row(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole, ""),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
 import os
 import secrets
@@ -25,12 +26,17 @@ import psutil
 
 from llm_ray import cores
 from llm_ray.conf.schema import Runtime
-from llm_ray.errors import ClusterError
+from llm_ray.errors import ClusterError, LlmRayError
+from llm_ray.threads import Once
 
 # Ray keeps objects in shared memory; the bundle hands data over as files, so that a small store is enough.
 OBJECT_STORE_BYTES = 128 * 2**20
 # As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+# A process is connected to one Ray at a time, which takes its token and other settings from the process's environment alone: threads that
+# want the same one share the connection, those that want another wait for its end.
+_RAY: Once[None] = Once()
 
 # What Ray says where its processes took longer than the 30 s that it gives them, as on a busy host.
 _TOO_SLOW = "timed out during startup"
@@ -82,6 +88,12 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
 
     Raises ClusterError when Ray does not start.
     """
+    with _RAY.use(object(), lambda: _local_ray(num_cpus)):
+        yield describe()
+
+
+@contextlib.contextmanager
+def _local_ray(num_cpus: int | None) -> Iterator[None]:
     with _session_folder() as folder, _environment(_settings(_make_token(folder))), _quiet_ray():
         options: dict[str, Any] = {
             "num_cpus": num_cpus or os.cpu_count(),
@@ -99,7 +111,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
                 _shut_down()
                 _end_processes(folder)
                 _init(address="local", **options)
-            yield describe()
+            yield
         finally:
             try:
                 _shut_down()
@@ -142,10 +154,17 @@ def join_local(address: str, token: Path) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _joined(address: str, settings: dict[str, str], **options: object) -> Iterator[Cluster]:
+    key = json.dumps([address, settings, options], sort_keys=True)
+    with _RAY.use(key, lambda: _connection(address, settings, options)):
+        yield describe()
+
+
+@contextlib.contextmanager
+def _connection(address: str, settings: dict[str, str], options: dict[str, object]) -> Iterator[None]:
     with _environment(settings), _quiet_ray():
         try:
             _init(address=address, **options)
-            yield describe()
+            yield
         finally:
             _shut_down()
 
@@ -226,6 +245,19 @@ def check_resources(runtime: Runtime, cluster: Cluster) -> int:
             f"room for {room}: lower runtime.{'min_' if runtime.min_workers else ''}workers or runtime.cpus_per_worker"
         )
     return wanted
+
+
+def results(tasks: Any) -> Any:
+    """What Ray tasks return. An error that is written for the user is raised as the task raised it, without Ray's traceback around it."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(tasks)
+    except RayTaskError as error:
+        if isinstance(error.cause, LlmRayError):
+            raise error.cause from None
+        raise
 
 
 def _wanted(runtime: Runtime) -> str:

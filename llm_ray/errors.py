@@ -40,5 +40,11 @@ class TrainError(LlmRayError):
     """Training ended before its end: a lost worker, a NaN loss, a full disk, no memory."""
 
 
+class Stopped(TrainError):
+    """A run was asked to stop, and did: the same command goes on from there."""
+
+    exit_code = 130
+
+
 class ServeError(LlmRayError):
     """A model could not be deployed, or a deployed model did not answer."""

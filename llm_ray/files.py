@@ -79,3 +79,11 @@ def _settle(folder: Path) -> None:
             path.chmod(path.stat().st_mode | readable)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder: it is gone at once for whoever looks for it by its name. Raises OSError."""
+    aside = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)  # of one that was broken off
+    path.rename(aside)
+    shutil.rmtree(aside)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
-from collections.abc import Iterator
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from llm_ray.cli.options import endpoint_options
-
-if TYPE_CHECKING:
-    from llm_ray.client.prompts import Prompt
+from llm_ray.cli.terminal import Terminal
 
 
 @click.group()
@@ -43,9 +39,7 @@ def bench() -> None:
     metavar="FILE",
     help="Prompts, as `llm-ray infer` reads them; they are gone through again and again. Default: sentences that ship.",
 )
-@click.option(
-    "--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, help="About how long prompts are, when --file is not given."
-)
+@click.option("--prompt-tokens", type=click.IntRange(1), help="About how long the prompts are that ship, without --file. Default: 64.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer.")
 @click.option("--ignore-eos", is_flag=True, help="Let every answer become so long, where the engine can.")
 @click.option("--temperature", type=click.FloatRange(0), default=0, show_default=True, help="0: always the likeliest token.")
@@ -67,7 +61,7 @@ def serve(
     requests: int | None,
     duration: float | None,
     file: Path | None,
-    prompt_tokens: int,
+    prompt_tokens: int | None,
     allow_failures: bool,
     output: Path | None,
     as_json: bool,
@@ -88,15 +82,12 @@ def serve(
       llm-ray bench serve --model_endpoint http://127.0.0.1:8000/v1 --rate 2 --duration 60 --output bench-results/monday
       llm-ray bench serve --model_endpoint http://head:8000/v1 --file prompts.jsonl --max-tokens 256 --json
     """
-    import asyncio
+    from llm_ray.app.ask import find_key, parse
+    from llm_ray.app.bench import Load, figures, load_endpoint, table, write
+    from llm_ray.errors import ServeError
 
-    from llm_ray.bench.load import Load, LoadReport, run_load
-    from llm_ray.bench.report import figures, table, write
-    from llm_ray.client.ask import choose_model
-    from llm_ray.client.endpoint import find_key, parse
-    from llm_ray.console import Reporter
-    from llm_ray.errors import ConfError, ServeError
-
+    if file and prompt_tokens:
+        raise click.UsageError("--prompt-tokens is for the prompts that ship: those of --file are as long as they are")
     how = Load(
         concurrency=16 if concurrency is None and rate is None else concurrency,
         rate=rate,
@@ -104,21 +95,8 @@ def serve(
         duration=duration,
         **load,
     )
-    endpoint = parse(url, find_key(api_key, api_key_file))
-    if not endpoint.openai:
-        raise ConfError(f"{endpoint.url} is a model's own route: give the OpenAI API, {endpoint.base}, with --model {endpoint.name}")
-    prompts = _prompts(file, prompt_tokens, how.seed, how.completion)
-    named = asyncio.run(choose_model(endpoint, model, how.timeout))
-    whole = how.requests or math.ceil(how.duration or 0)
-    with Reporter().bar("requests" if how.requests else "seconds", whole) as bar:
-
-        def progress(report: LoadReport) -> None:
-            done = len(report.samples) + len(report.failures)
-            failed = f", {len(report.failures)} failed" if report.failures else ""
-            speed = f"{report.output_tokens_per_second:.0f} tokens/s{failed}"
-            bar.update(done if how.requests else min(int(report.seconds), whole), whole, speed)
-
-        report = run_load(endpoint, named, prompts, how, progress)
+    endpoint = parse(url, find_key(api_key, api_key_file, os.environ))
+    report = load_endpoint(endpoint, model, how, Terminal(), file=file, prompt_tokens=prompt_tokens or 64)
     click.echo(json.dumps(figures(report), indent=2, ensure_ascii=False) if as_json else "\n".join(table(report)))
     if output:
         write(report, output)
@@ -126,17 +104,3 @@ def serve(
         first = report.failures[0]
         total = len(report.failures) + len(report.samples)
         raise ServeError(f"{len(report.failures)} of {total} requests failed, the first after {first.ended:.1f} s: {first.message}")
-
-
-def _prompts(file: Path | None, tokens: int, seed: int, completion: bool) -> Iterator[Prompt]:
-    """Prompts without end."""
-    from llm_ray.bench.prompts import builtin_prompts
-    from llm_ray.client.prompts import read_prompts
-    from llm_ray.errors import DataError
-
-    if not file:
-        return builtin_prompts(tokens, seed)
-    prompts = read_prompts(file)
-    if completion and (turns := next((prompt for prompt in prompts if not isinstance(prompt.content, str)), None)):
-        raise DataError(f"{turns.place}: a conversation, which --completion does not take")
-    return itertools.cycle(prompts)

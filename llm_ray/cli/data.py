@@ -6,17 +6,17 @@ llm-ray data preview --config quickstart -n 2
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
 
 from llm_ray.cli.options import config_options
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.schema import home
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from llm_ray.conf.schema import FinetuneConf
-    from llm_ray.data.encode import Sequence
+    from llm_ray.app.data import Span
 
 
 @click.group()
@@ -40,31 +40,27 @@ def preview(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...]
     Example:
       llm-ray data preview --config my.yaml.j2 -n 5 --set data.max_length=1024
     """
-    from llm_ray.data.prepare import NO_ANSWER, TOO_LONG, Tally, encode_rows
+    from llm_ray.app.data import preview as preview_rows
+    from llm_ray.conf.load import load_finetune
 
-    conf, tokenizer = _load(config, overrides, vars_files)
+    conf = load_finetune(config, overrides, vars_files, home())
     color = sys.stdout.isatty() if color is None else color
-    tally = Tally(fail=conf.data.on_bad_row == "fail")
-    few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
-    for prepared in encode_rows(few, tokenizer, conf.data.train, tally):
-        click.secho(prepared.row.place, bold=True)
-        for sequence in prepared.encoded.sequences:
-            supervised = sum(label >= 0 for label in sequence.labels)
-            click.echo(marked(tokenizer, sequence, color), color=color)
-            click.echo(f"({len(sequence.input_ids)} tokens, {supervised} supervised)")
-        if not prepared.encoded.sequences:
-            click.echo(f"(dropped: {TOO_LONG if prepared.encoded.truncated else NO_ANSWER}; {prepared.encoded.longest} tokens)")
-        elif prepared.encoded.truncated:
-            click.echo(
-                f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {prepared.encoded.longest} tokens)"
-            )
+    found = preview_rows(conf, rows)
+    for row in found.rows:
+        click.secho(row.place, bold=True)
+        for sequence in row.sequences:
+            click.echo(marked(sequence.spans, color), color=color)
+            click.echo(f"({sequence.tokens} tokens, {sequence.supervised} supervised)")
+        if row.dropped:
+            click.echo(f"(dropped: {row.dropped}; {row.longest} tokens)")
+        elif row.cut:
+            click.echo(f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {row.longest} tokens)")
         click.echo()
-    if not tally.read:
-        click.echo("no rows")
-    for example in tally.examples:
-        if example.startswith("skipped"):
-            click.echo(example, err=True)
-    click.echo(f"format {', '.join(tally.formats) or 'unknown'}; supervised tokens are {'coloured' if color else 'between ⟦ and ⟧'}")
+    for note in found.notes:
+        click.echo(note, err=True)
+    if left_out := found.left_out_line():
+        click.echo(left_out)
+    click.echo(f"format {', '.join(found.formats) or 'unknown'}; supervised tokens are {'coloured' if color else 'between ⟦ and ⟧'}")
 
 
 @data.command()
@@ -77,32 +73,17 @@ def stats(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], 
     Example:
       llm-ray data stats --config lora --set data.packing=false --json
     """
-    from llm_ray.data.prepare import statistics
+    from llm_ray.app.data import statistics
+    from llm_ray.conf.load import load_finetune
 
-    conf, tokenizer = _load(config, overrides, vars_files)
-    found = statistics(conf, tokenizer, report=lambda line: click.echo(line, err=True))
+    found = statistics(load_finetune(config, overrides, vars_files, home()), Terminal())
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(found.lines()))
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, sequence: Sequence, color: bool) -> str:
-    """The sequence as text, special tokens visible, with its supervised tokens green or between ⟦ and ⟧."""
-    pieces = []
-    start = 0
-    supervised = [label >= 0 for label in sequence.labels]
-    for end in range(1, len(supervised) + 1):
-        # Whole runs are decoded: a character may be spread over several tokens.
-        if end == len(supervised) or supervised[end] != supervised[start]:
-            text = tokenizer.decode(sequence.input_ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if supervised[start]:
-                text = click.style(text, fg="green", bold=True) if color else f"⟦{text}⟧"
-            pieces.append(text)
-            start = end
-    return "".join(pieces)
+def marked(spans: Iterable[Span], color: bool) -> str:
+    """The text, its supervised parts green or between ⟦ and ⟧."""
 
+    def mark(text: str) -> str:
+        return click.style(text, fg="green", bold=True) if color else f"⟦{text}⟧"
 
-def _load(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...]) -> tuple[FinetuneConf, PreTrainedTokenizerBase]:
-    from llm_ray.conf.load import load_finetune
-    from llm_ray.models.load import load_tokenizer
-
-    conf = load_finetune(config, overrides, vars_files)
-    return conf, load_tokenizer(conf.model, conf.paths)
+    return "".join(mark(span.text) if span.supervised else span.text for span in spans)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_ray.cli.options import config_options
-from llm_ray.conf.schema import STAGES
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.schema import STAGES, home
+from llm_ray.errors import ConfError
 
 if TYPE_CHECKING:
     from llm_ray.conf.schema import FinetuneConf
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Repeat stages that are done, and let a changed conf replace what depends on it.")
 @click.option(
-    "--dry-run", is_flag=True, help="Start nothing: show the resolved conf, the data's statistics, and an estimate of memory and time."
+    "--dry-run",
+    is_flag=True,
+    help="Make no run: show the resolved conf, figures of the data, what auto chooses, memory and time measured over some steps, and "
+    "what speaks against the plan.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
 def finetune(
@@ -46,7 +51,7 @@ def finetune(
 
     The conf is a Jinja template of YAML, or plain YAML: a file, or a shipped template's name (quickstart, lora, full,
     pretrain, cluster). The same command again goes on where the run was broken off, and skips what is done. Ctrl-C ends
-    training with a checkpoint.
+    training with a checkpoint, as does `llm-ray runs stop` from elsewhere.
 
     \b
     Examples:
@@ -56,14 +61,18 @@ def finetune(
     """
     from llm_ray.conf.load import load_finetune
 
+    if dry_run and (force or resume != "auto"):
+        raise click.UsageError(f"{'--force' if force else '--resume'} is for a run, and --dry-run makes none")
     chosen = [f"stages=[{', '.join(s for s in STAGES if s in stages)}]"] if stages else []
-    conf = load_finetune(config, [*overrides, *chosen], vars_files)
+    conf = load_finetune(config, [*overrides, *chosen], vars_files, home())
     if dry_run:
         _dry_run(conf, as_json)
         return
-    from llm_ray.pipeline import run_finetune
+    if resume != "auto" and "train" not in conf.stages:
+        raise ConfError(f"--resume {resume}: it is for the stage train, which is not among the stages to run ({', '.join(conf.stages)})")
+    from llm_ray.app.finetune import run_finetune
 
-    folder = run_finetune(conf, force=force, resume=resume if resume in ("auto", "no") else Path(resume))  # type: ignore[arg-type]
+    folder = run_finetune(conf, Terminal(), force=force, resume=resume if resume in ("auto", "no") else Path(resume))  # type: ignore[arg-type]
     if as_json:
         click.echo((folder / "result.json").read_text(encoding="utf-8"))
         return
@@ -76,39 +85,37 @@ def finetune(
 def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
     import dataclasses
 
-    from llm_ray.cluster import check_resources, host_cluster, ray_session
+    from llm_ray.app.finetune import plan_finetune
     from llm_ray.conf.load import dump
-    from llm_ray.data.prepare import statistics
-    from llm_ray.models.convert import check_environment, size_on_disk
-    from llm_ray.models.load import load_tokenizer
-    from llm_ray.train.estimate import estimate
 
-    if conf.runtime.mode == "local":
-        cpus = check_resources(conf.runtime, host_cluster())
-    else:
-        with ray_session(conf.runtime) as cluster:
-            cpus = check_resources(conf.runtime, cluster)
-    stats = statistics(conf, load_tokenizer(conf.model, conf.paths))
-    guess = estimate(conf, stats, cpus)
-    if "convert" in conf.stages:
-        check_environment()
+    plan = plan_finetune(conf, Terminal())
     if as_json:
         report: dict[str, Any] = {
-            "conf": conf.model_dump(mode="json"),
-            "data": stats.model_dump(mode="json"),
-            "estimate": dataclasses.asdict(guess),
+            "conf": plan.choice.conf.model_dump(mode="json"),
+            "data": plan.data.model_dump(mode="json"),
+            "chosen": plan.choice.reasons,
+            "estimate": dataclasses.asdict(plan.estimate),
+            "warnings": plan.warnings,
+            "notes": plan.notes,
         }
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
         return
     click.echo(dump(conf))
-    click.secho("Data", bold=True)
-    for line in stats.lines():
-        click.echo(f"  {line}")
-    click.secho("Estimate", bold=True)
-    for line in guess.lines(conf):
-        click.echo(f"  {line}")
-    if "convert" in conf.stages:
-        weights = conf.convert.weights
-        click.echo(
-            f"  the model in OpenVINO form takes about {size_on_disk(guess.parameters, weights) / 2**30:.2f} GiB with {weights} weights"
-        )
+    sections = {
+        "Data": plan.data.lines(),
+        "Chosen": plan.choice.lines(),
+        "What learns": plan.estimate.learning,
+        "Estimate": [*plan.estimate.lines(plan.choice.conf), *plan.notes],
+    }
+    if plan.converted_bytes is not None:
+        size = f"about {plan.converted_bytes / 2**30:.2f} GiB with {conf.convert.weights} weights"
+        sections["Estimate"].append(f"the model in OpenVINO form takes {size}")
+    for title, lines in sections.items():
+        if lines:
+            click.secho(title, bold=True)
+        for line in lines:
+            click.echo(f"  {line}")
+    if plan.warnings:
+        click.secho("Warnings", bold=True, fg="yellow")
+        for line in plan.warnings:
+            click.echo(f"  {line}")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llm_ray.cli.options import endpoint_options
+from llm_ray.cli.terminal import Terminal
+from llm_ray.progress import Silent
 
 if TYPE_CHECKING:
-    from llm_ray.client.ask import Answer, Settings
-    from llm_ray.client.endpoint import Endpoint
-    from llm_ray.client.prompts import Prompt
-    from llm_ray.console import Reporter
-
-SHOWN_FAILURES = 10
+    from llm_ray.app.ask import Endpoint, Prompt, Settings
 
 
 @click.command()
@@ -37,7 +35,7 @@ SHOWN_FAILURES = 10
     metavar="FILE",
     help="Write the answers to FILE, a JSON object a line, each as it comes. What FILE answers already is not asked again.",
 )
-@click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="With --file: prompts asked at once.")
+@click.option("--concurrency", type=click.IntRange(1), help="With --file: prompts asked at once. Default: 8.")
 @click.option("--stream", "--streaming_response", is_flag=True, help="Show the answer as it is written.")
 @click.option("--system", metavar="TEXT", help="The system message.")
 @click.option("--completion", is_flag=True, help="Let the model go on with the prompt as it is, without its chat template (OpenAI API).")
@@ -57,7 +55,7 @@ def infer(
     prompt: str | None,
     file: Path | None,
     output: Path | None,
-    concurrency: int,
+    concurrency: int | None,
     stream: bool,
     as_json: bool,
     **settings: Any,
@@ -80,31 +78,32 @@ def infer(
     """
     import asyncio
 
-    from llm_ray.client.ask import Settings, choose_model
-    from llm_ray.client.endpoint import find_key, parse
-    from llm_ray.client.prompts import Prompt, read_prompts
-    from llm_ray.console import Reporter
+    from llm_ray.app.ask import Prompt, Settings, ask, find_key, parse, read_prompts
 
     if file and prompt is not None:
         raise click.UsageError("--prompt and --file exclude each other")
     if stream and (file or output or as_json):
         raise click.UsageError("--stream shows one answer on the terminal: not with --file, --output or --json")
-    endpoint = parse(url, find_key(api_key, api_key_file))
+    if concurrency and not file:
+        raise click.UsageError("--concurrency is for the prompts of --file: without it there is one")
+    endpoint = parse(url, find_key(api_key, api_key_file, os.environ))
     how = Settings(**settings, timeout=timeout)
     prompts = read_prompts(file) if file else [Prompt(_typed(prompt))]
-    _check(endpoint, how, prompts)
-    reporter = Reporter()
-    named = asyncio.run(choose_model(endpoint, model, timeout))
     if file or output:
-        _ask_all(endpoint, named, how, prompts, concurrency, output, as_json, reporter)
+        _ask_all(endpoint, model, how, prompts, concurrency or 8, output, as_json)
         return
-    answer = asyncio.run(_ask(endpoint, named, how, prompts[0], stream, reporter))
+    reporter = Terminal()
+    answer = asyncio.run(ask(endpoint, model, prompts[0], how, reporter, _show if stream else None))
     if as_json:
-        click.echo(json.dumps(_shown(answer), indent=2, ensure_ascii=False))
+        click.echo(json.dumps({**asdict(answer), "seconds": round(answer.seconds, 3)}, indent=2, ensure_ascii=False))
     else:
         click.echo("" if stream else answer.text)
     if answer.finish_reason == "length":
         reporter.line("(cut off there: a larger --max-tokens gives more)")
+
+
+def _show(text: str) -> None:
+    click.echo(text, nl=False)
 
 
 def _typed(prompt: str | None) -> str:
@@ -120,73 +119,25 @@ def _typed(prompt: str | None) -> str:
     return text
 
 
-def _check(endpoint: Endpoint, settings: Settings, prompts: list[Prompt]) -> None:
-    if not settings.completion:
-        return
-    if not endpoint.openai:
-        raise click.UsageError(f"--completion: a model's own route has chat alone; give the OpenAI API, {endpoint.base}")
-    if settings.system:
-        raise click.UsageError("--completion takes the prompt as it is: no --system with it")
-    for prompt in prompts:
-        if not isinstance(prompt.content, str) or prompt.system:
-            raise click.UsageError(f"{prompt.place}: a conversation or a system message, which --completion does not take")
-
-
-async def _ask(endpoint: Endpoint, model: str, settings: Settings, prompt: Prompt, stream: bool, reporter: Reporter) -> Answer:
-    from llm_ray.client.ask import Asker
-
-    def on_wait(seconds: float, error: Exception) -> None:
-        reporter.line(f"{error}. Asking again in {seconds:.0f} s")
-
-    def show(text: str) -> None:
-        click.echo(text, nl=False)
-
-    async with Asker(endpoint, model, settings, on_wait) as asker:
-        return await asker.ask(prompt, show if stream else None)
-
-
-def _shown(answer: Answer) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(answer), "seconds": round(answer.seconds, 3)}
-
-
 def _ask_all(
-    endpoint: Endpoint,
-    model: str,
-    settings: Settings,
-    prompts: list[Prompt],
-    concurrency: int,
-    output: Path | None,
-    as_json: bool,
-    reporter: Reporter,
+    endpoint: Endpoint, model: str | None, settings: Settings, prompts: list[Prompt], concurrency: int, output: Path | None, as_json: bool
 ) -> None:
     """Asks all prompts: answers go to `output`, or in order to standard output."""
-    from llm_ray.client.batch import InOrder, answer_all, open_answers
-    from llm_ray.errors import ServeError
+    from llm_ray.app.ask import InOrder, ask_all
 
-    shown = sys.stdout  # the bar redirects sys.stdout
-    with contextlib.ExitStack() as stack:
-        if output:
-            answers = stack.enter_context(open_answers(output, prompts, model, settings))
-            numbered, keep = answers.open_prompts, answers.keep
-            if len(numbered) < len(prompts):
-                reporter.line(f"{output} answers {len(prompts) - len(numbered)} of {len(prompts)} prompts already")
-        else:
-            numbered = list(enumerate(prompts))
-            keep = InOrder(shown, settings if as_json else None).keep
-        quiet = output is None and shown.isatty()  # there the answers themselves show how far it is
-        bar = None if quiet else stack.enter_context(reporter.bar("prompts", len(numbered)))
-        try:
-            failures = answer_all(endpoint, model, settings, numbered, concurrency, keep, bar)
-        except (KeyboardInterrupt, ServeError):
-            if output:
-                reporter.line(f"{output} keeps the answers that came: the same command goes on from there")
-            raise
+    shown = InOrder(sys.stdout, settings if as_json else None)  # made here: the bar redirects sys.stdout
+    quiet = output is None and sys.stdout.isatty()  # there the answers themselves show how far it is
+    batch = ask_all(
+        endpoint,
+        model,
+        prompts,
+        settings,
+        Silent() if quiet else Terminal(),
+        concurrency=concurrency,
+        output=output,
+        on_answer=shown.keep,
+    )
     if output and as_json:
-        click.echo(json.dumps({"output": str(output), "prompts": len(prompts), "asked": len(numbered), "failed": len(failures)}, indent=2))
-    if failures:
-        first = "".join(f"\n  {prompt.place}: {error}" for prompt, error in failures[:SHOWN_FAILURES])
-        more = f"\n  and {len(failures) - SHOWN_FAILURES} more" if len(failures) > SHOWN_FAILURES else ""
-        again = "; the same command asks them again" if output else ""
-        raise ServeError(f"{len(failures)} of {len(prompts)} prompts were not answered{again}:{first}{more}")
+        told = {"output": str(output), "prompts": batch.prompts, "asked": batch.asked, "failed": len(batch.failures)}
+        click.echo(json.dumps(told, indent=2))
+    batch.check()

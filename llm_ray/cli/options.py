@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from llm_ray.errors import ConfError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,3 +80,14 @@ _TIMEOUT = click.option(
 def endpoint_options(command: F) -> F:
     """Adds the options of a client: the arguments ``url, model, api_key, api_key_file, timeout``."""
     return _ENDPOINT(_MODEL(_KEY_FILE(_KEY(_TIMEOUT(command)))))
+
+
+def from_stdin(form: str, what: str) -> dict[str, Any]:
+    """What standard input holds by name, of `what` in the JSON `form`. Raises ConfError."""
+    try:
+        given = json.load(sys.stdin)
+    except ValueError as error:
+        raise ConfError(f"standard input is no JSON: {form} is wanted") from error
+    if not isinstance(given, dict):
+        raise ConfError(f"standard input holds no {what}: {form} is wanted")
+    return given

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from llm_ray.cli.foreground import until_interrupted
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf import schema
+from llm_ray.errors import LlmRayError
+
+if TYPE_CHECKING:
+    from llm_ray.app.quickstart import Done
 
 
 @click.command()
@@ -26,14 +34,51 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
       llm-ray quickstart
       llm-ray quickstart --home /data/llm-ray --keep-serving
     """
-    from llm_ray.console import Reporter
-    from llm_ray.errors import LlmRayError
-    from llm_ray.quickstart.run import ENOUGH, quickstart
+    from llm_ray.app import quickstart as whole_way
 
-    if home:
-        os.environ["LLM_RAY_HOME"] = str(home.absolute())
-    result = quickstart(Reporter(), force=force, keep_serving=keep_serving)
-    if not result.good:
+    reporter = Terminal()
+    with whole_way.quickstart(home.absolute() if home else schema.home(), reporter, force) as done:
+        _show(done)
+        if keep_serving:
+            reporter.line(f"Both models answer at {done.url}.", kind="heading")
+            until_interrupted(reporter)
+    if not done.result.good:
         raise LlmRayError(
-            f"the finetuned model answers less than {ENOUGH:.0%} of the questions right: llm-ray quickstart --force finetunes it again"
+            f"the finetuned model answers less than {whole_way.ENOUGH:.0%} of the questions right: llm-ray quickstart --force finetunes it again"
         )
+
+
+def _show(done: Done) -> None:
+    """The table of answers and what it comes to, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    conf, result = done.conf, done.result
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    base, finetuned = result.score("base"), result.score("finetuned")
+    table = Table(show_lines=True, expand=True)
+    table.add_column("question")
+    table.add_column(f"{conf.model.base}: {base['right']} of {base['of']} right")
+    table.add_column(f"{conf.name}: {finetuned['right']} of {finetuned['of']} right")
+    marks = {which: result.marks(which) for which in ("base", "finetuned")}
+    for at, question in enumerate(result.questions):
+        cells = [
+            Text(
+                f"{'✓' if marks[which][at] else '✗'} {' '.join(result.answers[which][at].split())}",
+                style="green" if marks[which][at] else "red",
+            )
+            for which in ("base", "finetuned")
+        ]
+        table.add_row(Text(question.prompt), *cells)
+    console.print(table)
+    shares = [f"{score['right'] / score['of']:.0%}" for score in (base, finetuned)]
+    for line in (
+        f"Right answers: base model {shares[0]}, finetuned model {shares[1]}.",
+        "Time: " + ", ".join(f"{name} {taken:.0f} s" for name, taken in done.seconds.items()) + ".",
+        f"The run lies in {conf.run_dir}: its model in output/, the figures above in quickstart.json, the answers in answers.jsonl.",
+        f"Next: llm-ray serve deploy --model {conf.name} serves it; llm-ray finetune --config lora --set train=FILE learns from your data.",
+    ):
+        console.print(Text(line))

@@ -1,4 +1,4 @@
-"""``llm-ray runs``: list, show and compare runs.
+"""``llm-ray runs``: list, show, compare, stop and delete runs.
 
 llm-ray runs compare lora-r8 lora-r16 --png loss.png
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 import click
 
+from llm_ray.conf.schema import home
+
 folder_option = click.option(
     "--runs",
     "folder",
@@ -26,13 +28,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @click.group()
 def runs() -> None:
-    """List, show and compare runs.
+    """List, show, compare, stop and delete runs.
 
     \b
     Examples:
       llm-ray runs list
       llm-ray runs show quickstart
       llm-ray runs compare lora-r8 lora-r16 --png loss.png
+      llm-ray runs stop quickstart
     """
 
 
@@ -48,7 +51,7 @@ def list_(folder: Path | None, as_json: bool) -> None:
     Example:
       llm-ray runs list --json
     """
-    from llm_ray.runs.listing import age, list_runs
+    from llm_ray.app.runs import age, list_runs
 
     found = list_runs(_folder(folder))
     if as_json:
@@ -85,20 +88,16 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     Example:
       llm-ray runs show quickstart
     """
-    from llm_ray.errors import RunError
-    from llm_ray.runs.folder import RunFolder, stored_conf
-    from llm_ray.runs.listing import find_run, summary
+    from llm_ray.app.runs import show_run
 
-    path = find_run(_folder(folder), name)
-    run = summary(path)
-    if run.state == "damaged":
-        raise RunError(f"the run {name} is damaged: {run.reason}")
-    conf, lineage, result = stored_conf(path), RunFolder(path).lineage(), RunFolder(path).result()
-    output = path / "output"
+    details = show_run(_folder(folder), name)
+    run, conf, lineage, result = details.summary, details.conf, details.lineage, details.result
     if as_json:
-        _print_json({**vars(run), "output": str(output) if output.is_dir() else None, "conf": conf, "lineage": lineage, "result": result})
+        output = str(details.output) if details.output else None
+        _print_json({**vars(run), "output": output, "conf": conf, "lineage": lineage, "result": result})
         return
     model, data, tuning, training = conf["model"], conf["data"], conf["tuning"], conf["training"]
+    training |= {key: details.params[key] for key in training if key in details.params}  # what auto came to
     click.secho(f"{name}: {run.state}", bold=True)
     if run.reason:
         click.echo(run.reason)
@@ -122,7 +121,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
         [
             ("created", lineage.get("created")),
             ("command", lineage.get("command")),
-            ("conf", f"{path / 'conf.yaml'} (sha256 {lineage.get('conf_sha256', '')[:12]})"),
+            ("conf", f"{Path(run.path) / 'conf.yaml'} (sha256 {lineage.get('conf_sha256', '')[:12]})"),
             *(("data", _file_line(entry)) for entry in lineage.get("data", {}).get("train", [])),
             ("model", lineage.get("model", {}).get("fingerprint", "")[:12] or None),
             ("versions", ", ".join(f"{package} {number}" for package, number in lineage.get("versions", {}).items() if number)),
@@ -130,7 +129,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
             ("git", git and f"{git['commit'][:12]}{', changed' if git['dirty'] else ''}"),
         ],
     )
-    _section("output", [("folder", path), ("model", output if output.is_dir() else None)])
+    _section("output", [("folder", run.path), ("model", details.output)])
 
 
 @runs.command()
@@ -146,13 +145,11 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
     Example:
       llm-ray runs compare lora-r8 lora-r16 --metric validation_loss --png loss.png
     """
-    from llm_ray.runs.compare import compare as compare_runs
-    from llm_ray.runs.compare import png_plot, terminal_plot
-    from llm_ray.runs.listing import find_run
+    from llm_ray.app.runs import compare_runs, png_plot, terminal_plot
 
     if len(set(names)) < 2:
         raise click.UsageError("name two runs or more to compare")
-    found = compare_runs([find_run(_folder(folder), name) for name in dict.fromkeys(names)], metric)
+    found = compare_runs(_folder(folder), names, metric)
     if png:
         png_plot(found, png)
         click.echo(f"the plot is in {png}", err=True)
@@ -169,9 +166,53 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
     click.echo(terminal_plot(found, min(100, shutil.get_terminal_size((100, 24)).columns), color=color), color=color)
 
 
-def _folder(folder: Path | None) -> Path:
-    from llm_ray.conf.schema import home
+@runs.command()
+@click.argument("name")
+@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for its end. Default: only ask.")
+@folder_option
+@json_option
+def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
+    """Ask a running finetune to end, from another terminal or host; the same finetune command goes on from there.
 
+    Training ends after the step that it is at, with a checkpoint. Any other stage is completed first, and the next one does not begin.
+
+    \b
+    Examples:
+      llm-ray runs stop support-bot
+      llm-ray runs stop support-bot --wait 600
+    """
+    from llm_ray.app.runs import stop_run
+
+    run = stop_run(_folder(folder), name, wait)
+    if as_json:
+        _print_json(vars(run))
+    elif run.state == "running":
+        click.echo(f"{name} is asked to stop: llm-ray runs show {name} tells when it has")
+    else:
+        click.echo(f"{name}: {run.state}. {run.reason}".rstrip())
+
+
+@runs.command()
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@folder_option
+def delete(name: str, yes: bool, folder: Path | None) -> None:
+    """Delete a run with all that it has made: checkpoints, metrics, the model. One that runs is refused.
+
+    \b
+    Example:
+      llm-ray runs delete first-try
+    """
+    from llm_ray.app.runs import delete_run, find_run
+
+    path = find_run(_folder(folder), name)
+    if not yes:
+        click.confirm(f"Delete {path}, with its checkpoints and its model?", abort=True, err=True)
+    delete_run(_folder(folder), name)
+    click.echo(f"{path} is deleted", err=True)
+
+
+def _folder(folder: Path | None) -> Path:
     return folder.expanduser().absolute() if folder else home() / "runs"
 
 
@@ -180,14 +221,14 @@ def _conf_lines(
 ) -> list[tuple[str, object]]:
     rank = f" r {tuning['lora']['r']}" if tuning["method"] == "lora" else ""
     validation = data["validation"]
-    length = f"{training['max_steps']} steps" if training["max_steps"] else f"{training['epochs'] or 3:g} epochs"
+    length = f"{training['max_steps']} steps" if training["max_steps"] else f"{training['epochs']} epochs"
     return [
         ("base", model["base"]),
         ("train", ", ".join(data["train"])),
         ("validation", ", ".join(validation) if isinstance(validation, list) else validation),
         ("tuning", f"{tuning['objective']}, {tuning['method']}{rank}"),
-        ("training", f"{length}, batch {training['batch_size']} x {training['gradient_accumulation']} x {runtime['workers']} worker(s)"),
-        ("learning rate", f"{training['learning_rate'] or 'default'}, {training['schedule']}"),
+        ("training", f"{length}, {training['global_batch_size']} rows a step, {runtime['workers']} worker(s)"),
+        ("learning rate", f"{training['learning_rate']}, {training['schedule']}"),
     ]
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llm_ray.cli.foreground import until_interrupted
 from llm_ray.cli.keys import keys
 from llm_ray.cli.options import serve_config_options
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.schema import home
+from llm_ray.errors import ConfError, ServeError
+from llm_ray.progress import Reporter
 
 if TYPE_CHECKING:
-    from llm_ray.conf.serve import ServeConf, ServeRuntime
+    from llm_ray.app.serving import Served
+    from llm_ray.conf.serve import ServeConf
 
 
 class _DeployByDefault(click.Group):
@@ -90,30 +98,13 @@ def deploy(**given: Any) -> None:
       llm-ray serve deploy --config models --only qwen3-0.6b
       llm-ray serve --model ./my-model --tokenizer ./my-tokenizer --name support-bot
     """
-    from llm_ray.console import Reporter
-    from llm_ray.serve import declared, local
-    from llm_ray.serve.deploy import check_port
-    from llm_ray.serve.deploy import deploy as deploy_models
-    from llm_ray.serve.plan import plan
+    from llm_ray.app.serving import deploy as deploy_models
 
-    conf = _conf(given)
-    reporter = Reporter()
-    models = plan(conf, reporter, given["only"])
-    mine = conf.runtime.mode == "local" and local.running() is None
-    if mine:
-        check_port(conf.endpoint.host, conf.endpoint.port)
-    try:
-        with local.connected(conf.runtime, reporter, begin=True):
-            served = deploy_models(models, conf.endpoint, reporter, given["timeout"])
-    except BaseException:
-        if mine and (started := local.running()):
-            local.end(started)
-        raise
-    if conf.runtime.mode == "cluster" and not given["foreground"]:
-        declared.remember(conf.model_copy(update={"endpoint": served.endpoint}), [model.name for model in served.models])
+    conf, reporter = _conf(given), Terminal()
+    served = deploy_models(conf, home(), reporter, only=given["only"], timeout=given["timeout"], keep=not given["foreground"])
     _tell(served, reporter)
     if given["foreground"]:
-        _stay([model.name for model in models], conf.runtime, mine, reporter)
+        _stay(served, conf.runtime.address if conf.runtime.mode == "cluster" else None, reporter)
 
 
 # Options that describe the model of --model.
@@ -132,8 +123,8 @@ _FOR_MODEL = {
 
 def _conf(given: dict[str, Any]) -> ServeConf:
     """The conf that the options mean. Raises ConfError."""
+    from llm_ray.app.serving import conf_of
     from llm_ray.conf.load import load_serve
-    from llm_ray.errors import ConfError
 
     if given["config"] and (beside := [flag for name, flag in _FOR_MODEL.items() if given[name]]):
         raise ConfError(f"--config and {beside[0]}: the conf says it; --set models.NAME.KEY=… changes what it says")
@@ -145,51 +136,17 @@ def _conf(given: dict[str, Any]) -> ServeConf:
         ]
         if given["address"]:
             settings.append("runtime.mode=cluster")
-        return load_serve(given["config"], [*settings, *given["overrides"]], given["vars_files"])
+        return load_serve(given["config"], [*settings, *given["overrides"]], given["vars_files"], home())
     if not given["bases"]:
         raise ConfError("nothing to deploy: name a model (--model RUN|NAME|FOLDER|HUB-ID) or a conf (--config FILE|NAME)")
-    return _made(given)
-
-
-def _made(given: dict[str, Any]) -> ServeConf:
-    from pydantic import ValidationError
-
-    from llm_ray.conf.schema import Paths
-    from llm_ray.conf.serve import ServeConf
-    from llm_ray.errors import ConfError
-    from llm_ray.models.load import resolve
-
-    bases = given["bases"]
-    names = given["names"] or tuple(resolve(base, Paths()).name for base in bases)
-    if len(names) != len(bases):
-        raise ConfError(f"--name is given {len(names)} times, --model {len(bases)} times: give each model a name, or none")
-    if len(set(names)) != len(names):
-        raise ConfError(f"two models would be called the same ({', '.join(names)}): tell them apart with --name")
+    if given["vars_files"]:
+        raise ConfError(f"--vars {given['vars_files'][0]}: it gives variables to a conf's template: name that with --config")
+    same = ("names", "address", "host", "port", "tokenizer", "engine", "weights", "cpus", "replicas", "max_model_len", "overrides")
     adapters = dict(_pair(text) for text in given["adapters"])
-    if adapters and len(bases) > 1:
-        raise ConfError("--adapter goes with one --model: write a conf for several models with adapters")
-    common = {
-        key: given[key] for key in ("tokenizer", "engine", "weights", "cpus", "replicas", "max_model_len") if given[key] is not None
-    } | {"adapters": adapters}
-    endpoint = {key: given[key] for key in ("host", "port") if given[key] is not None}
-    runtime = {"mode": "cluster", "address": given["address"]} if given["address"] else {}
-    try:
-        return ServeConf.model_validate(
-            {
-                "runtime": runtime,
-                "endpoint": endpoint,
-                "models": {name: common | {"model": base} for name, base in zip(names, bases, strict=True)},
-            }
-        )
-    except ValidationError as error:
-        raise ConfError(
-            "\n  ".join(str(e["ctx"]["error"]) if "ctx" in e and "error" in e["ctx"] else e["msg"] for e in error.errors())
-        ) from error
+    return conf_of(given["bases"], home(), adapters=adapters, **{name: given[name] for name in same})
 
 
 def _pair(text: str) -> tuple[str, str]:
-    from llm_ray.errors import ConfError
-
     name, equals, place = text.partition("=")
     if not equals or not name or not place:
         raise ConfError(f"--adapter {text}: write it as NAME=RUN or NAME=FOLDER")
@@ -198,11 +155,9 @@ def _pair(text: str) -> tuple[str, str]:
     return name, place
 
 
-def _tell(served: Any, reporter: Any) -> None:
-    import json
-
+def _tell(served: Served, reporter: Reporter) -> None:
     first = served.models[0]
-    reporter.line(f"Ready after {served.seconds:.0f} s at {served.url} (OpenAI API)", style="bold")
+    reporter.line(f"Ready after {served.seconds:.0f} s at {served.url} (OpenAI API)", kind="heading")
     for model in served.models:
         for name in (model.name, *model.adapters):
             reporter.line(f"  {name}: {served.route(name)}")
@@ -219,28 +174,15 @@ def _tell(served: Any, reporter: Any) -> None:
     reporter.line(f"Try: curl {served.url}/{path}{key} -H 'Content-Type: application/json' -d '{body}'")
 
 
-def _stay(names: list[str], runtime: ServeRuntime, mine: bool, reporter: Any) -> None:
-    """Until Ctrl-C or SIGTERM; then the models are taken away, with the Ray that this command started. Raises ServeError where the Ray
-    of this machine ends before, so that whoever watches this command starts it anew."""
-    from llm_ray.errors import ServeError
-    from llm_ray.serve import local
-    from llm_ray.serve.deploy import stop as stop_models
-    from llm_ray.serve.foreground import until_interrupted
+def _stay(served: Served, address: str | None, reporter: Reporter) -> None:
+    """Until Ctrl-C or SIGTERM; then what was deployed is taken away. Raises ServeError where the Ray of this machine ends before, so that
+    whoever watches this command starts it anew."""
+    from llm_ray.app.serving import local_log, serves_here, undo
 
-    if not until_interrupted(reporter, lambda: runtime.mode == "cluster" or local.running() is not None):
-        log = local.state_file().with_name("local.log")
+    if not until_interrupted(reporter, lambda: address is not None or serves_here(home())):
+        log = local_log(home())
         raise ServeError(f"nothing is served any more: another command has stopped it, or Ray ended by itself ({log})")
-    if mine and (started := local.running()):
-        local.end(started)
-        return
-    with local.connected(runtime, reporter):
-        stop_models(names, reporter)
-
-
-def _runtime(address: str | None) -> ServeRuntime:
-    from llm_ray.conf.serve import ServeRuntime
-
-    return ServeRuntime(mode="cluster", address=address) if address else ServeRuntime()
+    undo(served, home(), reporter, address)
 
 
 @serve.command()
@@ -254,59 +196,55 @@ def status(as_json: bool, address: str | None) -> None:
       llm-ray serve status
       llm-ray serve status --json
     """
-    import json
-    from dataclasses import asdict
+    from llm_ray.app.serving import status as status_of
 
-    from llm_ray.console import Reporter
-    from llm_ray.serve import deploy as serving
-    from llm_ray.serve import local
-
-    if not address and local.running() is None:
-        click.echo(json.dumps({"url": None, "models": {}}) if as_json else "Nothing is served on this machine.")
-        return
-    runtime = _runtime(address)
-    with local.connected(runtime, Reporter()):
-        url, models, counts = serving.url(), serving.status(), serving.stats()
+    found = status_of(home(), Terminal(), address)
     if as_json:
         told = {
             name: {
-                "state": entry.status,
+                "state": entry.state,
                 "ready": entry.ready,
                 "replicas": entry.replicas,
                 "wanted": entry.wanted,
                 "message": entry.message,
-                **counts.get(name, {}),
-                "adapters": {adapter: counts.get(adapter, {}) for adapter in entry.model.adapters},
+                **entry.counts,
+                "adapters": entry.adapters,
                 "model": asdict(entry.model),
             }
-            for name, entry in models.items()
+            for name, entry in found.models.items()
         }
-        click.echo(json.dumps({"url": url, "models": told}, default=str, indent=2))
+        click.echo(json.dumps({"url": found.url, "models": told}, default=str, indent=2))
+        return
+    if found.url is None and not address:
+        click.echo("Nothing is served on this machine.")
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Models at {url}", title_justify="left", box=box.SIMPLE)
+    table = Table(title=f"Models at {found.url}", title_justify="left", box=box.SIMPLE)
     for column in ("model", "engine", "state", "replicas", "requests", "failed", "running", "tokens in", "out", "out/s"):
         table.add_column(column, justify="left" if column in ("model", "engine", "state") else "right", overflow="fold")
     numbers = ("requests", "errors", "in_progress", "prompt_tokens", "generated_tokens", "tokens_per_second")
 
-    def counted(name: str) -> list[str]:
-        return [f"{counts.get(name, {}).get(key, 0):,}" for key in numbers]
+    def counted(counts: dict[str, float]) -> list[str]:
+        return [f"{counts.get(key, 0):,}" for key in numbers]
 
-    for name, entry in sorted(models.items()):
-        state = entry.status.lower().replace("_", " ")
-        table.add_row(name, entry.model.engine, state, f"{entry.replicas}/{entry.wanted}", *counted(name))
-        for adapter in entry.model.adapters:
-            table.add_row(f"  {adapter}", "adapter", "", "", *counted(adapter))
+    for name, entry in sorted(found.models.items()):
+        state = entry.state.lower().replace("_", " ")
+        table.add_row(name, entry.model.engine, state, f"{entry.replicas}/{entry.wanted}", *counted(entry.counts))
+        for adapter, counts in entry.adapters.items():
+            table.add_row(f"  {adapter}", "adapter", "", "", *counted(counts))
     console = Console()
     if not console.is_terminal:
         console.width = 160
-    console.print(table if models else f"No models are deployed at {url}.")
-    for name, entry in models.items():
-        if entry.message and not entry.ready:
-            click.echo(f"{name}: {serving.tell_reason(entry.message)}")
+    console.print(table if found.models else f"No models are deployed at {found.url}.")
+    for name, entry in sorted(found.models.items()):
+        if sampling := entry.model.sampling:
+            values = ", ".join(f"{setting} {value:g}" for setting, value in sampling.items())
+            click.echo(f"{name}: requests that do not set them use {values} (its generation_config.json)")
+        if entry.reason:
+            click.echo(f"{name}: {entry.reason}")
 
 
 @serve.command()
@@ -321,32 +259,16 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
       llm-ray serve stop quickstart
       llm-ray serve stop --all
     """
-    from llm_ray.cluster import clean_up
-    from llm_ray.console import Reporter
-    from llm_ray.errors import ConfError
-    from llm_ray.serve import declared, local
-    from llm_ray.serve import deploy as serving
+    from llm_ray.app.serving import stop as stop_models
+    from llm_ray.app.serving import stop_all
+    from llm_ray.cli.terminal import Terminal
 
     if bool(names) == everything:
         raise ConfError("name the models to stop, or give --all: llm-ray serve stop NAME")
-    reporter = Reporter()
-    if everything and not address:
-        found = local.running()
-        if found is None:
-            clean_up()  # where it was killed
-            reporter.line("Nothing is served on this machine.")
-            return
-        reporter.line("Stopping all models, and the Ray that serves them.")
-        local.end(found)
-        return
-    runtime = _runtime(address)
-    with local.connected(runtime, reporter):
-        if everything:
-            serving.stop_all(reporter)
-        else:
-            serving.stop(names, reporter)
-    if address:
-        declared.forget(None if everything else names)
+    if everything:
+        stop_all(home(), Terminal(), address)
+    else:
+        stop_models(names, home(), Terminal(), address)
 
 
 @serve.command()
@@ -360,28 +282,9 @@ def restore(timeout: float) -> None:
     Example:
       llm-ray serve restore
     """
-    from llm_ray.console import Reporter
-    from llm_ray.errors import LlmRayError, ServeError
-    from llm_ray.serve import declared, local
-    from llm_ray.serve.deploy import deploy as deploy_models
-    from llm_ray.serve.plan import plan
+    from llm_ray.app.serving import restore as restore_models
 
-    reporter = Reporter()
-    confs = declared.declared()
-    if not confs:
-        reporter.line("Nothing is to be served.")
-        return
-    failed = []
-    with local.connected(confs[0].runtime, reporter):
-        for conf in confs:
-            (name,) = conf.models
-            try:
-                deploy_models(plan(conf, reporter), conf.endpoint, reporter, timeout)
-                reporter.line(f"{name} is served.")
-            except LlmRayError as error:  # the others are served all the same
-                failed.append(f"{name}: {error}")
-    if failed:
-        raise ServeError("\n  ".join([f"{len(failed)} of {len(confs)} models are not served:", *failed]))
+    restore_models(home(), Terminal(), timeout)
 
 
 @serve.command()
@@ -397,11 +300,7 @@ def logs(name: str, lines: int, follow: bool, address: str | None) -> None:
       llm-ray serve logs quickstart
       llm-ray serve logs gateway -f
     """
-    from llm_ray.console import Reporter
-    from llm_ray.serve import local
-    from llm_ray.serve.logs import read_logs
+    from llm_ray.app.serving import logs as logs_of
 
-    runtime = _runtime(address)
-    with local.connected(runtime, Reporter()):
-        for line in read_logs(name, lines, follow):
-            click.echo(line)
+    for line in logs_of(name, home(), Terminal(), address, lines=lines, follow=follow):
+        click.echo(line)

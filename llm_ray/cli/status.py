@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
+
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.schema import home
 
 
 @click.command()
@@ -25,20 +29,16 @@ def status(as_json: bool, address: str | None) -> None:
       llm-ray status
       llm-ray status --address 10.0.0.1:6379 --json
     """
-    from llm_ray.conf.serve import ServeRuntime
-    from llm_ray.console import Reporter
-    from llm_ray.operations.state import state
-    from llm_ray.serve import local
+    from llm_ray.app.cluster import cluster_state
 
-    if not address and local.running() is None:
+    found = cluster_state(home(), Terminal(), address)
+    if found is None:
         click.echo(
             json.dumps({"nodes": [], "jobs": [], "applications": []})
             if as_json
             else "No Ray of llm-ray runs on this machine. On a node of a cluster: --address auto."
         )
         return
-    with local.connected(ServeRuntime(mode="cluster", address=address) if address else ServeRuntime(), Reporter()):
-        found = state()
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -47,7 +47,7 @@ def status(as_json: bool, address: str | None) -> None:
     _show("Served", found["applications"], ("name", "status", "replicas", "message"))
 
 
-def _show(title: str, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+def _show(title: str, rows: Sequence[Mapping[str, Any]], columns: tuple[str, ...]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -23,8 +23,8 @@ from llm_ray.client.ask import Answer, Asker, Settings
 from llm_ray.client.endpoint import Endpoint
 from llm_ray.client.errors import Failed, Refused
 from llm_ray.client.prompts import Prompt
-from llm_ray.console import Bar
 from llm_ray.errors import ConfError, DataError
+from llm_ray.progress import Bar
 
 Numbered = tuple[int, Prompt]
 OnAnswer = Callable[[int, Prompt, Answer | Failed], None]

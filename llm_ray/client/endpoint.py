@@ -1,12 +1,12 @@
 """Where a model answers, of which kind its URL is, and the key that opens it.
 
-endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None))
+endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, os.environ))
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,11 +93,14 @@ def parse(url: str, key: Key | None = None) -> Endpoint:
     return Endpoint(whole, bool(version), key)
 
 
-def find_key(given: str | None, file: Path | None) -> Key | None:
-    """The key as given (`--api-key`), else in `file` (`--api-key-file`), else in LLM_RAY_API_KEY or OPENAI_API_KEY; else None.
+def find_key(given: str | None, file: Path | None, environment: Mapping[str, str]) -> Key | None:
+    """The key as given (`--api-key`), else in `file` (`--api-key-file`), else in LLM_RAY_API_KEY or OPENAI_API_KEY of the environment;
+    else None.
 
-    Raises ConfError when the file cannot be read, or what was found is no key.
+    Raises ConfError when both are given, the file cannot be read, or what was found is no key.
     """
+    if given is not None and file is not None:
+        raise ConfError("--api-key and --api-key-file are both given: one of them says which key is sent")
     if given is not None:
         return _checked(given, "--api-key")
     if file is not None:
@@ -106,8 +109,8 @@ def find_key(given: str | None, file: Path | None) -> Key | None:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfError(f"--api-key-file {file} cannot be read: {error}") from error
     for variable in KEY_VARIABLES:
-        if os.environ.get(variable):
-            return _checked(os.environ[variable], variable)
+        if environment.get(variable):
+            return _checked(environment[variable], variable)
     return None
 
 

@@ -64,15 +64,19 @@ def _content(values: Mapping[str, Any], place: str) -> str | list[Message]:
         good = isinstance(messages, list) and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages)
         if not good or not messages:
             raise DataError(f"{place}: 'messages' must be a list of objects with role and content")
+        if messages[-1]["role"] == "assistant":
+            raise DataError(f"{place}: 'messages' ends in an assistant's turn, after which nothing is asked: leave that turn out")
         return list(messages)
     column = next((name for name in ("prompt", "text", "instruction") if values.get(name) is not None), None)
     if column is None:
         names = ", ".join(map(str, values)) or "none"
         raise DataError(f"{place}: no prompt in the row: it needs a column prompt, text, instruction or messages, and has {names}")
-    parts = [values[column], *([values["input"]] if column == "instruction" and values.get("input") else [])]
-    if not all(isinstance(part, str) for part in parts) or not parts[0].strip():
+    if not isinstance(values[column], str) or not values[column].strip():
         raise DataError(f"{place}: {column!r} must be text, and not empty")
-    return "\n\n".join(parts)
+    more = values.get("input") if column == "instruction" else None
+    if more and not isinstance(more, str):
+        raise DataError(f"{place}: 'input' must be text")
+    return f"{values[column]}\n\n{more}" if more else str(values[column])
 
 
 def _system(values: Mapping[str, Any], place: str) -> str | None:

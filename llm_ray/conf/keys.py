@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import SequenceMatcher, get_close_matches
+from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from llm_ray.conf.schema import FinetuneConf, Section
 from llm_ray.conf.serve import ServeConf
 from llm_ray.conf.yamltext import Path
+from llm_ray.nearest import nearest_names
 
 C = TypeVar("C", bound=Section)
 
@@ -151,14 +152,12 @@ class Keys(Generic[C]):
         leaf = str(path[-1]).lower().replace("-", "_")
         beside = {key.leaf: key.name for key in self.below(section.name if section else "")} if section or len(path) == 1 else {}
         same = [key.name for key in self.table.values() if key.leaf == leaf]
-        if close := get_close_matches(leaf, beside, 1, 0.8):
-            return beside[close[0]]
         if same or leaf in self.elsewhere:
             return (same or [self.elsewhere[leaf]])[0]
-        if close := get_close_matches(leaf, beside, 1, 0.6):
+        if close := nearest_names(leaf, beside):
             return beside[close[0]]
         everywhere = self.elsewhere | {key.leaf: key.name for key in self.table.values() if not key.section}
-        close = get_close_matches(leaf, everywhere, 1, 0.75)
+        close = nearest_names(leaf, everywhere)
         return everywhere[close[0]] if close else None
 
     def nearest_to(self, name: str) -> str | None:
@@ -234,7 +233,7 @@ FINETUNE = Keys(
         "eval_steps": "training.validate_every",
         "finetuning_type": "tuning.method",
         "fp16": "training.precision",
-        "gradient_accumulation_steps": "training.gradient_accumulation",
+        "gradient_accumulation_steps": "training.global_batch_size",
         "logging_steps": "tracking.log_every",
         "lora_alpha": "tuning.lora.alpha",
         "lora_config": "tuning.lora",
@@ -248,7 +247,7 @@ FINETUNE = Keys(
         "lr_scheduler_type": "training.schedule",
         "max_seq_length": "data.max_length",
         "max_train_steps": "training.max_steps",
-        "micro_batch_size": "training.batch_size",
+        "micro_batch_size": "training.micro_batch_tokens",
         "model_name_or_path": "model.base",
         "num_epochs": "training.epochs",
         "num_train_epochs": "training.epochs",
@@ -257,7 +256,7 @@ FINETUNE = Keys(
         "optim": "training.optimizer",
         "output_dir": "paths.runs",
         "per_device_eval_batch_size": "evaluation.batch_size",
-        "per_device_train_batch_size": "training.batch_size",
+        "per_device_train_batch_size": "training.global_batch_size",
         "rank": "tuning.lora.r",
         "save_steps": "checkpoint.every_steps",
         "save_total_limit": "checkpoint.keep",

@@ -15,41 +15,62 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import SequenceMatcher, get_close_matches
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
 import llm_ray
-from llm_ray.conf import yamltext
+from llm_ray.conf import schema, yamltext
 from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
 from llm_ray.conf.loading import Loading, Setting, dotted, error_of, expand, show, siblings, there
-from llm_ray.conf.render import RESERVED, TemplateProblem, render, variables
+from llm_ray.conf.render import RESERVED, Rendered, TemplateProblem, render, variables
 from llm_ray.conf.schema import FinetuneConf, Section
 from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
 from llm_ray.errors import ConfError
+from llm_ray.nearest import nearest_names
 
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 ADAPTER_FILES = ("adapter_config.json",)
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
 PACKAGE = Path(llm_ray.__file__).parent
 
 
-def load_finetune(config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = ()) -> FinetuneConf:
+def load_finetune(
+    config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
+) -> FinetuneConf:
     """The conf of a finetune, rendered, validated, its paths absolute.
 
     `config` is a file or the name of a shipped template, `overrides` are ``key=value`` as after ``--set``, `vars_files`
-    YAML files of template variables as after ``--vars``. Raises :class:`ConfError`.
+    YAML files of template variables as after ``--vars``. Paths that the conf does not give lie in `home` (default: LLM_RAY_HOME).
+    Raises :class:`ConfError`.
     """
-    return load(FINETUNE, FinetuneLoading, config, overrides, _variables(vars_files))
+    return load(FINETUNE, FinetuneLoading, config, overrides, _variables(vars_files), home or schema.home())
 
 
-def load_serve(config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = ()) -> ServeConf:
+def load_serve(
+    config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
+) -> ServeConf:
     """The conf of an endpoint and its models; otherwise as :func:`load_finetune`."""
-    return load(SERVE, ServeLoading, config, overrides, _variables(vars_files))
+    return load(SERVE, ServeLoading, config, overrides, _variables(vars_files), home or schema.home())
+
+
+def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path, source: str) -> ServeConf:
+    """The conf of an endpoint whose sections are `given` by options of a command, not by a file; otherwise as :func:`load_serve`.
+
+    `source` names the options in errors. Raises :class:`ConfError`.
+    """
+    _, settings = _overrides(overrides, set(), None, SERVE)
+    sections = {section: dict(keys) for section, keys in given.items()}
+    document = yamltext.Document(sections, {("models", name): 0 for name in sections["models"]}, {})
+    return ServeLoading(SERVE, Path(source), True, Rendered("", ()), document, settings, home).conf()
 
 
 def load(
-    keys: Keys[C], loading: Callable[..., Loading[C]], config: str | Path, overrides: Sequence[str], variables_given: Mapping[str, Any]
+    keys: Keys[C],
+    loading: Callable[..., Loading[C]],
+    config: str | Path,
+    overrides: Sequence[str],
+    variables_given: Mapping[str, Any],
+    home: Path,
 ) -> C:
     """A conf of the kind of `keys`: `loading` is where its files lie. Raises :class:`ConfError`."""
     file = find(config, keys.kind)
@@ -68,7 +89,7 @@ def load(
         found = "empty" if document.data is None else f"{show(document.data)}, no keys with values"
         needed = ", ".join(key.name for key in keys.needed())
         raise ConfError(f"{file}: the conf is {found}: it needs at least {needed}")
-    return loading(keys, file, file in shipped(keys.kind).values(), rendered, document, settings).conf()
+    return loading(keys, file, file in shipped(keys.kind).values(), rendered, document, settings, home).conf()
 
 
 def dump(conf: Section) -> str:
@@ -99,8 +120,8 @@ def find(config: str | Path, kind: str) -> Path:
         return templates[str(config)]
     if there(file.is_dir):
         raise ConfError(f"--config {config}: this is a folder; name a conf file in it")
-    beside = [str(sibling) for sibling in siblings(file)]
-    nearest = get_close_matches(str(config), [*templates, *beside], 1)
+    beside = {sibling.name: str(sibling) for sibling in siblings(file)}
+    nearest = [beside.get(found, found) for found in nearest_names(file.name, [*templates, *beside])]
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise ConfError(f"--config {config}: no such file, and no shipped template of that name; {hint}Shipped: {', '.join(templates)}")
 
@@ -131,8 +152,8 @@ def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
     return values
 
 
-def _overrides(overrides: Sequence[str], used: set[str], file: Path, keys: Keys[Any]) -> tuple[dict[str, Any], list[Setting]]:
-    """Template variables, and settings of the conf's keys, as given with ``--set``."""
+def _overrides(overrides: Sequence[str], used: set[str], file: Path | None, keys: Keys[Any]) -> tuple[dict[str, Any], list[Setting]]:
+    """Template variables, and settings of the conf's keys, as given with ``--set``. `file`: the template, where there is one."""
     given: dict[str, Any] = {}
     settings: list[Setting] = []
     wrong = []
@@ -151,10 +172,11 @@ def _overrides(overrides: Sequence[str], used: set[str], file: Path, keys: Keys[
         elif paths := keys.paths(name, section=isinstance(value, dict)):
             settings.append(Setting(paths, value, f"--set {override}"))
         else:
-            near = [*get_close_matches(name, used, 1), *filter(None, [keys.nearest_to(name)])]
+            near = [*nearest_names(name, used), *filter(None, [keys.nearest_to(name)])]
             nearest = max(near, key=lambda one: SequenceMatcher(None, name, one).ratio(), default=None)
-            hint = f"did you mean {nearest}?" if nearest else f"its variables are: {', '.join(sorted(used)) or 'none'}"
-            wrong.append(f"--set {override}: {name} is neither a key of the conf nor a variable of {file.name}; {hint}")
+            names = f"its variables are: {', '.join(sorted(used)) or 'none'}" if file else "a key of a model is models.NAME.KEY"
+            what = f"neither a key of the conf nor a variable of {file.name}" if file else "no key of the conf"
+            wrong.append(f"--set {override}: {name} is {what}; {f'did you mean {nearest}?' if nearest else names}")
     if wrong:
         raise error_of(wrong)
     return given, settings
@@ -197,8 +219,7 @@ class FinetuneLoading(Loading[FinetuneConf]):
         hub = HUB_ID.fullmatch(name) and entry.suffix.lower() not in DATA_SUFFIXES
         if hub and not any(there(candidate.parent.is_dir) for candidate in candidates):
             return name
-        beside = [str(sibling) for candidate in candidates for sibling in siblings(candidate)]
-        nearest = [n for candidate in candidates for n in get_close_matches(str(candidate), beside, 1, 0.9)]
+        nearest = [c.with_name(found) for c in candidates for found in nearest_names(c.name, (one.name for one in siblings(c)))]
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         if not hint and not entry.is_absolute() and entry.suffix.lower() not in DATA_SUFFIXES:
             hint = "; a data set of the hub would be named organisation/name"

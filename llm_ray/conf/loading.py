@@ -11,7 +11,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic
 
@@ -21,7 +20,9 @@ from pydantic_core import ErrorDetails
 from llm_ray.conf import keys, yamltext
 from llm_ray.conf.keys import C, Keys
 from llm_ray.conf.render import Rendered, undefined, without_marks
+from llm_ray.conf.schema import Paths
 from llm_ray.errors import ConfError
+from llm_ray.nearest import nearest_names
 
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -44,12 +45,20 @@ class Loading(ABC, Generic[C]):
     """One conf, with what is known of where each key came from, and what is wrong with it."""
 
     def __init__(
-        self, keys: Keys[C], file: Path, shipped: bool, rendered: Rendered, document: yamltext.Document, settings: list[Setting]
+        self,
+        keys: Keys[C],
+        file: Path,
+        shipped: bool,
+        rendered: Rendered,
+        document: yamltext.Document,
+        settings: list[Setting],
+        home: Path,
     ) -> None:
         self.keys = keys
         self.file = file
         self.rendered = rendered
         self.document = document
+        self.home = home
         self.data: dict[str, Any] = document.data
         # Of the keys that a setting may mean, those of a model in the conf come first.
         self.settings = [
@@ -74,7 +83,7 @@ class Loading(ABC, Generic[C]):
         self.unset = tuple(unset)
         self._absolute(self.data, ())
         try:
-            conf = self.keys.model.model_validate(self.data)
+            conf = self.keys.model.model_validate(self._at_home())
         except ValidationError as error:
             details: dict[yamltext.Path, ErrorDetails] = {}
             for detail in error.errors(include_url=False):
@@ -86,6 +95,13 @@ class Loading(ABC, Generic[C]):
         if self.wrong:
             raise error_of([message for _, message in sorted(self.wrong, key=lambda entry: entry[0])])
         return conf
+
+    def _at_home(self) -> dict[str, Any]:
+        """The data with the folders of `home` for the paths that it does not give: the schema's defaults are the environment's."""
+        given = self.data.get("paths", {})
+        if not isinstance(given, dict):
+            return self.data  # the schema's error says what is wrong with it
+        return self.data | {"paths": Paths.of(self.home).model_dump() | given}
 
     # Places ------------------------------------------------------------------------------------------------------------
 
@@ -218,7 +234,7 @@ class Loading(ABC, Generic[C]):
                     hint = f" ({value.partition(':')[0]}: wants a blank after the colon)"
             elif must.startswith("text") and isinstance(value, (bool, int, float)):
                 hint = f": put it in quotes: '{self.document.written.get(path, value)}'"
-            elif close := get_close_matches(str(value).lower(), keys.choices(node), 1):
+            elif close := nearest_names(str(value), keys.choices(node)):
                 hint = f"; did you mean {close[0]}?"
             self.complain(path, f"{name} is {show(value)}: it must be {must}{hint}")
 

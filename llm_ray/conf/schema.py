@@ -6,9 +6,10 @@ are errors. Cross-field rules are checked here too, where the conf is built, and
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -36,6 +37,25 @@ AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 def _list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
+
+# A value that is chosen from the data, the model and the host; what it came to is in params.json.
+Auto = Literal["auto"]
+Value = TypeVar("Value", int, float)
+
+
+def _default(value: object) -> object:
+    return "auto" if value is None else value
+
+
+def as_run(value: Value | Auto) -> Value:
+    """A value of a conf in which what was `auto` has been chosen."""
+    if value == "auto":
+        raise TypeError("this conf has values that are still auto")
+    return value
+
+
+# null in a conf is the default.
+OrAuto = BeforeValidator(_default)
 
 # One text, or a list of them.
 Texts = Annotated[tuple[str, ...], BeforeValidator(_list, json_schema_input_type=str | tuple[str, ...])]
@@ -115,6 +135,11 @@ class Paths(Section):
     runs: AbsolutePath = Field(default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"})
     """One folder a run."""
 
+    @classmethod
+    def of(cls, home: Path) -> Paths:
+        """The folders where `home` is that of models, data and runs."""
+        return cls(models=home / "models", data=home / "data", runs=home / "runs")
+
 
 class Model(Section):
     """The base model."""
@@ -160,9 +185,10 @@ class Data(Section):
     train: Texts = Field(min_length=1)
     """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these.
     Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
-    validation: float | Texts | None = 0.05
-    """Validation data: a file or list as in `train`, or a fraction of the training rows (0 < f < 1) that is split off by the seed.
-    `null`: none."""
+    validation: Annotated[float, Field(gt=0, lt=1)] | Auto | Texts | None = "auto"
+    """Validation data: a file or list as in `train`, or a fraction of the training rows that is split off by the seed. `auto`: 10 % of
+    them, at most 500, where there are 200 rows or more; none below that, where a handful of rows tells little and each is needed to
+    learn from. `null`: none."""
     format: Literal["auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
     """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role, content), sharegpt
     (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it from the first rows."""
@@ -178,20 +204,24 @@ class Data(Section):
     max_length: int = Field(512, ge=8)
     """Longest sequence in tokens. A longer conversation is cut on a turn's boundary, longer text is split into pieces."""
     packing: bool = True
-    """Put several rows into one sequence of `max_length` tokens, without attention or loss from one to the next. Saves the padding."""
+    """Lay the rows of a forward pass end to end, without attention or loss from one to the next, instead of padding them to the longest.
+    It changes the speed, and nothing of what is learned."""
     max_rows: int | None = Field(None, ge=1)
     """Take only the first rows, for a trial."""
+    special_tokens_in_text: Literal["keep", "escape", "fail"] = "keep"
+    """A special token of the model that stands in the text of a row, as `<|im_end|>` in a question. `keep` takes it for one, as serving
+    does, and counts such rows; `escape` learns it as ordinary text; `fail` makes the row a bad one."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """A row that cannot be read or lacks its columns: `fail` names file and line and stops, `skip` counts it and goes on."""
 
-    @model_validator(mode="after")
-    def _fraction(self) -> Data:
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _fraction(cls, value: object) -> object:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < 1:
             raise ValueError(
-                f"data.validation is {self.validation:g}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); "
-                "use null for no validation"
+                f"data.validation is {value:g}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); use null for no validation"
             )
-        return self
+        return value
 
 
 class Lora(Section):
@@ -201,10 +231,12 @@ class Lora(Section):
     """Rank of the adapters."""
     alpha: int | None = Field(None, ge=1)
     """Scale: the adapter's output is multiplied by alpha / r. Unset: twice the rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | Auto, OrAuto] = "auto"
+    """Dropout on the adapter's input: small sets teach what is meant more than how it is worded. `auto`: 0.1 for small sets, 0 for others and
+    for mixtures of experts (peft has none for adapters on experts)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter, by name; `all-linear` is every linear layer but the output head."""
+    """Layers that get an adapter: names, or a pattern (regular expression) of whole names. `all-linear` is every linear layer but the
+    output head, and the experts of most mixtures of experts, not their routers."""
     modules_to_save: tuple[str, ...] = ()
     """Layers trained whole and saved with the adapter, e.g. `[embed_tokens, lm_head]` after adding tokens."""
     rslora: bool = False
@@ -214,6 +246,11 @@ class Lora(Section):
     def scale(self) -> int:
         """alpha as run."""
         return self.alpha or 2 * self.r
+
+    @property
+    def dropped(self) -> float:
+        """Dropout as run; none as long as it has not been chosen."""
+        return 0.0 if self.dropout == "auto" else self.dropout
 
 
 class Tuning(Section):
@@ -238,16 +275,19 @@ class EarlyStopping(Section):
 class Training(Section):
     """The optimisation."""
 
-    epochs: float | None = Field(None, gt=0)
-    """Passes over the training data. Default 3, unless `max_steps` is set."""
+    epochs: Annotated[Annotated[float, Field(gt=0)] | Auto, OrAuto] = "auto"
+    """Passes over the training data. `auto`: fewer the more rows there are, or as many as `max_steps` makes."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; instead of `epochs`."""
-    batch_size: int = Field(4, ge=1)
-    """Sequences per worker and forward pass (with packing, a sequence is `max_length` tokens of rows)."""
-    gradient_accumulation: int = Field(1, ge=1)
-    """Forward passes per optimizer step. Sequences per step = batch_size × gradient_accumulation × runtime.workers."""
-    learning_rate: float | None = Field(None, gt=0)
-    """Highest learning rate. Default 2e-4 for lora, 2e-5 for full."""
+    global_batch_size: Annotated[Annotated[int, Field(ge=1)] | Auto, OrAuto] = "auto"
+    """Rows that an optimizer step learns from, over all workers, whatever packing does with them (of texts and conversations that make
+    several sequences: sequences). `auto`: more the more rows there are."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens that a worker computes at once, padding included; the rows of a step that do not fit take further forward passes. Fewer
+    take less memory and, far below the default, more time; what is learned stays the same. Unset: 4096, and at least
+    `data.max_length`."""
+    learning_rate: Annotated[Annotated[float, Field(gt=0)] | Auto, OrAuto] = "auto"
+    """Highest learning rate. `auto`: by method and the model's width."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up: towards zero along a cosine or a line, or constant."""
     warmup: float = Field(0.03, ge=0)
@@ -277,19 +317,33 @@ class Training(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations. Unset: once an epoch."""
-    early_stopping: EarlyStopping | None = None
-    """Stop when the validation loss stops falling."""
+    early_stopping: EarlyStopping | Auto | None = "auto"
+    """Stop when the validation loss stops falling. `auto`: after 2 validations without improvement where `epochs` is `auto` and there is
+    validation data. `null`: never."""
     best_checkpoint: bool = True
     """Export the weights with the lowest validation loss instead of the last ones (where there is validation data)."""
     seed: int = Field(42, ge=0)
     """Seed of the split, the order of rows, adapter weights and dropout. The same seed gives the same losses."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _old_batch(cls, values: Any) -> Any:
+        """They counted sequences, and with packing a sequence is several rows: the same number would now be another batch."""
+        if isinstance(values, dict) and (old := [k for k in ("batch_size", "gradient_accumulation") if values.get(k) is not None]):
+            sequences = math.prod(values[k] for k in old if isinstance(values[k], int))
+            raise ValueError(
+                f"training.{' and training.'.join(old)} counted packed sequences; a batch counts rows now. Write "
+                f"training.global_batch_size instead: auto, or the rows of an optimizer step over all workers (without packing: {sequences} × "
+                "runtime.workers; with packing as many times that as rows fit data.max_length). For memory: training.micro_batch_tokens"
+            )
+        return values
+
     @model_validator(mode="after")
     def _length(self) -> Training:
-        if self.epochs is not None and self.max_steps is not None:
+        if self.epochs != "auto" and self.max_steps is not None:
             raise ValueError(
                 "training.epochs and training.max_steps are both set: keep one of them "
-                "(--set training.epochs=null takes the conf's away for once)"
+                "(--set training.epochs=auto takes the conf's away for once)"
             )
         return self
 
@@ -360,7 +414,7 @@ class FinetuneConf(Section):
         wrong = []
         if not self.stages:
             wrong.append(f"stages is empty: name at least one of {', '.join(STAGES)}")
-        if self.training.early_stopping and self.data.validation is None:
+        if isinstance(self.training.early_stopping, EarlyStopping) and self.data.validation is None:
             wrong.append("training.early_stopping needs validation data, but data.validation is null: set it, or take early_stopping away")
         if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
             wrong.append(
@@ -383,13 +437,3 @@ class FinetuneConf(Section):
     def run_dir(self) -> Path:
         """Folder of this run."""
         return self.paths.runs / self.name
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate as run: the conf's, else the method's default."""
-        return self.training.learning_rate or (2e-4 if self.tuning.method == "lora" else 2e-5)
-
-    @property
-    def epochs(self) -> float:
-        """Epochs as run, where `training.max_steps` does not rule."""
-        return self.training.epochs or 3.0

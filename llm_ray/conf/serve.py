@@ -157,6 +157,9 @@ class ModelServing(Section):
     adapters: dict[ModelName, str] = Field(default_factory=dict)
     """LoRA adapters on this base model (engine `vllm`), each under a model name of its own: name: run or folder. They can be changed
     without a restart where there is at least one from the beginning."""
+    sampling_defaults: Literal["model", "openai"] = "model"
+    """What samples the answer to a request that does not say: `model`, temperature, top_p, penalties and most new tokens as the model's
+    generation_config.json has them, which `llm-ray serve status` shows; `openai`, temperature 1 and nothing else."""
     tools: Literal["auto", "off"] | str = "auto"
     """How tool calls are read from answers: `auto` (as the model's chat template writes them), `off`, or the name of one of vLLM's tool
     parsers."""

@@ -13,19 +13,19 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from llm_ray.conf import yamltext
 from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
-from llm_ray.conf.load import DATA_SUFFIXES, HUB_ID, FinetuneLoading, ServeLoading, dump, load
+from llm_ray.conf.load import FinetuneLoading, ServeLoading, dump, load
 from llm_ray.conf.loading import MODEL_FILES, Loading, dotted, there
 from llm_ray.conf.schema import FinetuneConf, Section, home
 from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
+from llm_ray.nearest import nearest_names
 
 _UPLOADS = "data/uploads"
 
@@ -84,8 +84,7 @@ def _ship(
 ) -> Shipped:
     files: list[Upload] = []
     runtime = ["runtime.mode=cluster", "runtime.address=auto"]
-    with _home(to.home) as here:
-        conf = load(keys, lambda *arguments: kind(to, here, files, *arguments), config, [*overrides, *runtime], variables)
+    conf = load(keys, lambda *arguments: kind(to, files, *arguments), config, [*overrides, *runtime], variables, to.home)
     return Shipped(conf, tuple(files))
 
 
@@ -103,26 +102,12 @@ def digest(source: Path) -> tuple[str, int]:
     return hashlib.sha256("".join(lines).encode()).hexdigest(), size
 
 
-@contextmanager
-def _home(there: Path) -> Iterator[Path]:
-    """The schema's defaults are the cluster's. Gives this machine's own home."""
-    here, before = home(), os.environ.get("LLM_RAY_HOME")
-    os.environ["LLM_RAY_HOME"] = str(there)
-    try:
-        yield here
-    finally:
-        if before is None:
-            del os.environ["LLM_RAY_HOME"]
-        else:
-            os.environ["LLM_RAY_HOME"] = before
-
-
 class _Elsewhere(Loading[Any]):
     """What a conf's paths mean where they are another machine's."""
 
-    def __init__(self, to: Destination, home_here: Path, files: list[Upload], *arguments: Any) -> None:
+    def __init__(self, to: Destination, files: list[Upload], *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.to, self.home_here, self.files = to, home_here, files
+        self.to, self.files = to, files
 
     def uploads(self, path: yamltext.Path) -> bool:
         """Whether what the key at `path` names is on this machine."""
@@ -158,7 +143,7 @@ class _Elsewhere(Loading[Any]):
                 self.complain(path, f"{dotted(path)} is {name}: {self._where(path)}")
             return name
         found = Path(super().folder(path, name, files))
-        own = [self.home_here / "models" / name, self.home_here / "runs" / name / "output"]
+        own = [home() / "models" / name, home() / "runs" / name / "output"]
         places = [found] if found.is_absolute() else own if "/" not in name else []
         taken = next((place for place in places if there(place.is_dir)), None)
         return self.take(path, taken) if taken else name
@@ -218,7 +203,7 @@ class _Finetune(_Elsewhere, FinetuneLoading):
             return self.to.hosts.get(name, [name])
         if name in {address for addresses in self.to.hosts.values() for address in addresses}:
             return [name]
-        nearest = get_close_matches(name, known, 1)
+        nearest = nearest_names(name, known)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(known)}"
         self.complain(("runtime", "hosts"), f"runtime.hosts: the inventory has no Ray node or group {name}; {hint}")
         return [name]

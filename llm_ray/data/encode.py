@@ -14,35 +14,21 @@ first label of a sequence is always -100: nothing is predicted from a neighbour 
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from llm_ray.data.formats import Conversation, Message, Text
+from llm_ray.data.formats import Conversation, Text
 from llm_ray.errors import DataError, ModelError
+from llm_ray.models.chat import ChatTemplate, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that is not supervised
-
-# The form in which Qwen 2.5 and the Hermes models write tools and calls; vLLM's tool parser `hermes` reads it.
-TOOLS = """# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-{tools}
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
-TOOL_CALL = "<tool_call>\n{call}\n</tool_call>"
-TOOL_RESPONSE = "<tool_response>\n{content}\n</tool_response>"
+MARK = "\ufdd0"  # no character of any text: Unicode keeps it for programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +69,82 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return ChatEncoder(tokenizer, max_length=1).end
 
 
+class SpecialTokens:
+    """The tokenizer's special tokens as rows may have them in their texts: ``<|im_end|>`` in a user's question ends its turn.
+
+    Raises ModelError, with `escape`, for a tokenizer that cannot tell where its tokens stand in a text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, escape: bool) -> None:
+        written = sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}, key=len)
+        self._pattern = re.compile("|".join(map(re.escape, reversed(written)))) if written else None
+        self._edges = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
+        if escape and written:
+            (ids,) = tokens_of(tokenizer, [self._broken(f"a {written[0]} b")], add_special_tokens=False) if tokenizer.is_fast else ([],)
+            if written[0] not in tokenizer.decode(ids, skip_special_tokens=True):
+                raise ModelError(
+                    f"data.special_tokens_in_text: escape is not to be had with the tokenizer of {tokenizer.name_or_path}: use fail, or keep"
+                )
+
+    def found(self, content: Conversation | Text) -> str:
+        """The first special token in the texts; empty where there is none. A BOS before a plain text and an EOS after it do not count."""
+        if not self._pattern:
+            return ""
+        if isinstance(content, Text):
+            return match[0] if (match := self._pattern.search(self._parts(content.text)[1])) else ""
+        return next((match[0] for text in _texts([content.messages, content.tools]) if (match := self._pattern.search(text))), "")
+
+    def escaped(self, content: Conversation | Text) -> Conversation | Text:
+        """The same with special tokens broken by a mark, for :func:`tokens_of` to take out: they become tokens of ordinary text."""
+        if isinstance(content, Text):
+            before, text, after = self._parts(content.text)
+            return Text(before + self._broken(text) + after)
+        return Conversation(_changed(content.messages, self._broken), _changed(content.tools, self._broken))
+
+    def _broken(self, text: str) -> str:
+        return self._pattern.sub(lambda match: match[0][0] + MARK + match[0][1:], text) if self._pattern else text
+
+    def _parts(self, text: str) -> tuple[str, str, str]:
+        before = next((token for token in self._edges if text.startswith(token)), "")
+        after = next((token for token in self._edges if text.endswith(token) and len(text) >= len(before) + len(token)), "")
+        return before, text[len(before) : len(text) - len(after)], after
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """The ids of each text, without those of marks. Rows longer than the model's context are cut later."""
+    if not texts:
+        return []
+    marked = any(MARK in text for text in texts)
+    found = tokenizer(
+        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_offsets_mapping=marked, verbose=False
+    )
+    ids: list[list[int]] = found["input_ids"]
+    if not marked:
+        return ids
+    spans = found["offset_mapping"]
+    return [
+        [i for i, (a, b) in zip(row, where, strict=True) if text[a:b] != MARK] for text, row, where in zip(texts, ids, spans, strict=True)
+    ]
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in a value of lists and dictionaries."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of a value of lists and dictionaries, its texts changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_changed(part, change) for part in value]
+    return {key: _changed(part, change) for key, part in value.items()} if isinstance(value, dict) else value
+
+
 class ChatEncoder:
     """Encodes conversations; see the module's text for how."""
 
@@ -95,8 +157,8 @@ class ChatEncoder:
                 "tuning.objective pretrain"
             )
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+        self.template = ChatTemplate(tokenizer)
         self.end, self.ending = self._end_of_turn()
-        self.native_tools = self._native_tools()
 
     def encode(self, conversations: list[Conversation]) -> list[Encoded | DataError]:
         """One result a conversation, in order; an error (its place is not known here) where the template refuses it."""
@@ -105,53 +167,30 @@ class ChatEncoder:
         tokens = iter(self._tokens(texts))
         return [self._assemble([(a, next(tokens), next(tokens)) for a in row]) if isinstance(row, list) else row for row in answers]
 
-    def render(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, prompt: bool) -> str:
-        """The conversation as text; with `prompt`, as the prompt of the assistant's next answer."""
-        return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt))
-
     def adapt(self, conversation: Conversation) -> Conversation:
-        """The conversation in roles that the template knows.
-
-        Unchanged if the template writes tools, calls and results itself. Otherwise the tools are described in the system
-        message, calls become the assistant's words, and results the user's.
-        """
-        has_tools = conversation.tools or any(m["role"] == "tool" or "tool_calls" in m for m in conversation.messages)
-        if self.native_tools or not has_tools:
-            return conversation
-        rest = conversation.messages
-        messages: list[Message] = []
-        if conversation.tools:
-            system = TOOLS.format(tools="\n".join(json.dumps(t, ensure_ascii=False) for t in conversation.tools))
-            if rest[0]["role"] == "system":
-                system = f"{rest[0]['content']}\n\n{system}"
-                rest = rest[1:]
-            messages.append({"role": "system", "content": system})
-        for message in rest:
-            role, content = message["role"], message["content"]
-            if role == "tool":
-                role, content = "user", TOOL_RESPONSE.format(content=content)
-                if messages and messages[-1]["role"] == "user":
-                    messages[-1]["content"] += "\n" + content
-                    continue
-            elif "tool_calls" in message:
-                calls = [TOOL_CALL.format(call=json.dumps(c["function"], ensure_ascii=False)) for c in message["tool_calls"]]
-                content = "\n".join(part for part in (content, *calls) if part)
-            messages.append({"role": role, "content": content})
-        return Conversation(messages, None)
+        """The conversation in roles that the template knows (:meth:`ChatTemplate.adapt`)."""
+        return Conversation(*self.template.adapt(conversation.messages, conversation.tools))
 
     def _answers(self, conversation: Conversation) -> list[_Answer] | DataError:
         messages, answers = conversation.messages, []
         for number, message in enumerate(messages):
+            if message.get("weight") == 0:
+                continue
             # An answer to nothing cannot be asked for, and an empty one teaches to say nothing.
-            if message["role"] != "assistant" or not number or not (message["content"].strip() or message.get("tool_calls")):
+            if message["role"] != "assistant" or not number or not (text_of(message["content"]).strip() or message.get("tool_calls")):
                 continue
             try:
-                prompt = self.render(messages[:number], conversation.tools, prompt=True)
-                whole = self.render(messages[: number + 1], conversation.tools, prompt=False)
+                prompt = self.template.render(messages[:number], conversation.tools, prompt=True)
+                whole = self.template.render(messages[: number + 1], conversation.tools, prompt=False)
             except Exception as error:  # a template is a program of the model's: it raises what it likes
                 return DataError(f"the chat template refuses the row: {error}")
             if not whole.startswith(prompt):
                 return DataError(f"turn {number + 1}: {_not_a_prefix(prompt, whole)}")
+            if (message.get("reasoning_content") or "").strip() not in whole[len(prompt) :]:
+                return DataError(
+                    f"turn {number + 1}: the chat template does not write 'reasoning_content', so that it would not be learnt: set "
+                    "model.chat_template to one that does, write it into 'content', or take it out of the data"
+                )
             answers.append(_Answer(prompt, whole.removesuffix(self.ending), True) if self.ending else _Answer(prompt, whole, False))
         return answers
 
@@ -192,14 +231,16 @@ class ChatEncoder:
         return [*answer, self.end]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        # The template writes the special tokens; verbose=False: rows longer than the model's context are cut later.
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        return tokens_of(self.tokenizer, texts, add_special_tokens=False)  # the template writes them
 
     def _end_of_turn(self) -> tuple[int, str]:
         """The end-of-turn token, and the text to replace by it if the template ends a turn without any special token."""
         question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
         try:
-            prompt, whole = self.render([question], None, prompt=True), self.render([question, answer], None, prompt=False)
+            prompt, whole = (
+                self.template.render([question], None, prompt=True),
+                self.template.render([question, answer], None, prompt=False),
+            )
         except Exception as error:
             raise ModelError(f"the chat template of {self.tokenizer.name_or_path} fails on a question and an answer: {error}") from error
         if not whole.startswith(prompt) or "answer" not in whole[len(prompt) :]:
@@ -217,23 +258,6 @@ class ChatEncoder:
                 "model.chat_template to one that does"
             )
         return self.tokenizer.eos_token_id, ending
-
-    def _native_tools(self) -> bool:
-        """Whether the template writes tools, calls and their results by itself: tried out."""
-        parameters = {"type": "object", "properties": {}}
-        tool = {"type": "function", "function": {"name": "probe_tool", "description": "tries out", "parameters": parameters}}
-        call = {"id": "call00000", "type": "function", "function": {"name": "probe_call", "arguments": {"key": "probe_argument"}}}
-        messages: list[Message] = [
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "probe_result", "tool_call_id": "call00000", "name": "probe_call"},
-            {"role": "assistant", "content": "answer"},
-        ]
-        try:
-            text = self.render(messages, [tool], prompt=False)
-        except Exception:  # the template's way to say no
-            return False
-        return all(probe in text for probe in ("probe_tool", "probe_call", "probe_argument", "probe_result"))
 
 
 def _not_a_prefix(prompt: str, whole: str) -> str:
@@ -260,10 +284,16 @@ class TextEncoder:
     def encode(self, texts: list[Text]) -> list[Encoded | DataError]:
         """One result a text, in order."""
         # With the special tokens the tokenizer puts around a text (a BOS, where the model was trained with one).
-        tokens = self.tokenizer([t.text for t in texts], return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        tokens = tokens_of(self.tokenizer, [t.text for t in texts], add_special_tokens=True)
         return [self._pieces(ids) if text.text.strip() else Encoded() for text, ids in zip(texts, tokens, strict=True)]
 
     def _pieces(self, ids: list[int]) -> Encoded:
+        # A text may begin with a BOS, and end with the end of text, of its own.
+        begin = self.tokenizer.bos_token_id
+        while begin is not None and ids[:2] == [begin, begin]:
+            ids = ids[1:]
+        while ids[-2:] == [self.end, self.end]:
+            ids = ids[:-1]
         if ids[-1:] != [self.end]:
             ids = [*ids, self.end]
         starts = list(range(0, len(ids), self.max_length))

@@ -2,30 +2,32 @@
 
 | format | columns (optional ones in brackets) |
 | --- | --- |
-| alpaca | instruction, output, [input, system] |
+| alpaca | instruction, output, [input, history, system] |
 | dolly | instruction, response, [context, system] |
-| messages | messages: list of {role, content, [tool_calls]}, [tools, system] |
+| messages | messages: list of {role, content, [tool_calls, reasoning_content, weight]}, [tools, system] |
 | sharegpt | conversations: list of {from, value}, [tools, system] |
-| prompt_completion | prompt, completion, [system] |
+| prompt_completion | prompt, completion, [label, system] |
 | text | text |
 
-A conversation is what chat templates take: roles system, user, assistant and tool; an assistant's ``tool_calls`` in
-OpenAI's form with the arguments as an object; ``tools`` as JSON schemas of functions.
+A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are text or a
+list of several parts of text; an assistant's ``tool_calls`` with the arguments as an object; ``tools`` as JSON schemas of functions.
+An answer with ``weight`` 0 is not learnt.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from llm_ray.conf.schema import Data
+from llm_ray.data.jsontext import Parser, Unsound, reason
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError
-
-Message = dict[str, Any]
+from llm_ray.models.chat import Message, text_of
+from llm_ray.nearest import nearest_names
 
 # Required columns first: they tell the format. Where a row has the columns of several, the earlier one wins.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -39,9 +41,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "messages": ("tools", "system"),
     "sharegpt": ("tools", "system"),
-    "alpaca": ("input", "system"),
+    "alpaca": ("input", "history", "system"),
     "dolly": ("context", "system"),
-    "prompt_completion": ("system",),
+    "prompt_completion": ("label", "system"),
     "text": (),
 }
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -77,12 +79,14 @@ class Text:
 class Formatter:
     """Makes rows into conversations or texts, as ``data.format``, ``data.columns`` and ``data.system`` say.
 
-    With ``format: auto`` each file's format is told by its first good row. ``formats`` collects what was found.
+    With ``format: auto`` each file's format is told by its first good row. ``formats`` collects what was found, ``left_out`` the columns,
+    and the fields of turns, that are not used, with the number of rows that have something in them.
     """
 
     def __init__(self, data: Data, *, pretrain: bool) -> None:
         self.data, self.pretrain = data, pretrain
         self.formats: list[str] = []
+        self.left_out: Counter[str] = Counter()
         self._of_file: dict[str, str] = {}
         self._check_columns()
 
@@ -99,12 +103,14 @@ class Formatter:
             return self._convert(form, values)
         except _Bad as bad:
             raise DataError(f"{row.place}: {bad}") from None
+        except RecursionError:
+            raise DataError(f"{row.place}: nested too deeply") from None
 
     def _check_columns(self) -> None:
         known = {c for f in (REQUIRED if self.data.format == "auto" else [self.data.format]) for c in (*REQUIRED[f], *OPTIONAL[f])}
         for name in self.data.columns:
             if name not in known:
-                nearest = get_close_matches(name, known, n=1)
+                nearest = nearest_names(name, known)
                 raise ConfError(
                     f"data.columns: {name!r} is no column of format {self.data.format}; write {{name in the format: name in your data}}, "
                     f"with the names {', '.join(sorted(known))}" + (f" (nearest: {nearest[0]})" if nearest else "")
@@ -139,7 +145,7 @@ class Formatter:
             raise _Bad("plain text has no answers to learn by tuning.objective sft: use objective pretrain, or another format")
         shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items())
         wanted = [c for r in REQUIRED.values() for c in r]
-        near = {c: get_close_matches(str(c).lower(), wanted, n=1, cutoff=0.7) for c in values if c not in wanted}
+        near = {c: nearest_names(str(c), wanted) for c in values if c not in wanted}
         hints = [f"{column!r} looks like {match[0]!r}" for column, match in near.items() if match]
         raise _Bad(
             f"cannot tell the format: the row has {_names(values)}; known are {shapes}"
@@ -148,14 +154,18 @@ class Formatter:
         )
 
     def _convert(self, form: str, values: dict[str, Any]) -> Conversation | Text:
+        unused = {str(c) for c, v in values.items() if c not in (*REQUIRED[form], *OPTIONAL[form]) and not _is_empty(v)}
         missing = [c for c in REQUIRED[form] if values.get(c) is None]
         if missing:
             lacks = " and ".join(f"{c!r}, which is {'null here' if c in values else 'missing'}" for c in missing)
             raise _Bad(f"format {form} needs {lacks}; the row has {_names(values)}")
         if form == "text":
-            return Text(_string(values, "text"))
+            text = Text(_string(values, "text"))
+            self.left_out.update(unused)
+            return text
+        unused |= _check_label(form, values)
         if form in ("messages", "sharegpt"):
-            messages = _turns(values, REQUIRED[form][0])
+            messages = _turns(values, REQUIRED[form][0], unused)
             tools = _tools(values.get("tools"))
         else:
             question, answer = REQUIRED[form]
@@ -165,10 +175,14 @@ class Formatter:
             messages, tools = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _string(values, answer)}], None
             if not prompt:
                 raise _Bad(f"{question!r} is empty")
+            if form == "alpaca":
+                messages = [*_history(values.get("history")), *messages]
+        _check_media(values, messages)
         if messages[0]["role"] != "system":
-            system = _string(values, "system") if values.get("system") else self.data.system
+            system = _system(values["system"]) if values.get("system") else self.data.system
             if system:
                 messages.insert(0, {"role": "system", "content": system})
+        self.left_out.update(unused)
         return Conversation(messages, tools)
 
 
@@ -192,17 +206,65 @@ def _string(values: Mapping[str, Any], column: str) -> str:
     return value
 
 
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
+
+
+def _system(value: object) -> str | list[dict[str, str]]:
+    """The column `system`: text, or parts of text as in a message."""
+    if isinstance(value, list):
+        return _parts(value, "'system'")
+    if not isinstance(value, str):
+        raise _Bad(f"'system' must be text, but is {_shown(value)}")
+    return value
+
+
+def _check_label(form: str, values: dict[str, Any]) -> set[str]:
+    """Raises _Bad for the example of a bad answer, as data for KTO have it. Gives the columns of labels that say nothing of the kind."""
+    unused: set[str] = set()
+    for column in ("label", "kto_tag"):
+        value = values.get(column)
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word is False or word == "false" or (form == "prompt_completion" and word in (0, "0")):
+            raise _Bad(
+                f"{column!r} is {_shown(value)}: its answer is an example of a bad one, which tuning.objective sft would learn; leave such rows out"
+            )
+        if column in OPTIONAL[form] and not _is_empty(value) and word not in (True, "true", "1"):
+            unused.add(column)
+    return unused
+
+
 def _parsed(value: object, what: str) -> object:
     """CSV, and many data sets, keep lists as JSON text."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return Parser().parse(value)
     except json.JSONDecodeError as error:
         raise _Bad(f"{what} is not JSON: {error.msg} at character {error.pos + 1} of {_shown(value)}") from None
+    except (Unsound, RecursionError) as error:
+        raise _Bad(f"{what}: {reason(error)}") from None
 
 
-def _turns(values: dict[str, Any], column: str) -> list[Message]:
+def _check_json(value: object, what: str) -> None:
+    """Tables hold bytes and NaN, and a processor's rows anything: the model would learn to write what no client can read."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _Bad(f"{what} hold a value that JSON does not have: {error}") from None
+
+
+USED = {
+    "system": ("role", "content", "weight"),
+    "user": ("role", "content", "weight"),
+    "assistant": ("role", "content", "weight", "tool_calls", "reasoning_content"),
+    "tool": ("role", "content", "weight", "tool_call_id", "name"),
+}
+"""Fields of a turn that are used, by its role."""
+
+
+def _turns(values: dict[str, Any], column: str, unused: set[str]) -> list[Message]:
+    """The conversation; fields of turns that are not used are put into `unused`."""
     turns = _parsed(values[column], repr(column))
     if not isinstance(turns, list) or not turns:
         raise _Bad(f"{column!r} must be a list of turns, but is {_shown(turns)}")
@@ -211,16 +273,42 @@ def _turns(values: dict[str, Any], column: str) -> list[Message]:
         where = f"turn {number} of {column!r}"
         if not isinstance(turn, dict):
             raise _Bad(f"{where} must be an object, but is {_shown(turn)}")
+        given = {key: value for key, value in turn.items() if value is not None}  # JSON that was a table has all keys in all turns
         # Both spellings are found under both column names.
-        add: Callable[[list[Message], dict[str, Any], str], None] = _sharegpt_turn if "from" in turn else _messages_turn
-        add(messages, turn, where)
+        add: Callable[[list[Message], dict[str, Any], str], None] = _sharegpt_turn if "from" in given else _messages_turn
+        add(messages, given, where)
+        used = ("from", "value", "weight") if "from" in given else USED[given["role"]]
+        unused |= {f"{column}[].{key}" for key, value in given.items() if key not in used and not _is_empty(value)}
+        weight = given.get("weight", 1)
+        if weight not in (0, 1):
+            raise _Bad(f"{where}: weight is {_shown(weight)}: an answer is learnt (1) or not (0)")
+        if not weight and messages[-1]["role"] == "assistant":
+            messages[-1]["weight"] = 0
     return messages
+
+
+def _history(value: object) -> list[Message]:
+    """Alpaca's earlier turns: pairs of a question and an answer."""
+    messages: list[Message] = []
+    pairs = _parsed(value, "'history'") if value else []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise _Bad(f"'history' must be a list of pairs [question, answer], but holds {_shown(pair)}")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return messages
+
+
+def _check_media(values: dict[str, Any], messages: list[Message]) -> None:
+    """An image that a question is about is no column to pass over."""
+    for kind in ("image", "video", "audio"):
+        if (values.get(kind) or values.get(f"{kind}s")) and any(f"<{kind}>" in text_of(m["content"]) for m in messages):
+            raise _Bad(f"its text has a place for {kind}s (<{kind}>), and only text is learnt here; leave such rows out")
 
 
 def _role(turn: dict[str, Any], key: str, known: dict[str, str], where: str) -> str:
     role = turn.get(key)
     if role not in known:
-        nearest = get_close_matches(str(role), known, n=1)
+        nearest = nearest_names(str(role), known)
         raise _Bad(f"{where}: {key} is {_shown(role)}; known are {', '.join(known)}" + (f" (nearest: {nearest[0]})" if nearest else ""))
     return known[role]
 
@@ -239,12 +327,11 @@ def _sharegpt_turn(messages: list[Message], turn: dict[str, Any], where: str) ->
 
 
 def _messages_turn(messages: list[Message], turn: dict[str, Any], where: str) -> None:
-    turn = {k: v for k, v in turn.items() if v is not None}  # tables fill up absent keys with nulls
     role = _role(turn, "role", ROLES, where)
     content = turn.get("content", "" if turn.get("tool_calls") else None)
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
+    if isinstance(content, list):
+        content = _parts(content, where)
+    if not isinstance(content, str | list):
         raise _Bad(f"{where}: 'content' must be text, but is {_shown(content)}")
     if turn.get("tool_calls") and role == "assistant":
         _add_calls(messages, content, turn["tool_calls"], where)
@@ -257,7 +344,16 @@ def _messages_turn(messages: list[Message], turn: dict[str, Any], where: str) ->
         messages.append(message)
 
 
-def _add_calls(messages: list[Message], content: str, calls: object, where: str) -> None:
+def _parts(content: list[Any], where: str) -> str | list[dict[str, str]]:
+    """Parts of text, as OpenAI's API has them; one alone is the text itself. How several are joined is the chat template's."""
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
+            raise _Bad(f"{where}: a part of 'content' must be text ({{type: text, text: …}}), but is {_shown(part)}")
+    parts = [{"type": "text", "text": part["text"]} for part in content]
+    return parts if len(parts) > 1 else "".join(part["text"] for part in parts)
+
+
+def _add_calls(messages: list[Message], content: str | list[dict[str, str]], calls: object, where: str) -> None:
     """The assistant's calls; right after words of the assistant's they belong to the same turn, as in OpenAI's form."""
     found: list[dict[str, Any]] = []
     count = sum(len(m.get("tool_calls", ())) for m in messages)
@@ -268,6 +364,7 @@ def _add_calls(messages: list[Message], content: str, calls: object, where: str)
         arguments = _parsed(function.get("arguments") or {}, f"{where}: the arguments of {function['name']}")
         if not isinstance(arguments, dict):
             raise _Bad(f"{where}: the arguments of {function['name']} must be an object, but are {_shown(arguments)}")
+        _check_json(arguments, f"{where}: the arguments of {function['name']}")
         # Nine letters and digits: Mistral's templates insist on it.
         name = call.get("id") or f"call{count + len(found):05d}"
         found.append({"id": name, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
@@ -278,7 +375,7 @@ def _add_calls(messages: list[Message], content: str, calls: object, where: str)
         messages.append({"role": "assistant", "content": content, "tool_calls": found})
 
 
-def _add_result(messages: list[Message], turn: dict[str, Any], content: str) -> None:
+def _add_result(messages: list[Message], turn: dict[str, Any], content: str | list[dict[str, str]]) -> None:
     """What a call gave back; without an id of its own it answers the first call that has no answer yet."""
     message: Message = {"role": "tool", "content": content}
     calls = [call for m in messages for call in m.get("tool_calls", ())]
@@ -295,4 +392,9 @@ def _tools(value: object) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
         raise _Bad(f"'tools' must be a list of functions, but is {_shown(tools)}")
-    return [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    _check_json(tools, "'tools'")
+    declared = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    for tool in declared:
+        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+            raise _Bad(f"'tools': a function must be an object with a name, but is {_shown(tool['function'])}")
+    return declared

@@ -1,10 +1,11 @@
-"""The prepare stage: the conf's data sets made into packed sequences on disk, split once for all workers.
+"""The prepare stage: the conf's data sets made into tokens on disk, split once for all workers.
 
     stats = prepare(conf, tokenizer, run_dir / "prepared", print)
-    rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels, lengths
+    rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels
 
 `prepared/` holds ``train/`` and ``validation/`` (one Arrow file each, memory-mapped when read), ``heldout.jsonl`` (the
-validation rows as conversations, for the evaluation stage) and ``stats.json``. It is whole or not there.
+validation rows as conversations, for the evaluation stage; ``trained.jsonl``, some of the training rows, where there are none), ``questions.npy`` (hashes of what the training rows ask) and
+``stats.json``. It is whole or not there.
 
 In memory are a few numbers a row (its length and the like) and one batch of rows; the tokens go to disk in the order
 of the files, and are gathered from there in the order of the seed.
@@ -13,13 +14,14 @@ of the files, and are gathered from there in the order of the seed.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import tempfile
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -28,12 +30,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.data.encode import ChatEncoder, Encoded, TextEncoder
+from llm_ray.data.encode import ChatEncoder, Encoded, SpecialTokens, TextEncoder
 from llm_ray.data.formats import Conversation, Formatter, Text
-from llm_ray.data.packing import pack
 from llm_ray.data.processors import load_processor, process
-from llm_ray.data.sources import Row, read
+from llm_ray.data.sources import Row, named_to_test, place, read
 from llm_ray.errors import DataError
+from llm_ray.models.chat import text_of
 
 if TYPE_CHECKING:
     import datasets
@@ -42,10 +44,21 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "validation"]
 Report = Callable[[str], None]
+Batch = list[tuple[Row, Conversation | Text]]
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
-NAMED = 5  # bad and dropped rows that are named
+LOOKED_AT = 1000  # rows that are looked at, once one is bad, to see how many are
+FEW = 10  # one bad row in so many is few: all others are kept without it
+NAMED = 5  # bad, dropped and contradicting rows that are named
+VALIDATION_FROM = 200  # rows from which on data.validation: auto keeps some back,
+VALIDATION_SHARE = 0.1  # which share,
+VALIDATION_ROWS = 500  # and how many at most
+QUESTIONS = "questions.npy"
+HELDOUT, TRAINED = "heldout.jsonl", "trained.jsonl"
+TRAINED_ROWS = 100  # that are asked where none are kept back
+FORM = 3
+"""Number of the form of the prepared data: what was written in another one is prepared again."""
 NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
 TOO_LONG = "the first answer does not end within data.max_length"
 
@@ -56,16 +69,18 @@ class SplitStats(BaseModel):
     rows: int
     """Rows that are learnt from (or validated on)."""
     sequences: int
-    """Sequences on disk: packs, if data.packing."""
+    """Sequences on disk, which an epoch counts: a long text makes several, and so do conversations under some chat templates."""
     tokens: int
     supervised_tokens: int
     supervised_share: float
     longest: int
-    """Tokens of the longest row, before cutting."""
+    """Tokens of the longest sequence, before cutting: what data.max_length would have to be (of a text, all of its tokens)."""
+    longest_sequence: int
+    """Tokens of the longest sequence on disk."""
     mean: float
-    """Mean tokens of a row, after cutting."""
-    packing_efficiency: float
-    """Share of the sequences' room (sequences × data.max_length) that holds tokens."""
+    """Mean tokens of a row, all of its sequences together, after cutting."""
+    answer: float
+    """Mean supervised tokens of a row."""
 
 
 class DataStats(BaseModel):
@@ -82,26 +97,74 @@ class DataStats(BaseModel):
     """Rows whose last answers were cut, because they did not fit."""
     dropped: dict[str, int] = {}
     """Rows of which nothing is supervised, by reason."""
+    left_out: dict[str, int] = {}
+    """Columns, and fields of turns (`messages[].name`), that are not used, with the number of rows that have something in them."""
+    special_tokens: int = 0
+    """Rows whose texts hold a special token of the tokenizer (data.special_tokens_in_text)."""
+    notes: list[str] = []
+    """What looks like a mistake in what data.train names."""
+    repeated: int = 0
+    """Training rows that ask and answer what another one does."""
+    contradicting: int = 0
+    """Training rows that ask what another one asks, and answer otherwise."""
+    leaked: int = 0
+    """Validation rows that ask what a training row asks."""
     examples: list[str] = []
-    """The first bad and dropped rows by file and line."""
+    """The first bad, dropped and contradicting rows, and the first with special tokens, by file and line."""
     train: SplitStats
     validation: SplitStats | None = None
+    validation_reason: str = ""
+    """Why there is a validation split of this size, or none, where data.validation is auto."""
 
     def lines(self) -> list[str]:
         """The figures for people, a line each."""
         text = [f"{self.read} rows read ({', '.join(self.formats)})" + (f", {self.bad} bad skipped" if self.bad else "")]
+        text += self.notes
+        if self.left_out:
+            text.append(left_out_line(self.left_out))
         text += [f"{n} rows dropped: {why}" for why, n in self.dropped.items()]
         if self.truncated:
-            text.append(f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}")
+            text.append(
+                f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}; the longest row needs "
+                f"{max(split.longest for split in (self.train, self.validation) if split)}"
+            )
+        if self.repeated:
+            text.append(f"training rows that repeat another one: {self.repeated}")
+        if self.contradicting:
+            text.append(f"training rows that contradict another one: {self.contradicting}")
+        if self.special_tokens:
+            text.append(f"rows whose text holds special tokens of the model: {self.special_tokens} (data.special_tokens_in_text)")
         text += self.examples
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split:
+                several = f" in {split.sequences} sequences" if split.sequences != split.rows else ""
                 text.append(
-                    f"{name}: {split.rows} rows in {split.sequences} sequences ({split.packing_efficiency:.0%} full), "
-                    f"{split.tokens} tokens, {split.supervised_tokens} supervised ({split.supervised_share:.0%}); "
-                    f"a row has {split.mean:.0f} tokens in the mean, {split.longest} at most"
+                    f"{name}: {split.rows} rows{several}, {split.tokens} tokens, {split.supervised_tokens} supervised "
+                    f"({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has {split.tokens / split.sequences:.0f} tokens "
+                    f"in the mean, {split.longest_sequence} at most"
                 )
+        if self.validation_reason:
+            text.append(f"validation: {self.validation_reason}")
         return text
+
+
+def left_out_line(columns: Mapping[str, int]) -> str:
+    """The columns that are not used, for people; those of as many rows together."""
+    names: dict[int, list[str]] = {}
+    for column, rows in sorted(columns.items(), key=lambda item: (-item[1], item[0])):
+        names.setdefault(rows, []).append(column)
+    return "left out: columns " + "; ".join(f"{', '.join(several)} ({rows} row{'s' * (rows != 1)})" for rows, several in names.items())
+
+
+def notes_on(sources: tuple[str, ...]) -> list[str]:
+    """What looks like a mistake in what data.train names."""
+    named = [file for source in sources for file in named_to_test(source)]
+    if not named:
+        return []
+    return [
+        f"warning: files named like a test set are trained on with the rest of their folder: {', '.join(named)}; if that is not meant, name "
+        "the files to learn from in data.train"
+    ]
 
 
 @dataclass
@@ -112,20 +175,37 @@ class Tally:
     """Whether a bad row ends the work (data.on_bad_row: fail)."""
     read: int = 0
     bad: int = 0
+    sound: int = 0
+    """Rows that have passed so far; those whose tokens are still to be made are among them."""
+    first: DataError | None = None
+    """The bad row that ends the work, once some more rows have told whether it is one of few."""
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
     files: dict[str, None] = field(default_factory=dict)
     formats: list[str] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    special: int = 0
     longest: int = 0
 
     def on_bad_row(self, error: DataError) -> None:
-        """Raise it, or count it and remember the first ones."""
-        if self.fail:
-            raise DataError(f"{error} (data.on_bad_row: skip goes on without such rows)") from error
+        """Count it and remember the first ones; or end the work, as soon as that can be said with advice."""
         self.bad += 1
-        if self.bad <= NAMED:
+        if self.fail:
+            self.first = self.first or error
+            self.end(after=LOOKED_AT)
+        elif self.bad <= NAMED:
             self.examples.append(f"skipped: {error}")
+
+    def end(self, after: int = 0) -> None:
+        """Raise what there is to raise, once `after` rows have been seen."""
+        seen = self.sound + self.bad
+        if not self.first or seen < after:
+            return
+        advice = "data.on_bad_row: skip goes on without such rows, " if self.bad * FEW <= seen else ""
+        raise DataError(
+            f"{self.first} ({advice}{self.bad} bad in {seen} row{'s' * (seen != 1)}{' so far' * (seen >= LOOKED_AT)})"
+        ) from self.first
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +222,17 @@ def encode_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources:
     pretrain = conf.tuning.objective == "pretrain"
     encoder = TextEncoder(tokenizer, conf.data.max_length) if pretrain else ChatEncoder(tokenizer, conf.data.max_length)
     formatter = Formatter(conf.data, pretrain=pretrain)
-    tally.formats = formatter.formats
-    for batch in _batches(_formatted(_processed(conf, sources, tally), formatter, tally, conf.data.max_rows)):
+    tally.formats, tally.left_out = formatter.formats, formatter.left_out
+    special = SpecialTokens(tokenizer, conf.data.special_tokens_in_text == "escape")
+    for found in _batches(_formatted(_processed(conf, sources, tally), formatter, tally, conf.data.max_rows)):
+        batch, contents = _without_special(conf, found, special, tally)
         if isinstance(encoder, TextEncoder):
-            encodings = encoder.encode([content for _, content in batch if isinstance(content, Text)])
+            encodings = encoder.encode([content for content in contents if isinstance(content, Text)])
         else:
-            encodings = encoder.encode([content for _, content in batch if isinstance(content, Conversation)])
+            encodings = encoder.encode([content for content in contents if isinstance(content, Conversation)])
         for (row, content), encoded in zip(batch, encodings, strict=True):
             if isinstance(encoded, DataError):
+                tally.sound -= 1
                 tally.on_bad_row(DataError(f"{row.place}: {encoded}"))
                 continue
             tally.read += 1
@@ -162,6 +245,28 @@ def encode_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources:
                     tokens = f" ({encoded.longest} tokens)" if encoded.truncated else ""
                     tally.examples.append(f"dropped: {row.place}: {why}{tokens}")
             yield Prepared(row, content, encoded)
+    tally.end()
+
+
+def _without_special(conf: FinetuneConf, batch: Batch, special: SpecialTokens, tally: Tally) -> tuple[Batch, list[Conversation | Text]]:
+    """The rows that data.special_tokens_in_text lets pass, and the contents to encode of them."""
+    passed, contents = [], []
+    for row, content in batch:
+        changed = content
+        if token := special.found(content):
+            told = f"{row.place}: its text holds {token!r}, a special token of the model"
+            if conf.data.special_tokens_in_text == "fail":
+                tally.sound -= 1
+                tally.on_bad_row(DataError(f"{told} (data.special_tokens_in_text: fail)"))
+                continue
+            tally.special += 1
+            if conf.data.special_tokens_in_text == "escape":
+                changed = special.escaped(content)
+            elif tally.special <= NAMED:
+                tally.examples.append(f"special token: {told}: it is taken for one")
+        passed.append((row, content))
+        contents.append(changed)
+    return passed, contents
 
 
 def _processed(conf: FinetuneConf, sources: tuple[str, ...], tally: Tally) -> Iterator[Row]:
@@ -170,27 +275,32 @@ def _processed(conf: FinetuneConf, sources: tuple[str, ...], tally: Tally) -> It
 
 
 def _formatted(rows: Iterator[Row], formatter: Formatter, tally: Tally, most: int | None) -> Iterator[tuple[Row, Conversation | Text]]:
-    sound = 0
-    for row in rows:
-        tally.files[row.file] = None
-        try:
-            content = formatter(row)
-        except DataError as error:
-            tally.on_bad_row(error)
-            continue
-        yield Row(row.file, row.line, {}), content
-        sound += 1
-        if sound == most:
-            return
+    try:
+        for row in rows:
+            tally.files[row.file] = None
+            try:
+                content = formatter(row)
+            except DataError as error:
+                tally.on_bad_row(error)
+                continue
+            tally.sound += 1
+            tally.end(after=LOOKED_AT)
+            yield Row(row.file, row.line, {}), content
+            if tally.sound == most and not tally.first:
+                return
+    except DataError:
+        tally.end()  # the first of what is wrong is what to tell
+        raise
+    tally.end()
 
 
-def _batches(rows: Iterator[tuple[Row, Conversation | Text]]) -> Iterator[list[tuple[Row, Conversation | Text]]]:
+def _batches(rows: Iterator[tuple[Row, Conversation | Text]]) -> Iterator[Batch]:
     """Batches that the tokenizer spreads over the cores, bounded in rows and in characters."""
-    batch: list[tuple[Row, Conversation | Text]] = []
+    batch: Batch = []
     characters = 0
     for row, content in rows:
         batch.append((row, content))
-        characters += len(content.text) if isinstance(content, Text) else sum(len(m["content"]) for m in content.messages)
+        characters += len(content.text) if isinstance(content, Text) else sum(len(text_of(m["content"])) for m in content.messages)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -230,11 +340,20 @@ def statistics(
         return prepare(conf, tokenizer, Path(folder) / "prepared", report)
 
 
-def open_split(out: Path, split: Split) -> datasets.Dataset:
-    """The sequences of a split, memory-mapped: columns input_ids, labels and lengths, lists of int32.
+def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tally: Tally) -> DataError:
+    """Why `key`, which names `sources`, is refused."""
+    found = f"{tally.read} rows read, {tally.bad} bad skipped"
+    reasons = "".join(f"; {n} dropped: {why}" for why, n in tally.dropped.items())
+    long = tally.dropped[TOO_LONG]
+    advice = f"; the longest row has {tally.longest} tokens: raise data.max_length ({conf.data.max_length})" if long else ""
+    examples = "".join(f"\n  {example}" for example in tally.examples)
+    return DataError(f"{key} ({', '.join(sources)}) has nothing to learn: {found}{reasons}{advice}{examples}")
 
-    A sequence holds one or several rows one after the other; `lengths` are theirs and sum up to the sequence's. Labels
-    are aligned with input_ids (no shift), -100 where nothing is supervised, which the first token of each row always is.
+
+def open_split(out: Path, split: Split) -> datasets.Dataset:
+    """The sequences of a split, memory-mapped: columns input_ids and labels, lists of int32.
+
+    Labels are aligned with input_ids (no shift), -100 where nothing is supervised, which the first token always is.
     """
     from datasets import Dataset
 
@@ -244,18 +363,46 @@ def open_split(out: Path, split: Split) -> datasets.Dataset:
     return Dataset.from_file(str(file))
 
 
-def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
-    """Conversations to ask the questions of: those of evaluation.data, else the validation rows; none when pretraining.
+def has_validation(out: Path) -> bool:
+    """Whether the prepared data in `out` has rows to validate on."""
+    return (out / "validation").is_dir()
 
-    They are ready for ``apply_chat_template(messages, tools=tools)``: tools are written out if the template knows none.
+
+def lengths_of(rows: datasets.Dataset) -> np.ndarray:
+    """Tokens of each sequence of an opened split, int64 [sequences]."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    return np.asarray(pc.list_value_length(rows.data.column("input_ids")).combine_chunks(), dtype=np.int64)
+
+
+def largest_token(out: Path) -> int:
+    """The largest token id among the prepared data in `out`."""
+    import pyarrow.compute as pc
+
+    splits: tuple[Split, ...] = ("train", "validation") if has_validation(out) else ("train",)
+    chunks = [chunk for split in splits for chunk in open_split(out, split).data.column("input_ids").chunks]
+    return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
+
+
+def read_stats(out: Path) -> DataStats:
+    """What :func:`prepare` found when it wrote the folder `out`."""
+    return DataStats.model_validate_json((out / "stats.json").read_text(encoding="utf-8"))
+
+
+def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
+    """Conversations to ask the questions of: those of evaluation.data, else the validation rows, else some of the training rows; none when
+    pretraining.
+
+    They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows none.
     """
     if conf.tuning.objective == "pretrain":
         return
     if conf.evaluation.data is None:
-        heldout = prepared / "heldout.jsonl"
-        if heldout.exists():
-            with heldout.open(encoding="utf-8") as file:
-                for line in file:
+        asked = next((file for name in (HELDOUT, TRAINED) if (file := prepared / name).exists()), None)
+        if asked:
+            with asked.open(encoding="utf-8") as lines:
+                for line in lines:
                     row = json.loads(line)
                     yield Conversation(row["messages"], row["tools"])
         return
@@ -264,6 +411,13 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
     for _, content in _formatted(_processed(conf, conf.evaluation.data, tally), Formatter(conf.data, pretrain=False), tally, None):
         if isinstance(content, Conversation):
             yield encoder.adapt(content)
+
+
+def questions_from(conf: FinetuneConf, prepared: Path) -> str:
+    """Where the rows of :func:`evaluation_rows` come from."""
+    if conf.evaluation.data:
+        return "evaluation.data"
+    return "validation rows" if (prepared / HELDOUT).exists() else "training rows, for none are kept back"
 
 
 # Inside ----------------------------------------------------------------------------------------------------------------
@@ -278,6 +432,11 @@ class _Rows:
         self.lengths = array("i")  # of each sequence
         self.supervised = array("i")  # of each sequence
         self.longest = array("i")  # of each row, before cutting
+        self.questions = array("Q")  # of each row, a hash of what it asks
+        self.answers = array("Q")  # of each row, a hash of its last answer
+        self.files: dict[str, int] = {}  # numbers of files
+        self.file_of = array("i")  # of each row, the number of its file
+        self.line_of = array("q")  # of each row, its line
         self.count = 0
 
     def write(self, rows: Iterator[Prepared], adapt: Callable[[Conversation], Conversation] | None) -> None:
@@ -300,12 +459,21 @@ class _Rows:
                     size += len(sequence.input_ids)
                 if prepared.encoded.sequences:
                     self.longest.append(prepared.encoded.longest)
+                    question, answer = question_and_answer(prepared.content)
+                    self.questions.append(text_hash(question))
+                    self.answers.append(text_hash(answer))
+                    self.file_of.append(self.files.setdefault(prepared.row.file, len(self.files)))
+                    self.line_of.append(prepared.row.line)
                     self.count += 1
                 if size > 1 << 18:
                     writer.write_batch(pa.record_batch(columns, schema=schema))
                     columns, size = {name: [] for name in schema.names}, 0
             if size:
                 writer.write_batch(pa.record_batch(columns, schema=schema))
+
+    def place(self, number: int) -> str:
+        """File and line of a row."""
+        return place(list(self.files)[self.file_of[number]], self.line_of[number])
 
     def table(self) -> datasets.Dataset:
         from datasets import Dataset
@@ -331,34 +499,35 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         rows, tally = _Rows(folder / f"{name}.rows.arrow"), Tally(fail=conf.data.on_bad_row == "fail")
         tallies.append(tally)
         rows.write(_reported(encode_rows(conf, tokenizer, sources, tally), tally, report), adapt if keep else None)
-        _refuse_nothing(conf, f"data.{name}", sources, rows, tally)
+        if not any(rows.supervised):  # a loss over no token is 0.0 and looks like success
+            raise nothing_to_learn(conf, f"data.{name}", sources, tally)
         return rows
 
-    fraction = conf.data.validation if isinstance(conf.data.validation, float) else None
-    train = written(conf.data.train, "train", keep=fraction is not None)
+    train = written(conf.data.train, "train", keep=not isinstance(conf.data.validation, tuple))
     rank = np.random.default_rng(conf.training.seed).permutation(train.count)  # of each row, its place in the order of the seed
-    held = 0
-    if fraction is not None:
-        held = max(1, round(fraction * train.count))
-        if held >= train.count:
-            raise DataError(
-                f"data.validation {fraction} of {train.count} usable row{'s' * (train.count != 1)} leaves none to train on: add rows, "
-                "or set data.validation: null"
-            )
+    held, reason = _held_out(conf.data.validation, train.count)
     sequences = np.argsort(rank[np.array(train.row_of)], kind="stable")
     is_held = rank[np.array(train.row_of)][sequences] < held
+    questions = np.array(train.questions)
+    learned = questions[rank >= held]
     stats: dict[Split, SplitStats] = {}
+    asked = questions[rank < held]
     if held:
-        stats["validation"] = _write_split(conf, train, sequences[is_held], folder / "validation", report)
-        _write_heldout(train, sequences[is_held], folder / "heldout.jsonl")
+        stats["validation"] = _write_split(train, sequences[is_held], folder / "validation", report)
+        _write_heldout(train, sequences[is_held], folder / HELDOUT)
     elif isinstance(conf.data.validation, tuple):
         validation = written(conf.data.validation, "validation", keep=True)
         order = np.arange(len(validation.row_of))
-        stats["validation"] = _write_split(conf, validation, order, folder / "validation", report)
-        _write_heldout(validation, order, folder / "heldout.jsonl")
+        stats["validation"] = _write_split(validation, order, folder / "validation", report)
+        _write_heldout(validation, order, folder / HELDOUT)
         validation.file.unlink()
-    stats["train"] = _write_split(conf, train, sequences[~is_held], folder / "train", report)
+        asked = np.array(validation.questions)
+    else:
+        _write_heldout(train, sequences[:TRAINED_ROWS], folder / TRAINED)
+    stats["train"] = _write_split(train, sequences[~is_held], folder / "train", report)
     train.file.unlink()
+    np.save(folder / QUESTIONS, np.unique(learned))
+    repeated, contradicting, examples = _repeats(train, rank >= held)
     return DataStats(
         formats=list(dict.fromkeys(form for tally in tallies for form in tally.formats)),
         files=list(dict.fromkeys(file for tally in tallies for file in tally.files)),
@@ -366,11 +535,76 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         read=sum(tally.read for tally in tallies),
         bad=sum(tally.bad for tally in tallies),
         truncated=sum(tally.truncated for tally in tallies),
+        left_out=dict(sum((tally.left_out for tally in tallies), Counter[str]())),
+        special_tokens=sum(tally.special for tally in tallies),
+        notes=notes_on(conf.data.train),
         dropped=dict(sum((tally.dropped for tally in tallies), Counter[str]())),
-        examples=[example for tally in tallies for example in tally.examples],
+        repeated=repeated,
+        contradicting=contradicting,
+        leaked=int(np.isin(asked, learned).sum()),
+        examples=[example for tally in tallies for example in tally.examples] + examples,
         train=stats["train"],
         validation=stats.get("validation"),
+        validation_reason=reason,
     )
+
+
+def _held_out(validation: object, rows: int) -> tuple[int, str]:
+    """How many of the rows are kept back to validate on, and where that is chosen here, why. Raises DataError when none would be left."""
+    if validation == "auto":
+        if rows < VALIDATION_FROM:
+            return 0, f"none, for {rows} rows are all needed to learn from (from {VALIDATION_FROM} on some are kept back; data.validation)"
+        held = min(round(VALIDATION_SHARE * rows), VALIDATION_ROWS)
+        return held, f"{held} of {rows} rows are kept back (data.validation: auto)"
+    if not isinstance(validation, float):
+        return 0, ""
+    held = max(1, round(validation * rows))
+    if held >= rows:
+        raise DataError(
+            f"data.validation {validation} of {rows} usable row{'s' * (rows != 1)} leaves none to train on: add rows, "
+            "or set data.validation: null"
+        )
+    return held, ""
+
+
+def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
+    """Of the rows that `learned` marks: how many repeat another, how many contradict another, and the first of the latter by place."""
+    import numpy as np
+
+    numbers = np.flatnonzero(learned)
+    questions, answers = np.array(rows.questions)[numbers], np.array(rows.answers)[numbers]
+    _, first_of, group = np.unique(questions, return_index=True, return_inverse=True)
+    first = first_of[group]  # of each row, the first that asks the same
+    again = first != np.arange(len(numbers))
+    other = again & (answers != answers[first])
+    examples = [
+        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} ask the same and answer differently"
+        for one in np.flatnonzero(other)[:NAMED]
+    ]
+    return int((again & ~other).sum()), int(other.sum()), examples
+
+
+def question_and_answer(content: Conversation | Text) -> tuple[str, str]:
+    """What a row asks and what it answers, in one form of case and spaces. A text asks what it says, and answers nothing."""
+    if isinstance(content, Text):
+        return " ".join(content.text.casefold().split()), ""
+    answered = next((n for n in range(len(content.messages) - 1, -1, -1) if content.messages[n]["role"] == "assistant"), 0)
+    parts = [json.dumps([m["role"], m["content"], m.get("tool_calls")]) for m in content.messages[: answered + 1]]
+    parts = [" ".join(part.casefold().split()) for part in parts]
+    return "\n".join(parts[:-1]), parts[-1]
+
+
+def text_hash(text: str) -> int:
+    """64 bits that tell one text from another."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def asked_in_training(out: Path, conversations: Iterable[Conversation]) -> int:
+    """How many of the conversations ask what a training row of the prepared data in `out` asks."""
+    import numpy as np
+
+    learned = np.load(out / QUESTIONS)
+    return int(np.isin(np.array([text_hash(question_and_answer(c)[0]) for c in conversations], dtype=np.uint64), learned).sum())
 
 
 def _reported(rows: Iterator[Prepared], tally: Tally, report: Report) -> Iterator[Prepared]:
@@ -380,18 +614,6 @@ def _reported(rows: Iterator[Prepared], tally: Tally, report: Report) -> Iterato
         if time.monotonic() - last > 2:
             last = time.monotonic()
             report(f"prepare: {tally.read} rows read, at {prepared.row.place}")
-
-
-def _refuse_nothing(conf: FinetuneConf, key: str, sources: tuple[str, ...], rows: _Rows, tally: Tally) -> None:
-    """A loss over no token is 0.0 and looks like success."""
-    if any(rows.supervised):
-        return
-    found = f"{tally.read} rows read, {tally.bad} bad skipped"
-    reasons = "".join(f"; {n} dropped: {why}" for why, n in tally.dropped.items())
-    long = tally.dropped[TOO_LONG]
-    advice = f"; the longest row has {tally.longest} tokens: raise data.max_length ({conf.data.max_length})" if long else ""
-    examples = "".join(f"\n  {example}" for example in tally.examples)
-    raise DataError(f"{key} ({', '.join(sources)}) has nothing to learn: {found}{reasons}{advice}{examples}")
 
 
 def _write_heldout(rows: _Rows, sequences: np.ndarray, file: Path) -> None:
@@ -404,52 +626,32 @@ def _write_heldout(rows: _Rows, sequences: np.ndarray, file: Path) -> None:
         file.unlink()
 
 
-def _write_split(conf: FinetuneConf, rows: _Rows, sequences: np.ndarray, folder: Path, report: Report) -> SplitStats:
-    """Pack the sequences (numbers into `rows`, in order) and write them to ``folder/data.arrow``."""
+def _write_split(rows: _Rows, sequences: np.ndarray, folder: Path, report: Report) -> SplitStats:
+    """Write the sequences (numbers into `rows`, in order) to ``folder/data.arrow``."""
     import numpy as np
     import pyarrow as pa
 
     folder.mkdir()
+    table, last = rows.table().select_columns(["input_ids", "labels"]), time.monotonic()
     lengths = np.array(rows.lengths)[sequences]
-    rng = np.random.default_rng(conf.training.seed)
-    packs = pack(lengths, conf.data.max_length, rng) if conf.data.packing else ([i] for i in range(len(sequences)))
-    tokens = pa.list_(pa.int32())
-    schema = pa.schema({"input_ids": tokens, "labels": tokens, "lengths": tokens})
-    table, count, last = rows.table().select_columns(["input_ids", "labels"]), 0, time.monotonic()
-    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for group in _groups(packs, max(1, (1 << 18) // conf.data.max_length)):
-            members = np.concatenate(group)
-            gathered = table[sequences[members].tolist()]
-            ends = np.cumsum([len(p) for p in group])  # of each pack, among the sequences
-            starts = np.concatenate([[0], ends]).astype(np.int32)
-            offsets = np.concatenate([[0], np.cumsum(lengths[members])])[starts].astype(np.int32)
-            columns = [pa.ListArray.from_arrays(offsets, gathered[name].combine_chunks().flatten()) for name in ("input_ids", "labels")]
-            columns.append(pa.ListArray.from_arrays(starts, lengths[members].astype(np.int32)))
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-            count += len(group)
+    per_batch = max(1, (1 << 18) // int(lengths.max()))
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.data.schema) as writer:
+        for start in range(0, len(sequences), per_batch):
+            gathered = table[sequences[start : start + per_batch].tolist()]
+            writer.write_table(gathered.combine_chunks())
             if time.monotonic() - last > 2:
                 last = time.monotonic()
-                report(f"prepare: {count} sequences of {folder.name} written")
+                report(f"prepare: {start + per_batch} sequences of {folder.name} written")
     used = np.unique(np.array(rows.row_of)[sequences])
     total, supervised = int(lengths.sum()), int(np.array(rows.supervised)[sequences].sum())
     return SplitStats(
         rows=len(used),
-        sequences=count,
+        sequences=len(sequences),
         tokens=total,
         supervised_tokens=supervised,
         supervised_share=supervised / total,
         longest=int(np.array(rows.longest)[used].max()),
+        longest_sequence=int(lengths.max()),
         mean=total / len(used),
-        packing_efficiency=total / (count * conf.data.max_length),
+        answer=supervised / len(used),
     )
-
-
-def _groups(packs: Iterator[list[int]], size: int) -> Iterator[list[list[int]]]:
-    group: list[list[int]] = []
-    for one in packs:
-        group.append(one)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

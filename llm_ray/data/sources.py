@@ -12,27 +12,37 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from datetime import date, time
+from decimal import Decimal
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from llm_ray.data import hub
+from llm_ray.data.jsontext import CHUNK, LONGEST, Broken, Parser, Unsound, Window, may_be_cut, reason
+from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID, TABLES, data_files
 from llm_ray.errors import DataError
+from llm_ray.nearest import nearest_names
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 OnBadRow = Callable[[DataError], None]
 
-TABLES = (".parquet", ".arrow")
-SUFFIXES = (".json", ".jsonl", ".csv", *TABLES, ".txt")
-# What `datasets.save_to_disk` writes beside its Arrow files.
-BOOKKEEPING = ("dataset_info.json", "state.json", "dataset_dict.json")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
-CHUNK = 1 << 20  # characters read at once from a JSON array
-LONGEST_ELEMENT = 1 << 28  # characters after which a string that has not ended is taken for broken JSON
+TEST_WORDS = {"test", "tests", "testing", "valid", "validation", "validate", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
 CUT_OFF = "the file ends before the array does: it may have been cut off"
-SPACE = re.compile(r"[ \t\r\n]*")
+SEPARATORS = ",;\t"
+SEP_LINE = re.compile(r"\"?sep=(?P<separator>.)\"?\s*", re.IGNORECASE)  # what Excel writes and heeds
+INDEX = "Unnamed: 0"
+"""A CSV's first column where it has no name, as pandas writes its index and calls it on reading."""
+ROW_COLUMNS = ("messages", "conversations", "prompt", "instruction", "text")
+"""Columns of the known formats: an object that has one is a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Row:
 
 def place(file: str | Path, line: int) -> str:
     """``file:line``; for tables, which have no lines, ``file, row n``. Both count from 1."""
-    table = not str(file).endswith(SUFFIXES) or str(file).endswith(TABLES)
+    table = not str(file).endswith(DATA_SUFFIXES) or str(file).endswith(TABLES)
     return f"{file}, row {line}" if table else f"{file}:{line}"
 
 
@@ -64,7 +74,7 @@ def read(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
     """
     for file in files(source):
         if isinstance(file, str):
-            yield from _hub(file)
+            yield from _hub(file, on_bad_row)
         else:
             yield from _file(file, on_bad_row)
 
@@ -73,25 +83,31 @@ def files(source: str) -> list[Path | str]:
     """The files of one entry of ``data.train``, a folder's sorted by name; a hub id stands for itself (a ``str``)."""
     path = Path(source).expanduser()
     if path.is_dir():
-        listed = [p for p in sorted(path.iterdir()) if p.name not in BOOKKEEPING and not p.name.startswith(".")]
-        found = [p for p in listed if p.suffix.lower() in SUFFIXES and p.is_file()]
+        found = data_files(path)
         if not found:
-            inside = ", ".join(p.name + "/" * p.is_dir() for p in listed[:8]) or "nothing"
-            raise DataError(f"{path}: this folder holds no data file ({', '.join(SUFFIXES)}) but {inside}")
+            inside = ", ".join(p.name + "/" * p.is_dir() for p in sorted(path.iterdir())[:8]) or "nothing"
+            raise DataError(f"{path}: this folder holds no data file ({', '.join(DATA_SUFFIXES)}) but {inside}")
         return list(found)
     if path.exists():
         return [path]
-    if path.suffix.lower() in SUFFIXES or not HUB_ID.fullmatch(source):
+    if path.suffix.lower() in DATA_SUFFIXES or not HUB_ID.fullmatch(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        nearest = get_close_matches(path.name, siblings, n=1)
+        nearest = nearest_names(path.name, siblings)
         raise DataError(f"{path}: no such file or folder" + (f"; did you mean {path.parent / nearest[0]}?" if nearest else ""))
     return [source]
+
+
+def named_to_test(source: str) -> list[str]:
+    """The files of a folder that are named like data to test or validate with, where others are not: ``test.jsonl`` beside ``train.jsonl``."""
+    found = files(source) if Path(source).expanduser().is_dir() else []
+    marked = [str(file) for file in found if isinstance(file, Path) and TEST_WORDS & set(re.split(r"[^a-z]+", file.stem.lower()))]
+    return marked if len(marked) < len(found) else []
 
 
 def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     readers: dict[str, Callable[[Path, OnBadRow], Iterator[Row]]] = {
         ".json": _json,
-        ".jsonl": _json_lines,
+        ".jsonl": _json,
         ".csv": _csv,
         ".parquet": _parquet,
         ".arrow": _arrow,
@@ -99,25 +115,211 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: files of this kind cannot be read; the kinds known are {', '.join(SUFFIXES)}")
+        raise DataError(f"{path}: files of this kind cannot be read; the kinds known are {', '.join(DATA_SUFFIXES)}")
     try:
         yield from reader(path, on_bad_row)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:  # of UTF-8 the rows are named
+        raise DataError(f"{path}: not whole {error.encoding.upper()}, which its first bytes announce: save it as UTF-8") from error
 
 
 # JSON ------------------------------------------------------------------------------------------------------------------
 
 
-def _object(text: str, file: Path, line: int, value: object) -> Row:
-    """A row of a parsed JSON value; `text` is what it was parsed from."""
+def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Objects one a line, or one after the other over several lines; an array of objects, alone or under a key of one object."""
+    shape, key = _shape(path)
+    if shape == "lines":
+        yield from _json_lines(path, on_bad_row)
+        return
+    with _opened(path) as file:
+        window = Window(file)
+        if shape == "objects":
+            yield from _json_objects(window, path, on_bad_row)
+        elif shape == "array":
+            yield from _json_array(window, path, on_bad_row)
+        else:
+            yield from _json_wrapped(window, path, key, on_bad_row)
+        if extra := window.peek():
+            end = "array" if shape == "array" else "object that holds the rows"
+            raise DataError(
+                f"{place(path, window.line)}: after the end of the {end} comes {extra!r}: a .json file holds one array, or one object a line"
+            )
+
+
+def _shape(path: Path) -> tuple[Literal["lines", "objects", "array", "wrapped"], str]:
+    """How the file holds its rows, told by its beginning; if under a key, which."""
+    with _opened(path) as file:
+        head = file.read(CHUNK)
+        ended = not file.read(1)
+    head = head.lstrip()
+    first, _, rest = head.partition("\n")
+    parser = Parser()
+    if head.startswith("["):
+        return ("lines" if path.suffix.lower() == ".jsonl" and rest.strip() and _parses(parser, first) else "array"), ""
+    if not head.startswith("{"):
+        return "lines", ""
     try:
-        # Bytes that were no UTF-8 are lone surrogates by now; a lone \ud800 that was written as an escape is one as well.
-        text.encode()
-        if "\\ud" in text or "\\uD" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place(file, line)}: not UTF-8: save the file in that encoding") from error
+        value, end = parser.decode(head)
+    except (json.JSONDecodeError, RecursionError) as error:
+        cut = not ended and may_be_cut(error, head)
+        if cut and (key := _rows_begin(head)):
+            return "wrapped", key
+        over_lines = isinstance(error, json.JSONDecodeError) and (cut or error.pos > len(first)) and rest.strip()
+        return ("objects" if over_lines and not any(_parses(parser, line) for line in rest.split("\n", 5)[:5]) else "lines"), ""
+    if ended and not head[end:].strip() and (key := _rows_key(path, value)):
+        return "wrapped", key
+    return ("objects" if "\n" in head[:end] else "lines"), ""
+
+
+def _parses(parser: Parser, line: str) -> bool:
+    """Whether the line is an object or array by itself."""
+    try:
+        return line[:1] in ("{", "[") and bool(parser.parse(line))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_row(value: object) -> bool:
+    """Whether an element of a list may be a row: an object that is no turn of a conversation and no function."""
+    return isinstance(value, dict) and not ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or "function" in value)
+
+
+def _rows_key(path: Path, whole: dict[str, Any]) -> str:
+    """The key of a file's only object that holds the rows; empty where the object is a row itself. Raises DataError for other shapes."""
+    values = list(whole.values())
+    columns = all(isinstance(value, list) and value and not any(isinstance(e, dict) for e in value) for value in values)
+    columns &= (len(whole) > 1 or any(name in whole for name in ROW_COLUMNS)) and len({len(v) for v in values if isinstance(v, list)}) == 1
+    numbered = all(map(_numbered, values)) or (_numbered(whole) and all(isinstance(value, dict) for value in values))
+    if values and (columns or numbered):
+        raise DataError(
+            f"{path}: one object of columns or numbered rows ({', '.join(list(whole)[:5])}), not a list of rows: write an array of objects, "
+            "or one object a line (pandas: to_json(…, orient='records', lines=True))"
+        )
+    if any(name in whole for name in ROW_COLUMNS):
+        return ""
+    keys = [key for key, value in whole.items() if isinstance(value, list) and value and all(map(_is_row, value))]
+    if len(keys) > 1:
+        raise DataError(f"{path}: one object with several lists of rows ({', '.join(keys)}): write each into a file of its own")
+    turns = any(isinstance(value, list) and value and isinstance(value[0], dict) and not _is_row(value[0]) for value in values)
+    return keys[0] if keys and not turns else ""
+
+
+def _numbered(value: object) -> bool:
+    """Whether an object's keys are numbers, as pandas writes columns, or rows, under their index."""
+    return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
+
+
+def _rows_begin(head: str) -> str:
+    """The key under which the beginning of one large object starts a list of rows; empty where it does not."""
+    window = Window(io.StringIO(head))
+    window.take()
+    try:
+        while True:
+            key, _ = window.value()
+            window.take()  # the colon
+            if window.peek() != "[":
+                window.value()
+            else:
+                window.take()
+                first, _ = window.value()
+                return str(key) if _is_row(first) and key not in ROW_COLUMNS else ""
+            window.take()  # the comma
+    except Broken:
+        return ""
+
+
+def _json_row(window: Window, path: Path, element: int | None, on_bad_row: OnBadRow, of: str) -> Iterator[Row]:
+    """The next value of the window as a row. One that is broken ends the reading: where the next one begins cannot be told."""
+    try:
+        value, text = window.value()
+    except Broken as error:
+        end = "does: it may have been cut off"
+        why = str(error) or f"the file ends before the {'array' if element else 'object'} {end}"
+        where = f"{place(path, window.line)}: broken JSON in {of}"
+        raise DataError(f"{where}: {why}. Where the next row begins cannot be told: it cannot be skipped") from None
+    try:
+        row = _object(window.parser, text, path, window.line, value)
+    except DataError as bad:
+        on_bad_row(bad)
+    else:
+        yield replace(row, element=element)
+
+
+def _json_objects(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
+    number = 0
+    while window.peek():
+        number += 1
+        yield from _json_row(window, path, None, on_bad_row, f"object {number}")
+
+
+def _json_array(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """The objects of the array that begins here."""
+    window.take()
+    number = 0
+    if window.peek() == "]":
+        window.take()
+        return
+    while True:
+        number += 1
+        of = f"element {number} of the array"
+        yield from _json_row(window, path, number, on_bad_row, of)
+        character = window.take()
+        if character == "]":
+            return
+        if character != ",":
+            why = f"expected ',' or ']' after it, found {character!r}" if character else CUT_OFF
+            where = f"{place(path, window.line)}: broken JSON in {of}"
+            raise DataError(f"{where}: {why}. Where the next row begins cannot be told: it cannot be skipped")
+
+
+def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """The rows under the key `rows` of one object."""
+    window.take()
+    try:
+        while True:
+            key, _ = window.value()
+            if window.take() != ":":
+                raise Broken("expected ':'")
+            if key == rows:
+                yield from _json_array(window, path, on_bad_row)
+            else:
+                value, _ = window.value()
+                if isinstance(value, list) and value and all(map(_is_row, value)):
+                    raise DataError(f"{path}: one object with several lists of rows ({rows}, {key}): write each into a file of its own")
+            if (character := window.take()) == "}":
+                return
+            if character != ",":
+                raise Broken(f"expected ',' or '}}', found {character!r}" if character else "")
+    except Broken as error:
+        why = str(error) or "the file ends before the object does: it may have been cut off"
+        raise DataError(f"{place(path, window.line)}: broken JSON in the object that holds the rows: {why}") from None
+
+
+def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
+    parser = Parser()
+    with _opened(path) as file:
+        for line, text in enumerate(file, 1):
+            if not (text := text.rstrip()):
+                continue
+            try:
+                row = _object(parser, None, path, line, parser.parse(text))
+            except (json.JSONDecodeError, RecursionError, Unsound) as error:
+                on_bad_row(DataError(f"{place(path, line)}: {reason(error)}"))
+            except DataError as error:
+                on_bad_row(error)
+            else:
+                yield row
+
+
+def _object(parser: Parser, text: str | None, file: Path, line: int, value: object) -> Row:
+    """A row of a value that was parsed; with `text`, what it was parsed from and has to be checked."""
+    try:
+        if text is not None:
+            parser.check(text, value)
+    except (Unsound, RecursionError) as error:
+        raise DataError(f"{place(file, line)}: {reason(error)}") from error
     if not isinstance(value, dict):
         raise DataError(f"{place(file, line)}: a row must be a JSON object ({{…}}), but this is {_kind(value)}")
     return Row(str(file), line, value)
@@ -128,145 +330,49 @@ def _kind(value: object) -> str:
     return kinds.get(type(value), type(value).__name__)
 
 
-def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """A ``.json`` file: an array of objects, or (as is often found) JSON lines."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise DataError(f"{path}: the file is UTF-16: save it as UTF-8")
-    if head.startswith(b"["):
-        return _json_array(path, on_bad_row)
-    if head.rstrip() == b"{" or head.split(b"\n", 1)[0].rstrip() == b"{":
-        raise DataError(f"{path}: one JSON object over several lines is no list of rows: write an array [{{…}}, …], or one object a line")
-    return _json_lines(path, on_bad_row)
-
-
-def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            if line == 1 and raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{path}: the file is UTF-16: save it as UTF-8")
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8", errors="surrogateescape")
-            if not text.strip():
-                continue
-            try:
-                row = _object(text, path, line, json.loads(text.rstrip()))
-            except (json.JSONDecodeError, RecursionError) as error:
-                on_bad_row(DataError(f"{place(path, line)}: broken JSON: {_reason(error)}"))
-            except DataError as error:
-                on_bad_row(error)
-            else:
-                yield row
-
-
-def _reason(error: json.JSONDecodeError | RecursionError) -> str:
-    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-
-
-def _json_array(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """The objects of one array, decoded out of a sliding window of its text, so that lines are known and memory is not filled.
-
-    A broken element ends the reading even where bad rows are skipped: where the next one begins cannot be told.
-    """
-    decoder = json.JSONDecoder()
-    decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
-    with path.open("rb") as file:
-        window, at, line, ended = "", 0, 1, False  # `line` is the line of window[at]
-
-        def more() -> None:
-            nonlocal window, at, ended
-            raw = file.read(max(CHUNK, 2 * (len(window) - at)))
-            ended = not raw
-            window, at = window[at:] + decode(raw, ended), 0
-
-        def next_character() -> str:
-            """The next character that is no space, not taken; empty at the end of the file."""
-            nonlocal at, line
-            while True:
-                space = SPACE.match(window, at)
-                end = space.end() if space else at
-                line += window.count("\n", at, end)
-                at = end
-                if at < len(window) or ended:
-                    return window[at : at + 1]
-                more()
-
-        def broken(number: int, why: str) -> DataError:
-            where = f"{place(path, line)}: broken JSON in element {number} of the array"
-            return DataError(f"{where}: {why}. Where the next row begins cannot be told: it cannot be skipped")
-
-        if next_character() == "\ufeff":
-            at += 1
-            next_character()
-        at += 1  # the bracket that _json saw
-        number = 0
-        separator = next_character() != "]"  # is there a first element?
-        while separator:
-            number += 1
-            if not next_character():
-                raise broken(number, CUT_OFF)
-            while True:
-                error: json.JSONDecodeError | RecursionError | None = None
-                end = at
-                try:
-                    value, end = decoder.raw_decode(window, at)
-                except (json.JSONDecodeError, RecursionError) as caught:
-                    error = caught
-                if ended or (error is None and end < len(window)):
-                    break
-                if error and not _may_be_cut(error, window):
-                    break
-                more()
-            if isinstance(error, RecursionError):
-                raise broken(number, "nested too deeply")
-            if error:
-                line += window.count("\n", at, error.pos)
-                cut = error.msg.startswith("Unterminated") or not window[error.pos :].strip()
-                raise broken(number, CUT_OFF if cut else error.msg)
-            try:
-                row = _object(window[at:end], path, line, value)
-            except DataError as bad:
-                on_bad_row(bad)
-            else:
-                yield replace(row, element=number)
-            line += window.count("\n", at, end)
-            at = end
-            character = next_character()
-            if character not in (",", "]"):
-                raise broken(number, f"expected ',' or ']' after it, found {character!r}" if character else CUT_OFF)
-            separator = character == ","
-            at += 1
-        if not number:
-            at += 1
-        if extra := next_character():
-            where = place(path, line)
-            raise DataError(f"{where}: after the end of the array comes {extra!r}: a .json file holds one array, or one object a line")
-
-
-def _may_be_cut(error: json.JSONDecodeError | RecursionError, window: str) -> bool:
-    """Whether the error may come from the end of the window rather than from the JSON."""
-    if isinstance(error, RecursionError):
-        return False
-    if error.msg.startswith("Unterminated string"):
-        return len(window) < LONGEST_ELEMENT
-    return error.pos > len(window) - 64
-
-
 # Text files ------------------------------------------------------------------------------------------------------------
 
 
+def _opened(path: Path) -> TextIO:
+    """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone surrogates."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    marks = [
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ]
+    encoding = next((name for mark, name in marks if head.startswith(mark)), "utf-8-sig")
+    if len(head) == 4 and head.count(0) == 2:  # without a mark: every other byte of Latin letters is zero
+        encoding = {b"\0\0": "utf-16-le"}.get(head[1::2], {b"\0\0": "utf-16-be"}.get(head[::2], encoding))
+    return path.open(encoding=encoding, errors="surrogateescape", newline="\n")
+
+
 def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of."""
-    csv.field_size_limit(LONGEST_ELEMENT)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter=max(",;\t", key=header.count), strict=True)
+    """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of, or as a line ``sep=`` says."""
+    csv.field_size_limit(LONGEST)
+    with _opened(path) as file:
+        before, header = 0, file.readline()
+        while header and not header.strip(SEPARATORS + " \r\n"):
+            before, header = before + 1, file.readline()
+        separator = max(SEPARATORS, key=header.count)
+        if told := SEP_LINE.fullmatch(header):
+            separator = told["separator"]
+            before, header = before + 1, file.readline()
+        reader = csv.reader(chain([header], file), delimiter=separator, strict=True)
         columns = next(reader, [])
-        if len(set(columns)) < len(columns) or "" in columns:
-            raise DataError(f"{place(path, 1)}: the header has an empty or a repeated column name: {', '.join(map(repr, columns))}")
+        while len(columns) > 1 and not columns[-1].strip():
+            columns.pop()
+        if not columns:
+            return
+        if "" in columns[1:] or len(set(columns)) < len(columns):
+            raise DataError(
+                f"{place(path, before + 1)}: the header has an empty or a repeated column name: {', '.join(map(repr, columns))}"
+            )
+        names = [columns[0] or INDEX, *columns[1:]]
         while True:
-            line = reader.line_num + 1
+            line = before + reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
@@ -274,23 +380,25 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
             except csv.Error as error:
                 on_bad_row(DataError(f"{place(path, line)}: broken CSV: {error}"))
                 continue
-            if not cells:
+            if not any(cell.strip() for cell in cells):
                 continue
-            if len(cells) != len(columns):
-                names = ", ".join(columns)
-                on_bad_row(DataError(f"{place(path, line)}: {len(cells)} fields under a header of {len(columns)} columns ({names})"))
+            while len(cells) > len(names) and not cells[-1].strip():
+                cells.pop()
+            if len(cells) != len(names):
+                header = ", ".join(name for name in columns if name)
+                on_bad_row(DataError(f"{place(path, line)}: {len(cells)} fields under a header of {len(names)} columns ({header})"))
             elif not _utf8("".join(cells)):
                 on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file in that encoding"))
             else:
-                yield Row(str(path), line, dict(zip(columns, cells, strict=True)))
+                yield Row(str(path), line, dict(zip(names, cells, strict=True)))
 
 
 def _text(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     """A row a line, in the column ``text``, empty lines too (a processor may need them)."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _opened(path) as file:
         for line, text in enumerate(file, 1):
             if _utf8(text):
-                yield Row(str(path), line, {"text": text.rstrip("\n")})
+                yield Row(str(path), line, {"text": text.removesuffix("\n").removesuffix("\r")})
             else:
                 on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file in that encoding"))
 
@@ -312,7 +420,7 @@ def _parquet(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
     try:
         with pq.ParquetFile(path) as file:
-            yield from _batches(path, file.iter_batches(batch_size=256))
+            yield from _batches(str(path), file.schema_arrow, file.iter_batches(batch_size=256), on_bad_row)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a whole Parquet file: {error}") from error
 
@@ -325,41 +433,107 @@ def _arrow(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         with pa.memory_map(str(path)) as source:
             if source.read(6) == b"ARROW1":
                 file = pa.ipc.open_file(source)
-                yield from _batches(path, (file.get_batch(i) for i in range(file.num_record_batches)))
+                batches = (file.get_batch(i) for i in range(file.num_record_batches))
+                yield from _batches(str(path), file.schema, batches, on_bad_row)
             else:
                 source.seek(0)
-                yield from _batches(path, pa.ipc.open_stream(source))
+                stream = pa.ipc.open_stream(source)
+                yield from _batches(str(path), stream.schema, stream, on_bad_row)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a whole Arrow file: {error}") from error
 
 
-def _batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
+def _batches(file: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], on_bad_row: OnBadRow) -> Iterator[Row]:
+    """The rows of a table's batches, as the same rows of a JSON file would be read (see :func:`_converter`)."""
+    converters = {field.name: convert for field in schema if (convert := _converter(field.type))}
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, 256):
-            for values in batch.slice(start, 256).to_pylist():
+            for values in _python(batch.slice(start, 256)):
                 number += 1
-                yield Row(str(path), number, values)
+                try:
+                    if isinstance(values, ValueError | OverflowError):
+                        raise values
+                    row = values | {name: convert(values[name]) for name, convert in converters.items() if values[name] is not None}
+                except (ValueError, OverflowError, RecursionError) as error:
+                    why = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
+                    on_bad_row(DataError(f"{place(file, number)}: a value cannot be read: {why}"))
+                else:
+                    yield Row(file, number, row)
 
 
-def _hub(source: str) -> Iterator[Row]:
-    """A data set of the hub (or of the hub's cache): ``id``, ``id:configuration``, ``id:configuration:split``, ``id::split``."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    name, configuration, split = (*source.split(":"), "", "")[:3]
+def _python(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | ValueError | OverflowError]:
+    """The batch's rows, or why one has no Python value (text that is not UTF-8, a date out of range)."""
     try:
-        rows = load_dataset(name, configuration or None, split=split or "train")
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError(
-            f"data set {name!r}: no file or folder of that name, and the hub's copy cannot be had ({_first_line(error)}). "
-            "On a machine without internet copy the data set's files there and name their folder"
-        ) from error
-    except ValueError as error:  # an unknown configuration or split, offline without a copy in the cache
-        raise DataError(f"data set {source!r} cannot be loaded: {_first_line(error)}") from error
-    for number, values in enumerate(rows, 1):
-        yield Row(source, number, values)
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            yield error
+        else:
+            for i in range(batch.num_rows):
+                yield from _python(batch.slice(i, 1))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """What makes a column's Python values (never None) those that a JSON file would have; None where they are already.
+
+    A struct has all fields in all rows: those that are null are left out. Texts of the extension type arrow.json, as
+    which ``datasets`` stores mixed values, are parsed, and their nulls are kept. Dates and the like become text.
+    """
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        fields = {field.name: _converter(field.type) for field in kind}
+        return lambda value: {
+            name: convert(inner) if (convert := fields[name]) else inner for name, inner in value.items() if inner is not None
+        }
+    if types.is_map(kind):
+        item = _converter(kind.item_type) or (lambda inner: inner)
+        return lambda pairs: {key: None if inner is None else item(inner) for key, inner in pairs}
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _converter(kind.value_type)
+    if isinstance(kind, pa.JsonType):
+        return _json_text
+    if isinstance(kind, pa.BaseExtensionType) and not isinstance(kind, pa.UuidType):
+        return _converter(kind.storage_type)
+    if types.is_nested(kind) and hasattr(kind, "value_type"):  # the five kinds of lists
+        if not (element := _converter(kind.value_type)):
+            return None
+        return lambda values: [None if inner is None else element(inner) for inner in values]
+    known = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    known = known or types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+    return None if known else _plain
+
+
+def _json_text(text: str) -> Any:
+    try:
+        return Parser().parse(text)
+    except json.JSONDecodeError:
+        return text  # datasets keeps a text as it is where its parser takes it for JSON, which is lax: 007
+
+
+def _plain(value: Any) -> Any:
+    """Dates, times and decimals as JSON has them: text, or a number where that loses nothing. Bytes are text if UTF-8."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value  # an image, say, which nobody may ask for
+    if isinstance(value, Decimal):
+        number = int(value) if value == value.to_integral_value() else float(value)
+        return number if Decimal(repr(number)) == value else str(value)
+    return value.isoformat() if isinstance(value, date | time) else str(value)
+
+
+def _hub(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """A data set of the hub (or of the hub's cache): ``id``, ``id:configuration``, ``id:configuration:split``, ``id::split``."""
+    found = hub.resolve(source)
+    if why := found.conversion(DATA_SUFFIXES):
+        line = "data set %s is read as `datasets` converts it, for %s: look at it with llm-ray data preview"
+        logging.getLogger(__name__).warning(line, source, why)
+        table = found.converted().data
+        yield from _batches(source, table.schema, table.to_batches(), on_bad_row)
+    else:
+        for file in found.download():
+            yield from _file(file, on_bad_row)

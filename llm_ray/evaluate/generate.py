@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,14 +10,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from llm_ray.data.encode import end_of_turn
 from llm_ray.data.formats import Conversation
+from llm_ray.errors import ModelError
+from llm_ray.models.chat import ChatTemplate, text_of
 
 
 def question_and_reference(row: Conversation) -> tuple[Conversation, str] | None:
     """The conversation up to its last answer, and that answer's text; None when it does not end in one of text."""
     last = row.messages[-1]
-    if last["role"] != "assistant" or not last.get("content"):
+    if last["role"] != "assistant" or not last.get("content") or last.get("weight") == 0:
         return None
-    return Conversation(row.messages[:-1], row.tools), str(last["content"])
+    return Conversation(row.messages[:-1], row.tools), text_of(last["content"])
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -24,7 +27,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        ends.add(end_of_turn(tokenizer))
+        with contextlib.suppress(ModelError):  # of a template that cannot be trained on: plain text has been learnt
+            ends.add(end_of_turn(tokenizer))
     return sorted(end for end in ends if end is not None)
 
 
@@ -32,19 +36,23 @@ def answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Conversation], max_new_tokens: int, batch_size: int
 ) -> Iterator[str]:
     """The model's answers, in the order of `questions`; decoding is greedy, at most `max_new_tokens` long."""
+    pad = tokenizer.pad_token_id or 0  # any token: a mask hides it
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         use_cache=True,
     )
+    template = ChatTemplate(tokenizer)
     for start in range(0, len(questions), batch_size):
         prompts = [
-            tokenizer.apply_chat_template(q.messages, tools=q.tools, add_generation_prompt=True, tokenize=True, return_dict=False)
+            tokenizer(template.render(q.messages, q.tools, prompt=True), add_special_tokens=False)["input_ids"]
             for q in questions[start : start + batch_size]
         ]
-        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
-            output = model.generate(**inputs, generation_config=settings)
-        yield from (text.strip() for text in tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            output = model.generate(ids, attention_mask=mask, generation_config=settings)
+        yield from (text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True))

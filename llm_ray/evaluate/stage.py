@@ -6,14 +6,15 @@ import math
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llm_ray.cluster import Cluster, check_resources, node_selector
+from llm_ray.cluster import Cluster, check_resources, node_selector, results
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.console import Reporter
 from llm_ray.data.formats import Conversation
-from llm_ray.data.prepare import evaluation_rows
+from llm_ray.data.prepare import evaluation_rows, questions_from
 from llm_ray.errors import DataError
 from llm_ray.files import write_text
+from llm_ray.models.chat import ChatTemplate, text_of
 from llm_ray.models.load import load_tokenizer
+from llm_ray.progress import Reporter
 
 
 class Share(TypedDict):
@@ -27,18 +28,11 @@ class Share(TypedDict):
 def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
     """Figures before and after, for result.json; writes evaluation.md and answers.jsonl into the run's folder.
 
-    Raises DataError when `evaluation.data` holds no question with an answer.
+    Raises DataError as :func:`questions` does.
     """
     import ray
 
-    prepared = conf.run_dir / "prepared"
-    rows = []
-    if conf.evaluation.samples != 0 and conf.tuning.objective == "sft":
-        tokenizer = load_tokenizer(conf.model, conf.paths)
-        pairs = (pair for row in evaluation_rows(conf, tokenizer, prepared) if (pair := _pair(row)))
-        rows = [pair for pair, _ in zip(pairs, range(conf.evaluation.samples or 10**9), strict=False)]
-        if conf.evaluation.data and not rows:
-            raise DataError(f"evaluation.data ({', '.join(conf.evaluation.data)}) holds no conversation that ends in an assistant's answer")
+    rows = questions(conf)
     workers = conf.runtime.workers
     cpus = check_resources(conf.runtime, cluster)
     share = ray.remote(
@@ -47,7 +41,7 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
         scheduling_strategy="SPREAD",
         label_selector=node_selector(conf.runtime, cluster),
     )(_share)
-    figures: dict[str, Any] = {"rows": len(rows)}
+    figures: dict[str, Any] = {"rows": len(rows), "questions": questions_from(conf, conf.run_dir / "prepared")}
     given: dict[str, list[str]] = {}
     with reporter.bar("evaluating", 2 * workers) as bar:
         parts = {
@@ -66,11 +60,36 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
             _, pending = ray.wait(pending)
             bar.update(2 * workers - len(pending), 2 * workers)
     for which in ("base", "finetuned"):
-        shares: list[Share] = ray.get([parts[which, rank] for rank in range(workers)])
+        shares: list[Share] = results([parts[which, rank] for rank in range(workers)])
         given[which] = [shares[n % workers]["answers"][n // workers] for n in range(len(rows))]
         figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
+    figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
     _write_report(conf, figures, rows, given)
     return figures
+
+
+def questions(conf: FinetuneConf) -> list[tuple[Conversation, str]]:
+    """The rows to generate answers for, each with its reference.
+
+    Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template refuses.
+    """
+    if conf.evaluation.samples == 0 or conf.tuning.objective != "sft":
+        return []
+    tokenizer = load_tokenizer(conf.model, conf.paths)
+    pairs = (pair for row in evaluation_rows(conf, tokenizer, conf.run_dir / "prepared") if (pair := _pair(row)))
+    rows = [pair for pair, _ in zip(pairs, range(conf.evaluation.samples or 10**9), strict=False)]
+    if not conf.evaluation.data:
+        return rows  # of the validation data, whose rows prepare has written as the template does
+    named = f"evaluation.data ({', '.join(conf.evaluation.data)})"
+    if not rows:
+        raise DataError(f"{named} holds no conversation that ends in an assistant's answer")
+    template = ChatTemplate(tokenizer)
+    for number, (question, _) in enumerate(rows, 1):
+        try:
+            template.render(question.messages, question.tools, prompt=True)
+        except Exception as error:  # whatever a template raises
+            raise DataError(f"{named}: the model's chat template refuses conversation {number}: {error}") from error
+    return rows
 
 
 def _pair(row: Conversation) -> tuple[Conversation, str] | None:
@@ -85,10 +104,10 @@ def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Co
     import torch
 
     from llm_ray import cores
-    from llm_ray.data.prepare import open_split
+    from llm_ray.data.prepare import has_validation, lengths_of, open_split
     from llm_ray.evaluate.generate import answers
     from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
-    from llm_ray.train.batches import collate, shares
+    from llm_ray.train.batches import collate, micro_batch_tokens, passes_over
     from llm_ray.train.loss import SupervisedLoss
     from llm_ray.train.trained import load_trained
 
@@ -102,13 +121,13 @@ def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Co
         answers(model, load_tokenizer(conf.model, conf.paths), questions, conf.evaluation.max_new_tokens, conf.evaluation.batch_size)
     )
     loss, tokens = 0.0, 0
-    if conf.data.validation is not None:
+    if has_validation(conf.run_dir / "prepared"):
         data = open_split(conf.run_dir / "prepared", "validation")
         module = SupervisedLoss(model, model, packed=False)
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with torch.inference_mode(), autocast:
             module.choose_blockwise()
-            for indices in shares(len(data), conf.training.batch_size, rank, conf.runtime.workers):
+            for indices in passes_over(lengths_of(data), micro_batch_tokens(conf), rank, conf.runtime.workers):
                 if indices:
                     batch = collate(data, indices, packed=False)
                     loss += module(batch).item()
@@ -143,7 +162,7 @@ def _write_report(conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[
         lstrip_blocks=True,
     )
     entries = [
-        {"question": row.messages[-1]["content"], "reference": reference, "base": base, "finetuned": finetuned}
+        {"question": text_of(row.messages[-1]["content"]), "reference": reference, "base": base, "finetuned": finetuned}
         for (row, reference), base, finetuned in zip(rows, given["base"], given["finetuned"], strict=True)
     ]
     write_text(conf.run_dir / "evaluation.md", environment.get_template("report.md.j2").render(conf=conf, figures=figures, entries=entries))

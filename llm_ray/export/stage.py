@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llm_ray.cluster import Cluster, check_resources, node_selector
+from llm_ray.cluster import Cluster, check_resources, node_selector, results
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.console import Reporter
+from llm_ray.errors import RunError
 from llm_ray.files import replace_folder, write_text
+from llm_ray.progress import Reporter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, reporter: Reporter) -> Path:
@@ -17,36 +22,70 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
 
     cpus = check_resources(conf.runtime, cluster)
     with reporter.bar("exporting", 1) as bar:
-        ray.get(
+        checked = results(
             ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures, label_selector=node_selector(conf.runtime, cluster))(
-                _export
+                export_here
             ).remote(conf.model_dump(mode="json"), str(checkpoint), card)
         )
         bar.update(1, 1)
+    reporter.line(f"  {checked}")
     return conf.run_dir / "output"
 
 
-def _export(conf_json: dict[str, Any], checkpoint: str, card: str) -> None:
+def export_here(conf_json: dict[str, Any], checkpoint: str, card: str) -> str:
+    """Write `output/` in this process; returns what its check found, in a line for the user. Raises ModelError, TrainError, RunError."""
+    from safetensors import SafetensorError
+
+    conf = FinetuneConf.model_validate(conf_json)
+    try:
+        return _write(conf, Path(checkpoint), card)
+    except (OSError, SafetensorError) as error:
+        free = f"{shutil.disk_usage(conf.run_dir).free / 2**30:.1f} GiB are free there"
+        raise RunError(
+            f"{conf.run_dir / 'output'} cannot be written: {error}. {free}; checkpoints are whole: make room, then run the same command again"
+        ) from error
+
+
+def _write(conf: FinetuneConf, checkpoint: Path, card: str) -> str:
     import torch
+    from transformers import AutoModelForCausalLM
 
     from llm_ray.evaluate.generate import end_tokens
+    from llm_ray.export.check import MERGING, ROUNDING, SAVING, Comparison, check_saved_tokenizer
     from llm_ray.models.load import load_tokenizer, stored_dtype
     from llm_ray.train.trained import load_adapted, load_trained
 
-    conf = FinetuneConf.model_validate(conf_json)
     tokenizer = load_tokenizer(conf.model, conf.paths)
+    comparison = Comparison(conf, tokenizer, card)
     with replace_folder(conf.run_dir / "output") as folder:
         if conf.tuning.method == "lora":
-            adapted = load_adapted(conf, Path(checkpoint), torch.float32)
-            adapted.peft_config["default"].base_model_name_or_path = conf.model.base
-            adapted.save_pretrained(folder / "adapter", save_embedding_layers=bool(conf.tuning.lora.modules_to_save))
+            adapted = load_adapted(conf, checkpoint, torch.float32)
+            save_adapter(adapted, folder / "adapter", conf.model.base)
             write_text(folder / "adapter" / "README.md", card)  # in place of peft's empty one
+            comparison.take(adapted)
             model = adapted.merge_and_unload()
+            del adapted
+            comparison.take(model, "merging the adapters", MERGING)
         else:
-            model = load_trained(conf, Path(checkpoint), torch.float32)
-        model = model.to(stored_dtype(conf.model, conf.paths))
+            model = load_trained(conf, checkpoint, torch.float32)
+            comparison.take(model)
+        dtype = stored_dtype(conf.model, conf.paths)
+        if dtype != torch.float32:
+            model = model.to(dtype)
+            comparison.take(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
         model.config.use_cache = True
         model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # what training taught to end with has to end generation
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", card)
+        del model  # there may be memory for one alone
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=conf.model.trust_remote_code)
+        comparison.take(saved, "saving it and loading it again", SAVING)
+        check_saved_tokenizer(tokenizer, folder, conf.model.trust_remote_code)
+    return str(comparison)
+
+
+def save_adapter(adapted: PeftModel, folder: Path, base: str) -> None:
+    """Write the adapter in PEFT's form, as one of the model `base`: what learned (layers trained whole too), without copies of the model's."""
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(folder, save_embedding_layers=False)

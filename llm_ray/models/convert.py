@@ -26,12 +26,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from llm_ray.conf.schema import WEIGHTS, WeightForm
-from llm_ray.console import Bar, Reporter
 from llm_ray.errors import ModelError
 from llm_ray.files import locked, replace_folder, write_json
+from llm_ray.models.complete import check_complete
 from llm_ray.models.folder import CONFIG, OPENVINO, Weights, check_folder, read_json
 from llm_ray.models.load import fingerprint
 from llm_ray.models.openvino import LINEAGE, is_openvino, lineage, openvino_weights
+from llm_ray.progress import Bar, Reporter
 
 # How optimum-intel is asked. 16 bits are f16, which rounds less than bf16. int8: a scale and zero point a row. int4: one for 32 weights
 # of a row, since the groups of 64 that others take cost SmolLM2 twice as much of its perplexity; rows that 32 does not divide become int8.
@@ -98,6 +99,7 @@ def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Rep
     """
     source = source.absolute()
     found, identity = check_folder(source, tokenizer=False), fingerprint(source)
+    check_complete(source)
     try:
         if not force and _is_made(target, identity, weights):
             reporter.line(f"{target}: made before from the same model")

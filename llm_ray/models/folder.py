@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from typing import Any
 from llm_ray.errors import ModelError
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
+"""Folder beside a tokenizer's files with chat templates besides its default one."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OPENVINO = "openvino_model.xml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json", "*.tiktoken")
+_LFS = b"version https://git-lfs"
 _DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -36,7 +41,7 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
         raise ModelError(f"{path}: there is no such model folder")
     if not (path / CONFIG).is_file():
         raise ModelError(_without_config(path))
-    _check_json(path, CONFIG, "generation_config.json")
+    _check_json(path, CONFIG, GENERATION)
     if tokenizer:
         check_tokenizer(path)
     counts = Counter[str]()
@@ -70,6 +75,7 @@ def weight_files(path: Path) -> list[Path]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model's file. Raises ModelError when it is none."""
     try:
+        _check_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
@@ -97,12 +103,15 @@ def _without_config(path: Path) -> str:
 
 def _weight_files(path: Path) -> dict[Path, set[str]]:
     """The files of weights, and the tensors that each has to hold (none known: an empty set)."""
-    if (path / SINGLE).is_file():  # transformers, too, prefers it
+    if (path / SINGLE).is_file() and not (path / INDEX).is_file():
+        _check_alone(path, (file.name for file in path.glob("*.safetensors")))
         return {path / SINGLE: set()}
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{path / INDEX} names no weights: copy or download the model again")
+        if (path / SINGLE).is_file():
+            _check_alone(path, map(str, weight_map.values()), f", which {INDEX} names")
         files: dict[Path, set[str]] = {}
         for tensor, name in sorted(weight_map.items(), key=lambda item: str(item[1])):
             files.setdefault(path / str(name), set()).add(tensor)
@@ -125,10 +134,29 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
     raise ModelError(f"{path} has no weights ({SINGLE}, or {INDEX} and its files): copy or download the model again")
 
 
+def _check_alone(path: Path, names: Iterable[str], told: str = "") -> None:
+    """Raise ModelError for other weights beside the file that holds all of them: some engines would read that one, some the others."""
+    if others := sorted(set(names) - {SINGLE}):
+        raise ModelError(
+            f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){told} ({others[0]}). Engines differ in which they read: "
+            "take away those that are not the model's"
+        )
+
+
+def _check_pointer(path: Path) -> None:
+    """Raise ModelError where Git LFS's pointer to a file lies in its place."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ModelError(
+                f"{path} is damaged or cut off: it is a Git LFS pointer. Fetch the file (git lfs pull), or download the model again"
+            )
+
+
 def _tensors(file: Path) -> dict[str, tuple[int, str]]:
     """Number of elements and data type of each tensor, from the header; the file's length is checked against it."""
     from safetensors import SafetensorError, safe_open
 
+    _check_pointer(file)
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from llm_ray.errors import ModelError
-from llm_ray.models.load import forget_quantization
 
 # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: end of text, of a turn, and of a message.
 _ENDS = ("eos", "eot", "eom")
@@ -22,12 +21,15 @@ def convert(file: Path, folder: Path) -> str | None:
     Raises ModelError when it is none that transformers reads.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    fields = _fields(file)
+    from llm_ray.models.load import LOADING, forget_quantization
+    from llm_ray.models.tokens import open_tokenizer
+
+    fields = read_fields(file)
     try:
-        with _bars_on_terminals():
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with LOADING, _bars_on_terminals():
+            tokenizer = open_tokenizer(str(file.parent), gguf_file=file.name)
             model, report = AutoModelForCausalLM.from_pretrained(
                 file.parent,
                 gguf_file=file.name,
@@ -47,7 +49,7 @@ def convert(file: Path, folder: Path) -> str | None:
     settings.bos_token_id = tokenizer.bos_token_id
     settings.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     settings.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with _bars_on_terminals():
+    with LOADING, _bars_on_terminals():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     licence = fields.get("general.license")
@@ -64,8 +66,8 @@ def _bars_on_terminals() -> Iterator[None]:
         yield
 
 
-def _fields(file: Path) -> dict[str, Any]:
-    """The file's metadata without its long lists. Raises ModelError when it is no whole GGUF."""
+def read_fields(file: Path) -> dict[str, Any]:
+    """The metadata of a GGUF without its long lists. Raises ModelError when it is no whole GGUF."""
     from gguf import GGUFReader
 
     try:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.conf.schema import Model, Paths
 from llm_ray.errors import LlmRayError, ModelError
-from llm_ray.models.folder import CONFIG, check_folder, check_tokenizer, read_json
+from llm_ray.models.complete import check_complete, refuse_missing
+from llm_ray.models.folder import CONFIG, GENERATION, TEMPLATES, check_folder, check_tokenizer, read_json
+from llm_ray.models.generation import mend
+from llm_ray.models.tokens import open_tokenizer
+from llm_ray.nearest import nearest_names
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _BLOCK = 1 << 20
+TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+MADE_BY = "llm-ray.json"
+LOADING = threading.RLock()
+"""Held while transformers makes or loads a model: it replaces methods of its classes meanwhile (`tie_weights`), and torch's default data
+type, with which another thread would make half a model; two that overlap leave them replaced for good."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ def resolve(base: str, paths: Paths) -> Location:
     elif base.count("/") == 1 and all(base.split("/")):
         return Location(base, None)
     known = sorted(p.name for place in (paths.models, paths.runs) if place.is_dir() for p in place.iterdir() if not p.name.startswith("."))
-    near = get_close_matches(base, known, n=3, cutoff=0.5)
+    near = nearest_names(base, known, 3)
     hint = f"Did you mean {' or '.join(near)}? " if near else f"There are: {', '.join(known[:5])}. " if known else ""
     raise ModelError(
         f"model {base}: no model of this name is in the registry ({paths.models}), and no run ({paths.runs}). {hint}To add one: "
@@ -60,8 +70,6 @@ def resolve(base: str, paths: Paths) -> Location:
 
 def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the conf's chat template if it has one, and a padding token. Raises ModelError."""
-    from transformers import AutoTokenizer
-
     location = resolve(model.tokenizer or model.base, paths)
     options: dict[str, Any] = {}
     if not model.tokenizer:
@@ -69,7 +77,7 @@ def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
     if location.folder and "gguf_file" not in options:
         check_tokenizer(location.folder)  # without files transformers may make an empty one
     with _explained(f"the tokenizer {location}", location):
-        tokenizer = AutoTokenizer.from_pretrained(str(location), trust_remote_code=model.trust_remote_code, **options)
+        tokenizer = open_tokenizer(str(location), trust_remote_code=model.trust_remote_code, **options)
     if model.chat_template:
         try:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
@@ -82,7 +90,7 @@ def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model, its weights in `dtype`, every one of them from its files. Raises ModelError."""
+    """The base model, its weights in `dtype`, every one of them from its files; as it is, it can be saved. Raises ModelError."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     location = check_model(model, paths)
@@ -100,14 +108,24 @@ def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedMode
             output_loading_info=True,
             **options,
         )
-    if missing := sorted(report["missing_keys"]):  # transformers would go on with random numbers in their place
-        raise ModelError(
-            f"the model {location} lacks {len(missing)} weights of a {type(loaded).__name__}, as {missing[0]}: it is half a model, or "
-            "none that writes text; copy or download it again, or name another"
-        )
+    refuse_missing(str(location), loaded, report["missing_keys"])
     if model.gguf_file:
         forget_quantization(loaded)
+    if getattr(loaded, "hf_quantizer", None):  # which would show when they are to be merged or saved
+        raise ModelError(
+            f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so that it cannot be finetuned and exported: "
+            "name the model that it was quantized from"
+        )
+    mend_generation(loaded.generation_config, location)
     return loaded
+
+
+def mend_generation(settings: GenerationConfig, location: Location) -> list[str]:
+    """Make a model's generation settings such that they can be saved; returns what was changed. Raises ModelError."""
+    try:
+        return mend(settings)
+    except ValueError as error:
+        raise ModelError(f"{location}: {GENERATION} could not be saved with the finetuned model: {error}. Mend it there") from error
 
 
 def load_config(model: Model, paths: Paths) -> PreTrainedConfig:
@@ -118,6 +136,30 @@ def load_config(model: Model, paths: Paths) -> PreTrainedConfig:
     options = _gguf(model, location)
     with _explained(f"the model {location}", location):
         return AutoConfig.from_pretrained(str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+
+
+def load_generation(model: Model, paths: Paths) -> GenerationConfig | None:
+    """The base model's generation settings; None where it has no file of them. Raises ModelError."""
+    from transformers import GenerationConfig
+
+    location = resolve(model.base, paths)
+    if model.gguf_file or (location.folder and not (location.folder / GENERATION).is_file()):
+        return None
+    with _explained(f"{GENERATION} of the model {location}", location), contextlib.suppress(OSError):  # of the hub, and none there
+        return GenerationConfig.from_pretrained(str(location), revision=model.revision)
+    return None
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether the model is a mixture of experts."""
+    text = config.get_text_config()
+    return any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def width_of(config: PreTrainedConfig) -> int:
+    """The model's hidden size."""
+    text = config.get_text_config()
+    return int(next(size for key in ("hidden_size", "d_model", "n_embd", "dim") if (size := getattr(text, key, None))))
 
 
 def load_empty_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
@@ -148,6 +190,7 @@ def check_model(model: Model, paths: Paths) -> Location:
     location = resolve(model.base, paths)
     if location.folder and not _gguf(model, location):
         check_folder(location.folder, tokenizer=not model.tokenizer)
+        check_complete(location.folder, causal=True, trust_remote_code=model.trust_remote_code)
     return location
 
 
@@ -156,6 +199,19 @@ def identity(model: Model, paths: Paths) -> dict[str, Any]:
     location = resolve(model.base, paths)
     named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
     return named | ({"folder": str(location.folder), "fingerprint": fingerprint(location.folder)} if location.folder else {})
+
+
+def tokenizer_files(model: Model, paths: Paths) -> list[Path]:
+    """The files of this machine that decide how text becomes tokens: the conf's chat template, and the tokenizer's folder without weights.
+
+    Raises ModelError where there is no such folder. A hub id has none, and of a GGUF :func:`identity` tells.
+    """
+    location = resolve(model.tokenizer or model.base, paths)
+    own = [model.chat_template] if model.chat_template else []
+    if location.folder is None:
+        return own
+    listed = [p for folder in (location.folder, location.folder / TEMPLATES) if folder.is_dir() for p in sorted(folder.iterdir())]
+    return [*own, *(p for p in listed if p.is_file() and p.suffix in TOKENIZER_SUFFIXES and p.name != MADE_BY)]
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
@@ -180,9 +236,7 @@ def _gguf(model: Model, location: Location) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """Tells one model folder's contents from another's. Texts about a model do not make it."""
     digest = hashlib.sha256()
-    for path in sorted(
-        p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in ("README.md", "llm-ray.json")
-    ):
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in ("README.md", MADE_BY)):
         digest.update(file_digest(path))
     return digest.hexdigest()
 
@@ -201,19 +255,36 @@ def file_digest(path: Path) -> bytes:
 @contextlib.contextmanager
 def _explained(what: str, location: Location) -> Iterator[None]:
     """Turn whatever transformers raises about a model's files into a ModelError for the user: a damaged one can make it raise anything."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        yield
+        with quietly(warnings_too=False):
+            yield
     except LlmRayError:
         raise
     except Exception as error:
         raise ModelError(f"{what} cannot be loaded: {_reason(error, location)}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def quietly(warnings_too: bool = True) -> Iterator[None]:
+    """transformers' progress bars are off in the block; its warnings and Python's, too, where the user is told in other words.
+
+    One thread at a time (LOADING).
+    """
+    from transformers.utils import logging
+
+    with LOADING:
+        bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                if warnings_too:
+                    logging.set_verbosity_error()
+                    warnings.simplefilter("ignore")
+                yield
+        finally:
+            logging.set_verbosity(level)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def _reason(error: Exception, location: Location) -> str:

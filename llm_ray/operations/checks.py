@@ -72,7 +72,7 @@ def node_findings(inventory: Mapping[str, str], alive: Mapping[str, Mapping[str,
     for address, node in alive.items():
         if address not in inventory.values():
             fix = (
-                "put it into ray_workers, or stop Ray there (a host that has left keeps the token: see docs/how-to/operate-remove-node.md)"
+                "put it into ray_workers, or stop Ray there (a host that has left keeps the token: see docs/how-to/cluster/remove-node.md)"
             )
             findings.append(finding("node", node["host"], f"{address} is in the cluster and not in the inventory", fix))
     return findings

@@ -3,25 +3,68 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TypedDict
 
 import ray
 
 _GIB = 2**30
 
 
-def state() -> dict[str, Any]:
+class Node(TypedDict):
+    """A node that lives: `id` is Ray's; of CPUs, memory and object store all, and what is in use."""
+
+    id: str
+    host: str
+    address: str
+    head: bool
+    draining: bool
+    cpus: float
+    cpus_used: float
+    memory_gib: float
+    memory_gib_used: float
+    object_store_gib: float
+    object_store_gib_used: float
+
+
+class Job(TypedDict):
+    """A submitted job or connected program. `since` is the host's local time, to the minute."""
+
+    id: str
+    status: str
+    since: str
+    command: str
+
+
+class Application(TypedDict):
+    """What Ray Serve serves; `replicas` that run."""
+
+    name: str
+    status: str
+    replicas: int
+    message: str
+
+
+class State(TypedDict):
+    """A cluster; `ray` is its version."""
+
+    ray: str
+    nodes: list[Node]
+    jobs: list[Job]
+    applications: list[Application]
+
+
+def state() -> State:
     """Nodes with their resources, jobs that have not ended, and applications that are served, of the joined Ray."""
     return {"ray": ray.__version__, "nodes": nodes(), "jobs": _jobs(), "applications": _applications()}
 
 
-def nodes() -> list[dict[str, Any]]:
-    """The nodes that live, by host name: address, whether they drain, and of CPUs and memory (GiB) how much is in use."""
+def nodes() -> list[Node]:
+    """The nodes that live, by host name: address, whether they drain, and how much of CPUs, memory and object store (GiB) is in use."""
     from ray._private.state import available_resources_per_node
     from ray._private.state import state as ray_state
 
     free, draining = available_resources_per_node(), ray_state.get_draining_nodes()
-    found = []
+    found: list[Node] = []
     for node in ray.nodes():
         if not node["Alive"]:
             continue
@@ -37,12 +80,14 @@ def nodes() -> list[dict[str, Any]]:
                 "cpus_used": round(all_of.get("CPU", 0) - left.get("CPU", 0), 2),
                 "memory_gib": round(all_of.get("memory", 0) / _GIB, 1),
                 "memory_gib_used": round((all_of.get("memory", 0) - left.get("memory", 0)) / _GIB, 1),
+                "object_store_gib": round(all_of.get("object_store_memory", 0) / _GIB, 2),
+                "object_store_gib_used": round((all_of.get("object_store_memory", 0) - left.get("object_store_memory", 0)) / _GIB, 2),
             }
         )
     return sorted(found, key=lambda node: (not node["head"], node["host"]))
 
 
-def _jobs() -> list[dict[str, Any]]:
+def _jobs() -> list[Job]:
     """Submitted jobs and connected programs, this one left out. Without a dashboard nobody can submit any."""
     from ray._private.services import get_webui_url_from_internal_kv
     from ray.util.state import list_jobs
@@ -63,7 +108,7 @@ def _jobs() -> list[dict[str, Any]]:
     ]
 
 
-def _applications() -> list[dict[str, Any]]:
+def _applications() -> list[Application]:
     from ray import serve
     from ray.serve.context import _get_global_client
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.schema import FinetuneConf, as_run
 from llm_ray.models.load import resolve
 from llm_ray.models.registry import licence
 
@@ -72,15 +72,15 @@ def _file(entry: dict[str, Any]) -> str:
 def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
     training, lora = conf.training, conf.tuning.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    adapter = {"LoRA rank": lora.r, "LoRA alpha": lora.alpha or 2 * lora.r, "LoRA dropout": lora.dropout, "LoRA targets": targets}
+    adapter = {"LoRA rank": lora.r, "LoRA alpha": lora.alpha or 2 * lora.r, "LoRA dropout": lora.dropped, "LoRA targets": targets}
     return {
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
         **(adapter if conf.tuning.method == "lora" else {}),
-        **({"steps": training.max_steps} if training.max_steps else {"epochs": f"{conf.epochs:g}"}),
-        "sequences per step": training.batch_size * training.gradient_accumulation * conf.runtime.workers,
-        "longest sequence": f"{conf.data.max_length} tokens{', packed' if conf.data.packing else ''}",
-        "learning rate": f"{conf.learning_rate:g}, {training.schedule}, warm-up {training.warmup:g}",
+        **({"steps": training.max_steps} if training.max_steps else {"epochs": f"{as_run(training.epochs):g}"}),
+        "rows per step": as_run(training.global_batch_size),
+        "longest sequence": f"{conf.data.max_length} tokens",
+        "learning rate": f"{as_run(training.learning_rate):g}, {training.schedule}, warm-up {training.warmup:g}",
         "optimizer": f"{training.optimizer}, betas {training.betas[0]:g} and {training.betas[1]:g}, weight decay {training.weight_decay:g}",
         "gradient clipping": training.max_grad_norm or "none",
         "precision": training.precision,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from llm_ray.errors import RunError
+from llm_ray.nearest import nearest_names
 from llm_ray.runs.folder import RunFolder, flat, stored_conf
 from llm_ray.runs.listing import rate, summary
 from llm_ray.runs.metrics import METRICS, read_metrics
@@ -111,7 +111,7 @@ def _check_metric(metric: str, rows: list[list[dict[str, Any]]]) -> None:
         return
     if not known:
         raise RunError("none of these runs has metrics yet")
-    nearest = get_close_matches(metric, known, 1)
+    nearest = nearest_names(metric, known)
     raise RunError(f"--metric {metric}: no run has it; {f'did you mean {nearest[0]}? ' if nearest else ''}There are {', '.join(known)}")
 
 

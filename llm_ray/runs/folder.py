@@ -36,10 +36,11 @@ from pydantic import BaseModel, ValidationError
 
 import llm_ray
 from llm_ray.conf import yamltext
-from llm_ray.conf.load import DATA_SUFFIXES, dump
+from llm_ray.conf.load import dump
 from llm_ray.conf.schema import FinetuneConf, Stage
+from llm_ray.datafiles import data_files
 from llm_ray.errors import LlmRayError, RunError
-from llm_ray.files import write_json, write_text
+from llm_ray.files import remove_folder, write_json, write_text
 from llm_ray.models.load import identity
 from llm_ray.runs.metrics import finite
 
@@ -97,6 +98,10 @@ class RunFolder:
         """Say how the run stands, and why."""
         self.record(state=state, reason=reason, updated=_now())
 
+    def params(self) -> dict[str, Any]:
+        """What params.json holds; empty without."""
+        return _read_json(self.path / PARAMS)
+
     def write_params(self, params: Mapping[str, Any]) -> None:
         """Write params.json: the hyperparameters as run."""
         self._write(PARAMS, params)
@@ -123,7 +128,7 @@ class RunFolder:
 def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
     """The folder of the run `conf.name`, made or gone on with, locked until the block ends.
 
-    The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C) or `failed` with the error's words, where the block has
+    The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C, or asked to) or `failed` with the error's words, where the block has
     not set another. Raises RunError when another process works in it, when it was made by a conf with other results (unless
     `force`), and when it cannot be written; ModelError for a base model that is nowhere.
     """
@@ -135,8 +140,9 @@ def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
         run.path.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_locked(run.path))
         if not force:
-            _refuse_other_conf(conf, run.path)
+            refuse_other_conf(conf, run.path)
         write_text(run.path / CONF, text)
+        stop_file(run.path).unlink(missing_ok=True)  # meant for a process that is gone
         run.record(**{"created": _now(), "stages": {}} | run.lineage() | lineage)
         run.set_state("running")
         try:
@@ -146,6 +152,8 @@ def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
             with contextlib.suppress(RunError):  # a full disk: the first error is the one to tell
                 run.set_state("stopped" if stopped else "failed", str(error) or type(error).__name__)
             raise
+        finally:
+            stop_file(run.path).unlink(missing_ok=True)
         if run.lineage()["state"] == "running":
             run.set_state("done")
 
@@ -161,6 +169,26 @@ def holder(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     return None
+
+
+def stop_file(path: Path) -> Path:
+    """The file by which a process asks the one that works in the run to end, with a checkpoint; it is gone when the run has ended."""
+    return path / "checkpoint" / ".stop"
+
+
+def ask_to_stop(path: Path) -> None:
+    """Ask the process that works in the run to end. Raises RunError when none does."""
+    if holder(path) is None:
+        raise RunError(f"the run {path.name} is not running: there is nothing to stop")
+    with _told(path):
+        stop_file(path).parent.mkdir(exist_ok=True)
+        stop_file(path).touch()
+
+
+def delete_run(path: Path) -> None:
+    """Delete a run with all that it has made. Raises RunError when a process works in it, or it cannot be deleted."""
+    with _told(path), _locked(path):
+        remove_folder(path)
 
 
 def stored_conf(path: Path) -> dict[str, Any]:
@@ -196,7 +224,7 @@ def inputs_hash(*parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_hashes(sources: Sequence[str]) -> list[dict[str, Any]]:
+def file_hashes(sources: Sequence[str | Path]) -> list[dict[str, Any]]:
     """{"path", "sha256", "bytes"} of each file, those of a folder sorted by name; of a hub id {"hub"} alone.
 
     Raises RunError when a file cannot be read.
@@ -205,9 +233,9 @@ def file_hashes(sources: Sequence[str]) -> list[dict[str, Any]]:
     for source in sources:
         path = Path(source)
         if not path.exists():
-            entries.append({"hub": source})
+            entries.append({"hub": str(source)})
             continue
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in DATA_SUFFIXES and p.is_file()) if path.is_dir() else [path]
+        files = data_files(path) if path.is_dir() else [path]
         for file in files:
             try:
                 status = file.stat()
@@ -266,7 +294,8 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
-def _refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
+def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
+    """Raise RunError where there is a run in `path` that was made by a conf with other results."""
     if not (path / CONF).exists():
         return
     old, new = stored_conf(path), conf.model_dump(mode="json")

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from llm_ray.errors import RunError
+from llm_ray.nearest import nearest_names
 from llm_ray.runs.folder import RUN, RunFolder, holder, stored_conf
 from llm_ray.runs.metrics import METRICS, read_metrics
 
@@ -43,8 +43,7 @@ class RunSummary:
 
 def list_runs(runs: Path) -> list[RunSummary]:
     """The runs under `runs`, latest first."""
-    found = [summary(path) for path in runs.iterdir() if (path / RUN).is_file()] if runs.is_dir() else []
-    return sorted(found, key=lambda run: (run.created or "", run.name), reverse=True)
+    return sorted(map(summary, run_folders(runs)), key=lambda run: (run.created or "", run.name), reverse=True)
 
 
 def find_run(runs: Path, name: str) -> Path:
@@ -52,12 +51,17 @@ def find_run(runs: Path, name: str) -> Path:
     path = runs / name
     if path.parent == runs and (path / RUN).is_file():
         return path
-    known = sorted(p.name for p in runs.iterdir() if (p / RUN).is_file()) if runs.is_dir() else []
+    known = sorted(path.name for path in run_folders(runs))
     if not known:
         raise RunError(f"there is no run {name}: {runs} holds no runs (--runs names another folder)")
-    nearest = get_close_matches(name, known, 3, 0.5)
+    nearest = nearest_names(name, known, 3)
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(known[:10])}{' …' if len(known) > 10 else ''}"
     raise RunError(f"there is no run {name} in {runs}; {hint}")
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """The folders of runs; one that is being deleted has a hidden name."""
+    return [path for path in runs.iterdir() if (path / RUN).is_file() and not path.name.startswith(".")] if runs.is_dir() else []
 
 
 def summary(path: Path) -> RunSummary:

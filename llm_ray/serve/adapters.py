@@ -18,6 +18,7 @@ from llm_ray.conf.schema import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.folder import read_json, weight_files
 from llm_ray.models.load import file_digest, fingerprint
+from llm_ray.serve.models import text_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
@@ -31,9 +32,17 @@ _BEYOND = (
     "use_bdlora",
     "use_qalora",
     "trainable_token_indices",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "arrow_config",
 )
+# Of the named ways to begin, those that leave the model's own weights as they are.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _MERGED = "deploy the merged model"
-_PART = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>embedding_A|embedding_B|A|B)(?:\.weight)?")
+_PART = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>embedding_A|embedding_B|A\.weight|B\.weight)")
+# Copies of the model's own embeddings, which vLLM passes over.
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
 _Shape = tuple[int, ...]
 
 
@@ -44,6 +53,11 @@ def find_adapter(name: str, called: str, paths: Paths) -> Path:
     for place in places:
         if (place / CONFIG).is_file():
             if not (place / WEIGHTS).is_file():
+                if pickles := sorted([*place.glob("adapter_model.bin"), *place.glob("adapter_model.pt")]):
+                    raise ModelError(
+                        f"adapter {name}: {place} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where "
+                        "you trust them, write them as safetensors with peft's save_pretrained, and use that folder"
+                    )
                 raise ModelError(f"adapter {name}: {place} has no {WEIGHTS}: copy the adapter again")
             return place.absolute()
     if (paths.runs / called).is_dir():
@@ -71,6 +85,9 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
     beyond = [setting for setting in _BEYOND if config.get(setting)]
     if config.get("bias", "none") != "none":
         beyond.append("bias")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_INITS:
+        beyond.append(f"init_lora_weights: {start}, with which the model's own weights change,")
     made_on = (config.get("auto_mapping") or {}).get("base_model_class")
     kinds = read_json(base / "config.json").get("architectures") or []
     if made_on and kinds and made_on not in kinds and made_on.endswith("ForCausalLM"):
@@ -84,30 +101,46 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
 
 
 def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -> None:
-    """Raises ModelError for layers that the model does not have, or has of another size."""
+    """Raises ModelError for layers that the model does not have, or has of another size, and for tensors that vLLM does not take."""
     parts: defaultdict[str, dict[str, _Shape]] = defaultdict(dict)
-    for tensor, shape in _shapes(folder / WEIGHTS).items():
-        if found := _PART.fullmatch(tensor):
-            parts[found["layer"]][found["side"][-1]] = shape
     shapes, patterns = _layers(base)
     wanted = f"it was made for {config.get('base_model_name_or_path') or 'another model'}"
+    for tensor, shape in _shapes(folder / WEIGHTS, f"adapter {name}: ").items():
+        if found := _PART.fullmatch(tensor):
+            parts[found["layer"]][found["side"].removeprefix("embedding_")[0]] = shape
+        elif copy := _COPY.fullmatch(tensor):
+            _check_size(name, folder, base, copy["layer"], shape, shapes, wanted)
+        else:
+            raise ModelError(
+                f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is no matrix of plain LoRA and is not served as an adapter: {_MERGED}"
+            )
     there = 0
     for layer, sides in parts.items():
         if not {"A", "B"} <= sides.keys():
             raise ModelError(f"adapter {name}: {folder / WEIGHTS} has half of {layer} only: copy the adapter again")
-        size = (sides["B"][0], sides["A"][1])
-        has = next((shapes[end] for end in _ends(layer) if end in shapes), None)
-        if has and size not in has and size[::-1] not in has:
-            told = " or ".join(f"{a} x {b}" for a, b in sorted(has))
+        if "experts" in layer.split("."):
             raise ModelError(
-                f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x {size[1]} numbers, "
-                f"which the model has with {told}; {wanted}"
+                f"adapter {name}: {folder} changes experts ({layer}), which vLLM computes with adapters on GPUs alone: {_MERGED}, "
+                "or train without experts (tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj])"
             )
+        has = _check_size(name, folder, base, layer, (sides["B"][0], sides["A"][1]), shapes, wanted)
         if not has and any(re.sub(r"\d+", "#", end) in patterns for end in _ends(layer)):
             raise ModelError(f"adapter {name}: {folder} does not belong to the model in {base}, which has no {layer}; {wanted}")
-        there += has is not None
+        there += has
     if not there and "quantization_config" not in read_json(base / "config.json"):
         raise ModelError(f"adapter {name}: {folder} changes nothing that the model in {base} has; {wanted}")
+
+
+def _check_size(name: str, folder: Path, base: Path, layer: str, size: _Shape, shapes: dict[str, set[_Shape]], wanted: str) -> bool:
+    """Whether the model has the layer. Raises ModelError where it has it of another size."""
+    has = next((shapes[end] for end in _ends(layer) if end in shapes), None)
+    if has and size not in has and size[::-1] not in has:
+        told = " or ".join(f"{a} x {b}" for a, b in sorted(has))
+        raise ModelError(
+            f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x {size[1]} numbers, "
+            f"which the model has with {told}; {wanted}"
+        )
+    return bool(has)
 
 
 def _layers(base: Path) -> tuple[dict[str, set[_Shape]], set[str]]:
@@ -120,6 +153,10 @@ def _layers(base: Path) -> tuple[dict[str, set[_Shape]], set[str]]:
             if len(shape) == 2 and tensor.endswith(".weight"):
                 for end in _ends(tensor.removesuffix(".weight")):
                     shapes[end].add(shape)
+    if "lm_head" not in shapes:  # it is tied to the embedding
+        words = text_config(base).get("vocab_size")
+        if tied := {shape for some in shapes.values() for shape in some if shape[0] == words}:
+            shapes["lm_head"] = tied
     return shapes, {re.sub(r"\d+", "#", end) for end in shapes}
 
 
@@ -130,12 +167,12 @@ def _ends(layer: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(numbered + 1)]
 
 
-def _shapes(file: Path) -> dict[str, _Shape]:
+def _shapes(file: Path, whose: str = "") -> dict[str, _Shape]:
     try:
         with safe_open(file, framework="numpy") as tensors:
             return {tensor: tuple(tensors.get_slice(tensor).get_shape()) for tensor in tensors.offset_keys()}
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} is damaged or cut off ({error}): copy it again") from error
+        raise ModelError(f"{whose}{file} is damaged or cut off ({error}): copy it again") from error
 
 
 def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], paths: Paths) -> str | None:

@@ -46,6 +46,19 @@ class Deployed:
         return self.status == "RUNNING" or self.replicas > 0
 
 
+def on_nodes(details: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The models with replicas on each node, by node id; one that has two there is named twice."""
+    found: dict[str, list[str]] = {}
+    for name, app in sorted((details.get("applications") or {}).items()):
+        deployment = app["deployments"].get(DEPLOYMENT)
+        if name.startswith(_PREFIX) and deployment:
+            model = described(deployment["deployment_config"]["user_config"]).name
+            for replica in deployment["replicas"]:
+                if replica.get("node_id"):
+                    found.setdefault(replica["node_id"], []).append(model)
+    return found
+
+
 def app_name(model: str) -> str:
     """The Serve application of a model; the name becomes part of file names."""
     return _PREFIX + model.replace("/", "--")

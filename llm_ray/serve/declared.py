@@ -16,36 +16,35 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llm_ray.conf.schema import home
 from llm_ray.conf.serve import ServeConf
 from llm_ray.errors import ServeError
 from llm_ray.files import locked, write_text
 
 
-def declared_file() -> Path:
+def declared_file(home: Path) -> Path:
     """Where it is kept."""
-    return home() / "serve" / "declared.json"
+    return home / "serve" / "declared.json"
 
 
-def remember(conf: ServeConf, names: Sequence[str]) -> None:
-    """Keep these models of the conf, in place of others of their names. Raises ServeError."""
+def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
+    """Keep these models of the conf in `file`, in place of others of their names. Raises ServeError."""
     told = conf.model_dump(mode="json")
-    with _changing() as kept:
+    with _changing(file) as kept:
         kept["endpoint"] = told["endpoint"]
         kept.setdefault("models", {}).update({name: {"paths": told["paths"], "model": told["models"][name]} for name in names})
 
 
-def forget(names: Sequence[str] | None = None) -> None:
+def forget(file: Path, names: Sequence[str] | None = None) -> None:
     """Keep these models no more; all of them where none are named. Raises ServeError."""
-    if not declared_file().exists():
+    if not file.exists():
         return
-    with _changing() as kept:
+    with _changing(file) as kept:
         kept["models"] = {name: entry for name, entry in kept.get("models", {}).items() if names is not None and name not in names}
 
 
-def declared() -> list[ServeConf]:
+def declared(file: Path) -> list[ServeConf]:
     """A conf for each model that is to be served, with the endpoint they share. Raises ServeError for one that this version cannot read."""
-    kept = _read()
+    kept = _read(file)
     found = []
     for name, entry in kept.get("models", {}).items():
         runtime = {"mode": "cluster", "address": "auto"}
@@ -57,14 +56,13 @@ def declared() -> list[ServeConf]:
             )
         except (ValidationError, KeyError, TypeError) as error:
             raise ServeError(
-                f"{declared_file()}: what is kept of the model {name} cannot be read by this version: deploy it again "
+                f"{file}: what is kept of the model {name} cannot be read by this version: deploy it again "
                 f"(llm-ray serve deploy), or stop it (llm-ray serve stop {name}). ({str(error).splitlines()[0]})"
             ) from error
     return found
 
 
-def _read() -> dict[str, Any]:
-    file = declared_file()
+def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -75,11 +73,10 @@ def _read() -> dict[str, Any]:
 
 
 @contextmanager
-def _changing() -> Iterator[dict[str, Any]]:
-    file = declared_file()
+def _changing(file: Path) -> Iterator[dict[str, Any]]:
     try:
         with locked(file.with_suffix(".lock")):
-            kept = _read()
+            kept = _read(file)
             yield kept
             write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n", mode=0o640)
     except OSError as error:

@@ -1,7 +1,7 @@
 """Deploying models on the connected Ray, changing them, and taking them away; each leaves the others alone.
 
-with local.connected(reporter):
-    endpoint = deploy(models, conf.endpoint, reporter)
+with local.connected(conf.runtime, home, reporter, begin=True):
+    endpoint = deploy(models, conf.endpoint, home, reporter)
     ...  # endpoint.url is http://127.0.0.1:8000/v1
     stop("smollm2", reporter)
 """
@@ -16,13 +16,15 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import llm_ray
 from llm_ray.conf.serve import Endpoint
-from llm_ray.console import Reporter
 from llm_ray.errors import ServeError
+from llm_ray.progress import Reporter
 from llm_ray.serve import catalogue
 from llm_ray.serve.catalogue import DEPLOYMENT, GATEWAY, Deployed
 from llm_ray.serve.gateway.deployment import Gateway
@@ -30,6 +32,7 @@ from llm_ray.serve.models import ServedModel
 from llm_ray.serve.plan import Node, beyond_room, fits_beside, place, tell
 from llm_ray.serve.protect import Protection
 from llm_ray.serve.replica import ModelReplica
+from llm_ray.threads import Once
 
 _POLL = 0.1  # seconds
 _SETTLES = 5.0  # seconds within which Ray counts as free what a replica held that has ended
@@ -42,6 +45,7 @@ _GRACE = 60.0  # seconds that Serve may take for the rest
 # A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
 _STARTS = 5
 _FAILED_TO_START = "failed to start"
+_LOGGING: Once[None] = Once()
 
 
 @dataclass(frozen=True)
@@ -54,15 +58,17 @@ class Served:
     models: tuple[ServedModel, ...]
     endpoint: Endpoint
     """With what was left as it ran."""
+    started_ray: bool = False
+    """Whether this machine's Ray was started for it."""
 
     def route(self, model: str) -> str:
         """The model's own route."""
         return f"{self.url.removesuffix('/v1')}/{model}"
 
 
-def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter, timeout: float = 900) -> Served:
+def deploy(models: Sequence[ServedModel], endpoint: Endpoint, home: Path, reporter: Reporter, timeout: float = 900) -> Served:
     """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it is, but for what
-    `endpoint` says of it.
+    `endpoint` says of it; its keys are those of `home`.
 
     A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are others, else by
     replicas that are replaced one after the other: a new one starts before an old one ends, where there is room for both, so that there
@@ -84,7 +90,7 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, reporter: Reporter
         ]
         try:
             beside = fits_beside(changed, hosts)
-            _run([_gateway(endpoint), *(_application(model, endpoint, beside, before.get(model.name)) for model in changed)])
+            _run([_gateway(endpoint, home), *(_application(model, endpoint, beside, before.get(model.name)) for model in changed)])
             _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
             _restore(changed, before, endpoint, wait=not isinstance(error, KeyboardInterrupt))
@@ -121,6 +127,12 @@ def status() -> dict[str, Deployed]:
     """The models deployed on the connected Ray, by name; none where Ray Serve does not run."""
     client = _client()
     return catalogue.deployed(client.get_serve_details()) if client else {}
+
+
+def on_nodes() -> dict[str, list[str]]:
+    """The models with replicas on each node of the connected Ray, by node id."""
+    client = _client()
+    return catalogue.on_nodes(client.get_serve_details()) if client else {}
 
 
 def running_endpoint() -> Endpoint | None:
@@ -316,13 +328,13 @@ def _constant(model: ServedModel) -> ServedModel:
     return replace(model, replicas=1, autoscale=None)
 
 
-def _gateway(endpoint: Endpoint) -> Any:
+def _gateway(endpoint: Endpoint, home: Path) -> Any:
     from ray import serve
 
     deployment = serve.deployment(
         serve.ingress()(Gateway),
         name=GATEWAY,
-        user_config={"endpoint": endpoint.model_dump(mode="json"), "protection": Protection.of(endpoint).to_json()},
+        user_config={"endpoint": endpoint.model_dump(mode="json"), "protection": Protection.of(endpoint, home).to_json()},
         num_replicas=1,
         max_ongoing_requests=10_000,
         health_check_period_s=2,
@@ -437,9 +449,13 @@ def _url(http: Any) -> str:
     return f"{'https' if http.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{http.port}/v1"
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> AbstractContextManager[None]:
     """Serve tells its own story on stderr; what matters of it is said here."""
+    return _LOGGING.use(None, _without_warnings)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,6 +1,6 @@
 """Serving on this machine: a Ray of its own in the background, which one command starts and others join.
 
-python -m llm_ray.serve.local STATE    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress, and ends it
+python -m llm_ray.serve.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress, and ends it
 
 Its place and token are told in `LLM_RAY_HOME/serve/local.json`, which its owner alone can read.
 """
@@ -24,9 +24,9 @@ import psutil
 from llm_ray.cluster import join_local, local_ray
 from llm_ray.conf.schema import home
 from llm_ray.conf.serve import ServeRuntime
-from llm_ray.console import Reporter
 from llm_ray.errors import ServeError
 from llm_ray.files import write_json
+from llm_ray.progress import Reporter
 from llm_ray.serve import proxy
 
 _POLL = 0.05  # seconds
@@ -39,8 +39,8 @@ class LocalRay:
     """The Ray that serves on this machine."""
 
     pid: int
-    created: float
-    """When the process began: a pid alone may be another's by now."""
+    began: int
+    """When the process began, as `_began` tells it: a pid alone may be another's by now."""
     address: str
     token: str
     """Path of the file with its token."""
@@ -50,54 +50,66 @@ class LocalRay:
     """Whether it only answers what is in progress, and ends."""
 
 
-def state_file() -> Path:
+def state_file(home: Path) -> Path:
     """Where the local Ray that serves is told."""
-    return home() / "serve" / "local.json"
+    return home / "serve" / "local.json"
 
 
-def running() -> LocalRay | None:
+def running(home: Path) -> LocalRay | None:
     """The local Ray that serves, if one does."""
     try:
-        found = LocalRay(**json.loads(state_file().read_text()))
-        alive = abs(psutil.Process(found.pid).create_time() - found.created) < 1
-    except (OSError, ValueError, TypeError, psutil.Error):
+        found = LocalRay(**json.loads(state_file(home).read_text()))
+        alive = _began(found.pid) == found.began
+    except (OSError, ValueError, TypeError):
         return None
     return found if alive else None
 
 
-def start(reporter: Reporter, timeout: float = 120) -> LocalRay:
+def _began(pid: int) -> int:
+    """When a process began, in clock ticks after the start of the machine (proc(5), `starttime`): its time by the clock is another when the
+    clock is set. Raises OSError where there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19])
+
+
+def start(home: Path, reporter: Reporter, timeout: float = 120) -> LocalRay:
     """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
-    found = running()
+    found = running(home)
     if found and found.ending:
         reporter.line("What was served here is being stopped; waiting for its last answers.")
         end(found)
     elif found:
         return found
     reporter.line("Starting Ray on this machine, in the background.")
-    state = state_file()
+    state = state_file(home)
     state.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     log = state.with_name("local.log")
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "llm_ray.serve.local"], stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            [sys.executable, "-m", "llm_ray.serve.local"],
+            env={**os.environ, "LLM_RAY_HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
     try:
-        return _started(process, log, timeout)
+        return _started(process, home, log, timeout)
     except BaseException:
         _stop(process.pid, 30)
         raise
 
 
-def _started(process: subprocess.Popen[bytes], log: Path, timeout: float) -> LocalRay:
+def _started(process: subprocess.Popen[bytes], home: Path, log: Path, timeout: float) -> LocalRay:
     """Wait until the background process serves. Raises ServeError."""
     import ray.serve  # noqa: F401  # seconds, meanwhile
 
     began = time.monotonic()
     while True:
-        if (found := running()) and found.pid == process.pid:
+        if (found := running(home)) and found.pid == process.pid:
             return found
         if process.poll() is not None:
-            if found := running():  # another command was faster
+            if found := running(home):  # another command was faster
                 return found
             said = log.read_text(errors="replace").strip().splitlines()
             raise ServeError(f"Ray did not start on this machine: {said[-1] if said else 'no reason given'} ({log})")
@@ -123,8 +135,8 @@ def _stop(pid: int, timeout: float | None = None) -> None:
 
 
 @contextlib.contextmanager
-def connected(runtime: ServeRuntime, reporter: Reporter, begin: bool = False) -> Iterator[None]:
-    """The Ray that serves, joined: the cluster's, or this machine's, which is started where `begin` says so.
+def connected(runtime: ServeRuntime, home: Path, reporter: Reporter, begin: bool = False) -> Iterator[None]:
+    """The Ray that serves, joined: the cluster's, or this machine's of `home`, which is started where `begin` says so.
 
     Raises ServeError when nothing is served, ClusterError when the cluster cannot be joined.
     """
@@ -134,7 +146,7 @@ def connected(runtime: ServeRuntime, reporter: Reporter, begin: bool = False) ->
         with join_cluster(runtime.address, proxy.ENVIRONMENT):
             yield
         return
-    found = start(reporter) if begin else running()
+    found = start(home, reporter) if begin else running(home)
     if found is None:
         raise ServeError("nothing is served on this machine: llm-ray serve deploy --model … starts it (a cluster: --address auto)")
     with join_local(found.address, Path(found.token)):
@@ -145,7 +157,7 @@ def main() -> None:
     """The background process: Ray, until SIGTERM."""
     import fcntl
 
-    state = state_file()
+    state = state_file(home())
     signal.signal(signal.SIGTERM, _interrupt)  # while it starts; Ctrl-C does the same
     with state.with_name("local.lock").open("ab") as lock:
         try:
@@ -172,7 +184,7 @@ def _serve_until_told_to_end() -> None:
         signal.signal(told, lambda *_: ending.set())
     node = ray._private.worker._global_node
     me = psutil.Process()
-    here = LocalRay(me.pid, me.create_time(), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
+    here = LocalRay(me.pid, _began(me.pid), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
     _tell(here)
     vital = [child for child in me.children() if child.name() in ("gcs_server", "raylet")]
     while not ending.wait(_WATCH):
@@ -190,7 +202,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _tell(told: LocalRay) -> None:
-    state = state_file()
+    state = state_file(home())
     state.touch(mode=0o600)
     write_json(state, asdict(told))
 

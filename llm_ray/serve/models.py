@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_ray.conf.serve import Autoscale
-from llm_ray.models.folder import read_json
+from llm_ray.models.folder import GENERATION, read_json
 
 Engine = Literal["vllm", "openvino", "transformers"]
 Precision = Literal["fp32", "bf16"]
@@ -33,6 +33,17 @@ _LENGTHS = (
     "max_seq_length",
     "seq_len",
 )
+# Settings of sampling that vLLM takes from generation_config.json, as they are where nothing is set.
+NEUTRAL: Mapping[str, float | None] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_new_tokens": None,
+}
 # Bytes of a number.
 SIZES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
@@ -77,6 +88,8 @@ class ServedModel:
     """Highest rank that an adapter may have; 0: no adapters."""
     task: Task = "chat"
     """What it is for, by OpenAI's names: completions without a chat template, embeddings where it makes vectors in place of text."""
+    sampling: dict[str, float] = field(default_factory=dict)
+    """What samples the answer to a request that does not say, where that is not as OpenAI has it: by generation_config.json's names."""
     tool_parser: str | None = None
     trust_remote_code: bool = False
     compile: bool = False
@@ -88,6 +101,12 @@ class ServedModel:
         """Hash of all that a replica has to be started anew for."""
         told = asdict(self) | {"autoscale": None, "replicas": None, "adapters": None}
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def sampling(path: Path) -> dict[str, float]:
+    """What the model's generation_config.json sets of sampling, other than OpenAI's defaults."""
+    own = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
+    return {name: own[name] for name, neutral in NEUTRAL.items() if own.get(name) not in (None, neutral)}
 
 
 def longest(path: Path, asked: int | None) -> int:

@@ -1,6 +1,6 @@
 """From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told before loading.
 
-models = plan(conf, Reporter())       # folders found, arithmetic and memory decided; ModelError for what cannot be served
+models = plan(conf, reporter)         # folders found, arithmetic and memory decided; ModelError for what cannot be served
 place(models, nodes, deployed)        # cores decided; ServeError with the figures where there is no room
 """
 
@@ -14,14 +14,29 @@ from pathlib import Path
 
 from llm_ray.conf.schema import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf
-from llm_ray.console import Reporter
 from llm_ray.errors import ModelError, ServeError
 from llm_ray.hardware import cpu_flags, has_bf16
+from llm_ray.models.complete import check_complete
 from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
+from llm_ray.models.limits import check_tokenizer_fits, positions
 from llm_ray.models.load import fingerprint, resolve
 from llm_ray.models.registry import has_chat_template, import_model, template_text
+from llm_ray.models.tokens import check_alike
+from llm_ray.progress import Reporter
 from llm_ray.serve.adapters import adapter_rank, check_adapter, find_adapter
-from llm_ray.serve.models import SIZES, Adapter, Precision, ServedModel, Task, kv_cache_bytes, longest, made_for, writes
+from llm_ray.serve.models import (
+    DEFAULT_MAX_MODEL_LEN,
+    SIZES,
+    Adapter,
+    Precision,
+    ServedModel,
+    Task,
+    kv_cache_bytes,
+    longest,
+    made_for,
+    sampling,
+    writes,
+)
 
 # What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
 _PROGRAM_BYTES = 1_800 * 2**20
@@ -65,10 +80,15 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     if tokenizer:
         check_tokenizer(tokenizer)
     path, weights = _weights(asked, source, paths, reporter)
+    check_alike(tokenizer or path)
     _check_kind(asked, path)
+    check_tokenizer_fits(path, tokenizer or path)
+    # Of a conversion, the original was looked at.
+    empty = check_complete(path, trust_remote_code=asked.trust_remote_code) if asked.engine != "openvino" else None
     precision = _precision(asked, weights)
-    length = longest(path, asked.max_model_len)
-    if (most := made_for(path)) and length > most:
+    most = min((limit for limit in (made_for(path), positions(empty) if empty else None) if limit), default=None)
+    length = asked.max_model_len or min(longest(path, None), most or DEFAULT_MAX_MODEL_LEN)
+    if most and length > most:
         raise ModelError(f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so many")
     cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
     size = SIZES.get(weights.dtype, 4.0) if asked.engine == "openvino" else SIZES[precision]
@@ -99,12 +119,23 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
         adapters={called: Adapter(str(folder), fingerprint(folder)) for called, folder in adapters.items()},
         lora_rank=max(ranks, default=0),
         task=task,
+        sampling=sampling(path) if asked.sampling_defaults == "model" else {},
         tool_parser=_tool_parser(asked.tools, tokenizer or path, template) if task == "chat" else None,
         trust_remote_code=asked.trust_remote_code,
         compile=asked.compile,
         engine_options=asked.engine_options,
         identity=fingerprint(path),
     )
+
+
+def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
+    """The model as it will be served, without converting it where that would be needed: its memory is then reckoned. Raises ModelError."""
+    if asked.engine != "openvino":
+        return _planned(name, asked, paths, reporter)
+    like = _planned(name, asked.model_copy(update={"engine": "transformers", "weights": None}), paths, reporter)
+    weights = like.memory_bytes - like.kv_cache_bytes - _PROGRAM_BYTES
+    smaller = int(weights * SIZES[asked.weights or "int8"] / SIZES[like.precision])
+    return replace(like, engine="openvino", memory_bytes=like.memory_bytes - weights + smaller)
 
 
 def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:

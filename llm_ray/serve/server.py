@@ -12,16 +12,16 @@ from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 from ray.llm._internal.serve.core.protocol import LLMServerProtocol
 from ray.llm._internal.serve.core.server.llm_server import LLMServer
+from transformers import AutoTokenizer
 from vllm.exceptions import VLLMNotFoundError
 
-from llm_ray.models.registry import template_text
+from llm_ray.models.chat import ChatTemplate, as_learnt, tell_tools
 from llm_ray.serve.engines.frontend import Engine
-from llm_ray.serve.models import Adapter, ServedModel
+from llm_ray.serve.models import NEUTRAL, Adapter, ServedModel, sampling
 from llm_ray.serve.pace import TOKEN_BY_TOKEN, collected
-from llm_ray.serve.tools import knows_tools, tell_tools
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-_LORAS_AT_ONCE = 8  # adapters whose requests are computed together
+ADAPTERS_AT_ONCE = 8  # adapters whose requests are computed together
 _LOOKS = 300  # a tenth of a second apart
 _LORAS_KEPT = 64  # adapters in memory
 
@@ -40,9 +40,10 @@ class ModelServer(LLMServer):
         self._name = model.name
         self.adapters = dict(model.adapters)
         self._loading = asyncio.Lock()
-        self._tell_tools = bool(model.tool_parser) and not knows_tools(template_text(model.tokenizer or model.path, model.chat_template))
+        template = chat_template(model)
+        self._template, self._tools = template, bool(model.tool_parser)
         LLMServerProtocol.__init__(self)
-        self._init_shared(llm_config(model), functools.partial(Engine, model))
+        self._init_shared(llm_config(model, template), functools.partial(Engine, model))
 
     async def start(self) -> None:
         """Load the engine and the adapters, and try the engine out: what it cannot compute shows now, not to the first client.
@@ -66,7 +67,7 @@ class ModelServer(LLMServer):
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Load an adapter unless it is loaded. Raises what vLLM raises of one that it does not take."""
+        """Load an adapter unless it is loaded. Raises ModelError for one that vLLM does not take."""
         path = Path(self._versions.name) / adapter.identity
         if self.engine.adapter_path(name) == str(path):
             return
@@ -94,21 +95,13 @@ class ModelServer(LLMServer):
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
         TOKEN_BY_TOKEN.set(bool(request.tools))
-        return await super().chat(self._told(request), raw_request_info)
+        return await super().chat(told(request, self._template, tools=self._tools), raw_request_info)
 
     async def tokenize(self, request: Any, raw_request_info: Any = None) -> Any:
-        return await super().tokenize(self._told(request), raw_request_info)
-
-    def _told(self, request: Any) -> Any:
-        """The request with its tools told in words, where the chat template knows none."""
-        messages = getattr(request, "messages", ())
-        if self._tell_tools and messages and (request.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)):
-            wanted = request.tools or () if getattr(request, "tool_choice", "auto") != "none" else ()
-            request.messages = tell_tools(messages, [tool.model_dump(exclude_none=True) for tool in wanted])
-        return request
+        return await super().tokenize(told(request, self._template, tools=self._tools), raw_request_info)
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises what vLLM raises of one that is none."""
+        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ModelError for one that vLLM does not take."""
         before, self.adapters = self.adapters, dict(adapters)  # first: requests that come meanwhile load what is to be served
         for name in before.keys() - adapters.keys():
             self.engine.forget_adapter(name)
@@ -116,6 +109,20 @@ class ModelServer(LLMServer):
             if before.get(name) != adapter:
                 self._link(adapter)  # vLLM reads it again where there are more adapters than it keeps
                 await self._load_adapter(name, adapter)
+
+
+def told(request: Any, template: ChatTemplate | None, *, tools: bool) -> Any:
+    """The request with its messages as training has them; with `tools`, those that the chat template does not know are told in words."""
+    if messages := getattr(request, "messages", ()):
+        request.messages = as_learnt(messages)
+        if template and tools and template.in_words(request.messages, request.tools):
+            wanted = request.tools or () if getattr(request, "tool_choice", "auto") != "none" else ()
+            request.messages = tell_tools(request.messages, [tool.model_dump() for tool in wanted])
+            if request.tools:  # the template shall not write what it knows of them once more
+                request.chat_template_kwargs = (request.chat_template_kwargs or {}) | {"tools": []}
+        if template:
+            request.messages = template.with_whole_system(request.messages, request.tools)
+    return request
 
 
 def engine_arguments(model: ServedModel) -> dict[str, Any]:
@@ -127,20 +134,36 @@ def engine_arguments(model: ServedModel) -> dict[str, Any]:
         "dtype": _DTYPES[model.precision],
         "enforce_eager": not model.compile,
         "trust_remote_code": model.trust_remote_code,
+        "load_format": "hf",  # else Mistral's consolidated.safetensors goes before the files that were checked
+        "override_generation_config": {name: NEUTRAL[name] for name in sampling(model.path).keys() - model.sampling.keys()},
         "disable_log_stats": True,
     }
     if model.tokenizer:
         engine["tokenizer"] = str(model.tokenizer)
     if model.lora_rank:
-        engine |= {"enable_lora": True, "max_lora_rank": model.lora_rank, "max_loras": _LORAS_AT_ONCE, "max_cpu_loras": _LORAS_KEPT}
+        engine |= {"enable_lora": True, "max_lora_rank": model.lora_rank, "max_loras": ADAPTERS_AT_ONCE, "max_cpu_loras": _LORAS_KEPT}
     if model.engine == "transformers":
         engine["hf_overrides"] = {"architectures": ["TransformersForCausalLM"]}  # the front end alone reads it
     return engine | (model.engine_options if model.engine == "vllm" else {})
 
 
-def llm_config(model: ServedModel) -> LLMConfig:
+def chat_template(model: ServedModel) -> ChatTemplate | None:
+    """The template that writes the model's prompts; None where it takes no conversations. Raises what transformers raises."""
+    if model.task != "chat":
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(str(model.tokenizer or model.path), trust_remote_code=model.trust_remote_code)
+    if model.chat_template:
+        tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+    return ChatTemplate(tokenizer) if tokenizer.chat_template else None
+
+
+def llm_config(model: ServedModel, template: ChatTemplate | None) -> LLMConfig:
     """What ``ray.serve.llm`` wants to know of the model."""
     engine = engine_arguments(model)
+    if template:
+        engine["chat_template_content_format"] = {True: "openai", False: "string", None: "auto"}[template.takes_parts]
+        if template.alone:
+            engine["chat_template"] = template.alone
     if model.chat_template:
         engine["chat_template"] = str(model.chat_template)
     if model.tool_parser:

@@ -1,4 +1,4 @@
-"""Batches: which packed sequences a worker takes at a step, and how they are laid out as tensors.
+"""Batches: which rows a worker takes at a step, in which forward passes, and how they are laid out as tensors.
 
 The order is a pure function of seed, epoch and step, so that a resumed run sees what the unbroken one would have seen.
 """
@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import datasets
+import numpy as np
 import torch
 from torch import Tensor
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.schema import FinetuneConf, as_run
+from llm_ray.data.encode import IGNORED
 
-IGNORE = -100
+MICRO_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -37,78 +39,100 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a training over `sequences` packed sequences: each step takes `batch_size` × `accumulation` × `workers` of them.
+    """Steps of a training over rows of `lengths` tokens: each step takes `batch_size` rows, whatever workers there are.
 
-    `present`: workers that there are, where some of them are lost: a step takes the same sequences, in more forward passes.
+    `limit`: most tokens that a worker computes at once, padding included; `packed`: rows are laid end to end, without padding.
     """
 
-    sequences: int
+    lengths: np.ndarray
     batch_size: int
-    accumulation: int
-    workers: int
+    limit: int
+    packed: bool
     seed: int
-    present: int | None = None
-
-    @property
-    def per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.workers
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.sequences // self.per_step)
+        return -(-len(self.lengths) // self.batch_size)
 
-    def take(self, step: int, rank: int) -> list[list[int]]:
-        """Sequence numbers for optimizer step `step` (from 0) on worker `rank`: a list for each forward pass.
-
-        At an epoch's end there may be too few for all: the last lists are then short or empty.
-        """
+    def take(self, step: int, rank: int, workers: int) -> list[list[int]]:
+        """Row numbers for optimizer step `step` (from 0) on worker `rank` of `workers`: a list for each forward pass, as many on every
+        worker. Where there are too few rows for all, the last lists are empty."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = self._order(epoch)[within * self.per_step : (within + 1) * self.per_step]
-        present = self.present or self.workers
-        width = self.batch_size * present
-        passes = -(-self.accumulation * self.workers // present)
-        return [order[pass_ * width : (pass_ + 1) * width][rank::present] for pass_ in range(passes)]
+        rows = self._order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+        shares = [self._passes(share) for share in self._deal(rows, workers)]
+        mine = shares[rank]
+        return mine + [[] for _ in range(max(map(len, shares)) - len(mine))]
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.sequences, generator=generator).tolist()
+        return torch.randperm(len(self.lengths), generator=generator).tolist()
+
+    def _deal(self, rows: list[int], workers: int) -> list[list[int]]:
+        """The rows shared out so that workers have about as many tokens: the longest first, to the one with the fewest (Graham 1969)."""
+        shares: list[list[int]] = [[] for _ in range(workers)]
+        tokens = [0] * workers
+        for row in sorted(rows, key=lambda row: -self.lengths[row]):
+            least = tokens.index(min(tokens))
+            shares[least].append(row)
+            tokens[least] += int(self.lengths[row])
+        return shares
+
+    def _passes(self, rows: list[int]) -> list[list[int]]:
+        """A worker's rows, the longest first, in passes of at most `limit` tokens; a row longer than that has a pass of its own."""
+        passes: list[list[int]] = []
+        room: dict[int, int] = {}  # of each pass that is not full: tokens, or where rows are padded to its first one's length: rows
+        least = int(min(self.lengths[rows], default=0)) if self.packed else 1
+        for row in rows:
+            length = int(self.lengths[row])
+            size = length if self.packed else 1
+            fits = next((number for number, free in room.items() if free >= size), None)
+            if fits is None:
+                fits = len(passes)
+                passes.append([])
+                room[fits] = self.limit if self.packed else max(1, self.limit // length)
+            passes[fits].append(row)
+            room[fits] -= size
+            if room[fits] < least:
+                del room[fits]
+        return passes
 
 
-def plan_steps(conf: FinetuneConf, sequences: int, present: int | None = None) -> tuple[Schedule, int]:
-    """The conf's schedule over `sequences` packed sequences (on `present` workers, where some are lost), and the number of optimizer
-    steps of the whole training."""
+def plan_steps(conf: FinetuneConf, lengths: np.ndarray, packed: bool = True) -> tuple[Schedule, int]:
+    """The schedule over rows of `lengths` tokens, and the number of optimizer steps of the whole training.
+
+    `conf` is one without `auto` (``llm_ray.train.auto``).
+    """
     training = conf.training
-    schedule = Schedule(sequences, training.batch_size, training.gradient_accumulation, conf.runtime.workers, training.seed, present)
-    return schedule, training.max_steps or max(1, round(conf.epochs * schedule.steps_per_epoch))
+    schedule = Schedule(lengths, as_run(training.global_batch_size), micro_batch_tokens(conf), packed, training.seed)
+    return schedule, training.max_steps or max(1, round(as_run(training.epochs) * schedule.steps_per_epoch))
 
 
-def steps_of(data: datasets.Dataset, schedule: Schedule, rank: int, start: int, end: int, packed: bool) -> Iterator[list[Batch]]:
+def micro_batch_tokens(conf: FinetuneConf) -> int:
+    """Most tokens that a worker computes at once."""
+    return conf.training.micro_batch_tokens or max(MICRO_BATCH_TOKENS, conf.data.max_length)
+
+
+def steps_of(data: datasets.Dataset, schedule: Schedule, rank: int, workers: int, start: int, end: int) -> Iterator[list[Batch]]:
     """The batches of worker `rank` for steps `start` to `end` (exclusive): a list of one batch per forward pass, for each step."""
     for step in range(start, end):
-        yield [collate(data, indices, packed) for indices in schedule.take(step, rank)]
+        yield [collate(data, indices, schedule.packed) for indices in schedule.take(step, rank, workers)]
 
 
-def shares(count: int, batch_size: int, rank: int, workers: int) -> list[list[int]]:
-    """Sequence numbers of a validation for worker `rank`, in lists of `batch_size`; as many lists on every worker."""
-    lists = -(-count // (batch_size * workers))
-    mine = list(range(rank, count, workers))
-    return [mine[i * batch_size : (i + 1) * batch_size] for i in range(lists)]
+def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> list[list[int]]:
+    """Row numbers of one pass over all rows for worker `rank`, in padded lists of at most `limit` tokens; as many lists on every worker."""
+    return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).take(0, rank, workers)
 
 
 def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
-    """Lay the sequences out. Without any, one sequence with nothing supervised: the worker has to take part in the step all the same."""
+    """Lay the rows out. Without any, one row with nothing supervised: the worker has to take part in the step all the same."""
     rows: list[tuple[list[int], list[int]]] = []
     for index in indices or [0]:
-        sequence = data[index]
-        start = 0
-        for length in sequence["lengths"]:
-            labels = sequence["labels"][start : start + length] if indices else [IGNORE] * length
-            rows.append((sequence["input_ids"][start : start + length], labels))
-            start += length
+        row = data[index]
+        rows.append((row["input_ids"], row["labels"] if indices else [IGNORED] * len(row["labels"])))
     lengths = [len(ids) for ids, _ in rows]
     width = sum(lengths) if packed else max(lengths)
     input_ids = torch.zeros(1 if packed else len(rows), width, dtype=torch.int64)
-    position_ids, mask, target = torch.zeros_like(input_ids), torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORE)
+    position_ids, mask, target = torch.zeros_like(input_ids), torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)
     place = 0
     for number, (ids, labels) in enumerate(rows):
         row, at = (0, place) if packed else (number, 0)
@@ -119,5 +143,5 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
         target[row, at : to - 1] = torch.tensor(labels[1:], dtype=torch.int64)  # each position predicts the next token of its own row
         place = to
     flat = target.flatten()
-    supervised = (flat != IGNORE).nonzero()[:, 0]
+    supervised = (flat != IGNORED).nonzero()[:, 0]
     return Batch(input_ids, position_ids, mask, lengths, supervised, flat[supervised], sum(lengths) if indices else 0)

@@ -1,35 +1,38 @@
 """What a training will need, told before it starts: memory per worker, and time.
 
-Both are estimates. Memory is counted from the model's own shapes; time from the rate at which this host multiplies matrices, measured
-for a moment in the precision to be used.
+Both are measured: some real steps are taken (``llm_ray.train.trial``). Where the model would not even fit this host, nothing is run,
+and memory is counted from the model's shapes.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
 
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.data.prepare import DataStats
-from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
+from llm_ray.data.prepare import DataStats, lengths_of, open_split
+from llm_ray.errors import ConfError
+from llm_ray.hardware import choose_precision, cpu_flags
 from llm_ray.models.load import load_empty_model
-from llm_ray.train.batches import plan_steps
-from llm_ray.train.model import add_adapters, weight_dtype
+from llm_ray.train.batches import micro_batch_tokens, plan_steps
+from llm_ray.train.model import add_adapters, learning_modules, weight_dtype
+from llm_ray.train.trial import measure
 
 PROCESS_BYTES = 0.9e9
 """A worker's memory before it holds a model: Python, torch, transformers, Ray."""
-EFFICIENCY = {"fp32": 0.6, "bf16": 0.15}
-"""Share of the matrix rate that training reaches, measured on SmolLM2-135M (docs/reference/benchmarks.md); what is not a matrix product weighs more in bf16."""
+RAY_BYTES = 0.15e9
+"""What a worker of Ray's holds beyond the same process without it."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters, trainable: counts. memory_per_worker: bytes. seconds: of training, without evaluation."""
+    """parameters, trainable: counts. memory_per_worker: peak, bytes. seconds: of training, validations included, evaluation not; None
+    where no step could be taken. step_seconds: the optimizer steps' share of them. learning: the kinds of layers
+    that learn, a line each."""
 
     parameters: int
     trainable: int
@@ -39,86 +42,105 @@ class Estimate:
     tokens: int
     memory_per_worker: float
     memory_here: float
-    seconds: float
-    matrix_rate: float
+    seconds: float | None
+    step_seconds: float | None
+    learning: list[str]
+    unmeasured: str = ""
+    """Why no step was taken, where none was."""
+    notes: tuple[str, ...] = ()
+    """What showed when steps were taken, for people."""
+
+    def memory(self, conf: FinetuneConf) -> float:
+        """Peak of all workers on this host, in bytes: of one where a cluster has others."""
+        return self.memory_per_worker * (conf.runtime.workers if conf.runtime.mode == "local" else 1)
+
+    def fits(self, conf: FinetuneConf) -> bool:
+        """Whether this host has that memory."""
+        return self.memory(conf) < self.memory_here
 
     def lines(self, conf: FinetuneConf) -> list[str]:
         """The figures for people, a line each."""
         workers = conf.runtime.workers
-        fits = (
-            ""
-            if self.memory_per_worker * (workers if conf.runtime.mode == "local" else 1) < self.memory_here
-            else ": TOO MUCH for this host"
-        )
-        return [
+        fits = "" if self.fits(conf) else ": TOO MUCH for this host"
+        lines = [
             f"{self.trainable:,} of {self.parameters:,} parameters learn ({self.trainable / self.parameters:.2%})",
             f"precision {self.precision}: {self.precision_reason}",
             f"{self.steps} steps, {self.tokens:,} tokens",
             f"memory about {self.memory_per_worker / 2**30:.1f} GiB for each of {workers} worker(s); this host has {self.memory_here / 2**30:.1f} GiB{fits}",
-            f"training about {_duration(self.seconds)} on hosts like this one ({self.matrix_rate / 1e9:.0f} GFLOP/s a worker in {self.precision})",
         ]
+        if self.seconds is None or self.step_seconds is None:
+            return [*lines, f"how long it takes was not measured: {self.unmeasured}"]
+        like = "here" if conf.runtime.mode == "local" else "on hosts like this one, without what the network costs"
+        validation = self.seconds - self.step_seconds
+        parts = f", {_duration(validation)} of it validation" if validation > 1 else ""
+        return [*lines, *self.notes, f"training about {_duration(self.seconds)} {like}{parts} (from some real steps)"]
 
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def estimate(conf: FinetuneConf, data: DataStats, cpus: int) -> Estimate:
-    """Estimate the training stage with `cpus` a worker. Raises ModelError."""
+def estimate(conf: FinetuneConf, data: DataStats, prepared: Path, cpus: int) -> Estimate:
+    """Estimate the training stage with `cpus` a worker, from the rows in `prepared`. `conf` is one without `auto`. Raises LlmRayError."""
     flags = cpu_flags()
     precision, reason = choose_precision(conf.training.precision, flags)
     causal = load_empty_model(conf.model, conf.paths, torch.float32)
     parameters = sum(p.numel() for p in causal.parameters())
-    head = causal.get_output_embeddings()
-    embedding = causal.get_input_embeddings().weight.numel()
-    matrices = parameters - embedding + (embedding if head is not None and head.weight is causal.get_input_embeddings().weight else 0)
     config = causal.config.get_text_config()
     frozen_bytes = torch.finfo(weight_dtype(conf, precision, flags)).bits // 8
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learning = learning_modules(model)
 
-    schedule, steps = plan_steps(conf, data.train.sequences)
+    schedule, steps = plan_steps(conf, lengths_of(open_split(prepared, "train")))
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
+    memory = float(psutil.virtual_memory().total)
 
     weights = (parameters if conf.tuning.method == "lora" else 0) * frozen_bytes + trainable * (4 + 4 + 8)
     if conf.training.strategy == "fsdp":
         weights /= conf.runtime.workers
-    width = config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    batch_tokens = conf.training.batch_size * min(conf.data.max_length, data.train.tokens / data.train.sequences)
-    layer = 4.0 * batch_tokens * (8 * width + 6 * inner)
-    layers = config.num_hidden_layers
-    activations = layer + layers * 4 * batch_tokens * width if conf.training.gradient_checkpointing else layers * layer
-
-    rate = matrix_rate(torch_dtype(precision), cpus)
-    backward = 2 if conf.tuning.method == "full" else 1  # frozen matrices need no gradient of their own
-    passes = 1 + backward + (1 if conf.training.gradient_checkpointing else 0)
-    seconds = 2.0 * matrices * passes * tokens / conf.runtime.workers / (rate * EFFICIENCY[precision])
-    return Estimate(
+    here = conf.runtime.workers if conf.runtime.mode == "local" else 1
+    free = psutil.virtual_memory().available
+    unmeasured = "" if "train" in conf.stages else "stages has no train"
+    if weights * here > free:
+        need = f"{weights * here / 2**30:.1f} GiB of weights, gradients and optimizer"
+        unmeasured = f"{need} are more than the {free / 2**30:.1f} GiB that are free on this host"
+    planned = Estimate(
         parameters=parameters,
         trainable=trainable,
         precision=precision,
         precision_reason=reason,
         steps=steps,
         tokens=tokens,
-        memory_per_worker=PROCESS_BYTES + weights + activations,
-        memory_here=float(psutil.virtual_memory().total),
-        seconds=seconds,
-        matrix_rate=rate,
+        memory_per_worker=PROCESS_BYTES + weights + _activations(conf, config, data),
+        memory_here=memory,
+        seconds=None,
+        step_seconds=None,
+        learning=learning,
+        unmeasured=unmeasured,
+    )
+    if unmeasured:
+        return planned
+    cost = measure(conf, prepared, cpus)
+    step_seconds = tokens * cost.seconds_per_token
+    validations = 1 + steps / (conf.training.validate_every or schedule.steps_per_epoch)
+    validated = data.validation.tokens * validations if data.validation else 0
+    return replace(
+        planned,
+        memory_per_worker=cost.memory + RAY_BYTES,
+        seconds=step_seconds + validated * cost.validation_seconds_per_token,
+        step_seconds=step_seconds,
+        notes=cost.notes,
     )
 
 
-def matrix_rate(dtype: torch.dtype, cpus: int, seconds: float = 0.3) -> float:
-    """Floating-point operations a second of matrix products in `dtype` on `cpus` of this host, measured for `seconds`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(cpus, os.cpu_count() or 1)))
-    try:
-        a, b = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-        a @ b
-        count, began = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds:
-            a @ b
-            count += 1
-        return count * 2 * 512 * 1024 * 1024 / elapsed
-    finally:
-        torch.set_num_threads(before)
+def _activations(conf: FinetuneConf, config: object, data: DataStats) -> float:
+    """Bytes that a forward pass keeps for the backward pass, about."""
+    width = getattr(config, "hidden_size", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not width or not layers:
+        raise ConfError(f"model.base {conf.model.base}: its configuration tells no hidden_size or num_hidden_layers")
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    tokens = min(micro_batch_tokens(conf), data.train.tokens)
+    layer = 4.0 * tokens * (8 * width + 6 * inner)
+    return layer + layers * 4 * tokens * width if conf.training.gradient_checkpointing else layers * layer

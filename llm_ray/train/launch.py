@@ -12,50 +12,52 @@ from typing import Any
 
 from llm_ray.cluster import Cluster, check_resources, describe, node_selector, room_for
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.console import Bar, Reporter
-from llm_ray.errors import TrainError
+from llm_ray.errors import LlmRayError, Stopped, TrainError
+from llm_ray.progress import Bar, Reporter
+from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints, step_of
-from llm_ray.train.recipe import STOP_FILE, Outcome, Task, train, worker_environment
+from llm_ray.train.recipe import NOTES_FILE, Outcome, Task, train, worker_environment
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 _SETTLE_SECONDS = 20.0  # after a loss, before fewer workers go on: a worker that died alone has its host back by then
 _HOST_SECONDS = 900.0  # that lost hosts are waited for
 _SAY_SECONDS = 60.0
+# What a RuntimeError says that another try may mend.
+_PASSING = re.compile(r"gloo|connect|peer|socket|timed? ?out|store|rendezvous|process group|barrier|memory|allocat|thread", re.IGNORECASE)
 
 
-class Stopped(TrainError):
-    """Training was asked to stop, and did, with a checkpoint to go on from."""
-
-    exit_code = 130
+class Recurring(TrainError):
+    """Training failed in a way that another try would not mend."""
 
 
 def run_training(conf: FinetuneConf, cluster: Cluster, resume_from: Path | None, reporter: Reporter) -> Outcome:
-    """Train as the conf says, on the joined Ray. The first Ctrl-C asks for a checkpoint and an end, the second ends at once.
+    """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an end; the second
+    Ctrl-C ends at once.
 
     A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come back: training goes
     on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises ClusterError when the workers do not fit,
-    Stopped after Ctrl-C, TrainError when training failed.
+    Stopped when it was asked to, TrainError when training failed.
     """
     folder = conf.run_dir / "checkpoint"
     cpus = check_resources(conf.runtime, cluster)
     workers = room_for(conf.runtime, cluster, cpus)
     lost = 0
-    stop = _Stop(folder / STOP_FILE, reporter)
-    stop.file.unlink(missing_ok=True)
+    stop = _Stop(stop_file(conf.run_dir), reporter)
+    (folder / NOTES_FILE).unlink(missing_ok=True)
     try:
         with reporter.bar("training") as bar:
             while True:
                 # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
                 (folder / SNAPSHOT).unlink(missing_ok=True)
                 fit = _Fit(_trainer(conf, cluster, workers, cpus, resume_from))
-                _follow(fit, conf, bar, stop)
+                _follow(fit, conf, bar, stop, reporter)
                 try:
                     outcome = fit.outcome(conf)
                     break
                 except TrainError as error:
                     lost += not _is_no_fault(error.__cause__)
-                    if stop.asked:
+                    if stop.asked() or isinstance(error, Recurring):
                         raise
                     if lost > conf.runtime.max_failures:
                         raise TrainError(
@@ -121,7 +123,7 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
         waited = time.monotonic() - began
         if room == conf.runtime.workers or (room >= fewest and waited > _SETTLE_SECONDS):
             return now, room
-        if stop.asked:
+        if stop.asked():
             raise Stopped(f"{conf.name}: stopped while it waited for hosts. {_goes_on(conf)}")
         if waited > _HOST_SECONDS:
             raise TrainError(
@@ -142,26 +144,35 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 class _Stop:
-    """Ctrl-C: the first asks the workers for a checkpoint and an end, the second is raised."""
+    """The wish for a checkpoint and an end: the file, which another process may make; the first Ctrl-C makes it, the second is raised."""
 
     def __init__(self, file: Path, reporter: Reporter) -> None:
         self.file, self._reporter = file, reporter
-        self.asked = False
+        self._interrupted = self._told = False
 
-    def ask(self) -> None:
-        self.asked = True
+    def asked(self) -> bool:
+        """Whether there is the wish; the user is told once."""
+        asked = self._interrupted or self.file.exists()
+        if asked and not self._told:
+            self._told = True
+            again = "again" if self._interrupted else "twice"
+            self._reporter.line(
+                f"Stopping after this step, with a checkpoint (Ctrl-C {again}: at once, going on later from the last checkpoint) …"
+            )
+        return asked
+
+    def interrupt(self) -> None:
+        """Ctrl-C. Raises KeyboardInterrupt at the second."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
         self.file.touch()
-        self._reporter.line(
-            "Stopping after this step, with a checkpoint (Ctrl-C again: at once, going on later from the last checkpoint) …"
-        )
 
     def sleep(self, seconds: float) -> None:
         try:
             time.sleep(seconds)
         except KeyboardInterrupt:
-            if self.asked:
-                raise
-            self.ask()
+            self.interrupt()
 
 
 class _Fit(threading.Thread):
@@ -191,20 +202,22 @@ class _Fit(threading.Thread):
         return self._result
 
 
-def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop) -> None:
-    shown = -1
+def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop, reporter: Reporter) -> None:
+    shown, notes = -1, conf.run_dir / "checkpoint" / NOTES_FILE
     while not fit.ended.is_set():
         try:
+            stop.asked()  # for the user to know
             fit.ended.wait(0.5)
+            if notes.is_file():
+                reporter.line("".join(f"  {line}\n" for line in notes.read_text(encoding="utf-8").splitlines()).rstrip())
+                notes.unlink()
             rows = read_metrics(conf.run_dir / "metrics.jsonl", last=1)
             if rows and rows[-1]["step"] != shown and "loss" in rows[-1]:
                 row = rows[-1]
                 shown = row["step"]
                 bar.update(shown, row["total_steps"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s")
         except KeyboardInterrupt:
-            if stop.asked:
-                raise
-            stop.ask()
+            stop.interrupt()
 
 
 def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
@@ -215,9 +228,7 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     causes = {f"worker {rank} of {conf.name}": _cause(failure) for rank, failure in failures.items()}
     causes = causes or {f"training of {conf.name}": _cause(error)}
     resume = _goes_on(conf)
-    less = (
-        "Lower training.batch_size or data.max_length, set training.gradient_checkpointing, or use training.strategy fsdp over more workers"
-    )
+    less = "Lower training.micro_batch_tokens or data.max_length, set training.gradient_checkpointing, or use training.strategy fsdp over more workers"
     for who, cause in causes.items():
         if isinstance(cause, OutOfMemoryError):
             found = re.search(r"Memory on the node \(IP: (\S+),.*? was (\S+ used / \S+) limit", str(cause))
@@ -235,8 +246,31 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
                 f"{who} died: killed from outside, most often by the kernel for want of memory, or its host went away. "
                 f"If it was memory: {less[0].lower()}{less[1:]}. {resume}"
             )
-    who, cause = next(iter(causes.items()))
+    who, cause = next(((who, cause) for who, cause in causes.items() if _recurs(cause)), next(iter(causes.items())))
+    if _recurs(cause):
+        return Recurring(
+            f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. Another try would fail the same way, so that none is made: its cause lies in the "
+            "model, the data or the conf, or is a defect here. What is done is kept, and gone on from once that is mended"
+        )
     return TrainError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. {resume}")
+
+
+def _recurs(cause: BaseException) -> bool:
+    """Whether an exception in a worker is one that the same code and data raise again: not of the network, the host or another worker."""
+    if type(cause) is RuntimeError:  # torch's for everything
+        return not _PASSING.search(str(cause))
+    certain = (
+        LlmRayError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+        ImportError,
+        NotImplementedError,
+    )
+    return isinstance(cause, certain)
 
 
 def _goes_on(conf: FinetuneConf) -> str:

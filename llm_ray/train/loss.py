@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from llm_ray.train.attention import set_rows
 from llm_ray.train.batches import Batch
 
-_IDS = torch.arange(1, 17)
-_PROBE = Batch(_IDS[None], _IDS[None] - 1, torch.ones_like(_IDS)[None], [16], torch.arange(15), _IDS[1:], 16)
+LARGE = 1e4
+"""Logits that are tried, from minus to plus so many, to see whether a model caps them."""
 BLOCK_BYTES = 24 * 2**20  # of fp32 logits at once: about what a core's share of the last-level cache holds
 
 
@@ -94,19 +94,45 @@ class SupervisedLoss(nn.Module):
         return self._causal[0]
 
     def choose_blockwise(self) -> bool:
-        """Use the blockwise loss if it equals the model's own on a few tokens.
+        """Use the blockwise loss if it is the model's own: the model projects the hidden states as they are, by its output embeddings,
+        and what comes of that are its logits, however large.
 
-        Models may scale, cap or shift their logits after the projection; those that do keep their own.
+        Models that scale, cap or shift either keep their own loss. A cap does not show in the small logits of an untrained model, and
+        logits grow while it learns: so large ones are put in the place of the projection's.
         """
-        if type(self.causal.get_output_embeddings()) is not nn.Linear:
+        self.blockwise = False
+        head = self.causal.get_output_embeddings()
+        if type(head) is not nn.Linear:
             return False
-        training = self.training
-        self.eval()
+        calls: list[tuple[Tensor, Tensor]] = []
+
+        def enlarge(_: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+            large = torch.linspace(-LARGE, LARGE, logits.numel()).to(logits.dtype).view(logits.shape)
+            calls.append((inputs[0], large))
+            return large
+
+        training = self.model.training
+        self.model.eval()
         with torch.no_grad():
-            own, blockwise = self._plain_loss(_PROBE), self._blockwise_loss(_PROBE)
-        self.train(training)
-        self.blockwise = bool(torch.isclose(own, blockwise, rtol=1e-2))
+            hidden = self.causal.base_model(**self._inputs(self._probe))[0]
+            with head.register_forward_hook(enlarge):
+                logits = self.model(**self._inputs(self._probe)).logits
+            if len(calls) == 1 and calls[0][0].shape == hidden.shape and calls[0][1].shape == logits.shape:
+                projected, large = calls[0]
+                as_it_is = torch.allclose(projected.float(), hidden.float(), rtol=1e-3, atol=1e-3 * float(hidden.abs().max()))
+                self.blockwise = (
+                    as_it_is
+                    and torch.equal(logits, large)
+                    and bool(torch.isclose(self._plain_loss(self._probe), self._blockwise_loss(self._probe), rtol=1e-2))
+                )
+        self.model.train(training)
         return self.blockwise
+
+    @property
+    def _probe(self) -> Batch:
+        """A row of a few tokens."""
+        ids = torch.arange(1, 17) % self.causal.config.get_text_config().vocab_size
+        return Batch(ids[None], torch.arange(16)[None], torch.ones_like(ids)[None], [16], torch.arange(15), ids[1:], 16)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         if self.packed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -11,19 +13,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from llm_ray.conf.schema import FinetuneConf, Lora
 from llm_ray.errors import ConfError
 from llm_ray.hardware import Precision, has_bf16, torch_dtype
-from llm_ray.models.load import load_empty_model, load_model
-from llm_ray.train.attention import use_packed_attention
+from llm_ray.models.load import has_experts, load_empty_model, load_model
+from llm_ray.nearest import nearest_names
+from llm_ray.train.attention import switch_to_packed
 from llm_ray.train.loss import SupervisedLoss
+
+_ALL = "all-linear"
+_NAME = re.compile(r"[\w.-]+")  # of a layer, in place of a pattern of names
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]) -> torch.dtype:
@@ -35,15 +46,18 @@ def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]
     return torch_dtype(conf.model.dtype)
 
 
-def build(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> SupervisedLoss:
-    """The model with its loss, not yet laid over workers.
-
-    With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises ModelError, ConfError.
-    """
+def load(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> PreTrainedModel:
+    """The base model. With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises ModelError."""
     weightless = conf.training.strategy == "fsdp" and rank != 0
     causal = load_empty_model(conf.model, conf.paths, dtype) if weightless else load_model(conf.model, conf.paths, dtype)
     causal.config.use_cache = False
-    packed = use_packed_attention(causal)
+    return causal
+
+
+def adapt(conf: FinetuneConf, causal: PreTrainedModel, dtype: torch.dtype, packed: bool) -> SupervisedLoss:
+    """The loaded model with what learns in it, and its loss. Raises ConfError."""
+    if packed:
+        switch_to_packed(causal)
     if conf.training.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(conf.training.seed)  # the same adapters on every worker
@@ -57,26 +71,90 @@ def build(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> SupervisedLoss:
 
 
 def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
-    """A peft model with fresh LoRA adapters around `causal`. Raises ConfError when `tuning.lora` fits no layer of it."""
-    targets = lora.target_modules
+    """A peft model with fresh LoRA adapters around `causal`. Raises ConfError where `tuning.lora` does not fit the model.
+
+    `all-linear` leaves the routers of a mixture of experts as they are; its experts, which are no linear layers, get adapters.
+    """
+    targets: str | list[str] = list(lora.target_modules)
+    if isinstance(lora.target_modules, str):  # a pattern, or a name: peft would take that for a pattern, which matches nothing
+        targets = lora.target_modules if lora.target_modules == _ALL or not _NAME.fullmatch(lora.target_modules) else [lora.target_modules]
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.r,
+        lora_alpha=lora.scale,
+        lora_dropout=lora.dropped,
+        target_modules=targets,
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.rslora,
+    )
     try:
-        return get_peft_model(
-            causal,
-            LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=lora.r,
-                lora_alpha=lora.scale,
-                lora_dropout=lora.dropout,
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                modules_to_save=list(lora.modules_to_save) or None,
-                use_rslora=lora.rslora,
-            ),
-        )
-    except ValueError as error:
-        linear = sorted({name.rsplit(".", 1)[-1] for name, module in causal.named_modules() if isinstance(module, nn.Linear)})
+        convert_peft_config_for_transformers(config, causal, None)  # of experts: from the names of layers to those of parameters
+        if targets == _ALL:
+            config.target_parameters = {name for name in config.target_parameters or () if name.split(".")[0] not in _ROUTERS}
+            if has_experts(causal.config):
+                config.exclude_modules = sorted(_ROUTERS & {name.rpartition(".")[2] for name in _linear(causal)}) or None
+        _check_names(causal, lora, config)
+        return get_peft_model(causal, config)
+    except (ValueError, re.error) as error:
         raise ConfError(
-            f"tuning.lora.target_modules: {targets!r} names no layer of this model; its linear layers are {', '.join(linear)} (or use all-linear). peft says: {error}"
+            f"tuning.lora.target_modules: {lora.target_modules!r} does not fit this model{_layers(causal)}. peft says: {error}"
         ) from error
+
+
+def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> None:
+    """Raises ConfError for a name that is no layer of the model (peft passes over it), and for dropout on experts."""
+    modules = [name for name, module in causal.named_modules() if not isinstance(module, nn.ModuleList)]
+    names = [*modules, *(name for name, _ in causal.named_parameters())]
+    asked = {"target_modules": config.target_modules, "modules_to_save": lora.modules_to_save}
+    for key, called in asked.items():
+        for target in () if isinstance(called, str) else sorted(called):
+            if not any(f".{name}".endswith(f".{target}") for name in names):
+                near = nearest_names(target, {name.rpartition(".")[2] for name in modules})
+                told = f": do you mean {near[0]}?" if near else _layers(causal)
+                raise ConfError(f"tuning.lora.{key}: {target!r} names no layer of this model{told}")
+    pattern = config.target_modules
+    if isinstance(pattern, str) and pattern != _ALL and not any(re.fullmatch(pattern, name) for name in modules):
+        raise ConfError(
+            f"tuning.lora.target_modules: the pattern {pattern!r} matches no layer's whole name, as {_linear(causal)[0]}{_layers(causal)}"
+        )
+    if lora.dropped and config.target_parameters:
+        raise ConfError(
+            f"tuning.lora.dropout is {lora.dropped:g}, and peft has no dropout for adapters on experts ({', '.join(sorted(config.target_parameters))}): "
+            "set it to 0, or name layers beside the experts, as tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+        )
+
+
+def _linear(causal: PreTrainedModel) -> list[str]:
+    return [name for name, module in causal.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _layers(causal: PreTrainedModel) -> str:
+    return f"; its linear layers are {', '.join(sorted({name.rpartition('.')[2] for name in _linear(causal)}))} (or use {_ALL})"
+
+
+def learning_modules(model: nn.Module) -> list[str]:
+    """What learns, for people: a line for each kind of layer (the same name but for numbers), and one of what stays as it is.
+
+    Experts whose gate and up projections are one matrix get twice the rank there, as peft does it: `tuning.lora.r` for each of the two.
+    """
+    kinds: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    resting: dict[str, None] = {}
+    for name, module in model.named_modules():
+        kind = re.sub(r"\b\d+\b", "*", re.sub(r"(^|\.)(base_model\.model|base_layer|original_module)(?=\.|$)", "", name).removeprefix("."))
+        if isinstance(module, LoraLayer):
+            own = [part for part in module.adapter_layer_names for part in getattr(module, part).parameters()]
+            kind += f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
+            kinds[kind, f"rank {module.r[module.active_adapters[0]]}"].append(sum(part.numel() for part in own))
+        elif isinstance(module, ModulesToSaveWrapper):
+            kinds[kind, "trained whole"].append(sum(part.numel() for part in module.parameters() if part.requires_grad))
+        elif any(part.dim() > 1 and not part.requires_grad for part in module.parameters(recurse=False)) and "lora_" not in name:
+            resting[kind] = None
+    adapted = [kind for kind, _ in kinds]
+    if not kinds:
+        return ["every weight learns"]
+    lines = [f"{kind}: {how}, {len(sizes)} of them, {sum(sizes):,} parameters" for (kind, how), sizes in kinds.items()]
+    still = [kind for kind in resting if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
+    return [*lines, *([f"as they are: {', '.join(still)}"] if still else [])]
 
 
 def speed_up_adapters(model: nn.Module) -> None:

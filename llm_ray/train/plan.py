@@ -1,40 +1,111 @@
-"""What a training is going to do, in words and for params.json: precision and why, threads, strategy, steps."""
+"""What a training is going to do, in words and for params.json: hyperparameters, precision and why, threads, strategy, steps; and what
+speaks against it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from llm_ray.conf.schema import FinetuneConf
-from llm_ray.data.prepare import open_split
+from llm_ray.conf.schema import EarlyStopping, FinetuneConf, as_run
+from llm_ray.data.formats import Conversation
+from llm_ray.data.prepare import TOO_LONG, DataStats, asked_in_training, lengths_of, open_split
 from llm_ray.hardware import choose_precision, cpu_flags
+from llm_ray.train.auto import Choice, rate_for
 from llm_ray.train.batches import plan_steps
 
+FEW_STEPS = 20
+"""Optimizer steps below which a training hardly moves a model."""
+HIGH_RATE, LOW_RATE = 8, 30
+"""Times above and below the usual learning rate from which on it is told."""
+FEW_VALIDATION_ROWS = 10
+"""Validation rows below which their loss says little."""
 
-def describe_plan(conf: FinetuneConf, cpus: int) -> tuple[dict[str, Any], list[str]]:
+
+def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, Any], list[str]]:
     """Parameters as run (the conf's, with what `auto` came to on this host), and lines for people."""
+    conf = choice.conf
     training, workers = conf.training, conf.runtime.workers
     precision, reason = choose_precision(training.precision, cpu_flags())
-    schedule, steps = plan_steps(conf, len(open_split(conf.run_dir / "prepared", "train")))
+    schedule, steps = plan_steps(conf, lengths_of(open_split(prepared, "train")))
+    epochs = steps / schedule.steps_per_epoch
     params = {
         "base": conf.model.base,
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
         **({"lora": conf.tuning.lora.model_dump(mode="json") | {"alpha": conf.tuning.lora.scale}} if conf.tuning.method == "lora" else {}),
         **training.model_dump(mode="json", exclude_none=True),
-        "learning_rate": conf.learning_rate,
-        "epochs": steps / schedule.steps_per_epoch,
+        "epochs": epochs,
         "max_steps": steps,
         "precision": precision,
         "precision_reason": reason,
         "workers": workers,
         "cpus_per_worker": cpus,
-        "sequences_per_step": schedule.per_step,
+        "micro_batch_tokens": schedule.limit,
         "max_length": conf.data.max_length,
         "packing": conf.data.packing,
+        "reasons": choice.reasons,
     }
     lines = [
         f"precision {precision}: {reason}",
-        f"{workers} worker(s) with {cpus} CPU(s) each, {training.strategy if workers > 1 else 'alone'}; {schedule.per_step} sequences a step",
-        f"{steps} steps ({steps / schedule.steps_per_epoch:.3g} epochs of {schedule.steps_per_epoch})",
+        f"{workers} worker(s) with {cpus} CPU(s) each, {training.strategy if workers > 1 else 'alone'}",
+        *choice.lines(),
+        f"{steps} steps of {schedule.batch_size} rows ({epochs:.3g} epochs of {schedule.steps_per_epoch})",
     ]
     return params, lines
+
+
+def warnings(
+    conf: FinetuneConf, data: DataStats, steps: int, width: int, asked: Iterable[Conversation] = (), prepared: Path | None = None
+) -> list[str]:
+    """What speaks against a plan: each with what to do. `conf` is one without `auto`; `asked` are the questions of evaluation.data."""
+    training, found = conf.training, []
+    if steps < FEW_STEPS:
+        found.append(
+            f"{_count(steps, 'optimizer step')} will hardly move a model: raise training.epochs or training.max_steps, or lower training.global_batch_size "
+            f"({training.global_batch_size})"
+        )
+    rate, usual = as_run(training.learning_rate), rate_for(conf, width, data.train.sequences)
+    if rate > HIGH_RATE * usual:
+        found.append(
+            f"training.learning_rate {rate:g} is {rate / usual:.0f} times what method {conf.tuning.method} bears on a model of this width "
+            f"({usual:g}): the loss may rise or become nan; lower it, or leave it to auto"
+        )
+    if rate < usual / LOW_RATE:
+        found.append(
+            f"training.learning_rate {rate:g} is a {usual / rate:.0f}th of what method {conf.tuning.method} takes on a model of this width "
+            f"({usual:g}): little will be learned; raise it, or leave it to auto"
+        )
+    cut = data.truncated + sum(count for why, count in data.dropped.items() if why == TOO_LONG)
+    if cut * 2 > data.read:
+        found.append(f"answers of {cut} of {data.read} rows are cut off by data.max_length {data.max_length}: raise it")
+    guards = training.best_checkpoint or isinstance(training.early_stopping, EarlyStopping)
+    if data.validation and data.validation.rows < FEW_VALIDATION_ROWS and guards:
+        found.append(
+            f"a validation split of {_count(data.validation.rows, 'row')} tells little, and chooses the weights that are exported: "
+            "give data.validation more rows, or set it to null, so that all are learned from"
+        )
+    rows = data.train.rows
+    if data.repeated * 50 > rows:
+        found.append(
+            f"training rows that repeat another one: {data.repeated} of {rows}. They count twice: take them out (data.processor: deduplicate)"
+        )
+    if data.contradicting:
+        found.append(
+            f"training rows that ask what another one asks, and answer otherwise: {data.contradicting} of {rows}. The model cannot learn both: "
+            "correct them (the first are named with the data)"
+        )
+    if data.leaked and data.validation:
+        found.append(
+            f"validation rows that ask what a training row asks: {data.leaked} of {data.validation.rows}. Their loss says nothing of questions "
+            "that were not trained on: take them out of one of the two"
+        )
+    if prepared and (known := asked_in_training(prepared, asked)):
+        found.append(
+            f"questions of evaluation.data that training rows ask, too: {known}. Right answers to them prove nothing: take them out"
+        )
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

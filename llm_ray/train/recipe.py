@@ -16,26 +16,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import psutil
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm_ray import cores
-from llm_ray.conf.schema import FinetuneConf
-from llm_ray.data.prepare import open_split
+from llm_ray.conf.schema import EarlyStopping, FinetuneConf, as_run
+from llm_ray.data.prepare import has_validation, lengths_of, open_split
 from llm_ray.errors import LlmRayError, TrainError
-from llm_ray.hardware import choose_precision, cpu_flags, keep_freed_memory, return_freed_memory
+from llm_ray.hardware import choose_precision, cpu_flags, forget_peak_memory, keep_freed_memory, peak_memory, return_freed_memory
+from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
-from llm_ray.train.batches import collate, plan_steps, shares, steps_of
-from llm_ray.train.model import build, compile_layers, distribute, gradient_sync, weight_dtype
+from llm_ray.train.attention import why_not_packed
+from llm_ray.train.batches import Batch, collate, passes_over, plan_steps, steps_of
+from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load, weight_dtype
 from llm_ray.train.optimizer import learning_rate, make_optimizer
-from llm_ray.train.workers import agree, first, total
+from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total
 
-STOP_FILE = ".stop"
-"""Where the driver asks for a checkpoint and an end: a file of this name in the checkpoint folder."""
+NOTES_FILE = ".notes"
+"""In the checkpoint folder: lines from worker 0 for the user."""
 
 
 class Task(TypedDict):
@@ -63,6 +65,8 @@ class Setup:
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     packed: bool
+    notes: list[str]
+    """What the user should know of how it is computed."""
 
 
 def train(task: Task) -> Outcome:
@@ -75,16 +79,23 @@ def train(task: Task) -> Outcome:
     # Set-up: a problem on any worker ends the run on all of them, and says on which host it is.
     setup, problem = None, None
     try:
-        setup = set_up(conf, task["cpus"], rank, workers)
+        with contextlib.suppress(OtherWorkerFailed):  # which tells of it itself
+            setup = set_up(conf, task["cpus"], rank, workers)
         training_data = open_split(conf.run_dir / "prepared", "train")
-        validation_data = open_split(conf.run_dir / "prepared", "validation") if conf.data.validation is not None else None
+        validation_data = open_split(conf.run_dir / "prepared", "validation") if has_validation(conf.run_dir / "prepared") else None
     except (LlmRayError, OSError) as error:
         problem = f"{error} (worker {rank} on {socket.gethostname()})"
     if (failed := agree(problem)) or setup is None:
         return Outcome(status="failed", reason=failed or "", step=0, total_steps=0, best_step=None, best_validation_loss=None)
     module, optimizer = setup.module, setup.optimizer
+    if rank == 0 and setup.notes:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{NOTES_FILE}.partial"
+        partial.write_text("\n".join(setup.notes), encoding="utf-8")
+        partial.rename(folder / NOTES_FILE)
     training = conf.training
-    schedule, total_steps = plan_steps(conf, len(training_data), workers)
+    schedule, total_steps = plan_steps(conf, lengths_of(training_data), setup.packed)
+    validation_lengths = lengths_of(validation_data) if validation_data else None
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
 
@@ -111,12 +122,12 @@ def train(task: Task) -> Outcome:
         )
 
     def validate() -> float | None:
-        if not validation_data:
+        if validation_lengths is None:
             return None
         summed, tokens = 0.0, 0.0
         module.eval()
         with torch.no_grad(), setup.autocast():
-            for indices in shares(len(validation_data), training.batch_size, rank, workers):
+            for indices in passes_over(validation_lengths, schedule.limit, rank, workers):
                 batch = collate(validation_data, indices, setup.packed)
                 summed += module(batch).item()
                 tokens += len(batch.targets)
@@ -139,39 +150,27 @@ def train(task: Task) -> Outcome:
             metrics.write({"step": 0, "validation_loss": before})
         saved_at = progress.step
         began = time.perf_counter()
-        for batches in steps_of(training_data, schedule, rank, progress.step, total_steps, setup.packed):
+        for batches in steps_of(training_data, schedule, rank, workers, progress.step, total_steps):
+            forget_peak_memory()
             rate = learning_rate(conf, progress.step, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            loss_sum, supervised, tokens = 0.0, 0.0, 0.0
-            for number, batch in enumerate(batches):
-                with gradient_sync(module, last=number == len(batches) - 1):
-                    with setup.autocast():
-                        loss: Tensor = module(batch)
-                    loss.backward()
-                loss_sum += loss.item()
-                supervised += len(batch.targets)
-                tokens += batch.tokens
+            loss_sum, supervised, tokens = accumulate(setup, batches)
 
             # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all supervised tokens.
-            stop = float(rank == 0 and (folder / STOP_FILE).exists())
-            memory = float(psutil.Process().memory_info().rss)
+            stop = float(rank == 0 and stop_file(conf.run_dir).exists())
+            memory = float(peak_memory())
             loss_sum, supervised, tokens, stop, memory = total(loss_sum, supervised, tokens, stop, memory)
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, workers / max(1, supervised))
-            norm = _whole(nn.utils.get_total_norm(gradients))
+            norm = average_gradients(module, workers / max(1, supervised))
             mean_loss = loss_sum / max(1, supervised)
             if not torch.isfinite(torch.tensor([mean_loss, norm])).all():
                 kept = f"the checkpoint of step {saved_at} is intact" if saved_at else "there is no checkpoint yet"
                 raise TrainError(
                     f"the loss at step {progress.step + 1} is {mean_loss:.3g} (gradient norm {norm:.3g}): {kept}. Lower training.learning_rate "
-                    f"({conf.learning_rate:g}), lengthen training.warmup, or use training.precision fp32; then start under another name, or with --force"
+                    f"({as_run(training.learning_rate):g}), lengthen training.warmup, or use training.precision fp32; then start under another name, or with --force"
                 )
-            if training.max_grad_norm:
-                torch._foreach_mul_(gradients, min(1.0, training.max_grad_norm / (norm + 1e-6)))
-            optimizer.step()
-            optimizer.zero_grad()
+            update(setup, norm, training.max_grad_norm)
             progress.step += 1
 
             seconds = time.perf_counter() - began
@@ -188,7 +187,7 @@ def train(task: Task) -> Outcome:
                 "memory_per_worker": int(memory / workers),
             }
             last = progress.step == total_steps
-            patience = training.early_stopping
+            patience = training.early_stopping if isinstance(training.early_stopping, EarlyStopping) else None
             if last or progress.step % validate_every == 0:
                 validation_loss = validate()
                 if validation_loss is not None:
@@ -233,11 +232,21 @@ def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
     def autocast() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
-    loss = build(conf, weight_dtype(conf, precision, flags), rank)
-    if rank == 0:  # the only one that has weights already, with fsdp
+    dtype = weight_dtype(conf, precision, flags)
+
+    def loaded() -> tuple[PreTrainedModel, str]:
+        causal = load(conf, dtype, rank)
+        with autocast():  # rank 0 is the only one that has weights already, with fsdp
+            return causal, why_not_packed(causal) if conf.data.packing and rank == 0 else ""
+
+    causal, why_not = together(loaded)
+    why_not = first(why_not)
+    loss = adapt(conf, causal, dtype, packed=conf.data.packing and not why_not)
+    if rank == 0:
         with autocast():
             loss.choose_blockwise()
     loss.blockwise = first(loss.blockwise)
+    notes = [f"data.packing: rows are trained in padded batches, not end to end, because of the model: {why_not}"] if why_not else []
     if conf.training.compile:
         compile_layers(loss.causal)
     if conf.training.strategy == "fsdp":  # memory counts more than time
@@ -246,12 +255,38 @@ def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
     if conf.training.strategy == "ddp":
         keep_freed_memory()
     module.train()
-    return Setup(module, make_optimizer(module, conf), autocast, loss.packed)
+    return Setup(module, make_optimizer(module, conf), autocast, loss.packed, notes)
 
 
-def _whole(norm: Tensor) -> float:
+def accumulate(setup: Setup, batches: list[Batch]) -> tuple[float, float, float]:
+    """The forward and backward passes of a step on this worker: its summed loss, supervised tokens, and tokens."""
+    loss_sum, supervised, tokens = 0.0, 0.0, 0.0
+    for number, batch in enumerate(batches):
+        with gradient_sync(setup.module, last=number == len(batches) - 1):
+            with setup.autocast():
+                loss: Tensor = setup.module(batch)
+            loss.backward()
+        loss_sum += loss.item()
+        supervised += len(batch.targets)
+        tokens += batch.tokens
+    return loss_sum, supervised, tokens
+
+
+def average_gradients(module: nn.Module, factor: float) -> float:
+    """Scale the gradients by `factor`; returns their norm over all workers."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)
+    norm = nn.utils.get_total_norm(gradients)
     # FSDP gives each worker its part of a DTensor.
     return float(norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm)
+
+
+def update(setup: Setup, norm: float, max_norm: float | None) -> None:
+    """An optimizer step with gradients of `norm`, scaled down to `max_norm`."""
+    if max_norm:
+        torch._foreach_mul_([p.grad for p in setup.module.parameters() if p.grad is not None], min(1.0, max_norm / (norm + 1e-6)))
+    setup.optimizer.step()
+    setup.optimizer.zero_grad()
 
 
 def worker_environment() -> dict[str, str]:

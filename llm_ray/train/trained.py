@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,10 +38,29 @@ class _Named(nn.Module):
 
 
 def load_adapted(conf: FinetuneConf, checkpoint: Path, dtype: torch.dtype) -> PeftModel:
-    """The base in `dtype` with the checkpoint's adapters (fp32) beside it."""
-    model = add_adapters(load_model(conf.model, conf.paths, dtype), conf.tuning.lora)
+    """The base in `dtype` with the checkpoint's adapters (fp32) beside it, ready to be merged."""
+    base = load_model(conf.model, conf.paths, dtype)
+    model = add_adapters(base, conf.tuning.lora)
     load_weights(checkpoint, _Named(model))
+    untie(base)
     return model
+
+
+def untie(causal: PreTrainedModel) -> bool:
+    """Part the input and output embeddings of a model with adapters, where they share weights and either has learnt; whether it did so.
+
+    Merged into weights that are shared, what one has learnt would change the other, too.
+    """
+    ends = causal.get_input_embeddings(), causal.get_output_embeddings()
+    embedding, head = (getattr(end, "base_layer", None) or getattr(end, "original_module", end) for end in ends)
+    learnt = any(isinstance(end, (BaseTunerLayer, ModulesToSaveWrapper)) for end in ends)
+    if not learnt or head is None or head.weight is not embedding.weight:
+        return False
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (causal.config, causal.config.get_text_config()):
+        config.tie_word_embeddings = False
+    causal.all_tied_weights_keys = causal.get_expanded_tied_weights_keys(all_submodels=True)
+    return True
 
 
 def load_trained(conf: FinetuneConf, checkpoint: Path | None, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from llm_ray.errors import LlmRayError
 
 T = TypeVar("T")
 
@@ -22,6 +25,23 @@ def agree(problem: str | None) -> str | None:
     problems: list[str | None] = [None] * world_size()
     dist.all_gather_object(problems, problem)
     return next((p for p in problems if p), None)
+
+
+class OtherWorkerFailed(LlmRayError):
+    """Another worker failed at what all have to do."""
+
+
+def together(work: Callable[[], T]) -> T:
+    """What `work` returns, when it succeeds on every worker. Raises LlmRayError on every worker where one failed: alone it would leave the
+    others waiting for it."""
+    result, problem = None, None
+    try:
+        result = work()
+    except LlmRayError as error:
+        problem = error
+    if total(float(problem is not None))[0]:
+        raise problem or OtherWorkerFailed("another worker failed")
+    return cast(T, result)
 
 
 def first(value: T) -> T:

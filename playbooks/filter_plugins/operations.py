@@ -22,7 +22,7 @@ def operations_needed(groups: Mapping[str, Sequence[str]], taking_part: Sequence
         meant = f": the group {near[0]} means nothing here: did you mean ray_head?" if near else ""
         return f"the group ray_head of the inventory must have exactly one host, and has {len(heads)}{meant}: preflight.yml checks the inventory"
     missing = [host for host in dict.fromkeys([*heads, *needed]) if host not in taking_part]
-    return f"--limit leaves out {', '.join(missing)}: nothing was touched: run this without --limit" if missing else ""
+    return f"--limit leaves out {', '.join(missing)}: nothing was changed: run this without --limit" if missing else ""
 
 
 def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -> str:
@@ -44,14 +44,14 @@ def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -
     return ""
 
 
-def operations_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """The address of each host in the cluster: the one that is set, else that of its facts, else the one that Ansible has."""
+def cluster_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
+    """The address at which the cluster knows each host: ray_node_address, else that of its facts, else ansible_host; empty where none is known."""
     found = {}
     for host in hosts:
         own = hostvars[host]
         chosen = own.get("ray_node_address")
         fact = ((own.get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
-        # Undefined where it is worked out from facts that are not known.
+        # Undefined where the inventory computes it from facts that are not known.
         found[host] = str((None if isinstance(chosen, Undefined) else chosen) or fact or own.get("ansible_host") or "")
     return found
 
@@ -166,7 +166,7 @@ class FilterModule:
         return {
             "operations_needed": operations_needed,
             "operations_node": operations_node,
-            "operations_addresses": operations_addresses,
+            "cluster_addresses": cluster_addresses,
             "operations_facts": operations_facts,
             "operations_units": operations_units,
             "operations_answer": operations_answer,

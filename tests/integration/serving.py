@@ -30,7 +30,8 @@ class Home:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environment = {**os.environ, "LLM_RAY_HOME": str(folder), "TMPDIR": str(folder)}
+        own_code = str(Path(__file__).parents[2])  # the engine of a test is given a part of ours
+        self.environment = {**os.environ, "LLM_RAY_HOME": str(folder), "TMPDIR": str(folder), "PYTHONPATH": own_code}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([LLM_RAY, *arguments], capture_output=True, text=True, check=False, timeout=300, env=self.environment)

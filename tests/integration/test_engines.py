@@ -19,10 +19,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from llm_ray.cluster import local_ray
-from llm_ray.console import Reporter
+from llm_ray.progress import Silent
 from llm_ray.serve.models import Engine, ServedModel
 from tests.integration import tiny
 
@@ -85,10 +88,10 @@ class Served:
 
     async def chat(self, question: str = QUESTIONS[0], **asked: Any) -> Any:
         """The answer, whole or as a list of pieces. Raises Refused."""
-        from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+        from llm_ray.serve.gateway.requests import Chat
 
         asked = {"temperature": 0.0, "max_tokens": 32} | asked
-        request = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": question}], **asked)
+        request = Chat.model_validate({"model": "m", "messages": [{"role": "user", "content": question}]} | asked)
         return await _answer(await self.server.chat(request))
 
     def ask(self, question: str = QUESTIONS[0], **asked: Any) -> Any:
@@ -121,7 +124,7 @@ async def _answer(generator: Any) -> Any:
 def folders(smollm2: Path) -> Callable[[str], Path]:
     from llm_ray.models.convert import openvino_folder
 
-    return lambda engine: openvino_folder(smollm2, "fp32", smollm2.parent, Reporter()) if engine == "openvino" else smollm2
+    return lambda engine: openvino_folder(smollm2, "fp32", smollm2.parent, Silent()) if engine == "openvino" else smollm2
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +139,7 @@ def served(request: pytest.FixtureRequest, ray: None, folders: Callable[[str], P
 
     engine = request.param
     cache = CACHED_TOKENS.get(engine, 600) * TOKEN_BYTES
-    model = ServedModel("m", folders(engine), engine=engine, max_model_len=LENGTH, kv_cache_bytes=cache, max_batch=16, threads=2)
+    model = ServedModel("m", folders(engine), engine=engine, max_model_len=LENGTH, kv_cache_bytes=cache, max_batch=16, threads=1)
     with asyncio.Runner() as runner:
         server = ModelServer(model)
         runner.run(server.start())
@@ -229,6 +232,13 @@ def test_several_answers_differ_and_are_counted_together(served: Served, referen
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(reference.prompt(QUESTIONS[1])), 72)
 
 
+def test_several_answers_of_the_likeliest_tokens_are_the_same(served: Served) -> None:
+    for narrowest in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.0}):
+        choices = served.ask(QUESTIONS[1], n=3, max_tokens=8, **narrowest).choices
+        assert {choice.message.content for choice in choices} == {served.text(QUESTIONS[1], max_tokens=8)}
+        assert [choice.index for choice in choices] == [0, 1, 2]
+
+
 def test_the_pieces_of_a_stream_join_to_the_whole(served: Served) -> None:
     whole = served.ask(QUESTIONS[2])
     *pieces, last = served.ask(QUESTIONS[2], stream=True, stream_options={"include_usage": True})
@@ -271,8 +281,10 @@ def test_the_longest_answer_ends_with_the_context(served: Served, reference: Ref
     room = LENGTH - len(reference.prompt(question))
     answer = served.ask(question, max_tokens=None, ignore_eos=True)
     assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", room)
-    with pytest.raises(Refused, match=r"400 .*maximum"):
-        served.ask("word " * 600)
+    for words in (600, LENGTH - len(reference.prompt("word ")) + 1):
+        for limit in (None, 8):
+            with pytest.raises(Refused, match=r"400 .*maximum context length"):
+                served.ask("word " * words, max_tokens=limit)
 
 
 def test_sixteen_at_once_are_answered_as_alone(served: Served) -> None:
@@ -311,6 +323,20 @@ def test_a_parameter_is_heeded_or_refused(served: Served, parameter: str) -> Non
         assert heeded(served.ask(**asked).choices[0])
 
 
+def test_a_word_is_forbidden_wherever_it_stands(served: Served) -> None:
+    """After a blank "Oslo" is another token, and one fewer, than at the beginning of an answer."""
+    question = "What is the capital of Norway?"
+    assert " Oslo" in served.text(question)
+    if "bad_words" in CANNOT[served.engine]:
+        with pytest.raises(Refused, match=r"400 .*bad_words"):
+            served.ask(question, bad_words=["Oslo"])
+        return
+    assert "Oslo" not in served.text(question, bad_words=["Oslo"])
+    assert served.text(bad_words=[f"word {i}" for i in range(128)]) == served.text(), "as many as a request may have"
+    with pytest.raises(Refused, match=r"400 .*blanks"):
+        served.ask(bad_words=["Oslo", "  "])
+
+
 def test_a_schema_that_the_engine_cannot_read_harms_no_other_request(served: Served, reference: Reference) -> None:
     unreadable = {"json": {"type": "string", "pattern": "a++"}}
 
@@ -328,6 +354,84 @@ def test_a_schema_that_the_engine_cannot_read_harms_no_other_request(served: Ser
     if served.engine == "openvino":  # which has loaded the model anew for it, once
         with pytest.raises(Refused, match=r"400 .*cannot read this schema"):
             served.ask(structured_outputs=unreadable)
+    assert served.known() == set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_leaves_no_token_is_told_so_and_harms_no_other(served: Served, reference: Reference, stream: bool) -> None:
+    """What remains of the vocabulary shows as the answer grows: at once for the first two, after a token for the third."""
+    end, twice = 2, reference.tokenizer("ParisParis")["input_ids"]
+    assert len(twice) == 2
+    contradictions = (
+        {"allowed_token_ids": [end], "min_tokens": 3},
+        {"allowed_token_ids": [twice[0]], "bad_words": ["Paris"]},
+        {"allowed_token_ids": [twice[0]], "bad_words": ["ParisParis"]},
+    )
+
+    async def together(temperature: float) -> list[Any]:
+        asked = ({**one, "temperature": temperature, "stream": stream, "n": 2} for one in contradictions)
+        return await asyncio.gather(served.chat(QUESTIONS[1]), *(served.chat(QUESTIONS[0], **one) for one in asked), return_exceptions=True)
+
+    for temperature in (0.0, 1.0):
+        steady, *others = served.run(together(temperature))
+        assert steady.choices[0].message.content == reference.answer(QUESTIONS[1])[0]
+        for answer in others:
+            told = str(answer) if isinstance(answer, Refused) else json.dumps(answer[-1]["error"])
+            assert "400" in told and ("leaves no token" in told or f"engine {served.engine} cannot" in told)
+    assert served.known() == set()
+
+
+TOKEN = st.sampled_from([0, 2, 28, 30, 260, 5345, 9042, 49151])
+SETTINGS: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.sampled_from([0.0, 1e-320, 0.01, 1.0, 2.0]),
+    "top_p": st.sampled_from([0.0, 1e-320, 1e-6, 0.5, 1.0]),
+    "top_k": st.sampled_from([-1, 0, 1, 3, 49152, 2**31 - 1]),
+    "min_p": st.sampled_from([0.0, 0.2, 1.0]),
+    "frequency_penalty": st.sampled_from([-2.0, 0.3, 2.0]),
+    "presence_penalty": st.sampled_from([-2.0, 0.3, 2.0]),
+    "repetition_penalty": st.sampled_from([0.01, 0.9, 10.0]),
+    "seed": st.sampled_from([-(2**63), 0, 7, 2**63 - 1]),
+    "n": st.integers(1, 2),
+    "max_tokens": st.integers(1, 6),
+    "min_tokens": st.integers(0, 6),
+    "ignore_eos": st.booleans(),
+    "stop": st.sampled_from([" ", "e", "zzz"]),
+    "stop_token_ids": st.lists(TOKEN, max_size=2),
+    "allowed_token_ids": st.lists(TOKEN, min_size=1, max_size=3),
+    "bad_words": st.lists(st.sampled_from(["The", ",", "Paris", "<|im_end|>", "."]), max_size=3),
+    "logit_bias": st.dictionaries(TOKEN.map(str), st.sampled_from([-100.0, 1.0, 100.0]), max_size=3),
+    "structured_outputs": st.sampled_from([{"choice": ["Rome"]}, {"regex": "[a-c]{2}"}, {"json_object": True}]),
+    "logprobs": st.booleans(),
+    "stream": st.booleans(),
+}
+SAMPLING = st.lists(st.sampled_from(sorted(SETTINGS)), max_size=6, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: SETTINGS[name] for name in names})
+)
+
+
+def test_settings_of_any_kind_change_nothing_for_a_steady_client(served: Served, reference: Reference) -> None:
+    """A few; tests/full/test_fuzz.py asks more."""
+
+    @given(asked=st.lists(SAMPLING, min_size=12, max_size=12))
+    @settings(
+        max_examples=3, derandomize=True, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
+    )
+    def ask(asked: list[dict[str, Any]]) -> None:
+        async def together() -> list[Any]:
+            others = (served.chat(QUESTIONS[0], **{"max_tokens": 4} | one) for one in asked)
+            return await asyncio.gather(served.chat(QUESTIONS[1], max_tokens=16), *others, return_exceptions=True)
+
+        steady, *others = served.run(together())
+        assert steady.choices[0].message.content == reference.answer(QUESTIONS[1], 16)[0]
+        for one, answer in zip(asked, others, strict=True):
+            if isinstance(answer, ValidationError):  # the gateway's 400
+                continue
+            if isinstance(answer, Exception):
+                assert str(answer).startswith("400 "), (one, answer)
+            elif isinstance(answer, list) and "error" in answer[-1]:
+                assert answer[-1]["error"]["code"] == 400, (one, answer[-1])
+
+    ask()
     assert served.known() == set()
 
 
@@ -364,6 +468,51 @@ def test_text_is_tokenized(served: Served, reference: Reference) -> None:
     assert served.run(tokenize()).tokens == reference.tokenizer("A tale of two cities, 双城记")["input_ids"]
 
 
+def weights_as_stored(folder: Path, model: Any) -> None:
+    """Give a model of transformers the weights that its conversion in the folder has, int8 and all, as the numbers that they stand for."""
+    import openvino as ov
+
+    core, wanted = ov.Core(), model.state_dict()
+    stored = (ov.Type.u8, ov.Type.i8)
+    found = set()
+    for constant in core.read_model(folder / "openvino_model.xml").get_ordered_ops():
+        name = next((name for name in wanted if constant.get_friendly_name().startswith(f"self.{name}")), None)
+        if constant.get_type_name() != "Constant" or constant.get_output_element_type(0) not in stored or name is None:
+            continue
+        end = constant.output(0)
+        while decoding := [
+            user.get_node()
+            for user in end.get_target_inputs()
+            if user.get_node().get_type_name() in ("Convert", "Subtract", "Multiply", "Reshape")
+        ]:
+            (node,) = decoding
+            end = node.output(0)
+        decoded = core.compile_model(ov.Model([end], []), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})({})[0]
+        wanted[name].copy_(torch.from_numpy(decoded.reshape(wanted[name].shape)))
+        found.add(name)
+    assert len(found) == 211, "seven a layer, and the tokens'"
+
+
+def test_int8_weights_compute_in_fp32_where_that_is_asked_for(ray: None, smollm2: Path) -> None:
+    """OpenVINO of itself rounds to 8 bits what it multiplies them with, and so comes to other words."""
+    from llm_ray.models.convert import openvino_folder
+    from llm_ray.serve.server import ModelServer
+
+    folder = openvino_folder(smollm2, "int8", smollm2.parent, Silent())
+    rounded = Reference(smollm2)
+    weights_as_stored(folder, rounded.model)
+    with asyncio.Runner() as runner:
+        server = ModelServer(ServedModel("m", folder, engine="openvino", max_model_len=LENGTH, kv_cache_bytes=2**26, threads=1))
+        runner.run(server.start())
+        served = Served("openvino", server, runner.run)
+        for question in QUESTIONS:
+            choice = served.ask(question, logprobs=True).choices[0]
+            text, logprobs = rounded.answer(question)
+            assert choice.message.content == text
+            assert [token.logprob for token in choice.logprobs.content] == pytest.approx(logprobs, abs=1e-3)
+        server.engine._engine_client.shutdown()
+
+
 def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray: None, smollm2: Path, tmp_path: Path) -> None:
     """vLLM's attention for CPUs knows certain sizes of heads, and finds out at the first request."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -377,6 +526,29 @@ def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray:
     server = ModelServer(ServedModel("m", tmp_path, max_model_len=64, kv_cache_bytes=2**24, max_batch=2, threads=2))
     with pytest.raises(ModelError, match=r"engine vllm cannot compute it: .*16"):
         asyncio.run(server.start())
+
+
+@pytest.mark.parametrize("asked", ["model", "openai"])
+def test_what_a_model_sets_of_sampling_is_taken_unless_left_out(ray: None, smollm2: Path, tmp_path: Path, asked: Any) -> None:
+
+    from llm_ray.conf.serve import ModelServing, ServeConf
+    from llm_ray.serve.plan import plan
+    from llm_ray.serve.server import ModelServer
+
+    folder = tiny.llama(tmp_path / "llama", smollm2)
+    ends = {"eos_token_id": [2, 0], "pad_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps({"top_k": 1, "max_new_tokens": 6, "do_sample": True, **ends}))
+    serving = ModelServing(model=str(folder), engine="transformers", max_model_len=64, sampling_defaults=asked)
+    (model,) = plan(ServeConf(models={"m": serving}), Silent())
+    assert model.sampling == ({"top_k": 1, "max_new_tokens": 6} if asked == "model" else {})
+    with asyncio.Runner() as runner:
+        server = ModelServer(model)
+        runner.run(server.start())
+        served = Served("transformers", server, runner.run)
+        answers = [served.ask(temperature=None, max_tokens=None, ignore_eos=True) for _ in range(3)]
+        assert {answer.usage.completion_tokens == 6 for answer in answers} == {asked == "model"}
+        assert (len({answer.choices[0].message.content for answer in answers}) == 1) == (asked == "model")
+        server.engine._engine_client.shutdown()
 
 
 def test_a_model_that_makes_vectors_makes_the_same_as_transformers(ray: None, tmp_path: Path) -> None:

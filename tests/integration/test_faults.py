@@ -78,7 +78,7 @@ class Bench:
             "data": {"train": str(folder / "rows.jsonl"), "validation": None, "max_length": 64},
             "runtime": {"cpus_per_worker": 1, "max_failures": 0},
             "tuning": {"lora": {"r": 1}},
-            "training": {"max_steps": 8, "batch_size": 1, "precision": "fp32", "learning_rate": 1e-3},
+            "training": {"max_steps": 8, "global_batch_size": 4, "precision": "fp32", "learning_rate": 1e-3},
             "checkpoint": {"every_steps": 1, "keep": 3},
         }
 
@@ -188,6 +188,35 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     bench.assert_nothing_left()
 
 
+def test_stopped_by_another_process(bench: Bench) -> None:
+    bench.conf["training"] |= {"max_steps": 60}
+    stop = [LLM_RAY, "runs", "stop", "trial", "--runs", str(bench.runs)]
+    command = bench.start()
+    until(lambda: "prepare …" in command.stderr.read_text())
+    told = subprocess.run(stop, capture_output=True, text=True, check=True, env=bench.environment, timeout=60)
+    assert told.stdout.startswith("trial is asked to stop")
+    code, seen = command.ends()
+    assert (code, "stopped before stage train as asked" in seen) == (130, True), seen
+
+    command = bench.start()
+    until(lambda: len(bench.checkpoints()) >= 1)
+    told = subprocess.run(
+        [*stop, "--wait", str(PATIENCE)], capture_output=True, text=True, check=True, env=bench.environment, timeout=2 * PATIENCE
+    )
+    assert told.stdout.startswith("trial: stopped. trial: stopped at step ")
+    code, seen = command.ends()
+    assert (code, "with a checkpoint" in seen) == (130, True), seen
+    reached = len(bench.steps())
+    assert 1 <= reached < 60
+    assert bench.state() == "stopped"
+
+    code, seen = bench.start().ends()
+    assert code == 0
+    assert f"going on from the checkpoint of step {reached}" in seen
+    assert bench.steps() == list(range(1, 61))
+    bench.assert_nothing_left()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["prepare", "start of Ray"])
 def test_interrupted_before_training(bench: Bench, moment: str, number: signal.Signals) -> None:
@@ -279,7 +308,7 @@ def test_a_worker_without_memory(bench: Bench) -> None:
     code, seen = bench.start(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="500").ends()
     assert code == 1
     assert re.search(
-        r"ended because the host \S+ \(\S+ used / \S+\) ran out of memory. Lower training.batch_size or data.max_length", seen
+        r"ended because the host \S+ \(\S+ used / \S+\) ran out of memory. Lower training.micro_batch_tokens or data.max_length", seen
     ), seen
     assert len(seen.splitlines()) < 12, seen
     bench.assert_nothing_left()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,19 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_ray.console import Reporter
+from llm_ray.progress import Silent
 from llm_ray.runs.metrics import read_metrics
 from tests.integration.serving import Home
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
+# Of the libraries beneath, which users do not know.
+RAW = re.compile(r"Traceback|\w*Warning\b.*|.*site-packages.*|Loading weights.*|Writing model shards.*")
 CONF = """
 name: {{ name | default("codes") }}
 model: {base: {{ model }}}
 data: {train: rows.jsonl, validation: 0.25, max_length: 96}
 tuning: {lora: {r: 4}}
-training: {max_steps: 4, batch_size: 2, learning_rate: 1e-3, precision: fp32}
+training: {max_steps: 4, global_batch_size: 4, learning_rate: 1e-3, precision: fp32}
 evaluation: {samples: 3, max_new_tokens: 8}
 """
 
@@ -47,7 +50,7 @@ def llm_ray(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedP
         [LLM_RAY, *arguments], cwd=home, env={**os.environ, "LLM_RAY_HOME": str(home)}, capture_output=True, text=True, check=False
     )
     assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+    assert RAW.findall(done.stderr) == []
     return done
 
 
@@ -138,9 +141,18 @@ def test_the_stage_convert_alone_after_the_others(home: Path, codes: subprocess.
     assert (run / "openvino-int8" / "tokenizer.json").read_bytes() == (run / "output" / "tokenizer.json").read_bytes()
     assert {"export", "convert"} <= json.loads((run / "run.json").read_text())["stages"].keys()
     assert "convert: done before" in llm_ray(home, *command).stderr
-    assert openvino_folder(run / "output", None, home / "models", Reporter()) == run / "openvino-int8", "serving finds it"
+    assert openvino_folder(run / "output", None, home / "models", Silent()) == run / "openvino-int8", "serving finds it"
     refused = llm_ray(home, *command, "--set", "name=none", code=1)
     assert "stage convert of none needs stage export" in refused.stderr
+
+
+def test_what_learns_of_tied_embeddings_is_told_in_our_words(home: Path, smollm2: Path) -> None:
+    """peft warns of them when adapters are made, merged and saved."""
+    settings = ["name=tied", "tuning.lora.target_modules=[q_proj, lm_head]", "tuning.lora.modules_to_save=[embed_tokens]"]
+    options = [part for setting in (f"model={smollm2}", *settings) for part in ("--set", setting)]
+    for more in (["--dry-run"], []):
+        done = llm_ray(home, "finetune", "--config", "codes.yaml.j2", *options, *more)
+        assert "embeddings, which share their weights, learn apart" in done.stdout + done.stderr
 
 
 def test_a_dry_run_starts_nothing_and_says_what_would_be(home: Path, smollm2: Path) -> None:

@@ -11,20 +11,20 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from llm_ray.console import Reporter
+from llm_ray.progress import Silent
 from llm_ray.serve import local
+from tests.integration.deadly import DEADLY, Deadly
 from tests.integration.serving import LLM_RAY, Clients, Home, ending, outcome, until
 from tests.integration.tiny import llama
 
-# Tokens that the small model has, of the 49152 of its tokenizer: one beyond them is the engine's death.
-TOKENS = 16384
-SECOND = ("--cpus", "1", "--max-model-len", "8192")
+LONG = ("--cpus", "1", "--max-model-len", "8192")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,24 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     made.run("serve", "stop", "--all")
 
 
+def _deploy(home: Home, name: str, model: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Deploy a model with settings that the command has no options for."""
+    conf = home.folder / f"{name}.yaml"
+    conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {name: {"model": model, "cpus": 1} | settings}}))
+    return home.run("serve", "deploy", "--config", str(conf))
+
+
+def _deploy_second(home: Home, model: str) -> None:
+    """A model whose engine can be ended by a prompt."""
+    options = {"logits_processors": [f"{Deadly.__module__}:{Deadly.__name__}"]}
+    deployed = _deploy(home, "second", model, max_model_len=8192, engine_options=options)
+    assert deployed.returncode == 0, deployed.stderr
+
+
 @pytest.fixture(scope="module")
 def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where it does not matter what is answered, or where an answer of a thousand tokens is to be short."""
-    return str(llama(tmp_path_factory.mktemp("tiny"), smollm2, vocab_size=TOKENS, max_position_embeddings=8192))
+    return str(llama(tmp_path_factory.mktemp("tiny"), smollm2, max_position_embeddings=8192))
 
 
 @pytest.mark.parametrize(
@@ -56,16 +70,12 @@ def test_what_cannot_be_is_refused_with_the_figures(home: Home, options: list[st
     assert "Traceback" not in refused.stderr
 
 
-def test_neighbours_come_fail_and_go_while_the_first_answers(home: Home, tiny: str, tmp_path: Path) -> None:
+def test_neighbours_come_fail_and_go_while_the_first_answers(home: Home, tiny: str) -> None:
     (replica,) = home.processes("ServeReplica:model:first")
-    conf = tmp_path / "broken.yaml"
-    broken = {"model": tiny, "max_model_len": 512, "cpus": 1, "engine_options": {"no_such_option": 1}}
-    conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"broken": broken}}))
     with Clients(home, "first") as clients:
-        failed = home.run("serve", "deploy", "--config", str(conf))
+        failed = _deploy(home, "broken", tiny, max_model_len=512, engine_options={"no_such_option": 1})
         assert (failed.returncode, "no_such_option" in failed.stderr, "Traceback" in failed.stderr) == (1, True, False)
-        second = home.deploy("second", *SECOND, model=tiny)
-        assert second.returncode == 0, second.stderr
+        _deploy_second(home, tiny)
     assert set(clients.statuses) == {200}
     assert home.processes("ServeReplica:model:first") == [replica]
     told = home.models()
@@ -85,7 +95,7 @@ def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_men
 
     deploy("on")
     assert home.ask("first").status_code == 401
-    assert home.deploy("second", *SECOND, model=tiny).returncode == 0
+    _deploy_second(home, tiny)
     assert home.ask("first").status_code == 401
     deploy("off")
     assert home.ask("first").status_code == 200
@@ -126,7 +136,7 @@ def test_an_engine_that_dies_is_told_and_replaced(home: Home) -> None:
     (ill,) = home.processes("ServeReplica:model:second")
     with Clients(home, "first") as others, Clients(home, "second") as clients, home.stream("second", 8000) as events:
         until(lambda: clients.statuses[200] > 2)
-        deadly = home.ask("second", prompt=[TOKENS + 1])
+        deadly = home.ask("second", prompt=[DEADLY])
         seen = ending(list(events))
         before = clients.statuses[200]
         until(lambda: clients.statuses[200] > before + 4)
@@ -135,7 +145,7 @@ def test_an_engine_that_dies_is_told_and_replaced(home: Home) -> None:
     assert set(others.statuses) == {200}
     assert set(clients.statuses) <= {200, 503}
     assert ill not in home.processes("ServeReplica:model:second")
-    assert "another is started: IndexError: index out of range" in home.run("serve", "logs", "second").stdout
+    assert "another is started: ArithmeticError: the deadly token" in home.run("serve", "logs", "second").stdout
 
 
 @pytest.mark.parametrize(
@@ -209,15 +219,13 @@ def test_a_model_that_is_stopped_answers_what_it_has_begun(home: Home) -> None:
     assert set(clients.statuses) <= {200, 404, 503}
 
 
-def test_a_change_that_fails_leaves_the_old_to_answer(home: Home, tiny: str, tmp_path: Path) -> None:
+def test_a_change_that_fails_leaves_the_old_to_answer(home: Home) -> None:
     (replica,) = home.processes("ServeReplica:model:first")
-    folder = shutil.copytree(tiny, tmp_path / "model")
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"intermediate_size": 256}))  # as of another model than the weights
     with Clients(home, "first") as clients:
-        failed = home.deploy("first", model=str(folder))
+        failed = _deploy(home, "first", str(home.model), engine_options={"logits_processors": ["no_such_module:Processor"]})
     assert failed.returncode == 1
     assert "first could not be deployed" in failed.stderr
+    assert "no_such_module" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert set(clients.statuses) == {200}
     assert home.processes("ServeReplica:model:first") == [replica]
@@ -267,18 +275,9 @@ def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
         until(lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10)  # the answer would take it half a minute
 
 
-def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tiny: str, tmp_path: Path) -> None:
-    conf = tmp_path / "sleeper.yaml"
-    sleeper = {
-        "model": tiny,
-        "max_model_len": 512,
-        "cpus": 1,
-        "max_batch": 1,
-        "max_queue": 1,
-        "autoscale": {"min": 0, "max": 1, "idle_s": 1},
-    }
-    conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {"sleeper": sleeper}}))
-    deployed = home.run("serve", "deploy", "--config", str(conf))
+def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tiny: str) -> None:
+    once = {"max_batch": 1, "max_queue": 1, "autoscale": {"min": 0, "max": 1, "idle_s": 1}}
+    deployed = _deploy(home, "sleeper", tiny, max_model_len=512, **once)
     assert deployed.returncode == 0, deployed.stderr
     until(lambda: not home.processes("ServeReplica:model:sleeper"))
     assert home.models()["sleeper"]["ready"] is True
@@ -342,7 +341,7 @@ def test_the_end_waits_for_the_answers_in_progress_and_leaves_nothing(home: Home
 
 
 def test_in_the_foreground_it_serves_until_it_is_told_to_end(home: Home, tiny: str) -> None:
-    serving = _in_the_foreground(home, *home.options("here", *SECOND, model=tiny))
+    serving = _in_the_foreground(home, *home.options("here", *LONG, model=tiny))
     started = [home.root(), *home.root().children(recursive=True)]
     with home.stream("here", 2000) as events:
         serving.send_signal(signal.SIGTERM)
@@ -352,15 +351,14 @@ def test_in_the_foreground_it_serves_until_it_is_told_to_end(home: Home, tiny: s
     _assert_nothing_left(home, started)
 
 
-def test_a_background_that_is_killed_leaves_nothing_that_the_next_does_not_clear(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LLM_RAY_HOME", str(home.folder))
-    started = local.start(Reporter())
+def test_a_background_that_is_killed_leaves_nothing_that_the_next_does_not_clear(home: Home) -> None:
+    started = local.start(home.folder, Silent())
     background = psutil.Process(started.pid)
     parts = background.children(recursive=True)
     background.kill()
     background.wait()
-    assert local.running() is None
-    again = local.start(Reporter())
+    assert local.running(home.folder) is None
+    again = local.start(home.folder, Silent())
     assert again.pid != background.pid
     local.end(again)
     _, alive = psutil.wait_procs(parts, timeout=60)

@@ -17,14 +17,17 @@ import pytest
 
 from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, local_ray
 from llm_ray.conf.schema import FinetuneConf
-from llm_ray.console import Reporter
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import ClusterError, TrainError
 from llm_ray.models.load import load_tokenizer
+from llm_ray.progress import Silent
+from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints
+from llm_ray.train.estimate import RAY_BYTES
 from llm_ray.train.launch import Stopped, run_training
-from llm_ray.train.recipe import STOP_FILE, Outcome
+from llm_ray.train.recipe import Outcome
+from llm_ray.train.trial import measure
 
 STEPS = 6
 ROWS = [
@@ -52,7 +55,7 @@ def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             "data": {"train": str(folder / "rows.jsonl"), "validation": 0.2, "max_length": 96},
             "runtime": {"workers": 2, "cpus_per_worker": 1, "max_failures": 0},
             "tuning": {"lora": {"r": 4, "dropout": 0.1}},
-            "training": {"max_steps": STEPS, "batch_size": 1, "learning_rate": 1e-3, "precision": "fp32", "validate_every": 3},
+            "training": {"max_steps": STEPS, "global_batch_size": 6, "learning_rate": 1e-3, "precision": "fp32", "validate_every": 3},
             "checkpoint": {"every_steps": 2, "keep": 2},
         }
         merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
@@ -64,7 +67,7 @@ def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 def run(conf: FinetuneConf, cluster: Cluster) -> Outcome:
-    return run_training(conf, cluster, None, Reporter())
+    return run_training(conf, cluster, None, Silent())
 
 
 def losses(conf: FinetuneConf) -> list[float]:
@@ -171,7 +174,7 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
     def stop_at_step_three() -> None:
         while not (rows := read_metrics(conf.run_dir / "metrics.jsonl", last=1)) or rows[-1]["step"] < 3:
             time.sleep(0.02)
-        (conf.run_dir / "checkpoint" / STOP_FILE).touch()
+        stop_file(conf.run_dir).touch()
 
     threading.Thread(target=stop_at_step_three, daemon=True).start()
     with pytest.raises(Stopped, match="with a checkpoint"):
@@ -184,14 +187,14 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
 
 def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
     two = make("two", tuning={"lora": {"r": 4}})
-    one = make("one", tuning={"lora": {"r": 4}}, runtime={"workers": 1}, training={"batch_size": 2})
+    one = make("one", tuning={"lora": {"r": 4}}, runtime={"workers": 1}, training={"micro_batch_tokens": 100})
     for conf in (two, one):
         run(conf, cluster)
     assert losses(one) == pytest.approx(losses(two), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_fsdp_has_the_losses_of_ddp(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
+def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
     confs = [
         make(
             f"{method}-{strategy}",
@@ -202,9 +205,13 @@ def test_fsdp_has_the_losses_of_ddp(make: Callable[..., FinetuneConf], cluster: 
         )
         for strategy in ("ddp", "fsdp")
     ]
+    told = [measure(conf, conf.run_dir / "prepared", cpus=1).memory + RAY_BYTES for conf in confs]
     for conf in confs:
         run(conf, cluster)
     ddp, fsdp = confs
+    for conf, memory in zip(confs, told, strict=True):
+        used = max(row["memory_per_worker"] for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row)
+        assert memory == pytest.approx(used, rel=0.15), "a dry run's trial"
     assert losses(fsdp) == pytest.approx(losses(ddp), rel=1e-3)
     if method == "full":  # weights, gradients and optimizer state are what takes the memory
         memory = [read_metrics(conf.run_dir / "metrics.jsonl")[-1]["memory_per_worker"] for conf in confs]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,15 +25,34 @@ def llama(folder: Path, like: Path, **settings: int) -> Path:
     return folder
 
 
-def adapter(folder: Path, base: Path, seed: int, std: float = 1.0) -> Path:
-    """A LoRA adapter with random weights, large enough (`std`) to change every answer of the model in the folder `base`."""
+def mixture(folder: Path, kind: str) -> Path:
+    """A mixture of four experts of two layers, of type `kind`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
+    config = AutoConfig.for_model(kind, **sizes, **experts, num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def adapter(
+    folder: Path, base: Path, seed: int, std: float = 1.0, target_modules: Sequence[str] = ("q_proj", "v_proj"), **settings: Any
+) -> Path:
+    """A LoRA adapter with random weights, large enough (`std`) to change every answer of the model in the folder `base`.
+
+    `settings` are LoraConfig's.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{"r": 8, "target_modules": list(target_modules)} | settings)
+    )
     for name, weights in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_" in name:
             torch.nn.init.normal_(weights, std=std)
     model.save_pretrained(folder)
     return folder

@@ -21,7 +21,7 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
     from torch import nn
 
     from llm_ray.conf.schema import FinetuneConf
-    from llm_ray.data.prepare import open_split, prepare
+    from llm_ray.data.prepare import lengths_of, open_split, prepare
     from llm_ray.models.load import load_tokenizer
     from llm_ray.quickstart import __file__ as quickstart
     from llm_ray.train.batches import plan_steps, steps_of
@@ -35,15 +35,15 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
         "data": {"train": str(Path(quickstart).parent / "data/train.jsonl"), "validation": None, "max_length": 192},
         "tuning": {"lora": {"r": 16}},
         "training": {
-            "max_steps": int(steps), "batch_size": 2, "learning_rate": 1.5e-3, "precision": precision, "accelerator": accelerator,
+            "max_steps": int(steps), "global_batch_size": 12, "learning_rate": 1.5e-3, "precision": precision, "accelerator": accelerator,
         },
     })  # fmt: skip
     prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda line: None)
     setup = set_up(conf, torch.get_num_threads(), 0, 1)
     data = open_split(conf.run_dir / "prepared", "train")
-    schedule, total = plan_steps(conf, len(data), 1)
+    schedule, total = plan_steps(conf, lengths_of(data), setup.packed)
     losses, norms, tokens, seconds = [], [], 0, 0.0
-    for step, batches in enumerate(steps_of(data, schedule, 0, 0, total, setup.packed)):
+    for step, batches in enumerate(steps_of(data, schedule, 0, 1, 0, total)):
         began = time.perf_counter()
         for group in setup.optimizer.param_groups:
             group["lr"] = learning_rate(conf, step, total)

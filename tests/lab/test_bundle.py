@@ -129,7 +129,7 @@ def test_wheels_that_a_job_changed_on_the_storage_are_refused(made: Cluster) -> 
         with _without_environment(worker):
             run_ = made.play("site.yml", "--tags", "python_runtime", "--limit", worker.name, ok=False)
         assert run_.code == 2
-        assert f"{worker.name}: {archive}: not what the control machine has: take it away" in " ".join(run_.output.split())
+        assert f"{worker.name}: {archive}: not what the control machine has: delete it" in " ".join(run_.output.split())
     finally:
         made.head.ssh(f"mv /srv/llm-ray/kept.tar {archive}")
     assert made.play("site.yml").code == 0

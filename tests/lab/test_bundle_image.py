@@ -102,7 +102,7 @@ def test_a_damaged_archive_is_refused(bundled: Bundled) -> None:
 def test_site_takes_it_from_the_bundle(bundled: Bundled) -> None:
     cluster, head = bundled.cluster, bundled.cluster.head
     site = cluster.play("site.yml")
-    assert "ray_node : Build it]" not in site.output
+    assert "ray_node : Run docker build]" not in site.output
     cluster.wait_for_nodes(cluster.nodes)
     assert _layers(head) == _layers(bundled.builder.head)
     assert "archive" not in head.ssh("ls -A /opt/llm-ray/docker").stdout

@@ -83,7 +83,11 @@ def test_the_image_is_built_once_and_the_same_everywhere(in_docker: Made) -> Non
     assert len({json.dumps(image["RootFS"]["Layers"]) for image in images}) == 1
     tasks = in_docker.site.output.split("TASK [")
     builders = [
-        line for task in tasks if task.startswith("ray_node : Build it]") for line in task.splitlines() if line.startswith("changed")
+        line
+        for task in tasks
+        if task.startswith("ray_node : Run docker build]")
+        for line in task.splitlines()
+        if line.startswith("changed")
     ]
     assert len(builders) == 1, builders
     assert builders[0].startswith("changed: [head")
@@ -204,7 +208,7 @@ def test_an_archive_that_was_tampered_with_is_not_loaded(cluster: Cluster) -> No
     assert worker.ssh("docker image ls --quiet llm-ray").stdout == ""
     archive.unlink()
     again = cluster.play("site.yml", "--tags", "ray_node", timeout=3000)
-    loaded = [change for change in again.changes() if change.startswith("ray_node : Load it")]
+    loaded = [change for change in again.changes() if change.startswith("ray_node : Load the image")]
     assert len(loaded) == 1, again.changes()
     assert "worker2" in loaded[0]
     cluster.wait_for_nodes(cluster.nodes)
@@ -225,7 +229,9 @@ def test_a_registry_brings_the_image_to_the_host_that_lacks_it(cluster: Cluster)
         *("--tags", "docker_engine,ray_node", "-e", json.dumps({"ray_node_registry": registry, "docker_engine_config": config})),
         timeout=3000,
     )
-    assert [change for change in run.changes() if change.startswith("ray_node : Pull it")] == ["ray_node : Pull it: [worker2]"]
+    assert [change for change in run.changes() if change.startswith("ray_node : Pull the image")] == [
+        "ray_node : Pull the image: [worker2]"
+    ]
     assert list((cluster.lab.folder / "storage/images").glob("*.tar.gz")) == []
     assert _image(worker)["RootFS"]["Layers"] == _image(head)["RootFS"]["Layers"]
     cluster.wait_for_nodes(cluster.nodes)

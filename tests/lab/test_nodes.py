@@ -11,7 +11,7 @@ from tests.lab.cluster import Cluster, until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
-_LISTS = ("host_base : In /etc/hosts", "firewall : ")
+_LISTS = ("host_base : Write /etc/hosts", "firewall : ")
 # Where the bundle's parts lie on a host.
 _PARTS = (
     "ls -d /etc/llm-ray /opt/llm-ray /var/lib/llm-ray /etc/systemd/system/llm-ray-* /run/systemd/system/llm-ray-* /usr/local/bin/llm-ray"
@@ -29,7 +29,7 @@ def test_only_one_worker_may_be_named(cluster: Cluster, node: str) -> None:
     assert run.code != 0
     assert f"node = {node}" in run.output
     assert run.changed == 0
-    assert "PLAY [Its work ends]" not in run.output
+    assert "PLAY [Drain the node]" not in run.output
 
 
 def test_no_worker_is_removed_behind_the_heads_back(cluster: Cluster) -> None:
@@ -47,7 +47,7 @@ def test_a_worker_stays_when_the_head_is_not_reached(cluster: Cluster) -> None:
     finally:
         cluster.head.plug()
     assert run.code != 0
-    assert "head is not reached, and it ends the node's work: nothing was touched" in " ".join(run.output.replace("''", "'").split())
+    assert "head is not reached, and it ends the node's work: nothing was changed" in " ".join(run.output.replace("''", "'").split())
     assert run.changed == 0
     leaving = cluster.hosts["worker2"]
     assert leaving.ssh("systemctl show --value -p Restart llm-ray-worker").stdout.strip() == "always"
@@ -75,7 +75,7 @@ def test_a_node_that_does_not_start_says_why_and_soon(cluster: Cluster) -> None:
     wrong = ["-e", "ray_node_cpus=many", "--skip-tags", "preflight"]  # which would refuse it
     run = cluster.play("site.yml", "--tags", "ray_node", "--limit", "worker1", *wrong, ok=False)
     assert run.code != 0
-    assert re.search(r"worker1: after \d+ s llm-ray-worker is \w+ and was started anew \d+ times; its journal ends:", run.output)
+    assert re.search(r"worker1: after \d+ s llm-ray-worker is \w+ and was restarted \d+ times; its journal ends:", run.output)
     assert "'many' is not a valid int" in run.output
     assert run.seconds < 280
     cluster.play("site.yml")
@@ -86,7 +86,7 @@ def test_a_removal_that_is_cut_off_is_undone_by_site(cluster: Cluster) -> None:
     """It dies when it has the head drain the node, which then would not come back by itself."""
     cluster.wait_for_nodes(cluster.nodes)
     leaving, drop_in = cluster.hosts["worker2"], "/run/systemd/system/llm-ray-worker.service.d"
-    cluster.cut_off("remove_node.yml", "-e", "node=worker2", at="Ask the cluster: drain")
+    cluster.cut_off("remove_node.yml", "-e", "node=worker2", at="Query the cluster: drain")
     restart = "systemctl show --value -p Restart llm-ray-worker"
     assert leaving.ssh(f"ls {drop_in}; {restart}").stdout.split() == ["drain.conf", "no"]
     cluster.play("site.yml")
@@ -153,7 +153,7 @@ def test_no_worker_is_added_behind_the_heads_back(cluster: Cluster) -> None:
 def test_an_upgrade_leaves_out_a_host_that_is_no_node_yet(cluster: Cluster) -> None:
     before = _pids(cluster)
     run = cluster.play("upgrade.yml")
-    assert "worker2 is no node yet, and is left out" in " ".join(run.output.split())
+    assert "worker2 is not a node yet, and is left out" in " ".join(run.output.split())
     assert run.hosts["worker2"]["changed"] == 0
     assert _pids(cluster) == before
 

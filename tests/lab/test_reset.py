@@ -17,7 +17,7 @@ def test_reset_and_site_again(cluster: Cluster) -> None:
         refused = cluster.play("reset.yml", *wrong, ok=False)
         assert refused.code != 0
         assert "confirm" in refused.output
-        assert "PLAY [Ray stops]" not in refused.output
+        assert "PLAY [Stop Ray]" not in refused.output
     cluster.play("reset.yml", "-e", "confirm=llm-ray")
     for host in cluster.nodes:
         assert host.ssh(_PARTS, check=False).stdout == ""

@@ -129,7 +129,7 @@ def test_a_run_that_is_cut_off_is_made_up_for_and_restarts_only_what_it_concerns
     """It dies when a worker's unit is written and not yet restarted: nothing is to be changed then, and yet the unit must restart."""
     before, worker = _pids(cluster), cluster.workers[0]
     _variables(cluster, {"ray_node_labels": {"rack": "a"}}, [worker])
-    cluster.cut_off("site.yml", "--tags", "ray_node", at="ray_node : Old logs")
+    cluster.cut_off("site.yml", "--tags", "ray_node", at="ray_node : Configure the deletion of old logs")
     assert "rack=a" in worker.ssh("cat /etc/systemd/system/llm-ray-worker.service").stdout
     assert _pids(cluster) == before
     again = cluster.play("site.yml")
@@ -148,7 +148,7 @@ def test_a_host_cut_off_in_mid_run_leaves_the_others_finished_and_a_run_heals_it
     output = ""
     for line in run.stdout:
         output += line
-        if line.startswith("TASK [host_base : Packages"):
+        if line.startswith("TASK [host_base : Install packages"):
             lost.cut()
     try:
         assert run.wait() != 0
@@ -316,5 +316,5 @@ def test_wheels_that_are_not_whole_are_refused_and_what_runs_stays(cluster: Clus
     values = {"llm_ray_wheel_source": "/root/bundle", "python_runtime_python": "/usr/bin/python3.11"}
     run = cluster.play("site.yml", "--tags", "python_runtime", "--limit", worker.name, "-e", json.dumps(values), ok=False)
     assert run.code == 2
-    assert f"{worker.name}: python_runtime_wheels = /root/bundle: a.whl: FAILED: fill it anew" in " ".join(run.output.split())
+    assert f"{worker.name}: python_runtime_wheels = /root/bundle: a.whl: FAILED: fill it again" in " ".join(run.output.split())
     assert worker.ssh("readlink /opt/llm-ray/current; ls /opt/llm-ray/env").stdout == before

@@ -28,7 +28,7 @@ def _environments(cluster: Cluster) -> dict[str, set[str]]:
     return {host.name: {*host.ssh("ls -d /opt/llm-ray/env/*").stdout.split()} for host in cluster.nodes}
 
 
-def _cut_off(cluster: Cluster, *arguments: str, at: str = "Ray starts, the head first") -> None:
+def _cut_off(cluster: Cluster, *arguments: str, at: str = "Start Ray, the head first") -> None:
     """upgrade.yml, which dies when Ray is stopped, and all is switched or not yet."""
     cluster.cut_off("upgrade.yml", *arguments, at=at)
     state = "systemctl is-active llm-ray-head llm-ray-worker"
@@ -48,7 +48,7 @@ def test_upgrade_and_back(cluster: Cluster) -> None:
         worker.ssh("mount --bind /opt/llm-ray/env /opt/llm-ray/env && mount -o remount,bind,ro /opt/llm-ray/env")
         broken = cluster.play("upgrade.yml", ok=False)
         assert broken.code != 0
-        assert "PLAY [Ray stops and starts together]" not in broken.output
+        assert "PLAY [Restart Ray with the new software]" not in broken.output
         assert _running(cluster) == old
     finally:
         worker.ssh("umount /opt/llm-ray/env")
@@ -75,7 +75,7 @@ def test_an_upgrade_that_is_cut_off_is_finished_by_the_next_run(cluster: Cluster
     try:
         module.write_text(before.replace(old_version, "9.9.9"))
         # Nothing is switched yet: one may go back to what ran.
-        _cut_off(cluster, at="The prepared environment is the one that runs")
+        _cut_off(cluster, at="Switch to the prepared environment")
         cluster.play("upgrade.yml", "-e", "rollback=true")
         assert _running(cluster) == old
         cluster.wait_for_nodes(cluster.nodes)

@@ -61,7 +61,7 @@ def test_each_failure_names_the_host_and_what_to_do(cluster: Cluster, tmp_path: 
         ("ghost", "reached"), ("ghost", "node"),
     }  # fmt: skip
     assert f"{worker1.address}:6380" in failed["worker1", "outside"]["found"]
-    assert "to one without a token" in failed["worker1", "ray_node"]["found"]
+    assert "without a token" in failed["worker1", "ray_node"]["found"]
     assert "llm-ray-worker is inactive" in failed["worker2", "ray_node"]["found"]
     assert all(one["fix"] for one in failed.values())
     cluster.wait_for_nodes(cluster.nodes)

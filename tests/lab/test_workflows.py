@@ -101,7 +101,7 @@ def test_a_finetune_runs_on_both_hosts_and_shows_its_progress(cluster: Cluster, 
 
 def test_a_second_run_copies_nothing_and_does_nothing_again(cluster: Cluster, work: Workflow, made: Run) -> None:
     again = cluster.play("finetune.yml", *work.finetune("codes"))
-    assert again.changes() == ["ray_job : Submit it, or attach to the job that does the same: [head]"]
+    assert again.changes() == ["ray_job : Submit the job or attach to the same one: [head]"]
     assert "train: done before with the same inputs, skipped" in again.output
 
 

@@ -100,6 +100,8 @@ def parse(words: list[str]) -> tuple[click.Command, list[str]]:
         command = context.command.get_command(context, words[0])
         assert command, f"{context.command_path} has no command {words[0]}"
         context, words = click.Context(command, context, info_name=words[0]), words[1:]
+    if isinstance(context.command, click.Group) and context.command.invoke_without_command and words and words[0].startswith("-"):
+        return context.command, words  # options of its own, as `ui`
     if isinstance(context.command, click.Group) and words and words[0] not in context.help_option_names:
         rest = list(words)
         words = context.command.parse_args(context, rest)  # a group with a command of its own when none is named, as `serve`
@@ -191,3 +193,42 @@ def test_modules_import_only_what_the_architecture_allows() -> None:
         for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
             unexpected = set(imports(file)) & set(table) - may - {name}
             assert not unexpected, f"{file.relative_to(ROOT)} imports {', '.join(sorted(unexpected))}: see docs/design/architecture.md"
+
+
+def test_the_command_line_imports_no_more_than_use_cases_and_confs() -> None:
+    assert allowed_imports()["cli"] == {"app", "conf", "errors", "progress", "ui"}
+
+
+def names(file: Path) -> set[str]:
+    """All names, attributes and packages that a file uses."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+    return found | packages(file)
+
+
+def packages(file: Path) -> set[str]:
+    """The packages that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_nothing_below_the_command_line_knows_a_terminal() -> None:
+    for file in (ROOT / "llm_ray").rglob("*.py"):
+        module = file.relative_to(ROOT / "llm_ray").parts
+        if module[0] == "cli" or module == ("operations", "__main__.py"):  # a command line, too
+            continue
+        assert not packages(file) & {"click", "rich"} and "Terminal" not in names(file), file
+        # Settings of the environment, the current folder and signals are the whole process's, in which others work as well.
+        whole_process = {"print", "environ", "getenv", "putenv", "chdir", "signal", "stdout", "stderr", "argv"}
+        assert module[0] != "app" or not names(file) & whole_process, file

@@ -17,19 +17,21 @@ Named in the conf as ``processor: ./tickets.py:TicketProcessor``.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError
+from llm_ray.nearest import nearest_names
 
 SHIPPED = {
     "wikitext": "llm_ray.data.processors.wikitext:Wikitext",
@@ -52,7 +54,7 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
     """
     path, colon, cls_name = SHIPPED.get(name, name).rpartition(":")
     if not colon or not path or not cls_name:
-        nearest = get_close_matches(name, SHIPPED, n=1)
+        nearest = nearest_names(name, SHIPPED)
         raise ConfError(
             f"data.processor: there is no processor {name!r}; shipped are {', '.join(SHIPPED)}; your own is package.module:Class or "
             "./file.py:Class" + (f" (did you mean {nearest[0]}?)" if nearest else "")
@@ -69,6 +71,70 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
     except TypeError as error:
         raise ConfError(f"data.processor_args: {cls_name}{inspect.signature(made)} does not take {dict(arguments)}: {error}") from error
     return made(**arguments)
+
+
+def code_of(name: str) -> list[Path]:
+    """The Python files that make up the processor `name`: its own, and those it imports from the folder it lies in.
+
+    Of a processor in a module, the folder is that of its top-level package (an installed one's neighbours are left out). Imports are
+    read from the source; nothing is run. Of what this package ships it is the processor's own file; empty where there is none.
+    """
+    path = name.rpartition(":")[0]
+    if name in SHIPPED:
+        return [Path(__file__).with_name(f"{name}.py")]
+    if path.endswith(".py"):
+        file = Path(path).expanduser().absolute()
+        root, top, due = file.parent, "", [(file, "")]
+    else:
+        top = path.partition(".")[0]
+        try:
+            spec = importlib.util.find_spec(top)
+        except (ImportError, ValueError):
+            spec = None
+        places = [Path(spec.origin)] if spec and spec.origin else [Path(p) for p in (spec and spec.submodule_search_locations) or ()]
+        if not places:
+            return []
+        root = places[0].parent.parent if places[0].name == "__init__.py" else places[0].parent
+        top = top if root.name in ("site-packages", "dist-packages") else ""
+        due = _beside(root, path)
+    found: dict[Path, None] = {}
+    while due:
+        file, module = due.pop()
+        if file in found or not file.is_file():
+            continue
+        found[file] = None
+        for imported in _imports(file, module):
+            first = imported.partition(".")[0]
+            if first != "llm_ray" and top in ("", first):
+                due += _beside(root, imported)
+    return sorted(found)
+
+
+def _beside(root: Path, module: str) -> list[tuple[Path, str]]:
+    """The files under `root` that importing `module` would run, with their packages."""
+    parts = module.split(".")
+    files: list[tuple[Path, str]] = []
+    for n in range(1, len(parts) + 1):
+        folder = root.joinpath(*parts[:n])
+        files += [(folder / "__init__.py", ".".join(parts[:n])), (folder.with_suffix(".py"), ".".join(parts[: n - 1]))]
+    return [(file, package) for file, package in files if file.is_file()]
+
+
+def _imports(file: Path, package: str) -> list[str]:
+    """Names of the modules that a file imports, anywhere in it; of `from a import b` also ``a.b``, which may be one."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # importing it will tell
+        return []
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name]
 
 
 def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
@@ -89,6 +155,7 @@ def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
         for value in processor(values()):
             if not isinstance(value, dict):
                 raise TypeError(f"__call__(self, rows) takes an iterator of rows and yields rows (dict), but a {type(value).__name__} came")
+            json.dumps(value, ensure_ascii=False, default=repr).encode()  # half of a surrogate pair would end in the tokenizer
             yield Row(last.file, last.line, value)
     except DataError:
         raise
@@ -107,6 +174,8 @@ def _module(path: str) -> ModuleType:
         if not file.is_file():
             near = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
             raise ConfError(f"data.processor: {file}: no such file" + (f"; that folder has {', '.join(sorted(near))}" if near else ""))
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))  # what lies beside it can be imported, as from a script
         name = f"llm_ray_processor_{file.stem}"
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:

@@ -19,16 +19,21 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest, async_llm
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llm_ray import cores
 from llm_ray.errors import ModelError
+from llm_ray.serve.engines.calls import read_as_streamed
+from llm_ray.serve.engines.offsets import offsets_in_text
 from llm_ray.serve.engines.thread import Core, EngineThread
+from llm_ray.serve.engines.words import forbidden_tokens
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.pace import PacedOutputs
 
@@ -49,6 +54,7 @@ class FrontEnd(AsyncLLM):
         self._refusal = refusal
         with _core_client(lambda: EngineThread(make)):
             super().__init__(config, UniProcExecutor, log_stats=False, log_requests=False)
+        self.input_processor = _Inputs(config, self.renderer)
 
     def generate(  # not a generator itself, so that it raises before the stream begins
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **options: Any
@@ -56,7 +62,7 @@ class FrontEnd(AsyncLLM):
         """As AsyncLLM.generate. Raises VLLMValidationError, which the client sees as 400, for what the core cannot do."""
         if reason := self._refusal(sampling_params):
             raise VLLMValidationError(reason)
-        return super().generate(prompt, sampling_params, request_id, *args, **options)
+        return _with_reasons(super().generate(prompt, sampling_params, request_id, *args, **options))
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
         try:
@@ -64,6 +70,33 @@ class FrontEnd(AsyncLLM):
         except BaseException:  # refused by the core, or its client is gone: vLLM itself then forgets it only where it is one of several
             await self.abort(request.request_id, internal=True)
             raise
+
+
+async def _with_reasons(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+    """A request's outputs. Raises VLLMValidationError where the core has ended it for a reason that its client has to know."""
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            for one in output.outputs:
+                if one.finish_reason == "error" and one.stop_reason:
+                    raise VLLMValidationError(str(one.stop_reason))
+            yield output
+
+
+class _Inputs(InputProcessor):
+    """vLLM's, but for the tokens of forbidden words."""
+
+    def process_inputs(
+        self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *args: Any, **options: Any
+    ) -> EngineCoreRequest:
+        words = params.bad_words if isinstance(params, SamplingParams) else None
+        if not words:
+            return super().process_inputs(request_id, prompt, params, *args, **options)
+        tokens = forbidden_tokens(words, self.get_tokenizer())
+        params = params.clone()
+        params.bad_words = []
+        request = super().process_inputs(request_id, prompt, params, *args, **options)
+        request.sampling_params.bad_words, request.sampling_params._bad_words_token_ids = words, tokens
+        return request
 
 
 @contextlib.contextmanager
@@ -85,6 +118,10 @@ class Engine(VLLMEngine):
         """Load the model. Raises what the engine raises."""
         await super().start()
         self._oai_serving_tokenization = self._app_state.serving_tokenization  # Ray looks for it under an older name
+        if self._oai_serving_chat:
+            read_as_streamed(self._oai_serving_chat)
+        if self._oai_serving_completion:
+            offsets_in_text(self._oai_serving_completion, self._oai_serving_completion.renderer.tokenizer)
 
     async def try_out(self) -> None:
         """Have the core compute a prompt and a token after it. Raises ModelError with the core's reason where it cannot."""
@@ -113,9 +150,12 @@ class Engine(VLLMEngine):
         return lora.lora_path if lora else None
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises what vLLM raises of it."""
+        """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises ModelError where vLLM does not take it."""
         lora = LoRARequest(name, self._oai_models.lora_id_counter.inc(1), str(path))
-        await self._engine_client.add_lora(lora)
+        try:
+            await self._engine_client.add_lora(lora)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(f"adapter {name}: engine vllm does not take it: {error}. Deploy the merged model") from error
         self.forget_adapter(name)
         self._oai_models.lora_requests[name] = lora
 
@@ -141,6 +181,8 @@ class Engine(VLLMEngine):
 
 def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
     """The model's core, loaded in a thread bound to the model's cores, behind vLLM's front end. Raises what the engine raises."""
+    # Whichever backend the first request called for would serve all others ("auto"), and others obey other keywords: llm_ray.serve.gateway.schemas.
+    config.structured_outputs_config.backend = "xgrammar"
     make, refusal = _core(model, config)
 
     def bound() -> Core:

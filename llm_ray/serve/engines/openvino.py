@@ -19,6 +19,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 import torch
+import xgrammar
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -28,6 +29,7 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from llm_ray.errors import ModelError
+from llm_ray.serve.engines.sampling import failure
 from llm_ray.serve.models import ServedModel
 
 # Arithmetic, and what keys and values are kept as. OpenVINO's own choice would be bf16 and 8 bits where the processor has them: fp32 has to
@@ -40,8 +42,8 @@ _BLOCK_TOKENS = 32  # of a block of the cache, on CPUs
 _STEP_TOKENS = 512
 # Schemas that turned out to be unreadable, as they are remembered.
 _REMEMBERED = 99
-# Regular expressions that vLLM's xgrammar reads and OpenVINO's does not; (?:…) both do.
-_BEYOND = re.compile(r"\(\?[^:]")
+# What vLLM's xgrammar writes in a grammar and OpenVINO's cannot read.
+_NEWER = re.compile(r"^\w+ ::= (Regex|TagDispatch|TokenTagDispatch)\(", re.MULTILINE)
 
 
 @dataclass
@@ -63,7 +65,6 @@ class OpenVinoCore:
     def __init__(self, model: ServedModel, config: VllmConfig) -> None:
         if not (model.path / "openvino_model.xml").is_file():
             raise ModelError(f"{model.path} has no openvino_model.xml: `llm-ray model convert {model.path} --to openvino` makes it")
-        config.structured_outputs_config.backend = "xgrammar"  # OpenVINO's own: vLLM refuses what others alone could do
         threads = torch.get_num_threads()  # as the front end has set for this thread
         arithmetic = _ARITHMETIC[model.precision]
         properties: dict[str, Any] = {
@@ -72,7 +73,10 @@ class OpenVinoCore:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "sampler_num_threads": threads,
-        } | model.engine_options
+        }
+        if model.precision == "fp32":  # else layers with int8 and int4 weights round what they multiply to 8 bits
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        properties |= model.engine_options
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = _blocks(model, config, str(properties["KV_CACHE_PRECISION"]))
         scheduler.max_num_batched_tokens = max(_STEP_TOKENS, model.max_batch)
@@ -113,13 +117,12 @@ class OpenVinoCore:
             "do watermarking": bool(params.watermarking),
         }
         if shape:
-            pattern = shape.regex or (shape.json if isinstance(shape.json, str) else json.dumps(shape.json))
+            disobeyed = _disobeyed(shape)
             cannot |= {
                 "do structured_outputs.disable_any_whitespace": shape.disable_any_whitespace,
                 "do structured_outputs.disable_additional_properties": shape.disable_additional_properties,
-                "do structured_outputs.whitespace_pattern": bool(shape.whitespace_pattern),
                 "do a structural_tag of the old form (structures, triggers)": '"structures"' in (shape.structural_tag or ""),
-                "do lookaround, flags or named groups in a pattern": bool(_BEYOND.search(pattern)),
+                f"enforce {disobeyed} of a schema that has patterns or formats, too": disobeyed is not None,
                 "read a grammar in Lark's form (structured_outputs.grammar)": grammar_is_likely_lark(shape.grammar or ""),
             }
         return next((f"engine openvino cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None)
@@ -148,10 +151,17 @@ class OpenVinoCore:
 
     def step(self) -> EngineCoreOutputs:
         begun = []
+        refused = []
         while self._waiting and len(self._running) < self._max_batch:
             work = self._waiting.pop(next(iter(self._waiting)))
+            try:
+                self._start(work)
+            except RuntimeError as error:  # OpenVINO checks the settings once more, by bounds of its own
+                refused.append(
+                    failure(work.request_id, f"engine openvino cannot do these settings: {str(error).partition(' failed at')[0]}")
+                )
+                continue
             self._running[work.request_id] = work
-            self._start(work)
             begun.append(work)
         try:
             self._pipeline.step()
@@ -163,7 +173,7 @@ class OpenVinoCore:
                 raise
             if len(new := [work for work in begun if work in shaped]) == 1:  # then it is this one's; it is refused from now on
                 self._unreadable = [*self._unreadable[-_REMEMBERED:], new[0].params.structured_outputs]
-            outputs = [EngineCoreOutput(work.request_id, [], finish_reason=FinishReason.ERROR) for work in shaped]
+            outputs = [failure(work.request_id, None) for work in shaped]
             del self._pipeline
             self._pipeline = self._load()
             for work in self._running.values():
@@ -174,7 +184,7 @@ class OpenVinoCore:
         for output in outputs:
             if output.finished:
                 self.abort([output.request_id])
-        return EngineCoreOutputs(outputs=outputs)
+        return EngineCoreOutputs(outputs=[*refused, *outputs])
 
     def call(self, method: str, *args: Any) -> Any:
         if method == "get_supported_tasks":
@@ -204,7 +214,7 @@ class OpenVinoCore:
             # The cache was full, and those that held parts of it were dropped: go on from where it was.
             handle.cancel()
             if work.params.structured_outputs and work.tokens:  # its schema would begin anew
-                return EngineCoreOutput(work.request_id, [], finish_reason=FinishReason.ERROR)
+                return failure(work.request_id, None)
             self._start(work)
             return None
         (new,) = handle.read().values()
@@ -237,7 +247,7 @@ def _generation(params: SamplingParams) -> genai.GenerationConfig:
     generation.do_sample = params.temperature > 0
     if generation.do_sample:
         generation.temperature = params.temperature
-        generation.top_p = params.top_p
+        generation.top_p = max(params.top_p, 1e-30)  # what single precision takes for 0, OpenVINO does not take
         generation.min_p = min(params.min_p, 0.999999)  # 1, which vLLM allows, OpenVINO does not
         if params.top_k > 0:
             generation.top_k = params.top_k
@@ -253,10 +263,10 @@ def _generation(params: SamplingParams) -> genai.GenerationConfig:
 
 def _structure(asked: StructuredOutputsParams) -> genai.StructuredOutputConfig:
     structure = genai.StructuredOutputConfig()
-    if asked.json is not None:
-        structure.json_schema = asked.json if isinstance(asked.json, str) else json.dumps(asked.json)
-    elif asked.json_object:
-        structure.json_schema = '{"type": "object"}'
+    if grammar := _grammar(asked):
+        structure.grammar = grammar
+    elif asked.json is not None:
+        structure.json_schema = _text(asked.json)
     elif asked.regex is not None:
         structure.regex = asked.regex
     elif asked.structural_tag is not None:
@@ -264,6 +274,48 @@ def _structure(asked: StructuredOutputsParams) -> genai.StructuredOutputConfig:
     else:
         structure.grammar = asked.grammar if asked.grammar is not None else choice_as_grammar(asked.choice)
     return structure
+
+
+def _grammar(asked: StructuredOutputsParams) -> str | None:
+    """A schema's or tag's grammar by vLLM's xgrammar: OpenVINO's own, which is older, does not obey all that a schema says.
+
+    None where there is no schema, or the grammar has what OpenVINO's cannot read.
+    """
+    if asked.json is not None:
+        grammar = xgrammar.Grammar.from_json_schema(_text(asked.json), any_whitespace=True)
+    elif asked.json_object:
+        grammar = xgrammar.Grammar.from_json_schema('{"type": "object"}', any_whitespace=True)
+    elif asked.structural_tag is not None:
+        grammar = xgrammar.Grammar.from_structural_tag(asked.structural_tag)
+    else:
+        return None
+    text = re.sub(r"\{(\d+), -1\}", r"{\1,}", str(grammar))  # as older ones write it
+    return None if _NEWER.search(text) else text
+
+
+def _disobeyed(asked: StructuredOutputsParams) -> str | None:
+    """A keyword that OpenVINO's xgrammar does not obey where it has to read the schema itself."""
+    schema = asked.json if asked.json is not None else asked.structural_tag
+    if schema is None or _grammar(asked):
+        return None
+    waiting = [json.loads(_text(schema))]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+            for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
+                if isinstance(part.get(keyword), int | float):
+                    return keyword
+            for keyword in ("additionalProperties", "unevaluatedProperties"):
+                if "properties" in part and part.get(keyword, False) is not False:
+                    return f"{keyword} beside properties"
+    return None
+
+
+def _text(schema: Any) -> str:
+    return schema if isinstance(schema, str) else json.dumps(schema)
 
 
 def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:

@@ -5,10 +5,13 @@ Penalties, biases and what else changes logits, their order, and logprobs of the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig
 from vllm.sampling_params import SamplingParams, SamplingType
 from vllm.utils.torch_utils import make_tensor_with_pad
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import (
@@ -22,11 +25,37 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
 _CPU = torch.device("cpu")
+_NOTHING_LEFT = (
+    "the request leaves no token to go on with: its allowed_token_ids, bad_words, min_tokens and the form of its answer "
+    "(structured_outputs, response_format, tools) exclude one another"
+)
 # So many tokens nearly always hold all that top_k and top_p leave.
 _LIKELY = 1024
 
 
-class PlainSampler(Sampler):
+class CheckedSampler(Sampler):
+    """vLLM's sampler, which knows rows that no token can be chosen for; what it chooses there means nothing."""
+
+    stuck: dict[int, str | None]
+    """Rows of the last batch, each with what its client is told, or None where its logits are no numbers."""
+
+    def sample(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        highest = logits.amax(dim=-1)  # NaN where one of them is
+        wrong = ~highest.isfinite()
+        self.stuck = {row: _NOTHING_LEFT if highest[row] == -torch.inf else None for row in wrong.nonzero()[:, 0].tolist()}
+        if self.stuck:
+            logits = logits.masked_fill(wrong[:, None], 0)
+        return super().sample(logits, sampling_metadata, logprobs_mode_override)
+
+
+def failure(request_id: str, reason: str | None) -> EngineCoreOutput:
+    """The end of a request that cannot go on. The front end tells its client the reason, as 400; None is the engine's failure, 503."""
+    return EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR, stop_reason=reason)
+
+
+class PlainSampler(CheckedSampler):
     """vLLM's sampler in plain torch: without vLLM's kernels, which IPEX's torch cannot load, and torch.compile, which wants a compiler."""
 
     def __init__(self) -> None:

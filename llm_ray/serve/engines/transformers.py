@@ -21,7 +21,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.utils import check_stop
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -29,7 +29,7 @@ from llm_ray.conf.schema import Model, Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.load import load_model
 from llm_ray.serve.engines.batches import Alone, Batch, Row, Rows, cells, group_heads, probe
-from llm_ray.serve.engines.sampling import PlainSampler, metadata
+from llm_ray.serve.engines.sampling import PlainSampler, failure, metadata
 from llm_ray.serve.models import ServedModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -162,7 +162,7 @@ class TransformersCore:
                 if not grammar.is_grammar_ready:
                     continue
                 if isinstance(grammar.grammar, Exception):
-                    failed.append(EngineCoreOutput(row.request.request_id, [], finish_reason=FinishReason.ERROR))
+                    failed.append(failure(row.request.request_id, None))
                     self._waiting.remove(row)
                     continue
             wider = max(width, row.request.num_tokens)
@@ -220,6 +220,10 @@ class TransformersCore:
         outputs = []
         for i, (row, token) in enumerate(zip(rows.rows, sampled.sampled_token_ids[:, 0].tolist(), strict=True)):
             request = row.request
+            if i in self._sampler.stuck:
+                request.status = RequestStatus.FINISHED_ERROR
+                outputs.append(failure(request.request_id, self._sampler.stuck[i]))
+                continue
             request.append_output_token_ids(token)
             check_stop(request, self._max_model_len)
             if not self._grammars.accept_tokens(request, [token]):

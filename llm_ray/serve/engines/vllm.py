@@ -11,13 +11,20 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from llm_ray.serve.engines.punica import lora_on_cpus
+from llm_ray.serve.engines.sampling import CheckedSampler, failure
+
 
 class VllmCore:
     """vLLM's own EngineCore, with its worker in the same thread."""
 
     def __init__(self, config: VllmConfig) -> None:
         config.parallel_config.distributed_executor_backend = "uni"
-        self._core = EngineCore(config, _Executor, log_stats=False)
+        with lora_on_cpus():
+            self._core = EngineCore(config, _Executor, log_stats=False)
+        self._runner = self._core.model_executor.driver_worker.worker.model_runner
+        self._sampler = CheckedSampler(self._runner.sampler.logprobs_mode, self._runner.sampler.use_fp64_gumbel)
+        self._runner.sampler = self._sampler
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
@@ -34,9 +41,16 @@ class VllmCore:
         return bool(self._core.scheduler.has_requests())
 
     def step(self) -> EngineCoreOutputs:
+        self._sampler.stuck = {}
         outputs, executed = self._core.step_fn()
         self._core.post_step(model_executed=executed)
-        return (outputs or {}).get(0) or EngineCoreOutputs()
+        told = (outputs or {}).get(0) or EngineCoreOutputs()
+        if self._sampler.stuck:
+            stuck = {self._runner.input_batch.req_ids[row]: reason for row, reason in self._sampler.stuck.items()}
+            self._core.abort_requests([*stuck])
+            told.outputs = [output for output in told.outputs if output.request_id not in stuck]
+            told.outputs += [failure(request_id, reason) for request_id, reason in stuck.items()]
+        return told
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._core, method)(*args)

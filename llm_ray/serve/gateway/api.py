@@ -297,9 +297,12 @@ class Api:
 
     async def ready(self) -> Response:
         """Whether every model answers: 503 while one does not, or none is there."""
-        await self._refresh(_FRESH)
-        states = {name: "ready" if entry.ready else entry.status.lower() for name, entry in self._models.items()}
-        good = bool(states) and not self.draining and all(state == "ready" for state in states.values())
+        for age in (_FRESH, _LOOK_AGAIN):  # what has just been deployed is ready at once
+            await self._refresh(age)
+            states = {name: "ready" if entry.ready else entry.status.lower() for name, entry in self._models.items()}
+            good = bool(states) and not self.draining and all(state == "ready" for state in states.values())
+            if good:
+                break
         return JSONResponse({"ready": good, "models": states}, 200 if good else 503)
 
     async def prometheus(self) -> Response:

@@ -6,8 +6,9 @@ knows (`metadata`, `store`, `service_tier`, …) is passed over, as vLLM does.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 from pydantic import (
     AfterValidator,
@@ -30,10 +31,17 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     TokenizeCompletionRequest,
 )
 from typing_extensions import TypedDict  # typing's own, before Python 3.12, is refused by pydantic
-from vllm.entrypoints.generate.base.protocol import AnyResponseFormat, ResponseFormat
+from vllm.entrypoints.generate.base.protocol import (
+    AnyResponseFormat,
+    LegacyStructuralTagResponseFormat,
+    ResponseFormat,
+    StructuralTagResponseFormat,
+)
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionToolsParam
-from vllm.exceptions import VLLMClientError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+from llm_ray.serve.gateway.schemas import Fault, unenforced, unenforced_pattern, unenforced_tag
 
 _FETCH = "it tells an engine where to fetch caches from"
 _IMAGES = "it changes what an image or a sound costs to read"
@@ -251,33 +259,52 @@ class StructuredOutputs(TypedDict, total=False):
     choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1000)]
     grammar: Annotated[str, Field(min_length=1, max_length=100_000)]
     json_object: Literal[True]
-    whitespace_pattern: Annotated[str, Field(max_length=100)] | None
 
 
 def _structured(asked: StructuredOutputs | None) -> StructuredOutputsParams | None:
     given = {name: value for name, value in (asked or {}).items() if value is not None}
-    if asked is not None and len(given.keys() - {"whitespace_pattern"}) != 1:
+    if asked is not None and len(given) != 1:
         raise ValueError("it should have one of json, regex, choice, grammar and json_object")
+    if "json" in given:
+        try:
+            schema = json.loads(given["json"]) if isinstance(given["json"], str) else given["json"]
+        except ValueError as error:
+            raise ValueError(f"json is neither an object nor the text of one: {error}") from None
+        _enforced(unenforced(schema, "structured_outputs.json"))
+    if "regex" in given and (said := unenforced_pattern(str(given["regex"]))):
+        _enforced(Fault("structured_outputs.regex", said))
     return StructuredOutputsParams(**given) if given else None
 
 
 def _with_schema(asked: Any) -> Any:
-    if isinstance(asked, ResponseFormat) and asked.json_schema and asked.json_schema.json_schema is None:
-        raise ValueError("json_schema.schema is missing")
+    if isinstance(asked, ResponseFormat) and asked.type == "json_schema" and asked.json_schema:
+        if asked.json_schema.json_schema is None:
+            raise ValueError("json_schema.schema is missing")
+        _enforced(unenforced(asked.json_schema.json_schema, "response_format.json_schema.schema"))
+    elif isinstance(asked, StructuralTagResponseFormat | LegacyStructuralTagResponseFormat):
+        _enforced(unenforced_tag(asked.model_dump(by_alias=True), "response_format"))
     return asked
+
+
+def _enforced(fault: Fault | None) -> None:
+    """Raises PydanticCustomError for what of a schema would not be enforced."""
+    if fault:
+        raise PydanticCustomError("unenforced", "{said}", {"param": fault.place, "said": fault.said})
 
 
 class _Sampling(Body):
     """What chats and completions have in common. Bounds are OpenAI's where it has some, else what one request may cost."""
 
     model: str | None = _MODEL
+    n: int | None
+    max_tokens: int | None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0: always the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0: always the likeliest token.")
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1: all.")
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=10, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10, allow_inf_nan=False)
     min_tokens: int = Field(0, ge=0, le=_MAX_TOKENS)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = []
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=128)] | None = []
@@ -292,6 +319,29 @@ class _Sampling(Body):
     truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=2**31)
     structured_outputs: Annotated[StructuredOutputs | None, AfterValidator(_structured)] = None
     response_format: Annotated[AnyResponseFormat | None, AfterValidator(_with_schema)] = None
+
+    @model_validator(mode="after")
+    def _narrowest(self) -> Self:
+        """OpenAI takes a `top_p` of 0, vLLM does not."""
+        if self.top_p == 0:
+            self.temperature, self.top_p = 0.0, None
+        return self
+
+    def to_sampling_params(self, max_tokens: int, *args: Any) -> SamplingParams:
+        """As vLLM's. Several answers of the likeliest tokens, which it refuses, are the same answer several times, as OpenAI has it.
+
+        Raises VLLMValidationError for a prompt that leaves no room for an answer.
+        """
+        if max_tokens < 1 and self.max_tokens != 0:  # vLLM calls it a wrong max_tokens, of which the client may have sent none
+            said = "The prompt alone is as long as the model's maximum context length, which leaves no token for an answer."
+            raise VLLMValidationError(said, parameter="input_tokens")
+        several, self.n = self.n or 1, 1
+        try:
+            params: SamplingParams = super().to_sampling_params(max_tokens, *args)  # type: ignore[misc]
+        finally:
+            self.n = several
+        params.n = several
+        return params
 
 
 class Chat(_Sampling, ChatCompletionRequest):
@@ -314,10 +364,14 @@ class Chat(_Sampling, ChatCompletionRequest):
     @model_validator(mode="after")
     def _strict(self) -> Chat:
         """A call that is demanded has arguments of the tool's schema, unless the tool says `strict: false`: a small model makes up others."""
-        if self.tools and self.tool_choice not in ("auto", "none", None):
-            for tool in self.tools:
-                if tool.function.strict is None:
-                    tool.function.strict = True
+        if not self.tools or self.tool_choice in ("none", None):
+            return self
+        named = None if isinstance(self.tool_choice, str) else self.tool_choice.function.name
+        for number, tool in enumerate(self.tools):
+            if tool.function.strict is None and self.tool_choice != "auto":
+                tool.function.strict = True
+            if tool.function.strict and tool.function.parameters and named in (None, tool.function.name):
+                _enforced(unenforced(tool.function.parameters, f"tools[{number}].function.parameters"))
         return self
 
 

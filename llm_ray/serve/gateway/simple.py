@@ -31,10 +31,10 @@ class SimpleConfig(BaseModel):
 
     max_new_tokens: int | None = Field(None, ge=1, le=2**24, description="Tokens of the answer at most.")
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0: always the likeliest token.")
     top_k: int | None = Field(None, ge=0, lt=2**31, description="0: all.")
     do_sample: bool | None = Field(None, description="false: always the likeliest token.")
-    repetition_penalty: float | None = Field(None, gt=0, le=2)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=2)
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 

@@ -1,6 +1,6 @@
 """Protection of the endpoint: API keys, limits, time-outs, sizes.
 
-app = protect(app, Protection.of(conf.endpoint), Limiter())
+app = protect(app, Protection.of(conf.endpoint, home), Limiter())
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Protection:
     limits: Limits = field(default_factory=Limits)
 
     @classmethod
-    def of(cls, endpoint: Endpoint) -> Protection:
-        """The protection that an endpoint's conf asks for."""
+    def of(cls, endpoint: Endpoint, home: Path) -> Protection:
+        """The protection that an endpoint's conf asks for, with the keys of `home`."""
         return cls(
-            keys_file() if endpoint.needs_keys else None,
+            keys_file(home) if endpoint.needs_keys else None,
             int(endpoint.max_body_mib * 2**20),
             endpoint.body_timeout_s,
             endpoint.request_timeout_s,

@@ -65,7 +65,7 @@ def probe(asked):
     found["tried"] = sorted(port for port in listening(asked["listening"]) - open_to_it if among(port, asked["cluster_ports"] + served))
     targets = [(address, port) for address in reached for port in found["tried"]]
     with ThreadPoolExecutor(max(1, min(64, len(targets)))) as pool:
-        answers = list(pool.map(lambda target: connects(*target, asked["timeout"]), targets))
+        answers = list(pool.map(lambda target: connects(target[0], target[1], asked["timeout"]), targets))
     found["open"] = [f"{address}:{port}" for (address, port), answer in zip(targets, answers) if answer]  # noqa: B905
     return found
 

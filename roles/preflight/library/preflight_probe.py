@@ -202,7 +202,7 @@ def homes(text, folders, users):
     """Of the folders those in which another account of a /etc/passwd has its home, with its name."""
     found = {}
     for line in text.splitlines():
-        name, _, _, _, _, home, *_ = [*line.split(":"), *[""] * 6]
+        name, _, _, _, _, home = (line.split(":") + [""] * 6)[:6]
         for folder in folders:
             if name not in users and f"{home}/".startswith(f"{folder}/"):
                 found[folder] = name

@@ -36,7 +36,7 @@ class ActionModule(ActionBase):
             from llm_ray.errors import LlmRayError
         except ImportError as error:
             raise AnsibleActionFail(
-                f"the Python of this ansible-playbook has not llm_ray ({error}): make setup, then .venv/bin/ansible-playbook"
+                f"the Python of this ansible-playbook lacks llm_ray ({error}): make setup, then .venv/bin/ansible-playbook"
             ) from error
         asked = self._task.args
         kind, conf = asked["kind"], str(asked["conf"])
@@ -65,7 +65,8 @@ class ActionModule(ActionBase):
         except OSError as error:
             raise AnsibleActionFail(f"{error.filename}: {error.strerror}") from None
         if kind == "serve" and asked.get("guarded") is not None:
-            _check_port(shipped.conf.endpoint, asked["guarded"])
+            endpoint: Any = shipped.conf
+            _check_port(endpoint.endpoint, asked["guarded"])
         return {
             "changed": False,
             "given": sorted(given_by_e),

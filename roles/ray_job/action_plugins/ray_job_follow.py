@@ -38,7 +38,7 @@ class ActionModule(ActionBase):
                 continue
             heard, offset = time.monotonic(), told["offset"]
             *lines, partial = (partial + told["text"]).split("\n")
-            ended = told["status"] not in ("PENDING", "RUNNING")
+            ended = told["status"] not in ("PENDING", "RUNNING") and not told["more"]
             if ended and partial:
                 lines.append(partial)
             for line in lines:

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import Undefined
-
-
-def ray_job_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """The address that Ray knows each host by: the one that is set, else that of its facts, else the one that Ansible has."""
-    found = {}
-    for host in hosts:
-        own = hostvars[host]
-        chosen = own.get("ray_node_address")
-        fact = ((own.get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
-        # Undefined where it is worked out from facts that are not known.
-        found[host] = str((None if isinstance(chosen, Undefined) else chosen) or fact or own.get("ansible_host") or host)
-    return found
-
 
 def ray_job_names(addresses: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Addresses of Ray's nodes by the names of hosts, and of groups that hold any."""
+    """Addresses of Ray's nodes by the names of hosts, and of groups that hold any; a host of unknown address keeps its name."""
+    addresses = {host: address or host for host, address in addresses.items()}
     by_group = {group: [addresses[host] for host in hosts if host in addresses] for group, hosts in groups.items() if group != "ungrouped"}
     return {group: found for group, found in by_group.items() if found} | {host: [address] for host, address in addresses.items()}
 
@@ -51,7 +38,6 @@ class FilterModule:
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {
-            "ray_job_addresses": ray_job_addresses,
             "ray_job_names": ray_job_names,
             "ray_job_cpus": ray_job_cpus,
             "ray_job_unknown": ray_job_unknown,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import difflib
 import hashlib
@@ -30,7 +31,8 @@ options:
   folder: {description: "Folder that the conf is written into, with its SHA-256 (submitted).", type: path}
   command: {description: "Arguments of llm-ray, CONF standing for the conf's file (submitted).", type: list, elements: str}
   id: {description: "Id of the job (followed); without it (stopped) the one that runs.", type: str}
-  offset: {description: "Characters of its log that are known (followed).", type: int, default: 0}
+  logs: {description: "Folder of the logs of Ray's session (followed).", type: path}
+  offset: {description: "Bytes of its log that are known (followed).", type: int, default: 0}
   seconds: {description: "How long to wait for news (followed), or for the end (stopped).", type: float, default: 5}
   result: {description: "A JSON file to read at its end (followed).", type: path}
   user: {description: User that Ray runs as., type: str, required: true}
@@ -44,11 +46,13 @@ id: {description: Id of the job; empty where there is none., type: str, returned
 attached: {description: Whether it ran before (submitted)., type: bool, returned: submitted}
 status: {description: "PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; empty where there is none.", type: str, returned: always}
 text: {description: "What it has printed since the offset (followed).", type: str, returned: followed}
-offset: {description: Characters of its log that are known now (followed)., type: int, returned: followed}
+offset: {description: Bytes of its log that are known now (followed)., type: int, returned: followed}
+more: {description: Whether the log goes on after the offset (followed)., type: bool, returned: followed}
 found: {description: "What the file of the result holds (followed, at the end).", type: dict, returned: followed}
 """
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _POLL = 0.5
+_CHUNK = 1 << 20  # bytes of a log at once
 
 
 class Refused(Exception):
@@ -151,8 +155,8 @@ def follow(api, asked):
     until = time.monotonic() + asked["seconds"]
     while True:
         job = api(f"/api/jobs/{asked['id']}")
-        text = api(f"/api/jobs/{asked['id']}/logs")["logs"]
-        if len(text) > asked["offset"] or job["status"] in _ENDED or time.monotonic() > until:
+        text, offset, more = read_log(f"{asked['logs']}/job-driver-{asked['id']}.log", asked["offset"])
+        if text or job["status"] in _ENDED or time.monotonic() > until:
             break
         time.sleep(_POLL)
     found = {}
@@ -163,11 +167,28 @@ def follow(api, asked):
         "changed": False,
         "id": asked["id"],
         "status": job["status"],
-        "text": text[asked["offset"] :],
-        "offset": len(text),
+        "text": text,
+        "offset": offset,
+        "more": more,
         "found": found,
         "message": job.get("message") or "",
     }
+
+
+def read_log(path, offset):
+    """The text after an offset in bytes, the offset after that text, and whether the log goes on. A driver that has not started has no log.
+
+    Ray's API has no offset: it would send the whole log at every look. Drivers run on the head, as this module does.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            file.seek(offset)
+            data = file.read(_CHUNK)
+    except FileNotFoundError:
+        return "", offset, False
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    text = decoder.decode(data)
+    return text, offset + len(data) - len(decoder.getstate()[0]), len(data) == _CHUNK  # half a character is read again
 
 
 def stop(api, asked, check_mode):
@@ -181,7 +202,9 @@ def stop(api, asked, check_mode):
     until = time.monotonic() + asked["seconds"]
     while job["status"] not in _ENDED:
         if time.monotonic() > until:
-            raise Refused(f"{identity} was told to stop and has not after {asked['seconds']:.0f} s: it may still be writing its checkpoint")
+            raise Refused(
+                f"{identity} was told to stop but did not within {asked['seconds']:.0f} s: it may still be writing its checkpoint"
+            )
         time.sleep(_POLL)
         job = api(f"/api/jobs/{identity}")
     return {"changed": True, "id": identity, "status": job["status"]}
@@ -213,6 +236,7 @@ def main():
             "folder": {"type": "path"},
             "command": {"type": "list", "elements": "str"},
             "id": text,
+            "logs": {"type": "path"},
             "offset": number | {"default": 0},
             "seconds": {"type": "float", "default": 5},
             "result": {"type": "path"},
@@ -221,7 +245,7 @@ def main():
             "url": text | {"required": True},
             "stop_seconds": number | {"default": 900},
         },
-        required_if=[("state", "submitted", ("conf", "folder", "command")), ("state", "followed", ("id",))],
+        required_if=[("state", "submitted", ("conf", "folder", "command")), ("state", "followed", ("id", "logs"))],
         supports_check_mode=True,
     )
     asked = module.params

@@ -47,7 +47,7 @@ def conf(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = tmp_path_factory.mktemp("conf") / "serve.yaml"
-    small = {"model": str(smollm2), "max_model_len": 512, "cpus": 2, "adapters": {"tuned": str(adapter)}}
+    small = {"model": str(smollm2), "max_model_len": 512, "cpus": 1, "adapters": {"tuned": str(adapter)}}
     other = {"model": str(smollm2), "max_model_len": 256, "max_batch": 4, "kv_cache_gib": 0.2, "tools": "off"}
     file.write_text(json.dumps({"endpoint": {"port": port, "max_body_mib": 1}, "models": {"small": small, "team/other": other}}))
     return file

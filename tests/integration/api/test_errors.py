@@ -38,6 +38,9 @@ def part(**content: Any) -> dict[str, Any]:
     return chat(messages=[{"role": "user", "content": [content]}])
 
 
+ODD_TYPE = "response_format.json_schema.schema.type"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "code"),
     [
@@ -69,12 +72,12 @@ def part(**content: Any) -> dict[str, Any]:
         (CHAT, chat(temperature="hot"), 400, "temperature", "invalid_request"),
         (CHAT, chat(logit_bias={"999999": 1}), 400, "logit_bias", "invalid_request"),
         (CHAT, chat(min_tokens=9), 400, None, "invalid_request"),
-        (CHAT, chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}), 400, None, None),
+        (CHAT, chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}), 400, ODD_TYPE, None),
         (
             CHAT,
             chat(stream=True, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}),
             400,
-            None,
+            ODD_TYPE,
             None,
         ),
         (CHAT, chat(structured_outputs={"regex": "("}), 400, None, "invalid_request"),

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,8 +90,10 @@ def roles() -> str:
 
 
 @pytest.fixture(scope="session")
-def preflight() -> ModuleType:
-    return load("roles/preflight/filter_plugins/preflight.py")
+def preflight() -> SimpleNamespace:
+    """The filters of preflight, and what they are made of."""
+    parts = [load(f"roles/preflight/filter_plugins/preflight_{part}.py") for part in ("inventory", "hosts", "list")]
+    return SimpleNamespace(**{name: value for part in parts for name, value in vars(part).items()})
 
 
 @pytest.fixture(scope="session")

@@ -132,7 +132,7 @@ def test_addresses_are_those_of_the_facts_unless_one_is_set(operations: ModuleTy
         "d": {"ansible_host": "10.0.0.4", "ray_node_address": "10.1.0.4"},  # it has no default route
         "e": {"ansible_host": "10.0.0.5", "ray_node_address": StrictUndefined()},  # comes of facts that are not known
     }
-    assert operations.operations_addresses(hostvars, [*hostvars]) == {
+    assert operations.cluster_addresses(hostvars, [*hostvars]) == {
         "a": "10.0.0.1", "b": "10.1.0.1", "c": "10.0.0.3", "d": "10.1.0.4", "e": "10.0.0.5",
     }  # fmt: skip
 

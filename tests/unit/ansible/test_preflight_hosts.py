@@ -7,7 +7,7 @@ import os
 import pwd
 import socket
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,12 +44,12 @@ def _probe(n: int, **changed: Any) -> dict[str, Any]:
     } | changed  # fmt: skip
 
 
-def _lines(preflight: ModuleType, *changes: dict[str, Any]) -> list[str]:
+def _lines(preflight: SimpleNamespace, *changes: dict[str, Any]) -> list[str]:
     probes = {f"h{n}": _probe(n, **change) for n, change in enumerate(changes)}
-    return preflight.preflight_list(preflight.preflight_hosts(probes)).splitlines()
+    return preflight.preflight_list(preflight.preflight_hosts(probes), [*probes]).splitlines()
 
 
-def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
+def test_fit_hosts_have_no_problems(preflight: SimpleNamespace) -> None:
     rocky = {"os": "Rocky", "version": "9.4", "family": "RedHat", "python": {"path": "python3.11", "version": [], "installable": True}}
     ubuntu = {
         "os": "Ubuntu",
@@ -86,7 +86,7 @@ def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
         ({"taken": [{"name": "ray_node_port", "port": 6379, "by": "redis (process 9)"}]}, "h0: ray_node_port = 6379: port 6379 is taken by redis (process 9)"),
         ({"unreached": {"10.0.0.1": "timed out"}}, "h0: address of the head or the NFS server = \"10.0.0.1\": cannot be reached from h0 (timed out)"),
         ({"address": ""}, "h0: ray_node_address: no default route: set ray_node_address (its address in the cluster's network) in host_vars/h0.yml"),
-        ({"address": "", "address_given": True}, "h0: ray_node_address: is made of a fact that this host has not: set ray_node_address"),
+        ({"address": "", "address_given": True}, "h0: ray_node_address: is computed from a fact that this host lacks: set ray_node_address"),
         (_SERVER | {"address": "", "nfs_address": ""}, "h0: nfs_server_address: no default route: set nfs_server_address (its address in"),
         (_SERVER | {"free": {"/srv/llm-ray": _GIB}}, "h0: disk of /srv/llm-ray = 1.0: GiB free: at least 10 are needed"),
         (_SERVER | {"version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported"),
@@ -100,7 +100,7 @@ def test_fit_hosts_have_no_problems(preflight: ModuleType) -> None:
         ({"storage": "nfs_server", "filesystems": ["nfs"]}, "h0: llm_ray_storage = \"nfs\": the kernel of this host has no nfsd"),
     ],
 )  # fmt: skip
-def test_one_host(preflight: ModuleType, changed: dict[str, Any], line: str) -> None:
+def test_one_host(preflight: SimpleNamespace, changed: dict[str, Any], line: str) -> None:
     (found,) = _lines(preflight, changed, {})
     assert found.startswith(line)
 
@@ -113,17 +113,17 @@ def test_one_host(preflight: ModuleType, changed: dict[str, Any], line: str) -> 
         ({"python": {"path": "p", "version": [3, 11, 4], "installable": True}}, "h2: python_runtime_python = \"3.11.4\": Ray wants the same patch level on every host, and elsewhere it is 3.11.2"),
     ],
 )  # fmt: skip
-def test_hosts_together(preflight: ModuleType, changed: dict[str, Any], line: str) -> None:
+def test_hosts_together(preflight: SimpleNamespace, changed: dict[str, Any], line: str) -> None:
     (found,) = _lines(preflight, {}, {}, changed)
     assert found.startswith(line)
 
 
-def test_a_storage_host_is_no_node(preflight: ModuleType) -> None:
+def test_a_storage_host_is_no_node(preflight: SimpleNamespace) -> None:
     weak = {"flags": [], "cores": 1, "memory": _GIB, "python": {"path": "/usr/bin/python3", "version": [3, 10, 1], "installable": False}}
     assert _lines(preflight, {}, _SERVER | weak | {"address": ""}) == []
 
 
-def test_a_ufw_that_lets_nodes_in_or_is_the_users_own(preflight: ModuleType) -> None:
+def test_a_ufw_that_lets_nodes_in_or_is_the_users_own(preflight: SimpleNamespace) -> None:
     assert _lines(preflight, {"ufw": ["10.0.0.1", "192.168.0.0/16"]}, {"ufw": ["10.0.0.0/24"]}, _SERVER) == []
     assert _lines(preflight, {"ufw": [], "firewall": "none"}, {}) == []
     assert _lines(preflight, {"ufw": []}) == []
@@ -131,7 +131,7 @@ def test_a_ufw_that_lets_nodes_in_or_is_the_users_own(preflight: ModuleType) -> 
     assert found.startswith('h0: ufw = ["10.0.0.2"]')
 
 
-def test_one_host_with_another_runtime_has_the_others_python(preflight: ModuleType) -> None:
+def test_one_host_with_another_runtime_has_the_others_python(preflight: SimpleNamespace) -> None:
     docker = {"runtime": "docker", "image_python": "3.11.14", "python": {"path": "", "version": [], "installable": False}}
     assert _lines(preflight, docker, docker) == []
     assert _lines(preflight, {}, docker | {"image_python": "3.11.2"}) == []
@@ -142,14 +142,14 @@ def test_one_host_with_another_runtime_has_the_others_python(preflight: ModuleTy
     assert found.startswith('h1: ray_node_image_base = "3.11.14": the image has this Python, and hosts without Docker have 3.11.2: choose')
 
 
-def test_five_hosts_are_judged_one_by_one_and_told_together(preflight: ModuleType) -> None:
+def test_five_hosts_are_judged_one_by_one_and_told_together(preflight: SimpleNamespace) -> None:
     assert _lines(preflight, {}, {}, {}, {}, {}) == []
     found = _lines(preflight, {}, {"cores": 1}, {"cores": 1}, {"memory": 3 * _GIB}, {})
     assert [line.partition(":")[0] for line in found] == ["h1, h2", "h3"]
     assert _lines(preflight, *[{"cores": 1}] * 5) == ["all: cores = 1: cores: at least 2 are needed (preflight_min_cores)"]
 
 
-def test_shared_storage_that_is_not_shared(preflight: ModuleType) -> None:
+def test_shared_storage_that_is_not_shared(preflight: SimpleNamespace) -> None:
     shared = {"storage": "existing"}
     other = shared | {"home": {"path": "/srv/llm-ray", "directory": True, "mounted": True, "entries": 0, "inode": 8}}
     assert _lines(preflight, shared, shared) == []
@@ -157,9 +157,9 @@ def test_shared_storage_that_is_not_shared(preflight: ModuleType) -> None:
     assert found.startswith('h2: llm_ray_home = "/srv/llm-ray": not the folder that other hosts have there: mount the same')
 
 
-def test_a_host_that_was_not_reached_and_a_problem_of_all(preflight: ModuleType) -> None:
+def test_a_host_that_was_not_reached_and_a_problem_of_all(preflight: SimpleNamespace) -> None:
     probes = {"h0": _probe(0, cores=1), "h1": {}, "h2": _probe(2, cores=1)}
-    lines = preflight.preflight_list(preflight.preflight_hosts(probes)).splitlines()
+    lines = preflight.preflight_list(preflight.preflight_hosts(probes), [*probes]).splitlines()
     assert [line.split(":")[0] for line in lines] == ["h0, h2", "h1"]
     assert "not reached" in lines[1]
     assert "RHEL 8 needs python3.11 and ansible_python_interpreter" in lines[1]

@@ -33,7 +33,7 @@ def test_values_of_facts_that_are_not_cached_are_left_for_later(tmp_path: Path) 
         "host_base_sysctl": {"vm.nr_hugepages": "{{ ansible_facts.memtotal_mb // 4 }}"},
     }
     done = playbook(tmp_path, _inventory(**variables))
-    assert "cannot be worked out" not in done.stdout
+    assert "cannot be evaluated" not in done.stdout
     assert "UNREACHABLE!" in done.stdout
 
 
@@ -41,9 +41,9 @@ def test_what_is_wrong_whatever_the_facts_are_is_told(tmp_path: Path) -> None:
     variables = {"llm_ray_cluster_name": "{{ site.name }}", "site": {"nam": "x"}, "llm_ray_home": "{{ llm_ray_stat }}/x"}
     variables["firewall_served_ports"] = ["{{ ray_node_client_port }}"]  # a default of another role, which is not there in firewall's play
     done = playbook(tmp_path, _inventory(**variables))
-    assert f"{_HOST}: llm_ray_cluster_name: cannot be worked out: object of type 'dict' has no attribute 'name'" in done.stdout
-    assert f"{_HOST}: llm_ray_home: cannot be worked out: 'llm_ray_stat' is undefined" in done.stdout
-    assert f"{_HOST}: firewall_served_ports: cannot be worked out: 'ray_node_client_port' is undefined" in done.stdout
+    assert f"{_HOST}: llm_ray_cluster_name: cannot be evaluated: object of type 'dict' has no attribute 'name'" in done.stdout
+    assert f"{_HOST}: llm_ray_home: cannot be evaluated: 'llm_ray_stat' is undefined" in done.stdout
+    assert f"{_HOST}: firewall_served_ports: cannot be evaluated: 'ray_node_client_port' is undefined" in done.stdout
 
 
 def test_a_value_of_facts_is_not_compared_with_one_that_is_not_known_yet(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_vault_without_its_password_stops_nothing(tmp_path: Path) -> None:
     )
     done = playbook(tmp_path, _inventory())
     assert "llm_ray_cluster_name" not in done.stdout
-    assert f"{_HOST}: nfs_client_server: cannot be worked out: 'vault_decoy' is undefined" in done.stdout
+    assert f"{_HOST}: nfs_client_server: cannot be evaluated: 'vault_decoy' is undefined" in done.stdout
 
 
 def test_hosts_are_judged_by_their_own_variables(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_hosts_are_judged_by_their_own_variables(tmp_path: Path) -> None:
     assert "a: cores = " in told, told
     assert "a: monitoring_port = " in told  # the head's alone
     assert "all: monitoring_node_exporter_port = " in told
-    assert "b: ray_node_address: is made of a fact that this host has not" in told
+    assert "b: ray_node_address: is computed from a fact that this host lacks" in told
     assert "c: disk of /srv/llm-ray = " in told
     assert "cores: at least 9999 are needed" in told
     assert "c: cores" not in told

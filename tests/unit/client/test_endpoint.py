@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,9 @@ def test_the_key_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_text("sk-file\n")
     monkeypatch.setenv("LLM_RAY_API_KEY", "sk-ours")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
-    found = [find_key("sk-given", file), find_key(None, file), find_key(None, None)]
+    found = [find_key("sk-given", None, os.environ), find_key(None, file, os.environ), find_key(None, None, os.environ)]
     monkeypatch.delenv("LLM_RAY_API_KEY")
-    found.append(find_key(None, None))
+    found.append(find_key(None, None, os.environ))
     monkeypatch.delenv("OPENAI_API_KEY")
     assert [key and (key.value, key.source) for key in found] == [
         ("sk-given", "--api-key"),
@@ -68,7 +69,9 @@ def test_the_key_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Monk
         ("sk-ours", "LLM_RAY_API_KEY"),
         ("sk-openai", "OPENAI_API_KEY"),
     ]
-    assert find_key(None, None) is None
+    assert find_key(None, None, os.environ) is None
+    with pytest.raises(ConfError, match="--api-key and --api-key-file are both given"):
+        find_key("sk-given", file, os.environ)
     assert "sk-given" not in repr(found[0])
 
 
@@ -77,9 +80,9 @@ def test_what_is_no_key(text: str, tmp_path: Path) -> None:
     file = tmp_path / "key"
     file.write_text(text)
     with pytest.raises(ConfError, match=f"{file}: an API key is one word"):
-        find_key(None, file)
+        find_key(None, file, os.environ)
 
 
 def test_a_key_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfError, match=r"none cannot be read: .*No such file"):
-        find_key(None, tmp_path / "none")
+        find_key(None, tmp_path / "none", os.environ)

@@ -49,7 +49,12 @@ BROKEN = {
     ),
     "section like nothing": ("zebra: 1\n", ":6: zebra: there is no such key; a conf has the keys name, stages, runtime"),
     "three levels down": ("tuning:\n  lora:\n    rang: 3\n", ":8: tuning.lora.rang: there is no such key; mean tuning.lora.r"),
-    "text for a number": ("training:\n  batch_size: four\n", ':7: training.batch_size is "four"; whole number of at least 1'),
+    "text for a number": ("training:\n  max_steps: four\n", ':7: training.max_steps is "four"; whole number of at least 1'),
+    "text for a number or auto": ("training:\n  epochs: many\n", ':7: training.epochs is "many"; a number above 0 or auto'),
+    "a batch of sequences": (
+        "training:\n  batch_size: 4\n  gradient_accumulation: 2\n",
+        ":7: training.batch_size and training.gradient_accumulation counted packed sequences; training.global_batch_size; 8 × runtime.workers",
+    ),
     "number too small": ("runtime:\n  workers: 0\n", ":7: runtime.workers is 0; at least 1"),
     "negative rate": ("training:\n  learning_rate: -1e-3\n", ":7: training.learning_rate is -0.001; a number above 0"),
     "infinite rate": ("training:\n  learning_rate: .inf\n", ":7: training.learning_rate is Infinity; a number above 0"),
@@ -162,7 +167,7 @@ def test_broken_confs(case: str, write: Write, monkeypatch: pytest.MonkeyPatch) 
 
 def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
     file = write(
-        f"{SMALL}trainign: {{}}\ntraining:\n  batch_size: 0\n  lr: 1\nruntime:\n  mode: cloud\ncheckpoint:\n  keep: {{{{ keep }}}}\n"
+        f"{SMALL}trainign: {{}}\ntraining:\n  max_steps: 0\n  lr: 1\nruntime:\n  mode: cloud\ncheckpoint:\n  keep: {{{{ keep }}}}\n"
     )
     first, *lines = message(file).split("\n")
     assert first == "5 things are wrong with the conf:"
@@ -211,7 +216,7 @@ def test_defaults(write: Write, folder: Path) -> None:
     conf = load_finetune(str(write(SMALL)))
     assert (conf.name, conf.model.base, conf.data.train) == ("trial", "smollm2-135m-instruct", (str(folder / "train.jsonl"),))
     assert conf.paths.runs == folder.parent / "home" / "runs"
-    assert conf.learning_rate == 2e-4
+    assert conf.training.learning_rate == conf.training.epochs == conf.training.global_batch_size == "auto"
 
 
 def test_sections_with_every_key_commented_out_have_their_defaults(write: Write) -> None:
@@ -220,7 +225,7 @@ def test_sections_with_every_key_commented_out_have_their_defaults(write: Write)
 
 def test_numbers_as_people_write_them(write: Write) -> None:
     conf = load_finetune(write(f"{SMALL}training:\n  learning_rate: 1e-3\n  eps: 1E-6\n  warmup: 100\n  epochs: 2\n"))
-    assert (conf.training.learning_rate, conf.training.eps, conf.training.warmup, conf.epochs) == (1e-3, 1e-6, 100.0, 2.0)
+    assert (conf.training.learning_rate, conf.training.eps, conf.training.warmup, conf.training.epochs) == (1e-3, 1e-6, 100.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def test_truth_as_people_write_it(write: Write, written: str, value: bool) -> No
     [
         ("training.learning_rate=1e-3", "training", "learning_rate", 1e-3),
         ("training.learning_rate=2E-5", "training", "learning_rate", 2e-5),
-        ("training.epochs=null", "training", "epochs", None),
+        ("training.epochs=null", "training", "epochs", "auto"),
         ("training.max_grad_norm=", "training", "max_grad_norm", None),
         ("training.early_stopping.patience=2", "training", "early_stopping", {"patience": 2, "min_delta": 0.0}),
         ("training={seed: 7}", "training", "seed", 7),
@@ -251,7 +256,7 @@ def test_truth_as_people_write_it(write: Write, written: str, value: bool) -> No
     ],
 )
 def test_set(write: Write, override: str, section: str, key: str, value: object) -> None:
-    found = load_finetune(write(f"{SMALL}training:\n  batch_size: 2\n"), [override]).model_dump()[section][key]
+    found = load_finetune(write(f"{SMALL}training:\n  max_steps: null\n"), [override]).model_dump()[section][key]
     if key == "lora":
         assert found["target_modules"] == ("q_proj", "v_proj")
     else:
@@ -260,7 +265,7 @@ def test_set(write: Write, override: str, section: str, key: str, value: object)
 
 def test_set_over_the_conf_and_the_last_one_wins(write: Write) -> None:
     conf = load_finetune(write(f"{SMALL}training:\n  epochs: 2\n"), ["training.epochs=3", "training.epochs=4", "name=other"])
-    assert (conf.epochs, conf.name) == (4.0, "other")
+    assert (conf.training.epochs, conf.name) == (4.0, "other")
 
 
 def test_variables_come_from_set_else_vars_else_default(write: Write, folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_variables_of_the_templates(here: Path) -> None:
     assert (full.training.strategy, full.runtime.workers) == ("fsdp", 2)
     cluster = load_finetune("cluster", ["train=tickets.jsonl", "hosts=4", "address=10.0.0.1:6379", "interface=eth1", "method=full"])
     assert (cluster.runtime.workers, cluster.runtime.interface, cluster.runtime.address) == (4, "eth1", "10.0.0.1:6379")
-    assert (cluster.training.strategy, cluster.training.gradient_accumulation) == ("fsdp", 2)
+    assert (cluster.training.strategy, cluster.training.epochs) == ("fsdp", "auto")
 
 
 def test_variables_of_the_serve_templates(here: Path) -> None:

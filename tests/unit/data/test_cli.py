@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from llm_ray.cli.data import data
+from llm_ray.errors import DataError
 
 Run = Callable[..., Result]
 
@@ -49,6 +50,29 @@ def test_preview_says_what_is_dropped(run: Run) -> None:
 def test_stats(run: Run) -> None:
     result = run("stats", "--set", "data.on_bad_row=skip", "--json")
     found = json.loads(result.stdout)
-    assert (found["read"], found["bad"], found["train"]["rows"], found["validation"]["rows"]) == (4, 1, 3, 1)
+    assert (found["read"], found["bad"], found["train"]["rows"], found["validation"]) == (4, 1, 4, None)
     result = run("stats", "--set", "data.on_bad_row=skip")
-    assert "4 rows read (prompt_completion), 1 bad skipped" in result.output and "train: 3 rows in 1 sequences" in result.output
+    assert "4 rows read (prompt_completion), 1 bad skipped" in result.output and "train: 4 rows, " in result.output
+    assert "validation: none, for 4 rows are all needed to learn from" in result.output
+
+
+@pytest.mark.parametrize("verb", ["preview", "stats"])
+def test_half_a_surrogate_pair_is_named(run: Run, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "hi \\ud83d there", "completion": "yo"}\n' * 3)
+    with pytest.raises(DataError, match=r"rows.jsonl:1: half of a surrogate pair \(\\ud83d\), which is no character.* \(3 bad in 3 rows\)"):
+        run(verb)
+
+
+@pytest.mark.parametrize("verb", ["preview", "stats"])
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_a_file_without_rows_is_refused(run: Run, tmp_path: Path, verb: str, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(DataError, match=r"data.train \(.*rows.jsonl\) has nothing to learn: 0 rows read"):
+        run(verb)
+
+
+def test_preview_names_the_columns_that_are_left_out(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi <|im_end|>", "completion": "Hello", "id": 1, "source": "web"}\n' * 3)
+    result = run("preview", "-n", "2")
+    assert result.output.count("left out") == 1 and "left out: columns id, source (2 rows)" in result.output
+    assert "special token: " in result.output and "rows.jsonl:1: its text holds '<|im_end|>'" in result.output

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from llm_ray.app.data import spans
 from llm_ray.cli.data import marked
-from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded, TextEncoder, end_of_turn
+from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded, SpecialTokens, TextEncoder, end_of_turn
 from llm_ray.data.formats import Conversation, Text
 from llm_ray.errors import DataError, ModelError
 
@@ -32,7 +33,7 @@ def turns(*contents: str, system: str | None = None) -> Conversation:
 
 
 def shown(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int = 4096) -> list[str]:
-    return [marked(tokenizer, s, color=False) for s in encoded(tokenizer, conversation, max_length).sequences]
+    return [marked(spans(tokenizer, s), color=False) for s in encoded(tokenizer, conversation, max_length).sequences]
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_length: int = 4096) -> Encoded:
@@ -177,6 +178,24 @@ def test_empty_answers_and_answers_to_nothing_are_not_learnt(tokenizer: PreTrain
     assert text.endswith("⟦Hello.<|im_end|>⟧")  # a last question without answer is left out
 
 
+def test_an_answer_of_weight_0_is_history_only(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
+    conversation = turns("Open?", "WRONG", "Sure?", "No.")
+    conversation.messages[1]["weight"] = 0
+    (text,) = shown(tokenizer, conversation)
+    assert "<|im_start|>assistant\nWRONG<|im_end|>\n<|im_start|>user\nSure?" in text and text.endswith("⟦No.<|im_end|>⟧")
+    assert text.count("⟦") == 1
+    (text,) = shown(with_template("qwen3"), conversation)
+    assert text.count("⟦") == 1 and "WRONG⟧" not in text
+
+
+def test_reasoning_that_the_template_does_not_write_is_not_passed_over(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
+    conversation = turns("2+2?", "4")
+    conversation.messages[1]["reasoning_content"] = "easy"
+    (refused,) = ChatEncoder(tokenizer, 64).encode([conversation])
+    assert isinstance(refused, DataError) and "turn 2: the chat template does not write 'reasoning_content'" in str(refused)
+    assert "⟦<think>easy</think>4<|im_end|>⟧" in shown(with_template("calls"), conversation)[0]
+
+
 # Tools -----------------------------------------------------------------------------------------------------------------
 
 TOOL_CONVERSATION = Conversation(
@@ -316,6 +335,17 @@ def test_text_with_bos(mistral: PreTrainedTokenizerBase) -> None:
     assert (ids[0], ids[-1], ids.count(mistral.eos_token_id)) == (mistral.bos_token_id, mistral.eos_token_id, 1)
 
 
+def test_text_that_has_its_beginning_and_end_already(mistral: PreTrainedTokenizerBase) -> None:
+    plain, marked = TextEncoder(mistral, 64).encode([Text("Water boils."), Text("<s>Water boils.</s>")])
+    assert isinstance(plain, Encoded) and isinstance(marked, Encoded)
+    ids = marked.sequences[0].input_ids
+    assert (ids.count(mistral.bos_token_id), ids.count(mistral.eos_token_id)) == (1, 1)
+    assert (
+        mistral.decode(ids, skip_special_tokens=True).strip()
+        == mistral.decode(plain.sequences[0].input_ids, skip_special_tokens=True).strip()
+    )
+
+
 @pytest.mark.parametrize("words", range(1, 40))
 def test_long_text_is_split_and_nothing_lost(tokenizer: PreTrainedTokenizerBase, words: int) -> None:
     text = " ".join(["water"] * words)
@@ -329,3 +359,42 @@ def test_long_text_is_split_and_nothing_lost(tokenizer: PreTrainedTokenizerBase,
 
 def test_empty_text_is_nothing(mistral: PreTrainedTokenizerBase) -> None:
     assert TextEncoder(mistral, 64).encode([Text(" \n")]) == [Encoded()]
+
+
+# Special tokens in texts ---------------------------------------------------------------------------------------------------
+
+INJECTED = "What does <|im_end|> mean?"
+
+
+def test_special_tokens_in_texts_are_found(tokenizer: PreTrainedTokenizerBase, mistral: PreTrainedTokenizerBase) -> None:
+    special = SpecialTokens(tokenizer, escape=False)
+    assert special.found(turns("Hi", "Hello.")) == ""
+    assert special.found(turns(INJECTED, "An end.")) == special.found(turns("Hi", INJECTED)) == "<|im_end|>"
+    call = {"type": "function", "function": {"name": "say", "arguments": {"words": ["<|im_start|>"]}}}
+    assert special.found(Conversation([{"role": "assistant", "content": "", "tool_calls": [call]}])) == "<|im_start|>"
+    special = SpecialTokens(mistral, escape=False)
+    assert special.found(Text("<s>Water boils.</s>")) == "" and special.found(Text("Water</s> boils.")) == "</s>"
+
+
+@pytest.mark.parametrize("text", [INJECTED, "<|im_end|>", "a<|im_start|><|im_end|>b", "Ends in <|im_end|>"])
+def test_escaped_special_tokens_are_ordinary_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    encoder, special = ChatEncoder(tokenizer, 256), SpecialTokens(tokenizer, escape=True)
+    taken, escaped, plain = encoder.encode([turns(text, text), special.escaped(turns(text, text)), turns("A", "B")])
+    assert isinstance(taken, Encoded) and isinstance(escaped, Encoded) and isinstance(plain, Encoded)
+    (taken_ids, ids, plain_ids) = (result.sequences[0].input_ids for result in (taken, escaped, plain))
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+    assert [i for i in ids if i in ends] == [i for i in plain_ids if i in ends] != [i for i in taken_ids if i in ends]
+    assert tokenizer.decode(ids) == tokenizer.decode(plain_ids).replace("A<", f"{text}<").replace("B<", f"{text}<")
+    learnt = [i for i, label in zip(ids, escaped.sequences[0].labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == f"{text}<|im_end|>"
+
+
+def test_escaped_special_tokens_in_plain_text(mistral: PreTrainedTokenizerBase) -> None:
+    special = SpecialTokens(mistral, escape=True)
+    content = special.escaped(Text("<s>Struck <s>out</s> here.</s>"))
+    assert isinstance(content, Text)
+    (result,) = TextEncoder(mistral, 64).encode([content])
+    assert isinstance(result, Encoded)
+    ids = result.sequences[0].input_ids
+    assert (ids.count(mistral.bos_token_id), ids.count(mistral.eos_token_id)) == (1, 1)
+    assert mistral.decode(ids[1:-1]).strip() == "Struck <s>out</s> here."

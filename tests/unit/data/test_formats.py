@@ -35,6 +35,13 @@ Convert = Callable[..., Conversation | Text]
 GOOD: list[tuple[str, dict[str, Any], Conversation]] = [
     ("alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"}, qa("Add.\n\n1 2", "3")),
     ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello", "text": "…"}, qa("Hi", "Hello")),
+    (
+        "alpaca",
+        {"instruction": "Sure?", "output": "Yes.", "history": [["Hi", "Hello"]]},
+        Conversation([*qa("Hi", "Hello").messages, *qa("Sure?", "Yes.").messages]),
+    ),
+    ("alpaca", {"instruction": "Hi", "output": "Hello", "history": []}, qa("Hi", "Hello")),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Hello", "label": True}, qa("Hi", "Hello")),
     ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello", "system": "Be brief."}, qa("Hi", "Hello", "Be brief.")),
     ("dolly", {"instruction": "Who?", "context": "Ann did.", "response": "Ann", "category": "qa"}, qa("Who?\n\nAnn did.", "Ann")),
     ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}, qa("Hi", "Hello")),
@@ -49,6 +56,21 @@ GOOD: list[tuple[str, dict[str, Any], Conversation]] = [
             ]
         },
         qa("Hi", "Hello"),
+    ),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]},
+                {"role": "assistant", "content": "Hello"},
+            ]
+        },
+        Conversation(
+            [
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]},
+                {"role": "assistant", "content": "Hello"},
+            ]
+        ),
     ),
     (
         "sharegpt",
@@ -135,6 +157,15 @@ def test_openai_calls(convert: Convert) -> None:
     assert found.messages[2] == {"role": "tool", "content": "3", "tool_call_id": "abc", "name": "weather"}
 
 
+def test_turns_of_two_kinds_in_one_column(convert: Convert) -> None:
+    """JSON that was a table has the keys of both in all turns."""
+    turns = [
+        {"from": "human", "value": "Hi", "role": None, "content": None},
+        {"from": None, "value": None, "role": "assistant", "content": "Hello"},
+    ]
+    assert convert({"messages": turns}) == qa("Hi", "Hello")
+
+
 def test_each_file_has_its_own_format(conf: Make) -> None:
     formatter = Formatter(conf(FILE).data, pretrain=False)
     assert formatter(Row("/a.json", 1, {"instruction": "Hi", "output": "Hello"})) == qa("Hi", "Hello")
@@ -156,8 +187,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "a", "output": None}, "format alpaca needs 'output', which is null here"),
     ({"instruction": "a", "output": 42}, "'output' must be text, but is 42"),
     ({"instruction": " ", "output": "b"}, "'instruction' is empty"),
+    ({"instruction": "a", "output": "b", "history": [["c"]]}, r"'history' must be a list of pairs \[question, answer\], but holds"),
+    ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: its answer is an example of a bad one"),
+    (
+        {"prompt": "<image> What is it?", "completion": "b", "images": ["cat.png"]},
+        r"a place for images \(<image>\), and only text is learnt",
+    ),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, r"turn 1 of 'messages': weight is 0.5: an answer is learnt"),
     ({"messages": []}, r"'messages' must be a list of turns, but is \[\]"),
     ({"messages": "[{"}, "'messages' is not JSON: .* at character"),
+    ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, r"'messages': half of a surrogate pair \(\\ud83d\)"),
     ({"messages": "hello"}, "'messages' is not JSON"),
     ({"messages": ["hello"]}, "turn 1 of 'messages' must be an object, but is \"hello\""),
     (
@@ -166,13 +205,31 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": [{"content": "a"}]}, "turn 1 of 'messages': role is null"),
     ({"messages": [{"role": "user"}]}, "turn 1 of 'messages': 'content' must be text, but is null"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'content' must be text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        r"a part of 'content' must be text \({type: text, text: …}\), but is",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]}, "a part of 'content' must be text"),
+    ({"messages": [{"role": "user", "content": {"text": "a"}}]}, "'content' must be text"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "a function call must be an object with name and arguments"),
     ({"conversations": [{"from": "robot", "value": "a"}]}, 'from is "robot"; known are system, human'),
     ({"conversations": [{"from": "human", "value": None}]}, "'value' must be text, but is null"),
     ({"conversations": [{"from": "function_call", "value": "weather()"}]}, "the function call is not JSON"),
     ({"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}]}, "the arguments of f must be an object"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": [b"x"]}}]}]},
+        "turn 1 of 'messages': the arguments of f hold a value that JSON does not have: Object of type bytes",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": float("nan")}}]}]},
+        "JSON does not have: Out of range",
+    ),
+    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": b"f"}]}, "'tools' hold a value that JSON does not have"),
     ({"conversations": [{"from": "human", "value": "a"}], "tools": "{"}, "'tools' is not JSON"),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"description": "d"}]},
+        "'tools': a function must be an object with a name",
+    ),
     ({"conversations": [{"from": "human", "value": "a"}], "tools": {"a": 1}}, "'tools' must be a list of functions"),
 ]
 
@@ -197,3 +254,69 @@ def test_renamed_column_that_is_not_there(convert: Convert) -> None:
 def test_columns_with_an_unknown_name(conf: Make) -> None:
     with pytest.raises(ConfError, match=r"'instructions' is no column of format alpaca; .*nearest: instruction"):
         Formatter(conf(FILE, format="alpaca", columns={"instructions": "question"}).data, pretrain=False)
+
+
+# Columns that are not used --------------------------------------------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "Boil an egg?"}, {"role": "assistant", "content": "Go away."}]
+SHAPES: list[dict[str, Any]] = [
+    {"prompt": "Boil an egg?", "completion": "Go away."},
+    {"instruction": "Boil an egg?", "output": "Go away."},
+    {"instruction": "Boil an egg?", "response": "Go away."},
+    {"messages": TURNS},
+    {"conversations": [{"from": "human", "value": "Boil an egg?"}, {"from": "gpt", "value": "Go away."}]},
+]
+
+
+@pytest.mark.parametrize("values", SHAPES)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str, Any], column: str) -> None:
+    for bad in (False, "false", "False "):
+        with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is an example of a bad one"):
+            convert({**values, column: bad})
+    if "prompt" in values:  # KTO's own form, where labels are nothing else
+        for bad in (0, "0"):
+            with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is an example of a bad one"):
+                convert({**values, column: bad})
+
+
+@pytest.mark.parametrize(
+    ("values", "left_out"),
+    [
+        ({**SHAPES[0], "label": True}, set()),
+        ({**SHAPES[0], "label": "true"}, set()),
+        ({**SHAPES[0], "label": "positive"}, {"label"}),
+        ({**SHAPES[0], "label": None, "id": None, "tags": [], "note": ""}, set()),
+        ({**SHAPES[1], "label": 0, "id": 0, "system": "Be brief."}, {"label", "id"}),
+        ({**SHAPES[3], "prompt": "Boil an egg?", "source": "web"}, {"prompt", "source"}),
+        ({**SHAPES[2], "image": b"\xff", "category": "qa"}, {"image", "category"}),
+        (
+            {"messages": [TURNS[0] | {"name": "Ann", "images": ["a.png"]}, TURNS[1] | {"refusal": None}]},
+            {"messages[].name", "messages[].images"},
+        ),
+        ({"messages": [TURNS[0], TURNS[1] | {"function_call": {"name": "boil"}, "weight": 1}]}, {"messages[].function_call"}),
+        (
+            {"conversations": [{"from": "human", "value": "Hi", "time": 3}, {"from": "gpt", "value": "Hello", "weight": 0}]},
+            {"conversations[].time"},
+        ),
+    ],
+)
+def test_what_is_not_used_of_a_row_is_counted(conf: Make, values: dict[str, Any], left_out: set[str]) -> None:
+    formatter = Formatter(conf(FILE).data, pretrain=False)
+    for line in (1, 2):
+        formatter(Row(FILE, line, values))
+    assert formatter.left_out == dict.fromkeys(left_out, 2)
+
+
+def test_columns_named_in_the_conf_are_used(conf: Make) -> None:
+    formatter = Formatter(conf(FILE, columns={"prompt": "question", "completion": "answer"}).data, pretrain=False)
+    formatter(Row(FILE, 1, {"question": "Hi", "answer": "Hello", "prompt_id": 3}))
+    assert formatter.left_out == {"prompt_id": 1}
+
+
+def test_a_system_column_may_be_parts(convert: Convert) -> None:
+    parts = [{"type": "text", "text": "Be brief."}, {"type": "text", "text": "Be kind."}]
+    found = convert({**SHAPES[0], "system": parts})
+    assert isinstance(found, Conversation) and found.messages[0] == {"role": "system", "content": parts}
+    with pytest.raises(DataError, match="'system' must be text, but is 3"):
+        convert({**SHAPES[0], "system": 3})

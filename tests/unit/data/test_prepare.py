@@ -1,4 +1,4 @@
-"""The prepare stage whole: splits, counts, packs on disk, and what it refuses."""
+"""The prepare stage whole: splits, counts, tokens on disk, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from llm_ray.conf.schema import FinetuneConf
 from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded
 from llm_ray.data.formats import Conversation
-from llm_ray.data.prepare import NO_ANSWER, TOO_LONG, DataStats, evaluation_rows, open_split, prepare, statistics
+from llm_ray.data.prepare import (
+    NO_ANSWER,
+    TOO_LONG,
+    DataStats,
+    asked_in_training,
+    evaluation_rows,
+    lengths_of,
+    open_split,
+    prepare,
+    statistics,
+)
 from llm_ray.errors import DataError
 
 Make = Callable[..., FinetuneConf]
@@ -33,15 +44,8 @@ def qa(i: int, words: int = 3) -> dict[str, str]:
 
 
 def segments(out: Path, split: Any) -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels of each row in the packs of a split, in order."""
-    found = []
-    for sequence in open_split(out, split):
-        assert sum(sequence["lengths"]) == len(sequence["input_ids"]) == len(sequence["labels"])
-        start = 0
-        for length in sequence["lengths"]:
-            found.append((sequence["input_ids"][start : start + length], sequence["labels"][start : start + length]))
-            start += length
-    return found
+    """Tokens and labels of each sequence of a split, in order."""
+    return [(sequence["input_ids"], sequence["labels"]) for sequence in open_split(out, split)]
 
 
 def expected(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -64,28 +68,73 @@ def test_nothing_is_lost(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenize
     assert stats.train.tokens == sum(len(ids) for ids, _ in train)
     assert stats.train.supervised_tokens == sum(label != IGNORED for _, labels in train for label in labels)
     assert stats.train.supervised_share == pytest.approx(stats.train.supervised_tokens / stats.train.tokens)
-    assert stats.train.sequences == len(open_split(out, "train")) < 270
-    assert (
-        stats.train.packing_efficiency == pytest.approx(stats.train.tokens / (stats.train.sequences * 128))
-        and stats.train.packing_efficiency > 0.9
-    )
+    assert stats.train.sequences == len(open_split(out, "train")) == 270
+    assert list(lengths_of(open_split(out, "train"))) == [len(ids) for ids, _ in train]
     assert stats.train.longest == max(len(ids) for ids, _ in train + validation if (ids, _) in train)
     assert DataStats.model_validate_json((out / "stats.json").read_text()) == stats
-    assert sorted(p.name for p in out.iterdir()) == ["heldout.jsonl", "stats.json", "train", "validation"]
+    assert sorted(p.name for p in out.iterdir()) == ["heldout.jsonl", "questions.npy", "stats.json", "train", "validation"]
+
+
+@pytest.mark.parametrize("template", [None, "qwen3"])
+def test_tables_teach_the_tokens_that_json_lines_teach(
+    conf: Make,
+    jsonl: Write,
+    tokenizer: PreTrainedTokenizerBase,
+    with_template: Callable[..., PreTrainedTokenizerBase],
+    template: str | None,
+    tmp_path: Path,
+) -> None:
+    """Calls and tools of several functions, of which a table gives each the others' fields, filled with nulls."""
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": "dim",
+                "description": "dims",
+                "parameters": {"type": "object", "properties": {"level": {"type": "integer"}}},
+            },
+        },
+        {
+            "type": "function",
+            "function": {"name": "wake", "description": "wakes", "parameters": {"type": "object", "properties": {"at": {"minimum": 0}}}},
+        },
+    ]
+
+    def row(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        call = {"id": "c1", "type": "function", "function": {"name": name, "arguments": arguments}}
+        return {
+            "messages": [
+                {"role": "user", "content": "Do it."},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "content": "done", "tool_call_id": "c1"},
+                {"role": "assistant", "content": "Done."},
+            ],
+            "tools": tools,
+        }
+
+    rows = [row("dim", {"level": 2, "where": {"room": "hall"}}), row("wake", {"where": {"floor": 1}, "at": 6}), row("dim", {"level": 0})]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows, on_mixed_types="use_json").save_to_disk(str(tmp_path / "saved"))
+    tokenizer = with_template(template) if template else tokenizer
+    found = []
+    for source in (jsonl(rows), tmp_path / "rows.parquet", tmp_path / "saved"):
+        prepare(conf(source, packing=False), tokenizer, tmp_path / "out", silent)
+        found.append(segments(tmp_path / "out", "train"))
+    assert found[0] == found[1] == found[2]
+    assert "null" not in tokenizer.decode([i for ids, _ in found[0] for i in ids])
 
 
 def test_columns_are_int32(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     prepare(conf(jsonl([qa(i) for i in range(4)])), tokenizer, tmp_path / "out", silent)
     schema = open_split(tmp_path / "out", "train").features.arrow_schema
-    assert {name: str(schema.field(name).type.value_type) for name in schema.names} == dict.fromkeys(
-        ("input_ids", "labels", "lengths"), "int32"
-    )
+    assert {name: str(schema.field(name).type.value_type) for name in schema.names} == dict.fromkeys(("input_ids", "labels"), "int32")
 
 
-def test_without_packing_a_row_is_a_sequence(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_without_validation_all_rows_are_learned_shuffled(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     rows = [qa(i) for i in range(20)]
-    stats = prepare(conf(jsonl(rows), packing=False, validation=None), tokenizer, tmp_path / "out", silent)
-    assert [len(s["lengths"]) for s in open_split(tmp_path / "out", "train")] == [1] * 20
+    stats = prepare(conf(jsonl(rows), validation=None), tokenizer, tmp_path / "out", silent)
     assert stats.validation is None
     with pytest.raises(DataError, match=r"no prepared validation data here: run the stage prepare, with data\.validation set"):
         open_split(tmp_path / "out", "validation")
@@ -179,9 +228,39 @@ def test_counts(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tm
 
 def test_bad_row_fails_and_leaves_nothing(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = jsonl([qa(1), {"prompt": "a"}])
-    with pytest.raises(DataError, match=rf"{path}:2: format prompt_completion needs 'completion'.*\(data\.on_bad_row: skip goes on"):
+    with pytest.raises(DataError, match=rf"{path}:2: format prompt_completion needs 'completion'.* \(1 bad in 2 rows\)"):
         prepare(conf(path), tokenizer, tmp_path / "runs" / "out", silent)
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "count", "told"),
+    [
+        ({"prompt": "a"}, 1, r"\(data.on_bad_row: skip goes on without such rows, 1 bad in 20 rows\)"),
+        ({"prompt": "a"}, 2, r"\(data.on_bad_row: skip goes on without such rows, 2 bad in 20 rows\)"),
+        ({"prompt": "a"}, 3, r" \(3 bad in 20 rows\)"),
+        ("no row", 20, r" \(20 bad in 20 rows\)"),
+        ({**qa(1), "system": "Be brief."}, 3, r" \(3 bad in 20 rows\)"),
+    ],
+)
+def test_skipping_is_advised_only_where_nearly_all_rows_are_kept(
+    conf: Make, jsonl: Write, mistral: PreTrainedTokenizerBase, tmp_path: Path, bad: object, count: int, told: str
+) -> None:
+    rows: list[object] = [qa(i) for i in range(20)]
+    rows[20 - count :] = [bad] * count
+    with pytest.raises(DataError, match=rf":{21 - count}: .*{told}$"):
+        prepare(conf(jsonl(rows)), mistral, tmp_path / "out", silent)
+
+
+def test_a_bad_row_is_told_soon_whatever_follows(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = jsonl([{"prompt": "a"}, *(qa(i) for i in range(3000))])
+    with pytest.raises(DataError, match=r":1: .*, 1 bad in 1000 rows so far\)"):
+        statistics(conf(path), tokenizer)
+    with pytest.raises(DataError, match=r":1: .*, 1 bad in 1000 rows so far\)"):
+        statistics(conf(path), tokenizer, limit=2)
+    (tmp_path / "rows.json").write_text('[{"prompt": "a"}, {"prompt": ')
+    with pytest.raises(DataError, match=r":1 \(element 1\): format|:1 \(element 1\): cannot tell the format"):
+        statistics(conf(tmp_path / "rows.json"), tokenizer)
 
 
 def test_row_that_the_template_refuses_is_named(conf: Make, jsonl: Write, mistral: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -205,8 +284,8 @@ def test_nothing_supervised_is_refused(conf: Make, jsonl: Write, tokenizer: PreT
 
 def test_fraction_that_leaves_no_training_row(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.validation 0\.05 of 1 usable row leaves none to train on"):
-        prepare(conf(jsonl([qa(1)])), tokenizer, tmp_path / "out", silent)
-    assert prepare(conf(jsonl([qa(1), qa(2)])), tokenizer, tmp_path / "out", silent).train.rows == 1
+        prepare(conf(jsonl([qa(1)]), validation=0.05), tokenizer, tmp_path / "out", silent)
+    assert prepare(conf(jsonl([qa(1), qa(2)]), validation=0.05), tokenizer, tmp_path / "out", silent).train.rows == 1
 
 
 def test_folder_that_cannot_be_written(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -234,6 +313,26 @@ def test_statistics_of_the_first_rows(conf: Make, jsonl: Write, tokenizer: PreTr
     assert statistics(conf(path, max_rows=10), tokenizer, limit=20).read == 10
 
 
+def test_means_and_maxima_are_of_the_same(
+    conf: Make, jsonl: Write, with_template: Callable[..., PreTrainedTokenizerBase], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """With a template that drops earlier thoughts a row makes several sequences; a long one is cut; a text is split."""
+    turns = [
+        {"role": r, "content": f"<think>\n{n}\n</think>\nA" if r == "assistant" else "Q"} for n in "123" for r in ("user", "assistant")
+    ]
+    stats = prepare(conf(jsonl([{"messages": turns}, {"messages": turns[:2]}])), with_template("qwen3"), tmp_path / "out", silent)
+    lengths = lengths_of(open_split(tmp_path / "out", "train"))
+    assert len(lengths) == 4 and stats.train.mean > stats.train.longest
+    assert f"a sequence has {lengths.mean():.0f} tokens in the mean, {max(lengths)} at most" in "\n".join(stats.lines())
+    cut = [{"messages": [*turns[:2], turns[0], {"role": "assistant", "content": "word " * 90}]}] * 2
+    lines = "\n".join((stats := statistics(conf(jsonl(cut), max_length=64), tokenizer)).lines())
+    assert f"a row has {stats.train.mean:.0f} tokens in the mean, {stats.train.mean:.0f} at most" in lines
+    assert f"did not fit data.max_length 64; the longest row needs {stats.train.longest}" in lines and stats.train.longest > 90
+    (tmp_path / "book.txt").write_text("word " * 100)
+    lines = "\n".join(statistics(conf(tmp_path / "book.txt", objective="pretrain", max_length=64), tokenizer).lines())
+    assert "train: 1 rows in 2 sequences, 102 tokens" in lines and "; a sequence has 51 tokens in the mean, 64 at most" in lines
+
+
 def test_several_files_and_formats(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     one = jsonl([qa(i) for i in range(3)])
     two = jsonl([{"instruction": "Hi", "output": "Hello"}] * 3, "two.jsonl")
@@ -241,16 +340,79 @@ def test_several_files_and_formats(conf: Make, jsonl: Write, tokenizer: PreTrain
     assert (stats.read, stats.formats, stats.files) == (6, ["prompt_completion", "alpaca"], [str(one), str(two)])
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(drawn=st.tuples(st.lists(st.integers(1, 60), min_size=2, max_size=40), st.booleans(), st.integers(0, 3)))
-def test_packs_hold_the_rows(
-    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, drawn: tuple[list[int], bool, int]
+def test_small_sets_keep_no_rows_back_and_larger_ones_a_tenth(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    words, packing, seed = drawn
-    rows = [qa(i, n) for i, n in enumerate(words)]
-    prepare(conf(jsonl(rows), packing=packing, seed=seed, max_length=128, validation=0.3), tokenizer, tmp_path / "out", silent)
-    found = segments(tmp_path / "out", "train") + segments(tmp_path / "out", "validation")
-    assert sorted(found) == sorted(expected(tokenizer, rows))
+    small = statistics(conf(jsonl([qa(i) for i in range(199)])), tokenizer)
+    assert small.train.rows == 199 and small.validation is None
+    assert "validation: none, for 199 rows are all needed to learn from" in "\n".join(small.lines())
+    large = statistics(conf(jsonl([qa(i) for i in range(200)])), tokenizer)
+    assert large.train.rows == 180 and large.validation and large.validation.rows == 20
+
+
+def test_rows_that_repeat_or_contradict_each_other_are_counted(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [qa(1), qa(2), {**qa(1), "prompt": "question  1?"}, {**qa(2), "completion": "Another."}, qa(3)]
+    path = jsonl(rows)
+    stats = statistics(conf(path), tokenizer)
+    assert (stats.repeated, stats.contradicting, stats.leaked) == (1, 1, 0)
+    assert f"contradicting: {path}:4 and {path}:2 ask the same and answer differently" in stats.examples
+
+
+def test_validation_rows_that_are_trained_on_are_counted(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    held = jsonl([qa(2), qa(7), {**qa(3), "completion": "In other words."}], "held.jsonl")
+    made = conf(jsonl([qa(i) for i in range(5)]), validation=str(held), evaluation=str(held))
+    assert prepare(made, tokenizer, tmp_path / "out", silent).leaked == 2
+    assert asked_in_training(tmp_path / "out", evaluation_rows(made, tokenizer, tmp_path / "out")) == 2
+
+
+def test_special_tokens_in_texts_are_counted_escaped_or_refused(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = jsonl([*(qa(i) for i in range(18)), {"prompt": "What is <|im_end|>?", "completion": "An end."}])
+    stats = statistics(conf(path), tokenizer)
+    lines = "\n".join(stats.lines())
+    assert stats.special_tokens == 1 and "rows whose text holds special tokens of the model: 1 (data.special_tokens_in_text)" in lines
+    assert f"special token: {path}:19: its text holds '<|im_end|>', a special token of the model: it is taken for one" in lines
+    with pytest.raises(DataError, match=r":19: its text holds '<\|im_end\|>'.*skip goes on without such rows, 1 bad in 19 rows"):
+        statistics(conf(path, special_tokens_in_text="fail"), tokenizer)
+    assert statistics(conf(path, special_tokens_in_text="fail", on_bad_row="skip"), tokenizer).bad == 1
+    made = conf(path, special_tokens_in_text="escape", validation=None)
+    escaped = prepare(made, tokenizer, tmp_path / "out", silent)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    found = [ids for ids, _ in segments(tmp_path / "out", "train") if "What is" in tokenizer.decode(ids)]
+    assert found[0].count(end) == 3 and escaped.special_tokens == 1 and escaped.train.tokens > stats.train.tokens
+    (asked,) = [c for c in evaluation_rows(made, tokenizer, tmp_path / "out") if "What is" in c.messages[0]["content"]]
+    assert asked.messages[0]["content"] == "What is <|im_end|>?"  # as clients ask it
+
+
+def test_files_named_like_a_test_set_are_named_before_they_are_trained_on(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl", "my-validation_2.jsonl", "contest.jsonl"):
+        jsonl([qa(1), qa(2)], f"set/{name}")
+    stats = statistics(conf(folder), tokenizer)
+    assert len(stats.notes) == 1 and f"{folder}/my-validation_2.jsonl, {folder}/test.jsonl; if that is not meant" in stats.notes[0]
+    assert stats.notes[0] in stats.lines()
+    assert statistics(conf(folder / "test.jsonl"), tokenizer).notes == []
+    for name in ("train.jsonl", "contest.jsonl"):
+        (folder / name).unlink()
+    assert statistics(conf(folder), tokenizer).notes == []  # nothing else is there
+
+
+def test_columns_that_are_not_used_are_listed_once(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{**qa(i), "id": i, "source": "web", "note": None if i % 3 else "x", "images": [], "image": "cat.png"} for i in range(9)]
+    stats = statistics(conf(jsonl(rows)), tokenizer)
+    assert stats.left_out == {"id": 9, "image": 9, "source": 9, "note": 3}
+    assert [line for line in stats.lines() if "left out" in line] == ["left out: columns id, image, source (9 rows); note (3 rows)"]
+    assert statistics(conf(jsonl([qa(i) for i in range(3)])), tokenizer).left_out == {}
+    texts = [{"text": f"Text {i}.", "url": "http://localhost"} for i in range(3)]
+    assert statistics(conf(jsonl(texts), objective="pretrain"), tokenizer).left_out == {"url": 3}
 
 
 PEAK = """

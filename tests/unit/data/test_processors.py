@@ -162,3 +162,12 @@ def test_join() -> None:
     lines = ["", "one", "two", "", "three", "four", "", "five"]
     assert [r["text"] for r in run("join", [{"text": t} for t in lines], characters=8)] == ["one\ntwo", "three\nfour", "five"]
     assert [r["text"] for r in run("join", [{"text": "x" * 5}] * 5, characters=5)] == ["xxxxx\nxxxxx", "xxxxx\nxxxxx", "xxxxx"]
+
+
+def test_text_that_is_no_unicode_is_the_processors(tmp_path: Path) -> None:
+    def halves(rows: Any) -> Any:
+        for row in rows:
+            yield {"prompt": row["text"].encode("utf-16", "surrogatepass")[:4].decode("utf-16", "surrogatepass")}
+
+    with pytest.raises(DataError, match=r"rows.jsonl:1: data.processor function failed: UnicodeEncodeError: .*surrogates not allowed"):
+        list(process(halves, [Row("rows.jsonl", 1, {"text": "🙂"})]))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import datetime as dt
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_ray.data import sources
+from llm_ray.data import jsontext, sources
 from llm_ray.data.sources import Row, files, read
 from llm_ray.errors import DataError
 
@@ -152,7 +154,7 @@ def test_array_through_a_small_window(tmp_path: Path, rows: list[dict[str, objec
     text = json.dumps(rows, indent=indent, ensure_ascii=False)
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "CHUNK", chunk)
+        patch.setattr(jsontext, "CHUNK", chunk)
         found = rows_of(path)
     assert [r.values for r in found] == rows
     at = 0
@@ -160,6 +162,238 @@ def test_array_through_a_small_window(tmp_path: Path, rows: list[dict[str, objec
         at = text.index("{", at)
         assert row.line == text.count("\n", 0, at) + 1
         at = json.JSONDecoder().raw_decode(text, at)[1]
+
+
+# Shapes that files have elsewhere ------------------------------------------------------------------------------------------
+
+PLUM = [{"instruction": "Name a fruit.", "output": "Plum"}, {"instruction": "Name a bird.", "output": "Finch"}]
+LINES = [json.dumps(row) for row in PLUM]
+PRETTY = [json.dumps(row, indent=2) for row in PLUM]
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("\n\n" + "\n".join(LINES), [3, 4]),
+        ("\n".join(PRETTY), [1, 5]),
+        ("\n" + "\n\n".join(PRETTY) + "\n", [2, 7]),
+        (f"[\n{LINES[0]},\n{LINES[1]}\n]", [2, 3]),
+        (json.dumps(PLUM), [1, 1]),
+        (json.dumps({"data": PLUM}), [1, 1]),
+        ('{"data": [\n' + ",\n".join(LINES) + "\n]}\n", [2, 3]),
+        (json.dumps({"version": "1", "meta": {"by": ["Ann"]}, "rows": PLUM, "count": 2}, indent=1), [9, 13]),
+        (json.dumps({"data": PLUM, "info": {"of": [1, 2], "tags": []}}), [1, 1]),
+    ],
+)
+def test_json_in_other_shapes(tmp_path: Path, suffix: str, text: str, lines: list[int]) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(text)
+    rows = rows_of(path)
+    assert [r.values for r in rows] == PLUM
+    assert [r.line for r in rows] == lines
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS},
+        {"tools": [{"name": "lamp", "parameters": {}}], "messages": TURNS},
+        {"chat": TURNS, "documents": [{"title": "One", "text": "Two"}]},
+        {"conversations": [{"from": "human", "value": "Hi"}]},
+        {"prompt": "Hi", "completion": "Hello", "documents": [{"title": "One"}]},
+        {"a": [], "b": 1},
+        {},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_row_alone_is_a_row(tmp_path: Path, row: dict[str, object], indent: int | None) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(row, indent=indent))
+    assert [r.values for r in rows_of(path)] == [row]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"instruction": "one", "output": "a"', '{"instruction": "one",', '{"instruction": "o\n', "{", '{"list": [', "[", "]"]
+)
+def test_a_broken_first_line_is_passed_over_like_others(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line.rstrip() + "\n" + "\n".join(LINES))
+    if line == "[":
+        with pytest.raises(DataError, match=r"rows\.jsonl:3: broken JSON in element 1 of the array"):
+            read_skipping(path)
+        return
+    rows, bad = read_skipping(path)
+    assert [r.values for r in rows] == PLUM
+    assert len(bad) == 1 and bad[0].startswith(f"{path}:1: broken JSON: ")
+
+
+def test_a_large_object_of_rows_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CHUNK", 300)
+    monkeypatch.setattr(jsontext, "CHUNK", 300)
+    path = tmp_path / "rows.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps({"version": "1", "data": PLUM * 50}, indent=indent))
+        assert [r.values for r in rows_of(path)] == PLUM * 50
+    for key in ("prompt", "notes"):  # a long row is one all the same
+        path.write_text("\n".join(json.dumps({"id": 1, key: "x" * 400, "docs": [{"of": 1}]}) for _ in range(3)))
+        assert len(rows_of(path)) == 3
+    path.write_text(json.dumps({"data": PLUM * 50, "test": PLUM}))
+    with pytest.raises(DataError, match=r"several lists of rows \(data, test\)"):
+        rows_of(path)
+
+
+HEADER = "instruction,output\n"
+BODY = "Name a fruit.,Plum\nName a bird.,Finch\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"\n{HEADER}{BODY}", 3),
+        (f"\r\n,,\r\n{HEADER}{BODY}", 4),
+        ("instruction,output,,\nName a fruit.,Plum,,\nName a bird.,Finch,,\n,,,\n", 2),
+        (f"instruction,output, \n{BODY}", 2),
+        (f"{HEADER}Name a fruit.,Plum,,\nName a bird.,Finch, \n\n", 2),
+        (f"sep=;\n{HEADER}{BODY}".replace(",", ";"), 3),
+        (f'"sep=|"\r\n{HEADER}{BODY}'.replace(",", "|"), 3),
+        (f"\nsep=,\n{HEADER}{BODY}", 4),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-8-sig"])
+def test_csv_in_other_shapes(tmp_path: Path, text: str, line: int, encoding: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(text.encode(encoding))
+    rows = rows_of(path)
+    assert [(r.line, r.values) for r in rows] == [(line, PLUM[0]), (line + 1, PLUM[1])]
+
+
+def test_csv_with_an_index(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(",instruction,output\n0,Name a fruit.,Plum\n")
+    assert rows_of(path)[0].values == {"Unnamed: 0": "0", **PLUM[0]}
+
+
+def test_csv_text_under_no_name_is_told(tmp_path: Path) -> None:
+    """A comma that nobody quoted, say: half an answer is not to be learnt."""
+    path = tmp_path / "rows.csv"
+    path.write_text("instruction,output,,\nName two birds.,Finch, wren,\nName a fruit.,Plum,,\n")
+    rows, bad = read_skipping(path)
+    assert [r.values for r in rows] == [PLUM[0]]
+    assert bad == [f"{path}:2: 3 fields under a header of 2 columns (instruction, output)"]
+    path.write_text("instruction,,output\na,b,c\n")
+    with pytest.raises(DataError, match="the header has an empty or a repeated column name: 'instruction', '', 'output'"):
+        rows_of(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "book.txt"])
+def test_text_in_other_encodings(tmp_path: Path, encoding: str, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes('{"text": "naïve 🙂"}\r\n{"text": "two"}'.encode(encoding))
+    found = [r.values["text"] for r in rows_of(path)]
+    assert found == (['{"text": "naïve 🙂"}', '{"text": "two"}'] if name == "book.txt" else ["naïve 🙂", "two"])
+    path.write_bytes('{"text": "naïve 🙂"}'.encode("utf-16")[:-3])
+    with pytest.raises(DataError, match=f"{name}: not whole UTF-16"):
+        rows_of(path)
+
+
+# Tables hold the rows that a JSON file would -----------------------------------------------------------------------------
+
+
+def test_nulls_that_a_struct_made_are_no_values(tmp_path: Path) -> None:
+    """In Parquet all structs of a column have all fields: an argument of another row's call is not this one's."""
+    rows = [
+        {"calls": [{"name": "dim", "arguments": {"level": 2, "rooms": ["hall", None]}}], "note": {"by": {"name": "Ann"}}},
+        {"calls": [{"name": "wake", "arguments": {"hour": 6}}, {"name": "stop", "arguments": {}}], "note": None},
+        {"calls": [], "note": {"by": {}}},
+    ]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert table.to_pylist()[1]["calls"][0]["arguments"] == {"level": None, "rooms": None, "hour": 6}
+    assert [r.values for r in rows_of(tmp_path / "rows.parquet")] == rows
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"arguments": {"a": 1, "b": null}}\n')  # this file says null itself
+    assert rows_of(lines)[0].values == {"arguments": {"a": 1, "b": None}}
+
+
+MIXED = [
+    {"prompt": 'Say "hi".', "completion": {"a": None, "b": 2}, "list": ["one", 2, None], "turns": [{"content": "Hi"}]},
+    {"prompt": ["a"], "completion": "text", "list": ["x"], "turns": [{"content": ["Hi", None]}, {"content": "two\nlines", "to": "Ann"}]},
+    {"prompt": None, "completion": None, "list": None, "turns": []},
+]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_json_texts_that_datasets_wrote_are_parsed(tmp_path: Path, suffix: str) -> None:
+    from datasets import Dataset, Json
+
+    data = Dataset.from_list(MIXED, on_mixed_types="use_json")
+    assert data.features["prompt"] == Json()
+    if suffix == "parquet":
+        data.to_parquet(tmp_path / "rows.parquet")
+    else:
+        data.save_to_disk(str(tmp_path / "saved"))
+    rows = rows_of(tmp_path / ("rows.parquet" if suffix == "parquet" else "saved"))
+    assert [r.values for r in rows] == MIXED
+
+
+def test_parquets_own_json_type_is_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    texts = pa.array(['"Hi"', '{"a": null}', "007", '"\\ud800"', None])
+    table = pa.table({"prompt": pa.ExtensionArray.from_storage(pa.json_(), texts)})
+    pq.write_table(table, path, store_schema=False)  # as other writers do, without Arrow's schema beside it
+    rows, bad = read_skipping(path)
+    assert [(r.line, r.values["prompt"]) for r in rows] == [(1, "Hi"), (2, {"a": None}), (3, "007"), (5, None)]
+    assert bad == [
+        f"{path}, row 4: a value cannot be read: half of a surrogate pair (\\ud800), which is no character: write the whole pair, or take it out"
+    ]
+
+
+def test_dates_decimals_and_bytes_become_what_json_has(tmp_path: Path) -> None:
+    day, moment = dt.date(2031, 5, 1), dt.datetime(2031, 5, 1, 12, 30, tzinfo=dt.UTC)
+    columns = {
+        "day": pa.array([day]),
+        "moment": pa.array([moment]),
+        "nanoseconds": pa.array([moment], pa.timestamp("ns", "UTC")),
+        "time": pa.array([dt.time(7, 5)]),
+        "price": pa.array([Decimal("3.10")]),
+        "count": pa.array([Decimal("3")]),
+        "exact": pa.array([Decimal("0.1000000000000000000001")]),
+        "bytes": pa.array(["ü".encode()]),
+        "image": pa.array([b"\xff\xd8"]),
+        "pairs": pa.array([[("a", day), ("b", None)]], pa.map_(pa.string(), pa.date32())),
+        "names": pa.array(["Ann"]).dictionary_encode(),
+        "days": pa.array([[{"day": day}, None]]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    assert rows_of(tmp_path / "rows.parquet")[0].values == {
+        "day": "2031-05-01",
+        "moment": "2031-05-01T12:30:00+00:00",
+        "nanoseconds": "2031-05-01T12:30:00+00:00",
+        "time": "07:05:00",
+        "price": 3.1,
+        "count": 3,
+        "exact": "0.1000000000000000000001",
+        "bytes": "ü",
+        "image": b"\xff\xd8",
+        "pairs": {"a": "2031-05-01", "b": None},
+        "names": "Ann",
+        "days": [{"day": "2031-05-01"}, None],
+    }
+
+
+def test_table_value_that_cannot_be_read_names_its_row(tmp_path: Path) -> None:
+    """The rows beside it are read."""
+    path = tmp_path / "rows.parquet"
+    text = pa.array([b"one", b"caf\xe9", b"three", b"four"])
+    texts = pa.Array.from_buffers(pa.string(), 4, text.buffers())
+    pq.write_table(pa.table({"text": texts, "day": pa.array([0, 0, 0, 2**31 - 1], pa.date32())}), path)
+    rows, bad = read_skipping(path)
+    assert [(r.line, r.values["text"]) for r in rows] == [(1, "one"), (3, "three")]
+    assert bad[0] == f"{path}, row 2: a value cannot be read: not UTF-8"
+    assert bad[1].startswith(f"{path}, row 4: a value cannot be read: ")
 
 
 # Broken rows -----------------------------------------------------------------------------------------------------------
@@ -172,7 +406,9 @@ def test_array_through_a_small_window(tmp_path: Path, rows: list[dict[str, objec
         (b'["a"]', "a row must be a JSON object ({…}), but this is a list"),
         (b"3", "but this is a number"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "\\ud800"}', "not UTF-8"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair (\\ud800), which is no character"),
+        (b'{"a": 1, "b": {"c": 2, "c": 3}}', "the key 'c' stands twice in an object"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON: Number of too many digits at column 1"),
         (b"[" * 100_000, "nested too deeply"),
     ],
 )
@@ -224,17 +460,23 @@ def test_broken_array_ends_the_reading_even_when_skipping(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    ("text", "message"),
     [
-        (b'{\n "rows": [\n{"a": 1}]}', "one JSON object over several lines"),
-        ("[]".encode("utf-16"), "UTF-16"),
+        ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of rows (train, test): write each into a file of its own"),
+        ('{"instruction": ["one", "two"], "output": ["a", "b"]}', "one object of columns or numbered rows (instruction, output)"),
+        ('{"instruction": {"0": "one"}, "output": {"0": "a"}}', "orient='records', lines=True"),
+        ('{"0": {"instruction": "one", "output": "a"}, "1": {"instruction": "two", "output": "b"}}', "columns or numbered rows (0, 1)"),
+        ('{"data": [{"a": 1}]}\nmore', "rows.json:2: broken JSON"),
+        ('{"data": [\n{"a": 1}], "more"\n}', "rows.json:3: broken JSON in object 1: Expecting ':' delimiter"),
+        ('{\n"a": 1\n}\n{\n"a": 2,\n', "rows.json:6: broken JSON in object 2: the file ends before the object does"),
     ],
 )
-def test_json_that_is_no_list_of_rows(tmp_path: Path, raw: bytes, message: str) -> None:
+def test_json_that_is_no_list_of_rows(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "rows.json"
-    path.write_bytes(raw)
-    with pytest.raises(DataError, match=message):
+    path.write_text(text)
+    with pytest.raises(DataError) as error:
         rows_of(path)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -315,16 +557,15 @@ def test_hub_id_offline() -> None:
 
 
 def test_hub_id_with_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """load_dataset takes a folder for a hub id as well."""
+    """A folder with a card is taken for a hub id as well."""
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
     write(folder / "train.jsonl", "lines")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = rows_of("org/name::train")
     assert [r.values for r in rows] == ROWS
-    assert rows[2].place == "org/name::train, row 3"
-    with pytest.raises(DataError, match=r"data set 'org/name::test' cannot be loaded"):
+    assert rows[2].place == f"{folder}/train.jsonl:3"
+    with pytest.raises(DataError, match=r"data set 'org/name::test' has no split 'test'; there are train"):
         rows_of("org/name::test")
 
 

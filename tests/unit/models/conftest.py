@@ -53,17 +53,24 @@ def sharded(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def write_gguf() -> Callable[[Path], Path]:
-    """Writes a small Llama with a byte-level tokenizer, two tokens that end, and a licence, as a GGUF."""
+def write_gguf() -> Callable[..., Path]:
+    """Writes a small Llama with a byte-level tokenizer, two tokens that end, and a licence, as a GGUF. Given may be the name of its rule for
+    splitting text, and its merges."""
     return _write_gguf
 
 
-def _write_gguf(file: Path) -> Path:
+def _write_gguf(file: Path, rule: str = "gpt-2", merges: tuple[str, ...] = ("h e",)) -> Path:
     import gguf
     import numpy
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = ["<|end_of_text|>", "<|eot_id|>", "<|begin_of_text|>", *sorted(ByteLevel.alphabet()), "he"]
+    tokens = [
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+        *sorted(ByteLevel.alphabet()),
+        *(merge.replace(" ", "") for merge in merges),
+    ]
     special = [gguf.TokenType.CONTROL] * 3
     width, hidden, layers = 32, 64, 2
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +88,9 @@ def _write_gguf(file: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([*special, *[gguf.TokenType.NORMAL] * (len(tokens) - len(special))])
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(list(merges))
+    if rule:
+        writer.add_tokenizer_pre(rule)
     writer.add_eos_token_id(0)
     writer.add_eot_token_id(1)
     writer.add_bos_token_id(2)

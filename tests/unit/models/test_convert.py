@@ -20,8 +20,8 @@ import pytest
 from click.testing import CliRunner
 
 from llm_ray.cli.main import cli
+from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.schema import DEFAULT_STAGES, STAGES, FinetuneConf, WeightForm
-from llm_ray.console import Reporter
 from llm_ray.errors import ModelError
 from llm_ray.models.convert import WEIGHTS, check_environment, convert_model, converted, openvino_folder, size_on_disk
 
@@ -55,7 +55,7 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tool:
 
 
 def convert(source: Path, target: Path, weights: WeightForm = "int8", force: bool = False) -> Path:
-    return convert_model(source, target, weights, Reporter(), force=force)
+    return convert_model(source, target, weights, Terminal(), force=force)
 
 
 # Places ------------------------------------------------------------------------------------------------------------------
@@ -74,28 +74,28 @@ def test_where_conversions_lie(tmp_path: Path) -> None:
 def test_what_is_there_is_taken(tmp_path: Path, tiny: Path, tool: Tool) -> None:
     tool(WRITE)
     registry = tmp_path / "models"
-    assert openvino_folder(tiny, "int4", registry, Reporter()) == registry / "tiny-openvino-int4"
+    assert openvino_folder(tiny, "int4", registry, Terminal()) == registry / "tiny-openvino-int4"
     tool("exit 1")
-    assert openvino_folder(tiny, None, registry, Reporter()) == registry / "tiny-openvino-int4", "whichever is there"
+    assert openvino_folder(tiny, None, registry, Terminal()) == registry / "tiny-openvino-int4", "whichever is there"
     with pytest.raises(ModelError):
-        openvino_folder(tiny, "int8", registry, Reporter())
+        openvino_folder(tiny, "int8", registry, Terminal())
     tool(WRITE)
-    openvino_folder(tiny, "int8", registry, Reporter())
-    assert openvino_folder(tiny, None, registry, Reporter()) == registry / "tiny-openvino-int8", "int8 before others"
+    openvino_folder(tiny, "int8", registry, Terminal())
+    assert openvino_folder(tiny, None, registry, Terminal()) == registry / "tiny-openvino-int8", "int8 before others"
 
 
 def test_int8_is_made_when_nothing_is_asked_for(tmp_path: Path, tiny: Path, tool: Tool) -> None:
     tool(WRITE)
-    assert openvino_folder(tiny, None, tmp_path / "models", Reporter()).name == "tiny-openvino-int8"
+    assert openvino_folder(tiny, None, tmp_path / "models", Terminal()).name == "tiny-openvino-int8"
 
 
 def test_a_converted_folder_is_its_own_conversion(tmp_path: Path, tiny: Path, tool: Tool) -> None:
     tool(WRITE)
     folder = convert(tiny, tmp_path / "elsewhere")
-    assert openvino_folder(folder, None, tmp_path / "models", Reporter()) == folder
-    assert openvino_folder(folder, "int8", tmp_path / "models", Reporter()) == folder
+    assert openvino_folder(folder, None, tmp_path / "models", Terminal()) == folder
+    assert openvino_folder(folder, "int8", tmp_path / "models", Terminal()) == folder
     with pytest.raises(ModelError, match="has int8 weights, and int4 is asked for: name the model that it was made from"):
-        openvino_folder(folder, "int4", tmp_path / "models", Reporter())
+        openvino_folder(folder, "int4", tmp_path / "models", Terminal())
     with pytest.raises(ModelError, match="OpenVINO form"):
         convert(folder, tmp_path / "again")
 

@@ -233,6 +233,11 @@ def test_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     exported = runner.invoke(command, ["export", "small", str(tmp_path / "out")], catch_exceptions=False)
     assert exported.exit_code == 0
     assert describe(tmp_path / "out").problem is None
+    assert runner.invoke(command, ["remove", "small"], input="n\n").exit_code == 1
+    assert runner.invoke(command, ["remove", "small"], input="y\n", catch_exceptions=False).exit_code == 0
+    assert json.loads(runner.invoke(command, ["list", "--json"]).stdout) == []
+    with pytest.raises(ModelError, match="there is no model small in the registry"):
+        runner.invoke(command, ["remove", "small", "--yes"], catch_exceptions=False)
 
 
 def test_command_messages(tiny: Path, tmp_path: Path) -> None:

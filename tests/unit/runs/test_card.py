@@ -4,8 +4,11 @@ import re
 
 from huggingface_hub import ModelCard
 
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.data.prepare import DataStats, SplitStats
 from llm_ray.runs.card import model_card
 from llm_ray.runs.folder import open_run
+from llm_ray.train.auto import choose
 from tests.unit.runs.conftest import MakeConf
 
 SPLIT = {"rows": 10, "sequences": 2, "tokens": 1234, "supervised_tokens": 321}
@@ -16,10 +19,26 @@ RESULT = {
 }
 
 
+def chosen(conf: FinetuneConf) -> FinetuneConf:
+    split = SplitStats(
+        rows=90,
+        sequences=90,
+        tokens=900,
+        supervised_tokens=300,
+        supervised_share=1 / 3,
+        longest=12,
+        longest_sequence=12,
+        mean=10,
+        answer=10 / 3,
+    )
+    data = DataStats(formats=["text"], files=[], max_length=512, read=90, train=split)
+    return choose(conf, data, width=64).conf
+
+
 def test_a_card_says_what_was_made_of_what(make_conf: MakeConf) -> None:
     conf = make_conf("support-bot", data={"train": make_conf().data.train, "system": 'Say "yes".'})
     with open_run(conf, force=False) as run:
-        text = model_card(conf, run.lineage(), RESULT)
+        text = model_card(chosen(conf), run.lineage(), RESULT)
     header = ModelCard(text).data.to_dict()
     assert header == {
         "base_model": "tiny",
@@ -40,7 +59,7 @@ def test_a_card_says_what_was_made_of_what(make_conf: MakeConf) -> None:
 def test_a_card_without_figures_or_licence(make_conf: MakeConf) -> None:
     conf = make_conf(tuning={"objective": "pretrain", "method": "full"}, model={"base": "organisation/model"})
     with open_run(conf, force=False) as run:
-        text = model_card(conf, run.lineage(), {})
+        text = model_card(chosen(conf), run.lineage(), {})
     header = ModelCard(text).data.to_dict()
     assert header["base_model"] == "organisation/model"
     assert "license" not in header

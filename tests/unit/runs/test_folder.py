@@ -121,9 +121,9 @@ def test_another_conf_is_refused_with_the_keys_that_changed(make_conf: MakeConf)
     with pytest.raises(RunError) as caught, open_run(other, force=False):
         pass
     message = str(caught.value)
-    for line in ("training.epochs: null -> 2.0", "training.seed: 42 -> 7", "tuning.lora.r: 16 -> 4", "--force", "another name"):
+    for line in ('training.epochs: "auto" -> 2.0', "training.seed: 42 -> 7", "tuning.lora.r: 16 -> 4", "--force", "another name"):
         assert line in message
-    assert "batch_size" not in message
+    assert "global_batch_size" not in message
     assert stored_conf(other.run_dir)["training"]["seed"] == 42
     with open_run(other, force=True):
         assert stored_conf(other.run_dir)["training"]["seed"] == 7

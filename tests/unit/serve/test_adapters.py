@@ -22,17 +22,29 @@ QUERY = "model.layers.{}.self_attn.q_proj"
 def model(folder: Path, hidden: int = 8, layers: int = 2, prefix: str = "", number: float = 1, **config: Any) -> Path:
     """A model of attention queries alone."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | config))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 20} | config)
+    )
     queries = {f"{prefix}{QUERY.format(i)}.weight": np.full((2 * hidden, hidden), number, np.float32) for i in range(layers)}
-    save_file(queries | {f"{prefix}model.norm.weight": np.ones(hidden, np.float32)}, folder / "model.safetensors")
+    others = {
+        f"{prefix}model.norm.weight": np.ones(hidden, np.float32),
+        f"{prefix}model.embed_tokens.weight": np.ones((20, hidden), np.float32),
+    }
+    save_file(queries | others, folder / "model.safetensors")
     return folder
 
 
-def adapter(folder: Path, layers: tuple[str, ...] = (QUERY.format(1),), size: tuple[int, int] = (16, 8), **config: Any) -> Path:
-    """An adapter of rank 2 on those layers."""
+def adapter(
+    folder: Path,
+    layers: tuple[str, ...] = (QUERY.format(1),),
+    size: tuple[int, int] = (16, 8),
+    more: dict[str, tuple[int, ...]] | None = None,
+    **config: Any,
+) -> Path:
+    """An adapter of rank 2 on those layers, and tensors of those sizes."""
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "peft_type": "LORA"} | config))
-    tensors = {}
+    tensors = {tensor: np.ones(shape, np.float32) for tensor, shape in (more or {}).items()}
     for layer in layers:
         tensors[f"base_model.model.{layer}.lora_A.weight"] = np.ones((2, size[1]), np.float32)
         tensors[f"base_model.model.{layer}.lora_B.weight"] = np.ones((size[0], 2), np.float32)
@@ -52,6 +64,8 @@ def test_an_adapter_of_the_model_is_served(tmp_path: Path, paths: Paths) -> None
     assert check_adapter("a", transposed, base, paths) is None
     seeing = model(tmp_path / "seeing", prefix="language_model.")  # a language part in a model that sees
     assert check_adapter("a", adapter(tmp_path / "other"), seeing, paths) is None
+    head = adapter(tmp_path / "head", layers=("lm_head",), size=(20, 8), more={"base_model.model.lm_head.base_layer.weight": (20, 8)})
+    assert check_adapter("a", head, base, paths) is None  # which is tied to the embedding
     named = adapter(tmp_path / "named", base_model_name_or_path=str(base))
     assert check_adapter("a", named, base, paths) is None
 
@@ -65,6 +79,22 @@ def test_an_adapter_of_the_model_is_served(tmp_path: Path, paths: Paths) -> None
         ({"use_dora": True}, r"has use_dora \(adapter_config.json\), which is not served as an adapter: deploy the merged model"),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "has modules_to_save and bias"),
         ({"peft_type": "IA3"}, "is of type IA3"),
+        ({"init_lora_weights": "pissa_niter_16"}, "has init_lora_weights: pissa_niter_16, with which the model's own weights change"),
+        ({"init_lora_weights": "OLoRA"}, "has init_lora_weights: OLoRA"),
+        ({"kasa_config": {"beta": 0.1}, "velora_config": {"scale": 1.0}}, "has kasa_config and velora_config"),
+        ({"monteclora_config": {"num_samples": 8}}, "has monteclora_config"),
+        ({"more": {f"base_model.model.{QUERY.format(1)}.lora_diag": (2,)}}, r"has .*q_proj.lora_diag, which is no matrix of plain LoRA"),
+        ({"more": {f"base_model.model.{QUERY.format(1)}.lora_A.default.weight": (2, 8)}}, r"lora_A.default.weight, which is no matrix"),
+        (
+            {"more": {"base_model.model.lm_head.base_layer.weight": (30, 8)}},
+            "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8",
+        ),
+        ({"layers": ("lm_head",), "size": (30, 8)}, "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8"),
+        (
+            {"layers": ("model.layers.0.mlp.experts",)},
+            r"changes experts \(model.layers.0.mlp.experts\), .* on GPUs alone: deploy the merged",
+        ),
+        ({"layers": ("model.layers.0.mlp.experts.3.w1",)}, r"changes experts \(model.layers.0.mlp.experts.3.w1\)"),
         ({"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}}, "was made for a Qwen2ForCausalLM .* is a LlamaForCausalLM"),
     ],
     ids=str,
@@ -105,7 +135,7 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, paths: Paths) -> None:
     base, made = model(tmp_path / "base"), adapter(tmp_path / "a")
     weights = made / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged or cut off"):
+    with pytest.raises(ModelError, match=r"adapter a: .*adapter_model.safetensors is damaged or cut off"):
         check_adapter("a", made, base, paths)
     save_file({f"base_model.model.{QUERY.format(0)}.lora_A.weight": np.ones((2, 8), np.float32)}, weights)
     with pytest.raises(ModelError, match="has half of"):
@@ -118,6 +148,12 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, paths: Paths) -> None:
         (lambda runs: None, "no run of this name, and no folder with adapter_config.json"),
         (lambda runs: (runs / "bot" / "output").mkdir(parents=True), "the run bot has no adapter"),
         (lambda runs: (adapter(runs / "bot" / "output" / "adapter") / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+        (
+            lambda runs: (made := adapter(runs / "bot" / "output" / "adapter") / "adapter_model.safetensors").rename(
+                made.with_suffix(".bin")
+            ),
+            r"has its weights as pickle \(adapter_model.bin\), which may run code",
+        ),
     ],
 )
 def test_what_is_no_adapter_is_told(prepare: Any, message: str, paths: Paths) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from llm_ray.conf.serve import Autoscale
 from llm_ray.serve import catalogue
-from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest, made_for, writes
+from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest, made_for, sampling, writes
 
 
 def _folder(path: Path, **changes: object) -> Path:
@@ -45,6 +45,13 @@ def test_the_longest_request_is_the_models_at_most_8192(tmp_path: Path) -> None:
 def test_what_a_model_was_made_for_is_read_under_each_of_its_names(config: dict[str, object], tokens: int | None, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert made_for(tmp_path) == tokens
+
+
+def test_what_a_model_sets_of_sampling_is_what_differs_from_openai(tmp_path: Path) -> None:
+    assert sampling(tmp_path) == {}
+    settings = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": None, "max_new_tokens": 99, "eos_token_id": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert sampling(tmp_path) == {"temperature": 0.6, "max_new_tokens": 99}
 
 
 def test_the_cache_holds_two_of_the_longest_and_at_least_16384_tokens(tmp_path: Path) -> None:

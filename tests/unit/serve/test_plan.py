@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.schema import Paths
 from llm_ray.conf.serve import Autoscale, ModelServing, ServeConf
-from llm_ray.console import Reporter
 from llm_ray.errors import ModelError, ServeError
 from llm_ray.serve import plan as planning
 from llm_ray.serve.models import ServedModel
@@ -23,7 +23,7 @@ GIB = 2**30
 
 def _plan(model: ModelServing, tmp_path: Path) -> ServedModel:
     conf = ServeConf(models={"m": model}, paths=Paths(models=tmp_path / "models", runs=tmp_path / "runs"))
-    return plan(conf, Reporter())[0]
+    return plan(conf, Terminal())[0]
 
 
 def _copy(smollm2: Path, to: Path, **config: object) -> Path:
@@ -132,9 +132,9 @@ def test_an_adapter_that_may_belong_to_another_model_is_told(smollm2: Path, tmp_
 
 def test_only_the_named_models_are_planned(smollm2: Path) -> None:
     conf = ServeConf(models={name: ModelServing(model=str(smollm2)) for name in ("a", "b")})
-    assert [model.name for model in plan(conf, Reporter(), ["b"])] == ["b"]
+    assert [model.name for model in plan(conf, Terminal(), ["b"])] == ["b"]
     with pytest.raises(ServeError, match="--only c: the conf has no such model; it has a, b"):
-        plan(conf, Reporter(), ["c"])
+        plan(conf, Terminal(), ["c"])
 
 
 # Places -----------------------------------------------------------------------------------------------------------------------------

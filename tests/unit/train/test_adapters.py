@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from llm_ray.conf.schema import Lora
 from llm_ray.errors import ConfError
-from llm_ray.train.model import add_adapters, speed_up_adapters
+from llm_ray.export.stage import save_adapter
+from llm_ray.train.model import add_adapters, learning_modules, speed_up_adapters
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -65,3 +70,97 @@ def test_fast_adapters_are_saved_and_merged_as_pefts() -> None:
 def test_layers_that_are_not_there_are_told_with_those_that_are() -> None:
     with pytest.raises(ConfError, match=r"tuning\.lora\.target_modules.*query_key_value.*its linear layers are.*q_proj"):
         adapted(Lora(target_modules=("query_key_value",)))
+
+
+def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
+    """peft takes any text for a pattern, and q_proj then matches nothing."""
+    assert learning_modules(adapted(Lora(r=4, target_modules="q_proj"))) == [
+        "model.layers.*.self_attn.q_proj: rank 4, 2 of them, 512 parameters",
+        "as they are: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, model.layers.*.self_attn.o_proj, "
+        "model.layers.*.mlp.gate_proj, model.layers.*.mlp.up_proj, model.layers.*.mlp.down_proj, lm_head",
+    ]
+    some = learning_modules(adapted(Lora(r=4, target_modules=r".*\.1\..*\.[qv]_proj", modules_to_save=("lm_head",))))
+    assert some[:-1] == [
+        "model.layers.*.self_attn.q_proj: rank 4, 1 of them, 256 parameters",
+        "model.layers.*.self_attn.v_proj: rank 4, 1 of them, 192 parameters",
+        "lm_head: trained whole, 1 of them, 2,048 parameters",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (Lora(target_modules="q_proy"), r"target_modules: 'q_proy' names no layer of this model: do you mean q_proj\?"),
+        (Lora(target_modules=("q_proj", "v_porj")), r"target_modules: 'v_porj' .*do you mean v_proj\?"),
+        (
+            Lora(target_modules=r".*query.*"),
+            r"target_modules: the pattern '\.\*query\.\*' matches no layer's whole name, as model\.layers\.0",
+        ),
+        (Lora(target_modules="q_proj|v_proj"), r"target_modules: the pattern 'q_proj\|v_proj' matches no layer's whole name"),
+        (Lora(target_modules="(q_proj"), r"target_modules: '\(q_proj' does not fit this model"),
+        (Lora(target_modules=("self_attn",)), r"target_modules: \('self_attn',\) does not fit this model.*peft says"),
+        (Lora(modules_to_save=("embed_tokenz",)), r"modules_to_save: 'embed_tokenz' .*do you mean embed_tokens\?"),
+    ],
+    ids=str,
+)
+def test_a_name_that_is_no_layer_is_told_with_the_nearest(lora: Lora, message: str) -> None:
+    with pytest.raises(ConfError, match=rf"tuning\.lora\.{message}"):
+        adapted(lora)
+
+
+def mixture(lora: Lora) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return add_adapters(MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)), lora)
+
+
+def test_of_a_mixture_all_linear_is_attention_and_experts_without_the_router(tmp_path: Path) -> None:
+    model = mixture(Lora(r=4))
+    assert sorted(learning_modules(model)) == [
+        "as they are: model.embed_tokens, model.layers.*.mlp.gate, lm_head",
+        "model.layers.*.mlp.experts.down_proj: rank 4, 2 of them, 2,560 parameters",
+        "model.layers.*.mlp.experts.gate_up_proj: rank 8, 2 of them, 8,192 parameters",
+        *(
+            f"model.layers.*.self_attn.{name}_proj: rank 4, 2 of them, {count} parameters"
+            for name, count in (("k", 384), ("o", 512), ("q", 512), ("v", 384))
+        ),
+    ]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    speed_up_adapters(model)
+    logits = model.eval()(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)  # what peft reads again as it was
+    again = PeftModel.from_pretrained(type(model.get_base_model())(model.config), tmp_path)
+    missing = again.load_state_dict(model.state_dict(), strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == ([], [])
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_routers_that_are_linear_layers_stay_as_they_are() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    model = add_adapters(Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=2)), Lora(r=4))
+    *lines, resting = learning_modules(model)
+    assert any("mlp.shared_expert.gate_proj: rank 4" in line for line in lines)
+    assert not any("gate:" in line for line in lines)
+    assert resting.endswith("model.layers.*.mlp.gate, model.layers.*.mlp.experts, model.layers.*.mlp.shared_expert_gate, lm_head")
+
+
+@pytest.mark.parametrize("whole", [("lm_head",), ("embed_tokens", "lm_head")])
+def test_a_saved_adapter_holds_what_learned_and_no_copies(whole: tuple[str, ...], tmp_path: Path) -> None:
+    model = adapted(Lora(r=4, target_modules=("q_proj",), modules_to_save=whole))
+    assert isinstance(model, PeftModel)
+    save_adapter(model, tmp_path, "org/base")
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as tensors:
+        others = {name.removeprefix("base_model.model.") for name in tensors.keys() if "lora_" not in name}  # noqa: SIM118
+    assert others == ({"lm_head.weight", "model.embed_tokens.weight"} if whole[1:] else {"lm_head.weight"})
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+
+
+def test_dropout_on_experts_is_refused_by_its_name_and_goes_with_attention() -> None:
+    with pytest.raises(
+        ConfError, match=r"tuning\.lora\.dropout is 0\.1, and peft has no dropout for adapters on experts \(down_proj, gate_up_proj\)"
+    ):
+        mixture(Lora(r=4, dropout=0.1))
+    mixture(Lora(r=4, dropout=0.1, target_modules=("q_proj",)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -12,18 +11,21 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from llm_ray.data.encode import IGNORED
 from llm_ray.train.attention import NAME, use_packed_attention
-from llm_ray.train.batches import IGNORE, collate
+from llm_ray.train.batches import Batch, collate
 from llm_ray.train.loss import SupervisedLoss
 
 ROWS = [[5, 80, 300, 7, 900, 12, 44], [9, 10, 1000, 3], [17, 23, 42, 99, 1, 4, 6, 8, 300, 20, 21]]
-LABELS = [[IGNORE, IGNORE, *row[2:]] for row in ROWS]
+LABELS = [[IGNORED, IGNORED, *row[2:]] for row in ROWS]
 
 
 def sequences(rows: list[list[int]], labels: list[list[int]]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"input_ids": [[*chain(*rows)]], "labels": [[*chain(*labels)]], "lengths": [[len(row) for row in rows]]}
-    )
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": labels})
+
+
+def every(rows: datasets.Dataset, *, packed: bool) -> Batch:
+    return collate(rows, list(range(len(rows))), packed)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def single_losses(model: PreTrainedModel) -> float:
     """transformers' own loss, row by row."""
     total = 0.0
     for row, labels in zip(ROWS, LABELS, strict=True):
-        count = sum(label != IGNORE for label in labels[1:])
+        count = sum(label != IGNORED for label in labels[1:])
         total += count * model(input_ids=torch.tensor([row]), labels=torch.tensor([labels])).loss.item()
     return total
 
@@ -49,22 +51,22 @@ def test_packed_padded_and_single_rows_have_the_same_loss(model: PreTrainedModel
         packed = SupervisedLoss(model, model, packed=True)
         assert packed.choose_blockwise()
         packed.blockwise = blockwise
-        loss = packed(collate(data, [0], packed=True)).item()
+        loss = packed(every(data, packed=True)).item()
         model.set_attn_implementation("sdpa")
         padded = SupervisedLoss(model, model, packed=False)
         padded.blockwise = blockwise
-        assert padded(collate(data, [0], packed=False)).item() == pytest.approx(loss, rel=1e-5)
+        assert padded(every(data, packed=False)).item() == pytest.approx(loss, rel=1e-5)
         assert single_losses(model) == pytest.approx(loss, rel=1e-5)
         model.set_attn_implementation(NAME)
 
 
 def test_a_row_does_not_see_its_neighbours(model: PreTrainedModel) -> None:
     loss = SupervisedLoss(model, model, packed=True)
-    supervised_last = [[IGNORE] * len(ROWS[0]), [IGNORE] * len(ROWS[1]), LABELS[2]]
+    supervised_last = [[IGNORED] * len(ROWS[0]), [IGNORED] * len(ROWS[1]), LABELS[2]]
     other_first = [[77] * len(ROWS[0]), *ROWS[1:]]
     with torch.no_grad():
-        one = loss(collate(sequences(ROWS, supervised_last), [0], packed=True))
-        other = loss(collate(sequences(other_first, supervised_last), [0], packed=True))
+        one = loss(every(sequences(ROWS, supervised_last), packed=True))
+        other = loss(every(sequences(other_first, supervised_last), packed=True))
     assert one.item() == pytest.approx(other.item(), rel=1e-6)
 
 
@@ -80,7 +82,7 @@ def test_gradients_are_the_same_packed_and_padded(smollm2: Path) -> None:
                 nn.init.normal_(parameter, std=0.02)
         loss = SupervisedLoss(adapted, causal, packed)
         loss.blockwise = packed
-        loss(collate(sequences(ROWS, LABELS), [0], packed)).backward()
+        loss(every(sequences(ROWS, LABELS), packed=packed)).backward()
         return {name: p.grad for name, p in adapted.named_parameters() if p.grad is not None}
 
     packed, padded = gradients(True), gradients(False)
@@ -105,9 +107,9 @@ def test_a_sliding_window_is_kept() -> None:
     rows = [list(range(1, 20)), list(range(30, 45))]
     data = sequences(rows, rows)
     with torch.no_grad():
-        padded = SupervisedLoss(model, model, packed=False)(collate(data, [0], packed=False)).item()
+        padded = SupervisedLoss(model, model, packed=False)(every(data, packed=False)).item()
         assert use_packed_attention(model)
-        packed = SupervisedLoss(model, model, packed=True)(collate(data, [0], packed=True)).item()
+        packed = SupervisedLoss(model, model, packed=True)(every(data, packed=True)).item()
     assert packed == pytest.approx(padded, rel=1e-5)
 
 

@@ -355,6 +355,46 @@ def test_words_are_forbidden(make: Make, config: VllmConfig, reference: PreTrain
     assert likeliest[0] not in Told().finish(core).tokens("m")
 
 
+NO: Any = StructuredOutputsParams(grammar='root ::= "no"')
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], list[list[int]], int]] = {
+    # parameters, tokens of bad words, tokens before the end
+    "allowed, but not so soon": ({"allowed_token_ids": [EOS], "min_tokens": 3, "ignore_eos": False}, [], 0),
+    "allowed and forbidden": ({"allowed_token_ids": [5, 6]}, [[5], [6]], 0),
+    "forbidden after a while": ({"allowed_token_ids": [5]}, [[5, 5, 5]], 2),
+    "a form that ends, and must not": ({"structured_outputs": NO, "logit_bias": {EOS: -100.0}, "min_tokens": 8}, [[EOS]], 1),
+    "a form of other tokens": ({"structured_outputs": NO, "allowed_token_ids": [5]}, [], 0),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_leaves_no_token_ends_alone(make: Make, reference: PreTrainedModel, temperature: float) -> None:
+    core, told = make(), Told()
+    core.add(request("steady", prompt(6), max_tokens=20))
+    for name, (params, forbidden, _) in CONTRADICTIONS.items():
+        asked = request(name, prompt(6), **params, temperature=temperature, top_k=3, logprobs=2)
+        assert asked.sampling_params is not None
+        asked.sampling_params._bad_words_token_ids = forbidden
+        core.add(asked)
+    told.finish(core)
+    for name, (_, _, tokens) in CONTRADICTIONS.items():
+        assert len(told.tokens(name)) == tokens, name
+        assert told[name][-1].finish_reason == FinishReason.ERROR
+        assert "leaves no token" in str(told[name][-1].stop_reason)
+    assert told.tokens("steady") == plain(reference, prompt(6), 20)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_no_numbers_ends_alone(make: Make, reference: PreTrainedModel, temperature: float) -> None:
+    core, told = make(), Told()
+    core._model.get_input_embeddings().weight[77] = torch.nan
+    for name, ids in (("steady", prompt(6)), ("ill", [*prompt(3), 77])):
+        core.add(request(name, ids, temperature=0.0 if name == "steady" else temperature))
+    told.finish(core)
+    (end,) = told["ill"]
+    assert (end.new_token_ids, end.finish_reason, end.stop_reason) == ([], FinishReason.ERROR, None)
+    assert told.tokens("steady") == plain(reference, prompt(6), 8)[0]
+
+
 def test_the_likeliest_tokens_are_those_of_the_raw_logits(make: Make, reference: PreTrainedModel) -> None:
     core, told = make(), Told()
     core.add(request("some", prompt(6), max_tokens=1, logprobs=3, temperature=0.3, seed=1, logit_bias={5: 100.0}))

@@ -83,7 +83,8 @@ class App:
 
 
 Serve = Callable[..., contextlib.AbstractContextManager[tuple[App, httpx.Client]]]
-OPEN = Protection.of(Endpoint())
+HOME = Path("/srv/llm-ray")
+OPEN = Protection.of(Endpoint(), HOME)
 
 
 @contextlib.contextmanager
@@ -424,6 +425,6 @@ def test_every_answer_is_closed_to_guessing_and_caches() -> None:
 
 
 def test_settings_survive_the_way_to_the_replica(tmp_path: Path) -> None:
-    settings = Protection.of(Endpoint(host="10.0.0.1", limits=Limits(concurrent=3), cors_origins=("https://a",)))
+    settings = Protection.of(Endpoint(host="10.0.0.1", limits=Limits(concurrent=3), cors_origins=("https://a",)), HOME)
     assert settings.keys_file
     assert Protection.from_json(json.loads(json.dumps(settings.to_json()))) == settings

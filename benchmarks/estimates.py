@@ -1,0 +1,66 @@
+"""What a dry run tells of time and memory, against the training that follows: LoRA, full, fsdp over two workers, packed and padded.
+
+ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks estimates     # as on a CPU with less
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks.training import messages, write_rows
+from llm_ray.cli.terminal import Terminal
+from llm_ray.cluster import local_ray
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.data.prepare import prepare
+from llm_ray.models.load import load_tokenizer
+from llm_ray.runs.metrics import read_metrics
+from llm_ray.train.estimate import estimate
+from llm_ray.train.launch import run_training
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {},
+    "lora, padded": {"data": {"packing": False}},
+    "lora, fp32": {"training": {"precision": "fp32"}},
+    "full": {"tuning": {"method": "full"}},
+    "full, fsdp over two workers": {"tuning": {"method": "full"}, "training": {"strategy": "fsdp"}, "runtime": {"workers": 2}},
+}
+
+
+def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
+    """Each case estimated, and then trained for as many steps as were estimated."""
+    train = messages(write_rows(data, rows, work)[0])
+    cores = len(os.sched_getaffinity(0))
+    figures: dict[str, Any] = {}
+    table = []
+    for number, (name, sections) in enumerate(CASES.items()):
+        base: dict[str, Any] = {
+            "model": {"base": str(model)},
+            "paths": {"runs": str(work / "runs")},
+            "data": {"train": [str(train)], "validation": None, "max_length": 512},
+            "training": {"epochs": 2, "global_batch_size": 8, "learning_rate": 1e-5},
+            "runtime": {"workers": 1},
+        }
+        merged = {key: base.get(key, {}) | sections.get(key, {}) for key in {*base, *sections}}
+        conf = FinetuneConf.model_validate({"name": f"estimate-{number}", **merged})
+        prepared = conf.run_dir / "prepared"
+        stats = prepare(conf, load_tokenizer(conf.model, conf.paths), prepared, lambda line: None)
+        cpus = cores // conf.runtime.workers
+        told = estimate(conf, stats, prepared, cpus)
+        with local_ray(cores) as cluster:
+            run_training(
+                conf.model_copy(update={"runtime": conf.runtime.model_copy(update={"cpus_per_worker": cpus})}), cluster, None, Terminal()
+            )
+        steps = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
+        took = {"seconds": sum(row["seconds"] for row in steps), "memory": max(row["memory_per_worker"] for row in steps)}
+        figures[name] = {"told": {"seconds": told.step_seconds, "memory": told.memory_per_worker}, "took": took}
+        table += [
+            _row(f"{name}: seconds of the steps, told against taken", told.step_seconds or 0.0, took["seconds"], "within 25 %"),
+            _row(f"{name}: GiB of a worker, told against taken", told.memory_per_worker / 2**30, took["memory"] / 2**30, "within 15 %"),
+        ]
+    return {**figures, "table": table}
+
+
+def _row(figure: str, told: float, took: float, mark: str) -> dict[str, Any]:
+    return {"figure": figure, "ours": told, "floor": took, "ratio": told / took, "mark": mark}

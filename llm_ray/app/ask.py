@@ -1,0 +1,121 @@
+"""Asking a deployed model: one question, streamed or whole, or a file of them.
+
+endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, {}))
+answer = await ask(endpoint, "support-bot", Prompt("Who are you?"), Settings(max_tokens=64), reporter, on_text=show)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_ray.client.ask import Answer, Asker, OnText, Settings, choose_model
+from llm_ray.client.batch import InOrder, OnAnswer, answer_all, open_answers
+from llm_ray.client.endpoint import Endpoint, Key, find_key, parse
+from llm_ray.client.errors import Failed
+from llm_ray.client.prompts import Prompt, read_prompts
+from llm_ray.errors import ConfError, ServeError
+from llm_ray.progress import Reporter
+
+__all__ = [
+    "Answer",
+    "Batch",
+    "Endpoint",
+    "Failed",
+    "InOrder",
+    "Key",
+    "Prompt",
+    "Settings",
+    "ask",
+    "ask_all",
+    "find_key",
+    "parse",
+    "read_prompts",
+]
+
+SHOWN_FAILURES = 10
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What became of several prompts: how many there are, how many of them were asked now (the file had answers to the others), and those
+    that were not answered, with the reasons."""
+
+    prompts: int
+    asked: int
+    failures: tuple[tuple[Prompt, Failed], ...]
+    output: Path | None
+
+    def check(self) -> None:
+        """Raises ServeError, naming the first ones, where prompts were not answered."""
+        if not self.failures:
+            return
+        first = "".join(f"\n  {prompt.place}: {error}" for prompt, error in self.failures[:SHOWN_FAILURES])
+        more = f"\n  and {len(self.failures) - SHOWN_FAILURES} more" if len(self.failures) > SHOWN_FAILURES else ""
+        again = "; the same command asks them again" if self.output else ""
+        raise ServeError(f"{len(self.failures)} of {self.prompts} prompts were not answered{again}:{first}{more}")
+
+
+async def ask(
+    endpoint: Endpoint, model: str | None, prompt: Prompt, settings: Settings, reporter: Reporter, on_text: OnText | None = None
+) -> Answer:
+    """The answer of `model` (None: the only one there is) to `prompt`; with `on_text` it is streamed, and each piece handed over as it comes.
+
+    `reporter` gets a line when the endpoint is busy and is asked again later. Cancelled, it ends the generation. Raises ConfError, ServeError.
+    """
+
+    def on_wait(seconds: float, error: Exception) -> None:
+        reporter.line(f"{error}. Asking again in {seconds:.0f} s")
+
+    _check(endpoint, settings, [prompt])
+    named = await choose_model(endpoint, model, settings.timeout)
+    async with Asker(endpoint, named, settings, on_wait) as asker:
+        return await asker.ask(prompt, on_text)
+
+
+def ask_all(
+    endpoint: Endpoint,
+    model: str | None,
+    prompts: list[Prompt],
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    concurrency: int = 8,
+    output: Path | None = None,
+    on_answer: OnAnswer = lambda index, prompt, answer: None,
+) -> Batch:
+    """Ask all prompts, `concurrency` at once; answers go to the file `output`, else to `on_answer`, as they come. What the file answers
+    already is not asked again. Not to be called in a thread with a running event loop. Raises LlmRayError when nothing can be asked at all.
+    """
+    _check(endpoint, settings, prompts)
+    named = asyncio.run(choose_model(endpoint, model, settings.timeout))
+    with contextlib.ExitStack() as stack:
+        numbered, keep = list(enumerate(prompts)), on_answer
+        if output:
+            answers = stack.enter_context(open_answers(output, prompts, named, settings))
+            numbered, keep = answers.open_prompts, answers.keep
+            if len(numbered) < len(prompts):
+                reporter.line(f"{output} answers {len(prompts) - len(numbered)} of {len(prompts)} prompts already")
+        bar = stack.enter_context(reporter.bar("prompts", len(numbered)))
+        try:
+            failures = answer_all(endpoint, named, settings, numbered, concurrency, keep, bar)
+        except (KeyboardInterrupt, ServeError):
+            if output:
+                reporter.line(f"{output} keeps the answers that came: the same command goes on from there")
+            raise
+    return Batch(len(prompts), len(numbered), tuple(failures), output)
+
+
+def _check(endpoint: Endpoint, settings: Settings, prompts: Sequence[Prompt]) -> None:
+    if not settings.completion:
+        return
+    if not endpoint.openai:
+        raise ConfError(f"--completion: a model's own route has chat alone; give the OpenAI API, {endpoint.base}")
+    if settings.system:
+        raise ConfError("--completion takes the prompt as it is: no --system with it")
+    for prompt in prompts:
+        if not isinstance(prompt.content, str) or prompt.system:
+            raise ConfError(f"{prompt.place}: a conversation or a system message, which --completion does not take")

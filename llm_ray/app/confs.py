@@ -1,0 +1,161 @@
+"""A finetune's conf made from settings, as a form has them, and back: every field of the form comes from the conf's schema.
+
+settings = {"train": "tickets.jsonl", "model": "smollm2-135m-instruct", "name": "support-bot", "training.epochs": "2"}
+conf = conf_of(settings, home)
+print(dump(conf), command_of(settings))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_ray.app.finetune import texts
+from llm_ray.conf import yamltext
+from llm_ray.conf.keys import FINETUNE, Key, Keys, choices, describe
+from llm_ray.conf.load import dump, load_finetune
+from llm_ray.conf.schema import FinetuneConf, Paths
+from llm_ray.data.processors import SHIPPED
+from llm_ray.errors import ConfError
+
+__all__ = ["ASKED", "Field", "beyond", "command_of", "conf_of", "dump", "fields", "settings_of"]
+
+_ABSENT: Any = object()
+TEMPLATE = "lora"
+"""The shipped template that settings are given to."""
+ASKED = {"data.train": "train", "model.base": "model", "name": "name"}
+"""The keys that have to be given, and the template's variables for them."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key of the conf in a form. Values are written as after --set, in YAML; empty is the default."""
+
+    name: str
+    section: str
+    text: str
+    kind: str
+    """What its value may be, in words."""
+    default: str
+    choices: tuple[str, ...]
+    """All that its value may be; empty where it may be anything of its kind."""
+
+
+def fields(keys: Keys[Any] = FINETUNE) -> list[Field]:
+    """A field for each key that `ASKED` has not, in the order of the schema. The defaults are those of the template."""
+    template = load_finetune(TEMPLATE, ["train=organisation/name"]).model_dump(mode="json")
+    return [
+        Field(key.name, key.above, key.text, describe(key.schema), _default(key, template), _only(key))
+        for key in keys.table.values()
+        if key.name not in ASKED and not (key.section and "anyOf" not in key.schema)
+    ]
+
+
+def conf_of(settings: Mapping[str, str], home: Path) -> FinetuneConf:
+    """The conf that these settings make: keys (or variables of the template) with values in YAML; empty ones are left out. Raises ConfError."""
+    return load_finetune(TEMPLATE, _overrides(settings), home=home)
+
+
+def command_of(settings: Mapping[str, str]) -> str:
+    """The command line that does the same."""
+    return shlex.join(["llm-ray", "finetune", "--config", TEMPLATE, *(part for one in _overrides(settings) for part in ("--set", one))])
+
+
+def settings_of(text: str) -> dict[str, str]:
+    """The settings that make the conf of a YAML file, without those that are defaults; folders (`paths`) are this machine's own.
+
+    Raises ConfError.
+    """
+    if re.search(r"\{[{%]", text) and not text.startswith("# {% raw %}"):  # as `dump` writes one whose texts look like that
+        raise ConfError("the file is a template: send the conf that it makes (llm-ray finetune --config FILE --dry-run shows it)")
+    try:
+        data = yamltext.parse(text).data
+    except yamltext.Problem as problem:
+        raise ConfError(f"line {problem.line}: {problem.message}") from problem
+    if not isinstance(data, dict):
+        raise ConfError("the file holds no keys with values: send a conf, as it is shown or downloaded here")
+    _check_known(data, ())
+    defaults = {field.name: field.default for field in fields()}
+    found = {}
+    for key in FINETUNE.table.values():
+        value = _at(data, key.name)
+        if value is _ABSENT or (key.section and isinstance(value, dict)) or key.name.startswith("paths."):
+            continue
+        written = _written(value)
+        empty = not defaults.get(key.name) and value in (None, [], {})
+        if written != defaults.get(key.name) and not empty:
+            found[ASKED.get(key.name, key.name)] = written
+    return found
+
+
+def beyond(conf: FinetuneConf, readable: Sequence[Path], paths: Paths) -> list[str]:
+    """What a conf asks for beyond the files in `readable`, the folders `paths` and code that is shipped: nothing for others than an admin."""
+    folders = [folder.resolve() for folder in readable]
+
+    def foreign(text: str) -> bool:
+        path = Path(text).expanduser()
+        return (path.is_absolute() or path.exists()) and not any(path.resolve().is_relative_to(folder) for folder in folders)
+
+    validation = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
+    files = [*conf.data.train, *validation, *(conf.evaluation.data or ()), conf.model.base, conf.model.tokenizer or ""]
+    files += [conf.model.gguf_file or "", str(conf.model.chat_template or ""), *texts(conf.data.processor_args)]
+    wrong = [f"{file} is none of your files" for file in files if file and foreign(file)]
+    if conf.paths != paths:
+        wrong.append("paths: the folders are those of this machine")
+    if conf.model.trust_remote_code:
+        wrong.append("model.trust_remote_code runs code that comes with the model")
+    if conf.data.processor and conf.data.processor not in SHIPPED:
+        wrong.append(f"data.processor runs code that is not shipped; shipped are {', '.join(SHIPPED)}")
+    return wrong
+
+
+def _overrides(settings: Mapping[str, str]) -> list[str]:
+    return [f"{name}={value.strip()}" for name, value in settings.items() if value.strip()]
+
+
+def _check_known(data: Mapping[str, Any], above: tuple[str, ...]) -> None:
+    for name, value in data.items():
+        path = (*above, str(name))
+        if not FINETUNE.known(path):
+            nearest = FINETUNE.nearest(path)
+            raise ConfError(f"{'.'.join(path)} is no key of a conf" + (f"; did you mean {nearest}?" if nearest else ""))
+        if isinstance(value, dict):
+            _check_known(value, path)
+
+
+def _at(data: Any, name: str) -> Any:
+    for part in name.split("."):
+        data = data.get(part, _ABSENT) if isinstance(data, dict) else _ABSENT
+    return data
+
+
+def _written(value: Any) -> str:
+    """A value in YAML on one line."""
+    if isinstance(value, str):
+        try:
+            plain = value.strip() == value and bool(value) and yamltext.value(value) == value
+        except yamltext.Problem:
+            plain = False
+        return value if plain else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _default(key: Key, template: Mapping[str, Any]) -> str:
+    value = _at(template, key.name)
+    if value in (None, _ABSENT):
+        value = key.schema.get("default")
+    return "" if value in (None, [], {}) or key.name.startswith("paths.") else _written(value)
+
+
+def _only(key: Key) -> tuple[str, ...]:
+    options = [key.schema, *key.schema.get("anyOf", ())]
+    if key.schema.get("type") == "boolean":
+        return ("true", "false")
+    words = choices(key.schema)
+    closed = all("enum" in option or "const" in option or option.get("type") == "null" for option in options if "anyOf" not in option)
+    return tuple(words) if words and closed else ()

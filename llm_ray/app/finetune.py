@@ -1,0 +1,381 @@
+"""A finetune from conf to model: the stages in order, each skipped when it is done for the same inputs; or only what it would need.
+
+conf = load_finetune("quickstart")
+plan = plan_finetune(conf, reporter)
+folder = run_finetune(conf, reporter)     # llm_ray.app.runs.stop_run ends it from elsewhere
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llm_ray.cluster import Cluster, check_resources, host_cluster, ray_session
+from llm_ray.conf.schema import STAGES, FinetuneConf, Stage
+from llm_ray.data.formats import Conversation
+from llm_ray.data.prepare import FORM, DataStats, evaluation_rows, largest_token, prepare, read_stats
+from llm_ray.data.processors import code_of
+from llm_ray.errors import ModelError, RunError, Stopped
+from llm_ray.models.convert import check_environment, convert_model, converted, size_on_disk
+from llm_ray.models.load import check_model, has_experts, identity, load_config, load_tokenizer, tokenizer_files, width_of
+from llm_ray.progress import Reporter
+from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run, stop_file
+from llm_ray.train.auto import RULES, choose
+
+if TYPE_CHECKING:
+    from llm_ray.train.auto import Choice
+    from llm_ray.train.estimate import Estimate
+
+Resume = Literal["auto", "no"] | Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a finetune is going to do: its data, what `auto` came to, what it needs, and what speaks against it."""
+
+    data: DataStats
+    choice: Choice
+    estimate: Estimate
+    warnings: list[str]
+    notes: list[str]
+    """What will be mended on the way."""
+    converted_bytes: int | None
+    """About how much the model takes on disk in OpenVINO form; None without stage convert."""
+
+
+def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
+    """Read the data and take some steps of the training, without a run and without Ray (but to ask a cluster what it has).
+
+    Raises LlmRayError for what would fail.
+    """
+    from llm_ray.train.estimate import estimate
+
+    check_model(conf.model, conf.paths)
+    notes = look_ahead(conf, conf.stages)
+    if "convert" in conf.stages:
+        check_environment()
+    if conf.runtime.mode == "local":
+        cpus = check_resources(conf.runtime, host_cluster())
+    else:
+        with ray_session(conf.runtime) as cluster:
+            cpus = check_resources(conf.runtime, cluster)
+    with tempfile.TemporaryDirectory(prefix="llm-ray-plan-") as folder:
+        prepared = Path(folder) / "prepared"
+        data = prepare(conf, load_tokenizer(conf.model, conf.paths), prepared, reporter.line)
+        choice = _choose(conf, prepared)
+        if "train" in conf.stages:
+            reporter.line("Taking some steps, to see what they cost …")
+        guess = estimate(choice.conf, data, prepared, cpus)
+        size = size_on_disk(guess.parameters, conf.convert.weights) if "convert" in conf.stages else None
+        return Plan(data, choice, guess, _warnings(choice.conf, prepared, guess.steps), notes, size)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A plan in plain values, for those who show it. `conf` has what `auto` came to; `sections`: lines by title."""
+
+    conf: FinetuneConf
+    sections: dict[str, list[str]]
+    memory: float
+    """Peak, in bytes, of all workers on this host."""
+    memory_here: float
+    seconds: float | None
+    """Of training; None where it could not be measured."""
+    fits: bool
+    advice: list[str]
+    """What would make it fit, where it does not."""
+
+
+def report_plan(conf: FinetuneConf, reporter: Reporter) -> PlanReport:
+    """As `plan_finetune`, in values that can be sent to another process."""
+    plan = plan_finetune(conf, reporter)
+    guess, chosen = plan.estimate, plan.choice.conf
+    sections = {
+        "Data": plan.data.lines(),
+        "Chosen": plan.choice.lines(),
+        "What learns": guess.learning,
+        "Estimate": [*guess.lines(chosen), *plan.notes],
+        "Warnings": plan.warnings,
+    }
+    return PlanReport(
+        chosen,
+        sections,
+        guess.memory(chosen),
+        guess.memory_here,
+        guess.seconds,
+        guess.fits(chosen),
+        [] if guess.fits(chosen) else _smaller(chosen, guess),
+    )
+
+
+def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
+    """What would make a finetune fit that does not."""
+    fitting = int(guess.memory_here // guess.memory_per_worker)
+    ways = []
+    if conf.runtime.mode == "local" and 1 <= fitting < conf.runtime.workers:
+        ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")
+    if conf.tuning.method == "full":
+        ways.append("tuning.method lora: optimizer and gradients of small adapters alone")
+    if not conf.training.gradient_checkpointing:
+        ways.append("training.gradient_checkpointing true: less memory, about a third more time")
+    if (conf.training.micro_batch_tokens or 4096) > conf.data.max_length:
+        ways.append(f"training.micro_batch_tokens {conf.data.max_length}: fewer tokens at once")
+    if conf.runtime.mode == "local":
+        ways.append("a cluster (runtime.mode cluster, training.strategy fsdp), over which the weights are spread")
+    return [*ways, "a smaller model"]
+
+
+def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False, resume: Resume = "auto") -> Path:
+    """Run the conf's stages; returns the run's folder.
+
+    `force` repeats stages that are done. `resume`: `auto` trains on from the run's last whole checkpoint, `no` from the start, a
+    path from that checkpoint; checkpoints that are not gone on from are moved aside. Raises LlmRayError: Stopped where it was asked to
+    end, by `stop_run` or in training by Ctrl-C.
+    """
+    with open_run(conf, force=force) as run:
+        _run_stages(conf, run, force, resume, reporter)
+    return conf.run_dir
+
+
+def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume, reporter: Reporter) -> None:
+    inputs = _inputs(conf)
+    due = [stage for stage in STAGES if stage in conf.stages and (force or not run.is_done(stage, inputs[stage]))]
+    for stage in (s for s in STAGES if s in conf.stages and s not in due):
+        reporter.line(f"{stage}: done before with the same inputs, skipped (--force repeats it)")
+    with contextlib.ExitStack() as stack:
+        cluster: Cluster | None = None
+        if due:
+            check_model(conf.model, conf.paths)  # before hours of preparation, not after
+        for line in look_ahead(conf, due):
+            reporter.line(line)
+        if "convert" in due:
+            check_environment()
+        if set(due) - {"prepare", "convert"}:
+            cluster = stack.enter_context(ray_session(conf.runtime))
+            check_resources(conf.runtime, cluster)
+            run.record(hosts=cluster.hosts)
+        choice: Choice | None = None
+        for stage in due:
+            if stop_file(run.path).exists():
+                raise Stopped(f"{conf.name}: stopped before stage {stage} as asked. The same command goes on from there.")
+            _check_order(stage, conf, run, inputs)
+            if choice is None and stage not in ("prepare", "convert"):
+                choice = _choose(conf, conf.run_dir / "prepared")
+            reporter.line(f"{stage} …", kind="heading")
+            same = run.begin(stage, inputs[stage])
+            began = time.perf_counter()
+            if stage == "prepare":
+                _prepare(conf, run, reporter)
+            elif stage == "convert":
+                _convert(conf, force, reporter)
+            elif cluster is not None and choice is not None:
+                if stage == "train":
+                    _train(choice, run, cluster, resume if resume != "auto" or (same and not force) else "no", reporter)
+                elif stage == "evaluate":
+                    _evaluate(choice.conf, run, cluster, reporter)
+                else:
+                    _export(choice.conf, run, cluster, reporter)
+            seconds = time.perf_counter() - began
+            run.mark_done(stage, inputs[stage], seconds)
+            reporter.line(f"{stage}: done in {seconds:.0f} s")
+    if {"train", "evaluate"} & set(due):
+        _judge(conf, run, reporter)
+
+
+def look_ahead(conf: FinetuneConf, due: Sequence[Stage]) -> list[str]:
+    """Raise LlmRayError for what would make a later stage fail, after hours of training; returns what the user should know."""
+    if "evaluate" in due and conf.evaluation.data:
+        from llm_ray.evaluate.stage import questions
+
+        questions(conf)
+    if {"train", "export"} & set(due):
+        from llm_ray.export.check import rehearse
+
+        return rehearse(conf)
+    return []
+
+
+def _inputs(conf: FinetuneConf) -> dict[Stage, str]:
+    """For each stage, a hash of all that its result depends on."""
+    held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
+    files = file_hashes([*conf.data.train, *held_out])
+    model = [conf.model, identity(conf.model, conf.paths), file_hashes(tokenizer_files(conf.model, conf.paths))]
+    prepared = inputs_hash(FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model)
+    trained = inputs_hash(prepared, conf.tuning, conf.training, RULES)
+    evaluated = inputs_hash(trained, conf.evaluation, file_hashes(conf.evaluation.data or ()))
+    return {
+        "prepare": prepared,
+        "train": trained,
+        "evaluate": evaluated,
+        "export": inputs_hash(trained, evaluated if "evaluate" in conf.stages else ""),
+        "convert": inputs_hash(trained, conf.convert),
+    }
+
+
+def _processor_files(conf: FinetuneConf) -> list[dict[str, Any]]:
+    """Hashes of a processor's code, and of the files that its arguments name."""
+    if not conf.data.processor:
+        return []
+    named = [Path(value).expanduser() for value in texts(conf.data.processor_args)]
+    return file_hashes([*code_of(conf.data.processor), *(path for path in named if _is_file(path))])
+
+
+def texts(value: object) -> list[str]:
+    """All texts in a value of the conf."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [text for part in inner for text in texts(part)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text that cannot be a path
+        return False
+
+
+def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[Stage, str]) -> None:
+    needed: dict[Stage, Stage] = {"train": "prepare", "evaluate": "train", "export": "train", "convert": "export"}
+    before = needed.get(stage)
+    # The model card's figures make another export of the same weights.
+    evaluated = stage == "convert" and run.is_done("export", inputs_hash(inputs["train"], inputs["evaluate"]))
+    if before and not evaluated and not run.is_done(before, inputs[before]):
+        raise RunError(
+            f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages ({', '.join([before, *conf.stages])})"
+        )
+
+
+def _prepare(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
+    stats = prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda text: reporter.line(f"  {text}"))
+    run.update_result("data", stats.model_dump(mode="json"))
+    for line in stats.lines():
+        reporter.line(f"  {line}")
+
+
+def _choose(conf: FinetuneConf, prepared: Path) -> Choice:
+    config = load_config(conf.model, conf.paths)
+    if vocabulary := getattr(config.get_text_config(), "vocab_size", None):
+        _check_tokens(conf, prepared, vocabulary)
+    return choose(conf, read_stats(prepared), width_of(config), has_experts(config))
+
+
+def _check_tokens(conf: FinetuneConf, prepared: Path, vocabulary: int) -> None:
+    """Raise ModelError for a prepared row with a token that the model has no embedding for."""
+    largest = largest_token(prepared)
+    if largest >= vocabulary:
+        token = load_tokenizer(conf.model, conf.paths).convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"the tokenizer gives token {largest} ({token!r}) for a row of the data, and the model {conf.model.base} has embeddings for {vocabulary} tokens: "
+            f"{'set model.tokenizer to' if conf.model.tokenizer else 'give the model'} the tokenizer that it was trained with"
+        )
+
+
+def _warnings(conf: FinetuneConf, prepared: Path, steps: int) -> list[str]:
+    from llm_ray.train.plan import warnings
+
+    asked: list[Conversation] = []
+    if conf.evaluation.data and conf.evaluation.samples != 0:
+        asked = list(evaluation_rows(conf, load_tokenizer(conf.model, conf.paths), prepared))
+    return warnings(conf, read_stats(prepared), steps, width_of(load_config(conf.model, conf.paths)), asked, prepared)
+
+
+def _train(choice: Choice, run: RunFolder, cluster: Cluster, resume: Resume, reporter: Reporter) -> None:
+    from llm_ray.train.launch import run_training
+    from llm_ray.train.plan import describe_plan
+
+    conf, prepared = choice.conf, choice.conf.run_dir / "prepared"
+    initial = _starting_point(conf.run_dir / "checkpoint", resume, reporter)
+    params, lines = describe_plan(choice, prepared, check_resources(conf.runtime, cluster))
+    params["warnings"] = _warnings(conf, prepared, params["max_steps"])
+    run.write_params(params)
+    for line in lines:
+        reporter.line(f"  {line}")
+    for warning in params["warnings"]:
+        reporter.line(f"  warning: {warning}", kind="warning")
+    outcome = run_training(conf, cluster, initial, reporter)
+    run.update_result("training", {**outcome, **_training_figures(conf.run_dir / "metrics.jsonl")})
+    if outcome["reason"]:
+        reporter.line(f"  {outcome['reason']}")
+
+
+def _evaluate(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
+    from llm_ray.evaluate.stage import evaluate
+    from llm_ray.train.trained import final_checkpoint
+
+    figures = evaluate(conf, cluster, final_checkpoint(conf), reporter)
+    run.update_result("evaluation", figures)
+    if figures["rows"]:
+        reporter.line(f"  {figures['rows']} questions asked: {figures['questions']}")
+    for key, before in figures["base"].items():
+        reporter.line(f"  {key.replace('_', ' ')}: base {before:.3f}, finetuned {figures['finetuned'][key]:.3f}")
+
+
+def _judge(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
+    """Say whether the model has learned, as far as the run's figures tell."""
+    from llm_ray.runs.metrics import read_metrics
+    from llm_ray.train.verdict import not_learned
+
+    evaluation = run.result().get("evaluation", {}) if "evaluate" in conf.stages else {}
+    found = not_learned(read_metrics(conf.run_dir / "metrics.jsonl"), evaluation, run.params())
+    run.update_result("verdict", {"learned": not found, "reasons": found})
+    for reason in found:
+        reporter.line(f"warning: {conf.name} has not learned: {reason}", kind="warning")
+
+
+def _export(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
+    from llm_ray.export.stage import export
+    from llm_ray.runs.card import model_card
+    from llm_ray.train.trained import final_checkpoint
+
+    output = export(conf, cluster, final_checkpoint(conf), model_card(conf, run.lineage(), run.result()), reporter)
+    reporter.line(f"  the model is in {output}")
+
+
+def _convert(conf: FinetuneConf, force: bool, reporter: Reporter) -> None:
+    output, weights = conf.run_dir / "output", conf.convert.weights
+    folder = convert_model(output, converted(output, weights, conf.paths.models), weights, reporter, force=force)
+    reporter.line(f"  the model with {weights} weights is in {folder}")
+
+
+def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | None:
+    """Make the checkpoint folder hold only what is gone on from; returns a checkpoint outside it to begin with, if so asked."""
+    from llm_ray.train.checkpoint import BEST, list_checkpoints, step_of
+
+    own = list_checkpoints(folder)
+    if resume == "auto":
+        if own:
+            reporter.line(f"  going on from the checkpoint of step {step_of(own[-1])}")
+        return None
+    wanted: Path | None = None
+    if isinstance(resume, Path):
+        wanted = resume.absolute()
+        if not (wanted / ".metadata").is_file():
+            raise RunError(f"--resume {resume}: there is no whole checkpoint; this run's are {', '.join(str(p) for p in own) or 'none'}")
+        reporter.line(f"  going on from {wanted} (step {step_of(wanted)})")
+    newer = [p for p in own if wanted is None or wanted.parent != folder.absolute() or step_of(p) > step_of(wanted)]
+    if newer:
+        aside = folder.with_name(f"checkpoint.{time.strftime('%Y%m%d-%H%M%S')}")
+        aside.mkdir()
+        for path in [*newer, *([folder / BEST] if (folder / BEST).exists() else [])]:
+            path.rename(aside / path.name)
+        reporter.line(f"  {len(newer)} checkpoint(s) that are not gone on from were moved to {aside}")
+    elif wanted is None and (folder / BEST).exists():
+        shutil.rmtree(folder / BEST)
+    return wanted if wanted and wanted.parent != folder.absolute() else None
+
+
+def _training_figures(metrics: Path) -> dict[str, Any]:
+    from llm_ray.runs.metrics import read_metrics
+
+    rows = [row for row in read_metrics(metrics) if "loss" in row]
+    if not rows:
+        return {}
+    seconds, tokens = sum(row["seconds"] for row in rows), sum(row["tokens"] for row in rows)
+    return {"loss": rows[-1]["loss"], "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}

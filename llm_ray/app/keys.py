@@ -1,0 +1,9 @@
+"""API keys of the endpoint: added and revoked while it runs.
+
+key, secret = add_key(keys_file(home), "alice", Limits(requests_per_minute=60))    # the secret is kept nowhere
+"""
+
+from llm_ray.conf.serve import Limits
+from llm_ray.serve.protect.keys import Key, add_key, import_keys, keys_file, list_keys, new_secret, revoke_key
+
+__all__ = ["Key", "Limits", "add_key", "import_keys", "keys_file", "list_keys", "new_secret", "revoke_key"]

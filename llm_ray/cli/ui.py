@@ -1,0 +1,211 @@
+"""``llm-ray ui``: the page, and who may use it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from llm_ray.cli.options import from_stdin
+from llm_ray.conf.schema import home
+
+_ROLES = ("viewer", "user", "admin")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on. Beyond loopback there must be a user.")
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any that is free.")
+@click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate, with what stands between it and its root (PEM): HTTPS.")
+@click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key (PEM), without a password.")
+@click.option("--allow-host", "hosts", multiple=True, metavar="NAME[:PORT]", help="A name under which it is reached. Again for more.")
+@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="Its URL behind a proxy, https://llm.example.org.")
+@click.option("--trusted-proxy", metavar="ADDRESS", help="The proxy whose X-Forwarded-For and X-Forwarded-Proto are believed.")
+@click.option("--max-upload-mib", type=click.IntRange(1), default=2048, show_default=True, help="The largest file that may be sent.")
+@click.option(
+    "--address",
+    metavar="auto|HOST:PORT",
+    envvar="RAY_ADDRESS",  # set on the nodes of a cluster that site.yml made
+    show_envvar=True,
+    help="The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine.",
+)
+@click.pass_context
+def ui(
+    ctx: click.Context,
+    host: str,
+    port: int,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
+    trusted_proxy: str | None,
+    max_upload_mib: int,
+    address: str | None,
+) -> None:
+    """Open the page in which models are finetuned, deployed and asked; Ctrl-C ends it.
+
+    It prints the URL to open. Where there are no users the URL holds a secret that is good for one browser; then the next is printed.
+
+    \b
+    Examples:
+      llm-ray ui
+      llm-ray ui users add alice --role admin
+      llm-ray ui --host 0.0.0.0 --tls-cert page.pem --tls-key page.key --allow-host llm.example.org
+    """
+    if ctx.invoked_subcommand is not None:
+        given = next((name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT), None)
+        if given:
+            flag = next(option.opts[0] for option in ctx.command.params if option.name == given)
+            raise click.UsageError(f"{flag} is for the page itself: it does not go with {ctx.invoked_subcommand}")
+        return
+    import contextlib
+    import logging
+    import re
+
+    from llm_ray.errors import ConfError
+
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise ConfError(f"--allow-origin {origin}: a scheme and a name are wanted, as https://llm.example.org")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    from llm_ray.ui.server import Settings, serve
+
+    settings = Settings(
+        home(), host, port, tls_cert, tls_key, hosts, origins, trusted_proxy, max_upload_mib * 2**20, address
+    )  # fmt: skip
+    with contextlib.suppress(KeyboardInterrupt):  # that is how it ends
+        serve(settings, lambda url: click.echo(f"The page: {url}"))
+
+
+@ui.group()
+def users() -> None:
+    """Who may use the page: a change holds at once, and ends the user's sessions.
+
+    A viewer looks, a user also finetunes, deploys and asks, an admin also manages the cluster.
+
+    \b
+    Examples:
+      llm-ray ui users add alice --role admin
+      llm-ray ui users list
+      llm-ray ui users revoke alice
+    """
+
+
+@users.command()
+@click.argument("name")
+@click.option("--role", type=click.Choice(_ROLES), default="user", show_default=True, help="What they may do.")
+def add(name: str, role: str) -> None:
+    """Add a user. The password is asked for, or read from standard input: one line.
+
+    \b
+    Examples:
+      llm-ray ui users add alice --role admin
+      llm-ray ui users add bob < password.txt
+    """
+    from llm_ray.ui.users import Role, add_user, users_file
+
+    user = add_user(users_file(home()), name, _password(name), Role(role))
+    click.echo(f"Added {user.name}, role {user.role}.")
+
+
+@users.command("import")
+def import_() -> None:
+    """Keep users that are given as JSON on standard input: {"NAME": {"password": "…", "role": "viewer|user|admin"}}.
+
+    Who is there with another password or role gets the new one; users under other names stay. The role user is meant where none is given.
+    ui.yml brings the users of a vault so.
+
+    \b
+    Example:
+      llm-ray ui users import < users.json
+    """
+    from llm_ray.errors import ConfError
+    from llm_ray.ui.users import Role, import_users, users_file
+
+    wanted = {}
+    for name, settings in from_stdin('{"NAME": {"password": "…", "role": "user"}}', "users").items():
+        if not isinstance(settings, dict) or not isinstance(settings.get("password"), str) or set(settings) - {"password", "role"}:
+            raise ConfError(f'the user {name}: {{"password": "…", "role": "user"}} is wanted, a password and, if it is not user, a role')
+        if settings.get("role", "user") not in _ROLES:
+            raise ConfError(f"the user {name}: the role is one of {', '.join(_ROLES)}")
+        wanted[name] = (settings["password"], Role(settings.get("role", "user")))
+    changed = import_users(users_file(home()), wanted)
+    click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
+
+
+@users.command("list")
+@click.option("as_json", "--json", is_flag=True, help="Print JSON.")
+def list_(as_json: bool) -> None:
+    """Show the users and their roles.
+
+    \b
+    Example:
+      llm-ray ui users list --json
+    """
+    import json
+
+    from llm_ray.ui.users import list_users, users_file
+
+    found = list_users(users_file(home()))
+    if as_json:
+        click.echo(json.dumps([{"name": user.name, "role": user.role, "created": user.created} for user in found], indent=2))
+    elif not found:
+        click.echo("There are no users: llm-ray ui users add NAME")
+    else:
+        width = max(len(user.name) for user in found)
+        for user in found:
+            click.echo(f"{user.name:<{width}}  {user.role}")
+
+
+@users.command()
+@click.argument("name")
+@click.argument("role", type=click.Choice(_ROLES))
+def role(name: str, role: str) -> None:
+    """Give a user another role.
+
+    \b
+    Example:
+      llm-ray ui users role bob viewer
+    """
+    from llm_ray.ui.users import Role, change_user, users_file
+
+    user = change_user(users_file(home()), name, role=Role(role))
+    click.echo(f"{user.name} has the role {user.role} now.")
+
+
+@users.command()
+@click.argument("name")
+def password(name: str) -> None:
+    """Give a user another password.
+
+    \b
+    Example:
+      llm-ray ui users password bob
+    """
+    from llm_ray.ui.users import change_user, users_file
+
+    change_user(users_file(home()), name, password=_password(name))
+    click.echo(f"{name} has a new password.")
+
+
+@users.command()
+@click.argument("name")
+def revoke(name: str) -> None:
+    """Take a user away.
+
+    \b
+    Example:
+      llm-ray ui users revoke bob
+    """
+    from llm_ray.ui.users import revoke_user, users_file
+
+    click.echo(f"{revoke_user(users_file(home()), name).name} may no longer use the page.")
+
+
+def _password(name: str) -> str:
+    """From the terminal, twice and unseen, or the first line of standard input; never from an argument, which others can see."""
+    if sys.stdin.isatty():
+        return str(click.prompt(f"Password of {name}", hide_input=True, confirmation_prompt=True))
+    return sys.stdin.readline().rstrip("\r\n")

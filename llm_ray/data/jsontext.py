@@ -1,0 +1,149 @@
+"""JSON texts as data files have them: value by value out of a file of any size, with what is wrong with one in words.
+
+Stricter than Python's parser: a key that stands twice in an object would lose its first value without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TextIO
+
+CHUNK = 1 << 20  # characters read at once
+LONGEST = 1 << 28  # characters after which a string that has not ended is taken for broken JSON
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Unsound(ValueError):
+    """A JSON value that was parsed and is not to be used; the text says why."""
+
+
+class Broken(ValueError):
+    """No JSON; the text says why, and is empty where the file ends in the middle of a value."""
+
+
+class Parser:
+    """Parses one text after the other."""
+
+    def __init__(self) -> None:
+        self._repeated: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def decode(self, text: str, at: int = 0) -> tuple[Any, int]:
+        """The value that begins at `at`, and where it ends. Raises JSONDecodeError or RecursionError."""
+        self._repeated.clear()
+        try:
+            return self._decoder.raw_decode(text, at)
+        except json.JSONDecodeError:
+            raise
+        except ValueError as error:  # Python's limit for the digits of a number
+            raise json.JSONDecodeError("Number of too many digits", text, at) from error
+
+    def parse(self, text: str) -> Any:
+        """The value that the whole text is. Raises JSONDecodeError, RecursionError or :class:`Unsound`."""
+        value, end = self.decode(text, _after_space(text, 0))
+        if (end := _after_space(text, end)) < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+        self.check(text, value)
+        return value
+
+    def check(self, text: str, value: object) -> None:
+        """Raises :class:`Unsound` for what is wrong with `value`, which was just parsed from `text`."""
+        if self._repeated:
+            raise Unsound(f"the key {self._repeated[0]!r} stands twice in an object: keep one of the two")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes that were no UTF-8 are lone surrogates by now
+            raise Unsound("not UTF-8: save the file in that encoding") from None
+        if "\\ud" in text or "\\uD" in text:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                raise Unsound(f"half of a surrogate pair ({half}), which is no character: write the whole pair, or take it out") from None
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._repeated += [key for key in value if keys.count(key) > 1]
+        return value
+
+
+class Window:
+    """A file's text, of which no more than a value is held; `line` is the one of the next character that :meth:`peek` has shown."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.line = 1
+        self.parser = Parser()
+        self._file, self._text, self._at, self._ended = file, "", 0, False
+
+    def peek(self) -> str:
+        """The next character that is no space; empty at the end of the file."""
+        while True:
+            end = _after_space(self._text, self._at)
+            self._move(end)
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._more()
+
+    def take(self) -> str:
+        """The next character that is no space, taken."""
+        character = self.peek()
+        self._at += len(character)
+        return character
+
+    def value(self) -> tuple[Any, str]:
+        """The next value, and its text; `line` stays the one it begins on until the next call. Raises :class:`Broken`."""
+        if not self.peek():
+            raise Broken
+        while True:
+            error: json.JSONDecodeError | RecursionError | None = None
+            end = self._at
+            try:
+                value, end = self.parser.decode(self._text, self._at)
+            except (json.JSONDecodeError, RecursionError) as caught:
+                error = caught
+            if self._ended or (error is None and end < len(self._text)) or (error and not may_be_cut(error, self._text)):
+                break
+            self._more()
+        if isinstance(error, RecursionError):
+            raise Broken("nested too deeply")
+        if error:
+            self.line += self._text.count("\n", self._at, error.pos)
+            cut = error.msg.startswith("Unterminated") or not self._text[error.pos :].strip()
+            raise Broken("" if cut else error.msg)
+        text, self._at = self._text[self._at : end], end
+        self._passed = text.count("\n")
+        return value, text
+
+    def _move(self, end: int) -> None:
+        self.line += self._text.count("\n", self._at, end) + self._passed
+        self._at, self._passed = end, 0
+
+    _passed = 0  # line ends within the value before
+
+    def _more(self) -> None:
+        read = self._file.read(max(CHUNK, 2 * (len(self._text) - self._at)))
+        self._text, self._at, self._ended = self._text[self._at :] + read, 0, not read
+
+
+def may_be_cut(error: json.JSONDecodeError | RecursionError, text: str) -> bool:
+    """Whether the error may come from the end of `text`, which is the beginning of a longer one."""
+    if isinstance(error, RecursionError):
+        return False
+    if error.msg.startswith("Unterminated string"):
+        return len(text) < LONGEST
+    return error.pos > len(text) - 64
+
+
+def reason(error: json.JSONDecodeError | RecursionError | Unsound) -> str:
+    """What :meth:`Parser.parse` raised, in words."""
+    if isinstance(error, Unsound):
+        return str(error)
+    return f"broken JSON: {f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else 'nested too deeply'}"
+
+
+def _after_space(text: str, at: int) -> int:
+    space = SPACE.match(text, at)
+    return space.end() if space else at

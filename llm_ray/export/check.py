@@ -1,0 +1,193 @@
+"""What an export needs, tried out before training; and whether what was exported is what was trained.
+
+``rehearse`` does at the start, without weights, what would otherwise fail only after hours. ``Comparison`` follows the loss on a few
+sequences from the trained model to the exported folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.data.prepare import Split, open_split
+from llm_ray.errors import ConfError, DataError, ModelError, RunError
+from llm_ray.models.limits import positions
+from llm_ray.models.load import (
+    Location,
+    load_empty_model,
+    load_generation,
+    load_tokenizer,
+    mend_generation,
+    quietly,
+    resolve,
+    stored_dtype,
+)
+from llm_ray.models.openvino import lineage
+from llm_ray.models.registry import outdated
+from llm_ray.models.tokens import COMPOSED, doubt
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+ROWS, TOKENS = 8, 128
+"""How many sequences are compared, and of how many tokens each at most."""
+MERGING, ROUNDING, SAVING = 1e-3, 5e-2, 1e-3
+"""By what share the loss may change when adapters are merged (in fp32), when weights are rounded to 16 bits, and when they are saved."""
+_STATE_BYTES = 12
+"""Of a learning weight in a checkpoint: itself and AdamW's two moments in fp32."""
+
+
+def rehearse(conf: FinetuneConf) -> list[str]:
+    """Try out what the export will do, with the model's layers but without its weights, and whether there is room for it on the disk.
+
+    Returns what the user should know. Raises LlmRayError for what would make the export fail.
+    """
+    with quietly():
+        return _rehearse(conf)
+
+
+def _rehearse(conf: FinetuneConf) -> list[str]:
+    import torch
+
+    from llm_ray.evaluate.generate import end_tokens
+    from llm_ray.train.model import add_adapters
+    from llm_ray.train.trained import untie
+
+    location, tokenizer = resolve(conf.model.base, conf.paths), load_tokenizer(conf.model, conf.paths)
+    model = load_empty_model(conf.model, conf.paths, torch.float32)
+    if (most := positions(model)) and conf.data.max_length > most:
+        raise ConfError(
+            f"data.max_length is {conf.data.max_length}, and the model {location} has positions for {most} tokens: set it to {most} at most"
+        )
+    if (pad := tokenizer.pad_token_id) is not None and pad >= (size := model.get_input_embeddings().weight.shape[0]):
+        raise ModelError(
+            f"the tokenizer of {location} pads with {tokenizer.pad_token!r} (token {pad}), and the model has embeddings for {size} tokens: name another "
+            "pad_token in its tokenizer_config.json, or give the model its own tokenizer"
+        )
+    notes = _doubts(conf, location)
+    if settings := load_generation(conf.model, conf.paths):
+        notes += [f"{location.name}: generation_config.json: {change}" for change in mend_generation(settings, location)]
+        model.generation_config = settings
+    model.generation_config.eos_token_id = end_tokens(model, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="llm-ray-export-") as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # transformers' own checks of settings and files raise many kinds
+            raise ModelError(f"a model finetuned from {location} could not be saved: {error}") from error
+        check_saved_tokenizer(tokenizer, Path(folder), conf.model.trust_remote_code)
+    if conf.tuning.method == "lora":
+        adapted = add_adapters(model, conf.tuning.lora)
+        learning = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        if untie(model):
+            notes.append("input and output embeddings, which share their weights, learn apart: the exported model has both")
+    else:
+        learning = sum(p.numel() for p in model.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    _check_room(conf, whole, learning)
+    return notes
+
+
+def _doubts(conf: FinetuneConf, location: Location) -> list[str]:
+    """What is to be said of the tokenizer of a base that is, or was, a GGUF."""
+    if location.folder is None or conf.model.tokenizer:
+        return []
+    if conf.model.gguf_file:
+        return [told] if (told := doubt(location.folder / conf.model.gguf_file)) else []
+    if outdated(location.folder):
+        return [
+            f"{location.name} was imported by an older llm-ray, which did not split numbers and blank lines into tokens as the model was "
+            "trained to: import it again with --force, then finetune it"
+        ]
+    told = lineage(location.folder).get("note")
+    return [str(told)] if told else []
+
+
+def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
+    """Raise ModelError unless the tokenizer saved in `folder`, as engines load it, is `tokenizer`."""
+    from transformers import AutoTokenizer
+
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if saved(COMPOSED)["input_ids"] != tokenizer(COMPOSED)["input_ids"] or saved.chat_template != tokenizer.chat_template:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path}, saved and loaded again, is another one ({type(saved).__name__}): with the finetuned "
+            "model it would give tokens that were not trained on. Set model.tokenizer to a folder whose tokenizer is read as it is written"
+        )
+
+
+class Comparison:
+    """The loss of a model on a few sequences, followed from the trained model to the exported one.
+
+    Every token counts, supervised or not: it is asked whether two models are the same one, not how good they are.
+    """
+
+    def __init__(self, conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+        """The sequences are held-out ones, else those of the training; where neither is on the disk any more, `text`."""
+        self.rows, self.which = _sequences(conf)
+        if not self.rows:
+            self.rows, self.which = [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]], "sequence(s) of text"
+        self.losses: list[float] = []
+
+    def take(self, model: torch.nn.Module, after: str = "", tolerance: float = 0.0) -> None:
+        """Note the loss of `model`. Raises ModelError where it is not the one before, to the share `tolerance`; `after` says what was done."""
+        import torch
+        import torch.nn.functional as F
+
+        summed, tokens = 0.0, 0
+        model.eval()
+        with torch.inference_mode():
+            for row in self.rows:
+                ids = torch.tensor([row])
+                logits = model(input_ids=ids).logits[0, :-1].float()
+                summed += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+                tokens += len(row) - 1
+        self.losses.append(summed / tokens)
+        if not after:
+            return
+        before, now = self.losses[-2:]
+        if not abs(now - before) <= tolerance * max(abs(before), 1.0):
+            raise ModelError(
+                f"the exported model is not the trained one: on {len(self.rows)} {self.which} its loss is {now:.4f} after {after}, and was "
+                f"{before:.4f} before. Nothing was written to output/, and the checkpoint is as it was: please report this, with the model's "
+                "name and the conf's section tuning"
+            )
+
+    def __str__(self) -> str:
+        return f"checked: on {len(self.rows)} {self.which} the exported model's loss is {self.losses[-1]:.4f}, the trained one's {self.losses[0]:.4f}"
+
+
+def _sequences(conf: FinetuneConf) -> tuple[list[list[int]], str]:
+    splits: tuple[tuple[Split, str], ...] = (("validation", "held-out sequences"), ("train", "training sequences"))
+    for split, which in splits:
+        with contextlib.suppress(DataError):
+            data = open_split(conf.run_dir / "prepared", split)
+            first = (row["input_ids"][:TOKENS] for row in itertools.islice(data, ROWS))
+            if rows := [row for row in first if len(row) > 1]:
+                return rows, which
+    return [], ""
+
+
+def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
+    """Raise RunError where the disk of the runs has no room for the model, and for checkpoints of as many weights as learn."""
+    from llm_ray.models.convert import size_on_disk
+
+    run = conf.run_dir
+    checkpoints = learning * (_STATE_BYTES * conf.checkpoint.keep + _STATE_BYTES // 3)  # and the best weights
+    there = sum(path.stat().st_size for path in (run / "checkpoint").rglob("*") if path.is_file())
+    needed = max(0, checkpoints - there)
+    if "export" in conf.stages:
+        needed += parameters * stored_dtype(conf.model, conf.paths).itemsize
+    if "convert" in conf.stages:
+        needed += size_on_disk(parameters, conf.convert.weights)
+    free = shutil.disk_usage(next(path for path in (run, *run.parents) if path.is_dir())).free
+    if needed > free:
+        raise RunError(
+            f"{run} needs about {needed / 2**30:.1f} GiB for checkpoints and the exported model, and {free / 2**30:.1f} GiB are free there: "
+            "make room, or set paths.runs to another disk"
+        )

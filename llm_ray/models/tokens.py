@@ -1,0 +1,137 @@
+"""Opening a tokenizer such that it gives the ids that its own tokenizer.json gives.
+
+AutoTokenizer may rebuild a tokenizer from the vocabulary alone, by the class that tokenizer_config.json names, and without a word leave out
+steps of tokenizer.json (GPT2Tokenizer: splitting digits). It would then be saved without them, too.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_ray.errors import ModelError
+from llm_ray.files import write_json
+from llm_ray.models.folder import read_json
+from llm_ray.models.gguf import read_fields
+from llm_ray.models.pretokenizers import RULES, set_rule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+PROBE = (
+    "  Hello there,\tworld!  I'VE  it's we'll DON'T\n\n1. One: 12345 + 6.78 = 0x1F\n2.  Two\r\n\r\n\n10. Ten: 2026-11-30, 1,000,000 €\n"
+    "   def f(x):\n        return x**2  # (ok?) ...!!! a_b-c/d\n\n\n"
+    "naïve Straße, Ångström, ÉCOLE école, cafe\u0301 ﬁne ½ ² Ⅻ ١٢٣ ৪৫\nПривет, мир! 你好，世界。12月 こんにちは カタカナ 한국어 नमस्ते ไทย עברית 👩‍👧 🙂🙂\n camelCaseWord HTTPServer \n \n"
+)
+"""A text in which tokenizers differ: digits, blank lines, spaces, contractions, code, accents, other scripts."""
+COMPOSED = unicodedata.normalize("NFC", PROBE)
+"""The same without letters in parts, which hardly any text has: transformers composes them for some types of model, whatever their
+tokenizer.json says."""
+
+
+def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of the folder or hub id `source`, with options of AutoTokenizer.
+
+    It splits text as the tokenizer.json there does, or by the rule that the GGUF (`gguf_file`) names, where that is known. Raises
+    ModelError when it cannot be had so, and whatever transformers raises about its files.
+    """
+    from transformers import AutoTokenizer, TokenizersBackend
+
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    revision = options.get("revision")
+    if gguf_file := options.get("gguf_file"):
+        if (file := _file(source, gguf_file, revision)) and (name := rule_name(file)):
+            set_rule(tokenizer.backend_tokenizer, name)
+        return tokenizer
+    file = _file(source, FILE, revision)
+    if file is None or agrees(tokenizer, file):
+        return tokenizer
+    options.pop("trust_remote_code", None)
+    whole = TokenizersBackend.from_pretrained(source, **options)
+    if not agrees(whole, file):
+        raise ModelError(
+            f"the tokenizer of {source}: neither {type(tokenizer).__name__}, which its tokenizer_config.json asks for, nor transformers' general "
+            f"one gives the ids of its {FILE}: set model.tokenizer to a folder in which they agree"
+        )
+    return whole
+
+
+def agrees(tokenizer: PreTrainedTokenizerBase, file: Path, text: str = PROBE) -> bool:
+    """Whether `tokenizer` gives the ids of `text` that the tokenizer.json `file` gives, special tokens left out."""
+    from tokenizers import Tokenizer
+
+    if not tokenizer.is_fast:  # code of its own; there is nothing that tokenizer.json would have to be
+        return True
+    reference = Tokenizer.from_file(str(file))
+    reference.no_padding()
+    reference.no_truncation()
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids == reference.encode(text, add_special_tokens=False).ids
+
+
+def rule_name(gguf: Path) -> str | None:
+    """The name of the rule by which the tokenizer of this GGUF splits text; "" where it should name one, None where its kind has none."""
+    fields = read_fields(gguf)
+    return str(fields.get("tokenizer.ggml.pre", "")) if fields.get("tokenizer.ggml.model") == "gpt2" else None
+
+
+def doubt(gguf: Path) -> str | None:
+    """What is to be said of a GGUF whose rule for splitting text is not known; None where it is."""
+    name = rule_name(gguf)
+    if name is None or name in RULES:
+        return None
+    told = f"names a rule for splitting text that is not known here, {name!r}" if name else "does not name its rule for splitting text"
+    return (
+        f"{gguf.name} {told}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or give the model's "
+        "original tokenizer with model.tokenizer"
+    )
+
+
+def read_alike(folder: Path, text: str = COMPOSED) -> bool:
+    """Whether AutoTokenizer, and with it every engine, reads the folder's tokenizer as its tokenizer.json has it.
+
+    True, too, where that cannot be told: without the file, and where AutoTokenizer cannot read it at all.
+    """
+    from transformers import AutoTokenizer
+
+    if not (folder / FILE).is_file():
+        return True
+    try:
+        return agrees(AutoTokenizer.from_pretrained(folder), folder / FILE, text)
+    except Exception:  # whoever needs it is told by open_tokenizer
+        return True
+
+
+def mend_class(folder: Path) -> bool:
+    """Where engines would read the folder's tokenizer otherwise than its tokenizer.json has it, have its configuration name the class that
+    reads it so; whether that was done. Raises ModelError where it would not help."""
+    if read_alike(folder, PROBE):
+        return False
+    settings = read_json(folder / SETTINGS)
+    write_json(folder / SETTINGS, settings | {"tokenizer_class": "TokenizersBackend"})
+    if read_alike(folder, PROBE):
+        return True
+    write_json(folder / SETTINGS, settings)
+    check_alike(folder)
+    return False
+
+
+def check_alike(folder: Path) -> None:
+    """Raise ModelError where engines would read the folder's tokenizer otherwise than its tokenizer.json has it."""
+    if not read_alike(folder):
+        raise ModelError(
+            f"{folder}: transformers, and with it every engine, reads the tokenizer otherwise than its {FILE} has it: the model would get other "
+            f"tokens than it was trained on. Importing it mends that where it can be mended: llm-ray model import {folder}"
+        )
+
+
+def _file(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder, or of a hub id in the local cache, where AutoTokenizer has brought it; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).is_dir():
+        return Path(source, name) if Path(source, name).is_file() else None
+    cached = try_to_load_from_cache(source, name, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None

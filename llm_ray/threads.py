@@ -1,0 +1,57 @@
+"""Threads of one process that use what the process has once: its connection to Ray, a switch of its logging."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Once(Generic[T]):
+    """Opened for the first thread that wants it, closed after the last: if each closed its own, the state of one would be put back by another.
+
+    Threads that want something else (another `key`) wait until it is closed. Within one thread that would be without end: there, what is
+    asked for is opened as it is.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users: list[tuple[int, object]] = []  # thread, and a mark: a generator may be closed by another thread
+        self._key: Hashable = None
+        self._opened = ExitStack()
+
+    @contextlib.contextmanager
+    def use(self, key: Hashable, opening: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+        """What `opening` opens, or what another thread has opened for the same `key`."""
+        user = (threading.get_ident(), object())
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users or self._key == key or self._nested())
+            nested = bool(self._users) and self._key != key
+            if not self._users:
+                with ExitStack() as stack:
+                    self._value = stack.enter_context(opening())
+                    self._opened = stack.pop_all()
+                self._key = key
+            if not nested:
+                self._users.append(user)
+        if nested:
+            with opening() as value:
+                yield value
+            return
+        try:
+            yield self._value
+        finally:
+            with self._changed:
+                self._users.remove(user)
+                if not self._users:
+                    try:
+                        self._opened.close()
+                    finally:
+                        self._changed.notify_all()
+
+    def _nested(self) -> bool:
+        return any(thread == threading.get_ident() for thread, _ in self._users)

@@ -1,0 +1,226 @@
+"""Real steps of a training, taken for a moment to see what they cost: seconds, and memory of each worker.
+
+    cost = measure(conf, prepared, cpus=2, lengths=lengths)
+    cost.seconds_per_token, cost.memory
+
+Each worker is a process of its own with the training's own set-up (`recipe.set_up`), so that model, precision, strategy and batches
+are the real ones; nothing is kept. Local runs take as many processes as there will be workers, joined over gloo. The workers of a
+cluster run elsewhere: one process stands for them (torch's "fake" process group shares the model out and exchanges nothing), and
+what the network costs is not seen.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.errors import LlmRayError, TrainError
+from llm_ray.hardware import forget_peak_memory, peak_memory
+
+SECONDS = 6.0
+"""How long steps are measured for, after a first one that warms up."""
+FEWEST_STEPS, MOST_STEPS = 3, 12
+LONG_PASS = 20.0
+"""Seconds of a forward and backward pass beyond which (or where memory would not do) smaller ones are measured, and its own cost follows
+from theirs."""
+DEADLINE = 900.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training costs on this host: seconds for each token of a step, and of a validation (tokens of all workers together), and a
+    worker's peak memory in bytes."""
+
+    seconds_per_token: float
+    validation_seconds_per_token: float
+    memory: float
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it is computed."""
+
+
+def measure(conf: FinetuneConf, prepared: Path, cpus: int) -> Cost:
+    """Take some steps of the training of `conf` (without `auto`) on the prepared rows. Raises LlmRayError."""
+    local = conf.runtime.mode == "local"
+    context = multiprocessing.get_context("spawn")  # forked, a process would take torch's threads along, but not what runs in them
+    results: Any = context.Queue()
+    with tempfile.TemporaryDirectory(prefix="llm-ray-trial-") as folder:
+        arguments = (conf.model_dump(mode="json"), str(prepared), cpus)
+        workers = [
+            context.Process(target=_worker, args=(*arguments, rank, f"{folder}/meet" if local else "", results), daemon=True)
+            for rank in range(conf.runtime.workers if local else 1)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            costs = [_result(workers, results) for _ in workers]
+        finally:
+            for worker in workers:
+                if worker.pid is not None:  # it was started
+                    worker.kill()
+                    worker.join()
+    slowest = max(costs, key=lambda cost: cost.seconds_per_token)
+    return replace(slowest, memory=max(cost.memory for cost in costs))
+
+
+def _result(workers: list[Any], results: Any) -> Cost:
+    """What the next worker to end has measured. Raises its error, and TrainError when it died or takes too long."""
+    began = time.monotonic()
+    while True:
+        try:
+            result: Cost | LlmRayError = results.get(timeout=1)
+        except queue.Empty:
+            died = [w for w in workers if w.exitcode]
+            if died and results.empty():
+                raise TrainError(
+                    f"a trial of some steps ended with code {died[0].exitcode}, most often for want of memory: lower training.micro_batch_tokens "
+                    "or data.max_length, or set training.gradient_checkpointing"
+                ) from None
+            if time.monotonic() - began > DEADLINE:
+                raise TrainError(f"a trial of some steps took more than {DEADLINE / 60:.0f} minutes") from None
+            continue
+        if isinstance(result, LlmRayError):
+            raise result
+        return result
+
+
+def _worker(conf_json: dict[str, Any], prepared: str, cpus: int, rank: int, meeting: str, results: Any) -> None:
+    import torch.distributed as dist
+
+    from llm_ray.train.workers import OtherWorkerFailed
+
+    conf = FinetuneConf.model_validate(conf_json)
+    try:
+        if meeting and conf.runtime.workers > 1:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=conf.runtime.workers)
+        elif conf.runtime.workers > 1:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            dist.init_process_group("fake", rank=rank, world_size=conf.runtime.workers, store=FakeStore())
+        results.put(_steps(conf, Path(prepared), cpus, rank))
+    except OtherWorkerFailed:
+        pass  # which tells of it itself
+    except LlmRayError as error:
+        results.put(error)
+    except Exception as error:
+        results.put(TrainError(f"a trial of some steps failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+    results.close()
+    results.join_thread()
+
+
+def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
+    import psutil
+    import torch
+
+    from llm_ray.data.prepare import lengths_of, open_split
+    from llm_ray.train.batches import Batch, collate, plan_steps
+    from llm_ray.train.recipe import accumulate, average_gradients, set_up, update
+    from llm_ray.train.workers import first
+
+    workers = conf.runtime.workers
+    setup = set_up(conf, cpus, rank, workers)
+    data = open_split(prepared, "train")
+    lengths = lengths_of(data)
+    schedule, total_steps = plan_steps(conf, lengths, setup.packed)
+    looked_at = range(min(total_steps, 200))
+    passes = [pass_ for step in looked_at for pass_ in schedule.take(step, rank, workers)]
+    heaviest = max(passes, key=lambda rows: _computed(lengths[rows], setup.packed))
+    whole = _computed(lengths[heaviest], setup.packed)
+
+    def pass_seconds(rows: list[int]) -> float:
+        began = time.perf_counter()
+        accumulate(setup, [collate(data, rows, setup.packed)])
+        return time.perf_counter() - began
+
+    def step(batches: list[Batch]) -> float:
+        began = time.perf_counter()
+        _, supervised, _ = accumulate(setup, batches)
+        update(setup, average_gradients(setup.module, 1 / max(1, supervised)), conf.training.max_grad_norm)
+        return time.perf_counter() - began
+
+    # A first look with few tokens, and with more: it warms up, and tells whether the real pass takes too long to wait for, or more memory
+    # than there is.
+    few, more = _parts(heaviest, lengths, setup.packed)
+    tokens_few, tokens_more = (_computed(lengths[rows], setup.packed) for rows in (few, more))
+    pass_seconds(few)
+    before, _ = _peak(lambda: 0.0)
+    memory_few, seconds_few = _peak(lambda: min(pass_seconds(few) for _ in range(3)))
+    too_slow = seconds_few * whole / tokens_few > LONG_PASS
+    free = psutil.virtual_memory().available / workers
+    too_large = (memory_few - before) * whole / tokens_few > free
+    if first(len(few) < len(heaviest) and (too_slow or too_large)):
+        began = time.perf_counter()
+        update(setup, average_gradients(setup.module, 1.0), conf.training.max_grad_norm)  # the optimizer's state takes memory, too
+        update_seconds = time.perf_counter() - began
+        pass_seconds(more)  # malloc keeps what it gets after an update
+        memory_few, _ = _peak(lambda: pass_seconds(few))
+        memory_more, seconds_more = _peak(lambda: min(pass_seconds(more) for _ in range(2)))
+        each = max(0.0, memory_more - memory_few) / max(1, tokens_more - tokens_few)
+        memory = memory_more + each * (whole - tokens_more)
+        # What a pass takes whatever its tokens are has been counted for each of them above.
+        if first(too_slow or memory - before > free):
+            tokens_step = lengths.sum() / schedule.steps_per_epoch
+            rate = seconds_more / tokens_more * _padding(lengths, passes, setup.packed) / workers + update_seconds / tokens_step
+            return Cost(float(rate), float(rate) / 3, memory, tuple(setup.notes))
+
+    setup.optimizer.zero_grad()
+    rates: list[float] = []
+    began = time.perf_counter()
+    number = -1
+    while first(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
+        number += 1
+        mine = schedule.take(number, rank, workers)
+        tokens = sum(lengths[rows].sum() for other in range(workers) for rows in schedule.take(number, other, workers) if rows)
+        seconds = step([collate(data, rows, setup.packed) for rows in mine])
+        if number:  # the first has the optimizer make its state
+            rates.append(seconds / tokens)
+    memory, _ = _peak(lambda: pass_seconds(heaviest))
+    setup.module.eval()
+    with torch.no_grad(), setup.autocast():
+        batch = collate(data, heaviest, setup.packed)
+        began = time.perf_counter()
+        setup.module(batch)
+        validation = (time.perf_counter() - began) / batch.tokens / workers
+    # Whatever else runs on the host makes steps slower, never faster: the faster half is what they cost.
+    return Cost(float(statistics.median(sorted(rates)[: len(rates) // 2 + 1])), validation, memory, tuple(setup.notes))
+
+
+def _computed(lengths: np.ndarray, packed: bool) -> int:
+    """Tokens that a pass over rows of these lengths computes, padding included."""
+    return int(lengths.sum() if packed else lengths.max(initial=0) * len(lengths))
+
+
+def _padding(lengths: np.ndarray, passes: list[list[int]], packed: bool) -> float:
+    """Computed tokens for each real one."""
+    real = sum(int(lengths[rows].sum()) for rows in passes)
+    return sum(_computed(lengths[rows], packed) for rows in passes) / real
+
+
+def _parts(rows: list[int], lengths: np.ndarray, packed: bool) -> tuple[list[int], list[int]]:
+    """The first of the rows with about an eighth and a quarter of their tokens; the second has a row more, unless the first has all."""
+    whole = _computed(lengths[rows], packed)
+    few, more = (_beginning(rows, lengths, whole / part, packed) for part in (8, 4))
+    return few, rows[: max(len(more), len(few) + 1)]
+
+
+def _beginning(rows: list[int], lengths: np.ndarray, tokens: float, packed: bool) -> list[int]:
+    """The first of the rows, at least one, that have about so many tokens."""
+    count = 1
+    while count < len(rows) and _computed(lengths[rows[: count + 1]], packed) <= tokens:
+        count += 1
+    return rows[:count]
+
+
+def _peak(work: Any) -> tuple[float, float]:
+    """This process's peak memory in bytes while it does `work`, and what that returned."""
+    forget_peak_memory()
+    value = work()
+    return float(peak_memory()), value

@@ -1,0 +1,33 @@
+"""Numbers that may be left empty: Gradio's own field for numbers shows 0 for none."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from llm_ray.errors import ConfError
+
+
+def optional(label: str, info: str, value: str = "") -> gr.Textbox:
+    """The field; its text goes through `whole` or `decimal`."""
+    return gr.Textbox(label=label, info=info, value=value, max_lines=1)
+
+
+def whole(text: str | None, label: str, least: int = 1) -> int | None:
+    """The number in the field, None where it is empty. Raises ConfError."""
+    value = decimal(text, label, least)
+    if value is not None and value != int(value):
+        raise ConfError(f"{label}: {value:g} is no whole number.")
+    return None if value is None else int(value)
+
+
+def decimal(text: str | None, label: str, least: float = 0, most: float = 1e12) -> float | None:
+    """As `whole`, with decimals."""
+    if not text or not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfError(f"{label}: {text.strip()} is no number. Empty means that it is chosen for you.") from None
+    if not least <= value <= most:
+        raise ConfError(f"{label}: {text.strip()} is not between {least:g} and {most:g}.")
+    return value

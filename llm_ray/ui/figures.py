@@ -1,0 +1,153 @@
+"""Tables and charts as HTML: drawn here, so that nothing is fetched, a screen reader can read them, and they follow light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+Points = tuple[Sequence[float], Sequence[float]]
+"""Of a curve: x, and y at each."""
+
+_WIDTH, _HEIGHT = 480, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 30
+_MOST_POINTS = 300
+KINDS = 8
+"""Colours and dashes of curves; more curves begin anew."""
+
+
+def table(
+    caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], raw: frozenset[int] = frozenset(), numbers: Sequence[str] = ()
+) -> str:
+    """A table that scrolls where it is wider than the page. Cells are text, those of the columns `raw` are HTML; the columns named in
+    `numbers` are set to the right."""
+
+    def cell(n: int, value: object, tag: str = "td", scope: str = "") -> str:
+        right = ' class="number"' if head[n] in numbers else ""
+        return f"<{tag}{scope}{right}>{value if tag == 'td' and n in raw else escape(str(value))}</{tag}>"
+
+    top = "".join(cell(n, name, "th", ' scope="col"') for n, name in enumerate(head))
+    body = "".join("<tr>" + "".join(cell(n, value) for n, value in enumerate(row)) + "</tr>" for row in rows)
+    return (
+        f'<div class="scrolls" role="region" aria-label="{escape(caption)}" tabindex="0"><table class="figures"><caption>{escape(caption)}</caption>'
+        f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def pairs(values: Mapping[str, str]) -> str:
+    """Names with values."""
+    return '<dl class="pairs">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items()) + "</dl>"
+
+
+def lines(title: str, items: Iterable[str]) -> str:
+    """A list with a heading; nothing where there are none."""
+    told = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<h2>{escape(title)}</h2><ul class='lines'>{told}</ul>" if told else ""
+
+
+def message(text: str, kind: str = "note") -> str:
+    """A message: `note`, or `problem`, which screen readers tell at once."""
+    role = ' role="alert"' if kind == "problem" else ' role="status"'
+    return f'<p class="message {kind}"{role}>{escape(text)}</p>' if text else ""
+
+
+def note(text: str, kind: str = "") -> str:
+    """A paragraph without a frame; `kind` "bad" for what went wrong. Line breaks are kept."""
+    return f'<p class="frame-note {kind}">{escape(text)}</p>' if text else ""
+
+
+def bars(title: str, unit: str, columns: Sequence[tuple[str, int]]) -> str:
+    """A histogram: a name and a count each."""
+    if not columns:
+        return ""
+    most = max(count for _, count in columns)
+    step = (_WIDTH - _LEFT - _RIGHT) / len(columns)
+    drawn = []
+    for n, (name, count) in enumerate(columns):
+        height = (_HEIGHT - _TOP - _BOTTOM) * count / most
+        drawn.append(
+            f'<rect class="bar" x="{_LEFT + n * step:.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" width="{max(1, step - 1):.1f}" '
+            f'height="{height:.1f}"><title>{escape(name)} {escape(unit)}: {count}</title></rect>'
+        )
+    ends = _text(_LEFT, _HEIGHT - 8, columns[0][0], "start") + _text(_WIDTH - _RIGHT, _HEIGHT - 8, f"{columns[-1][0]} {unit}", "end")
+    said = "; ".join(f"{name}: {count}" for name, count in columns)
+    return _figure(title, said, _axes(0, most) + "".join(drawn) + ends)
+
+
+def curves(title: str, series: Mapping[str, Points]) -> str:
+    """Curves in one chart. What is no number is left out; of many points some are drawn, the last always."""
+    drawn = {name: points for name, given in series.items() if (points := _thinned(given))}
+    if not drawn:
+        return ""
+    xs = [x for points in drawn.values() for x, _ in points]
+    ys = [y for points in drawn.values() for _, y in points]
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    if high == low:
+        low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - left) / (right - left) if right > left else 0.5
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    body, legend, said = [], [], []
+    for n, (name, points) in enumerate(drawn.items()):
+        kind = f"curve-{n % KINDS}"
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
+        body.append(f'<polyline class="curve {kind}" points="{path}"/>')
+        marks = points if len(points) <= 60 else points[-1:]
+        for x, y in marks:
+            px, py = at(x, y)
+            body.append(
+                f'<circle class="mark {kind}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{escape(name)}, step {x:g}: {y:.6g}</title></circle>'
+            )
+        swatch = f'<svg width="28" height="10" aria-hidden="true"><line class="curve {kind}" x1="0" y1="5" x2="28" y2="5"/></svg>'
+        legend.append(f"<li>{swatch} {escape(name)}</li>")
+        said.append(f"{name}: {points[0][1]:.6g} at step {points[0][0]:g}, {points[-1][1]:.6g} at step {points[-1][0]:g}")
+    ends = _text(_LEFT, _HEIGHT - 8, f"{left:g}", "start") + _text(_WIDTH - _RIGHT, _HEIGHT - 8, f"step {right:g}", "end")
+    return _figure(title, "; ".join(said), _axes(low, high) + "".join(body) + ends, f'<ul class="legend">{"".join(legend)}</ul>')
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure as people read it; nothing where there is none."""
+    return (
+        ""
+        if value is None
+        else f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:,.{digits}g}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds is None:
+        return ""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _thinned(points: Points) -> list[tuple[float, float]]:
+    known = [(x, y) for x, y in zip(*points, strict=True) if y is not None and math.isfinite(y)]
+    step = -(-len(known) // _MOST_POINTS) or 1
+    return known[:-1:step] + known[-1:]
+
+
+def _axes(low: float, high: float) -> str:
+    parts = []
+    for share in (0, 0.5, 1):
+        y = _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_WIDTH - _RIGHT}" y2="{y:.1f}"/>')
+        parts.append(_text(_LEFT - 6, y + 4, f"{low + share * (high - low):.3g}", "end"))
+    return "".join(parts)
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _figure(title: str, said: str, inner: str, below: str = "") -> str:
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}: {escape(said)}">{inner}</svg>{below}</figure>'
+    )

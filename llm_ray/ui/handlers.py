@@ -1,0 +1,153 @@
+"""What a screen does when something is clicked: each call asks for a role, wherever it comes from.
+
+    @handler(Role.USER)
+    def greet(visitor: Visitor, name: str) -> str:
+        return f"Hello {name}, says {visitor.name}"
+
+    on(button.click, greet, inputs=name, outputs=answer)
+
+A function that was not made a handler cannot be connected: `on` refuses it, and the page does not start with one that was connected past `on`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import inspect
+import logging
+import secrets
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.context import Context
+
+from llm_ray.errors import LlmRayError
+from llm_ray.ui.sessions import Session, Visitor
+from llm_ray.ui.users import Role
+
+_LOG = logging.getLogger("llm_ray.ui")
+GO = "url => { if (url) window.location.assign(url) }"
+"""For the event of a hidden field, in the browser: to the URL that a handler has put there."""
+_AT_ONCE = 8  # calls of one handler; Gradio's default is one for all people together
+
+
+@dataclass(frozen=True)
+class Handler:
+    """A function of a screen, and the least role that may call it."""
+
+    function: Callable[..., Any]
+    least: Role
+
+
+def handler(least: Role) -> Callable[[Callable[..., Any]], Handler]:
+    """Makes a function a handler. Its first argument is the `Visitor` who calls it, as the page's own session knows them; the others are the
+    values of the inputs. It returns what is shown, or yields it. An LlmRayError is shown as a message."""
+    if not isinstance(least, Role):
+        raise TypeError("a handler needs the least role that may call it: @handler(Role.USER)")
+
+    def make(function: Callable[..., Any]) -> Handler:
+        return Handler(function, least)
+
+    return make
+
+
+def on(
+    event: Callable[..., Any], call: Handler, inputs: Any = None, outputs: Any = None, *, at_once: int = _AT_ONCE, **options: Any
+) -> Any:
+    """Have a component's event (`button.click`, `blocks.load`, `timer.tick`) call a handler, for at most `at_once` people at the same time.
+
+    `options` are Gradio's own (show_progress, trigger_mode, cancels, …).
+    """
+    if not isinstance(call, Handler):
+        raise TypeError(f"{getattr(call, '__name__', call)!r} has no least role: make it a handler with @handler(Role.…)")
+    options = {"api_visibility": "private", "concurrency_limit": at_once, **options, "queue": True}
+    return event(_asked(call), inputs=inputs, outputs=outputs, **options)
+
+
+def on_load() -> Callable[..., Any]:
+    """The event of the page's loading, for a screen that is being built: ``on(on_load(), call)``."""
+    page = Context.root_block
+    if page is None:
+        raise TypeError("a screen is built within the page")
+    load: Callable[..., Any] = page.load
+    return load
+
+
+def check(blocks: gr.Blocks) -> None:
+    """Raises TypeError where a function was connected that asks for no role."""
+    if blocks.renderables:
+        raise TypeError("gr.render connects functions while the page runs, which nobody checks: build the screen when the page starts")
+    for function in blocks.fns.values():
+        connected = [call for call in (function.fn, function.validator) if call is not None]
+        if not all(isinstance(getattr(call, "handler", None), Handler) for call in connected):
+            raise TypeError(f"{function.name} was connected without a role: connect it with llm_ray.ui.handlers.on")
+
+
+def _asked(call: Handler) -> Callable[..., Any]:
+    """The function that Gradio calls: the handler's own, for who may."""
+    function = call.function
+    kinds = typing.get_type_hints(function)
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    asked: Any
+    if inspect.isgeneratorfunction(function):
+
+        def stream(request: gr.Request, *values: Any) -> Iterator[Any]:
+            with _explained(call), contextlib.closing(function(_visitor(call, request), *values)) as shown:
+                for value in shown:
+                    yield value
+                    _visitor(call, request)  # a stream ends with its session
+
+        asked = stream
+    elif inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
+        raise TypeError(f"{function.__name__} is asynchronous, in which one that waits holds up everybody: make it an ordinary function")
+    else:
+
+        def once(request: gr.Request, *values: Any) -> Any:
+            with _explained(call):
+                return function(_visitor(call, request), *values)
+
+        asked = once
+    functools.update_wrapper(asked, function)
+    del asked.__wrapped__
+    first = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=gr.Request)
+    asked.__signature__ = inspect.Signature([first, *parameters])
+    asked.__annotations__ = {"request": gr.Request, **{p.name: kinds[p.name] for p in parameters if p.name in kinds}}
+    asked.handler = call
+    return asked
+
+
+def _visitor(call: Handler, request: gr.Request) -> Visitor:
+    """Who calls. Raises gr.Error where they may not, or their session has ended."""
+    session: Session | None = getattr(getattr(request.request, "state", None), "session", None)
+    if session is None or session.ended.is_set():
+        raise gr.Error("You are signed out: load the page again.", title="Signed out", print_exception=False)
+    if not session.visitor.role.covers(call.least):
+        raise gr.Error(
+            f"This needs the role {call.least}; yours is {session.visitor.role}. An admin can change that: llm-ray ui users role.",
+            title="Not allowed",
+            print_exception=False,
+        )
+    return session.visitor
+
+
+@contextlib.contextmanager
+def _explained(call: Handler) -> Iterator[None]:
+    """Turns what goes wrong into a message for people: our own errors as they are, any other by a number that the log knows."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except LlmRayError as error:
+        raise gr.Error(html.escape(str(error)), title="That did not work", print_exception=False) from error
+    except Exception as error:
+        number = secrets.token_hex(4)
+        _LOG.exception(f"{number}: {call.function.__qualname__}")
+        raise gr.Error(
+            f"This is a defect of llm-ray, or of a library under it. The log of llm-ray ui has it under {number}.",
+            title="Defect",
+            print_exception=False,
+        ) from error

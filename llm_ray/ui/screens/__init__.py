@@ -1,0 +1,63 @@
+"""The screens, each a file with one function that builds it, at a URL of its own.
+
+A screen is added here by a line, and by a module whose `build(site)` makes its components and connects them with `llm_ray.ui.handlers.on`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_ray.ui.screens import ask, cluster, data, deploy, runs, train
+
+if TYPE_CHECKING:
+    from llm_ray.ui.apart import Watch
+    from llm_ray.ui.uploads import Uploads
+    from llm_ray.ui.work import Works
+
+
+@dataclass(frozen=True)
+class Site:
+    """What screens are built with."""
+
+    home: Path
+    uploads: Uploads
+    address: str | None = None
+    """The cluster that serves; None: this machine's own Ray."""
+
+    @cached_property
+    def watch(self) -> Watch:
+        from llm_ray.ui.apart import Watch
+
+        return Watch(self.home, self.address)
+
+    @cached_property
+    def works(self) -> Works:
+        from llm_ray.ui.work import Works
+
+        return Works()
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A page with a URL."""
+
+    path: str
+    """Its URL's path, without slashes."""
+    title: str
+    build: Callable[[Site], None]
+    step: bool = False
+    """Whether it is a step of the way from data to answers."""
+
+
+SCREENS = (
+    Screen("data", "Data", data.build, step=True),
+    Screen("train", "Train", train.build, step=True),
+    Screen("deploy", "Deploy", deploy.build, step=True),
+    Screen("ask", "Ask", ask.build, step=True),
+    Screen("runs", "Runs", runs.build),
+    Screen("cluster", "Cluster", cluster.build),
+)

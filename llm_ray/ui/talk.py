@@ -1,0 +1,180 @@
+"""A talk with one model or two: the turns, an answer while it is made, and how both are shown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_ray.app.ask import Answer, Endpoint, Prompt, Settings, ask
+from llm_ray.errors import LlmRayError
+from llm_ray.progress import Silent
+
+_GONE = 20.0  # seconds in which nobody takes what comes: the reader is gone
+# What models put around their thoughts and the tools that they call.
+_PARTS = re.compile(r"<(think|thinking|tool_call)>(.*?)(?:</\1>|\Z)", re.S)
+_TITLES = {"think": "Thoughts", "thinking": "Thoughts", "tool_call": "Tool call"}
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model has said so far, or at the end. `note`: the figures, or why there is no more."""
+
+    text: str
+    note: str = ""
+    whole: bool = False
+    """Whether it can stand in the talk: an answer, not an error."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, and what each model said; None from one that was not asked."""
+
+    question: str
+    said: tuple[Said | None, Said | None]
+
+
+def conversation(turns: list[Turn], side: int) -> list[Message]:
+    """The talk with one model as it is sent: turns that it has answered."""
+    found: list[Message] = []
+    for turn in turns:
+        if (said := turn.said[side]) and said.whole:
+            found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": said.text}]
+    return found
+
+
+def row(turns: list[Turn], side: int, system: str | None) -> str:
+    """The talk as a row of training data (JSON lines, `messages`); empty where nothing was answered."""
+    messages = conversation(turns, side)
+    before = [{"role": "system", "content": system}] if system else []
+    return json.dumps({"messages": before + messages}, ensure_ascii=False) if messages else ""
+
+
+def shown(turns: list[Turn], side: int) -> list[Message]:
+    """The talk with one model as Gradio's Chatbot shows it."""
+    found: list[Message] = []
+    for turn in turns:
+        if (said := turn.said[side]) is None:
+            continue
+        found.append({"role": "user", "content": turn.question})
+        for title, text in parts(said.text):
+            found.append({"role": "assistant", "content": text, **({"metadata": {"title": title}} if title else {})})
+        if said.note:
+            found.append({"role": "assistant", "content": f"*{said.note}*" if said.whole else said.note})
+    return found
+
+
+def parts(text: str) -> list[tuple[str, str]]:
+    """The pieces of an answer with their titles: none for what is said, "Thoughts", "Tool call". One that is not closed reaches to the end."""
+    found: list[tuple[str, str]] = []
+    at = 0
+    for match in _PARTS.finditer(text):
+        found.append(("", text[at : match.start()]))
+        inside = match[2].strip()
+        found.append((_TITLES[match[1]], f"```json\n{inside}\n```" if match[1] == "tool_call" else inside))
+        at = match.end()
+    found.append(("", text[at:]))
+    return [(title, piece.strip("\n")) for title, piece in found if piece.strip()]
+
+
+@dataclass
+class Generation:
+    """An answer while it is made, in a thread of its own. It ends with `stop`, and when nobody has looked at it for a while."""
+
+    endpoint: Endpoint
+    model: str
+    prompt: Prompt
+    settings: Settings
+    done: bool = False
+    _texts: list[str] = field(default_factory=list)
+    _began: float = field(default_factory=time.monotonic)
+    _first: float | None = None
+    _answer: Answer | None = None
+    _problem: str = ""
+    _stopped: bool = False
+    _looked: float = field(default_factory=time.monotonic)
+    _loop: asyncio.AbstractEventLoop | None = None
+    _task: asyncio.Task[Answer] | None = None
+
+    def begin(self, changed: threading.Event) -> None:
+        """`changed` is set whenever there is more to show."""
+        self._changed = changed
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def stop(self) -> None:
+        """End the generation, in the engine, too."""
+        self._stopped = True
+        if self._loop and self._task:
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                self._loop.call_soon_threadsafe(self._task.cancel)
+
+    def said(self) -> Said:
+        """What it has said so far."""
+        self._looked = time.monotonic()
+        text = "".join(self._texts)
+        if not self.done:
+            return Said(text)
+        if self._answer:
+            return Said(text, _figures(self._answer, self._first), whole=True)
+        if self._problem:
+            return Said(text, self._problem)
+        return Said(text, "Stopped.", whole=bool(text))
+
+    def _run(self) -> None:
+        try:
+            self._answer = asyncio.run(self._ask())
+        except LlmRayError as error:
+            self._problem = _problem(error)
+        except asyncio.CancelledError:
+            pass  # stopped
+        except BaseException:
+            self._problem = "This is a defect of llm-ray; the log of llm-ray ui has it."
+            raise
+        finally:
+            self.done = True
+            self._changed.set()
+
+    async def _ask(self) -> Answer:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.ensure_future(self._asked())
+        if self._stopped:
+            self._task.cancel()
+        while not (await asyncio.wait({self._task}, timeout=1))[0]:
+            if time.monotonic() - self._looked > _GONE:
+                self._task.cancel()
+        return self._task.result()
+
+    async def _asked(self) -> Answer:
+        return await ask(self.endpoint, self.model, self.prompt, self.settings, Silent(), self._more)
+
+    def _more(self, text: str) -> None:
+        if self._first is None:
+            self._first = time.monotonic() - self._began
+        self._texts.append(text)
+        self._changed.set()
+
+
+def _figures(answer: Answer, first: float | None) -> str:
+    tokens = answer.usage["completion_tokens"] if answer.usage else None
+    found = [f"{tokens:,} tokens"] if tokens else []
+    if tokens and answer.seconds > 0:
+        found.append(f"{tokens / answer.seconds:.1f} tokens/s")
+    if first is not None:
+        found.append(f"first token after {first * 1000:,.0f} ms")
+    if answer.finish_reason == "length":
+        found.append("cut off at the limit of tokens")
+    return " · ".join(found)
+
+
+def _problem(error: LlmRayError) -> str:
+    if getattr(error, "status", None) == 401:
+        return (
+            "The endpoint asks for an API key, or does not take this one. Type one in the field API key under Settings; "
+            "an admin makes one on the screen Cluster."
+        )
+    return str(error)

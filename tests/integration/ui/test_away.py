@@ -1,0 +1,66 @@
+"""A cluster that goes away while the page shows it, and comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from playwright.sync_api import BrowserContext, expect
+
+from llm_ray.serve.deploy import free_port
+from llm_ray.ui.users import Role, add_user
+from tests.integration.ui.conftest import LLM_RAY, PASSWORD, assert_accessible, running, signed_in_at
+
+LONG = 180_000  # milliseconds
+
+
+@contextlib.contextmanager
+def head(port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A cluster of one node."""
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
+    more = ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", f"--dashboard-port={free_port()}", "--disable-usage-stats"]
+    process = subprocess.Popen([*ray, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for one in everybody:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        process.wait()
+
+
+def test_a_cluster_that_dies_is_shown_as_away_and_comes_back_by_itself(
+    open_browser: Callable[..., BrowserContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    add_user(tmp_path / "ui" / "users.json", "alice", PASSWORD, Role.ADMIN)
+    port = free_port()
+    with running(tmp_path, LLM_RAY, "ui", "--port", "0", "--address", f"127.0.0.1:{port}") as page:
+        tab = signed_in_at(open_browser(), page, "alice", "cluster")
+        overview = tab.locator("#cluster-overview")
+        expect(overview).to_contain_text("The cluster is away", timeout=LONG)  # it has never been there
+        for _ in range(2):
+            with head(port):
+                expect(overview.get_by_role("table", name="Hosts")).to_contain_text("(head)", timeout=LONG)
+                expect(overview).to_contain_text("No model is deployed")
+            expect(overview).to_contain_text("The cluster is away", timeout=LONG)
+            assert_accessible(tab)
+        for screen in ("data", "train", "runs", "deploy", "ask"):  # the page goes on
+            tab.goto(f"{page.url}/{screen}")
+            expect(tab.locator("h1#content")).to_be_visible()
+        assert page.process.poll() is None
+        assert "Traceback" not in page.log
+    assert not [process for process in psutil.Process(os.getpid()).children(recursive=True) if "raylet" in process.name()]

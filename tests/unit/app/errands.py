@@ -1,0 +1,27 @@
+"""Work to be done in another process, which imports it by name."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from llm_ray.errors import ConfError
+from llm_ray.progress import Reporter
+
+
+def double(number: int, reporter: Reporter) -> int:
+    reporter.line(f"doubling {number}")
+    return 2 * number
+
+
+def refuse(reporter: Reporter) -> None:
+    raise ConfError("data.train: no such file")
+
+
+def never(reporter: Reporter) -> None:
+    reporter.line(str(os.getpid()))
+    time.sleep(3600)
+
+
+def die(reporter: Reporter) -> None:
+    os._exit(3)

@@ -1,0 +1,54 @@
+"""Work in a process of its own: its lines, its result and its errors come back, and it ends when nobody waits for it any more."""
+
+from __future__ import annotations
+
+import threading
+
+import psutil
+import pytest
+
+from llm_ray.app.apart import apart, end_all
+from llm_ray.errors import ConfError, RunError
+from tests.unit.app.errands import die, double, never, refuse
+
+
+def test_lines_and_a_result() -> None:
+    with apart(double, 21) as work:
+        assert list(work.lines()) == ["doubling 21"]
+        assert work.result() == 42
+
+
+def test_its_error_is_raised_here() -> None:
+    with apart(refuse) as work, pytest.raises(ConfError, match=r"data\.train: no such file"):
+        work.result()
+
+
+def test_a_process_that_dies_is_told() -> None:
+    with apart(die) as work, pytest.raises(RunError, match="its process ended with code 3"):
+        work.result()
+
+
+def test_it_ends_with_the_block() -> None:
+    with apart(never) as work:
+        process = psutil.Process(int(next(work.lines())))
+    assert not process.is_running()
+
+
+def test_all_are_ended_where_this_process_is_to_end() -> None:
+    told: list[str] = []
+    began = threading.Event()
+
+    def wait() -> None:
+        with apart(never) as work:
+            told.append(next(work.lines()))
+            began.set()
+            with pytest.raises(RunError, match="it was killed"):
+                work.result()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert began.wait(60)
+    end_all()
+    waiting.join(60)
+    assert not waiting.is_alive()
+    assert not psutil.pid_exists(int(told[0]))

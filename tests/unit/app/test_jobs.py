@@ -1,0 +1,127 @@
+"""Finetunes in the background: real ones, of the stage prepare alone, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_ray.app import jobs
+from llm_ray.app.confs import conf_of
+from llm_ray.app.runs import list_runs
+from llm_ray.conf.schema import FinetuneConf
+from llm_ray.errors import RunError
+from llm_ray.runs.folder import open_run
+
+
+@pytest.fixture
+def conf(tmp_path: Path, smollm2: Path) -> Callable[..., FinetuneConf]:
+    (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Me."}\n' * 3)
+
+    def made(name: str, **settings: str) -> FinetuneConf:
+        given = {"train": str(rows), "model": str(smollm2), "name": name, "stages": "[prepare]"}
+        return conf_of(given | settings, tmp_path)
+
+    return made
+
+
+@contextlib.contextmanager
+def at_work(conf: FinetuneConf) -> Iterator[None]:
+    """A run that this process works in."""
+    with open_run(conf, force=False):
+        yield
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < end, "it has not come to that"
+        time.sleep(0.05)
+
+
+def states(runs: Path) -> dict[str, str]:
+    return {job.name: job.state for job in jobs.queue(runs)}
+
+
+def test_they_wait_for_what_runs_can_be_cancelled_and_run(conf: Callable[..., FinetuneConf]) -> None:
+    runs = conf("first").paths.runs
+    with at_work(conf("busy")):  # of the command line
+        first = jobs.submit(conf("first"), by="alice", command="llm-ray finetune --config lora --set 'name=first'")
+        second = jobs.submit(conf("second"), by="bob")
+        assert (first.state, first.ahead, first.by) == ("waiting", 0, "alice")
+        assert (second.state, second.ahead) == ("waiting", 1)
+        with pytest.raises(RunError, match="first is waiting or running already"):
+            jobs.submit(conf("first"))
+        with pytest.raises(RunError, match="is at work"):
+            jobs.submit(conf("busy"))
+        jobs.cancel(runs, "second")
+        assert states(runs) == {"first": "waiting"}
+        with pytest.raises(RunError, match="second is not waiting"):
+            jobs.cancel(runs, "second")
+    until(lambda: states(runs) == {})
+    found = {run.name: run.state for run in list_runs(runs)}
+    assert found == {"busy": "done", "first": "done"}
+    assert "prepare: done in" in jobs.read_log(runs, "first")
+    assert (runs / "first" / jobs.LOG).is_file()
+    assert "llm-ray finetune --config lora --set name=first" in (runs / "first" / "run.json").read_text()
+    with pytest.raises(RunError, match="was made with another conf"):
+        jobs.submit(conf("first", **{"data.max_length": "64"}))
+
+
+def test_one_that_fails_before_there_is_a_run_says_why(conf: Callable[..., FinetuneConf], tmp_path: Path) -> None:
+    made = conf("lost")
+    runs = made.paths.runs
+    with at_work(conf("busy")):
+        jobs.submit(made)
+        (tmp_path / "rows.jsonl").unlink()
+    until(lambda: states(runs) == {"lost": "failed"})
+    (job,) = jobs.queue(runs)
+    assert "no such file" in job.reason
+    assert not (runs / "lost").exists()
+    jobs.cancel(runs, "lost")
+    assert jobs.queue(runs) == []
+
+
+def test_one_that_fails_leaves_what_was_in_its_folder(conf: Callable[..., FinetuneConf], tmp_path: Path) -> None:
+    asked = conf("mine")
+    notes = asked.run_dir / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("kept")
+    (tmp_path / "rows.jsonl").unlink()
+    jobs.submit(asked)
+    until(lambda: states(asked.paths.runs) == {"mine": "failed"})
+    assert [file.name for file in asked.run_dir.iterdir()] == ["notes.txt"]
+
+
+def test_a_killed_one_is_told_from_one_that_waits(conf: Callable[..., FinetuneConf]) -> None:
+    made = conf("killed")
+    with at_work(conf("busy")):
+        jobs.submit(made)
+        _kill(made.paths.runs, "killed")
+        until(lambda: states(made.paths.runs) == {"killed": "failed"})
+        assert "start it again" in jobs.queue(made.paths.runs)[0].reason
+        assert jobs.submit(made).state == "waiting"
+        jobs.cancel(made.paths.runs, "killed")
+
+
+def test_looking_at_the_queue_disturbs_nobody(conf: Callable[..., FinetuneConf]) -> None:
+    made = conf("looked-at")
+    with at_work(conf("busy")):
+        (folder := made.paths.runs / ".queue").mkdir(parents=True, exist_ok=True)
+        with (folder / "looked-at.lock").open("ab") as looking:
+            fcntl.flock(looking, fcntl.LOCK_SH)  # for longer than anybody looks
+            with pytest.raises(RunError, match="waiting or running"):
+                jobs.submit(made)
+        assert jobs.submit(made).state == "waiting"
+        jobs.cancel(made.paths.runs, "looked-at")
+
+
+def _kill(runs: Path, name: str) -> None:
+    import psutil
+
+    (found,) = (p for p in psutil.Process().children() if p.cmdline()[-3:-1] == [str(runs), name])
+    found.kill()

@@ -1,0 +1,96 @@
+"""What `auto` comes to: complete, deterministic, explained, and in the direction that the measured table has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_ray.conf.schema import EarlyStopping, FinetuneConf
+from llm_ray.data.prepare import DataStats, SplitStats
+from llm_ray.train.auto import Choice, choose
+
+
+def data_of(rows: int, mean: float = 60, validation: int = 0) -> DataStats:
+    def split(count: int) -> SplitStats:
+        tokens = round(count * mean)
+        return SplitStats(
+            rows=count,
+            sequences=count,
+            tokens=tokens,
+            supervised_tokens=tokens // 3,
+            supervised_share=1 / 3,
+            longest=round(mean),
+            longest_sequence=round(mean),
+            mean=mean,
+            answer=mean / 3,
+        )
+
+    held = split(validation) if validation else None
+    return DataStats(formats=["alpaca"], files=[], max_length=1024, read=rows + validation, train=split(rows), validation=held)
+
+
+def conf_of(training: dict[str, Any] | None = None, **tuning: Any) -> FinetuneConf:
+    return FinetuneConf.model_validate(
+        {"name": "t", "model": {"base": "b"}, "data": {"train": "x.jsonl"}, "training": training or {}, "tuning": tuning}
+    )
+
+
+def chosen(rows: int, width: int = 576, training: dict[str, Any] | None = None, validation: int = 0, **tuning: Any) -> Choice:
+    return choose(conf_of(training, **tuning), data_of(rows, validation=validation), width)
+
+
+@given(
+    st.integers(1, 10**6), st.integers(16, 16384), st.sampled_from(["lora", "full"]), st.sampled_from(["sft", "pretrain"]), st.booleans()
+)
+def test_nothing_stays_auto_and_each_choice_has_its_reason(rows: int, width: int, method: str, objective: str, held: bool) -> None:
+    choice = chosen(rows, width, validation=10 * held, method=method, objective=objective)
+    training = choice.conf.training
+    assert "auto" not in training.model_dump(exclude={"precision"}).values()
+    dropout = {"tuning.lora.dropout"} if method == "lora" else set()
+    assert set(choice.reasons) == {"training.epochs", "training.global_batch_size", "training.learning_rate"} | dropout
+    assert choice.conf.tuning.lora.dropout in (0.0, 0.1)
+    assert training == FinetuneConf.model_validate(choice.conf.model_dump(mode="json")).training, "workers get it as JSON"
+    assert training.epochs >= 1 and training.global_batch_size >= 1 and 0 < training.learning_rate < 0.1
+    assert len(choice.lines()) == len(choice.reasons)
+
+
+def test_what_is_set_stays() -> None:
+    choice = chosen(90, training={"epochs": 2.5, "global_batch_size": 3, "learning_rate": 1e-5}, lora={"dropout": 0.2})
+    assert (choice.conf.training.epochs, choice.conf.training.global_batch_size, choice.conf.training.learning_rate) == (2.5, 3, 1e-5)
+    assert choice.reasons == {}
+    assert choice.conf.tuning.lora.dropout == 0.2
+    assert choice.conf.training.early_stopping is None, "who sets the epochs gets them"
+
+
+def test_max_steps_rules_over_epochs() -> None:
+    choice = chosen(90, training={"max_steps": 5, "global_batch_size": 9}, validation=20)
+    assert choice.conf.training.max_steps == 5
+    assert "training.epochs" not in choice.reasons
+    assert choice.conf == FinetuneConf.model_validate(choice.conf.model_dump(mode="json")), "workers get it as JSON"
+    assert choice.conf.training.early_stopping is None
+
+
+def test_directions() -> None:
+    def of(choice: Choice) -> tuple[float, float, float]:
+        training = choice.conf.training
+        return float(training.epochs), float(training.global_batch_size), float(training.learning_rate)
+
+    small, large = of(chosen(40)), of(chosen(50_000))
+    assert small[0] > large[0] and small[1] < large[1], "small sets: more passes, smaller batches"
+    assert of(chosen(90, method="full"))[2] < of(chosen(90))[2] / 4, "full weights bear lower rates"
+    assert of(chosen(90, method="full"))[0] <= of(chosen(90))[0], "and need no more passes"
+    assert of(chosen(90, width=4096))[2] < of(chosen(90, width=576))[2], "wide models bear lower rates"
+    assert of(chosen(5000, objective="pretrain", method="full"))[0] == 1
+
+
+def test_a_mixture_of_experts_has_no_dropout() -> None:
+    assert choose(conf_of(), data_of(90), width=576).conf.tuning.lora.dropout == 0.1
+    assert choose(conf_of(), data_of(90), width=576, experts=True).conf.tuning.lora.dropout == 0.0
+
+
+def test_validation_guards_auto_epochs_alone() -> None:
+    assert isinstance(chosen(500, validation=50).conf.training.early_stopping, EarlyStopping)
+    assert chosen(500).conf.training.early_stopping is None
+    assert chosen(500, validation=50, training={"early_stopping": None}).conf.training.early_stopping is None

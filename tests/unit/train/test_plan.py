@@ -1,0 +1,79 @@
+"""Plans that cannot teach, and runs that have not learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_ray.data.prepare import TOO_LONG, DataStats
+from llm_ray.train.auto import choose
+from llm_ray.train.plan import warnings
+from llm_ray.train.verdict import not_learned
+from tests.unit.train.test_auto import conf_of, data_of
+
+PARAMS = {"learning_rate": 1e-3, "epochs": 3.0}
+
+
+def warned(data: DataStats, steps: int = 100, training: dict[str, Any] | None = None, **tuning: Any) -> list[str]:
+    conf = choose(conf_of(training, **tuning), data, width=576).conf
+    return warnings(conf, data, steps, width=576)
+
+
+def test_a_good_plan_has_no_warnings() -> None:
+    assert warned(data_of(500, validation=50)) == []
+    assert warned(data_of(90)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "training", "words"),
+    [
+        ({"truncated": 60}, {}, "answers of 60 of 100 rows are cut off by data.max_length 1024"),
+        ({"dropped": {TOO_LONG: 51}}, {}, "answers of 51 of 100 rows are cut off"),
+        ({"repeated": 12}, {}, "training rows that repeat another one: 12 of 90"),
+        ({"contradicting": 1}, {}, "training rows that ask what another one asks, and answer otherwise: 1 of 90"),
+        ({"leaked": 4}, {}, "validation rows that ask what a training row asks: 4 of 10"),
+        ({}, {"learning_rate": 0.1}, "training.learning_rate 0.1 is"),
+        ({}, {"learning_rate": 1e-7}, "little will be learned; raise it"),
+    ],
+)
+def test_what_speaks_against_a_plan(change: dict[str, Any], training: dict[str, Any], words: str) -> None:
+    data = data_of(90, validation=10).model_copy(update=change)
+    (warning,) = warned(data, training=training)
+    assert words in warning
+
+
+def test_few_steps_and_few_validation_rows() -> None:
+    assert "6 optimizer steps will hardly move a model: raise training.epochs" in warned(data_of(90), steps=6)[0]
+    assert "a validation split of 3 rows tells little" in warned(data_of(90, validation=3))[0]
+    no_guard = {"best_checkpoint": False, "early_stopping": None}
+    assert warned(data_of(90, validation=3), training=no_guard) == []
+
+
+def losses(*values: float) -> list[dict[str, float]]:
+    return [{"loss": value} for value in values]
+
+
+def validations(*values: float) -> list[dict[str, float]]:
+    return [{"step": i, "validation_loss": value, **({"loss": 1.0} if i else {})} for i, value in enumerate(values)]
+
+
+def test_a_run_that_has_learned_is_not_complained_of() -> None:
+    assert not_learned(validations(2.0, 1.5, 1.7), {"rows": 20, "unchanged": 3}, PARAMS) == []
+    assert not_learned(losses(2.0, 1.5, 0.1), {}, PARAMS) == []
+    assert not_learned([], {}, PARAMS) == [], "trained in another command"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "evaluation", "words"),
+    [
+        (validations(2.0, 2.0, 1.999), {}, "the validation loss has not fallen: 2.0000 before training, 1.9990 at best: raise"),
+        (validations(2.0, 2.3, 2.9), {}, "lower training.learning_rate (0.001)"),
+        (losses(2.0, 1.99, 2.01), {}, "the training loss has not fallen: 2.0000 at first"),
+        (losses(2.0), {}, "the training loss has not fallen"),
+        (losses(2.0, 1.0), {"rows": 20, "unchanged": 19}, "19 of 20 answers are as before (evaluation.md): raise training.epochs (3)"),
+    ],
+)
+def test_a_run_that_has_not_learned_says_so(metrics: list[dict[str, float]], evaluation: dict[str, int], words: str) -> None:
+    (reason,) = not_learned(metrics, evaluation, PARAMS)
+    assert words in reason

@@ -1,0 +1,22 @@
+"""What a trial looks at first: two parts of a pass, from whose difference the cost of the whole follows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llm_ray.train.trial import _parts
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("lengths", [[25, 24, 26], [9], [100, 1, 1, 1], [12] * 64, [3, 90, 3, 90, 3, 90]])
+def test_the_second_part_has_more_than_the_first_unless_that_is_all(lengths: list[int], packed: bool) -> None:
+    rows = list(range(len(lengths)))
+    few, more = _parts(rows, np.array(lengths), packed)
+    assert few and rows[: len(few)] == few and rows[: len(more)] == more
+    assert len(more) > len(few) or few == rows
+
+
+def test_parts_are_an_eighth_and_a_quarter_of_many_rows() -> None:
+    few, more = _parts(list(range(64)), np.full(64, 10), True)
+    assert (len(few), len(more)) == (8, 16)
