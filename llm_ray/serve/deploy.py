@@ -42,6 +42,7 @@ _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "
 # vLLM's advice for a cache that is too small names settings that do not hold here.
 _ADVICE = re.compile(r"Try (?:increasing|decreasing) .*gpu_memory_utilization.*")
 _GRACE = 60.0  # seconds that Serve may take for the rest
+_AT_ONCE = 15.0  # seconds, for who has interrupted a deployment
 # A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
 _STARTS = 5
 _FAILED_TO_START = "failed to start"
@@ -93,7 +94,7 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, home: Path, report
             _run([_gateway(endpoint, home), *(_application(model, endpoint, beside, before.get(model.name)) for model in changed)])
             _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
-            _restore(changed, before, endpoint, wait=not isinstance(error, KeyboardInterrupt))
+            _restore(changed, before, endpoint, reporter, interrupted=isinstance(error, KeyboardInterrupt))
             raise
     return Served(url, time.monotonic() - began, tuple(models), endpoint)
 
@@ -390,16 +391,55 @@ def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> 
                 )
 
 
-def _restore(changed: Sequence[ServedModel], before: dict[str, Deployed], endpoint: Endpoint, wait: bool) -> None:
+def _restore(
+    changed: Sequence[ServedModel], before: dict[str, Deployed], endpoint: Endpoint, reporter: Reporter, interrupted: bool
+) -> None:
     """Serve what was served before a deployment that failed."""
-    from ray import serve
-
     with contextlib.suppress(Exception):  # the failure that is told is the one that led here
-        new = [catalogue.app_name(model.name) for model in changed if model.name not in before]
-        for app in new:
-            serve.delete(app, _blocking=wait)
         if old := [before[model.name].model for model in changed if model.name in before]:
             _run([_application(model, endpoint, True, before[model.name]) for model in old])
+    new = {catalogue.app_name(model.name): model.name for model in changed if model.name not in before}
+    if left := _take_back(list(new), _AT_ONCE if interrupted else _GRACE):
+        names = " ".join(new[app] for app in left)
+        reporter.line(f"  {names} could not be taken back: llm-ray serve stop {names}")
+
+
+def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
+    """Delete applications whose deployment is given up; returns those that do not even end after `seconds`.
+
+    Of those that are not ready the replicas are killed: they have answered nobody, and while they load they would hold their cores, in
+    Serve for as long as a request may take. The controller is asked until it has heard: what was sent last is lost where this process
+    ends right after it.
+    """
+    from ray import serve
+
+    end = time.monotonic() + seconds
+    left = list(apps)
+    ready: set[str] | None = None
+    while left:
+        with contextlib.suppress(Exception):  # Ray is busy, or it ends
+            there = {app: details for app, details in _client().get_serve_details()["applications"].items() if app in left}
+            ready = {app for app in there if there[app]["status"] == "RUNNING"} if ready is None else ready
+            for app, details in there.items():
+                if details["status"] != "DELETING":
+                    serve.delete(app, _blocking=False)
+                if app not in ready:
+                    _kill_replicas(details)
+            left = [app for app in there if not (app in ready and there[app]["status"] == "DELETING")]
+        if time.monotonic() > end:
+            break
+        time.sleep(_POLL)
+    return left
+
+
+def _kill_replicas(app: dict[str, Any]) -> None:
+    import ray
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    for deployment in app["deployments"].values():
+        for replica in deployment["replicas"]:
+            with contextlib.suppress(ValueError):  # it is gone
+                ray.kill(ray.get_actor(replica["actor_name"], namespace=SERVE_NAMESPACE), no_restart=True)
 
 
 def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:

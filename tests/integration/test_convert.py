@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ErnieConfig, Ernie
 
 from llm_ray.conf.schema import WeightForm
 from llm_ray.models.openvino import openvino_weights
+from llm_ray.serve.engines.openvino import arithmetic
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
 QUESTIONS = ("What is the capital of France?", "Explain gravity in two sentences.", "Write a haiku about the sea.")
@@ -100,7 +101,7 @@ def test_int8(home: Path, smollm2: Path) -> None:
 def test_bf16_answers_in_bf16(home: Path, smollm2: Path) -> None:
     folder = convert(home, smollm2, "bf16")
     assert openvino_weights(folder).dtype == "bf16"
-    assert answers(folder, "bf16")[0] == "The capital of France is Paris."
+    assert answers(folder, arithmetic("bf16"))[0] == "The capital of France is Paris."
 
 
 @pytest.fixture(scope="module")

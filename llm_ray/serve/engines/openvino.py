@@ -7,6 +7,7 @@ interpreter's lock while it computes. What it cannot do of vLLM's sampling param
 from __future__ import annotations
 
 import json
+import logging
 import random
 import re
 import tempfile
@@ -20,6 +21,7 @@ import openvino as ov
 import openvino_genai as genai
 import torch
 import xgrammar
+from openvino import opset13
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -30,11 +32,8 @@ from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely
 
 from llm_ray.errors import ModelError
 from llm_ray.serve.engines.sampling import failure
-from llm_ray.serve.models import ServedModel
+from llm_ray.serve.models import Precision, ServedModel
 
-# Arithmetic, and what keys and values are kept as. OpenVINO's own choice would be bf16 and 8 bits where the processor has them: fp32 has to
-# be asked for. With bf16, keys and values of 8 bits save memory, no time.
-_ARITHMETIC = {"fp32": "f32", "bf16": "bf16"}
 _NUMBER_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
 _SCALE_BYTES = {"u8": 8}  # of each head's key or value
 _BLOCK_TOKENS = 32  # of a block of the cache, on CPUs
@@ -66,15 +65,20 @@ class OpenVinoCore:
         if not (model.path / "openvino_model.xml").is_file():
             raise ModelError(f"{model.path} has no openvino_model.xml: `llm-ray model convert {model.path} --to openvino` makes it")
         threads = torch.get_num_threads()  # as the front end has set for this thread
-        arithmetic = _ARITHMETIC[model.precision]
+        computes_in = arithmetic(model.precision)
+        if model.precision == "bf16" and computes_in != "bf16":
+            logging.getLogger("ray.serve").warning(
+                f"model {model.name}: OpenVINO computes in no bf16 on this processor, which lacks AVX-512: it takes fp32, and keys and values "
+                "take twice the memory"
+            )
         properties: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": arithmetic,
-            "KV_CACHE_PRECISION": arithmetic,
+            "INFERENCE_PRECISION_HINT": computes_in,
+            "KV_CACHE_PRECISION": computes_in,
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "sampler_num_threads": threads,
         }
-        if model.precision == "fp32":  # else layers with int8 and int4 weights round what they multiply to 8 bits
+        if computes_in == "f32":  # else layers with int8 and int4 weights round what they multiply to 8 bits
             properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         properties |= model.engine_options
         scheduler = genai.SchedulerConfig()
@@ -318,6 +322,18 @@ def _text(schema: Any) -> str:
     return schema if isinstance(schema, str) else json.dumps(schema)
 
 
+def arithmetic(precision: Precision) -> str:
+    """What OpenVINO computes in, and keeps keys and values as, by its own name: bf16 where it is asked for and this processor's plugin has it,
+    else f32. OpenVINO's own choice would be bf16 and keys and values of 8 bits (with bf16 those save memory, no time), and with keys and
+    values in bf16 a model does not answer where the plugin itself went over to f32.
+    """
+    if precision == "fp32":
+        return "f32"
+    number = opset13.parameter([1], ov.Type.f32)
+    compiled = ov.Core().compile_model(ov.Model([opset13.relu(number)], [number]), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    return "bf16" if compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.bf16 else "f32"
+
+
 def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
     """Blocks of the cache. Raises ModelError when they have no room for one request of the greatest length."""
     parallel = config.parallel_config
@@ -339,7 +355,6 @@ def _vocabulary(config: VllmConfig) -> genai.Tokenizer:
     openvino_genai reads them off the constants before the node named VocabDecoder of a detokenizer. A true one would have to be
     converted, which not every tokenizer can be; the bytes are those that vLLM's own engine uses.
     """
-    from openvino import opset13
     from xgrammar import TokenizerInfo
 
     tokenizer = cached_tokenizer_from_config(config.model_config)
