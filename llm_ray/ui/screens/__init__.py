@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from llm_ray.ui.screens import ask, cluster, data, deploy, runs, train
 
 if TYPE_CHECKING:
-    from llm_ray.ui.apart import Watch
     from llm_ray.ui.uploads import Uploads
+    from llm_ray.ui.watch import Watch
     from llm_ray.ui.work import Works
 
 
@@ -30,7 +30,7 @@ class Site:
 
     @cached_property
     def watch(self) -> Watch:
-        from llm_ray.ui.apart import Watch
+        from llm_ray.ui.watch import Watch
 
         return Watch(self.home, self.address)
 

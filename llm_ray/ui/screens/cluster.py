@@ -11,12 +11,12 @@ import gradio as gr
 
 from llm_ray.app import cluster, keys, serving
 from llm_ray.errors import ConfError
-from llm_ray.ui.apart import Seen
 from llm_ray.ui.fields import optional, whole
 from llm_ray.ui.figures import note, table
 from llm_ray.ui.handlers import handler, on, on_load
 from llm_ray.ui.sessions import Visitor
 from llm_ray.ui.users import Role
+from llm_ray.ui.watch import Seen
 
 if TYPE_CHECKING:
     from llm_ray.ui.screens import Site

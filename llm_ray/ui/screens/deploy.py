@@ -14,12 +14,13 @@ from llm_ray.app import serving
 from llm_ray.conf.schema import Paths
 from llm_ray.conf.serve import ServeConf
 from llm_ray.errors import ConfError
-from llm_ray.ui.apart import Apart, Seen
+from llm_ray.ui.apart import Apart
 from llm_ray.ui.fields import optional, whole
 from llm_ray.ui.figures import note, table
 from llm_ray.ui.handlers import handler, on, on_load
 from llm_ray.ui.sessions import Visitor
 from llm_ray.ui.users import Role
+from llm_ray.ui.watch import Seen
 from llm_ray.ui.work import show_works
 
 if TYPE_CHECKING:

@@ -123,5 +123,11 @@ def test_looking_at_the_queue_disturbs_nobody(conf: Callable[..., FinetuneConf])
 def _kill(runs: Path, name: str) -> None:
     import psutil
 
-    (found,) = (p for p in psutil.Process().children() if p.cmdline()[-3:-1] == [str(runs), name])
+    def matches(process: psutil.Process) -> bool:
+        try:
+            return process.cmdline()[-3:-1] == [str(runs), name]
+        except psutil.Error:  # one of another test that has just ended
+            return False
+
+    (found,) = filter(matches, psutil.Process().children())
     found.kill()
