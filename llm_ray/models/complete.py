@@ -96,7 +96,7 @@ def _read(file: Path, names: Collection[str]) -> list[Tensor]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
-        return [tensors.get_tensor(name) for name in names if name in tensors.keys()]
+        return [tensors.get_tensor(name) for name in set(names).intersection(tensors.keys())]
 
 
 def refuse_missing(called: str, model: object, missing: Collection[str]) -> None:
