@@ -89,7 +89,7 @@ def preview(conf: FinetuneConf, rows: int = 3) -> Preview:
     tally = prepare.Tally(fail=conf.data.on_bad_row == "fail")
     few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
     found = tuple(_row(tokenizer, one) for one in prepare.encode_rows(few, tokenizer, conf.data.train, tally))
-    if not tally.read:
+    if len(found) < rows and not any(row.sequences for row in found):  # all of it was looked at
         raise prepare.nothing_to_learn(conf, "data.train", conf.data.train, tally)
     noticed = [example for example in tally.examples if example.startswith(("skipped", "special token"))]
     notes = (*noticed, *prepare.notes_on(conf.data.train))

@@ -4,14 +4,14 @@
 | --- | --- |
 | alpaca | instruction, output, [input, history, system] |
 | dolly | instruction, response, [context, system] |
-| messages | messages: list of {role, content, [tool_calls, reasoning_content, weight]}, [tools, system] |
+| messages | messages: list of {role, content, [tool_calls, function_call, reasoning_content, weight]}, [tools, system] |
 | sharegpt | conversations: list of {from, value}, [tools, system] |
 | prompt_completion | prompt, completion, [label, system] |
 | text | text |
 
 A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are text or a
 list of several parts of text; an assistant's ``tool_calls`` with the arguments as an object; ``tools`` as JSON schemas of functions.
-An answer with ``weight`` 0 is not learnt.
+An answer with ``weight`` 0 is not learnt; ``train``, ``training`` and ``loss``, as other trainers write it, mean the same.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("label", "system"),
     "text": (),
 }
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -225,7 +225,7 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
     for column in ("label", "kto_tag"):
         value = values.get(column)
         word = value.strip().lower() if isinstance(value, str) else value
-        if word is False or word == "false" or (form == "prompt_completion" and word in (0, "0")):
+        if word is False or word == "false" or ((form == "prompt_completion" or column == "kto_tag") and word in BAD_LABELS):
             raise _Bad(
                 f"{column!r} is {_shown(value)}: its answer is an example of a bad one, which tuning.objective sft would learn; leave such rows out"
             )
@@ -254,11 +254,15 @@ def _check_json(value: object, what: str) -> None:
         raise _Bad(f"{what} hold a value that JSON does not have: {error}") from None
 
 
+BAD_LABELS = (0, -1, "0", "-1", "bad", "no", "rejected", "undesirable")
+"""What KTO data write for False where the column can mean nothing else."""
+LEARNT = ("weight", "train", "training", "loss")
+"""Fields of a turn that say whether its answer is learnt."""
 USED = {
-    "system": ("role", "content", "weight"),
-    "user": ("role", "content", "weight"),
-    "assistant": ("role", "content", "weight", "tool_calls", "reasoning_content"),
-    "tool": ("role", "content", "weight", "tool_call_id", "name"),
+    "system": ("role", "content"),
+    "user": ("role", "content"),
+    "assistant": ("role", "content", "tool_calls", "function_call", "reasoning_content"),
+    "tool": ("role", "content", "tool_call_id", "name"),
 }
 """Fields of a turn that are used, by its role."""
 
@@ -277,13 +281,13 @@ def _turns(values: dict[str, Any], column: str, unused: set[str]) -> list[Messag
         # Both spellings are found under both column names.
         add: Callable[[list[Message], dict[str, Any], str], None] = _sharegpt_turn if "from" in given else _messages_turn
         add(messages, given, where)
-        used = ("from", "value", "weight") if "from" in given else USED[given["role"]]
-        unused |= {f"{column}[].{key}" for key, value in given.items() if key not in used and not _is_empty(value)}
-        weight = given.get("weight", 1)
-        if weight not in (0, 1):
-            raise _Bad(f"{where}: weight is {_shown(weight)}: an answer is learnt (1) or not (0)")
-        if not weight and messages[-1]["role"] == "assistant":
-            messages[-1]["weight"] = 0
+        used = ("from", "value") if "from" in given else USED[ROLES[given["role"]]]
+        unused |= {f"{column}[].{key}" for key, value in given.items() if key not in (*used, *LEARNT) and not _is_empty(value)}
+        for key in LEARNT:
+            if (learnt := given.get(key, 1)) not in (0, 1):
+                raise _Bad(f"{where}: {key} is {_shown(learnt)}: an answer is learnt (1) or not (0)")
+            if not learnt and messages[-1]["role"] == "assistant":
+                messages[-1]["weight"] = 0
     return messages
 
 
@@ -328,13 +332,14 @@ def _sharegpt_turn(messages: list[Message], turn: dict[str, Any], where: str) ->
 
 def _messages_turn(messages: list[Message], turn: dict[str, Any], where: str) -> None:
     role = _role(turn, "role", ROLES, where)
-    content = turn.get("content", "" if turn.get("tool_calls") else None)
+    calls = turn.get("tool_calls") or turn.get("function_call")  # the latter is OpenAI's older form, of one call
+    content = turn.get("content", "" if calls else None)
     if isinstance(content, list):
         content = _parts(content, where)
     if not isinstance(content, str | list):
         raise _Bad(f"{where}: 'content' must be text, but is {_shown(content)}")
-    if turn.get("tool_calls") and role == "assistant":
-        _add_calls(messages, content, turn["tool_calls"], where)
+    if calls and role == "assistant":
+        _add_calls(messages, content, calls, where)
     elif role == "tool":
         _add_result(messages, turn, content)
     else:

@@ -41,6 +41,16 @@ SEPARATORS = ",;\t"
 SEP_LINE = re.compile(r"\"?sep=(?P<separator>.)\"?\s*", re.IGNORECASE)  # what Excel writes and heeds
 INDEX = "Unnamed: 0"
 """A CSV's first column where it has no name, as pandas writes its index and calls it on reading."""
+OTHERWISE = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it (git lfs pull)",
+    b"PK\x03\x04": "a ZIP archive, or an Excel sheet: unpack it, or save the sheet as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel sheet: save it as CSV",
+    b"\x1f\x8b": "compressed by gzip: unpack it (gunzip)",
+    b"\xfd7zXZ": "compressed by xz: unpack it (unxz)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it (unzstd)",
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+}
+"""First bytes of files that are something else than their name says."""
 ROW_COLUMNS = ("messages", "conversations", "prompt", "instruction", "text")
 """Columns of the known formats: an object that has one is a row."""
 
@@ -117,6 +127,11 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     if reader is None:
         raise DataError(f"{path}: files of this kind cannot be read; the kinds known are {', '.join(DATA_SUFFIXES)}")
     try:
+        with path.open("rb") as file:
+            head = file.read(32)
+        for mark, kind in OTHERWISE.items():
+            if head.startswith(mark) and not (mark == b"PAR1" and reader is _parquet):
+                raise DataError(f"{path}: this is {kind}")
         yield from reader(path, on_bad_row)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -299,7 +314,7 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
 
 def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     parser = Parser()
-    with _opened(path) as file:
+    with _opened(path, newline="") as file:
         for line, text in enumerate(file, 1):
             if not (text := text.rstrip()):
                 continue
@@ -333,8 +348,10 @@ def _kind(value: object) -> str:
 # Text files ------------------------------------------------------------------------------------------------------------
 
 
-def _opened(path: Path) -> TextIO:
-    """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone surrogates."""
+def _opened(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
+    """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone surrogates.
+
+    With `newline` "" a lone carriage return ends a line, too, as Excel for the Mac writes it."""
     with path.open("rb") as file:
         head = file.read(4)
     marks = [
@@ -346,13 +363,13 @@ def _opened(path: Path) -> TextIO:
     encoding = next((name for mark, name in marks if head.startswith(mark)), "utf-8-sig")
     if len(head) == 4 and head.count(0) == 2:  # without a mark: every other byte of Latin letters is zero
         encoding = {b"\0\0": "utf-16-le"}.get(head[1::2], {b"\0\0": "utf-16-be"}.get(head[::2], encoding))
-    return path.open(encoding=encoding, errors="surrogateescape", newline="\n")
+    return path.open(encoding=encoding, errors="surrogateescape", newline=newline)
 
 
 def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of, or as a line ``sep=`` says."""
     csv.field_size_limit(LONGEST)
-    with _opened(path) as file:
+    with _opened(path, newline="") as file:
         before, header = 0, file.readline()
         while header and not header.strip(SEPARATORS + " \r\n"):
             before, header = before + 1, file.readline()

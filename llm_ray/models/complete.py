@@ -2,21 +2,24 @@
 
 transformers is asked itself, by loading the folder onto torch's meta device: names and shapes are read from the files' headers, and all its
 rules hold: tied weights, weights that may be missing, names that it changes, prefixes, experts that it stacks. It takes a moment, and no
-memory. Left out are quantized weights, whose names and shapes are those of their method, and models with Python code of their own.
+memory; values are read of weights alone that are stored twice though they are tied. Left out are quantized weights, whose names and shapes are those of their method, and models with Python code of their own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.errors import ModelError
-from llm_ray.models.folder import CONFIG, read_json
+from llm_ray.models.folder import CONFIG, read_json, weight_files
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
+_LAYER = re.compile(r"((.*?\.)\d+\.)(.*)")
 _AGAIN = "copy or download it again, or name another"
 
 
@@ -60,7 +63,40 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
             f"the model {path}: {len(wrong)} of its weights are of other sizes than its {CONFIG} says, as {name}, which is {_size(has)} and should "
             f"be {_size(wants)}: one of them is another model's"
         )
+    _refuse_more_layers(path, model, report["unexpected_keys"])
+    _refuse_untied(path, model)
     return model
+
+
+def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collection[str]) -> None:
+    """Raise ModelError for weights of layers beyond those that the configuration has: transformers would leave them out."""
+    layers = {_LAYER.sub(r"\1", name) for name in model.state_dict()}
+    alike = {_LAYER.sub(r"\2*.\3", name) for name in model.state_dict()}
+    if more := sorted(name for name in unexpected if _LAYER.sub(r"\2*.\3", name) in alike and _LAYER.sub(r"\1", name) not in layers):
+        raise ModelError(
+            f"the model {path} has weights of more layers than its {CONFIG} says, as {more[0]}: one of them is another model's; {_AGAIN}"
+        )
+
+
+def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
+    """Raise ModelError where weights that the configuration ties are stored each with values of its own: engines differ in which they read."""
+    for name, source in model.all_tied_weights_keys.items():
+        if model.get_parameter(name) is model.get_parameter(source):
+            continue
+        stored = [tensor for file in weight_files(path) for tensor in _read(file, (name, source))]
+        if len(stored) == 2 and not stored[0].equal(stored[1]):
+            raise ModelError(
+                f"the model {path}: {name} is not {source}, though its {CONFIG} ties them, and engines differ in which they read: set "
+                f"tie_word_embeddings to false there, or take {name} out of the weights"
+            )
+
+
+def _read(file: Path, names: Collection[str]) -> list[Tensor]:
+    """Those of the tensors that the file holds."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        return [tensors.get_tensor(name) for name in set(names).intersection(tensors.keys())]
 
 
 def refuse_missing(called: str, model: object, missing: Collection[str]) -> None:

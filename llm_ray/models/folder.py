@@ -45,11 +45,18 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
     if tokenizer:
         check_tokenizer(path)
     counts = Counter[str]()
-    for file, wanted in _weight_files(path).items():
+    files = _weight_files(path)
+    places = {tensor: file for file, wanted in files.items() for tensor in wanted}
+    for file, wanted in files.items():
         tensors = _tensors(file)
         if missing := sorted(wanted - tensors.keys()):
             raise ModelError(
                 f"{file} lacks {len(missing)} of the tensors that {INDEX} names, as {missing[0]}: copy or download the model again"
+            )
+        if twice := sorted(name for name in tensors if places.get(name, file) != file):
+            raise ModelError(
+                f"{file} holds {twice[0]} too, which {INDEX} names in {places[twice[0]].name}: it may be another model's; copy or download "
+                "the model again"
             )
         for size, dtype in tensors.values():
             counts[dtype] += size
@@ -110,6 +117,11 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{path / INDEX} names no weights: copy or download the model again")
+        if elsewhere := sorted({str(name) for name in weight_map.values() if Path(str(name)).name != str(name)}):
+            raise ModelError(
+                f"{path / INDEX} names {elsewhere[0]}, which is in another folder, where some engines do not look: move it into {path}, and "
+                "name it so"
+            )
         if (path / SINGLE).is_file():
             _check_alone(path, map(str, weight_map.values()), f", which {INDEX} names")
         files: dict[Path, set[str]] = {}

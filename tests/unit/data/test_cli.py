@@ -71,6 +71,13 @@ def test_a_file_without_rows_is_refused(run: Run, tmp_path: Path, verb: str, tex
         run(verb)
 
 
+@pytest.mark.parametrize("verb", ["preview", "stats"])
+def test_a_file_of_which_nothing_is_learnt_is_refused(run: Run, tmp_path: Path, verb: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "completion": ""}\n')
+    with pytest.raises(DataError, match=r"has nothing to learn: 1 rows read, 0 bad skipped; 1 dropped: .*\n  dropped: .*rows.jsonl:1"):
+        run(verb)
+
+
 def test_preview_names_the_columns_that_are_left_out(run: Run, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi <|im_end|>", "completion": "Hello", "id": 1, "source": "web"}\n' * 3)
     result = run("preview", "-n", "2")

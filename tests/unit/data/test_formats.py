@@ -157,6 +157,33 @@ def test_openai_calls(convert: Convert) -> None:
     assert found.messages[2] == {"role": "tool", "content": "3", "tool_call_id": "abc", "name": "weather"}
 
 
+def test_calls_in_openais_older_form(convert: Convert) -> None:
+    turns = [
+        {"role": "user", "content": "Boil an egg."},
+        {"role": "assistant", "content": None, "function_call": {"name": "boil", "arguments": '{"minutes": 5}'}},
+        {"role": "function", "name": "boil", "content": "done"},
+    ]
+    call = {"id": "call00000", "type": "function", "function": {"name": "boil", "arguments": {"minutes": 5}}}
+    found = convert({"messages": turns})
+    assert isinstance(found, Conversation)
+    assert found.messages[1:] == [
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "done", "tool_call_id": "call00000", "name": "boil"},
+    ]
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "loss"])
+def test_turns_that_are_not_learnt(convert: Convert, flag: str) -> None:
+    def turns(learnt: object) -> dict[str, Any]:
+        return {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", flag: learnt}]}
+
+    for learnt, weight in ((False, {"weight": 0}), (0.0, {"weight": 0}), (True, {}), (None, {})):
+        found = convert(turns(learnt))
+        assert isinstance(found, Conversation) and found.messages[1] == {"role": "assistant", "content": "Hello"} | weight
+    with pytest.raises(DataError, match=f"turn 2 of 'conversations': {flag} is \"no\": an answer is learnt"):
+        convert(turns("no"))
+
+
 def test_turns_of_two_kinds_in_one_column(convert: Convert) -> None:
     """JSON that was a table has the keys of both in all turns."""
     turns = [
@@ -274,8 +301,8 @@ def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str,
     for bad in (False, "false", "False "):
         with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is an example of a bad one"):
             convert({**values, column: bad})
-    if "prompt" in values:  # KTO's own form, where labels are nothing else
-        for bad in (0, "0"):
+    if "prompt" in values or column == "kto_tag":  # KTO's own form, where labels are nothing else
+        for bad in (0, "0", -1, "Undesirable"):
             with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is an example of a bad one"):
                 convert({**values, column: bad})
 
@@ -294,7 +321,7 @@ def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str,
             {"messages": [TURNS[0] | {"name": "Ann", "images": ["a.png"]}, TURNS[1] | {"refusal": None}]},
             {"messages[].name", "messages[].images"},
         ),
-        ({"messages": [TURNS[0], TURNS[1] | {"function_call": {"name": "boil"}, "weight": 1}]}, {"messages[].function_call"}),
+        ({"messages": [TURNS[0] | {"function_call": "auto"}, TURNS[1] | {"weight": 1}]}, {"messages[].function_call"}),
         (
             {"conversations": [{"from": "human", "value": "Hi", "time": 3}, {"from": "gpt", "value": "Hello", "weight": 0}]},
             {"conversations[].time"},

@@ -269,6 +269,29 @@ def test_csv_in_other_shapes(tmp_path: Path, text: str, line: int, encoding: str
     assert [(r.line, r.values) for r in rows] == [(line, PLUM[0]), (line + 1, PLUM[1])]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("rows.csv", "prompt,completion\rHi,Hello\rBye,Bye\r"), ("rows.jsonl", '{"prompt": "Hi"}\r{"prompt": "Bye"}')]
+)
+def test_lines_that_end_in_a_carriage_return(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert [row.values["prompt"] for row in rows_of(tmp_path / name)] == ["Hi", "Bye"]
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "message"),
+    [
+        ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer, not the file"),
+        ("rows.jsonl", b"\x1f\x8b\x08", "compressed by gzip"),
+        ("rows.csv", b"PK\x03\x04\x14", "a ZIP archive, or an Excel sheet"),
+        ("rows.json", b"PAR1\x15", r"a Parquet file: let its name end in \.parquet"),
+    ],
+)
+def test_file_that_is_something_else(tmp_path: Path, name: str, head: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(head)
+    with pytest.raises(DataError, match=rf"{name}: this is {message}"):
+        rows_of(tmp_path / name)
+
+
 def test_csv_with_an_index(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(",instruction,output\n0,Name a fruit.,Plum\n")

@@ -98,6 +98,30 @@ def test_other_weights_beside(tiny: Path) -> None:
     check_folder(tiny)
 
 
+@each_way
+def test_a_head_of_its_own_where_the_configuration_ties_it(
+    tiny: Path, paths: Paths, smollm2: Path, way: Callable[[Path, Paths], object]
+) -> None:
+    """transformers would read it, and vllm leave it aside."""
+    folder = made(tiny.with_name("untied"), "llama", smollm2, vocab_size=49152)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, though its config\.json ties them"):
+        way(folder, paths)
+    change(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    check_complete(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_more_layers_than_the_configuration_has(tmp_path: Path, kind: str) -> None:
+    small(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    (tmp_path / "config.json").write_text(json.dumps(config | {layers: config[layers] - 1}))
+    with pytest.raises(ModelError, match=rf"has weights of more layers than its config\.json says, as .*\.{config[layers] - 1}\."):
+        check_complete(tmp_path)
+
+
 @pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json"])
 def test_git_lfs_pointers(tiny: Path, name: str) -> None:
     (tiny / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")

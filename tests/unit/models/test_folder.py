@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from llm_ray.errors import ModelError
 from llm_ray.models.folder import INDEX, Weights, check_folder, weight_files
@@ -111,6 +112,25 @@ def test_shard_of_another_model(sharded: Path) -> None:
     first, second = weight_files(sharded)[:2]
     second.write_bytes(first.read_bytes())
     with pytest.raises(ModelError, match=rf"{second.name} lacks \d+ of the tensors that {INDEX} names"):
+        check_folder(sharded)
+
+
+def test_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = weight_files(sharded)[:2]
+    tensors = load_file(first) | load_file(second)
+    save_file(tensors, second, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"{second.name} holds .* too, which {INDEX} names in {first.name}"):
+        check_folder(sharded)
+
+
+def test_shard_in_another_folder(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    file = weight_files(sharded)[0]
+    (sharded / "more").mkdir()
+    file.rename(sharded / "more" / file.name)
+    moved = {tensor: f"more/{name}" if name == file.name else name for tensor, name in index["weight_map"].items()}
+    (sharded / INDEX).write_text(json.dumps({"weight_map": moved}))
+    with pytest.raises(ModelError, match=rf"names more/{file.name}, which is in another folder"):
         check_folder(sharded)
 
 
