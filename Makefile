@@ -3,7 +3,9 @@
 SHELL := /bin/bash
 RUN := .venv/bin
 # Tests that mount file systems need root; everyone else runs the rest.
-PYTEST := $(RUN)/pytest $(if $(filter 0,$(shell id -u)),,-m 'not root')
+MINE := $(if $(filter 0,$(shell id -u)),,not root and )
+# With real Ray three files or folders at a time, for they wait a lot; threads of an engine that wait must not take the others' cores.
+INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder --durations 25 tests/integration
 .PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench clean
 
 help: ## Show the targets
@@ -21,13 +23,14 @@ quickstart: setup ## Finetune the real small model on bundled data, serve it, as
 test: test-unit test-integration ## All tests that need neither root nor a second machine
 
 test-unit: setup ## The fast tests, on several cores
-	$(PYTEST) --numprocesses auto --maxprocesses 8 tests/unit
+	$(RUN)/pytest --numprocesses auto --maxprocesses 8 -m '$(MINE)not long' tests/unit
 
-test-integration: setup setup-convert ## The tests with real Ray, real training and a real endpoint; two files or folders at a time, for they wait a lot (threads of an engine that wait must not take the other's cores: OMP_WAIT_POLICY)
-	OMP_WAIT_POLICY=passive $(PYTEST) --numprocesses 2 --dist loadscope --durations 25 tests/integration
+test-integration: setup setup-convert ## The tests with real Ray, real training, a real endpoint and a browser
+	$(INTEGRATION) -m '$(MINE)not long'
 
-test-full: setup setup-convert ## Training of every causal architecture, schemas and settings of every kind in every engine, the page from a file to an answer: an hour; CI does not run it
+test-full: setup setup-convert ## Training of every causal architecture, schemas and settings of every kind in every engine, the page from a file to an answer, and what is long of the integration tests: two hours; CI does not run it
 	$(RUN)/pytest $(or $(TESTS),tests/full)
+	$(if $(TESTS),,$(INTEGRATION) -m '$(MINE)long')
 
 pictures: setup ## Take the pictures of the page that docs/ shows, by the test that goes the whole way
 	LLM_RAY_PICTURES=$(CURDIR)/docs/images $(RUN)/pytest tests/full/test_page.py

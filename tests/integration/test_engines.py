@@ -409,6 +409,7 @@ SAMPLING = st.lists(st.sampled_from(sorted(SETTINGS)), max_size=6, unique=True).
 )
 
 
+@pytest.mark.long
 def test_settings_of_any_kind_change_nothing_for_a_steady_client(served: Served, reference: Reference) -> None:
     """A few; tests/full/test_fuzz.py asks more."""
 
@@ -493,6 +494,7 @@ def weights_as_stored(folder: Path, model: Any) -> None:
     assert len(found) == 211, "seven a layer, and the tokens'"
 
 
+@pytest.mark.long
 def test_int8_weights_compute_in_fp32_where_that_is_asked_for(ray: None, smollm2: Path) -> None:
     """OpenVINO of itself rounds to 8 bits what it multiplies them with, and so comes to other words."""
     from llm_ray.models.convert import openvino_folder

@@ -190,7 +190,7 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
 
 
 def test_stopped_by_another_process(bench: Bench) -> None:
-    bench.conf["training"] |= {"max_steps": 60}
+    bench.conf["training"] |= {"max_steps": 24}
     stop = [LLM_RAY, "runs", "stop", "trial", "--runs", str(bench.runs)]
     command = bench.start()
     until(lambda: "prepare …" in command.stderr.read_text())
@@ -207,18 +207,17 @@ def test_stopped_by_another_process(bench: Bench) -> None:
     code, seen = command.ends()
     assert (code, "with a checkpoint" in seen) == (130, True), seen
     reached = len(bench.steps())
-    assert 1 <= reached < 60
+    assert 1 <= reached < 24
     assert bench.state() == "stopped"
 
     code, seen = bench.start().ends()
     assert code == 0
     assert f"going on from the checkpoint of step {reached}" in seen
-    assert bench.steps() == list(range(1, 61))
+    assert bench.steps() == list(range(1, 25))
     bench.assert_nothing_left()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["prepare", "start of Ray"])
+@pytest.mark.parametrize(("moment", "number"), [("prepare", signal.SIGINT), ("start of Ray", signal.SIGTERM)])
 def test_interrupted_before_training(bench: Bench, moment: str, number: signal.Signals) -> None:
     command = bench.start()
     if moment == "prepare":
@@ -233,6 +232,7 @@ def test_interrupted_before_training(bench: Bench, moment: str, number: signal.S
 
 
 @pytest.mark.root
+@pytest.mark.long
 def test_a_full_disk(bench: Bench) -> None:
     disk = bench.folder / "disk"
     disk.mkdir()
@@ -314,6 +314,7 @@ def test_a_worker_without_memory(bench: Bench) -> None:
     bench.assert_nothing_left()
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_too_often_and_ways_on_from_a_damaged_checkpoint(bench: Bench) -> None:
     bench.conf["runtime"]["max_failures"] = 1
     bench.conf["training"]["max_steps"] = 12

@@ -146,6 +146,7 @@ def test_the_stage_convert_alone_after_the_others(home: Path, codes: subprocess.
     assert "stage convert of none needs stage export" in refused.stderr
 
 
+@pytest.mark.long
 def test_what_learns_of_tied_embeddings_is_told_in_our_words(home: Path, smollm2: Path) -> None:
     """peft warns of them when adapters are made, merged and saved."""
     settings = ["name=tied", "tuning.lora.target_modules=[q_proj, lm_head]", "tuning.lora.modules_to_save=[embed_tokens]"]

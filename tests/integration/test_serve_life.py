@@ -288,6 +288,7 @@ def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tiny: str) -> None
     home.run("serve", "stop", "sleeper")
 
 
+@pytest.mark.long
 def test_new_weights_come_without_a_failed_request(home: Home, tiny: str, tmp_path: Path) -> None:
     """Under the same path, on two replicas, while clients ask."""
     folder = shutil.copytree(tiny, tmp_path / "model")

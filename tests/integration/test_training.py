@@ -101,6 +101,7 @@ def test_a_run_learns_and_writes_its_figures_and_checkpoints(unbroken: FinetuneC
     assert total == pytest.approx(stats["train"]["tokens"] * steps[-1]["epoch"], rel=0.25), "real tokens, over all workers"
 
 
+@pytest.mark.long
 def test_the_same_seed_gives_the_same_losses(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
     again = make("again")
     run(again, cluster)
@@ -148,6 +149,7 @@ def second_node() -> Iterator[Any]:
         node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
+@pytest.mark.long
 def test_with_a_host_lost_fewer_workers_finish_the_run_with_the_same_losses(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
     exact = {"tuning": {"lora": {"r": 4, "dropout": 0.0}}}
     whole = make("whole", **exact)
@@ -166,6 +168,7 @@ def test_with_a_host_lost_fewer_workers_finish_the_run_with_the_same_losses(make
     assert read_metrics(conf.run_dir / "metrics.jsonl", last=1)[0]["step"] == STEPS
 
 
+@pytest.mark.long
 def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
     make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf
 ) -> None:
@@ -193,7 +196,7 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
     assert losses(one) == pytest.approx(losses(two), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.long)])
 def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
     confs = [
         make(
@@ -218,6 +221,7 @@ def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(make: Callable[..., Finet
         assert memory[1] < 0.85 * memory[0]
 
 
+@pytest.mark.long
 def test_training_ends_early_when_validation_no_longer_improves(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
     conf = make("early", training={"learning_rate": 1e-12, "validate_every": 1, "early_stopping": {"patience": 2, "min_delta": 0.01}})
     outcome = run(conf, cluster)
@@ -226,6 +230,7 @@ def test_training_ends_early_when_validation_no_longer_improves(make: Callable[.
     assert len(losses(conf)) == 3  # the first counts as an improvement on nothing
 
 
+@pytest.mark.long
 def test_a_run_whose_loss_is_no_number_ends_with_the_reason_and_its_checkpoint(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
     conf = make("nan", training={"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0}, runtime={"max_failures": 3})
     with pytest.raises(TrainError, match=r"loss at step \d+ is (nan|inf).*Lower training.learning_rate"):

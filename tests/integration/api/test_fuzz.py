@@ -19,6 +19,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.long
 def test_no_request_is_answered_otherwise_than_described(base: str, subtests: pytest.Subtests) -> None:
     for found in schemathesis.openapi.from_url(f"{base}/openapi.json").get_all_operations():
         operation = found.ok()
