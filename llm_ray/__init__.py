@@ -1,3 +1,3 @@
 """Finetune and serve large language models on Ray, on Xeon clusters without GPUs."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
