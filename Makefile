@@ -4,8 +4,9 @@ SHELL := /bin/bash
 RUN := .venv/bin
 # Tests that mount file systems need root; everyone else runs the rest.
 MINE := $(if $(filter 0,$(shell id -u)),,not root and )
-# With real Ray three files or folders at a time, for they wait a lot; threads of an engine that wait must not take the others' cores.
-INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder --durations 25 tests/integration
+# With real Ray two files or folders at a time, for they wait a lot (of three on two cores, those that train wait for each other); threads of
+# an engine that wait must not take the others' cores.
+INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 25 tests/integration
 .PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench clean
 
 help: ## Show the targets

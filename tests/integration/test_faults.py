@@ -145,6 +145,7 @@ def bench(tmp_path: Path, smollm2: Path) -> Iterator[Bench]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.mark.long
 def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     # Ctrl-C
     command = bench.start()

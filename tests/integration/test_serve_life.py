@@ -275,6 +275,7 @@ def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
         until(lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10)  # the answer would take it half a minute
 
 
+@pytest.mark.long
 def test_a_model_sleeps_and_is_woken_by_a_request(home: Home, tiny: str) -> None:
     once = {"max_batch": 1, "max_queue": 1, "autoscale": {"min": 0, "max": 1, "idle_s": 1}}
     deployed = _deploy(home, "sleeper", tiny, max_model_len=512, **once)
@@ -341,6 +342,7 @@ def test_the_end_waits_for_the_answers_in_progress_and_leaves_nothing(home: Home
     assert (watching.returncode, "nothing is served any more" in said) == (1, True)
 
 
+@pytest.mark.long
 def test_in_the_foreground_it_serves_until_it_is_told_to_end(home: Home, tiny: str) -> None:
     serving = _in_the_foreground(home, *home.options("here", *LONG, model=tiny))
     started = [home.root(), *home.root().children(recursive=True)]

@@ -196,7 +196,8 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
     assert losses(one) == pytest.approx(losses(two), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
     confs = [
         make(
