@@ -111,7 +111,7 @@ def test_runs_are_compared(tab: Page, page: Running) -> None:
     expect(comparison.locator("figure svg polyline")).to_have_count(2, timeout=LONG)
     differ = comparison.get_by_role("table", name="What differs in their confs")
     expect(differ.get_by_role("row", name=re.compile("training.learning_rate"))).to_contain_text("0.002")
-    expect(differ.get_by_role("row", name=re.compile("training.max_steps"))).to_contain_text("20000")
+    expect(differ.get_by_role("row", name=re.compile("training.max_steps"))).to_contain_text("20,000")
     expect(differ).not_to_contain_text("global_batch_size")
     assert_accessible(tab)
 
