@@ -105,6 +105,7 @@ def test_a_second_run_copies_nothing_and_does_nothing_again(cluster: Cluster, wo
     assert "train: done before with the same inputs, skipped" in again.output
 
 
+@pytest.mark.long
 def test_two_terminals_see_one_job_and_a_third_stops_it_resumably(cluster: Cluster, work: Workflow) -> None:
     long = work.finetune("long", **{"training.max_steps": 400})
     first = cluster.start("finetune.yml", *long)
