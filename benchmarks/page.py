@@ -42,8 +42,9 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=root)
             tab = browser.new_context().new_page()
             tab.goto(url)
-            tab.get_by_role("button", name="Sign in").click()
             base = url.partition("/login")[0]
+            tab.get_by_role("button", name="Sign in").click()
+            tab.wait_for_selector("h1#content")
             usable = {screen: statistics.median(_usable(tab, f"{base}/{screen}") for _ in range(3)) for screen in SCREENS}
             _open_talk(tab, base)
             through = [_asked(tab, number) for number in range(_ASKED)]
@@ -124,7 +125,9 @@ def _question(number: int, way: str = "by the page") -> str:
 
 def _idle(process: psutil.Process, tab: Page, base: str) -> float:
     """Cores that the page and its processes take, with tabs on all screens."""
-    tabs = [tab.context.new_page() for _ in range(_TABS)]
+    # Each as of a browser of its own: one has six connections to a host, and each page of Gradio keeps one of them.
+    state, browser = tab.context.storage_state(), tab.context.browser
+    tabs = [browser.new_context(storage_state=state).new_page() for _ in range(_TABS) if browser]
     for number, one in enumerate(tabs):
         one.goto(f"{base}/{SCREENS[number % len(SCREENS)]}")
         one.wait_for_selector("h1#content")
