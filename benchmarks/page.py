@@ -15,7 +15,7 @@ from typing import Any
 
 import openai
 import psutil
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.serving import row
 from llm_ray.serve.deploy import free_port
@@ -49,7 +49,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             _open_talk(tab, base)
             through = [_asked(tab, number) for number in range(_ASKED)]
             direct = [_direct(f"http://127.0.0.1:{port}/v1", number) for number in range(_ASKED)]
-            idle = _idle(process, tab, base)
+            idle = _idle(process, browser, tab, base)
             browser.close()
     finally:
         subprocess.run([LLM_RAY, "serve", "stop", "--all"], check=True, env=environment)
@@ -123,11 +123,11 @@ def _question(number: int, way: str = "by the page") -> str:
     return f"Asked {way}: what comes after the number {number}?"  # none seen before
 
 
-def _idle(process: psutil.Process, tab: Page, base: str) -> float:
+def _idle(process: psutil.Process, browser: Browser, tab: Page, base: str) -> float:
     """Cores that the page and its processes take, with tabs on all screens."""
     # Each as of a browser of its own: one has six connections to a host, and each page of Gradio keeps one of them.
-    state, browser = tab.context.storage_state(), tab.context.browser
-    tabs = [browser.new_context(storage_state=state).new_page() for _ in range(_TABS) if browser]
+    state = tab.context.storage_state()
+    tabs = [browser.new_context(storage_state=state).new_page() for _ in range(_TABS)]
     for number, one in enumerate(tabs):
         one.goto(f"{base}/{SCREENS[number % len(SCREENS)]}")
         one.wait_for_selector("h1#content")

@@ -28,6 +28,7 @@ from llm_ray.data import hub
 from llm_ray.data.jsontext import CHUNK, LONGEST, Broken, Parser, Unsound, Window, may_be_cut, reason
 from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID, TABLES, data_files
 from llm_ray.errors import DataError
+from llm_ray.models.folder import LFS_POINTER
 from llm_ray.nearest import nearest_names
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ SEP_LINE = re.compile(r"\"?sep=(?P<separator>.)\"?\s*", re.IGNORECASE)  # what E
 INDEX = "Unnamed: 0"
 """A CSV's first column where it has no name, as pandas writes its index and calls it on reading."""
 OTHERWISE = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file: fetch it (git lfs pull)",
+    LFS_POINTER: "a Git LFS pointer, not the file: fetch it (git lfs pull)",
     b"PK\x03\x04": "a ZIP archive, or an Excel sheet: unpack it, or save the sheet as CSV",
     b"\xd0\xcf\x11\xe0": "an Excel sheet: save it as CSV",
     b"\x1f\x8b": "compressed by gzip: unpack it (gunzip)",

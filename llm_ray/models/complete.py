@@ -70,8 +70,8 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
 
 def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collection[str]) -> None:
     """Raise ModelError for weights of layers beyond those that the configuration has: transformers would leave them out."""
-    layers = {_LAYER.sub(r"\1", name) for name in model.state_dict()}
-    alike = {_LAYER.sub(r"\2*.\3", name) for name in model.state_dict()}
+    names = model.state_dict().keys()
+    layers, alike = ({_LAYER.sub(form, name) for name in names} for form in (r"\1", r"\2*.\3"))
     if more := sorted(name for name in unexpected if _LAYER.sub(r"\2*.\3", name) in alike and _LAYER.sub(r"\1", name) not in layers):
         raise ModelError(
             f"the model {path} has weights of more layers than its {CONFIG} says, as {more[0]}: one of them is another model's; {_AGAIN}"

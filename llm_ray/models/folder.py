@@ -20,7 +20,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OPENVINO = "openvino_model.xml"
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json", "*.tiktoken")
-_LFS = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with that is Git LFS's pointer to the true one."""
 _DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
@@ -158,7 +159,7 @@ def _check_alone(path: Path, names: Iterable[str], told: str = "") -> None:
 def _check_pointer(path: Path) -> None:
     """Raise ModelError where Git LFS's pointer to a file lies in its place."""
     with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(
                 f"{path} is damaged or cut off: it is a Git LFS pointer. Fetch the file (git lfs pull), or download the model again"
             )

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm_ray.conf.serve import Autoscale
+from llm_ray.hardware import Precision
 from llm_ray.models.folder import GENERATION, read_json
 
 Engine = Literal["vllm", "openvino", "transformers"]
-Precision = Literal["fp32", "bf16"]
 Task = Literal["chat", "completions", "embeddings"]
 
 # More than this is taken only when asked for: the cache of a long context is what fills a host's memory.

@@ -15,7 +15,7 @@ from pathlib import Path
 from llm_ray.conf.schema import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.errors import ModelError, ServeError
-from llm_ray.hardware import cpu_flags, has_bf16
+from llm_ray.hardware import Precision, cpu_flags, has_bf16
 from llm_ray.models.complete import check_complete
 from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
 from llm_ray.models.limits import check_tokenizer_fits, positions
@@ -28,7 +28,6 @@ from llm_ray.serve.models import (
     DEFAULT_MAX_MODEL_LEN,
     SIZES,
     Adapter,
-    Precision,
     ServedModel,
     Task,
     kv_cache_bytes,

@@ -31,8 +31,9 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely_lark
 
 from llm_ray.errors import ModelError
+from llm_ray.hardware import Precision
 from llm_ray.serve.engines.sampling import failure
-from llm_ray.serve.models import Precision, ServedModel
+from llm_ray.serve.models import ServedModel
 
 _NUMBER_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
 _SCALE_BYTES = {"u8": 8}  # of each head's key or value
