@@ -99,7 +99,7 @@ def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(tab: Page, p
     tab.get_by_role("button", name="Resume").click()
     expect(tab.locator("#runs-said")).to_contain_text("goes on from its last checkpoint")
     expect(tab.locator("#run-state h2")).to_have_text("first: running", timeout=LONG)
-    until(lambda: len(_steps(home, "first")) > len(reached))
+    until(lambda: len(_steps(home, "first")) > len(reached), LONG / 1000)
     tab.get_by_role("button", name="Stop", exact=True).click()
     expect(tab.locator("#run-state h2")).to_have_text("first: stopped", timeout=LONG)
     assert (steps := _steps(home, "first")) == list(range(1, len(steps) + 1))  # each once: it did not begin anew
