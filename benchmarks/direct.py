@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from benchmarks.vllm_floor import PROMPT, TOKENS
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.replica import environment
+from llm_ray.serve.replica.deployment import environment
 
 
 async def measure(model: ServedModel) -> dict[str, float]:
@@ -21,7 +21,7 @@ async def measure(model: ServedModel) -> dict[str, float]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from llm_ray.serve.engines.frontend import front_end
-    from llm_ray.serve.server import engine_arguments
+    from llm_ray.serve.replica.server import engine_arguments
 
     front = front_end(model, AsyncEngineArgs(model=str(model.path), **engine_arguments(model)).create_engine_config())
 

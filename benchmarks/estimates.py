@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.training import messages, write_rows
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
 from llm_ray.models.load import load_tokenizer
 from llm_ray.runs.metrics import read_metrics

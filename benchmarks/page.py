@@ -18,7 +18,7 @@ import psutil
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.serving import row
-from llm_ray.serve.deploy import free_port
+from llm_ray.serve.deployments.deploy import free_port
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
 SCREENS = ("data", "train", "runs", "deploy", "ask", "cluster")

@@ -17,11 +17,11 @@ from llm_ray.cli.terminal import Terminal
 from llm_ray.client.endpoint import parse
 from llm_ray.client.prompts import Prompt
 from llm_ray.cluster import local_ray
-from llm_ray.conf.schema import Paths, home
+from llm_ray.conf.section import Paths, home
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
-from llm_ray.serve.deploy import deploy, free_port, stop_all
+from llm_ray.serve.deployments.deploy import deploy, free_port, stop_all
+from llm_ray.serve.deployments.plan import plan
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.plan import plan
 
 # What is served, by what the figures call it.
 ENGINES: dict[str, dict[str, Any]] = {

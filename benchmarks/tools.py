@@ -21,11 +21,12 @@ from benchmarks.training import conversations
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
-from llm_ray.conf.schema import FinetuneConf, Paths, home
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import Paths, home
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
 from llm_ray.data.formats import Conversation
-from llm_ray.serve.deploy import deploy, free_port, stop_all
-from llm_ray.serve.plan import plan
+from llm_ray.serve.deployments.deploy import deploy, free_port, stop_all
+from llm_ray.serve.deployments.plan import plan
 
 SERVED = {"vllm": ENGINES["vllm fp32"], "openvino": ENGINES["openvino fp32"], "transformers": {"engine": "transformers"}}
 _KEPT_BACK = 4  # one row of so many

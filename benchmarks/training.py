@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ours
-from llm_ray.conf.schema import Data
+from llm_ray.conf.finetune import Data
 from llm_ray.data.formats import Conversation, Formatter
 from llm_ray.data.sources import read
 

@@ -13,10 +13,10 @@ import psutil
 from benchmarks.serving import row
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
-from llm_ray.conf.schema import Paths, home
+from llm_ray.conf.section import Paths, home
 from llm_ray.conf.serve import Autoscale, Endpoint, ModelServing, ServeConf
-from llm_ray.serve.deploy import deploy, free_port, stop_all
-from llm_ray.serve.plan import plan
+from llm_ray.serve.deployments.deploy import deploy, free_port, stop_all
+from llm_ray.serve.deployments.plan import plan
 
 _TOKENS = 1500
 _IDLE = 0.2  # of a core: what a replica that computes nothing takes at most

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from llm_ray import cores
-from llm_ray.conf.schema import Runtime
+from llm_ray.conf.finetune import Runtime
 from llm_ray.errors import ClusterError, LlmRayError
 from llm_ray.threads import Once
 

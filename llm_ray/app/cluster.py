@@ -11,8 +11,8 @@ from llm_ray.app import serving
 from llm_ray.conf.serve import ServeRuntime
 from llm_ray.operations.state import Application, Job, Node, State, state
 from llm_ray.progress import Reporter
-from llm_ray.serve import deploy, local
-from llm_ray.serve.plan import Node as Room
+from llm_ray.serve.deployments import deploy, local
+from llm_ray.serve.deployments.plan import Node as Room
 
 __all__ = ["Application", "Job", "Node", "Overview", "Room", "State", "cluster_state", "drain", "joined", "overview", "place"]
 

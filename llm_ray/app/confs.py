@@ -17,9 +17,10 @@ from typing import Any
 
 from llm_ray.app.finetune import texts
 from llm_ray.conf import yamltext
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.keys import FINETUNE, Key, Keys, choices, describe
 from llm_ray.conf.load import dump, load_finetune
-from llm_ray.conf.schema import FinetuneConf, Paths
+from llm_ray.conf.section import Paths
 from llm_ray.data.processors import SHIPPED
 from llm_ray.errors import ConfError
 

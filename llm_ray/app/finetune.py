@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llm_ray.cluster import Cluster, check_resources, host_cluster, ray_session
-from llm_ray.conf.schema import STAGES, FinetuneConf, Stage
+from llm_ray.conf.finetune import STAGES, FinetuneConf, Stage
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import FORM, DataStats, evaluation_rows, largest_token, prepare, read_stats
 from llm_ray.data.processors import code_of

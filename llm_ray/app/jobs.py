@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal
 
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.load import dump
-from llm_ray.conf.schema import FinetuneConf
 from llm_ray.errors import LlmRayError, RunError, Stopped
 from llm_ray.files import locked, write_json, write_text
 from llm_ray.progress import Reporter

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_ray.conf.schema import Paths, WeightForm
+from llm_ray.conf.engines import WeightForm
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ConfError, ModelError
 from llm_ray.models import registry
 from llm_ray.models.convert import convert_model, converted

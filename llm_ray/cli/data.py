@@ -13,7 +13,7 @@ import click
 
 from llm_ray.cli.options import config_options
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 
 if TYPE_CHECKING:
     from llm_ray.app.data import Span

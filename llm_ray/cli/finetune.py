@@ -10,11 +10,12 @@ import click
 
 from llm_ray.cli.options import config_options
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.schema import STAGES, home
+from llm_ray.conf.finetune import STAGES
+from llm_ray.conf.section import home
 from llm_ray.errors import ConfError
 
 if TYPE_CHECKING:
-    from llm_ray.conf.schema import FinetuneConf
+    from llm_ray.conf.finetune import FinetuneConf
 
 
 @click.command()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llm_ray.cli.options import from_stdin
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 

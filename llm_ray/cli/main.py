@@ -116,7 +116,7 @@ def _of_the_machine(error: OSError | MemoryError) -> str:
 
 def _report() -> Path:
     """Writes the traceback of the current exception to a file."""
-    from llm_ray.conf.schema import home
+    from llm_ray.conf.section import home
 
     text = f"llm-ray {llm_ray.__version__}, Python {platform.python_version()}, {platform.platform()}\n\n{traceback.format_exc()}"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"

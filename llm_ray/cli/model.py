@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.schema import WEIGHTS, Paths, WeightForm, home
+from llm_ray.conf.engines import WEIGHTS, WeightForm
+from llm_ray.conf.section import Paths, home
 
 MODELS = click.option("--models", type=click.Path(path_type=Path), metavar="DIR", help="The registry (default: LLM_RAY_HOME/models).")
 RUNS = click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", help="The runs' folder (default: LLM_RAY_HOME/runs).")

@@ -9,7 +9,7 @@ import click
 
 from llm_ray.cli.foreground import until_interrupted
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf import schema
+from llm_ray.conf import section
 from llm_ray.errors import LlmRayError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
     from llm_ray.app import quickstart as whole_way
 
     reporter = Terminal()
-    with whole_way.quickstart(home.absolute() if home else schema.home(), reporter, force) as done:
+    with whole_way.quickstart(home.absolute() if home else section.home(), reporter, force) as done:
         _show(done)
         if keep_serving:
             reporter.line(f"Both models answer at {done.url}.", kind="heading")

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 
 folder_option = click.option(
     "--runs",

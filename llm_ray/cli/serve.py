@@ -13,7 +13,8 @@ from llm_ray.cli.foreground import until_interrupted
 from llm_ray.cli.keys import keys
 from llm_ray.cli.options import serve_config_options
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.schema import home
+from llm_ray.conf.engines import DEFAULT, ENGINES, WEIGHTS
+from llm_ray.conf.section import home
 from llm_ray.errors import ConfError, ServeError
 from llm_ray.progress import Reporter
 
@@ -69,10 +70,8 @@ serve.add_command(keys)
     "names", "--name", multiple=True, help="What clients call the model; one for each --model. Default: the run's or the folder's name."
 )
 @click.option("--tokenizer", metavar="FOLDER|NAME", help="Tokenizer other than the model's own.")
-@click.option("--engine", type=click.Choice(["vllm", "openvino", "transformers"]), help="What computes. Default: vllm.")
-@click.option(
-    "--weights", type=click.Choice(["fp32", "bf16", "int8", "int4"]), help="Form of the weights for engine openvino. Default: int8."
-)
+@click.option("--engine", type=click.Choice(list(ENGINES)), help=f"What computes. Default: {DEFAULT}.")
+@click.option("--weights", type=click.Choice(WEIGHTS), help="Form of the weights for engine openvino. Default: int8.")
 @click.option(
     "adapters", "--adapter", multiple=True, metavar="NAME=RUN|FOLDER", help="A LoRA adapter on the model, under a name of its own."
 )

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 
 
 @click.command()

@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from llm_ray.cli.options import from_stdin
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 
 _ROLES = ("viewer", "user", "admin")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -1,1 +1,1 @@
-"""Confs: Jinja template to YAML to a validated :class:`llm_ray.conf.schema.FinetuneConf`."""
+"""Confs: Jinja template to YAML to a validated :class:`llm_ray.conf.finetune.FinetuneConf`."""

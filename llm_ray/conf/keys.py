@@ -1,6 +1,6 @@
 """The keys of a conf, read off its JSON Schema: what each may hold, and which one a misspelled key was meant to be.
 
-The messages of ``llm_ray.conf.loading`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name of a
+The messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name of a
 key NAME stands for what the user calls it: ``models.NAME.engine``.
 """
 
@@ -13,7 +13,8 @@ from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
-from llm_ray.conf.schema import FinetuneConf, Section
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ServeConf
 from llm_ray.conf.yamltext import Path
 from llm_ray.nearest import nearest_names

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import llm_ray
-from llm_ray.conf import schema, yamltext
+from llm_ray.conf import section, yamltext
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
-from llm_ray.conf.loading import Loading, Setting, dotted, error_of, expand, show, siblings, there
 from llm_ray.conf.render import RESERVED, Rendered, TemplateProblem, render, variables
-from llm_ray.conf.schema import FinetuneConf, Section
+from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.conf.validate import Setting, Validation, dotted, error_of, expand, show, siblings, there
 from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
 from llm_ray.errors import ConfError
 from llm_ray.nearest import nearest_names
@@ -43,14 +44,14 @@ def load_finetune(
     YAML files of template variables as after ``--vars``. Paths that the conf does not give lie in `home` (default: LLM_RAY_HOME).
     Raises :class:`ConfError`.
     """
-    return load(FINETUNE, FinetuneLoading, config, overrides, _variables(vars_files), home or schema.home())
+    return load(FINETUNE, FinetuneValidation, config, overrides, _variables(vars_files), home or section.home())
 
 
 def load_serve(
     config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
 ) -> ServeConf:
     """The conf of an endpoint and its models; otherwise as :func:`load_finetune`."""
-    return load(SERVE, ServeLoading, config, overrides, _variables(vars_files), home or schema.home())
+    return load(SERVE, ServeValidation, config, overrides, _variables(vars_files), home or section.home())
 
 
 def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path, source: str) -> ServeConf:
@@ -61,12 +62,12 @@ def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path
     _, settings = _overrides(overrides, set(), None, SERVE)
     sections = {section: dict(keys) for section, keys in given.items()}
     document = yamltext.Document(sections, {("models", name): 0 for name in sections["models"]}, {})
-    return ServeLoading(SERVE, Path(source), True, Rendered("", ()), document, settings, home).conf()
+    return ServeValidation(SERVE, Path(source), True, Rendered("", ()), document, settings, home).conf()
 
 
 def load(
     keys: Keys[C],
-    loading: Callable[..., Loading[C]],
+    loading: Callable[..., Validation[C]],
     config: str | Path,
     overrides: Sequence[str],
     variables_given: Mapping[str, Any],
@@ -123,7 +124,7 @@ def find(config: str | Path, kind: str) -> Path:
     beside = {sibling.name: str(sibling) for sibling in siblings(file)}
     nearest = [beside.get(found, found) for found in nearest_names(file.name, [*templates, *beside])]
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise ConfError(f"--config {config}: no such file, and no shipped template of that name; {hint}Shipped: {', '.join(templates)}")
+    raise ConfError(f"--config {config}: no such file, and no shipped template of that name; {hint}ClusterConf: {', '.join(templates)}")
 
 
 def _read(file: Path) -> str:
@@ -182,7 +183,7 @@ def _overrides(overrides: Sequence[str], used: set[str], file: Path | None, keys
     return given, settings
 
 
-class FinetuneLoading(Loading[FinetuneConf]):
+class FinetuneValidation(Validation[FinetuneConf]):
     """A finetune's files lie on this machine, or on storage that it shares."""
 
     def resolve(self, conf: FinetuneConf) -> FinetuneConf:
@@ -241,7 +242,7 @@ class FinetuneLoading(Loading[FinetuneConf]):
         return f"{found}:{attribute}"
 
 
-class ServeLoading(Loading[ServeConf]):
+class ServeValidation(Validation[ServeConf]):
     """An endpoint's files lie on this machine, or on storage that it shares."""
 
     def resolve(self, conf: ServeConf) -> ServeConf:

@@ -20,7 +20,7 @@ FOLDER = Path(llm_ray.__file__).parent.parent / "docs" / "reference"
 FINETUNE_HEAD = """\
 # The conf of a finetune
 
-<!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/schema.py: change it there. -->
+<!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/finetune.py: change it there. -->
 
 A conf is YAML, and before that a Jinja template. The smallest one:
 
@@ -38,7 +38,7 @@ data:
 Unknown keys are errors. [finetune-conf.schema.json](finetune-conf.schema.json) is the same as JSON Schema; editors with the YAML language
 server complete and check a conf that begins with `# yaml-language-server: $schema=` and its path or URL.
 
-## Shipped templates
+## ClusterConf templates
 
 `--config` takes a file or one of these names:
 
@@ -95,7 +95,7 @@ models:
 Unknown keys are errors. [serve-conf.schema.json](serve-conf.schema.json) is the same as JSON Schema; editors with the YAML language
 server complete and check a conf that begins with `# yaml-language-server: $schema=` and its path or URL.
 
-## Shipped templates
+## ClusterConf templates
 
 `--config` takes a file or one of these names:
 

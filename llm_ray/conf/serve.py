@@ -1,6 +1,6 @@
 """The schema of a serve conf: the endpoint, and the models that answer behind it.
 
-As in ``llm_ray.conf.schema``, the text under each field is its documentation.
+As in ``llm_ray.conf.finetune``, the text under each field is its documentation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llm_ray.conf.schema import AbsolutePath, Paths, Section
+from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, WeightForm, engines_with
+from llm_ray.conf.section import AbsolutePath, Paths, Section
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # First parts of the endpoint's own paths, which a model's route /NAME would hide.
@@ -131,10 +132,10 @@ class ModelServing(Section):
     upload: bool = False
     """With serve.yml: the model, its adapters, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine that
     Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
-    engine: Literal["vllm", "openvino", "transformers"] = "vllm"
+    engine: EngineName = DEFAULT
     """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs), `transformers` (any causal
     model, the slowest)."""
-    weights: Literal["fp32", "bf16", "int8", "int4"] | None = None
+    weights: WeightForm | None = None
     """Form of the weights for engine `openvino`; a model that is not converted yet is converted first. Unset: as the folder has them, int8
     for one that is to be converted."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -175,14 +176,17 @@ class ModelServing(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelServing:
         wrong = []
-        if self.adapters and self.engine != "vllm":
+        engine = ENGINES[self.engine]
+        if self.adapters and not engine.adapters:
+            able = engines_with("adapters")
             wrong.append(
-                f"adapters are served by engine vllm alone, but engine is {self.engine}: set engine: vllm, or deploy the merged model"
+                f"adapters are served by engine {able} alone, but engine is {self.engine}: set engine: {able}, or deploy the merged model"
             )
-        if self.weights and self.engine != "openvino":
-            wrong.append(f"weights is for engine openvino, but engine is {self.engine}: set engine: openvino, or use precision")
-        if self.compile and self.engine != "vllm":
-            wrong.append(f"compile is for engine vllm, but engine is {self.engine}")
+        if self.weights and not engine.converts:
+            able = engines_with("converts")
+            wrong.append(f"weights is for engine {able}, but engine is {self.engine}: set engine: {able}, or use precision")
+        if self.compile and not engine.compiles:
+            wrong.append(f"compile is for engine {engines_with('compiles')}, but engine is {self.engine}")
         if self.compile and self.adapters:
             wrong.append("compile does not go together with adapters: vLLM's CPU engine compiles no model with LoRA")
         if self.autoscale and self.replicas != 1:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_ray.conf.schema import Data
+from llm_ray.conf.finetune import Data
 from llm_ray.data.jsontext import Parser, Unsound, reason
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError

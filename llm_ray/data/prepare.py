@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.encode import ChatEncoder, Encoded, SpecialTokens, TextEncoder
 from llm_ray.data.formats import Conversation, Formatter, Text
 from llm_ray.data.processors import load_processor, process

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from llm_ray.cluster import Cluster, check_resources, node_selector, results
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import evaluation_rows, questions_from
 from llm_ray.errors import DataError

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import Split, open_split
 from llm_ray.errors import ConfError, DataError, ModelError, RunError
 from llm_ray.models.limits import positions

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.cluster import Cluster, check_resources, node_selector, results
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from llm_ray.files import replace_folder, write_text
 from llm_ray.progress import Reporter

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from llm_ray.conf.schema import WEIGHTS, WeightForm
+from llm_ray.conf.engines import WEIGHTS, WeightForm
 from llm_ray.errors import ModelError
 from llm_ray.files import locked, replace_folder, write_json
 from llm_ray.models.complete import check_complete

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_ray.conf.schema import Model, Paths
+from llm_ray.conf.finetune import Model
+from llm_ray.conf.section import Paths
 from llm_ray.errors import LlmRayError, ModelError
 from llm_ray.models.complete import check_complete, refuse_missing
 from llm_ray.models.folder import CONFIG, GENERATION, TEMPLATES, check_folder, check_tokenizer, read_json

@@ -13,12 +13,12 @@ from llm_ray.client.ask import Asker, Settings
 from llm_ray.client.endpoint import Key, parse
 from llm_ray.client.errors import refused
 from llm_ray.client.prompts import Prompt
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 from llm_ray.conf.serve import Limits
 from llm_ray.errors import ServeError
-from llm_ray.serve import deploy
+from llm_ray.serve.deployments import deploy
+from llm_ray.serve.gateway.protect.keys import add_key, keys_file, revoke_key
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.protect.keys import add_key, keys_file, revoke_key
 
 _TOKENS = 64
 

@@ -90,7 +90,7 @@ def _ask(host: str, port: int, word: str) -> str:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from llm_ray.serve import deploy
+    from llm_ray.serve.deployments import deploy
 
     class Echo:
         async def __call__(self, request: Any) -> str:

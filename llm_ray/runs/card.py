@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from llm_ray.conf.schema import FinetuneConf, as_run
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import as_run
 from llm_ray.models.load import resolve
 from llm_ray.models.registry import licence
 

@@ -36,8 +36,8 @@ from pydantic import BaseModel, ValidationError
 
 import llm_ray
 from llm_ray.conf import yamltext
+from llm_ray.conf.finetune import FinetuneConf, Stage
 from llm_ray.conf.load import dump
-from llm_ray.conf.schema import FinetuneConf, Stage
 from llm_ray.datafiles import data_files
 from llm_ray.errors import LlmRayError, RunError
 from llm_ray.files import remove_folder, write_json, write_text

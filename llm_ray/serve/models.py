@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from llm_ray.conf.engines import DEFAULT, EngineName
 from llm_ray.conf.serve import Autoscale
 from llm_ray.hardware import Precision
 from llm_ray.models.folder import GENERATION, read_json
 
-Engine = Literal["vllm", "openvino", "transformers"]
 Task = Literal["chat", "completions", "embeddings"]
 
 # More than this is taken only when asked for: the cache of a long context is what fills a host's memory.
@@ -64,7 +64,7 @@ class ServedModel:
     """What clients call it: the `model` of a request."""
     path: Path
     """The model's folder: Hugging Face's form, for engine openvino with openvino_model.xml in it."""
-    engine: Engine = "vllm"
+    engine: EngineName = DEFAULT
     tokenizer: Path | None = None
     chat_template: Path | None = None
     precision: Precision = "fp32"

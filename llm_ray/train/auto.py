@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llm_ray.conf.schema import EarlyStopping, FinetuneConf
+from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
 from llm_ray.data.prepare import DataStats
 from llm_ray.runs.folder import flat
 

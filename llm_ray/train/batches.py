@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_ray.conf.schema import FinetuneConf, as_run
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import as_run
 from llm_ray.data.encode import IGNORED
 
 MICRO_BATCH_TOKENS = 4096

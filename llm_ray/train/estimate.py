@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import nn
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import DataStats, lengths_of, open_split
 from llm_ray.errors import ConfError
 from llm_ray.hardware import choose_precision, cpu_flags

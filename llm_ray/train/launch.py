@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_ray.cluster import Cluster, check_resources, describe, node_selector, room_for
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import LlmRayError, Stopped, TrainError
 from llm_ray.progress import Bar, Reporter
 from llm_ray.runs.folder import stop_file

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_ray.conf.schema import FinetuneConf, Lora
+from llm_ray.conf.finetune import FinetuneConf, Lora
 from llm_ray.errors import ConfError
 from llm_ray.hardware import Precision, has_bf16, torch_dtype
 from llm_ray.models.load import has_experts, load_empty_model, load_model

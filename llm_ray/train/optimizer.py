@@ -7,7 +7,8 @@ import math
 import torch
 from torch import nn
 
-from llm_ray.conf.schema import FinetuneConf, as_run
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import as_run
 
 
 def make_optimizer(module: nn.Module, conf: FinetuneConf) -> torch.optim.AdamW:

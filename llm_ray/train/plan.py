@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llm_ray.conf.schema import EarlyStopping, FinetuneConf, as_run
+from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
+from llm_ray.conf.section import as_run
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import TOO_LONG, DataStats, asked_in_training, lengths_of, open_split
 from llm_ray.hardware import choose_precision, cpu_flags

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_ray import cores
-from llm_ray.conf.schema import EarlyStopping, FinetuneConf, as_run
+from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
+from llm_ray.conf.section import as_run
 from llm_ray.data.prepare import has_validation, lengths_of, open_split
 from llm_ray.errors import LlmRayError, TrainError
 from llm_ray.hardware import choose_precision, cpu_flags, forget_peak_memory, keep_freed_memory, peak_memory, return_freed_memory

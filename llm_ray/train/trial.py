@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import LlmRayError, TrainError
 from llm_ray.hardware import forget_peak_memory, peak_memory
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from llm_ray.app.confs import beyond
 from llm_ray.app.models import list_models
-from llm_ray.conf.schema import FinetuneConf, Paths
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import Paths
 from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
 from llm_ray.errors import ConfError, DataError
 from llm_ray.ui.sessions import Visitor

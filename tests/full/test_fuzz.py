@@ -87,7 +87,7 @@ def ray() -> Iterator[None]:
 @pytest.fixture(scope="module", params=ENGINES)
 def served(request: pytest.FixtureRequest, ray: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     from llm_ray.models.convert import openvino_folder
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     folder = tiny.llama(tmp_path_factory.mktemp("models") / "llama", smollm2)
     path = openvino_folder(folder, "fp32", folder.parent, Silent()) if request.param == "openvino" else folder

@@ -18,7 +18,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 import llm_ray.quickstart
 from llm_ray.quickstart.judge import is_right
-from llm_ray.serve.deploy import free_port
+from llm_ray.serve.deployments.deploy import free_port
 from llm_ray.ui.users import Role, add_user
 from tests.integration.ui.conftest import LLM_RAY, PASSWORD, ROOT, Running, chromium, open_browser, running, signed_in_at  # noqa: F401
 

@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=ENGINES)
 def served(request: pytest.FixtureRequest, ray: None, folder: Path) -> Iterator[Served]:
     from llm_ray.models.convert import openvino_folder
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     engine = request.param
     path = openvino_folder(folder, "fp32", folder.parent, Silent()) if engine == "openvino" else folder

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.server import engine_arguments
+from llm_ray.serve.replica.server import engine_arguments
 
 TOKENS = 3
 Answer = tuple[list[int], list[float]]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from llm_ray.cluster import Cluster, check_resources, local_ray, ray_session
-from llm_ray.conf.schema import Runtime
+from llm_ray.conf.finetune import Runtime
 from llm_ray.errors import ClusterError
 
 STRANGER = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print('in')"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ErnieConfig, ErnieForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llm_ray.conf.schema import WeightForm
+from llm_ray.conf.finetune import WeightForm
 from llm_ray.models.openvino import openvino_weights
 from llm_ray.serve.engines.openvino import arithmetic
 

@@ -135,7 +135,7 @@ def ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def served(request: pytest.FixtureRequest, ray: None, folders: Callable[[str], Path]) -> Iterator[Served]:
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     engine = request.param
     cache = CACHED_TOKENS.get(engine, 600) * TOKEN_BYTES
@@ -498,7 +498,7 @@ def weights_as_stored(folder: Path, model: Any) -> None:
 def test_int8_weights_compute_in_fp32_where_that_is_asked_for(ray: None, smollm2: Path) -> None:
     """OpenVINO of itself rounds to 8 bits what it multiplies them with, and so comes to other words."""
     from llm_ray.models.convert import openvino_folder
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     folder = openvino_folder(smollm2, "int8", smollm2.parent, Silent())
     rounded = Reference(smollm2)
@@ -520,7 +520,7 @@ def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llm_ray.errors import ModelError
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=49152, **sizes)).save_pretrained(tmp_path)
@@ -534,8 +534,8 @@ def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray:
 def test_what_a_model_sets_of_sampling_is_taken_unless_left_out(ray: None, smollm2: Path, tmp_path: Path, asked: Any) -> None:
 
     from llm_ray.conf.serve import ModelServing, ServeConf
-    from llm_ray.serve.plan import plan
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.deployments.plan import plan
+    from llm_ray.serve.replica.server import ModelServer
 
     folder = tiny.llama(tmp_path / "llama", smollm2)
     ends = {"eos_token_id": [2, 0], "pad_token_id": 2}
@@ -557,7 +557,7 @@ def test_a_model_that_makes_vectors_makes_the_same_as_transformers(ray: None, tm
     from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest, EmbeddingCompletionRequest
 
     from llm_ray.serve.models import writes
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     tiny.bert(tmp_path, tmp_path)
     assert not writes(tmp_path, {})
@@ -580,7 +580,7 @@ def test_an_adapter_that_is_taken_away_ends_no_answer_in_progress(ray: None, smo
     from ray.llm._internal.serve.core.configs.openai_api_models import CompletionRequest
 
     from llm_ray.serve.models import Adapter
-    from llm_ray.serve.server import ModelServer
+    from llm_ray.serve.replica.server import ModelServer
 
     llama = tiny.llama(tmp_path / "llama", smollm2)
     folder = tiny.adapter(tmp_path / "adapter", llama, 0)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from peft.tuners.lora import BdLoraConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
-from llm_ray.serve.adapters import check_adapter
-from llm_ray.serve.server import ADAPTERS_AT_ONCE
+from llm_ray.serve.deployments.adapters import check_adapter
+from llm_ray.serve.replica.server import ADAPTERS_AT_ONCE
 from tests.integration import tiny
 from tests.integration.lora import Engine, assert_right, expected, started
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
-from llm_ray.serve.adapters import check_adapter
+from llm_ray.serve.deployments.adapters import check_adapter
 from tests.integration import tiny
 from tests.integration.lora import assert_right, expected, started
 

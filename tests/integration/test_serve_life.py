@@ -19,7 +19,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from llm_ray.progress import Silent
-from llm_ray.serve import local
+from llm_ray.serve.deployments import local
 from tests.integration.deadly import DEADLY, Deadly
 from tests.integration.serving import LLM_RAY, Clients, Home, ending, outcome, until
 from tests.integration.tiny import llama

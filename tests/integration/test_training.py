@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, local_ray
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import ClusterError, TrainError
 from llm_ray.models.load import load_tokenizer

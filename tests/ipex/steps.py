@@ -20,7 +20,7 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
     import torch
     from torch import nn
 
-    from llm_ray.conf.schema import FinetuneConf
+    from llm_ray.conf.finetune import FinetuneConf
     from llm_ray.data.prepare import lengths_of, open_split, prepare
     from llm_ray.models.load import load_tokenizer
     from llm_ray.quickstart import __file__ as quickstart

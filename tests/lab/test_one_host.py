@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llm_ray.serve.protect.keys import new_secret
+from llm_ray.serve.gateway.protect.keys import new_secret
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
 from tests.lab.cluster import Cluster, Run, until

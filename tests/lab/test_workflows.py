@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_ray.serve.protect.keys import new_secret
+from llm_ray.serve.gateway.protect.keys import new_secret
 from tests.lab.cluster import Cluster, Run, until
 from tests.lab.workflows import Workflow, llm_ray
 
@@ -264,4 +264,4 @@ def test_a_model_is_taken_away_and_does_not_come_back(cluster: Cluster, served: 
     assert cluster.play("serve_stop.yml", ok=False).code != 0
     cluster.play("serve_stop.yml", "-e", "all=true")
     assert "no applications" in cluster.play("status.yml").output
-    assert json.loads(cluster.head.ssh("cat /srv/llm-ray/serve/declared.json").stdout)["models"] == {}
+    assert json.loads(cluster.head.ssh("cat /srv/llm-ray/serve/desired.json").stdout)["models"] == {}

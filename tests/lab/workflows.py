@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llm_ray.serve.protect.keys import new_secret
+from llm_ray.serve.gateway.protect.keys import new_secret
 from tests.lab.cluster import Cluster
 
 _FACTS = ["belt", "seal", "valve", "fan"]

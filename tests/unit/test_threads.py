@@ -17,7 +17,7 @@ from llm_ray.app.data import preview
 from llm_ray.app.finetune import plan_finetune
 from llm_ray.conf.load import load_finetune
 from llm_ray.progress import Silent
-from llm_ray.serve.deploy import _quiet
+from llm_ray.serve.deployments.deploy import _quiet
 from llm_ray.threads import Once
 
 T = TypeVar("T")

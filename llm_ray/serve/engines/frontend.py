@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,16 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llm_ray import cores
+from llm_ray.conf.engines import ENGINES, EngineName
 from llm_ray.errors import ModelError
 from llm_ray.serve.engines.calls import read_as_streamed
 from llm_ray.serve.engines.offsets import offsets_in_text
 from llm_ray.serve.engines.thread import Core, EngineThread
 from llm_ray.serve.engines.words import forbidden_tokens
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.pace import PacedOutputs
+from llm_ray.serve.replica.streams import CoalescedOutputs
 
-async_llm.RequestOutputCollector = PacedOutputs  # AsyncLLM takes none of the caller's
+async_llm.RequestOutputCollector = CoalescedOutputs  # AsyncLLM takes none of the caller's
 
 _LOOK = 1.0  # seconds
 # Seconds after which a step (at most a few thousand tokens of prompts) does not end any more.
@@ -183,27 +185,19 @@ def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
     """The model's core, loaded in a thread bound to the model's cores, behind vLLM's front end. Raises what the engine raises."""
     # Whichever backend the first request called for would serve all others ("auto"), and others obey other keywords: llm_ray.serve.gateway.schemas.
     config.structured_outputs_config.backend = "xgrammar"
-    make, refusal = _core(model, config)
+    core = _core(model.engine)
 
     def bound() -> Core:
         import torch
 
         cores.foreground()
         torch.set_num_threads(cores.bind(model.cpus)[0] if model.cpus else model.threads)
-        return make()
+        return core(model, config)
 
-    return FrontEnd(config, bound, refusal)
+    return FrontEnd(config, bound, core.refusal)
 
 
-def _core(model: ServedModel, config: VllmConfig) -> tuple[Callable[[], Core], Refusal]:
-    if model.engine == "openvino":
-        from llm_ray.serve.engines.openvino import OpenVinoCore
-
-        return lambda: OpenVinoCore(model, config), OpenVinoCore.refusal
-    if model.engine == "transformers":
-        from llm_ray.serve.engines.transformers import TransformersCore
-
-        return lambda: TransformersCore(model, config), TransformersCore.refusal
-    from llm_ray.serve.engines.vllm import VllmCore
-
-    return lambda: VllmCore(config), VllmCore.refusal
+def _core(engine: EngineName) -> Any:
+    """The class of the engine's core."""
+    module, name = ENGINES[engine].core.split(":")
+    return getattr(importlib.import_module(module), name)

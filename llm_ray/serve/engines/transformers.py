@@ -25,7 +25,8 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from llm_ray.conf.schema import Model, Paths
+from llm_ray.conf.finetune import Model
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.load import load_model
 from llm_ray.serve.engines.batches import Alone, Batch, Row, Rows, cells, group_heads, probe

@@ -13,12 +13,13 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from llm_ray.serve.engines.punica import lora_on_cpus
 from llm_ray.serve.engines.sampling import CheckedSampler, failure
+from llm_ray.serve.models import ServedModel
 
 
 class VllmCore:
     """vLLM's own EngineCore, with its worker in the same thread."""
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, _: ServedModel, config: VllmConfig) -> None:
         config.parallel_config.distributed_executor_backend = "uni"
         with lora_on_cpus():
             self._core = EngineCore(config, _Executor, log_stats=False)

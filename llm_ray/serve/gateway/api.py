@@ -26,15 +26,15 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
-from llm_ray.serve import catalogue
-from llm_ray.serve.catalogue import Deployed
+from llm_ray.serve import directory
+from llm_ray.serve.directory import Deployed
 from llm_ray.serve.gateway import openapi
 from llm_ray.serve.gateway.errors import STREAM_ERROR, ApiError, failed, invalid, refused, refused_in_stream
 from llm_ray.serve.gateway.metrics import Metrics, Watch
+from llm_ray.serve.gateway.protect.errors import openai_error
+from llm_ray.serve.gateway.protect.limits import cap_tokens
 from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
 from llm_ray.serve.gateway.simple import SimpleRequest
-from llm_ray.serve.protect.errors import openai_error
-from llm_ray.serve.protect.limits import cap_tokens
 
 # How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name that is not known.
 _FRESH = 1.0
@@ -82,7 +82,7 @@ class Api:
                 return
             controller = _get_global_client()._controller
             details = await controller.get_serve_instance_details.remote()
-            self._models = catalogue.deployed(details)
+            self._models = directory.deployed(details)
             self._targets = {}
             for name, entry in self._models.items():
                 self._targets |= {adapter: Target(adapter, entry, True) for adapter in entry.model.adapters}
@@ -137,7 +137,7 @@ class Api:
     def _handle(self, target: Target) -> DeploymentHandle:
         name = target.entry.model.name
         if name not in self._handles:
-            handle = serve.get_deployment_handle(catalogue.DEPLOYMENT, catalogue.app_name(name), _check_exists=False)
+            handle = serve.get_deployment_handle(directory.DEPLOYMENT, directory.app_name(name), _check_exists=False)
             self._handles[name] = handle.options(stream=True)
         return self._handles[name]
 

@@ -15,7 +15,7 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         from llm_ray.serve.gateway.api import Api
-        from llm_ray.serve.protect.limits import Limiter
+        from llm_ray.serve.gateway.protect.limits import Limiter
 
         self._api, self._limiter = Api(), Limiter()
         self._app = _Outermost(self._api.app, self._api.metrics.refuse)
@@ -24,7 +24,7 @@ class Gateway:
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Called by Serve with the deployment's user_config, at the start and whenever it changes."""
         from llm_ray.serve.gateway.openapi import ask_for_keys
-        from llm_ray.serve.protect import Protection, protect
+        from llm_ray.serve.gateway.protect import Protection, protect
 
         protection = Protection.from_json(config["protection"])
         ask_for_keys(self._api.app, protection.keys_file is not None)

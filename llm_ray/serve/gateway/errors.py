@@ -13,8 +13,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 
-from llm_ray.serve.catalogue import Deployed
-from llm_ray.serve.protect.errors import error_body, openai_error
+from llm_ray.serve.directory import Deployed
+from llm_ray.serve.gateway.protect.errors import error_body, openai_error
 
 # How an event of vLLM's begins that tells an error; nothing within an event can look like it.
 STREAM_ERROR = 'data: {"error"'

@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from llm_ray.serve.catalogue import Deployed
+from llm_ray.serve.directory import Deployed
 
 disable_created_metrics()
 

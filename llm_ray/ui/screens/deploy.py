@@ -11,7 +11,8 @@ import gradio as gr
 
 from llm_ray.app import models as registry
 from llm_ray.app import serving
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, engines_with
+from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ServeConf
 from llm_ray.errors import ConfError
 from llm_ray.ui.apart import Apart
@@ -27,12 +28,6 @@ if TYPE_CHECKING:
     from llm_ray.ui.screens import Site
 
 _GIB = 2**30
-_ENGINES = {
-    "vLLM: every feature, adapters": "vllm",
-    "OpenVINO: int8 and int4, the fastest on CPUs": "openvino",
-    "transformers: any causal model, the slowest": "transformers",
-}
-_FORMS = {"openvino": ("int8", "int4", "bf16", "fp32"), "vllm": ("auto", "fp32", "bf16"), "transformers": ("auto", "fp32", "bf16")}
 _ESTIMATE_TIMEOUT = 180.0
 _NONE_YET = "# Nothing is deployed yet"  # an empty gr.Code has an ARIA label where none may be
 
@@ -44,9 +39,12 @@ def build(site: Site) -> None:
         model = gr.Dropdown([], label="Model", info="A base model of the registry, or a run's")
         name = gr.Textbox(label="Name", info="What clients call it. Empty: the model's own")
     with gr.Row():
-        engine = gr.Radio(list(_ENGINES.items()), value="vllm", label="Engine")
+        engine = gr.Radio([(engine.title, name) for name, engine in ENGINES.items()], value=DEFAULT, label="Engine")
         form = gr.Radio(
-            list(_FORMS["vllm"]), value="auto", label="Weights", info="auto: as they are stored, where the CPU computes with it"
+            list(ENGINES[DEFAULT].forms),
+            value=ENGINES[DEFAULT].forms[0],
+            label="Weights",
+            info="auto: as they are stored, where the CPU computes with it",
         )
     with gr.Row():
         cpus = optional("Cores of a replica", "Empty: as many free ones as help")
@@ -89,8 +87,8 @@ def build(site: Site) -> None:
         model, name, engine, form, cpus, replicas, adapters, length, port = given
         if not model:
             raise ConfError("Choose a model first. There is none yet? llm-ray model import brings one into the registry; a run makes one.")
-        if adapters and engine != "vllm":
-            raise ConfError("Adapters are served by engine vLLM alone: choose it, or deploy the run's own model.")
+        if adapters and not ENGINES[engine].adapters:
+            raise ConfError(f"Adapters are served by engine {engines_with('adapters')} alone: choose it, or deploy the run's own model.")
         return serving.conf_of(
             [model],
             site.home,
@@ -98,8 +96,8 @@ def build(site: Site) -> None:
             address=site.address,
             port=whole(port, "Port"),
             engine=engine,
-            weights=form if engine == "openvino" else None,
-            precision=form if engine != "openvino" else None,
+            weights=form if ENGINES[engine].converts else None,
+            precision=form if not ENGINES[engine].converts else None,
             cpus=whole(cpus, "Cores of a replica"),
             replicas=int(replicas or 1),
             adapters={run: run for run in adapters or []},
@@ -144,8 +142,8 @@ def build(site: Site) -> None:
         return *listed(seen), choice, show_works(site.works.listed()), models
 
     @handler(Role.VIEWER)
-    def forms(visitor: Visitor, engine: str) -> Any:
-        return gr.update(choices=list(_FORMS[engine]), value=_FORMS[engine][0])
+    def forms(visitor: Visitor, engine: EngineName) -> Any:
+        return gr.update(choices=list(ENGINES[engine].forms), value=ENGINES[engine].forms[0])
 
     @handler(Role.VIEWER)
     def told(visitor: Visitor, *given: Any) -> str:
@@ -296,7 +294,7 @@ def snippets(url: str, name: str, key: bool, task: str) -> tuple[str, str, str]:
 def _command(
     model: str | None,
     name: str,
-    engine: str,
+    engine: EngineName,
     form: str,
     cpus: str,
     replicas: float | None,
@@ -309,8 +307,8 @@ def _command(
     words = ["llm-ray", "serve", "deploy", "--model", model or "NAME"]
     if name and name.strip():
         words += ["--name", name.strip()]
-    words += ["--engine", engine] if engine != "vllm" else []
-    words += ["--weights", form] if engine == "openvino" else []
+    words += ["--engine", engine] if engine != DEFAULT else []
+    words += ["--weights", form] if ENGINES[engine].converts else []
     for flag, value in (
         ("--cpus", cpus),
         ("--replicas", f"{replicas:g}" if replicas and replicas != 1 else ""),
@@ -320,5 +318,5 @@ def _command(
         words += [flag, value.strip()] if value and value.strip() else []
     for run in adapters or []:
         words += ["--adapter", f"{run}={run}"]
-    more = "" if engine == "openvino" or form == "auto" else f"   # and precision: {form}, which a conf says (--config)"
+    more = "" if ENGINES[engine].converts or form == "auto" else f"   # and precision: {form}, which a conf says (--config)"
     return shlex.join(words) + more

@@ -26,7 +26,7 @@ from llm_ray.app.runs import (
     stop_run,
     watch_runs,
 )
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.section import Paths
 from llm_ray.errors import RunError
 from llm_ray.ui import figures
 from llm_ray.ui.handlers import GO, handler, on, on_load

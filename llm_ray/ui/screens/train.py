@@ -15,7 +15,8 @@ from llm_ray.app.confs import Field, command_of, conf_of, dump, fields, settings
 from llm_ray.app.finetune import PlanReport, report_plan
 from llm_ray.app.jobs import submit
 from llm_ray.app.runs import watch_runs
-from llm_ray.conf.schema import FinetuneConf, Paths
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ConfError, DataError, LlmRayError
 from llm_ray.ui import figures
 from llm_ray.ui.choices import check_allowed, data_choice, data_choices, data_settings, data_source, model_choices, name_of_run

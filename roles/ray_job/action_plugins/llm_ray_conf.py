@@ -32,7 +32,7 @@ class ActionModule(ActionBase):
         try:
             from llm_ray.conf.load import find
             from llm_ray.conf.render import TemplateProblem, variables
-            from llm_ray.conf.ship import Destination, ship_finetune, ship_serve
+            from llm_ray.conf.upload import Destination, finetune_for_cluster, serve_for_cluster
             from llm_ray.errors import LlmRayError
         except ImportError as error:
             raise AnsibleActionFail(
@@ -58,7 +58,7 @@ class ActionModule(ActionBase):
                     f"{file.name} asks for cpus_per_host, and the cores of {', '.join(unknown)} are not known, for no facts came from there: "
                     "start it, set ray_node_cpus for it in the inventory, or give -e cpus_per_host=…"
                 )
-            ship = ship_finetune if kind == "finetune" else ship_serve
+            ship = finetune_for_cluster if kind == "finetune" else serve_for_cluster
             shipped = ship(file, settings, known, destination)
         except LlmRayError as error:
             raise AnsibleActionFail(str(error).replace("--set ", "-e ").replace("--config ", "-e conf=")) from None

@@ -30,7 +30,7 @@ _BLOCK = 1 << 20
 
 
 def digest(path):
-    """SHA-256 of a file; of a folder, of its files' sums and names in the order of the names. As llm_ray.conf.ship has it."""
+    """SHA-256 of a file; of a folder, of its files' sums and names in the order of the names. As llm_ray.conf.upload has it."""
     if os.path.isfile(path):  # noqa: PTH113
         made = hashlib.sha256()
         with open(path, "rb") as file:  # noqa: PTH123

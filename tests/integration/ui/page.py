@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import gradio as gr
 
-from llm_ray.conf.schema import home
+from llm_ray.conf.section import home
 from llm_ray.ui.handlers import handler, on
 from llm_ray.ui.screens import SCREENS, Screen, Site
 from llm_ray.ui.server import Settings, serve

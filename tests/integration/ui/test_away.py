@@ -14,7 +14,7 @@ import psutil
 import pytest
 from playwright.sync_api import BrowserContext, expect
 
-from llm_ray.serve.deploy import free_port
+from llm_ray.serve.deployments.deploy import free_port
 from llm_ray.ui.users import Role, add_user
 from tests.integration.ui.conftest import LLM_RAY, PASSWORD, assert_accessible, running, signed_in_at
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from llm_ray.serve.deploy import free_port
+from llm_ray.serve.deployments.deploy import free_port
 from tests.integration.serving import until
 from tests.integration.tiny import llama
 from tests.integration.ui.conftest import LLM_RAY, ROOT, Open, Running, assert_accessible

@@ -8,8 +8,9 @@ from typing import Literal
 import pytest
 
 from llm_ray.app.confs import ASKED, beyond, command_of, conf_of, dump, fields, settings_of
+from llm_ray.conf.finetune import FinetuneConf, Training
 from llm_ray.conf.keys import FINETUNE, Keys
-from llm_ray.conf.schema import FinetuneConf, Paths, Training
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ConfError
 
 SETTINGS = {"train": "organisation/name", "model": "small", "name": "first"}

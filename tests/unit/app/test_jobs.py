@@ -13,7 +13,7 @@ import pytest
 from llm_ray.app import jobs
 from llm_ray.app.confs import conf_of
 from llm_ray.app.runs import list_runs
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from llm_ray.runs.folder import open_run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm_ray.app.confs import conf_of
 from llm_ray.app.runs import metrics, seconds_left, stamp, watch_runs
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.runs.folder import open_run
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch._dynamo  # noqa: F401  # fails once Ansible's code, of other tests, has put its own sys.intern in place
 
 from llm_ray.app.serving import ModelStatus, ServedModel, pair
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from llm_ray.runs.folder import open_run
 from llm_ray.serve.models import Adapter

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AddedToken, AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 
 TEMPLATES = Path(__file__).parent / "templates"
 

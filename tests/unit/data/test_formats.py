@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.formats import Conversation, Formatter, Text
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import (
@@ -419,7 +419,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import statistics
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 def peak(rows):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import statistics
 from llm_ray.data.processors import load_processor, process
 from llm_ray.data.processors.wikitext import detokenize

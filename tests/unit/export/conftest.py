@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.trained import _Named
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_ray.conf.schema import Paths
+from llm_ray.conf.section import Paths
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm_ray.conf.schema import Model, Paths
+from llm_ray.conf.finetune import Model
+from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.errors import ModelError
 from llm_ray.models.complete import check_complete
@@ -21,7 +22,7 @@ from llm_ray.models.folder import INDEX, check_folder
 from llm_ray.models.load import check_model, load_model
 from llm_ray.models.registry import import_model
 from llm_ray.progress import Silent
-from llm_ray.serve.plan import plan
+from llm_ray.serve.deployments.plan import plan
 from tests.full.architectures import small
 
 SINGLE = "model.safetensors"

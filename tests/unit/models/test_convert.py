@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from llm_ray.cli.main import cli
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.schema import DEFAULT_STAGES, STAGES, FinetuneConf, WeightForm
+from llm_ray.conf.finetune import DEFAULT_STAGES, STAGES, FinetuneConf, WeightForm
 from llm_ray.errors import ModelError
 from llm_ray.models.convert import WEIGHTS, check_environment, convert_model, converted, openvino_folder, size_on_disk
 

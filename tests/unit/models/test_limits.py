@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from llm_ray.app.finetune import look_ahead, plan_finetune
-from llm_ray.conf.schema import FinetuneConf, Paths
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.errors import ConfError, LlmRayError, ModelError
 from llm_ray.models.limits import positions
 from llm_ray.progress import Silent
+from llm_ray.serve.deployments.plan import plan
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.plan import plan
 from tests.full.architectures import small
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_ray.conf.schema import Model, Paths
+from llm_ray.conf.finetune import Model
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.load import check_model, identity, load_empty_model, load_model, load_tokenizer, resolve, stored_dtype
 

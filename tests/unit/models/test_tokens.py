@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from llm_ray.conf.schema import Model, Paths
+from llm_ray.conf.finetune import Model
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.load import load_tokenizer
 from llm_ray.models.pretokenizers import RULES, set_rule

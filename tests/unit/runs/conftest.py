@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 
 MakeConf = Callable[..., FinetuneConf]
 

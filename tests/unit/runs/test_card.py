@@ -4,7 +4,7 @@ import re
 
 from huggingface_hub import ModelCard
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import DataStats, SplitStats
 from llm_ray.runs.card import model_card
 from llm_ray.runs.folder import open_run

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import ModelError, RunError, TrainError
 from llm_ray.runs.folder import RunFolder, file_hashes, holder, inputs_hash, open_run, stored_conf
 from tests.unit.runs.conftest import MakeConf
 
 HOLD = """
 import json, sys
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.runs.folder import open_run
 with open_run(FinetuneConf.model_validate(json.loads(sys.argv[1])), force=False):
     print("held", flush=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_ray.conf.serve import Autoscale
-from llm_ray.serve import catalogue
+from llm_ray.serve import directory
 from llm_ray.serve.models import Adapter, ServedModel, kv_cache_bytes, longest, made_for, sampling, writes
 
 
@@ -93,21 +93,21 @@ def test_a_replica_is_started_anew_for_what_it_cannot_take_over_live(change: dic
 
 def test_what_is_deployed_is_read_back_from_the_controllers_details() -> None:
     deployment = {
-        "deployment_config": {"user_config": json.loads(json.dumps(catalogue.user_config(MODEL)))},
+        "deployment_config": {"user_config": json.loads(json.dumps(directory.user_config(MODEL)))},
         "message": "",
         "replicas": [{"state": "RUNNING"}, {"state": "STARTING"}],
         "target_num_replicas": 2,
     }
     app = {"status": "DEPLOYING", "message": "starts", "last_deployed_time_s": 5.5, "deployments": {"model": deployment}}
-    others = {"other": {"deployments": {"model": deployment}}, catalogue.GATEWAY: {"deployments": {"llm-ray": {}}}}
-    (found,) = catalogue.deployed({"applications": {catalogue.app_name(MODEL.name): app, **others}}).values()
+    others = {"other": {"deployments": {"model": deployment}}, directory.GATEWAY: {"deployments": {"llm-ray": {}}}}
+    (found,) = directory.deployed({"applications": {directory.app_name(MODEL.name): app, **others}}).values()
     assert found.model == MODEL
     assert (found.replicas, found.wanted, found.ready, found.created, found.message) == (1, 2, True, 5, "starts")
 
 
 def test_a_cluster_without_serve_has_no_models() -> None:
-    assert catalogue.deployed({}) == {}
-    assert catalogue.deployed({"applications": {}}) == {}
+    assert directory.deployed({}) == {}
+    assert directory.deployed({"applications": {}}) == {}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from llm_ray.conf.schema import Lora
+from llm_ray.conf.finetune import Lora
 from llm_ray.errors import ConfError
 from llm_ray.export.stage import save_adapter
 from llm_ray.train.model import add_adapters, learning_modules, speed_up_adapters

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_ray.conf.schema import EarlyStopping, FinetuneConf
+from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
 from llm_ray.data.prepare import DataStats, SplitStats
 from llm_ray.train.auto import Choice, choose
 

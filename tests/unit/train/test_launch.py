@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ray.exceptions import ActorDiedError
 from ray.train import WorkerGroupError
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import ModelError
 from llm_ray.train.launch import Recurring, _explain
 

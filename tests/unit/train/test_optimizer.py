@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from llm_ray.conf.schema import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.train.optimizer import learning_rate, make_optimizer
 
 

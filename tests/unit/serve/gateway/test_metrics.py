@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from llm_ray.serve.catalogue import Deployed
+from llm_ray.serve.directory import Deployed
 from llm_ray.serve.gateway.metrics import NO_MODEL, Metrics
 from llm_ray.serve.models import Adapter, ServedModel
 

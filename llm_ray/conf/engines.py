@@ -1,0 +1,72 @@
+"""The engines that a model can be served with: what each is for, what it takes, and where its core is.
+
+A further engine is an entry here, and a core (`llm_ray.serve.engines.thread.Core`) in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+EngineName = Literal["vllm", "openvino", "transformers"]
+WeightForm = Literal["fp32", "bf16", "int8", "int4"]
+WEIGHTS: tuple[WeightForm, ...] = get_args(WeightForm)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is to be known of an engine before anything is loaded."""
+
+    title: str
+    """For people: what it is called, and for whom it is."""
+    core: str
+    """`module:class` of its core, which is imported in the replica alone."""
+    converts: bool = False
+    """It reads weights that were converted into its own form (`weights` of the conf), not the model's folder (`precision`)."""
+    adapters: bool = False
+    """It serves LoRA adapters beside their base."""
+    compiles: bool = False
+    """`compile` is for it."""
+    causal_only: bool = False
+    """It takes no models but those that transformers loads as causal ones."""
+    front_end: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Engine arguments of vLLM that its front end needs before this core."""
+    options_of_vllm: bool = False
+    """`engine_options` are vLLM's engine arguments."""
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """What the weights may be computed in, the default first."""
+        return ("int8", "int4", "bf16", "fp32") if self.converts else ("auto", "fp32", "bf16")
+
+
+ENGINES: Mapping[EngineName, Engine] = MappingProxyType(
+    {
+        "vllm": Engine(
+            title="vLLM: every feature, adapters",
+            core="llm_ray.serve.engines.vllm:VllmCore",
+            adapters=True,
+            compiles=True,
+            options_of_vllm=True,
+        ),
+        "openvino": Engine(
+            title="OpenVINO: int8 and int4, the fastest on CPUs",
+            core="llm_ray.serve.engines.openvino:OpenVinoCore",
+            converts=True,
+        ),
+        "transformers": Engine(
+            title="transformers: any causal model, the slowest",
+            core="llm_ray.serve.engines.transformers:TransformersCore",
+            causal_only=True,
+            front_end=MappingProxyType({"hf_overrides": {"architectures": ["TransformersForCausalLM"]}}),
+        ),
+    }
+)
+DEFAULT: EngineName = "vllm"
+
+
+def engines_with(trait: str) -> str:
+    """Names of the engines that have a trait, for a message: "vllm", "vllm or other"."""
+    return " or ".join(name for name, engine in ENGINES.items() if getattr(engine, trait))

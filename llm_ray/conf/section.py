@@ -1,0 +1,95 @@
+"""What the schemas of all confs are made of: a section of keys, kinds of values, and the folders that each names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def home() -> Path:
+    """The folder of models, data and runs: ``LLM_RAY_HOME``, else ``~/.llm-ray``."""
+    return Path(os.environ.get("LLM_RAY_HOME") or Path.home() / ".llm-ray").expanduser().absolute()
+
+
+def _absolute(value: object) -> object:
+    return Path(value).expanduser().absolute() if isinstance(value, (str, Path)) and str(value) else value
+
+
+# Ray's workers change their working directory, so that every path of the conf has to be absolute.
+AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
+
+
+def listed(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+# A value that is chosen from the data, the model and the host; what it came to is in params.json.
+Auto = Literal["auto"]
+Value = TypeVar("Value", int, float)
+
+
+def _default(value: object) -> object:
+    return "auto" if value is None else value
+
+
+def as_run(value: Value | Auto) -> Value:
+    """A value of a conf in which what was `auto` has been chosen."""
+    if value == "auto":
+        raise TypeError("this conf has values that are still auto")
+    return value
+
+
+# null in a conf is the default.
+OrAuto = BeforeValidator(_default)
+
+# One text, or a list of them.
+Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_type=str | tuple[str, ...])]
+
+
+class Section(BaseModel):
+    """Keys of a conf, with their documentation. Those that it does not have are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, values: Any) -> Any:
+        """A section whose keys are all commented out is YAML's null: its defaults hold."""
+        if not isinstance(values, dict):
+            return values
+        empty = {k for k, field in cls.model_fields.items() if values.get(k, ...) is None and _is_section(field.annotation)}
+        return {k: v for k, v in values.items() if k not in empty}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """Python, and so pydantic, takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("truth", "true and false are no numbers")
+        return value
+
+
+def _is_section(annotation: object) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+class Paths(Section):
+    """Folders of models, data and runs. On a cluster all of them lie on shared storage."""
+
+    models: AbsolutePath = Field(default_factory=lambda: home() / "models", json_schema_extra={"default": "$LLM_RAY_HOME/models"})
+    """The model registry: one Hugging Face folder a model."""
+    data: AbsolutePath = Field(default_factory=lambda: home() / "data", json_schema_extra={"default": "$LLM_RAY_HOME/data"})
+    """Data files named by a relative path are looked up beside the conf file, then in the current folder, then here."""
+    runs: AbsolutePath = Field(default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"})
+    """One folder a run."""
+
+    @classmethod
+    def of(cls, home: Path) -> Paths:
+        """The folders where `home` is that of models, data and runs."""
+        return cls(models=home / "models", data=home / "data", runs=home / "runs")

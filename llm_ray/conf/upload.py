@@ -1,0 +1,220 @@
+"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files that it takes along.
+
+    shipped = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, Destination(Path("/srv/llm-ray")))
+    shipped.text      # the conf as the cluster reads it: YAML, every key written out
+    shipped.files     # what has to be on the shared storage before it does
+
+Paths are the cluster's, and are not looked for here. Those of a section with `upload: true` are this machine's: they become places on the
+shared storage that are named by their contents, so that the same file is copied once and a changed one never takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_ray.conf import yamltext
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
+from llm_ray.conf.load import FinetuneValidation, ServeValidation, dump, load
+from llm_ray.conf.section import Section, home
+from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.conf.validate import MODEL_FILES, Validation, dotted, there
+from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
+from llm_ray.nearest import nearest_names
+
+_UPLOADS = "data/uploads"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The cluster that a conf is for."""
+
+    home: Path
+    """LLM_RAY_HOME there: the shared storage."""
+    nodes: str = "any"
+    """How its nodes run: bare_metal, docker, or any where it is not known."""
+    hosts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Addresses of hosts, by the names of hosts and groups in the inventory."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file or folder of this machine, and its place on the shared storage."""
+
+    key: str
+    source: Path
+    target: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ClusterConf:
+    """A conf as the cluster reads it."""
+
+    conf: Section
+    files: tuple[Upload, ...]
+
+    @property
+    def text(self) -> str:
+        return dump(self.conf)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def finetune_for_cluster(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> ClusterConf:
+    """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises :class:`ConfError`."""
+    return _for_cluster(FINETUNE, _Finetune, config, overrides, variables, to)
+
+
+def serve_for_cluster(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> ClusterConf:
+    """The conf of an endpoint; otherwise as :func:`finetune_for_cluster`."""
+    return _for_cluster(SERVE, _Serve, config, overrides, variables, to)
+
+
+def _for_cluster(
+    keys: Keys[C], kind: type[_ForCluster], config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
+) -> ClusterConf:
+    files: list[Upload] = []
+    runtime = ["runtime.mode=cluster", "runtime.address=auto"]
+    conf = load(keys, lambda *arguments: kind(to, files, *arguments), config, [*overrides, *runtime], variables, to.home)
+    return ClusterConf(conf, tuple(files))
+
+
+def digest(source: Path) -> tuple[str, int]:
+    """SHA-256 and size of a file; of a folder, of its files' sums and names (as `sha256sum` prints them) in the order of the names."""
+    if source.is_file():
+        with source.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest(), source.stat().st_size
+    lines, size = [], 0
+    files = (Path(folder, name) for folder, _, names in os.walk(source, followlinks=True) for name in names)
+    for name, file in sorted((file.relative_to(source).as_posix(), file) for file in files):
+        sha256, length = digest(file)
+        lines.append(f"{sha256}  {name}\n")
+        size += length
+    return hashlib.sha256("".join(lines).encode()).hexdigest(), size
+
+
+class _ForCluster(Validation[Any]):
+    """What a conf's paths mean where they are another machine's."""
+
+    def __init__(self, to: Destination, files: list[Upload], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.to, self.files = to, files
+
+    def uploads(self, path: yamltext.Path) -> bool:
+        """Whether what the key at `path` names is on this machine."""
+        section = path[:2] if path[0] == "models" else ("data",) if path[0] == "evaluation" else path[:1]
+        node: Any = self.data
+        for part in section:
+            node = node.get(part, {}) if isinstance(node, dict) else {}
+        return isinstance(node, dict) and node.get("upload") is True
+
+    def take(self, path: yamltext.Path, source: Path) -> str:
+        """The place on the shared storage of something on this machine."""
+        sha256, size = digest(source)
+        target = posixpath.join(str(self.to.home), _UPLOADS, sha256[:16], source.name)
+        self.files.append(Upload(dotted(path), source, target, sha256, size))
+        return target
+
+    def path(self, path: yamltext.Path, name: str) -> str:
+        if self.uploads(path):
+            found = Path(super().path(path, name))
+            if there(found.is_file):
+                return self.take(path, found)
+            self.complain(path, f"{dotted(path)}: no such file on this machine: {found}")
+        elif not name.startswith("/"):
+            self.complain(path, f"{dotted(path)} is {name}: {self._where(path)}")
+        return name
+
+    def must_be_file(self, path: yamltext.Path, file: Path | None) -> None:
+        """The cluster looks for it."""
+
+    def folder(self, path: yamltext.Path, name: str, files: tuple[str, ...] = MODEL_FILES) -> str:
+        if not self.uploads(path):
+            if name.startswith(("./", "../", "~")):
+                self.complain(path, f"{dotted(path)} is {name}: {self._where(path)}")
+            return name
+        found = Path(super().folder(path, name, files))
+        own = [home() / "models" / name, home() / "runs" / name / "output"]
+        places = [found] if found.is_absolute() else own if "/" not in name else []
+        taken = next((place for place in places if there(place.is_dir)), None)
+        return self.take(path, taken) if taken else name
+
+    def _where(self, path: yamltext.Path) -> str:
+        upload = ".".join([*map(str, path[:2] if path[0] == "models" else path[:1]), "upload"])
+        hint = f", or set {upload}: true where it is on this machine" if self.keys.key(tuple(upload.split("."))) else ""
+        return f"the cluster does not know this machine's folders: write an absolute path of its hosts{hint}"
+
+
+class _Finetune(_ForCluster, FinetuneValidation):
+    def resolve(self, conf: FinetuneConf) -> FinetuneConf:
+        conf = super().resolve(conf)
+        self._check_nodes(conf)
+        hosts = tuple(dict.fromkeys(address for name in conf.runtime.hosts for address in self._addresses(name)))
+        return conf.model_copy(
+            update={
+                "runtime": conf.runtime.model_copy(update={"hosts": hosts}),
+                "data": conf.data.model_copy(update={"upload": False}),
+                "model": conf.model.model_copy(update={"upload": False}),
+            }
+        )
+
+    def data_file(self, path: yamltext.Path, name: str, data: Path) -> str:
+        if self.uploads(path):
+            found = super().data_file(path, name, data)
+            return self.take(path, Path(found)) if Path(found).is_absolute() and there(Path(found).exists) else found
+        entry = Path(name)
+        if entry.is_absolute() or (HUB_ID.fullmatch(name) and entry.suffix.lower() not in DATA_SUFFIXES):
+            return name
+        if name.startswith(("./", "../", "~")) or not name.strip():
+            self.complain(path, f"{dotted(path)} is {name or 'empty'}: {self._where(path)}")
+        return str(data / name)
+
+    def processor(self, name: str | None) -> str | None:
+        file, _, attribute = (name or "").rpartition(":")
+        path = ("data", "processor")
+        if self.uploads(path):
+            found = super().processor(name)
+            place = Path((found or "").rpartition(":")[0])
+            return f"{self.take(path, place)}:{attribute}" if place.suffix == ".py" and there(place.is_file) else found
+        if file.endswith(".py") and not file.startswith("/"):
+            self.complain(path, f"data.processor is {name}: {self._where(path)}")
+        return name
+
+    def _check_nodes(self, conf: FinetuneConf) -> None:
+        if "any" not in (wanted := conf.runtime.nodes, self.to.nodes) and wanted != self.to.nodes:
+            self.complain(
+                ("runtime", "nodes"),
+                f"runtime.nodes is {wanted}, and the cluster's nodes run as {self.to.nodes} (ray_node_runtime): set any",
+            )
+
+    def _addresses(self, name: str) -> Sequence[str]:
+        """Of a host or group of the inventory; of what is none of them, the name itself where it is an address."""
+        known = [*self.to.hosts]
+        if not known or name in known:
+            return self.to.hosts.get(name, [name])
+        if name in {address for addresses in self.to.hosts.values() for address in addresses}:
+            return [name]
+        nearest = nearest_names(name, known)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are: {', '.join(known)}"
+        self.complain(("runtime", "hosts"), f"runtime.hosts: the inventory has no Ray node or group {name}; {hint}")
+        return [name]
+
+
+class _Serve(_ForCluster, ServeValidation):
+    def resolve(self, conf: ServeConf) -> ServeConf:
+        conf = super().resolve(conf)
+        return conf.model_copy(update={"models": {name: self._without_upload(model) for name, model in conf.models.items()}})
+
+    @staticmethod
+    def _without_upload(model: ModelServing) -> ModelServing:
+        return model.model_copy(update={"upload": False})

@@ -1,0 +1,209 @@
+"""LoRA adapters: finding one by what the conf calls it, and whether it belongs to the model that it is to be served on.
+
+An adapter holds differences from the weights of one model. On any other it answers nonsense, or ends the engine, so that it is refused
+before anything is loaded: where its layers are not those of the model, or where it is known to have been made for other weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from llm_ray.conf.section import Paths
+from llm_ray.errors import ModelError
+from llm_ray.models.folder import read_json, weight_files
+from llm_ray.models.load import file_digest, fingerprint
+from llm_ray.serve.models import text_config
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
+# Of PEFT's LoRA, what vLLM does not compute.
+_BEYOND = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_qalora",
+    "trainable_token_indices",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "arrow_config",
+)
+# Of the named ways to begin, those that leave the model's own weights as they are.
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_MERGED = "deploy the merged model"
+_PART = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>embedding_A|embedding_B|A\.weight|B\.weight)")
+# Copies of the model's own embeddings, which vLLM passes over.
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
+_Shape = tuple[int, ...]
+
+
+def find_adapter(name: str, called: str, paths: Paths) -> Path:
+    """An adapter's folder: a run's, or one that is named. Raises ModelError."""
+    folder = Path(called).expanduser()
+    places = [folder] if folder.is_absolute() or called.startswith(("./", "../")) else [paths.runs / called / "output" / "adapter", folder]
+    for place in places:
+        if (place / CONFIG).is_file():
+            if not (place / WEIGHTS).is_file():
+                if pickles := sorted([*place.glob("adapter_model.bin"), *place.glob("adapter_model.pt")]):
+                    raise ModelError(
+                        f"adapter {name}: {place} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where "
+                        "you trust them, write them as safetensors with peft's save_pretrained, and use that folder"
+                    )
+                raise ModelError(f"adapter {name}: {place} has no {WEIGHTS}: copy the adapter again")
+            return place.absolute()
+    if (paths.runs / called).is_dir():
+        raise ModelError(f"adapter {name}: the run {called} has no adapter (a full finetune, or not trained yet): deploy its model instead")
+    raise ModelError(f"adapter {name}: no run of this name, and no folder with {CONFIG}: {' or '.join(str(p.absolute()) for p in places)}")
+
+
+def adapter_rank(name: str, folder: Path) -> int:
+    """The rank of an adapter, rounded up to one of those that vLLM knows. Raises ModelError."""
+    config = read_json(folder / CONFIG)
+    highest = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
+    fitting = [rank for rank in _RANKS if rank >= highest]
+    if not fitting:
+        raise ModelError(f"adapter {name}: {folder} is of rank {highest}, and {_RANKS[-1]} is the most that can be served: {_MERGED}")
+    return fitting[0]
+
+
+def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | None:
+    """Raises ModelError where the adapter cannot be served on the model in the folder `base`: it is of a kind that vLLM does not compute, is
+    damaged, has other layers, or was made for other weights. Returns what is to be said of one of which that is not known.
+    """
+    config = read_json(folder / CONFIG)
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ModelError(f"adapter {name}: {folder} is of type {kind}, and LORA alone is served: {_MERGED}")
+    beyond = [setting for setting in _BEYOND if config.get(setting)]
+    if config.get("bias", "none") != "none":
+        beyond.append("bias")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in _PLAIN_INITS:
+        beyond.append(f"init_lora_weights: {start}, with which the model's own weights change,")
+    made_on = (config.get("auto_mapping") or {}).get("base_model_class")
+    kinds = read_json(base / "config.json").get("architectures") or []
+    if made_on and kinds and made_on not in kinds and made_on.endswith("ForCausalLM"):
+        raise ModelError(
+            f"adapter {name}: {folder} was made for a {made_on} ({CONFIG}), and the model in {base} is a {kinds[0]}: {_MERGED}"
+        )
+    if beyond:
+        raise ModelError(f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which is not served as an adapter: {_MERGED}")
+    _check_layers(name, folder, base, config)
+    return _check_origin(name, folder, base, config, paths)
+
+
+def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -> None:
+    """Raises ModelError for layers that the model does not have, or has of another size, and for tensors that vLLM does not take."""
+    parts: defaultdict[str, dict[str, _Shape]] = defaultdict(dict)
+    shapes, patterns = _layers(base)
+    wanted = f"it was made for {config.get('base_model_name_or_path') or 'another model'}"
+    for tensor, shape in _shapes(folder / WEIGHTS, f"adapter {name}: ").items():
+        if found := _PART.fullmatch(tensor):
+            parts[found["layer"]][found["side"].removeprefix("embedding_")[0]] = shape
+        elif copy := _COPY.fullmatch(tensor):
+            _check_size(name, folder, base, copy["layer"], shape, shapes, wanted)
+        else:
+            raise ModelError(
+                f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is no matrix of plain LoRA and is not served as an adapter: {_MERGED}"
+            )
+    there = 0
+    for layer, sides in parts.items():
+        if not {"A", "B"} <= sides.keys():
+            raise ModelError(f"adapter {name}: {folder / WEIGHTS} has half of {layer} only: copy the adapter again")
+        if "experts" in layer.split("."):
+            raise ModelError(
+                f"adapter {name}: {folder} changes experts ({layer}), which vLLM computes with adapters on GPUs alone: {_MERGED}, "
+                "or train without experts (tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj])"
+            )
+        has = _check_size(name, folder, base, layer, (sides["B"][0], sides["A"][1]), shapes, wanted)
+        if not has and any(re.sub(r"\d+", "#", end) in patterns for end in _ends(layer)):
+            raise ModelError(f"adapter {name}: {folder} does not belong to the model in {base}, which has no {layer}; {wanted}")
+        there += has
+    if not there and "quantization_config" not in read_json(base / "config.json"):
+        raise ModelError(f"adapter {name}: {folder} changes nothing that the model in {base} has; {wanted}")
+
+
+def _check_size(name: str, folder: Path, base: Path, layer: str, size: _Shape, shapes: dict[str, set[_Shape]], wanted: str) -> bool:
+    """Whether the model has the layer. Raises ModelError where it has it of another size."""
+    has = next((shapes[end] for end in _ends(layer) if end in shapes), None)
+    if has and size not in has and size[::-1] not in has:
+        told = " or ".join(f"{a} x {b}" for a, b in sorted(has))
+        raise ModelError(
+            f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x {size[1]} numbers, "
+            f"which the model has with {told}; {wanted}"
+        )
+    return bool(has)
+
+
+def _layers(base: Path) -> tuple[dict[str, set[_Shape]], set[str]]:
+    """The sizes of the model's matrices by the end of their names (what comes before differs between releases of transformers, and in
+    models that see), and those names with # for each number.
+    """
+    shapes: defaultdict[str, set[_Shape]] = defaultdict(set)
+    for file in weight_files(base):
+        for tensor, shape in _shapes(file).items():
+            if len(shape) == 2 and tensor.endswith(".weight"):
+                for end in _ends(tensor.removesuffix(".weight")):
+                    shapes[end].add(shape)
+    if "lm_head" not in shapes:  # it is tied to the embedding
+        words = text_config(base).get("vocab_size")
+        if tied := {shape for some in shapes.values() for shape in some if shape[0] == words}:
+            shapes["lm_head"] = tied
+    return shapes, {re.sub(r"\d+", "#", end) for end in shapes}
+
+
+def _ends(layer: str) -> list[str]:
+    """The name, and it without one, two, … of its first parts, but never without the number of the layer."""
+    parts = layer.split(".")
+    numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return [".".join(parts[i:]) for i in range(numbered + 1)]
+
+
+def _shapes(file: Path, whose: str = "") -> dict[str, _Shape]:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return {tensor: tuple(tensors.get_slice(tensor).get_shape()) for tensor in tensors.offset_keys()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{whose}{file} is damaged or cut off ({error}): copy it again") from error
+
+
+def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], paths: Paths) -> str | None:
+    """Raises ModelError for an adapter that was made for other weights; returns a warning where the names alone differ."""
+    run = folder.parent.parent / "run.json"
+    trained = read_json(run).get("model") if run.is_file() and folder.parent.name == "output" else None
+    if trained and trained.get("fingerprint") and not trained.get("gguf_file"):
+        if trained["fingerprint"] != fingerprint(base):
+            raise ModelError(
+                f"adapter {name}: it was trained on {trained['base']}, and the model in {base} is another, or has other weights by now: "
+                f"serve it on the model that it was trained on, or {_MERGED} ({run.parent.name})"
+            )
+        return None
+    origin = str(config.get("base_model_name_or_path") or "")
+    named = Path(origin).expanduser()
+    for place in (named.absolute(), paths.models / origin, paths.runs / origin / "output") if origin else ():
+        if (place / "config.json").is_file():
+            if _weights_digest(place) != _weights_digest(base):
+                raise ModelError(
+                    f"adapter {name}: {folder} was made for the model in {place} ({CONFIG}: base_model_name_or_path), and the one in {base} "
+                    f"has other weights: serve it on that one, or {_MERGED}"
+                )
+            return None
+    if origin and origin.replace("/", "--") != base.name and named.name != base.name.rpartition("--")[2]:
+        return f"adapter {name}: made for {origin} ({CONFIG}), which {base.name} is taken for: its answers are right on that model alone"
+    return None
+
+
+def _weights_digest(folder: Path) -> str:
+    """Tells weights from others; what lies beside them does not matter."""
+    digest = hashlib.sha256()
+    for file in sorted(weight_files(folder)):
+        digest.update(file_digest(file))
+    return digest.hexdigest()

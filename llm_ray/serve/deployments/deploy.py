@@ -1,0 +1,504 @@
+"""Deploying models on the connected Ray, changing them, and taking them away; each leaves the others alone.
+
+with local.connected(conf.runtime, home, reporter, begin=True):
+    endpoint = deploy(models, conf.endpoint, home, reporter)
+    ...  # endpoint.url is http://127.0.0.1:8000/v1
+    stop("smollm2", reporter)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import llm_ray
+from llm_ray.conf.serve import Endpoint
+from llm_ray.errors import ServeError
+from llm_ray.progress import Reporter
+from llm_ray.serve import directory
+from llm_ray.serve.deployments.plan import Node, beyond_room, fits_beside, place, tell
+from llm_ray.serve.directory import DEPLOYMENT, GATEWAY, Deployed
+from llm_ray.serve.gateway.deployment import Gateway
+from llm_ray.serve.gateway.protect import Protection
+from llm_ray.serve.models import ServedModel
+from llm_ray.serve.replica.deployment import ModelReplica
+from llm_ray.threads import Once
+
+_POLL = 0.1  # seconds
+_SETTLES = 5.0  # seconds within which Ray counts as free what a replica held that has ended
+_ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
+# Errors that only say that another one happened elsewhere.
+_EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
+# vLLM's advice for a cache that is too small names settings that do not hold here.
+_ADVICE = re.compile(r"Try (?:increasing|decreasing) .*gpu_memory_utilization.*")
+_GRACE = 60.0  # seconds that Serve may take for the rest
+_AT_ONCE = 15.0  # seconds, for who has interrupted a deployment
+# A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
+_STARTS = 5
+_FAILED_TO_START = "failed to start"
+_LOGGING: Once[None] = Once()
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where the models answer: `url` is the base of the OpenAI API, as in http://127.0.0.1:8000/v1."""
+
+    url: str
+    seconds: float
+    """From the call to the moment all models were ready."""
+    models: tuple[ServedModel, ...]
+    endpoint: Endpoint
+    """With what was left as it ran."""
+    started_ray: bool = False
+    """Whether this machine's Ray was started for it."""
+
+    def route(self, model: str) -> str:
+        """The model's own route."""
+        return f"{self.url.removesuffix('/v1')}/{model}"
+
+
+def deploy(models: Sequence[ServedModel], endpoint: Endpoint, home: Path, reporter: Reporter, timeout: float = 900) -> Served:
+    """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it is, but for what
+    `endpoint` says of it; its keys are those of `home`.
+
+    A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are others, else by
+    replicas that are replaced one after the other: a new one starts before an old one ends, where there is room for both, so that there
+    always is one to answer. Raises ServeError where there is no room, with the engine's reason when a model does
+    not start, or is not ready after `timeout` seconds: what was served before is then served again.
+    """
+    began = time.monotonic()
+    with _quiet():
+        endpoint = endpoint.over(running) if (running := running_endpoint()) else endpoint
+        url = start_endpoint(endpoint)
+        before = status()
+        holding = {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()}
+        models, hosts = _place(models, holding)
+        _check_names(models, before)
+        for line in (*map(tell, models), *beyond_room(models, hosts, holding)):
+            reporter.line(f"  {line}")
+        changed = [
+            model for model in models if model.name not in before or before[model.name].model != model or not before[model.name].ready
+        ]
+        try:
+            beside = fits_beside(changed, hosts)
+            _run([_gateway(endpoint, home), *(_application(model, endpoint, beside, before.get(model.name)) for model in changed)])
+            _wait([model.name for model in changed], reporter, began, timeout)
+        except BaseException as error:
+            _restore(changed, before, endpoint, reporter, interrupted=isinstance(error, KeyboardInterrupt))
+            raise
+    return Served(url, time.monotonic() - began, tuple(models), endpoint)
+
+
+def stop(names: Sequence[str], reporter: Reporter) -> None:
+    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not deployed."""
+    with _quiet():
+        there = status()
+        if unknown := [name for name in names if name not in there]:
+            adapters = {adapter: name for name, entry in there.items() for adapter in entry.model.adapters}
+            if unknown[0] in adapters:
+                raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that without it")
+            raise ServeError(f"no model {unknown[0]} is served here; there are: {', '.join(there) or 'none'}")
+        reporter.line(f"Stopping {', '.join(names)}.")
+        _delete([directory.app_name(name) for name in names], reporter)
+
+
+def stop_all(reporter: Reporter) -> None:
+    """Take all models away, and the endpoint; requests in progress are answered first."""
+    from ray import serve
+
+    with _quiet():
+        reporter.line("Stopping all models and the endpoint.")
+        drain()
+        _delete([*map(directory.app_name, status()), GATEWAY], reporter)
+        if not serve.status().applications:  # others may serve on this cluster, too
+            serve.shutdown()
+
+
+def status() -> dict[str, Deployed]:
+    """The models deployed on the connected Ray, by name; none where Ray Serve does not run."""
+    client = _client()
+    return directory.deployed(client.get_serve_details()) if client else {}
+
+
+def on_nodes() -> dict[str, list[str]]:
+    """The models with replicas on each node of the connected Ray, by node id."""
+    client = _client()
+    return directory.on_nodes(client.get_serve_details()) if client else {}
+
+
+def running_endpoint() -> Endpoint | None:
+    """The endpoint of the connected Ray, if one is deployed."""
+    client = _client()
+    return directory.endpoint(client.get_serve_details()) if client else None
+
+
+def stats() -> dict[str, dict[str, float]]:
+    """What the gateway has counted of each model; empty while there is no gateway."""
+    from ray import serve
+
+    with _quiet():
+        try:
+            found: dict[str, dict[str, float]] = serve.get_deployment_handle(GATEWAY, GATEWAY).stats.remote().result(timeout_s=5)
+        except Exception:  # it starts, restarts, or is not there
+            return {}
+        return found
+
+
+def drain() -> int:
+    """Take no more requests, wait until those in progress are answered; returns how many were not within the time that one may take."""
+    from ray import serve
+
+    with _quiet():
+        try:
+            seconds = _longest()
+            app = serve.status().applications.get(GATEWAY)
+            if app is None or not app.deployments[GATEWAY].replica_states.get("RUNNING"):  # it takes none in
+                return 0
+            return int(serve.get_deployment_handle(GATEWAY, GATEWAY).drain.remote(seconds).result(timeout_s=seconds + 10))
+        except Exception:  # there is no gateway, or it is gone: then nothing is in progress
+            return 0
+
+
+def url() -> str | None:
+    """The base of the OpenAI API where Ray Serve runs."""
+    client = _client()
+    return _url(client.http_config) if client else None
+
+
+def start_endpoint(endpoint: Endpoint) -> str:
+    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer as `endpoint` says."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    client = _client()
+    if client is None:
+        check_port(endpoint.host, endpoint.port)
+        serve.start(
+            proxy_location="HeadOnly" if endpoint.proxies == "head" else "EveryNode",
+            http_options=HTTPOptions(
+                host=endpoint.host,
+                port=endpoint.port,
+                keep_alive_timeout_s=75,
+                ssl_certfile=str(endpoint.tls_certificate) if endpoint.tls_certificate else None,
+                ssl_keyfile=str(endpoint.tls_key) if endpoint.tls_key else None,
+            ),
+        )
+        client = _client()
+    http = client.http_config
+    if (http.host, http.port) != (endpoint.host, endpoint.port):
+        raise ServeError(
+            f"Ray Serve runs already and answers at {http.host}:{http.port}, not at {endpoint.host}:{endpoint.port}: "
+            "leave endpoint.host and endpoint.port as they are, or stop it first (llm-ray serve stop --all)"
+        )
+    return _url(http)
+
+
+def _place(models: Sequence[ServedModel], holding: dict[str, ServedModel]) -> tuple[list[ServedModel], list[Node]]:
+    """The models with their cores decided, and the hosts. Raises ServeError where there is no room for one.
+
+    What a replica held that has just ended, after a deployment that failed or a stop, Ray counts as free a moment later: that is waited for.
+    """
+    end = time.monotonic() + _SETTLES
+    while True:
+        hosts = nodes()
+        try:
+            return place(models, hosts, holding), hosts
+        except ServeError:
+            if time.monotonic() > end or not _fit_alone(models, hosts):
+                raise
+        time.sleep(_POLL)
+
+
+def _fit_alone(models: Sequence[ServedModel], hosts: Sequence[Node]) -> bool:
+    """Whether the cluster had room for these models if nothing else ran there."""
+    try:
+        place(models, [replace(host, free_cpus=host.cpus, free_memory=host.memory) for host in hosts], {})
+    except ServeError:
+        return False
+    return True
+
+
+def nodes() -> list[Node]:
+    """The hosts of the connected Ray with their cores and memory."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return [
+        Node(
+            node["NodeManagerHostname"],
+            node["Resources"].get("CPU", 0),
+            node["Resources"].get("memory", 0),
+            free.get(node["NodeID"], {}).get("CPU", 0),
+            free.get(node["NodeID"], {}).get("memory", 0),
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU")
+    ]
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port at which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ServeError where `port` cannot be listened at."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServeError(
+                f"port {port} on {host} cannot be used ({error.strerror}): choose another (--port, or endpoint.port in the conf)"
+            ) from error
+
+
+def tell_reason(message: str) -> str:
+    """The root cause in a traceback as Serve tells it: its last error that says something, with what pydantic says of its fields."""
+    found = [match for match in _ERROR_LINE.finditer(message) if not match[2].startswith(_EMPTY)]
+    if not found:
+        return message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
+    what = _ADVICE.sub("Raise kv_cache_gib, or lower max_model_len.", found[-1][2].strip())
+    if re.search(r"\d+ validation errors? for \w+$", what):
+        details = re.findall(r"^\s*(?:Value error, |Assertion failed, )?(\S.*?) \[type=", message[found[-1].end() :], re.MULTILINE)
+        what = "; ".join(details) or what
+    return f"{found[-1][1].rpartition('.')[2]}: {what}"
+
+
+# Applications ------------------------------------------------------------------------------------------------------------------
+
+
+def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Deployed | None) -> Any:
+    """The model as Serve takes it, in place of the `old` one; `beside` says that there is room for one more replica while they are replaced."""
+    from ray import serve
+    from ray.serve.config import AutoscalingConfig
+
+    resources = {"CPU": model.cpus, "memory": model.memory_bytes}
+    options: dict[str, Any] = {"num_replicas": model.replicas}
+    if scale := model.autoscale:
+        options = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=scale.min,
+                # One at least: a model that cannot start is found out now. And those that the load wants now.
+                initial_replicas=min(max(scale.min, 1, old.wanted if old else 0), scale.max),
+                max_replicas=scale.max,
+                target_ongoing_requests=scale.target or max(1, model.max_batch / 2),
+                upscale_delay_s=2,
+                downscale_delay_s=scale.idle_s,
+                downscale_to_zero_delay_s=scale.idle_s,
+                metrics_interval_s=1,
+                look_back_period_s=min(10, max(2, scale.idle_s)),
+            )
+        }
+    deployment = serve.deployment(
+        ModelReplica,
+        name=DEPLOYMENT,
+        user_config=directory.user_config(model),
+        max_ongoing_requests=model.max_batch,
+        max_queued_requests=model.max_queue,
+        max_constructor_retry_count=_STARTS,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=endpoint.request_timeout_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        max_surge_percent=1 if beside else 0,  # of the replicas, rounded up: one
+        placement_group_bundles=[resources],
+        ray_actor_options={"num_cpus": model.cpus, "memory": model.memory_bytes},
+        **options,
+    )
+    return serve.RunTarget(
+        _versioned(deployment, model.version()).bind(_constant(model)), name=directory.app_name(model.name), route_prefix=None
+    )
+
+
+def _constant(model: ServedModel) -> ServedModel:
+    """What replicas are started with: without what is taken over live."""
+    return replace(model, replicas=1, autoscale=None)
+
+
+def _gateway(endpoint: Endpoint, home: Path) -> Any:
+    from ray import serve
+
+    deployment = serve.deployment(
+        serve.ingress()(Gateway),
+        name=GATEWAY,
+        user_config={"endpoint": endpoint.model_dump(mode="json"), "protection": Protection.of(endpoint, home).to_json()},
+        num_replicas=1,
+        max_ongoing_requests=10_000,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=endpoint.request_timeout_s,
+        max_surge_percent=100,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return serve.RunTarget(_versioned(deployment, llm_ray.__version__).bind(), name=GATEWAY, route_prefix="/")
+
+
+def _versioned(deployment: Any, version: str) -> Any:
+    """The deployment with a version of ours: Serve gives each deployment a new one, and would replace all replicas for a changed option."""
+    told = hashlib.sha256(json.dumps([llm_ray.__version__, version]).encode()).hexdigest()[:16]
+    return deployment.options(version=told, _internal=True)
+
+
+def _run(targets: list[Any]) -> None:
+    from ray import serve
+
+    serve.run_many(targets, wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
+def _delete(apps: Sequence[str], reporter: Reporter) -> None:
+    """Delete applications, and wait until their replicas have answered what they work on. Raises ServeError."""
+    from ray import serve
+
+    within = _longest() + _GRACE
+    for app in apps:
+        serve.delete(app, _blocking=False)
+    began = time.monotonic()
+    with reporter.bar("stopping", total=len(apps)) as bar:
+        while left := [app for app in apps if app in serve.status().applications]:
+            bar.update(len(apps) - len(left), len(apps), f"{time.monotonic() - began:.0f} s")
+            if time.monotonic() - began > within:
+                raise ServeError(f"{', '.join(left)} did not stop within {within:.0f} s: llm-ray serve status tells more")
+            time.sleep(_POLL)
+        bar.update(len(apps), len(apps))
+
+
+def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> None:
+    owner = {
+        called: name
+        for name, entry in before.items()
+        if name not in {model.name for model in models}
+        for called in (name, name.replace("/", "--"), *entry.model.adapters)
+    }
+    for model in models:
+        for called in (model.name, model.name.replace("/", "--"), *model.adapters):
+            if called in owner and owner[called] != model.name:
+                raise ServeError(
+                    f"the name {called} is taken by the deployed model {owner[called]}: choose another, or stop that one first"
+                )
+
+
+def _restore(
+    changed: Sequence[ServedModel], before: dict[str, Deployed], endpoint: Endpoint, reporter: Reporter, interrupted: bool
+) -> None:
+    """Serve what was served before a deployment that failed."""
+    with contextlib.suppress(Exception):  # the failure that is told is the one that led here
+        if old := [before[model.name].model for model in changed if model.name in before]:
+            _run([_application(model, endpoint, True, before[model.name]) for model in old])
+    new = {directory.app_name(model.name): model.name for model in changed if model.name not in before}
+    if left := _take_back(list(new), _AT_ONCE if interrupted else _GRACE):
+        names = " ".join(new[app] for app in left)
+        reporter.line(f"  {names} could not be taken back: llm-ray serve stop {names}")
+
+
+def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
+    """Delete applications whose deployment is given up; returns those that do not even end after `seconds`.
+
+    Of those that are not ready the replicas are killed: they have answered nobody, and while they load they would hold their cores, in
+    Serve for as long as a request may take. The controller is asked until it has heard: what was sent last is lost where this process
+    ends right after it.
+    """
+    from ray import serve
+
+    end = time.monotonic() + seconds
+    left = list(apps)
+    ready: set[str] | None = None
+    while left:
+        with contextlib.suppress(Exception):  # Ray is busy, or it ends
+            there = {app: details for app, details in _client().get_serve_details()["applications"].items() if app in left}
+            ready = {app for app in there if there[app]["status"] == "RUNNING"} if ready is None else ready
+            for app, details in there.items():
+                if details["status"] != "DELETING":
+                    serve.delete(app, _blocking=False)
+                if app not in ready:
+                    _kill_replicas(details)
+            left = [app for app in there if not (app in ready and there[app]["status"] == "DELETING")]
+        if time.monotonic() > end:
+            break
+        time.sleep(_POLL)
+    return left
+
+
+def _kill_replicas(app: dict[str, Any]) -> None:
+    import ray
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    for deployment in app["deployments"].values():
+        for replica in deployment["replicas"]:
+            with contextlib.suppress(ValueError):  # it is gone
+                ray.kill(ray.get_actor(replica["actor_name"], namespace=SERVE_NAMESPACE), no_restart=True)
+
+
+def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:
+    """Until the gateway and the models answer. Raises ServeError."""
+    from ray import serve
+
+    wanted = {directory.app_name(name): name for name in names} | {GATEWAY: "HTTP"}
+    with reporter.bar("starting", total=len(wanted)) as bar:
+        while True:
+            apps = serve.status().applications
+            waiting = [said for app, said in wanted.items() if app not in apps or apps[app].status != "RUNNING"]
+            bar.update(len(wanted) - len(waiting), len(wanted), f"{', '.join(waiting)} {time.monotonic() - began:.0f} s")
+            if not waiting:
+                return
+            for app, said in wanted.items():
+                if app in apps and (message := _failure(apps[app])):
+                    raise ServeError(f"{said} could not be deployed: {tell_reason(message)}")
+            if time.monotonic() - began > timeout:
+                told = "\n".join(d.message for app in wanted if app in apps for d in apps[app].deployments.values()).strip()
+                raise ServeError(
+                    f"{', '.join(waiting)} did not start within {timeout:.0f} s: give more time (--timeout), or see "
+                    f"llm-ray serve logs {names[0] if names else 'gateway'}" + (f". The last word: {tell_reason(told)}" if told else "")
+                )
+            time.sleep(_POLL)
+
+
+def _longest() -> float:
+    """Seconds that a request may take."""
+    return (running_endpoint() or Endpoint()).request_timeout_s
+
+
+def _failure(app: Any) -> str | None:
+    """What Serve tells of a deployment that will not do: the constructor's error, at its first occurrence."""
+    told = "\n".join([app.message, *(d.message for d in app.deployments.values())])
+    broken = _FAILED_TO_START in told and "ActorDiedError" not in told
+    return told if broken or app.status == "DEPLOY_FAILED" else None
+
+
+def _client() -> Any:
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def _url(http: Any) -> str:
+    host = "127.0.0.1" if http.host in ("0.0.0.0", "::") else http.host  # noqa: S104
+    return f"{'https' if http.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{http.port}/v1"
+
+
+def _quiet() -> AbstractContextManager[None]:
+    """Serve tells its own story on stderr; what matters of it is said here."""
+    return _LOGGING.use(None, _without_warnings)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

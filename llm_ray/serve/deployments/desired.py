@@ -1,0 +1,87 @@
+"""The desired state of a cluster's serving, as confs have described it: from this the endpoint comes back when Ray's head has started anew.
+
+llm-ray serve restore     # on the head, after each start: the unit llm-ray-serve does it
+
+Ray's head forgets what it served when it ends. `serve deploy` on a cluster therefore keeps the conf of each model that answers in
+`LLM_RAY_HOME/serve/desired.json`, on the shared storage, and `serve stop` takes it away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llm_ray.conf.serve import ServeConf
+from llm_ray.errors import ServeError
+from llm_ray.files import locked, write_text
+
+
+def desired_file(home: Path) -> Path:
+    """Where it is kept; from where earlier versions kept it, it is brought there."""
+    file = home / "serve" / "desired.json"
+    old = file.with_name("declared.json")
+    if old.exists() and not file.exists():
+        old.rename(file)
+    return file
+
+
+def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
+    """Keep these models of the conf in `file`, in place of others of their names. Raises ServeError."""
+    told = conf.model_dump(mode="json")
+    with _changing(file) as kept:
+        kept["endpoint"] = told["endpoint"]
+        kept.setdefault("models", {}).update({name: {"paths": told["paths"], "model": told["models"][name]} for name in names})
+
+
+def forget(file: Path, names: Sequence[str] | None = None) -> None:
+    """Keep these models no more; all of them where none are named. Raises ServeError."""
+    if not file.exists():
+        return
+    with _changing(file) as kept:
+        kept["models"] = {name: entry for name, entry in kept.get("models", {}).items() if names is not None and name not in names}
+
+
+def desired_confs(file: Path) -> list[ServeConf]:
+    """A conf for each model that is to be served, with the endpoint they share. Raises ServeError for one that this version cannot read."""
+    kept = _read(file)
+    found = []
+    for name, entry in kept.get("models", {}).items():
+        runtime = {"mode": "cluster", "address": "auto"}
+        try:
+            found.append(
+                ServeConf.model_validate(
+                    {"runtime": runtime, "endpoint": kept["endpoint"], "paths": entry["paths"], "models": {name: entry["model"]}}
+                )
+            )
+        except (ValidationError, KeyError, TypeError) as error:
+            raise ServeError(
+                f"{file}: what is kept of the model {name} cannot be read by this version: deploy it again "
+                f"(llm-ray serve deploy), or stop it (llm-ray serve stop {name}). ({str(error).splitlines()[0]})"
+            ) from error
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ServeError(f"{file} cannot be read: {error}: mend it, or move it away and deploy the models again") from error
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def _changing(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with locked(file.with_suffix(".lock")):
+            kept = _read(file)
+            yield kept
+            write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n", mode=0o640)
+    except OSError as error:
+        raise ServeError(f"{file} cannot be written: {error.strerror or error}: the models would not come back with Ray's head") from error

@@ -1,0 +1,211 @@
+"""Serving on this machine: a Ray of its own in the background, which one command starts and others join.
+
+python -m llm_ray.serve.deployments.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress, and ends it
+
+Its place and token are told in `LLM_RAY_HOME/serve/local.json`, which its owner alone can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from llm_ray.cluster import join_local, local_ray
+from llm_ray.conf.section import home
+from llm_ray.conf.serve import ServeRuntime
+from llm_ray.errors import ServeError
+from llm_ray.files import write_json
+from llm_ray.progress import Reporter
+from llm_ray.serve.gateway import proxy
+
+_POLL = 0.05  # seconds
+_WATCH = 1.0
+_ENDS_WITHIN = 120  # seconds, once all is answered
+
+
+@dataclass(frozen=True)
+class LocalRay:
+    """The Ray that serves on this machine."""
+
+    pid: int
+    began: int
+    """When the process began, as `_began` tells it: a pid alone may be another's by now."""
+    address: str
+    token: str
+    """Path of the file with its token."""
+    session: str
+    """Folder of its logs."""
+    ending: bool = False
+    """Whether it only answers what is in progress, and ends."""
+
+
+def state_file(home: Path) -> Path:
+    """Where the local Ray that serves is told."""
+    return home / "serve" / "local.json"
+
+
+def running(home: Path) -> LocalRay | None:
+    """The local Ray that serves, if one does."""
+    try:
+        found = LocalRay(**json.loads(state_file(home).read_text()))
+        alive = _began(found.pid) == found.began
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if alive else None
+
+
+def _began(pid: int) -> int:
+    """When a process began, in clock ticks after the start of the machine (proc(5), `starttime`): its time by the clock is another when the
+    clock is set. Raises OSError where there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19])
+
+
+def start(home: Path, reporter: Reporter, timeout: float = 120) -> LocalRay:
+    """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
+    found = running(home)
+    if found and found.ending:
+        reporter.line("What was served here is being stopped; waiting for its last answers.")
+        end(found)
+    elif found:
+        return found
+    reporter.line("Starting Ray on this machine, in the background.")
+    state = state_file(home)
+    state.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = state.with_name("local.log")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llm_ray.serve.deployments.local"],
+            env={**os.environ, "LLM_RAY_HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
+    try:
+        return _started(process, home, log, timeout)
+    except BaseException:
+        _stop(process.pid, 30)
+        raise
+
+
+def _started(process: subprocess.Popen[bytes], home: Path, log: Path, timeout: float) -> LocalRay:
+    """Wait until the background process serves. Raises ServeError."""
+    import ray.serve  # noqa: F401  # seconds, meanwhile
+
+    began = time.monotonic()
+    while True:
+        if (found := running(home)) and found.pid == process.pid:
+            return found
+        if process.poll() is not None:
+            if found := running(home):  # another command was faster
+                return found
+            said = log.read_text(errors="replace").strip().splitlines()
+            raise ServeError(f"Ray did not start on this machine: {said[-1] if said else 'no reason given'} ({log})")
+        if time.monotonic() - began > timeout:
+            raise ServeError(f"Ray did not start on this machine within {timeout:.0f} s ({log})")
+        time.sleep(_POLL)
+
+
+def end(found: LocalRay) -> None:
+    """End the local Ray that serves; requests in progress are answered first."""
+    _stop(found.pid)
+
+
+def _stop(pid: int, timeout: float | None = None) -> None:
+    """SIGTERM, and after `timeout` seconds SIGKILL."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        process.terminate()
+        try:
+            process.wait(timeout)
+        except psutil.TimeoutExpired:
+            process.kill()
+
+
+@contextlib.contextmanager
+def connected(runtime: ServeRuntime, home: Path, reporter: Reporter, begin: bool = False) -> Iterator[None]:
+    """The Ray that serves, joined: the cluster's, or this machine's of `home`, which is started where `begin` says so.
+
+    Raises ServeError when nothing is served, ClusterError when the cluster cannot be joined.
+    """
+    if runtime.mode == "cluster":
+        from llm_ray.cluster import join_cluster
+
+        with join_cluster(runtime.address, proxy.ENVIRONMENT):
+            yield
+        return
+    found = start(home, reporter) if begin else running(home)
+    if found is None:
+        raise ServeError("nothing is served on this machine: llm-ray serve deploy --model … starts it (a cluster: --address auto)")
+    with join_local(found.address, Path(found.token)):
+        yield
+
+
+def main() -> None:
+    """The background process: Ray, until SIGTERM."""
+    import fcntl
+
+    state = state_file(home())
+    signal.signal(signal.SIGTERM, _interrupt)  # while it starts; Ctrl-C does the same
+    with state.with_name("local.lock").open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("another process serves already", file=sys.stderr)
+            raise SystemExit(1) from None
+        os.environ.update(proxy.ENVIRONMENT)
+        try:
+            with local_ray():
+                _serve_until_told_to_end()
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        finally:
+            state.unlink(missing_ok=True)
+
+
+def _serve_until_told_to_end() -> None:
+    """Until SIGTERM, and then until what is in progress is answered; or until a part of Ray without which nothing works is dead."""
+    import ray
+
+    ending = threading.Event()
+    for told in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(told, lambda *_: ending.set())
+    node = ray._private.worker._global_node
+    me = psutil.Process()
+    here = LocalRay(me.pid, _began(me.pid), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
+    _tell(here)
+    vital = [child for child in me.children() if child.name() in ("gcs_server", "raylet")]
+    while not ending.wait(_WATCH):
+        if dead := [child.name() for child in vital if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE]:
+            raise ServeError(f"{' and '.join(dead)} of Ray ended unexpectedly; its logs were in {here.session}")
+    _tell(replace(here, ending=True))
+    from llm_ray.serve.deployments.deploy import drain
+
+    drain()
+    signal.alarm(_ENDS_WITHIN)  # ends this process should Ray's shutdown hang
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _tell(told: LocalRay) -> None:
+    state = state_file(home())
+    state.touch(mode=0o600)
+    write_json(state, asdict(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the replicas of a model have logged, from every host of the cluster: those that run and those that failed."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from llm_ray.errors import ServeError
+from llm_ray.serve import directory
+from llm_ray.serve.directory import DEPLOYMENT, GATEWAY
+
+_POLL = 1.0  # seconds
+
+
+def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
+    """The last `lines` lines of each replica's log, oldest replica first; then, where `follow` says so, what is added, without end.
+
+    Raises ServeError where no host has a log of that model, or when none is left.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    app, deployment = (GATEWAY, GATEWAY) if name == "gateway" else (directory.app_name(name), DEPLOYMENT)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    task = ray.remote(num_cpus=0)(_read)
+    offsets: dict[str, int] = {}
+    while True:
+        found = {}
+        for node in list(nodes):
+            there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            asked = there.remote(
+                re.sub(r"[^\w.-]", "_", f"{app}_{deployment}"),
+                {k: v for k, v in offsets.items() if k.startswith(node["NodeID"])},
+                node["NodeID"],
+            )
+            try:
+                told = ray.get(asked)
+            except RayTaskError:
+                raise
+            except RayError:  # the host is lost, or all of Ray has ended
+                nodes.remove(node)
+                continue
+            found.update({key: (node["NodeManagerHostname"], *value) for key, value in told.items()})
+        if not nodes:
+            raise ServeError(f"there is nothing more to read of {name}: its Ray has ended")
+        if not found and not offsets:
+            raise ServeError(f"{name} has no logs here: llm-ray serve status shows what is deployed")
+        for key, (host, offset, text) in found.items():
+            said = text.splitlines()
+            if key not in offsets:
+                yield f"--- {key.rpartition('/')[2]} on {host}"
+                said = said[-lines:]
+            offsets[key] = offset
+            yield from said
+        if not follow:
+            return
+        time.sleep(_POLL)
+
+
+def _read(mark: str, offsets: dict[str, int], node: str) -> dict[str, tuple[int, str]]:
+    """On a host: of each log file of the replicas, how far it has been read, and what came since `offsets`."""
+    import ray
+
+    folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    files = sorted((folder / "serve").glob(f"replica_{mark}_*.log"), key=lambda f: f.stat().st_mtime)
+    workers = {file: _workers(folder, file) for file in files}
+    told = {}
+    for file in [f for serve_log in files for f in (serve_log, *workers[serve_log])]:
+        key = f"{node}/{file.name}"
+        data = file.read_bytes()
+        if len(data) > offsets.get(key, 0) or key not in offsets:
+            told[key] = (len(data), data[offsets.get(key, 0) :].decode(errors="replace"))
+    return told
+
+
+def _workers(folder: Path, serve_log: Path) -> list[Path]:
+    """What the replica's process wrote to its standard streams: engines write there."""
+    text = serve_log.read_text(errors="replace")[:2000]
+    pid = next((part for line in text.splitlines() for part in line.split() if part.startswith("pid=")), None)
+    return sorted(folder.glob(f"worker-*-{pid.removeprefix('pid=')}.*")) if pid else []

@@ -1,0 +1,334 @@
+"""From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told before loading.
+
+models = plan(conf, reporter)         # folders found, arithmetic and memory decided; ModelError for what cannot be served
+place(models, nodes, deployed)        # cores decided; ServeError with the figures where there is no room
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from llm_ray.conf.engines import DEFAULT, ENGINES
+from llm_ray.conf.section import Paths
+from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.errors import ModelError, ServeError
+from llm_ray.hardware import Precision, cpu_flags, has_bf16
+from llm_ray.models.complete import check_complete
+from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
+from llm_ray.models.limits import check_tokenizer_fits, positions
+from llm_ray.models.load import fingerprint, resolve
+from llm_ray.models.registry import has_chat_template, import_model, template_text
+from llm_ray.models.tokens import check_alike
+from llm_ray.progress import Reporter
+from llm_ray.serve.deployments.adapters import adapter_rank, check_adapter, find_adapter
+from llm_ray.serve.models import (
+    DEFAULT_MAX_MODEL_LEN,
+    SIZES,
+    Adapter,
+    ServedModel,
+    Task,
+    kv_cache_bytes,
+    longest,
+    made_for,
+    sampling,
+    writes,
+)
+
+# What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
+_PROGRAM_BYTES = 1_800 * 2**20
+_GIB = 2**30
+# Most cores that help, by billions of parameters.
+_CORES = ((0.5, 8), (2, 16), (8, 32))
+# How a chat template writes tool calls, and vLLM's parser of that form.
+_TOOL_FORMS = (
+    ("<|python_tag|>", "llama3_json"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<function=", "qwen3_coder"),
+    ("functools", "phi4_mini_json"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host of the cluster: cores and memory that Ray counts there, and those that are free."""
+
+    host: str
+    cpus: float
+    memory: float
+    free_cpus: float
+    free_memory: float
+
+
+def plan(conf: ServeConf, reporter: Reporter, only: Sequence[str] = ()) -> list[ServedModel]:
+    """The conf's models (or those named `only`), everything decided but their cores.
+
+    Models of the hub are downloaded into the registry, those for engine openvino converted, unless that is done. Raises ModelError.
+    """
+    if unknown := sorted(set(only) - set(conf.models)):
+        raise ServeError(f"--only {unknown[0]}: the conf has no such model; it has {', '.join(conf.models)}")
+    return [_planned(name, model, conf.paths, reporter) for name, model in conf.models.items() if not only or name in only]
+
+
+def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
+    source = _folder(asked.model, paths, reporter)
+    tokenizer = _folder(asked.tokenizer, paths, reporter) if asked.tokenizer else None
+    if tokenizer:
+        check_tokenizer(tokenizer)
+    path, weights = _weights(asked, source, paths, reporter)
+    check_alike(tokenizer or path)
+    _check_kind(asked, path)
+    check_tokenizer_fits(path, tokenizer or path)
+    # Of a conversion, the original was looked at.
+    engine = ENGINES[asked.engine]
+    empty = check_complete(path, trust_remote_code=asked.trust_remote_code) if not engine.converts else None
+    precision = _precision(asked, weights)
+    most = min((limit for limit in (made_for(path), positions(empty) if empty else None) if limit), default=None)
+    length = asked.max_model_len or min(longest(path, None), most or DEFAULT_MAX_MODEL_LEN)
+    if most and length > most:
+        raise ModelError(f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so many")
+    cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
+    size = SIZES.get(weights.dtype, 4.0) if engine.converts else SIZES[precision]
+    template = asked.chat_template
+    adapters = {called: find_adapter(called, adapter, paths) for called, adapter in asked.adapters.items()}
+    ranks = [adapter_rank(called, folder) for called, folder in adapters.items()]
+    for called, folder in adapters.items():
+        if doubt := check_adapter(called, folder, path, paths):
+            reporter.line(doubt)
+    chat = bool(template) or has_chat_template(tokenizer or path)
+    task: Task = "embeddings" if not writes(path, asked.engine_options) else "chat" if chat else "completions"
+    return ServedModel(
+        name=name,
+        path=path,
+        engine=asked.engine,
+        tokenizer=tokenizer,
+        chat_template=template,
+        precision=precision,
+        max_model_len=length,
+        max_batch=asked.max_batch,
+        max_queue=asked.max_queue,
+        kv_cache_bytes=cache,
+        memory_bytes=int(weights.parameters * size * 1.1) + cache + _PROGRAM_BYTES,
+        cpus=0 if asked.cpus == "auto" else asked.cpus,
+        threads=_useful_cores(weights.parameters),
+        replicas=asked.replicas,
+        autoscale=asked.autoscale,
+        adapters={called: Adapter(str(folder), fingerprint(folder)) for called, folder in adapters.items()},
+        lora_rank=max(ranks, default=0),
+        task=task,
+        sampling=sampling(path) if asked.sampling_defaults == "model" else {},
+        tool_parser=_tool_parser(asked.tools, tokenizer or path, template) if task == "chat" else None,
+        trust_remote_code=asked.trust_remote_code,
+        compile=asked.compile,
+        engine_options=asked.engine_options,
+        identity=fingerprint(path),
+    )
+
+
+def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
+    """The model as it will be served, without converting it where that would be needed: its memory is then reckoned. Raises ModelError."""
+    if not ENGINES[asked.engine].converts:
+        return _planned(name, asked, paths, reporter)
+    like = _planned(name, asked.model_copy(update={"engine": "transformers", "weights": None}), paths, reporter)
+    weights = like.memory_bytes - like.kv_cache_bytes - _PROGRAM_BYTES
+    smaller = int(weights * SIZES[asked.weights or "int8"] / SIZES[like.precision])
+    return replace(like, engine=asked.engine, memory_bytes=like.memory_bytes - weights + smaller)
+
+
+def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
+    """The folder of a run, a registry name, a folder, or a hub id, which is downloaded unless it has been. Raises ModelError."""
+    location = resolve(called, paths)
+    if location.folder:
+        return location.folder
+    name = called.replace("/", "--")
+    if not (paths.models / name).is_dir():
+        reporter.line(f"{called}: downloading into the model registry, as {name}")
+        return import_model(called, name, paths.models)
+    return paths.models / name
+
+
+def _weights(asked: ModelServing, source: Path, paths: Paths, reporter: Reporter) -> tuple[Path, Weights]:
+    """The folder with weights in the engine's form."""
+    if not ENGINES[asked.engine].converts:
+        return source, check_folder(source, tokenizer=not asked.tokenizer)
+    from llm_ray.models.convert import openvino_folder
+    from llm_ray.models.openvino import openvino_weights
+
+    folder = openvino_folder(source, asked.weights, paths.models, reporter)
+    return folder, openvino_weights(folder)
+
+
+def _check_kind(asked: ModelServing, path: Path) -> None:
+    """Raises ModelError for a model that transformers does not know, which no engine could load."""
+    config = read_json(path / "config.json")
+    if asked.trust_remote_code:
+        return
+    kind = config.get("model_type")
+    if kind not in _known_kinds():
+        if "auto_map" in config:
+            raise ModelError(f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it")
+        raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
+    if ENGINES[asked.engine].causal_only:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise ModelError(f"{path}: a model of type {kind} does not write text, which engine {asked.engine} needs: use engine {DEFAULT}")
+
+
+def _known_kinds() -> Container[str]:
+    """The types of models that transformers knows. Its table is read alone: importing it would import torch, seconds on a small host."""
+    origin = importlib.util.find_spec("transformers").origin  # type: ignore[union-attr]
+    kinds: Container[str] = runpy.run_path(str(Path(str(origin)).parent / "models/auto/auto_mappings.py"))["CONFIG_MAPPING_NAMES"]
+    return kinds
+
+
+def _precision(asked: ModelServing, weights: Weights) -> Precision:
+    """Weights stored in fp32 are not rounded to bf16 unasked: a small model's close calls would fall otherwise."""
+    if asked.precision != "auto":
+        return asked.precision
+    return "fp32" if weights.dtype == "fp32" or not has_bf16(cpu_flags()) else "bf16"
+
+
+def _useful_cores(parameters: int) -> int:
+    return next((cores for billions, cores in _CORES if parameters < billions * 1e9), 64)
+
+
+def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
+    """vLLM's name for the form in which the model writes tool calls. Hermes' form is what a model without one of its own is asked for."""
+    if tools != "auto":
+        return None if tools == "off" else tools
+    text = template_text(path, template)
+    return next((parser for mark, parser in _TOOL_FORMS if mark in text), "hermes")
+
+
+def place(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[ServedModel]:
+    """The models with their cores decided. Raises ServeError, with the figures, where the cluster has no room for one.
+
+    `running` are the deployed ones, with the replicas that they have now: what a model of the same name holds is its own again when it is
+    replaced. One that is otherwise unchanged keeps its cores, so that it need not be started anew.
+    """
+    kept = {model.name: like for model in models if (old := running.get(model.name)) and (like := _with_cores_of(old, model))}
+    try:
+        return _place(models, nodes, running, kept)
+    except ServeError:
+        if not kept:
+            raise
+        return _place(models, nodes, running, {})
+
+
+def _with_cores_of(old: ServedModel, model: ServedModel) -> ServedModel | None:
+    """A model whose cores are to be decided, with those of the deployed one, if nothing else about it calls for new replicas."""
+    like = replace(model, cpus=old.cpus, threads=old.threads)
+    return like if model.cpus == 0 and like.version() == old.version() else None
+
+
+def _place(
+    models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel], kept: Mapping[str, ServedModel]
+) -> list[ServedModel]:
+    free = _free_without(models, nodes, running)
+    placed: dict[str, ServedModel] = {}
+    undecided = {model.name for model in models if model.cpus == 0 and model.name not in kept}
+    waiting = [model for model in models if model.name in undecided]
+    for model in sorted(models, key=lambda m: m.name in undecided):  # those that share what is left come last
+        chosen = kept.get(model.name, model)
+        if model.name in undecided:
+            most, total = max(room[0] for room in free), sum(room[0] for room in free)
+            # One for each replica that is to start, and more where those that may come with the load can have as many.
+            each = max(1, total // sum(map(_most_replicas, waiting))) if total >= sum(map(_replicas, waiting)) else 0
+            cores = int(min(model.threads, most, each))
+            waiting.remove(model)
+            chosen = replace(model, cpus=cores, threads=int(min(model.threads, max(node.cpus for node in nodes))))
+        _take(chosen, nodes, free)
+        placed[model.name] = chosen
+    return [placed[model.name] for model in models]
+
+
+def fits_beside(models: Sequence[ServedModel], nodes: Sequence[Node]) -> bool:
+    """Whether one more replica of each of these models has room beside all that runs."""
+    free = _free_without((), nodes, {})
+    return all(_put(model, free) for model in models)
+
+
+def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[str]:
+    """What is to be said of placed models whose `autoscale.max` the cluster has no room for: a line each."""
+    free = _free_without(models, nodes, running)
+    for model in models:
+        for _ in range(_replicas(model)):
+            _put(model, free)
+    said = []
+    for model in models:
+        left, there, most = [room.copy() for room in free], _replicas(model), _most_replicas(model)
+        while there < most and _put(model, left):
+            there += 1
+        if there < most:
+            said.append(
+                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {there}: the others wait for room"
+            )
+    return said
+
+
+def _free_without(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[list[float]]:
+    """Free cores and memory of each node, as if those that the models replace were gone."""
+    free = [[node.free_cpus, node.free_memory] for node in nodes]
+    for model in models:
+        if old := running.get(model.name):
+            _give_back(old, nodes, free)
+    return free
+
+
+def _replicas(model: ServedModel) -> int:
+    return max(model.autoscale.min, 1) if model.autoscale else model.replicas
+
+
+def _most_replicas(model: ServedModel) -> int:
+    return model.autoscale.max if model.autoscale else model.replicas
+
+
+def _give_back(old: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
+    for _ in range(old.replicas):
+        for node, room in zip(nodes, free, strict=True):
+            if node.cpus - room[0] >= old.cpus and node.memory - room[1] >= old.memory_bytes:
+                room[0] += old.cpus
+                room[1] += old.memory_bytes
+                break
+
+
+def _take(model: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
+    for _ in range(_replicas(model)):
+        if not _put(model, free):
+            raise ServeError(_no_room(model, nodes, free, _replicas(model)))
+
+
+def _put(model: ServedModel, free: list[list[float]]) -> bool:
+    """Take room for one replica, where there is most; False where there is none."""
+    fitting = [room for room in free if room[0] >= model.cpus and room[1] >= model.memory_bytes]
+    if fitting:
+        room = max(fitting, key=lambda r: (r[0], r[1]))
+        room[0] -= model.cpus
+        room[1] -= model.memory_bytes
+    return bool(fitting)
+
+
+def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]], replicas: int) -> str:
+    have = "; ".join(
+        f"{node.host} has {room[0]:g} of {node.cpus:g} CPUs and {max(0, room[1]) / _GIB:.1f} of {node.memory / _GIB:.1f} GiB free"
+        for node, room in zip(nodes, free, strict=True)
+    )
+    if all(node.memory < model.memory_bytes or room[1] < model.memory_bytes for node, room in zip(nodes, free, strict=True)):
+        advice = "take a smaller max_model_len or kv_cache_gib, engine openvino with int8 weights, or stop another model (llm-ray serve stop NAME)"
+    else:
+        advice = "give it fewer cpus or replicas, leave cpus out to share cores, or stop another model (llm-ray serve stop NAME)"
+    each = f"{model.cpus} CPU(s) and {model.memory_bytes / _GIB:.1f} GiB (of which {model.kv_cache_bytes / _GIB:.1f} GiB cache)"
+    return f"no room for {model.name}: {'each of its ' + str(replicas) + ' replicas' if replicas > 1 else 'it'} needs {each}, but {have}: {advice}"
+
+
+def tell(model: ServedModel) -> str:
+    """What was decided for a model, in a line."""
+    cores = f"{model.cpus} core(s)" if model.cpus else f"{model.threads} thread(s) on shared cores"
+    count = f"{model.autoscale.min}-{model.autoscale.max} replicas" if model.autoscale else f"{model.replicas} replica(s)"
+    cache = f"{model.kv_cache_bytes / _GIB:.2g} GiB cache"
+    return f"{model.name}: engine {model.engine}, {model.precision}, {model.max_model_len} tokens, {cores}, {cache}, {count}"

@@ -1,0 +1,257 @@
+"""What stands before the API: size and slowness of bodies, keys, limits, time-outs, clients that are gone. Plain ASGI, for streams.
+
+Specification: https://asgi.readthedocs.io/en/latest/specs/www.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llm_ray.conf.serve import Limits
+from llm_ray.serve.gateway.protect.errors import error_body, openai_error
+from llm_ray.serve.gateway.protect.keys import Key, Keys, effective
+from llm_ray.serve.gateway.protect.limits import Limiter
+
+_LOG = logging.getLogger("ray.serve")
+# Asked by load balancers and service managers, which have no key.
+_OPEN = frozenset({"/health", "/ready"})
+_CLOSED = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+# OpenAI's clients ask again after a 504; work that was too much once would be done, and thrown away, thrice.
+_NOT_AGAIN = {"x-should-retry": "false"}
+_GONE: Message = {"type": "http.disconnect"}
+
+
+class Headed:
+    """Headers that every answer has."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, _with_headers(send, _CLOSED) if scope["type"] == "http" else send)
+
+
+class Access:
+    """Lets in who has a key, within the key's limits. `keys` None: everybody, within the common limits."""
+
+    def __init__(self, app: ASGIApp, keys: Keys | None, common: Limits, limiter: Limiter) -> None:
+        self._app, self._keys, self._common, self._limiter = app, keys, common, limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # the API has none, and what is not checked is not let in
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if scope["type"] != "http" or (scope["path"] in _OPEN and scope["method"] in ("GET", "HEAD")):
+            await self._app(scope, receive, send)
+            return
+        key: Key | None = None
+        if self._keys is not None:
+            secret = _secret(Headers(scope=scope))
+            key = self._keys.check(secret) if secret else None
+            if key is None:
+                said = "This API key is not valid." if secret else "An API key is needed: Authorization: Bearer KEY"
+                _LOG.warning(f"{_asked(scope)} from {_client(scope)} refused: {'an API key that is not valid' if secret else 'no API key'}")
+                await openai_error(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                return
+        limits = effective(key, self._common)
+        state = scope.setdefault("state", {})
+        state["llm_ray_key"] = key
+        state["llm_ray_max_tokens"] = limits.max_tokens
+        if scope["method"] != "POST":  # to look costs nothing
+            await self._app(scope, receive, send)
+            return
+        who = key.id if key else ""
+        with contextlib.ExitStack() as slot:
+            refusal = slot.enter_context(self._limiter.slot(who, limits))
+            left = self._limiter.headers(who, limits)
+            if refusal:
+                if key:
+                    _LOG.warning(f"{_asked(scope)} of key {key.id} refused: {refusal.message}")
+                headers = {**left, "Retry-After": str(refusal.retry_after)}
+                await openai_error(429, refusal.message, "rate_limit_exceeded", headers=headers)(scope, receive, send)
+                return
+
+            async def sent(message: Message) -> None:
+                if _is_last(message):  # who has read the answer may ask again at once
+                    slot.close()
+                await send(message)
+
+            began = time.monotonic()
+            try:
+                await self._app(scope, receive, _with_headers(sent, left))
+            finally:
+                if key:
+                    _LOG.info(f"{_asked(scope)} of key {key.id}: {time.monotonic() - began:.2f} s")
+
+
+class Body:
+    """Reads the body before the app does: within `seconds`, and `most` bytes at most."""
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+        self._app, self._most, self._seconds = app, most, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = bytearray()
+        declared = Headers(scope=scope).get("content-length", "0")
+        too_large = declared.isdecimal() and int(declared) > self._most
+        more = not too_large
+        try:
+            async with asyncio.timeout(self._seconds):
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    too_large = len(body) > self._most
+                    more = message.get("more_body", False) and not too_large
+        except TimeoutError:
+            answer = openai_error(
+                408, f"The request's body did not arrive within {self._seconds:g} s.", "body_timeout", headers={"Connection": "close"}
+            )
+            await answer(scope, receive, send)
+            return
+        if too_large:
+            answer = openai_error(
+                413, f"The request's body is larger than {self._most:,} bytes.", "body_too_large", headers={"Connection": "close"}
+            )
+            await answer(scope, receive, send)
+            return
+        rest: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        body.clear()
+
+        async def again() -> Message:
+            return rest.pop() if rest else await receive()
+
+        await self._app(scope, again, send)
+
+
+class Deadline:
+    """Ends a request that takes longer than `seconds`, or whose client is gone: the app's work is cancelled, and so the engine's.
+
+    Only when that work has ended does the request end here, and its slot become free. Neither FastAPI nor Starlette listen for clients that
+    go while an answer is worked on. The status of a late answer is 504, since the client has done its part; 408 is for a body that is late.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        answer = _Answer(send)
+        work = asyncio.create_task(_awaited(self._app(scope, messages.get, answer)))
+        client = asyncio.create_task(_listen(receive, messages))
+        try:
+            await asyncio.wait({work, client}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+            if answer.whole:  # what the app does afterwards is not for the client
+                await asyncio.wait({work}, timeout=self._seconds)
+            if work.done():
+                work.result()
+                return
+            late = not (client.done() or answer.whole)
+            answer.closed = True
+            await _stopped(work)
+            if late:
+                await self._expire(answer, scope, receive, send)
+        finally:
+            await _stopped(work)
+            await _stopped(client)
+
+    async def _expire(self, answer: _Answer, scope: Scope, receive: Receive, send: Send) -> None:
+        message = f"The answer took longer than {self._seconds:g} s."
+        if not answer.begun:
+            await openai_error(504, message, "request_timeout", headers=_NOT_AGAIN)(scope, receive, send)
+        elif answer.of_events:
+            body = f"data: {json.dumps(error_body(504, message, 'request_timeout'))}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": False})
+        else:
+            raise TimeoutError(message)  # the connection breaks off: the client must not take the answer for whole
+
+
+class _Answer:
+    """Sends an answer, and knows how far it is."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = self.whole = self.of_events = self.closed = False
+
+    async def __call__(self, message: Message) -> None:
+        if self.closed:
+            return
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self.of_events = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
+        await self._send(message)
+        self.whole = _is_last(message)
+
+
+async def _listen(receive: Receive, messages: asyncio.Queue[Message]) -> None:
+    """Pass on what the client sends, until it is gone."""
+    with contextlib.suppress(Exception):  # the server's own connection to it broke
+        while (message := await receive())["type"] != "http.disconnect":
+            messages.put_nowait(message)
+    messages.put_nowait(_GONE)
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work
+
+
+async def _stopped(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, and wait until it has ended."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # it was stopped: what it says to that is of no interest
+
+
+def _is_last(message: Message) -> bool:
+    """Whether an answer is whole with this."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
+    """`send`, with headers for the answer where it does not have them itself."""
+    if not headers:
+        return send
+
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            there = MutableHeaders(raw=list(message["headers"]))
+            for name, value in headers.items():
+                there.setdefault(name, value)
+            message = {**message, "headers": there.raw}
+        await send(message)
+
+    return sent
+
+
+def _secret(headers: Headers) -> str | None:
+    """The key of a request, in the places where clients put it."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and bearer.strip():
+        return bearer.strip()
+    return headers.get("x-api-key") or headers.get("api-key")
+
+
+def _asked(scope: Scope) -> str:
+    """Method and path for the log, in one line whatever they hold."""
+    return f"{scope['method']} {scope['path']!r}"
+
+
+def _client(scope: Scope) -> str:
+    return str(scope["client"][0]) if scope.get("client") else "an unknown address"
