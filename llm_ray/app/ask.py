@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llm_ray.client.ask import Answer, Asker, OnText, Settings, choose_model
 from llm_ray.client.batch import InOrder, OnAnswer, answer_all, open_answers
-from llm_ray.client.endpoint import Endpoint, Key, find_key, parse
+from llm_ray.client.endpoint import Endpoint, Key, certificates, find_key, parse
 from llm_ray.client.errors import Failed
 from llm_ray.client.prompts import Prompt, read_prompts
 from llm_ray.errors import ConfError, ServeError
@@ -33,6 +33,7 @@ __all__ = [
     "ask_all",
     "find_key",
     "parse",
+    "prepare_to_ask",
     "read_prompts",
 ]
 
@@ -57,6 +58,14 @@ class Batch:
         more = f"\n  and {len(self.failures) - SHOWN_FAILURES} more" if len(self.failures) > SHOWN_FAILURES else ""
         again = "; the same command asks them again" if self.output else ""
         raise ServeError(f"{len(self.failures)} of {self.prompts} prompts were not answered{again}:{first}{more}")
+
+
+def prepare_to_ask() -> None:
+    """Load now what the first question would wait for."""
+    from openai.resources import chat  # noqa: F401 -- which the SDK imports at its first use
+
+    certificates(False)
+    certificates(True)
 
 
 async def ask(

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llm_ray.client.endpoint import Endpoint
+from llm_ray.client.endpoint import Endpoint, certificates
 from llm_ray.client.errors import Broken, Failed, Refused, failed, refused
 from llm_ray.client.prompts import Prompt
 from llm_ray.errors import ConfError, ServeError
@@ -218,7 +218,7 @@ def _sdk(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
         api_key=endpoint.key.value if endpoint.key else "none",
         timeout=timeout,
         max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=endpoint.trust_env),
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=endpoint.trust_env, verify=certificates(endpoint.trust_env)),
     )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from llm_ray.app.ask import Key, Prompt, Settings, parse
+from llm_ray.app.ask import Key, Prompt, Settings, parse, prepare_to_ask
 from llm_ray.app.serving import ModelStatus
 from llm_ray.errors import ConfError, ServeError
 from llm_ray.ui.fields import decimal, optional, whole
@@ -60,7 +61,7 @@ def build(site: Site) -> None:
 
     @handler(Role.VIEWER)
     def look(visitor: Visitor, wanted: str, second: str) -> tuple[Any, ...]:
-        threading.Thread(target=_warm, daemon=True).start()
+        threading.Thread(target=prepare_to_ask, daemon=True).start()
         models = _models(site)
         first = wanted if wanted in models else next(iter(models), None)
         other = second if second in models else NOBODY
@@ -125,6 +126,7 @@ def build(site: Site) -> None:
         try:
             for generation in running:
                 generation.begin(changed)
+            began = False  # to answer: the first word is shown at once, those that follow some at a time
             while True:
                 done = all(generation.done for generation in running)
                 said = [generation.said() if generation else None for generation in asked]
@@ -134,8 +136,9 @@ def build(site: Site) -> None:
                     return
                 changed.wait(1.0)
                 changed.clear()
-                if any(generation.said().text for generation in running):
-                    threading.Event().wait(_SHOW_EVERY)
+                if began:
+                    time.sleep(_SHOW_EVERY)
+                began = began or any(generation.said().text for generation in running)
         finally:
             for generation in running:
                 generation.stop()
@@ -225,8 +228,3 @@ def _generation(
 
 def _plain(settings: Settings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
-
-
-def _warm() -> None:
-    """What the first question would wait for."""
-    import openai  # noqa: F401
