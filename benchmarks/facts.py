@@ -127,7 +127,20 @@ _VALUES = {
     "animal": _ANIMALS,
     "thing": _THINGS,
     "day": ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"],
-    "month": ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"],
+    "month": [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ],
     "flower": ["tulips", "orchids", "dahlias", "peonies", "irises", "lupins"],
     "drink": ["ginger tea", "malt coffee", "plum juice", "warm milk", "nettle tea", "birch water"],
     "coin": ["dorin", "karel", "lumet", "pesk", "talven", "orrin"],
@@ -149,8 +162,11 @@ class Question:
     value: str
 
 
-def facts(seed: int, number: int, relations: int = 8, subjects: int = 5) -> tuple[list[tuple[str, str]], list[Question]]:
-    """(prompt, answer) rows of `number` facts, each in three of its four wordings, shuffled; and the fourth wording of each as a question.
+def facts(
+    seed: int, number: int, relations: int = 8, subjects: int = 5
+) -> tuple[list[tuple[str, str]], list[Question]]:
+    """(prompt, answer) rows of `number` facts, each in three of its four wordings, shuffled; and the fourth wording of
+    each as a question.
 
     The facts are pairs of one of so many relations and one of so many subjects, so that neither alone tells the answer.
     """

@@ -17,8 +17,11 @@ SETTINGS = {"r": 8, "alpha": 16, "learning_rate": 2e-5, "max_length": 512, "rows
 """What both sides train with: TRL's default rate and batch, LoRA on all linear layers."""
 
 
-def train(name: str, model: Path, data: Path, held_out: Path, work: Path, workers: int, cpus: int, seed: int = 42) -> dict[str, Any]:
-    """Train one epoch; real tokens a second (without the first step, which warms caches) and validation loss before and after."""
+def train(
+    name: str, model: Path, data: Path, held_out: Path, work: Path, workers: int, cpus: int, seed: int = 42
+) -> dict[str, Any]:
+    """Train one epoch; real tokens a second (without the first step, which warms caches) and validation loss before and
+    after."""
     conf = FinetuneConf.model_validate(
         {
             "name": name,

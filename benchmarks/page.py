@@ -1,4 +1,5 @@
-"""The page: seconds until it can be used, what it adds to a chat's first token, and what ten open pages take while nothing happens."""
+"""The page: seconds until it can be used, what it adds to a chat's first token, and what ten open pages take while
+nothing happens."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             base = url.partition("/login")[0]
             tab.get_by_role("button", name="Sign in").click()
             tab.wait_for_selector("h1#content")
-            usable = {screen: statistics.median(_usable(tab, f"{base}/{screen}") for _ in range(3)) for screen in SCREENS}
+            usable = {
+                screen: statistics.median(_usable(tab, f"{base}/{screen}") for _ in range(3)) for screen in SCREENS
+            }
             _open_talk(tab, base)
             through = [_asked(tab, number) for number in range(_ASKED)]
             direct = [_direct(f"http://127.0.0.1:{port}/v1", number) for number in range(_ASKED)]
@@ -72,7 +75,9 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _page(home: Path, environment: dict[str, str]) -> Iterator[tuple[psutil.Process, str, float]]:
     began = time.monotonic()
-    with subprocess.Popen([LLM_RAY, "ui", "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [LLM_RAY, "ui", "--port", "0"], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         try:
             url = next(found[1] for line in process.stdout or () if (found := re.search(r"The page: (\S+)", line)))
             yield psutil.Process(process.pid), url, time.monotonic() - began

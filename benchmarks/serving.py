@@ -1,4 +1,5 @@
-"""Serving: output tokens/s over HTTP against the same engine called directly, and against vLLM's CPU engine as it comes; seconds to deploy."""
+"""Serving: output tokens/s over HTTP against the same engine called directly, and against vLLM's CPU engine as it
+comes; seconds to deploy."""
 
 from __future__ import annotations
 
@@ -58,11 +59,21 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         ours[name] = figures
     best = max(ours["vllm fp32"]["http 16"], ours["openvino fp32"]["http 16"])
     table = [
-        row(f"{name}: 16 at once over HTTP, tokens/s, against directly", figures["http 16"], figures["direct 16"], "0.85 x, then 0.95 x")
+        row(
+            f"{name}: 16 at once over HTTP, tokens/s, against directly",
+            figures["http 16"],
+            figures["direct 16"],
+            "0.85 x, then 0.95 x",
+        )
         for name, figures in ours.items()
     ]
     table += [
-        row("fp32, our best engine: 16 at once over HTTP, tokens/s, against vLLM offline", best, floor["16"], "1.2 x, then 1.5 x"),
+        row(
+            "fp32, our best engine: 16 at once over HTTP, tokens/s, against vLLM offline",
+            best,
+            floor["16"],
+            "1.2 x, then 1.5 x",
+        ),
         row(
             "int8, one request at a time over HTTP, tokens/s, against vLLM fp32 offline",
             ours["openvino int8"]["http 1"],

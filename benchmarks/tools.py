@@ -1,9 +1,10 @@
-"""Tool calls: how often the small model calls the right function with the right arguments, before and after a finetune, with each engine.
+"""Tool calls: how often the small model calls the right function with the right arguments, before and after a finetune,
+with each engine.
 
     python -m benchmarks tools --data glaive_toolcall.json --rows 300
 
-Of the rows that hold calls every fourth is kept back. Each of its calls is asked for over HTTP with the openai SDK's `tools`, greedily,
-with the conversation before it as it stands in the row.
+Of the rows that hold calls every fourth is kept back. Each of its calls is asked for over HTTP with the openai SDK's
+`tools`, greedily, with the conversation before it as it stands in the row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from llm_ray.data.formats import Conversation
 from llm_ray.serve.deployments.deploy import deploy, free_port, stop_all
 from llm_ray.serve.deployments.plan import plan
 
-SERVED = {"vllm": ENGINES["vllm fp32"], "openvino": ENGINES["openvino fp32"], "transformers": {"engine": "transformers"}}
+SERVED = {
+    "vllm": ENGINES["vllm fp32"],
+    "openvino": ENGINES["openvino fp32"],
+    "transformers": {"engine": "transformers"},
+}
 _KEPT_BACK = 4  # one row of so many
 _LONGEST = 1024  # tokens of a conversation
 
@@ -44,7 +49,9 @@ def split(rows: Iterable[Conversation]) -> tuple[list[Conversation], list[Conver
     return train, held
 
 
-def questions(held: list[Conversation]) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, Any]]]]:
+def questions(
+    held: list[Conversation],
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, Any]]]]:
     """Of each turn that calls: the messages before it in OpenAI's form, the tools, and the calls (name, arguments)."""
     for conversation in held:
         said: list[dict[str, Any]] = []
@@ -72,7 +79,10 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         return {"table": [], "skipped": f"{data.name} has no tool calls among its first {rows} rows"}
     file = work / "tools.jsonl"
     file.write_text(
-        "".join(json.dumps({"messages": c.messages} | ({"tools": c.tools} if c.tools else {}), ensure_ascii=False) + "\n" for c in train),
+        "".join(
+            json.dumps({"messages": c.messages} | ({"tools": c.tools} if c.tools else {}), ensure_ascii=False) + "\n"
+            for c in train
+        ),
         encoding="utf-8",
     )
     conf = FinetuneConf.model_validate(
@@ -87,7 +97,10 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     run = run_finetune(conf, Terminal())
     asked = list(questions(held))
     found = {
-        engine: {name: _shares(folder, options, asked, work) for name, folder in {"before": model, "after": run / "output"}.items()}
+        engine: {
+            name: _shares(folder, options, asked, work)
+            for name, folder in {"before": model, "after": run / "output"}.items()
+        }
         for engine, options in SERVED.items()
     }
     table = [
@@ -113,13 +126,23 @@ def _shares(model: Path, options: dict[str, Any], asked: list[Any], work: Path) 
     functions = calls = 0
     with local_ray():
         endpoint = deploy(plan(conf, Terminal()), conf.endpoint, home(), Terminal())
-        with openai.OpenAI(base_url=endpoint.url, api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False)) as client:
+        with openai.OpenAI(
+            base_url=endpoint.url, api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False)
+        ) as client:
             for messages, tools, wanted in asked:
-                answer = client.chat.completions.create(model="m", messages=messages, tools=tools, temperature=0, max_tokens=256)
-                made = [(c.function.name, c.function.arguments) for c in answer.choices[0].message.tool_calls or [] if c.type == "function"]
+                answer = client.chat.completions.create(
+                    model="m", messages=messages, tools=tools, temperature=0, max_tokens=256
+                )
+                made = [
+                    (c.function.name, c.function.arguments)
+                    for c in answer.choices[0].message.tool_calls or []
+                    if c.type == "function"
+                ]
                 right = [name for name, _ in made] == [name for name, _ in wanted]
                 functions += right
-                calls += right and all(_same(text, arguments) for (_, text), (_, arguments) in zip(made, wanted, strict=True))
+                calls += right and all(
+                    _same(text, arguments) for (_, text), (_, arguments) in zip(made, wanted, strict=True)
+                )
         stop_all(Terminal())
     return {"function": functions / len(asked), "call": calls / len(asked)}
 

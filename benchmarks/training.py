@@ -1,4 +1,5 @@
-"""LoRA finetuning: real (unpadded) tokens a second, and the loss reached, against TRL's SFTTrainer with its defaults."""
+"""LoRA finetuning: real (unpadded) tokens a second, and the loss reached, against TRL's SFTTrainer with its
+defaults."""
 
 from __future__ import annotations
 
@@ -25,11 +26,15 @@ def conversations(data: Path) -> Iterator[Conversation]:
 
 
 def write_rows(data: Path, count: int, work: Path) -> tuple[Path, Path]:
-    """The first rows of `data` as prompt and completion, which both sides read: seven of eight to train on, the eighth to validate."""
+    """The first rows of `data` as prompt and completion, which both sides read: seven of eight to train on, the eighth
+    to validate."""
     lines: list[str] = []
     for content in conversations(data):
         if content.messages[-1]["role"] == "assistant":
-            lines.append(json.dumps({"prompt": content.messages[:-1], "completion": content.messages[-1:]}, ensure_ascii=False) + "\n")
+            lines.append(
+                json.dumps({"prompt": content.messages[:-1], "completion": content.messages[-1:]}, ensure_ascii=False)
+                + "\n"
+            )
         if len(lines) == count:
             break
     train, held_out = work / "train.jsonl", work / "held-out.jsonl"
@@ -43,7 +48,8 @@ def messages(file: Path) -> Path:
     path = file.with_name(f"messages-{file.name}")
     rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
     path.write_text(
-        "".join(json.dumps({"messages": row["prompt"] + row["completion"]}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        "".join(json.dumps({"messages": row["prompt"] + row["completion"]}, ensure_ascii=False) + "\n" for row in rows),
+        encoding="utf-8",
     )
     return path
 

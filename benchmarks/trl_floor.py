@@ -2,7 +2,8 @@
 
     python -m benchmarks.trl_floor MODEL ROWS.jsonl PREPARED THREADS
 
-PREPARED is our run's folder of prepared data: the loss of what TRL trained is measured on the same tokens, by the same code.
+PREPARED is our run's folder of prepared data: the loss of what TRL trained is measured on the same tokens, by the same
+code.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
             ),
             train_dataset=datasets.Dataset.from_json(rows),
             peft_config=LoraConfig(
-                r=int(SETTINGS["r"]), lora_alpha=int(SETTINGS["alpha"]), target_modules="all-linear", task_type="CAUSAL_LM"
+                r=int(SETTINGS["r"]),
+                lora_alpha=int(SETTINGS["alpha"]),
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
             ),
             callbacks=[clock],
         )
@@ -68,10 +72,19 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
             loss += module(batch).item()
             supervised += len(batch.targets)
     steps = len(clock.ends)
-    tokens, seconds = tokens * (steps - 1) / steps, clock.ends[-1] - clock.ends[0]  # without the first step, as for ours
+    tokens, seconds = (
+        tokens * (steps - 1) / steps,
+        clock.ends[-1] - clock.ends[0],
+    )  # without the first step, as for ours
     print(
         json.dumps(
-            {"tokens_per_second": tokens / seconds, "tokens": tokens, "seconds": seconds, "steps": steps, "loss_after": loss / supervised}
+            {
+                "tokens_per_second": tokens / seconds,
+                "tokens": tokens,
+                "seconds": seconds,
+                "steps": steps,
+                "loss_after": loss / supervised,
+            }
         )
     )
 

@@ -1,4 +1,5 @@
-"""The floor of serving: vLLM's CPU engine as it comes, called offline. python -m benchmarks.vllm_floor MODEL, in a process of its own."""
+"""The floor of serving: vLLM's CPU engine as it comes, called offline. python -m benchmarks.vllm_floor MODEL, in a
+process of its own."""
 
 from __future__ import annotations
 

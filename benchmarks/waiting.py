@@ -1,4 +1,5 @@
-"""What clients and the machine wait for: a model that sleeps to be woken by a request, and a generation to end when its client is gone."""
+"""What clients and the machine wait for: a model that sleeps to be woken by a request, and a generation to end when its
+client is gone."""
 
 from __future__ import annotations
 
@@ -26,13 +27,20 @@ _LOOK = 0.1  # seconds
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     """With engine vllm in fp32, on all cores of this machine."""
     conf = ServeConf(
-        models={"m": ModelServing(model=str(model), max_model_len=2048, kv_cache_gib=1, autoscale=Autoscale(min=0, max=1, idle_s=5))},
+        models={
+            "m": ModelServing(
+                model=str(model), max_model_len=2048, kv_cache_gib=1, autoscale=Autoscale(min=0, max=1, idle_s=5)
+            )
+        },
         paths=Paths(models=work / "models", runs=work / "runs"),
         endpoint=Endpoint(port=free_port()),
     )
     (served,) = plan(conf, Terminal())
     began = time.monotonic()
-    with local_ray(), httpx.Client(base_url=f"http://127.0.0.1:{conf.endpoint.port}", timeout=300, trust_env=False) as client:
+    with (
+        local_ray(),
+        httpx.Client(base_url=f"http://127.0.0.1:{conf.endpoint.port}", timeout=300, trust_env=False) as client,
+    ):
         deploy([served], conf.endpoint, home(), Terminal())
         _answer(client, 1)
         deployed = time.monotonic() - began

@@ -1,4 +1,5 @@
-"""Print what an image consists of as CycloneDX JSON: Python's packages and the distribution's, each with its package URL.
+"""Print what an image consists of as CycloneDX JSON: Python's packages and the distribution's, each with its package
+URL.
 
 docker run --rm llm-ray:latest cat /opt/llm-ray/packages.cdx.json
 """
@@ -15,7 +16,9 @@ from urllib.parse import quote
 
 
 def component(kind: str, name: str, version: str, **more: str) -> dict[str, Any]:
-    purl = f"pkg:{kind}/{quote(name)}@{quote(version, safe=':')}" + "".join(f"?{key}={value}" for key, value in more.items())
+    purl = f"pkg:{kind}/{quote(name)}@{quote(version, safe=':')}" + "".join(
+        f"?{key}={value}" for key, value in more.items()
+    )
     return {"type": "library", "name": name, "version": version, "purl": purl, "bom-ref": purl}
 
 
@@ -27,7 +30,9 @@ def python() -> Iterator[dict[str, Any]]:
 def system() -> Iterator[dict[str, Any]]:
     distribution = platform.freedesktop_os_release()["ID"]
     listed = subprocess.run(
-        ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"], check=True, capture_output=True
+        ["dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n"],
+        check=True,
+        capture_output=True,
     )
     for line in listed.stdout.decode().splitlines():
         name, version, architecture = line.split()
@@ -36,4 +41,6 @@ def system() -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     components = sorted([*python(), *system()], key=lambda part: part["purl"])
-    print(json.dumps({"bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1, "components": components}, indent=1))
+    print(
+        json.dumps({"bomFormat": "CycloneDX", "specVersion": "1.5", "version": 1, "components": components}, indent=1)
+    )

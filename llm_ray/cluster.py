@@ -1,7 +1,8 @@
 """Starting, joining and leaving Ray.
 
-``with ray_session(conf.runtime) as cluster:`` gives a connected Ray: its own instance on this machine (`mode: local`: free
-ports, no dashboard, every port behind a token of this session's own, gone afterwards) or the running cluster (`mode: cluster`).
+``with ray_session(conf.runtime) as cluster:`` gives a connected Ray: its own instance on this machine (`mode: local`:
+free ports, no dashboard, every port behind a token of this session's own, gone afterwards) or the running cluster
+(`mode: cluster`).
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ OBJECT_STORE_BYTES = 128 * 2**20
 # As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
-# A process is connected to one Ray at a time, which takes its token and other settings from the process's environment alone: threads that
-# want the same one share the connection, those that want another wait for its end.
+# A process is connected to one Ray at a time, which takes its token and other settings from the process's environment
+# alone: threads that want the same one share the connection, those that want another wait for its end.
 _RAY: Once[None] = Once()
 
 # What Ray says where its processes took longer than the 30 s that it gives them, as on a busy host.
@@ -52,13 +53,14 @@ class Cluster:
     """Of each node what its host is called: name and address."""
 
     def of(self, hosts: Sequence[str]) -> Cluster:
-        """Those of its nodes that are on these hosts (names or addresses); all, where none are named. Raises ClusterError when one is
-        not there."""
+        """Those of its nodes that are on these hosts (names or addresses); all, where none are named. Raises
+        ClusterError when one is not there."""
         if not hosts:
             return self
         if missing := [host for host in hosts if not any(host in names for names in self.names.values())]:
             raise ClusterError(
-                f"runtime.hosts names {', '.join(missing)}, and Ray has no such node; it has {', '.join(self.hosts) or 'none'}: "
+                f"runtime.hosts names {', '.join(missing)}, and Ray has no such node; it has "
+                f"{', '.join(self.hosts) or 'none'}: "
                 "correct the name, or start the host"
             )
         return self.among(hosts)
@@ -84,7 +86,8 @@ def host_cluster() -> Cluster:
 
 @contextlib.contextmanager
 def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
-    """A Ray instance of this process' own, on free ports of loopback, closed by a token; stopped, and its files removed, on leaving.
+    """A Ray instance of this process' own, on free ports of loopback, closed by a token; stopped, and its files
+    removed, on leaving.
 
     Raises ClusterError when Ray does not start.
     """
@@ -174,18 +177,21 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
         raise ClusterError(
-            f"runtime.address is {address!r}: host:port of the head's GCS is wanted, as 10.0.0.1:6379, or auto on a node of the cluster"
+            f"runtime.address is {address!r}: host:port of the head's GCS is wanted, as 10.0.0.1:6379, or auto on a "
+            "node of the cluster"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise ClusterError(
-            f"no Ray cluster at {address} (runtime.address): {error.strerror or error}. Is the head running there, and the port open to this host?"
+            f"no Ray cluster at {address} (runtime.address): {error.strerror or error}. Is the head running there, and "
+            "the port open to this host?"
         ) from error
 
 
 def _is_on_loopback_alone(address: str) -> bool:
-    """Whether Ray, which asks at this host's outer address for one of loopback, would find nothing there, and try for minutes."""
+    """Whether Ray, which asks at this host's outer address for one of loopback, would find nothing there, and try for
+    minutes."""
     from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
@@ -218,19 +224,25 @@ def node_selector(runtime: Runtime, cluster: Cluster) -> dict[str, str]:
 def room_for(runtime: Runtime, cluster: Cluster, cpus: int) -> int:
     """Workers of `cpus` CPUs each that the cluster has room for, at most `runtime.workers`."""
     nodes = cluster.among(runtime.hosts).node_cpus.values()
-    room = sum(1 for node in nodes if node >= cpus) if runtime.placement == "strict_spread" else sum(node // cpus for node in nodes)
+    room = (
+        sum(1 for node in nodes if node >= cpus)
+        if runtime.placement == "strict_spread"
+        else sum(node // cpus for node in nodes)
+    )
     return min(room, runtime.workers)
 
 
 def check_resources(runtime: Runtime, cluster: Cluster) -> int:
-    """CPUs that each worker gets. Raises ClusterError when the workers do not fit the cluster; Ray itself would wait for ever."""
+    """CPUs that each worker gets. Raises ClusterError when the workers do not fit the cluster; Ray itself would wait
+    for ever."""
     cluster = cluster.of(runtime.hosts)
     nodes = sorted(cluster.node_cpus.values(), reverse=True)
     workers, fewest = runtime.workers, runtime.min_workers or runtime.workers
     strict = runtime.placement == "strict_spread"
     if strict and fewest > len(nodes):
         raise ClusterError(
-            f"{_wanted(runtime)} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer workers or another placement"
+            f"{_wanted(runtime)} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer "
+            "workers or another placement"
         )
     if strict:  # with some of the hosts lost
         workers = min(workers, len(nodes))
@@ -238,17 +250,24 @@ def check_resources(runtime: Runtime, cluster: Cluster) -> int:
     if runtime.cpus_per_worker != "auto":
         wanted = runtime.cpus_per_worker
     else:
-        wanted = max(1, nodes[0] // on_one_host if runtime.placement == "pack" else min(nodes[: min(workers, len(nodes))]) // on_one_host)
+        wanted = max(
+            1,
+            nodes[0] // on_one_host
+            if runtime.placement == "pack"
+            else min(nodes[: min(workers, len(nodes))]) // on_one_host,
+        )
     if (room := room_for(runtime, cluster, wanted)) < fewest:
         raise ClusterError(
-            f"{_wanted(runtime)} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its {len(nodes)} node(s), "
+            f"{_wanted(runtime)} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its "
+            f"{len(nodes)} node(s), "
             f"room for {room}: lower runtime.{'min_' if runtime.min_workers else ''}workers or runtime.cpus_per_worker"
         )
     return wanted
 
 
 def results(tasks: Any) -> Any:
-    """What Ray tasks return. An error that is written for the user is raised as the task raised it, without Ray's traceback around it."""
+    """What Ray tasks return. An error that is written for the user is raised as the task raised it, without Ray's
+    traceback around it."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -261,7 +280,11 @@ def results(tasks: Any) -> Any:
 
 
 def _wanted(runtime: Runtime) -> str:
-    return f"runtime.min_workers is {runtime.min_workers}" if runtime.min_workers else f"runtime.workers is {runtime.workers}"
+    return (
+        f"runtime.min_workers is {runtime.min_workers}"
+        if runtime.min_workers
+        else f"runtime.workers is {runtime.workers}"
+    )
 
 
 def _init(address: str, **options: object) -> None:
@@ -287,7 +310,8 @@ def _connect(address: str, **options: object) -> None:
         if address == "local":
             raise ClusterError(f"Ray did not start on this machine: {reason}") from error
         raise ClusterError(
-            f"no Ray cluster at {address} (runtime.address): {reason}. Is it running there, and does this process have its token (RAY_AUTH_TOKEN_PATH)?"
+            f"no Ray cluster at {address} (runtime.address): {reason}. Is it running there, and does this process have "
+            "its token (RAY_AUTH_TOKEN_PATH)?"
         ) from error
 
 
@@ -300,8 +324,8 @@ def _shut_down() -> None:
 
 @contextlib.contextmanager
 def _our_sigterm() -> Iterator[None]:
-    """Puts back what is done at SIGTERM: Ray's start puts its own in place and its end the system's, both of which end the process without
-    our clean-up.
+    """Puts back what is done at SIGTERM: Ray's start puts its own in place and its end the system's, both of which end
+    the process without our clean-up.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
@@ -317,7 +341,8 @@ def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
 
 
 def clean_up() -> None:
-    """Remove what killed processes left of their local sessions: folders, and Ray's agents, which write into them for half a minute more."""
+    """Remove what killed processes left of their local sessions: folders, and Ray's agents, which write into them for
+    half a minute more."""
     for lock in Path(_short_temp_dir()).glob("llm-ray-*/lock"):
         with contextlib.suppress(OSError), lock.open("ab") as file:  # it is held, or another user's
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -327,7 +352,8 @@ def clean_up() -> None:
 
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
-    """A folder for one session, locked as long as the session lasts. Those that killed processes left behind are removed first."""
+    """A folder for one session, locked as long as the session lasts. Those that killed processes left behind are
+    removed first."""
     clean_up()
     hidden = Path(tempfile.mkdtemp(prefix=".llm-ray-", dir=_short_temp_dir()))  # mode 0700: the token lies in it
     folder = hidden.with_name(hidden.name.removeprefix("."))

@@ -1,11 +1,11 @@
 """Cores of a host, shared out among the processes of the bundle.
 
-Ray counts CPUs but binds nothing: two workers on a host run on the same cores unless each is told its own. A process claims
-cores by file locks, which the kernel lets go when the process dies, however it dies.
+Ray counts CPUs but binds nothing: two workers on a host run on the same cores unless each is told its own. A process
+claims cores by file locks, which the kernel lets go when the process dies, however it dies.
 
-What computes comes first: its threads wait for each other at every layer of a model, so that a moment which Ray, Serve or a gateway takes
-from one is lost to all. Those are started in the `background`, where Linux has them wait for the end of a time slice (SCHED_BATCH, see
-sched(7)) and not interrupt; `foreground` is for what computes.
+What computes comes first: its threads wait for each other at every layer of a model, so that a moment which Ray, Serve
+or a gateway takes from one is lost to all. Those are started in the `background`, where Linux has them wait for the end
+of a time slice (SCHED_BATCH, see sched(7)) and not interrupt; `foreground` is for what computes.
 """
 
 from __future__ import annotations

@@ -14,10 +14,13 @@ _BOOKKEEPING = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of a folder that are read, sorted by name: not those that are hidden, and not what `datasets` keeps beside its tables.
-    Raises OSError."""
+    """The files of a folder that are read, sorted by name: not those that are hidden, and not what `datasets` keeps
+    beside its tables. Raises OSError."""
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix.lower() in DATA_SUFFIXES and path.name not in _BOOKKEEPING and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in DATA_SUFFIXES
+        and path.name not in _BOOKKEEPING
+        and not path.name.startswith(".")
+        and path.is_file()
     ]

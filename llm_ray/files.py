@@ -12,7 +12,8 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, mode: int = 0o666, owner: tuple[int, int] | None = None) -> None:
-    """Write `path` in one piece, with permissions `mode` (less the umask); its folder is made. Raises OSError: `path` is as it was.
+    """Write `path` in one piece, with permissions `mode` (less the umask); its folder is made. Raises OSError: `path`
+    is as it was.
 
     `owner` (uid, gid) is what root may give it to.
     """
@@ -64,7 +65,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """One process at a time in the block, of all that name the same `file` (made here, and left); others wait. Raises OSError."""
+    """One process at a time in the block, of all that name the same `file` (made here, and left); others wait. Raises
+    OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -72,7 +74,8 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _settle(folder: Path) -> None:
-    """Bring the files of `folder` to the disk; safetensors makes its files readable by their owner alone, which is undone."""
+    """Bring the files of `folder` to the disk; safetensors makes its files readable by their owner alone, which is
+    undone."""
     readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
         if path.is_file():

@@ -49,8 +49,8 @@ def torch_dtype(name: Precision) -> torch.dtype:
 def return_freed_memory() -> None:
     """Make malloc return large blocks to the kernel as soon as they are freed.
 
-    By default glibc raises the size from which it does so with every block freed, up to 32 MiB, and keeps what is below in as many
-    arenas as there are threads: the weights that FSDP gathers and drops layer by layer would pile up.
+    By default glibc raises the size from which it does so with every block freed, up to 32 MiB, and keeps what is below
+    in as many arenas as there are threads: the weights that FSDP gathers and drops layer by layer would pile up.
     """
     m_mmap_threshold = -3
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
@@ -59,8 +59,8 @@ def return_freed_memory() -> None:
 def keep_freed_memory() -> None:
     """Make malloc keep what a step frees for the next step.
 
-    A step allocates and frees the same large blocks again and again; glibc gives each back to the kernel, which zeroes every page
-    anew. See mallopt(3): M_MMAP_MAX 0 and a trim threshold above a step's memory keep the pages.
+    A step allocates and frees the same large blocks again and again; glibc gives each back to the kernel, which zeroes
+    every page anew. See mallopt(3): M_MMAP_MAX 0 and a trim threshold above a step's memory keep the pages.
     """
     libc = ctypes.CDLL(None)
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
@@ -70,7 +70,8 @@ def keep_freed_memory() -> None:
 
 
 def forget_peak_memory() -> None:
-    """Let :func:`peak_memory` begin anew. See proc(5), clear_refs; where that may not be written, the peak is the process's from its start."""
+    """Let :func:`peak_memory` begin anew. See proc(5), clear_refs; where that may not be written, the peak is the
+    process's from its start."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -10,7 +10,8 @@ CUTOFF = 0.6
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """Those of the known names that are most like `name`, at most so many, the likeliest first; upper and lower case are the same."""
+    """Those of the known names that are most like `name`, at most so many, the likeliest first; upper and lower case
+    are the same."""
     by_lower: dict[str, str] = {}
     for one in known:
         by_lower.setdefault(one.lower(), one)

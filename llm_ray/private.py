@@ -1,4 +1,5 @@
-"""Files of secrets: open to their owner alone, changed by one process at a time, read anew by a server whenever they have changed."""
+"""Files of secrets: open to their owner alone, changed by one process at a time, read anew by a server whenever they
+have changed."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class PrivateFile(Generic[Entry]):
         path = self.path
         folder = path.parent.stat().st_mode
         if folder & (stat.S_IWGRP | stat.S_IWOTH) and not folder & stat.S_ISVTX:
-            raise self.error(f"others can exchange files in {path.parent} (mode {folder & 0o777:o}): chmod 700 {path.parent}")
+            raise self.error(
+                f"others can exchange files in {path.parent} (mode {folder & 0o777:o}): chmod 700 {path.parent}"
+            )
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
@@ -47,7 +50,9 @@ class PrivateFile(Generic[Entry]):
             return self.entries.validate_json(text)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise self.error(f"{path} holds no {self.holds}: {reason}. Restore it, or remove it and make new {self.holds}") from error
+            raise self.error(
+                f"{path} holds no {self.holds}: {reason}. Restore it, or remove it and make new {self.holds}"
+            ) from error
 
     def stored(self) -> dict[str, Entry]:
         """The entries to be shown or changed; a file that is not there yet holds none. Raises `error`."""
@@ -77,11 +82,12 @@ class PrivateFile(Generic[Entry]):
 
 
 class Watched(Generic[Entry]):
-    """The entries of a file as a server asks for them. A file that cannot be read, or trusted, holds none; the log says so once."""
+    """The entries of a file as a server asks for them. A file that cannot be read, or trusted, holds none; the log says
+    so once."""
 
     def __init__(self, file: PrivateFile[Entry], log: logging.Logger, consequence: str, missing: str = "") -> None:
-        """`consequence` begins the line of the log ("No API key is accepted"); `missing` ends the one of a file that is not there,
-        without which that is no fault."""
+        """`consequence` begins the line of the log ("No API key is accepted"); `missing` ends the one of a file that is
+        not there, without which that is no fault."""
         self._file, self._log, self._consequence, self._missing = file, log, consequence, missing
         self._seen: tuple[int, ...] | None = None
         self._opened = -_OPEN_EVERY
@@ -93,10 +99,17 @@ class Watched(Generic[Entry]):
         path, complaint = self._file.path, ""
         try:
             if (now := time.monotonic()) - self._opened >= _OPEN_EVERY:
-                os.close(os.open(path, os.O_RDONLY))  # has NFS ask its server; a stat alone it answers from what it knew a minute ago
+                os.close(
+                    os.open(path, os.O_RDONLY)
+                )  # has NFS ask its server; a stat alone it answers from what it knew a minute ago
                 self._opened = now
             found = path.stat()
-            seen = (found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size)  # ctime: permissions change it, too
+            seen = (
+                found.st_ino,
+                found.st_ctime_ns,
+                found.st_mtime_ns,
+                found.st_size,
+            )  # ctime: permissions change it, too
             if seen == self._seen:
                 return self._entries
             try:

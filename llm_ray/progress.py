@@ -1,4 +1,5 @@
-"""How long work says how far it is: to a terminal, a page, a log, or to nobody. What shows it implements these protocols."""
+"""How long work says how far it is: to a terminal, a page, a log, or to nobody. What shows it implements these
+protocols."""
 
 from __future__ import annotations
 

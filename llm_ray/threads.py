@@ -12,10 +12,11 @@ T = TypeVar("T")
 
 
 class Once(Generic[T]):
-    """Opened for the first thread that wants it, closed after the last: if each closed its own, the state of one would be put back by another.
+    """Opened for the first thread that wants it, closed after the last: if each closed its own, the state of one would
+    be put back by another.
 
-    Threads that want something else (another `key`) wait until it is closed. Within one thread that would be without end: there, what is
-    asked for is opened as it is.
+    Threads that want something else (another `key`) wait until it is closed. Within one thread that would be without
+    end: there, what is asked for is opened as it is.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,8 @@
-"""JSON schemas of every keyword: documents that an answer may be, and others that it may not, or why the schema is refused.
+"""JSON schemas of every keyword: documents that an answer may be, and others that it may not, or why the schema is
+refused.
 
-The keywords are those of the JSON Schema Test Suite (draft 2020-12). `OBEYED` are held against each engine, `REFUSED` against the gateway.
+The keywords are those of the JSON Schema Test Suite (draft 2020-12). `OBEYED` are held against each engine, `REFUSED`
+against the gateway.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ OBEYED = {
     "anything": Obeyed({}, [1, "a", [1]], []),
     "type": Obeyed(_INTEGER, [1, -20], ["1", 1.5, True, None, [1], {}]),
     "types": Obeyed({"type": ["string", "null"], "maxLength": 2}, ["ab", None], ["abc", 1]),
-    "bounds of several types": Obeyed({"type": ["integer", "string"], "minimum": 3, "minLength": 2}, [3, "ab"], [2, "a"]),
+    "bounds of several types": Obeyed(
+        {"type": ["integer", "string"], "minimum": 3, "minLength": 2}, [3, "ab"], [2, "a"]
+    ),
     "boolean": Obeyed({"type": "boolean"}, [True], [1, None, "true"]),
     "null": Obeyed({"type": "null"}, [None], [0, False]),
     "const": Obeyed({"const": "a b"}, ["a b"], ["a", "b", 1]),
@@ -37,23 +41,47 @@ OBEYED = {
     "minimum alone": Obeyed({"type": "integer", "minimum": -12}, [-12, 0, 7], [-13, -100]),
     "maximum alone": Obeyed({"type": "integer", "maximum": 12}, [-120, 0, 12], [13, 100]),
     "minimum alone, above 0": Obeyed({"type": "integer", "minimum": 3}, [4, 25], [2, 0, -4]),
-    "exclusive bounds alone": Obeyed({"type": "array", "items": {"type": "integer", "exclusiveMinimum": 3}}, [[4]], [[3], [-1], [0]]),
+    "exclusive bounds alone": Obeyed(
+        {"type": "array", "items": {"type": "integer", "exclusiveMinimum": 3}}, [[4]], [[3], [-1], [0]]
+    ),
     "minimum of numbers alone": Obeyed({"type": "number", "minimum": 2}, [2.5, 3], [1.5, -1, 0, 1]),
     "maximum of numbers alone": Obeyed({"type": "number", "maximum": -2}, [-2.5, -3], [-1.5, 1, 0, -1]),
-    "bounds of numbers": Obeyed({"type": "number", "minimum": 0.25, "maximum": 1.75}, [0.25, 1, 1.5], [0.2, 1.8, 2, -1]),
-    "exclusive bounds of numbers": Obeyed({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5], [0, 1, 0.0, 1.5, -0.5]),
-    "minLength, maxLength": Obeyed({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc"], ["a", "abcd", ""]),
-    "pattern": Obeyed({"type": "string", "pattern": "^[a-c]+-\\d{2}$"}, ["ab-12"], ["ad-12", "ab-1", "ab-123", "-12", 12]),
-    "pattern of alternatives": Obeyed({"type": "string", "pattern": "^(?:yes|no)$"}, ["yes", "no"], ["y", "yesno", "maybe"]),
+    "bounds of numbers": Obeyed(
+        {"type": "number", "minimum": 0.25, "maximum": 1.75}, [0.25, 1, 1.5], [0.2, 1.8, 2, -1]
+    ),
+    "exclusive bounds of numbers": Obeyed(
+        {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5], [0, 1, 0.0, 1.5, -0.5]
+    ),
+    "minLength, maxLength": Obeyed(
+        {"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc"], ["a", "abcd", ""]
+    ),
+    "pattern": Obeyed(
+        {"type": "string", "pattern": "^[a-c]+-\\d{2}$"}, ["ab-12"], ["ad-12", "ab-1", "ab-123", "-12", 12]
+    ),
+    "pattern of alternatives": Obeyed(
+        {"type": "string", "pattern": "^(?:yes|no)$"}, ["yes", "no"], ["y", "yesno", "maybe"]
+    ),
     "format": Obeyed({"type": "string", "format": "date"}, ["2020-01-31"], ["2020-13-01", "x", "2020-1-1"]),
-    "format uuid": Obeyed({"type": "string", "format": "uuid"}, ["2eb8aa08-aa98-11ea-b4aa-73b441d16380"], ["2eb8aa08", "z"]),
+    "format uuid": Obeyed(
+        {"type": "string", "format": "uuid"}, ["2eb8aa08-aa98-11ea-b4aa-73b441d16380"], ["2eb8aa08", "z"]
+    ),
     "items": Obeyed({"type": "array", "items": _INTEGER}, [[1], [1, 2]], [["a"], [1, "a"], 1]),
-    "minItems, maxItems": Obeyed({"type": "array", "items": _INTEGER, "minItems": 2, "maxItems": 3}, [[1, 2]], [[1], [1, 2, 3, 4]]),
-    "prefixItems": Obeyed({"type": "array", "prefixItems": [_INTEGER, _TEXT], "items": False}, [[1, "a"]], [["a"], [1, 2], [1, "a", 2]]),
-    "unevaluatedItems": Obeyed({"type": "array", "prefixItems": [_INTEGER], "unevaluatedItems": False}, [[1]], [[1, 2], ["a"]]),
-    "properties": Obeyed({"type": "object", "properties": {"a": _INTEGER, "b": _TEXT}}, [{"a": 1}, {"b": "x"}], [{"a": "x"}, {"c": 1}]),
+    "minItems, maxItems": Obeyed(
+        {"type": "array", "items": _INTEGER, "minItems": 2, "maxItems": 3}, [[1, 2]], [[1], [1, 2, 3, 4]]
+    ),
+    "prefixItems": Obeyed(
+        {"type": "array", "prefixItems": [_INTEGER, _TEXT], "items": False}, [[1, "a"]], [["a"], [1, 2], [1, "a", 2]]
+    ),
+    "unevaluatedItems": Obeyed(
+        {"type": "array", "prefixItems": [_INTEGER], "unevaluatedItems": False}, [[1]], [[1, 2], ["a"]]
+    ),
+    "properties": Obeyed(
+        {"type": "object", "properties": {"a": _INTEGER, "b": _TEXT}}, [{"a": 1}, {"b": "x"}], [{"a": "x"}, {"c": 1}]
+    ),
     "required": Obeyed(
-        {"type": "object", "properties": {"a": _INTEGER, "b": {}}, "required": ["a", "b"]}, [{"a": 1, "b": 2}], [{"a": 1}, {}]
+        {"type": "object", "properties": {"a": _INTEGER, "b": {}}, "required": ["a", "b"]},
+        [{"a": 1, "b": 2}],
+        [{"a": 1}, {}],
     ),
     "additionalProperties": Obeyed(
         {"type": "object", "properties": {"a": _INTEGER}, "additionalProperties": _TEXT},
@@ -64,12 +92,18 @@ OBEYED = {
         {"properties": {"a": _INTEGER}, "additionalProperties": False}, [{"a": 1}], [{"b": 1}, {"a": "x"}]
     ),
     "unevaluatedProperties": Obeyed(
-        {"type": "object", "properties": {"a": _INTEGER}, "unevaluatedProperties": False}, [{"a": 1}], [{"b": 1}, {"a": "x"}]
+        {"type": "object", "properties": {"a": _INTEGER}, "unevaluatedProperties": False},
+        [{"a": 1}],
+        [{"b": 1}, {"a": "x"}],
     ),
     "patternProperties": Obeyed(
-        {"type": "object", "patternProperties": {"^a+$": _INTEGER}, "additionalProperties": False}, [{"a": 1}], [{"a": "x"}, {"b": 1}]
+        {"type": "object", "patternProperties": {"^a+$": _INTEGER}, "additionalProperties": False},
+        [{"a": 1}],
+        [{"a": "x"}, {"b": 1}],
     ),
-    "propertyNames": Obeyed({"type": "object", "propertyNames": {"pattern": "^a+$"}}, [{"a": 1}], [{"b": 1}, {"ab": 1}]),
+    "propertyNames": Obeyed(
+        {"type": "object", "propertyNames": {"pattern": "^a+$"}}, [{"a": 1}], [{"b": 1}, {"ab": 1}]
+    ),
     "propertyNames enum": Obeyed({"type": "object", "propertyNames": {"enum": ["x", "y"]}}, [{"x": 1}], [{"b": 1}]),
     "minProperties, maxProperties": Obeyed(
         {"type": "object", "additionalProperties": _INTEGER, "minProperties": 1, "maxProperties": 2},
@@ -77,10 +111,14 @@ OBEYED = {
         [{}, {"a": 1, "b": 2, "c": 3}, {"a": "x"}],
     ),
     "minProperties of given ones": Obeyed(
-        {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "minProperties": 2}, [{"a": 1, "b": 2}], [{}, {"a": 1}]
+        {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}, "minProperties": 2},
+        [{"a": 1, "b": 2}],
+        [{}, {"a": 1}],
     ),
     "unevaluatedProperties of a schema": Obeyed(
-        {"type": "object", "properties": {"a": _INTEGER}, "unevaluatedProperties": _TEXT}, [{"a": 1}, {"b": "x"}], [{"b": 1}, {"a": "x"}]
+        {"type": "object", "properties": {"a": _INTEGER}, "unevaluatedProperties": _TEXT},
+        [{"a": 1}, {"b": "x"}],
+        [{"b": 1}, {"a": "x"}],
     ),
     "additionalProperties alone": Obeyed({"type": "object", "additionalProperties": _TEXT}, [{"b": "x"}], [{"b": 1}]),
     "additionalProperties true": Obeyed(
@@ -88,7 +126,11 @@ OBEYED = {
         [{"a": 1}, {"a": 1, "b": "x"}],
         [{"a": "x"}, {"b": 1}, {"a": 1, "b": 2, "a ": None, "c": {}} | {"a": None}],
     ),
-    "$ref": Obeyed({"$defs": {"n": _INTEGER}, "type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}}, [{"a": 1}], [{"a": "x"}]),
+    "$ref": Obeyed(
+        {"$defs": {"n": _INTEGER}, "type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}},
+        [{"a": 1}],
+        [{"a": "x"}],
+    ),
     "$ref of the root": Obeyed(
         {"type": "object", "properties": {"n": _INTEGER, "more": {"$ref": "#"}}, "required": ["n"]},
         [{"n": 1, "more": {"n": 2}}],
@@ -96,11 +138,19 @@ OBEYED = {
     ),
     "definitions": Obeyed({"definitions": {"n": _INTEGER}, "$ref": "#/definitions/n"}, [1], ["x"]),
     "anyOf": Obeyed({"anyOf": [_INTEGER, {"type": "string", "maxLength": 1}]}, [1, "a"], ["ab", None]),
-    "anyOf beside its type": Obeyed({"type": "object", "anyOf": [_KIND, _OTHER]}, [{"kind": "a"}, {"kind": "b"}], [{"kind": "d"}, 1]),
+    "anyOf beside its type": Obeyed(
+        {"type": "object", "anyOf": [_KIND, _OTHER]}, [{"kind": "a"}, {"kind": "b"}], [{"kind": "d"}, 1]
+    ),
     "oneOf by type": Obeyed({"oneOf": [_TEXT, _INTEGER]}, ["a", 1], [None, 1.5]),
-    "oneOf by a property": Obeyed({"oneOf": [_KIND, {"$ref": "#/$defs/o"}], "$defs": {"o": _OTHER}}, [{"kind": "c"}], [{"kind": "d"}, {}]),
-    "allOf of one": Obeyed({"allOf": [{"$ref": "#/$defs/n"}], "$defs": {"n": _INTEGER}, "description": "a number"}, [1], ["x"]),
-    "annotations": Obeyed({**_INTEGER, "title": "t", "default": 1, "examples": [2], "$comment": "c", "x-kind": {"not": {}}}, [3], ["x"]),
+    "oneOf by a property": Obeyed(
+        {"oneOf": [_KIND, {"$ref": "#/$defs/o"}], "$defs": {"o": _OTHER}}, [{"kind": "c"}], [{"kind": "d"}, {}]
+    ),
+    "allOf of one": Obeyed(
+        {"allOf": [{"$ref": "#/$defs/n"}], "$defs": {"n": _INTEGER}, "description": "a number"}, [1], ["x"]
+    ),
+    "annotations": Obeyed(
+        {**_INTEGER, "title": "t", "default": 1, "examples": [2], "$comment": "c", "x-kind": {"not": {}}}, [3], ["x"]
+    ),
 }
 
 # The schema, and the place in it that is named.
@@ -125,11 +175,20 @@ REFUSED = {
     "contains": ({"type": "array", "items": {}, "contains": {"const": 1}}, "contains"),
     "items of draft 7": ({"type": "array", "items": [{"type": "integer"}]}, "items"),
     "minItems alone": ({"type": "array", "minItems": 1}, "minItems"),
-    "dependentRequired": ({"type": "object", "properties": {"a": {}, "b": {}}, "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+    "dependentRequired": (
+        {"type": "object", "properties": {"a": {}, "b": {}}, "dependentRequired": {"a": ["b"]}},
+        "dependentRequired",
+    ),
     "dependentSchemas": ({"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}}, "dependentSchemas"),
     "dependencies": ({"type": "object", "dependencies": {"a": ["b"]}}, "dependencies"),
-    "patternProperties beside": ({"type": "object", "properties": {"b": {}}, "patternProperties": {"^a": {}}}, "patternProperties"),
-    "propertyNames beside": ({"type": "object", "properties": {"b": {}}, "propertyNames": {"maxLength": 3}}, "propertyNames"),
+    "patternProperties beside": (
+        {"type": "object", "properties": {"b": {}}, "patternProperties": {"^a": {}}},
+        "patternProperties",
+    ),
+    "propertyNames beside": (
+        {"type": "object", "properties": {"b": {}}, "propertyNames": {"maxLength": 3}},
+        "propertyNames",
+    ),
     "format": ({"type": "string", "format": "idn-email"}, "format"),
     "format without type": ({"format": "date"}, "format"),
     "pattern beside a length": ({"type": "string", "pattern": "^a+$", "maxLength": 3}, "maxLength"),
@@ -142,8 +201,14 @@ REFUSED = {
     "$ref elsewhere": ({"$ref": "https://example.com/schema"}, "$ref"),
     "$ref of an anchor": ({"$defs": {"n": {"$anchor": "n"}}, "$ref": "#n"}, "$ref"),
     "$ref to nothing": ({"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}}}, "properties.a.$ref"),
-    "$ref to what it stands in": ({"$defs": {"n": {"anyOf": [{"$ref": "#/$defs/n"}, {}]}}, "$ref": "#/$defs/n"}, "$ref"),
-    "a reference's own": ({"$defs": {"n": {"not": {}}}, "type": "array", "items": {"$ref": "#/$defs/n"}}, "$defs.n.not"),
+    "$ref to what it stands in": (
+        {"$defs": {"n": {"anyOf": [{"$ref": "#/$defs/n"}, {}]}}, "$ref": "#/$defs/n"},
+        "$ref",
+    ),
+    "a reference's own": (
+        {"$defs": {"n": {"not": {}}}, "type": "array", "items": {"$ref": "#/$defs/n"}},
+        "$defs.n.not",
+    ),
     "$dynamicRef": ({"$dynamicRef": "#n"}, "$dynamicRef"),
     "$id within": ({"type": "array", "items": {"$id": "a", "type": "integer"}}, "items.$id"),
     "false": ({"type": "object", "properties": {"a": False}}, "properties.a"),

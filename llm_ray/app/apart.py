@@ -1,4 +1,5 @@
-"""Work that takes long, in a process of its own: it holds up nobody else of this one, and ends when it is no longer waited for.
+"""Work that takes long, in a process of its own: it holds up nobody else of this one, and ends when it is no longer
+waited for.
 
 with apart(plan_report, conf) as work:
     for line in work.lines():
@@ -41,7 +42,9 @@ class Apart(Generic[T]):
             except EOFError:
                 self._process.join()
                 code = self._process.exitcode
-                why = "it was killed, perhaps for want of memory" if code == -9 else f"its process ended with code {code}"
+                why = (
+                    "it was killed, perhaps for want of memory" if code == -9 else f"its process ended with code {code}"
+                )
                 kind, value = "error", RunError(f"the work broke off: {why}")
             if kind == "line":
                 yield value
@@ -61,9 +64,12 @@ class Apart(Generic[T]):
 
 @contextlib.contextmanager
 def apart(function: Callable[..., T], *arguments: Any) -> Iterator[Apart[T]]:
-    """Begin `function(*arguments, reporter)` in a process of its own, which ends with the block. Function, arguments and result are pickled."""
+    """Begin `function(*arguments, reporter)` in a process of its own, which ends with the block. Function, arguments
+    and result are pickled."""
     ours, theirs = _SPAWNED.Pipe(duplex=False)
-    process = _SPAWNED.Process(target=_work, args=(theirs, function, arguments))  # no daemon: planning has processes of its own
+    process = _SPAWNED.Process(
+        target=_work, args=(theirs, function, arguments)
+    )  # no daemon: planning has processes of its own
     process.start()
     _AT_WORK.add(process.pid)
     theirs.close()

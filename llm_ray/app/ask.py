@@ -42,8 +42,8 @@ SHOWN_FAILURES = 10
 
 @dataclass(frozen=True)
 class Batch:
-    """What became of several prompts: how many there are, how many of them were asked now (the file had answers to the others), and those
-    that were not answered, with the reasons."""
+    """What became of several prompts: how many there are, how many of them were asked now (the file had answers to the
+    others), and those that were not answered, with the reasons."""
 
     prompts: int
     asked: int
@@ -69,11 +69,18 @@ def prepare_to_ask() -> None:
 
 
 async def ask(
-    endpoint: Endpoint, model: str | None, prompt: Prompt, settings: Settings, reporter: Reporter, on_text: OnText | None = None
+    endpoint: Endpoint,
+    model: str | None,
+    prompt: Prompt,
+    settings: Settings,
+    reporter: Reporter,
+    on_text: OnText | None = None,
 ) -> Answer:
-    """The answer of `model` (None: the only one there is) to `prompt`; with `on_text` it is streamed, and each piece handed over as it comes.
+    """The answer of `model` (None: the only one there is) to `prompt`; with `on_text` it is streamed, and each piece
+    handed over as it comes.
 
-    `reporter` gets a line when the endpoint is busy and is asked again later. Cancelled, it ends the generation. Raises ConfError, ServeError.
+    `reporter` gets a line when the endpoint is busy and is asked again later. Cancelled, it ends the generation. Raises
+    ConfError, ServeError.
     """
 
     def on_wait(seconds: float, error: Exception) -> None:
@@ -96,8 +103,9 @@ def ask_all(
     output: Path | None = None,
     on_answer: OnAnswer = lambda index, prompt, answer: None,
 ) -> Batch:
-    """Ask all prompts, `concurrency` at once; answers go to the file `output`, else to `on_answer`, as they come. What the file answers
-    already is not asked again. Not to be called in a thread with a running event loop. Raises LlmRayError when nothing can be asked at all.
+    """Ask all prompts, `concurrency` at once; answers go to the file `output`, else to `on_answer`, as they come. What
+    the file answers already is not asked again. Not to be called in a thread with a running event loop. Raises
+    LlmRayError when nothing can be asked at all.
     """
     _check(endpoint, settings, prompts)
     named = asyncio.run(choose_model(endpoint, model, settings.timeout))

@@ -24,14 +24,24 @@ __all__ = ["Load", "LoadReport", "figures", "load_endpoint", "table", "write"]
 
 
 def load_endpoint(
-    endpoint: Endpoint, model: str | None, load: Load, reporter: Reporter, *, file: Path | None = None, prompt_tokens: int = 64
+    endpoint: Endpoint,
+    model: str | None,
+    load: Load,
+    reporter: Reporter,
+    *,
+    file: Path | None = None,
+    prompt_tokens: int = 64,
 ) -> LoadReport:
-    """Load `model` (None: the only one there is), with the prompts of `file` again and again, else with sentences of about `prompt_tokens`.
+    """Load `model` (None: the only one there is), with the prompts of `file` again and again, else with sentences of
+    about `prompt_tokens`.
 
-    What failed is in the report. Not to be called in a thread with a running event loop. Raises LlmRayError when nothing can be asked.
+    What failed is in the report. Not to be called in a thread with a running event loop. Raises LlmRayError when
+    nothing can be asked.
     """
     if not endpoint.openai:
-        raise ConfError(f"{endpoint.url} is a model's own route: give the OpenAI API, {endpoint.base}, with --model {endpoint.name}")
+        raise ConfError(
+            f"{endpoint.url} is a model's own route: give the OpenAI API, {endpoint.base}, with --model {endpoint.name}"
+        )
     prompts = _prompts(file, prompt_tokens, load.seed, load.completion)
     named = asyncio.run(choose_model(endpoint, model, load.timeout))
     whole = load.requests or math.ceil(load.duration or 0)

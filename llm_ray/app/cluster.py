@@ -14,7 +14,19 @@ from llm_ray.progress import Reporter
 from llm_ray.serve.deployments import deploy, local
 from llm_ray.serve.deployments.plan import Node as Room
 
-__all__ = ["Application", "Job", "Node", "Overview", "Room", "State", "cluster_state", "drain", "joined", "overview", "place"]
+__all__ = [
+    "Application",
+    "Job",
+    "Node",
+    "Overview",
+    "Room",
+    "State",
+    "cluster_state",
+    "drain",
+    "joined",
+    "overview",
+    "place",
+]
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,8 @@ class Overview:
 
 
 def cluster_state(home: Path, reporter: Reporter, address: str | None = None) -> State | None:
-    """What the cluster at `address` has and does, or without one the Ray that serves on this machine; None where none does.
+    """What the cluster at `address` has and does, or without one the Ray that serves on this machine; None where none
+    does.
 
     Raises ClusterError.
     """
@@ -47,7 +60,8 @@ def overview(home: Path, reporter: Reporter, address: str | None = None) -> Over
 
 
 def joined(home: Path, reporter: Reporter, address: str | None = None) -> AbstractContextManager[None]:
-    """The connection that the other functions make for each call, kept for a block with several. Raises as `overview`."""
+    """The connection that the other functions make for each call, kept for a block with several. Raises as
+    `overview`."""
     return local.connected(ServeRuntime(mode="cluster", address=address) if address else ServeRuntime(), home, reporter)
 
 
@@ -57,12 +71,16 @@ def place(home: Path, address: str | None = None) -> object:
 
 
 def drain(node: str, seconds: int, home: Path, reporter: Reporter, address: str | None = None) -> dict[str, Any]:
-    """Have the node with the address `node` take no more work, and wait until it is idle, which ends its Ray: see operations.drain.
+    """Have the node with the address `node` take no more work, and wait until it is idle, which ends its Ray: see
+    operations.drain.
 
     Raises ClusterError for the head, and where the node refuses.
     """
     from llm_ray.operations.drain import drain as drain_node
 
     with joined(home, reporter, address):
-        reporter.line(f"Draining {node}: it takes no more work, and leaves when what runs there has ended, after {seconds} s at most.")
+        reporter.line(
+            f"Draining {node}: it takes no more work, and leaves when what runs there has ended, after {seconds} s at "
+            "most."
+        )
         return drain_node(node, seconds)

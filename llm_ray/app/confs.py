@@ -1,4 +1,5 @@
-"""A finetune's conf made from settings, as a form has them, and back: every field of the form comes from the conf's schema.
+"""A finetune's conf made from settings, as a form has them, and back: every field of the form comes from the conf's
+schema.
 
 settings = {"train": "tickets.jsonl", "model": "smollm2-135m-instruct", "name": "support-bot", "training.epochs": "2"}
 conf = conf_of(settings, home)
@@ -58,22 +59,36 @@ def fields(keys: Keys[Any] = FINETUNE) -> list[Field]:
 
 
 def conf_of(settings: Mapping[str, str], home: Path) -> FinetuneConf:
-    """The conf that these settings make: keys (or variables of the template) with values in YAML; empty ones are left out. Raises ConfError."""
+    """The conf that these settings make: keys (or variables of the template) with values in YAML; empty ones are left
+    out. Raises ConfError."""
     return load_finetune(TEMPLATE, _overrides(settings), home=home)
 
 
 def command_of(settings: Mapping[str, str]) -> str:
     """The command line that does the same."""
-    return shlex.join(["llm-ray", "finetune", "--config", TEMPLATE, *(part for one in _overrides(settings) for part in ("--set", one))])
+    return shlex.join(
+        [
+            "llm-ray",
+            "finetune",
+            "--config",
+            TEMPLATE,
+            *(part for one in _overrides(settings) for part in ("--set", one)),
+        ]
+    )
 
 
 def settings_of(text: str) -> dict[str, str]:
-    """The settings that make the conf of a YAML file, without those that are defaults; folders (`paths`) are this machine's own.
+    """The settings that make the conf of a YAML file, without those that are defaults; folders (`paths`) are this
+    machine's own.
 
     Raises ConfError.
     """
-    if re.search(r"\{[{%]", text) and not text.startswith("# {% raw %}"):  # as `dump` writes one whose texts look like that
-        raise ConfError("the file is a template: send the conf that it makes (llm-ray finetune --config FILE --dry-run shows it)")
+    if re.search(r"\{[{%]", text) and not text.startswith(
+        "# {% raw %}"
+    ):  # as `dump` writes one whose texts look like that
+        raise ConfError(
+            "the file is a template: send the conf that it makes (llm-ray finetune --config FILE --dry-run shows it)"
+        )
     try:
         data = yamltext.parse(text).data
     except yamltext.Problem as problem:
@@ -95,12 +110,15 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def beyond(conf: FinetuneConf, readable: Sequence[Path], paths: Paths) -> list[str]:
-    """What a conf asks for beyond the files in `readable`, the folders `paths` and code that is shipped: nothing for others than an admin."""
+    """What a conf asks for beyond the files in `readable`, the folders `paths` and code that is shipped: nothing for
+    others than an admin."""
     folders = [folder.resolve() for folder in readable]
 
     def foreign(text: str) -> bool:
         path = Path(text).expanduser()
-        return (path.is_absolute() or path.exists()) and not any(path.resolve().is_relative_to(folder) for folder in folders)
+        return (path.is_absolute() or path.exists()) and not any(
+            path.resolve().is_relative_to(folder) for folder in folders
+        )
 
     validation = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = [*conf.data.train, *validation, *(conf.evaluation.data or ()), conf.model.base, conf.model.tokenizer or ""]
@@ -158,5 +176,9 @@ def _only(key: Key) -> tuple[str, ...]:
     if key.schema.get("type") == "boolean":
         return ("true", "false")
     words = choices(key.schema)
-    closed = all("enum" in option or "const" in option or option.get("type") == "null" for option in options if "anyOf" not in option)
+    closed = all(
+        "enum" in option or "const" in option or option.get("type") == "null"
+        for option in options
+        if "anyOf" not in option
+    )
     return tuple(words) if words and closed else ()

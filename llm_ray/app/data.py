@@ -56,7 +56,8 @@ class PreviewSequence:
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """A row: its file and line, the sequences that it gives (none: it is dropped), and the tokens of the longest before anything was cut."""
+    """A row: its file and line, the sequences that it gives (none: it is dropped), and the tokens of the longest before
+    anything was cut."""
 
     place: str
     sequences: tuple[PreviewSequence, ...]
@@ -84,7 +85,8 @@ class Preview:
 
 
 def preview(conf: FinetuneConf, rows: int = 3) -> Preview:
-    """The first `rows` rows of data.train as tokens. Raises DataError, also when there is nothing to learn; ModelError."""
+    """The first `rows` rows of data.train as tokens. Raises DataError, also when there is nothing to learn;
+    ModelError."""
     tokenizer = load_tokenizer(conf.model, conf.paths)
     tally = prepare.Tally(fail=conf.data.on_bad_row == "fail")
     few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
@@ -130,7 +132,9 @@ def examine(conf: FinetuneConf, rows: int, reporter: Reporter) -> Examined:
         prepared = Path(folder) / "prepared"
         figures = prepare.prepare(conf, tokenizer, prepared, reporter.line)
         splits: list[prepare.Split] = ["train", "validation"] if figures.validation else ["train"]
-        lengths = [length for split in splits for length in prepare.lengths_of(prepare.open_split(prepared, split)).tolist()]
+        lengths = [
+            length for split in splits for length in prepare.lengths_of(prepare.open_split(prepared, split)).tolist()
+        ]
     return Examined(figures, histogram(lengths), preview(conf, rows))
 
 
@@ -141,7 +145,9 @@ def histogram(lengths: list[int], most: int = 20) -> tuple[Bar, ...]:
     low, high = min(lengths), max(lengths)
     width = -(-(high - low + 1) // most)
     counts = Counter((length - low) // width for length in lengths)
-    return tuple(Bar(low + n * width, min(low + (n + 1) * width - 1, high), counts[n]) for n in range((high - low) // width + 1))
+    return tuple(
+        Bar(low + n * width, min(low + (n + 1) * width - 1, high), counts[n]) for n in range((high - low) // width + 1)
+    )
 
 
 def spans(tokenizer: PreTrainedTokenizerBase, sequence: Sequence) -> list[Span]:
@@ -149,7 +155,12 @@ def spans(tokenizer: PreTrainedTokenizerBase, sequence: Sequence) -> list[Span]:
     # Whole runs are decoded: a character may be spread over several tokens.
     runs = groupby(zip(sequence.input_ids, sequence.labels, strict=True), lambda token: token[1] >= 0)
     return [
-        Span(tokenizer.decode([token for token, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False), supervised)
+        Span(
+            tokenizer.decode(
+                [token for token, _ in run], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ),
+            supervised,
+        )
         for supervised, run in runs
     ]
 

@@ -1,4 +1,5 @@
-"""A finetune from conf to model: the stages in order, each skipped when it is done for the same inputs; or only what it would need.
+"""A finetune from conf to model: the stages in order, each skipped when it is done for the same inputs; or only what it
+would need.
 
 conf = load_finetune("quickstart")
 plan = plan_finetune(conf, reporter)
@@ -23,7 +24,15 @@ from llm_ray.data.prepare import FORM, DataStats, evaluation_rows, largest_token
 from llm_ray.data.processors import code_of
 from llm_ray.errors import ModelError, RunError, Stopped
 from llm_ray.models.convert import check_environment, convert_model, converted, size_on_disk
-from llm_ray.models.load import check_model, has_experts, identity, load_config, load_tokenizer, tokenizer_files, width_of
+from llm_ray.models.load import (
+    check_model,
+    has_experts,
+    identity,
+    load_config,
+    load_tokenizer,
+    tokenizer_files,
+    width_of,
+)
 from llm_ray.progress import Reporter
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run, stop_file
 from llm_ray.train.auto import RULES, choose
@@ -50,7 +59,8 @@ class Plan:
 
 
 def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
-    """Read the data and take some steps of the training, without a run and without Ray (but to ask a cluster what it has).
+    """Read the data and take some steps of the training, without a run and without Ray (but to ask a cluster what it
+    has).
 
     Raises LlmRayError for what would fail.
     """
@@ -134,9 +144,9 @@ def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
 def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False, resume: Resume = "auto") -> Path:
     """Run the conf's stages; returns the run's folder.
 
-    `force` repeats stages that are done. `resume`: `auto` trains on from the run's last whole checkpoint, `no` from the start, a
-    path from that checkpoint; checkpoints that are not gone on from are moved aside. Raises LlmRayError: Stopped where it was asked to
-    end, by `stop_run` or in training by Ctrl-C.
+    `force` repeats stages that are done. `resume`: `auto` trains on from the run's last whole checkpoint, `no` from the
+    start, a path from that checkpoint; checkpoints that are not gone on from are moved aside. Raises LlmRayError:
+    Stopped where it was asked to end, by `stop_run` or in training by Ctrl-C.
     """
     with open_run(conf, force=force) as run:
         _run_stages(conf, run, force, resume, reporter)
@@ -163,7 +173,9 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
         choice: Choice | None = None
         for stage in due:
             if stop_file(run.path).exists():
-                raise Stopped(f"{conf.name}: stopped before stage {stage} as asked. The same command goes on from there.")
+                raise Stopped(
+                    f"{conf.name}: stopped before stage {stage} as asked. The same command goes on from there."
+                )
             _check_order(stage, conf, run, inputs)
             if choice is None and stage not in ("prepare", "convert"):
                 choice = _choose(conf, conf.run_dir / "prepared")
@@ -189,7 +201,8 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
 
 
 def look_ahead(conf: FinetuneConf, due: Sequence[Stage]) -> list[str]:
-    """Raise LlmRayError for what would make a later stage fail, after hours of training; returns what the user should know."""
+    """Raise LlmRayError for what would make a later stage fail, after hours of training; returns what the user should
+    know."""
     if "evaluate" in due and conf.evaluation.data:
         from llm_ray.evaluate.stage import questions
 
@@ -206,7 +219,9 @@ def _inputs(conf: FinetuneConf) -> dict[Stage, str]:
     held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = file_hashes([*conf.data.train, *held_out])
     model = [conf.model, identity(conf.model, conf.paths), file_hashes(tokenizer_files(conf.model, conf.paths))]
-    prepared = inputs_hash(FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model)
+    prepared = inputs_hash(
+        FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model
+    )
     trained = inputs_hash(prepared, conf.tuning, conf.training, RULES)
     evaluated = inputs_hash(trained, conf.evaluation, file_hashes(conf.evaluation.data or ()))
     return {
@@ -248,12 +263,15 @@ def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[
     evaluated = stage == "convert" and run.is_done("export", inputs_hash(inputs["train"], inputs["evaluate"]))
     if before and not evaluated and not run.is_done(before, inputs[before]):
         raise RunError(
-            f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages ({', '.join([before, *conf.stages])})"
+            f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages "
+            f"({', '.join([before, *conf.stages])})"
         )
 
 
 def _prepare(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
-    stats = prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda text: reporter.line(f"  {text}"))
+    stats = prepare(
+        conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda text: reporter.line(f"  {text}")
+    )
     run.update_result("data", stats.model_dump(mode="json"))
     for line in stats.lines():
         reporter.line(f"  {line}")
@@ -272,8 +290,10 @@ def _check_tokens(conf: FinetuneConf, prepared: Path, vocabulary: int) -> None:
     if largest >= vocabulary:
         token = load_tokenizer(conf.model, conf.paths).convert_ids_to_tokens(largest)
         raise ModelError(
-            f"the tokenizer gives token {largest} ({token!r}) for a row of the data, and the model {conf.model.base} has embeddings for {vocabulary} tokens: "
-            f"{'set model.tokenizer to' if conf.model.tokenizer else 'give the model'} the tokenizer that it was trained with"
+            f"the tokenizer gives token {largest} ({token!r}) for a row of the data, and the model {conf.model.base} "
+            f"has embeddings for {vocabulary} tokens: "
+            f"{'set model.tokenizer to' if conf.model.tokenizer else 'give the model'} the tokenizer that it was "
+            "trained with"
         )
 
 
@@ -345,7 +365,8 @@ def _convert(conf: FinetuneConf, force: bool, reporter: Reporter) -> None:
 
 
 def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | None:
-    """Make the checkpoint folder hold only what is gone on from; returns a checkpoint outside it to begin with, if so asked."""
+    """Make the checkpoint folder hold only what is gone on from; returns a checkpoint outside it to begin with, if so
+    asked."""
     from llm_ray.train.checkpoint import BEST, list_checkpoints, step_of
 
     own = list_checkpoints(folder)
@@ -357,7 +378,10 @@ def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | 
     if isinstance(resume, Path):
         wanted = resume.absolute()
         if not (wanted / ".metadata").is_file():
-            raise RunError(f"--resume {resume}: there is no whole checkpoint; this run's are {', '.join(str(p) for p in own) or 'none'}")
+            raise RunError(
+                f"--resume {resume}: there is no whole checkpoint; this run's are "
+                f"{', '.join(str(p) for p in own) or 'none'}"
+            )
         reporter.line(f"  going on from {wanted} (step {step_of(wanted)})")
     newer = [p for p in own if wanted is None or wanted.parent != folder.absolute() or step_of(p) > step_of(wanted)]
     if newer:

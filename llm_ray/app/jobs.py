@@ -1,11 +1,13 @@
-"""Finetunes in the background: each in a process of its own, which outlives the one that asked for it, one at a time on this machine.
+"""Finetunes in the background: each in a process of its own, which outlives the one that asked for it, one at a time on
+this machine.
 
 job = submit(conf)          # waits for its turn, and runs
 queue(conf.paths.runs)      # found again by any process, from files and the locks of those that work
 cancel(conf.paths.runs, "support-bot")
 
-A run that has begun is a run like others: `llm_ray.app.runs` shows it, and stops it. What its process says is in `finetune.log` of its
-folder. Of a waiting one there is a file under `.queue` of the runs' folder, and a process that holds its lock.
+A run that has begun is a run like others: `llm_ray.app.runs` shows it, and stops it. What its process says is in
+`finetune.log` of its folder. Of a waiting one there is a file under `.queue` of the runs' folder, and a process that
+holds its lock.
 """
 
 from __future__ import annotations
@@ -70,10 +72,11 @@ class _Entry:
 
 
 def submit(conf: FinetuneConf, *, by: str = "", command: str = "", at_once: int = 1) -> Job:
-    """Have the finetune of `conf` run in the background, after those that wait already and when fewer than `at_once` run on this machine.
+    """Have the finetune of `conf` run in the background, after those that wait already and when fewer than `at_once`
+    run on this machine.
 
-    A run of that name that was broken off is gone on with. `command` is the command line that does the same. Raises RunError where
-    the run is waiting or running, or was made with another conf.
+    A run of that name that was broken off is gone on with. `command` is the command line that does the same. Raises
+    RunError where the run is waiting or running, or was made with another conf.
     """
     runs, name = conf.paths.runs, conf.name
     folder = runs / _QUEUE
@@ -109,7 +112,8 @@ def resume(runs: Path, name: str, *, by: str = "") -> Job:
 
 
 def queue(runs: Path) -> list[Job]:
-    """The finetunes that were asked for with `submit` and wait, run, or have failed before there was a run; in their order."""
+    """The finetunes that were asked for with `submit` and wait, run, or have failed before there was a run; in their
+    order."""
     folder = runs / _QUEUE
     jobs: list[Job] = []
     entries = _entries(folder)
@@ -119,7 +123,9 @@ def queue(runs: Path) -> list[Job]:
             continue  # an ended run, which says so itself
         ahead = sum(job.state != "failed" for job in jobs)
         if not alive:
-            reason = entry.reason or "its process has ended (was it killed, or the machine started anew?): start it again"
+            reason = (
+                entry.reason or "its process has ended (was it killed, or the machine started anew?): start it again"
+            )
             jobs.append(Job(name, "failed", entry.by, entry.since, 0, reason))
         elif entry.started:
             state: State = "running" if holder(runs / name) is not None else "starting"
@@ -130,7 +136,8 @@ def queue(runs: Path) -> list[Job]:
 
 
 def cancel(runs: Path, name: str) -> None:
-    """Take a finetune that waits, or has failed before there was a run, out of the queue. Raises RunError where it is not in it, or runs."""
+    """Take a finetune that waits, or has failed before there was a run, out of the queue. Raises RunError where it is
+    not in it, or runs."""
     folder = runs / _QUEUE
     with locked(folder / ".lock"):
         entry = _entries(folder).get(name)
@@ -174,7 +181,8 @@ def _remove(folder: Path, name: str) -> None:
 
 
 def _remove_unbegun(folder: Path) -> None:
-    """Take away what was made of a run that has not begun; the folder stays where it holds anything else, which was there before."""
+    """Take away what was made of a run that has not begun; the folder stays where it holds anything else, which was
+    there before."""
     for name in (LOG, LOCK, CONF):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -207,11 +215,13 @@ def _held(file: Path) -> bool:
     return False
 
 
-# In the process of a finetune (llm_ray/cli/job.py) ----------------------------------------------------------------------
+# In the process of a finetune (llm_ray/cli/job.py)
+# ----------------------------------------------------------------------
 
 
 def wait_for_turn(runs: Path, name: str) -> str | None:
-    """Wait until it is the turn of the finetune `name`; returns the command line that does the same, None where it was cancelled."""
+    """Wait until it is the turn of the finetune `name`; returns the command line that does the same, None where it was
+    cancelled."""
     while not (turn := _turn(runs, name)):
         if turn is None:
             return None
@@ -241,11 +251,16 @@ def _turn(runs: Path, name: str) -> bool | None:
 def _at_work(runs: Path) -> set[str]:
     """The runs that a process of this machine works in, those of the command line too."""
     here = socket.gethostname()
-    return {path.parent.name for path in runs.glob(f"*/{RUN}") if (found := holder(path.parent)) is not None and found.get("host") == here}
+    return {
+        path.parent.name
+        for path in runs.glob(f"*/{RUN}")
+        if (found := holder(path.parent)) is not None and found.get("host") == here
+    }
 
 
 def run(runs: Path, name: str, reporter: Reporter) -> int:
-    """Run the finetune `name`, whose turn it is; returns the exit code. What goes wrong is told to `reporter` and kept for `queue`."""
+    """Run the finetune `name`, whose turn it is; returns the exit code. What goes wrong is told to `reporter` and kept
+    for `queue`."""
     from llm_ray.app.finetune import run_finetune
     from llm_ray.conf.load import load_finetune
 

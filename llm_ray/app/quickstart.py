@@ -43,7 +43,10 @@ class Result:
     """Of `base` and of `finetuned`, in the order of the questions."""
 
     def marks(self, which: str) -> list[bool]:
-        return [is_right(answer, question.expect) for question, answer in zip(self.questions, self.answers[which], strict=True)]
+        return [
+            is_right(answer, question.expect)
+            for question, answer in zip(self.questions, self.answers[which], strict=True)
+        ]
 
     def score(self, which: str) -> dict[str, int]:
         return {"right": sum(self.marks(which)), "of": len(self.questions)}
@@ -55,7 +58,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Done:
-    """The whole way gone: the conf of the run, the answers, seconds by step and in total, and the OpenAI API where both models answer."""
+    """The whole way gone: the conf of the run, the answers, seconds by step and in total, and the OpenAI API where both
+    models answer."""
 
     conf: FinetuneConf
     result: Result
@@ -84,10 +88,11 @@ class Clock:
 
 @contextlib.contextmanager
 def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[Done]:
-    """Go the whole way, and write quickstart.json and answers.jsonl into the run's folder; both models answer until the block ends.
+    """Go the whole way, and write quickstart.json and answers.jsonl into the run's folder; both models answer until the
+    block ends.
 
-    What is done already (import, finetune) is not done again, unless `force`. Everything that was started is stopped at the end.
-    Raises LlmRayError.
+    What is done already (import, finetune) is not done again, unless `force`. Everything that was started is stopped at
+    the end. Raises LlmRayError.
     """
     conf = load_finetune("quickstart", home=home)
     clock = Clock(reporter, total=4)
@@ -109,7 +114,10 @@ def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[
             served = deploy(plan(serving, reporter), serving.endpoint, home, reporter)
             reporter.line(f"      {served.url}")
         questions = heldout()
-        with clock.step("ask", f"Ask both {len(questions)} questions that were not trained on"), reporter.bar("answers") as bar:
+        with (
+            clock.step("ask", f"Ask both {len(questions)} questions that were not trained on"),
+            reporter.bar("answers") as bar,
+        ):
             answers = ask(served.url, list(models), questions, bar.update)
         result = Result(questions, {"base": answers[conf.model.base], "finetuned": answers[conf.name]})
         seconds = clock.stop()
@@ -122,7 +130,10 @@ def _write(conf: FinetuneConf, result: Result, seconds: dict[str, float]) -> Non
     rows = [
         {
             **dataclasses.asdict(question),
-            **{which: {"answer": result.answers[which][at], "right": result.marks(which)[at]} for which in ("base", "finetuned")},
+            **{
+                which: {"answer": result.answers[which][at], "right": result.marks(which)[at]}
+                for which in ("base", "finetuned")
+            },
         }
         for at, question in enumerate(result.questions)
     ]

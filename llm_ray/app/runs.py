@@ -65,7 +65,9 @@ def show_run(runs: Path, name: str) -> RunDetails:
     if found.state == "damaged":
         raise RunError(f"the run {name} is damaged: {found.reason}")
     run, output = RunFolder(path), path / "output"
-    return RunDetails(found, stored_conf(path), run.lineage(), run.result(), run.params(), output if output.is_dir() else None)
+    return RunDetails(
+        found, stored_conf(path), run.lineage(), run.result(), run.params(), output if output.is_dir() else None
+    )
 
 
 def compare_runs(runs: Path, names: Sequence[str], metric: str = "loss") -> Comparison:
@@ -76,9 +78,9 @@ def compare_runs(runs: Path, names: Sequence[str], metric: str = "loss") -> Comp
 def stop_run(runs: Path, name: str, wait: float = 0.0) -> RunSummary:
     """Ask the run `name` to end, from any process that sees the folder `runs`; returns how it stands then.
 
-    Training ends after its step, with a checkpoint; any other stage is completed first, and the next does not begin. The same finetune
-    goes on from there. `wait`: seconds to wait for the end. Raises RunError where no process works in the run, and where it has not
-    ended within `wait` (if that is not 0): it is still asked to.
+    Training ends after its step, with a checkpoint; any other stage is completed first, and the next does not begin.
+    The same finetune goes on from there. `wait`: seconds to wait for the end. Raises RunError where no process works in
+    the run, and where it has not ended within `wait` (if that is not 0): it is still asked to.
     """
     path = find_run(runs, name)
     ask_to_stop(path)
@@ -86,12 +88,16 @@ def stop_run(runs: Path, name: str, wait: float = 0.0) -> RunSummary:
     while holder(path) is not None and time.monotonic() < until:
         time.sleep(_POLL)
     if wait and holder(path) is not None:
-        raise RunError(f"the run {name} has not ended within {wait:.0f} s: it was asked to, and will when its step or stage is done")
+        raise RunError(
+            f"the run {name} has not ended within {wait:.0f} s: it was asked to, and will when its step or stage is "
+            "done"
+        )
     return summary(path)
 
 
 def delete_run(runs: Path, name: str) -> None:
-    """Delete the run `name` with its checkpoints, metrics and model. Raises RunError where there is none, or a process works in it."""
+    """Delete the run `name` with its checkpoints, metrics and model. Raises RunError where there is none, or a process
+    works in it."""
     folder.delete_run(find_run(runs, name))
     forget(runs, name)
 

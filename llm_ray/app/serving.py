@@ -1,7 +1,7 @@
 """Serving: deploy models or change them, stop them, bring them back, see how they fare, read their logs.
 
-`home` is the folder of models, data and runs; beside them lies what serving keeps. `address` is the cluster that serves (`auto` on one
-of its nodes, else HOST:PORT of its head's GCS), None this machine's own Ray.
+`home` is the folder of models, data and runs; beside them lies what serving keeps. `address` is the cluster that serves
+(`auto` on one of its nodes, else HOST:PORT of its head's GCS), None this machine's own Ray.
 
 served = deploy(load_serve("quickstart", home=home), home, reporter)
 stop(["quickstart"], home, reporter)
@@ -59,8 +59,9 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A deployed model. `state`: DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, DELETING; `ready`: whether a request is answered, if only
-    after a replica has been started for it; `replicas` that answer, of those `wanted`; `message`: what Ray Serve says of it."""
+    """A deployed model. `state`: DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, DELETING; `ready`: whether a request is
+    answered, if only after a replica has been started for it; `replicas` that answer, of those `wanted`; `message`:
+    what Ray Serve says of it."""
 
     state: str
     ready: bool
@@ -70,7 +71,8 @@ class ModelStatus:
     reason: str
     """What of the message matters, where it is not ready; else empty."""
     counts: dict[str, float]
-    """requests, errors, in_progress, prompt_tokens, generated_tokens, tokens_per_second; empty while nothing has been counted."""
+    """requests, errors, in_progress, prompt_tokens, generated_tokens, tokens_per_second; empty while nothing has been
+    counted."""
     adapters: dict[str, dict[str, float]]
     """The same of each adapter."""
     model: ServedModel
@@ -88,7 +90,8 @@ class Status:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a model takes: `model` has memory, cache and cores of a replica. `problem`: why there is no room; else empty."""
+    """What a model takes: `model` has memory, cache and cores of a replica. `problem`: why there is no room; else
+    empty."""
 
     model: ServedModel
     problem: str
@@ -96,8 +99,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pair:
-    """A run and the model that it was made from, under the names by which they are asked. `conf` deploys what is not served yet of the two;
-    None: both are."""
+    """A run and the model that it was made from, under the names by which they are asked. `conf` deploys what is not
+    served yet of the two; None: both are."""
 
     run: str
     base: str
@@ -122,14 +125,17 @@ def conf_of(
     precision: str | None = None,
     overrides: Sequence[str] = (),
 ) -> ServeConf:
-    """The conf that serves these models (runs, names of the registry, folders, hub ids), under their own names or `names`, all with the
-    same settings; what is None is left to the conf's defaults. `adapters`: run or folder by name. `overrides`:
+    """The conf that serves these models (runs, names of the registry, folders, hub ids), under their own names or
+    `names`, all with the same settings; what is None is left to the conf's defaults. `adapters`: run or folder by name.
+    `overrides`:
     ``key=value`` as after ``--set``, over all of it. Raises ConfError, ModelError.
     """
     paths = Paths.of(home)
     called = tuple(names) or tuple(resolve(model, paths).name for model in models)
     if len(called) != len(models):
-        raise ConfError(f"--name is given {len(called)} times, --model {len(models)} times: give each model a name, or none")
+        raise ConfError(
+            f"--name is given {len(called)} times, --model {len(models)} times: give each model a name, or none"
+        )
     if len(set(called)) != len(called):
         raise ConfError(f"two models would be called the same ({', '.join(called)}): tell them apart with --name")
     if adapters and len(models) > 1:
@@ -158,8 +164,9 @@ def conf_of(
 
 
 def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str | None = None) -> Pair:
-    """The run `run` beside its base, where `running` is what is served. Where neither is, the run is an adapter on its base if it can be: one
-    model in memory, for both. Raises RunError for a run without a model, ModelError, ConfError."""
+    """The run `run` beside its base, where `running` is what is served. Where neither is, the run is an adapter on its
+    base if it can be: one model in memory, for both. Raises RunError for a run without a model, ModelError,
+    ConfError."""
     paths = Paths.of(home)
     details = show_run(paths.runs, run)
     if details.output is None or not details.summary.base:
@@ -170,7 +177,11 @@ def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str 
     adapters = {}
     if len(models) == 2 and base.folder and _serves_as_adapter(run, details.output / "adapter", base.folder, paths):
         adapters[run] = models.pop(run)
-    conf = conf_of([*models.values()], home, names=[*models], address=address, engine="vllm", adapters=adapters) if models else None
+    conf = (
+        conf_of([*models.values()], home, names=[*models], address=address, engine="vllm", adapters=adapters)
+        if models
+        else None
+    )
     return Pair(run, base.name, conf)
 
 
@@ -181,13 +192,21 @@ def _serves_as_adapter(run: str, folder: Path, base: Path, paths: Paths) -> bool
         return False
 
 
-def deploy(conf: ServeConf, home: Path, reporter: Reporter, *, only: Sequence[str] = (), timeout: float = 900, keep: bool = True) -> Served:
-    """Deploy the conf's models (or those of `only`), or change them where they are deployed; the others go on answering. Returns when all
-    of them are ready.
+def deploy(
+    conf: ServeConf,
+    home: Path,
+    reporter: Reporter,
+    *,
+    only: Sequence[str] = (),
+    timeout: float = 900,
+    keep: bool = True,
+) -> Served:
+    """Deploy the conf's models (or those of `only`), or change them where they are deployed; the others go on
+    answering. Returns when all of them are ready.
 
-    On this machine Ray is started in the background, unless it runs, and ended again if the deployment fails. On a cluster `restore`
-    brings the models back after a new start of its head, unless `keep` is False. Raises LlmRayError: what was served before then is
-    served again.
+    On this machine Ray is started in the background, unless it runs, and ended again if the deployment fails. On a
+    cluster `restore` brings the models back after a new start of its head, unless `keep` is False. Raises LlmRayError:
+    what was served before then is served again.
     """
     models = plan(conf, reporter, only)
     starts = conf.runtime.mode == "local" and not serves_here(home)
@@ -201,19 +220,26 @@ def deploy(conf: ServeConf, home: Path, reporter: Reporter, *, only: Sequence[st
             _end(home)
         raise
     if conf.runtime.mode == "cluster" and keep:
-        remember(desired_file(home), conf.model_copy(update={"endpoint": served.endpoint}), [model.name for model in served.models])
+        remember(
+            desired_file(home),
+            conf.model_copy(update={"endpoint": served.endpoint}),
+            [model.name for model in served.models],
+        )
     return with_(served, started_ray=starts)
 
 
-def estimate(conf: ServeConf, rooms: Sequence[Node], running: Mapping[str, ModelStatus], reporter: Reporter) -> list[Estimate]:
-    """What each model of the conf takes, before anything is loaded or converted, and whether there is room for it in `rooms` (none: on this
-    machine as it is now). Raises ModelError for one that cannot be served at all."""
+def estimate(
+    conf: ServeConf, rooms: Sequence[Node], running: Mapping[str, ModelStatus], reporter: Reporter
+) -> list[Estimate]:
+    """What each model of the conf takes, before anything is loaded or converted, and whether there is room for it in
+    `rooms` (none: on this machine as it is now). Raises ModelError for one that cannot be served at all."""
     hosts = list(rooms) or [this_machine()]
     found = []
     for name, asked in conf.models.items():
         model = plan_of(name, asked, conf.paths, reporter)
         holding = {
-            called: with_(entry.model, replicas=max(entry.replicas, entry.wanted), autoscale=None) for called, entry in running.items()
+            called: with_(entry.model, replicas=max(entry.replicas, entry.wanted), autoscale=None)
+            for called, entry in running.items()
         }
         try:
             (model,) = place([model], hosts, holding)
@@ -234,7 +260,8 @@ def this_machine() -> Node:
 
 
 def restart(name: str, home: Path, reporter: Reporter, address: str | None = None, timeout: float = 900) -> Served:
-    """Take a deployed model away and serve it again as it was; until it is ready it does not answer. Raises ServeError."""
+    """Take a deployed model away and serve it again as it was; until it is ready it does not answer. Raises
+    ServeError."""
     with local.connected(_runtime(address), home, reporter):
         entry, endpoint = serving.status().get(name), serving.running_endpoint()
         if entry is None or endpoint is None:
@@ -253,7 +280,8 @@ def undo(served: Served, home: Path, reporter: Reporter, address: str | None = N
 
 
 def stop(names: Sequence[str], home: Path, reporter: Reporter, address: str | None = None) -> None:
-    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not deployed."""
+    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not
+    deployed."""
     with local.connected(_runtime(address), home, reporter):
         serving.stop(names, reporter)
     if address:
@@ -278,7 +306,8 @@ def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None
 def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
     """On a cluster's head: serve again what was served before it started anew; what is served already is left alone.
 
-    `timeout`: seconds within which a model must be ready. Raises ServeError, naming the models that are not served; the others are.
+    `timeout`: seconds within which a model must be ready. Raises ServeError, naming the models that are not served; the
+    others are.
     """
     confs = desired_confs(desired_file(home))
     if not confs:
@@ -323,9 +352,11 @@ def status(home: Path, reporter: Reporter, address: str | None = None) -> Status
     )
 
 
-def logs(name: str, home: Path, reporter: Reporter, address: str | None = None, *, lines: int = 100, follow: bool = False) -> Iterator[str]:
-    """The last `lines` lines of what each of the model's replicas has logged (of the HTTP endpoint for the name gateway); with `follow`
-    also what comes, until the iterator is closed. Raises ServeError."""
+def logs(
+    name: str, home: Path, reporter: Reporter, address: str | None = None, *, lines: int = 100, follow: bool = False
+) -> Iterator[str]:
+    """The last `lines` lines of what each of the model's replicas has logged (of the HTTP endpoint for the name
+    gateway); with `follow` also what comes, until the iterator is closed. Raises ServeError."""
     with local.connected(_runtime(address), home, reporter):
         yield from read_logs(name, lines, follow)
 

@@ -13,11 +13,12 @@ The figures are defined as ``vllm bench serve`` defines them (vllm/benchmarks/se
 - tokens as the server counts them (``usage``); throughputs are of whole answers alone, over the time from the first request to the end of
   the last.
 
-One thing differs: the first chunk of a chat, which names the role and holds no token, is not taken for a token. On vLLM it arrives
-together with the first one, so that TTFT is the same and ITL loses one interval of zero for each request.
+One thing differs: the first chunk of a chat, which names the role and holds no token, is not taken for a token. On vLLM
+it arrives together with the first one, so that TTFT is the same and ITL loses one interval of zero for each request.
 
-A request without a whole answer is a failure, counted by its kind ("status 503", "timeout", "broken", "unreachable"), and in no other
-figure. One process of one thread sends and reads: :attr:`LoadReport.client_cpu_share` says how much of a core that took.
+A request without a whole answer is a failure, counted by its kind ("status 503", "timeout", "broken", "unreachable"),
+and in no other figure. One process of one thread sends and reads: :attr:`LoadReport.client_cpu_share` says how much of
+a core that took.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ if TYPE_CHECKING:
     import aiohttp
 
 BACKOFF = 0.1
-"""Seconds for which one of `concurrency` rests after a failure: an endpoint that refuses at once would be asked as fast as this machine can."""
+"""Seconds for which one of `concurrency` rests after a failure: an endpoint that refuses at once would be asked as fast
+as this machine can."""
 KEEP_ALIVE = 3.0
-"""Seconds for which an idle connection is kept: less than servers do, so that none is taken up again that is being closed."""
+"""Seconds for which an idle connection is kept: less than servers do, so that none is taken up again that is being
+closed."""
 
 Progress = Callable[["LoadReport"], None]
 Request = Callable[[], Coroutine[Any, Any, bool]]
@@ -50,10 +53,11 @@ Request = Callable[[], Coroutine[Any, Any, bool]]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to send. One of `concurrency` (so many at once, each sent when another is answered) and `rate` (requests per second on average,
-    with the gaps of a Poisson process, however long answers take), and one of `requests` and `duration` (seconds in which requests are
-    sent; those under way are waited for). `warmup` requests go before, one after the other, and are in no figure. `timeout` is for one
-    answer, in seconds. Raises ConfError when both or none of a pair are given."""
+    """What to send. One of `concurrency` (so many at once, each sent when another is answered) and `rate` (requests per
+    second on average, with the gaps of a Poisson process, however long answers take), and one of `requests` and
+    `duration` (seconds in which requests are sent; those under way are waited for). `warmup` requests go before, one
+    after the other, and are in no figure. `timeout` is for one answer, in seconds. Raises ConfError when both or none
+    of a pair are given."""
 
     concurrency: int | None = None
     rate: float | None = None
@@ -76,8 +80,8 @@ class Load:
 
 @dataclass(slots=True)
 class Sample:
-    """One answer: `sent` in seconds since the load began, `arrivals` of its chunks with tokens in seconds since it was sent (at least one),
-    and tokens as the server counts them."""
+    """One answer: `sent` in seconds since the load began, `arrivals` of its chunks with tokens in seconds since it was
+    sent (at least one), and tokens as the server counts them."""
 
     sent: float
     arrivals: list[float]
@@ -127,7 +131,8 @@ class Spread:
 
 @dataclass
 class LoadReport:
-    """What was measured. `seconds` are those from the first request to the end of the last, `client_cpu_seconds` those of this process."""
+    """What was measured. `seconds` are those from the first request to the end of the last, `client_cpu_seconds` those
+    of this process."""
 
     url: str
     model: str
@@ -167,7 +172,9 @@ class LoadReport:
 
     @property
     def inter_token_latency(self) -> Spread | None:
-        return Spread.of([after - before for sample in self.samples for before, after in itertools.pairwise(sample.arrivals)])
+        return Spread.of(
+            [after - before for sample in self.samples for before, after in itertools.pairwise(sample.arrivals)]
+        )
 
     @property
     def end_to_end(self) -> Spread | None:
@@ -183,18 +190,27 @@ class LoadReport:
         return self.client_cpu_seconds / self.seconds
 
 
-def run_load(endpoint: Endpoint, model: str, prompts: Iterator[Prompt], load: Load, progress: Progress | None = None) -> LoadReport:
-    """Loads `endpoint` (an OpenAI API) as `load` says, with `prompts` in their order; there must be enough of them, or no end.
+def run_load(
+    endpoint: Endpoint, model: str, prompts: Iterator[Prompt], load: Load, progress: Progress | None = None
+) -> LoadReport:
+    """Loads `endpoint` (an OpenAI API) as `load` says, with `prompts` in their order; there must be enough of them, or
+    no end.
 
-    `progress` is called after each request with the report as far as it is. Raises ConfError for a model's own route, which does not
-    stream tokens, and Failed when a request of the warm-up fails; failures of the load itself are in the report.
+    `progress` is called after each request with the report as far as it is. Raises ConfError for a model's own route,
+    which does not stream tokens, and Failed when a request of the warm-up fails; failures of the load itself are in the
+    report.
     """
     if not endpoint.openai:
-        raise ConfError(f"{endpoint.url} is a model's own route: a load needs the OpenAI API, {endpoint.base}, and --model {endpoint.name}")
+        raise ConfError(
+            f"{endpoint.url} is a model's own route: a load needs the OpenAI API, {endpoint.base}, and --model "
+            f"{endpoint.name}"
+        )
     return asyncio.run(_run(endpoint, model, prompts, load, progress))
 
 
-async def _run(endpoint: Endpoint, model: str, prompts: Iterator[Prompt], load: Load, progress: Progress | None) -> LoadReport:
+async def _run(
+    endpoint: Endpoint, model: str, prompts: Iterator[Prompt], load: Load, progress: Progress | None
+) -> LoadReport:
     import aiohttp
 
     report = LoadReport(endpoint.url, model, load)
@@ -327,12 +343,16 @@ class _Stream:
                 if usage := chunk.get("usage"):
                     self._usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens")}
             except (KeyError, TypeError, AttributeError) as error:
-                raise Broken(f"{self._endpoint.url} answered, but not as the OpenAI API does: is this its address?") from error
+                raise Broken(
+                    f"{self._endpoint.url} answered, but not as the OpenAI API does: is this its address?"
+                ) from error
 
     def sample(self, sent: float) -> Sample:
         """The answer, when all of it came."""
         if not self._arrivals or not self._finished:
             raise Broken(f"{self._endpoint.url} ended the answer before its end (no finish_reason came)")
         if self._usage is None:
-            raise Broken(f"{self._endpoint.url} does not tell the usage (stream_options.include_usage): tokens cannot be counted")
+            raise Broken(
+                f"{self._endpoint.url} does not tell the usage (stream_options.include_usage): tokens cannot be counted"
+            )
         return Sample(sent, self._arrivals, self._usage["prompt_tokens"], self._usage["completion_tokens"])

@@ -79,7 +79,8 @@ def table(report: LoadReport) -> Iterator[str]:
 
 
 def write(report: LoadReport, folder: Path) -> None:
-    """`folder`/report.json, with a row for each request, and `folder`/plot.png. Raises LlmRayError when they cannot be written."""
+    """`folder`/report.json, with a row for each request, and `folder`/plot.png. Raises LlmRayError when they cannot be
+    written."""
     rows = [
         {
             "sent": round(sample.sent, 6),
@@ -114,7 +115,10 @@ def plot(report: LoadReport, file: Path) -> None:
     gaps = [(b - a) * 1000 for sample in samples for a, b in zip(sample.arrivals, sample.arrivals[1:], strict=False)]
     _distribution(tokens, "between tokens", gaps, "ms")
     _course(course, report)
-    figure.suptitle(f"{report.model}: {report.output_tokens_per_second:.1f} output tokens/s, {report.requests_per_second:.2f} requests/s")
+    figure.suptitle(
+        f"{report.model}: {report.output_tokens_per_second:.1f} output tokens/s, {report.requests_per_second:.2f} "
+        "requests/s"
+    )
     for axes in (requests, tokens, course):
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)

@@ -25,13 +25,19 @@ def bench() -> None:
 
 @bench.command()
 @endpoint_options
-@click.option("--concurrency", type=click.IntRange(1), help="Requests at once, each sent when another is answered. Default: 16.")
 @click.option(
-    "--rate", type=click.FloatRange(0, min_open=True), help="Requests per second on average, at the times of a Poisson process instead."
+    "--concurrency", type=click.IntRange(1), help="Requests at once, each sent when another is answered. Default: 16."
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help="Requests per second on average, at the times of a Poisson process instead.",
 )
 @click.option("--requests", type=click.IntRange(1), help="Requests to send. Default: 100.")
 @click.option(
-    "--duration", type=click.FloatRange(0, min_open=True), help="Send requests for so many seconds instead, and wait for the last answers."
+    "--duration",
+    type=click.FloatRange(0, min_open=True),
+    help="Send requests for so many seconds instead, and wait for the last answers.",
 )
 @click.option(
     "--file",
@@ -39,16 +45,33 @@ def bench() -> None:
     metavar="FILE",
     help="Prompts, as `llm-ray infer` reads them; they are gone through again and again. Default: sentences that ship.",
 )
-@click.option("--prompt-tokens", type=click.IntRange(1), help="About how long the prompts are that ship, without --file. Default: 64.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(1),
+    help="About how long the prompts are that ship, without --file. Default: 64.",
+)
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer.")
 @click.option("--ignore-eos", is_flag=True, help="Let every answer become so long, where the engine can.")
-@click.option("--temperature", type=click.FloatRange(0), default=0, show_default=True, help="0: always the likeliest token.")
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0, show_default=True, help="0: always the likeliest token."
+)
 @click.option("--completion", is_flag=True, help="Ask for completions of raw prompts in place of chats.")
-@click.option("--warmup", type=click.IntRange(0), default=1, show_default=True, help="Requests sent before, which are in no figure.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the prompts that ship and the times of --rate.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(0),
+    default=1,
+    show_default=True,
+    help="Requests sent before, which are in no figure.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the prompts that ship and the times of --rate."
+)
 @click.option("--allow-failures", is_flag=True, help="End with code 0 even when requests failed.")
 @click.option(
-    "--output", type=click.Path(file_okay=False, path_type=Path), metavar="FOLDER", help="Write report.json and plot.png into FOLDER."
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write report.json and plot.png into FOLDER.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def serve(
@@ -103,4 +126,6 @@ def serve(
     if report.failures and not allow_failures:
         first = report.failures[0]
         total = len(report.failures) + len(report.samples)
-        raise ServeError(f"{len(report.failures)} of {total} requests failed, the first after {first.ended:.1f} s: {first.message}")
+        raise ServeError(
+            f"{len(report.failures)} of {total} requests failed, the first after {first.ended:.1f} s: {first.message}"
+        )

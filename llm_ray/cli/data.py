@@ -32,8 +32,14 @@ def data() -> None:
 @data.command()
 @config_options
 @click.option("-n", "--rows", default=3, show_default=True, type=click.IntRange(1), help="Rows to show.")
-@click.option("--color/--no-color", default=None, help="Mark supervised tokens by colour, or by ⟦ ⟧. Default: colour on a terminal.")
-def preview(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], rows: int, color: bool | None) -> None:
+@click.option(
+    "--color/--no-color",
+    default=None,
+    help="Mark supervised tokens by colour, or by ⟦ ⟧. Default: colour on a terminal.",
+)
+def preview(
+    config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], rows: int, color: bool | None
+) -> None:
     """Show the first rows as tokens; those that are supervised are marked.
 
     \b
@@ -54,13 +60,18 @@ def preview(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...]
         if row.dropped:
             click.echo(f"(dropped: {row.dropped}; {row.longest} tokens)")
         elif row.cut:
-            click.echo(f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {row.longest} tokens)")
+            click.echo(
+                f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {row.longest} tokens)"
+            )
         click.echo()
     for note in found.notes:
         click.echo(note, err=True)
     if left_out := found.left_out_line():
         click.echo(left_out)
-    click.echo(f"format {', '.join(found.formats) or 'unknown'}; supervised tokens are {'coloured' if color else 'between ⟦ and ⟧'}")
+    click.echo(
+        f"format {', '.join(found.formats) or 'unknown'}; supervised tokens are "
+        f"{'coloured' if color else 'between ⟦ and ⟧'}"
+    )
 
 
 @data.command()

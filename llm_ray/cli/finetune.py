@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @click.command()
 @config_options
 @click.option(
-    "stages", "--stage", multiple=True, type=click.Choice(STAGES), help="Run this stage only, instead of the conf's stages. Again for more."
+    "stages",
+    "--stage",
+    multiple=True,
+    type=click.Choice(STAGES),
+    help="Run this stage only, instead of the conf's stages. Again for more.",
 )
 @click.option(
     "--resume",
@@ -30,11 +34,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Train on from the run's last whole checkpoint, from the start, or from the checkpoint PATH.",
 )
-@click.option("--force", is_flag=True, help="Repeat stages that are done, and let a changed conf replace what depends on it.")
+@click.option(
+    "--force", is_flag=True, help="Repeat stages that are done, and let a changed conf replace what depends on it."
+)
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Make no run: show the resolved conf, figures of the data, what auto chooses, memory and time measured over some steps, and "
+    help="Make no run: show the resolved conf, figures of the data, what auto chooses, memory and time measured over "
+    "some steps, and "
     "what speaks against the plan.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
@@ -70,7 +77,10 @@ def finetune(
         _dry_run(conf, as_json)
         return
     if resume != "auto" and "train" not in conf.stages:
-        raise ConfError(f"--resume {resume}: it is for the stage train, which is not among the stages to run ({', '.join(conf.stages)})")
+        raise ConfError(
+            f"--resume {resume}: it is for the stage train, which is not among the stages to run "
+            f"({', '.join(conf.stages)})"
+        )
     from llm_ray.app.finetune import run_finetune
 
     folder = run_finetune(conf, Terminal(), force=force, resume=resume if resume in ("auto", "no") else Path(resume))  # type: ignore[arg-type]

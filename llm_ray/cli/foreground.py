@@ -11,7 +11,8 @@ _WATCH = 1.0  # seconds
 
 
 def until_interrupted(reporter: Reporter, serves: Callable[[], bool] = lambda: True) -> bool:
-    """Return True at Ctrl-C or SIGTERM (which comes as KeyboardInterrupt), False as soon as `serves` says that nothing is served any more."""
+    """Return True at Ctrl-C or SIGTERM (which comes as KeyboardInterrupt), False as soon as `serves` says that nothing
+    is served any more."""
     reporter.line("Ctrl-C stops it.")
     never = threading.Event()
     try:

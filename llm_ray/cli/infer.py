@@ -21,27 +21,42 @@ if TYPE_CHECKING:
 
 @click.command()
 @endpoint_options
-@click.option("--prompt", metavar="TEXT|-", help="What to ask. With -, or without --prompt and --file, it is read from standard input.")
+@click.option(
+    "--prompt",
+    metavar="TEXT|-",
+    help="What to ask. With -, or without --prompt and --file, it is read from standard input.",
+)
 @click.option(
     "--file",
     "file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Ask every prompt in FILE: one a line in .txt; .jsonl, .json and other tables with a column prompt, text, instruction (and input) or messages.",
+    help="Ask every prompt in FILE: one a line in .txt; .jsonl, .json and other tables with a column prompt, text, "
+    "instruction (and input) or messages.",
 )
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write the answers to FILE, a JSON object a line, each as it comes. What FILE answers already is not asked again.",
+    help="Write the answers to FILE, a JSON object a line, each as it comes. What FILE answers already is not asked "
+    "again.",
 )
 @click.option("--concurrency", type=click.IntRange(1), help="With --file: prompts asked at once. Default: 8.")
 @click.option("--stream", "--streaming_response", is_flag=True, help="Show the answer as it is written.")
 @click.option("--system", metavar="TEXT", help="The system message.")
-@click.option("--completion", is_flag=True, help="Let the model go on with the prompt as it is, without its chat template (OpenAI API).")
+@click.option(
+    "--completion",
+    is_flag=True,
+    help="Let the model go on with the prompt as it is, without its chat template (OpenAI API).",
+)
 @click.option("--max-tokens", "--max_new_tokens", type=click.IntRange(1), help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), help="0: always the likeliest token.")
-@click.option("--top-p", "--top_p", type=click.FloatRange(0, 1, min_open=True), help="Choose among the likeliest tokens of this share.")
+@click.option(
+    "--top-p",
+    "--top_p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Choose among the likeliest tokens of this share.",
+)
 @click.option("--top-k", "--top_k", type=click.IntRange(1), help="Choose among so many of the likeliest tokens.")
 @click.option("--seed", type=int, help="The same seed, prompt and settings give the same answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Again for more.")
@@ -120,7 +135,13 @@ def _typed(prompt: str | None) -> str:
 
 
 def _ask_all(
-    endpoint: Endpoint, model: str | None, settings: Settings, prompts: list[Prompt], concurrency: int, output: Path | None, as_json: bool
+    endpoint: Endpoint,
+    model: str | None,
+    settings: Settings,
+    prompts: list[Prompt],
+    concurrency: int,
+    output: Path | None,
+    as_json: bool,
 ) -> None:
     """Asks all prompts: answers go to `output`, or in order to standard output."""
     from llm_ray.app.ask import InOrder, ask_all

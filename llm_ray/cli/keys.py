@@ -41,7 +41,9 @@ def keys() -> None:
 @click.option("--requests-per-minute", type=click.IntRange(1), help="Requests in any minute.")
 @click.option("--concurrent", type=click.IntRange(1), help="Requests at the same time.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one answer.")
-@click.option("--model", "models", multiple=True, metavar="NAME", help="A model it may ask; again for more. Default: all.")
+@click.option(
+    "--model", "models", multiple=True, metavar="NAME", help="A model it may ask; again for more. Default: all."
+)
 @click.option("--expires", type=_Duration(), metavar="30d|12h|…", help="When it ends by itself. Default: never.")
 def add(
     name: str,
@@ -106,7 +108,9 @@ def list_(as_json: bool) -> None:
     for key in found:
         limits = ", ".join(f"{name} {value}" for name, value in key.limits.model_dump().items() if value is not None)
         expires = "never" if key.expires is None else _day(key.expires) + (" (expired)" if key.expired else "")
-        table.add_row(key.name, key.id, _day(key.created), expires, ", ".join(key.models or ["all"]), limits or "the endpoint's")
+        table.add_row(
+            key.name, key.id, _day(key.created), expires, ", ".join(key.models or ["all"]), limits or "the endpoint's"
+        )
     console = Console(markup=False)
     if not console.is_terminal:
         console.width = 160

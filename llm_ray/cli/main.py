@@ -27,7 +27,10 @@ from llm_ray.errors import LlmRayError
 
 # Verb: where its command is, and what it does in a line.
 COMMANDS = {
-    "quickstart": ("llm_ray.cli.quickstart:quickstart", "Finetune a small model on bundled data, deploy it, ask it: the whole way."),
+    "quickstart": (
+        "llm_ray.cli.quickstart:quickstart",
+        "Finetune a small model on bundled data, deploy it, ask it: the whole way.",
+    ),
     "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as a conf says."),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
@@ -53,7 +56,9 @@ class LlmRay(click.Group):
         command: click.Command = getattr(import_module(module), attribute)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.exceptions.NoSuchCommand(args[0], possibilities=list(COMMANDS), ctx=ctx)
         return super().resolve_command(ctx, args)
@@ -75,7 +80,10 @@ class LlmRay(click.Group):
             _fail(ctx, f"Error: {error.format_message()}", error.exit_code)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business
-        except (OSError, MemoryError) as error:  # of this machine: a full disk, a folder that may not be written, no memory left
+        except (
+            OSError,
+            MemoryError,
+        ) as error:  # of this machine: a full disk, a folder that may not be written, no memory left
             _fail(ctx, f"Error: {_of_the_machine(error)}. Where it happened is written in {_report()}", 1)
         except Exception as error:
             message = f"Error: {type(error).__name__}: {error}\nThis is a defect of llm-ray, or of a library under it."
@@ -87,8 +95,8 @@ def _debugging() -> bool:
 
 
 def _quiet_libraries() -> None:
-    """Libraries' warnings (peft's, torch's, transformers') are for those who call them from Python: users are told what concerns them in our
-    words. LLM_RAY_DEBUG, PYTHONWARNINGS and TRANSFORMERS_VERBOSITY bring them back."""
+    """Libraries' warnings (peft's, torch's, transformers') are for those who call them from Python: users are told what
+    concerns them in our words. LLM_RAY_DEBUG, PYTHONWARNINGS and TRANSFORMERS_VERBOSITY bring them back."""
     if _debugging():
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -136,7 +144,8 @@ def _report() -> Path:
     "--errors",
     type=click.Choice(["text", "json"]),
     default="text",
-    help='How an error is reported: text on standard error, or {"error": …} as the last line of standard output. Default: text.',
+    help='How an error is reported: text on standard error, or {"error": …} as the last line of standard output. '
+    "Default: text.",
 )
 def cli(errors: str) -> None:
     """Finetune and serve large language models on Ray, on Xeon clusters without GPUs.

@@ -12,8 +12,12 @@ from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.engines import WEIGHTS, WeightForm
 from llm_ray.conf.section import Paths, home
 
-MODELS = click.option("--models", type=click.Path(path_type=Path), metavar="DIR", help="The registry (default: LLM_RAY_HOME/models).")
-RUNS = click.option("--runs", type=click.Path(path_type=Path), metavar="DIR", help="The runs' folder (default: LLM_RAY_HOME/runs).")
+MODELS = click.option(
+    "--models", type=click.Path(path_type=Path), metavar="DIR", help="The registry (default: LLM_RAY_HOME/models)."
+)
+RUNS = click.option(
+    "--runs", type=click.Path(path_type=Path), metavar="DIR", help="The runs' folder (default: LLM_RAY_HOME/runs)."
+)
 
 
 @click.group()
@@ -48,18 +52,27 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
         click.echo(json.dumps([dataclasses.asdict(info) for info in found], indent=2, ensure_ascii=False))
         return
     if not found:
-        click.echo(f"There are no models in {paths.models}. To add one: llm-ray model import SOURCE --name NAME", err=True)
+        click.echo(
+            f"There are no models in {paths.models}. To add one: llm-ray model import SOURCE --name NAME", err=True
+        )
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("name", "architecture", "parameters", "type", "on disk", "context", "chat", "from", box=None, pad_edge=False)
+    table = Table(
+        "name", "architecture", "parameters", "type", "on disk", "context", "chat", "from", box=None, pad_edge=False
+    )
     table.columns[0].no_wrap = True
     for info in (info for info in found if info.problem is None):
         count = f"{info.parameters / 1e6:,.0f} M" if info.parameters >= 1e6 else f"{info.parameters:,}"
         size, chat = f"{info.size / 2**30:.2f} GiB", "yes" if info.chat_template else "no"
-        table.add_row(*map(Text, (info.name, info.architecture, count, info.dtype, size, str(info.max_length or "?"), chat, info.source)))
+        table.add_row(
+            *map(
+                Text,
+                (info.name, info.architecture, count, info.dtype, size, str(info.max_length or "?"), chat, info.source),
+            )
+        )
     if table.rows:
         Console(width=max(Console().width, 120)).print(table)
     for info in found:
@@ -74,7 +87,9 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--force", is_flag=True, help="Replace a model of that name.")
 @MODELS
-def import_(*, source: str, name: str | None, gguf_file: str | None, revision: str | None, force: bool, models: Path | None) -> None:
+def import_(
+    *, source: str, name: str | None, gguf_file: str | None, revision: str | None, force: bool, models: Path | None
+) -> None:
     """Bring SOURCE into the registry.
 
     SOURCE is a folder in Hugging Face form, a .gguf file or a folder with one (its weights are dequantized), a hub id
@@ -91,7 +106,9 @@ def import_(*, source: str, name: str | None, gguf_file: str | None, revision: s
     click.echo(f"Importing {source} as {name or name_of(source)} …", err=True)
     made = import_model(source, _paths(models), name=name, gguf_file=gguf_file, revision=revision, force=force)
     info = made.info
-    click.echo(f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters, {info.dtype}, in {made.path}")
+    click.echo(
+        f"{info.name}: {info.architecture}, {info.parameters / 1e6:,.1f} M parameters, {info.dtype}, in {made.path}"
+    )
     if made.note:
         click.echo(made.note, err=True)
     if not info.chat_template:
@@ -101,9 +118,16 @@ def import_(*, source: str, name: str | None, gguf_file: str | None, revision: s
 @model.command()
 @click.argument("source", metavar="MODEL")
 @click.option("--to", "form", type=click.Choice(["openvino"]), required=True, help="The form to bring it into.")
-@click.option("--weights", type=click.Choice(WEIGHTS), default="int8", show_default=True, help="How its weights are stored.")
+@click.option(
+    "--weights", type=click.Choice(WEIGHTS), default="int8", show_default=True, help="How its weights are stored."
+)
 @click.option("--name", help="Name in the registry, instead of the usual place.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="A folder elsewhere, instead of the usual place.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A folder elsewhere, instead of the usual place.",
+)
 @click.option("--force", is_flag=True, help="Convert again what is done, and replace another conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @MODELS

@@ -42,7 +42,8 @@ def _config_options(example: str, required: bool) -> Callable[[F], F]:
 
 
 def config_options(command: F) -> F:
-    """Adds ``--config``, ``--set`` and ``--vars``: the arguments ``config, overrides, vars_files`` of ``load_finetune``."""
+    """Adds ``--config``, ``--set`` and ``--vars``: the arguments ``config, overrides, vars_files`` of
+    ``load_finetune``."""
     return _config_options("training.epochs=2", required=True)(command)
 
 
@@ -67,7 +68,9 @@ _KEY_FILE = click.option(
     metavar="FILE",
     help="Read the API key from FILE. Default: from LLM_RAY_API_KEY, else OPENAI_API_KEY, in the environment.",
 )
-_KEY = click.option("--api-key", metavar="KEY", help="The API key itself, which other users of this machine can see: not recommended.")
+_KEY = click.option(
+    "--api-key", metavar="KEY", help="The API key itself, which other users of this machine can see: not recommended."
+)
 _TIMEOUT = click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option(
-    "--home", type=click.Path(file_okay=False, path_type=Path), help="Folder of models and runs. Default: $LLM_RAY_HOME, else ~/.llm-ray."
+    "--home",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of models and runs. Default: $LLM_RAY_HOME, else ~/.llm-ray.",
 )
 @click.option("--force", is_flag=True, help="Finetune again, also when it is done.")
 @click.option("--keep-serving", is_flag=True, help="Go on serving both models until Ctrl-C.")
@@ -44,7 +46,8 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
             until_interrupted(reporter)
     if not done.result.good:
         raise LlmRayError(
-            f"the finetuned model answers less than {whole_way.ENOUGH:.0%} of the questions right: llm-ray quickstart --force finetunes it again"
+            f"the finetuned model answers less than {whole_way.ENOUGH:.0%} of the questions right: llm-ray quickstart "
+            "--force finetunes it again"
         )
 
 
@@ -78,7 +81,9 @@ def _show(done: Done) -> None:
     for line in (
         f"Right answers: base model {shares[0]}, finetuned model {shares[1]}.",
         "Time: " + ", ".join(f"{name} {taken:.0f} s" for name, taken in done.seconds.items()) + ".",
-        f"The run lies in {conf.run_dir}: its model in output/, the figures above in quickstart.json, the answers in answers.jsonl.",
-        f"Next: llm-ray serve deploy --model {conf.name} serves it; llm-ray finetune --config lora --set train=FILE learns from your data.",
+        f"The run lies in {conf.run_dir}: its model in output/, the figures above in quickstart.json, the answers in "
+        "answers.jsonl.",
+        f"Next: llm-ray serve deploy --model {conf.name} serves it; llm-ray finetune --config lora --set train=FILE "
+        "learns from your data.",
     ):
         console.print(Text(line))

@@ -113,7 +113,10 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     evaluation = result.get("evaluation", {})
     if evaluation.get("base"):
         click.secho("\nevaluation", bold=True)
-        rows = [(key.replace("_", " "), value, evaluation["finetuned"].get(key)) for key, value in evaluation["base"].items()]
+        rows = [
+            (key.replace("_", " "), value, evaluation["finetuned"].get(key))
+            for key, value in evaluation["base"].items()
+        ]
         click.echo(_table([("", "base", "finetuned"), *rows], indent="  "))
     git = lineage.get("git")
     _section(
@@ -124,7 +127,10 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
             ("conf", f"{Path(run.path) / 'conf.yaml'} (sha256 {lineage.get('conf_sha256', '')[:12]})"),
             *(("data", _file_line(entry)) for entry in lineage.get("data", {}).get("train", [])),
             ("model", lineage.get("model", {}).get("fingerprint", "")[:12] or None),
-            ("versions", ", ".join(f"{package} {number}" for package, number in lineage.get("versions", {}).items() if number)),
+            (
+                "versions",
+                ", ".join(f"{package} {number}" for package, number in lineage.get("versions", {}).items() if number),
+            ),
             ("hosts", ", ".join(lineage.get("hosts", []))),
             ("git", git and f"{git['commit'][:12]}{', changed' if git['dirty'] else ''}"),
         ],
@@ -135,7 +141,9 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
 @runs.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME NAME…")
 @click.option("--metric", default="loss", show_default=True, help="The column of metrics.jsonl to plot.")
-@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plot to a PNG, too.")
+@click.option(
+    "--png", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plot to a PNG, too."
+)
 @folder_option
 @json_option
 def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path | None, as_json: bool) -> None:
@@ -168,7 +176,13 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
 
 @runs.command()
 @click.argument("name")
-@click.option("--wait", type=click.FloatRange(0), default=0.0, metavar="SECONDS", help="Wait so long for its end. Default: only ask.")
+@click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait so long for its end. Default: only ask.",
+)
 @folder_option
 @json_option
 def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
@@ -217,7 +231,11 @@ def _folder(folder: Path | None) -> Path:
 
 
 def _conf_lines(
-    model: dict[str, Any], data: dict[str, Any], tuning: dict[str, Any], training: dict[str, Any], runtime: dict[str, Any]
+    model: dict[str, Any],
+    data: dict[str, Any],
+    tuning: dict[str, Any],
+    training: dict[str, Any],
+    runtime: dict[str, Any],
 ) -> list[tuple[str, object]]:
     rank = f" r {tuning['lora']['r']}" if tuning["method"] == "lora" else ""
     validation = data["validation"]

@@ -67,23 +67,40 @@ serve.add_command(keys)
     help="Without --config: a run, a name in the model registry, a folder, or a hub id. Again for more.",
 )
 @click.option(
-    "names", "--name", multiple=True, help="What clients call the model; one for each --model. Default: the run's or the folder's name."
+    "names",
+    "--name",
+    multiple=True,
+    help="What clients call the model; one for each --model. Default: the run's or the folder's name.",
 )
 @click.option("--tokenizer", metavar="FOLDER|NAME", help="Tokenizer other than the model's own.")
 @click.option("--engine", type=click.Choice(list(ENGINES)), help=f"What computes. Default: {DEFAULT}.")
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Form of the weights for engine openvino. Default: int8.")
 @click.option(
-    "adapters", "--adapter", multiple=True, metavar="NAME=RUN|FOLDER", help="A LoRA adapter on the model, under a name of its own."
+    "adapters",
+    "--adapter",
+    multiple=True,
+    metavar="NAME=RUN|FOLDER",
+    help="A LoRA adapter on the model, under a name of its own.",
 )
 @click.option("--cpus", type=click.IntRange(1), help="Cores for each model. Default: as many free ones as help it.")
 @click.option("--replicas", type=click.IntRange(1), help="Replicas of each model. Default: 1.")
 @click.option(
-    "--max-model-len", type=click.IntRange(16), help="Longest prompt and answer together, in tokens. Default: the model's, at most 8192."
+    "--max-model-len",
+    type=click.IntRange(16),
+    help="Longest prompt and answer together, in tokens. Default: the model's, at most 8192.",
 )
-@click.option("--host", metavar="ADDRESS", help="Address to listen at. Beyond loopback API keys are demanded. Default: 127.0.0.1.")
+@click.option(
+    "--host", metavar="ADDRESS", help="Address to listen at. Beyond loopback API keys are demanded. Default: 127.0.0.1."
+)
 @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen at. Default: 8000.")
 @click.option("--foreground", is_flag=True, help="Stay, and take the models away at Ctrl-C or SIGTERM.")
-@click.option("--timeout", type=click.FloatRange(1), default=900, show_default=True, help="Seconds within which the models must be ready.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=900,
+    show_default=True,
+    help="Seconds within which the models must be ready.",
+)
 @_ADDRESS
 def deploy(**given: Any) -> None:
     """Deploy models, or change deployed ones; the others go on answering.
@@ -100,7 +117,9 @@ def deploy(**given: Any) -> None:
     from llm_ray.app.serving import deploy as deploy_models
 
     conf, reporter = _conf(given), Terminal()
-    served = deploy_models(conf, home(), reporter, only=given["only"], timeout=given["timeout"], keep=not given["foreground"])
+    served = deploy_models(
+        conf, home(), reporter, only=given["only"], timeout=given["timeout"], keep=not given["foreground"]
+    )
     _tell(served, reporter)
     if given["foreground"]:
         _stay(served, conf.runtime.address if conf.runtime.mode == "cluster" else None, reporter)
@@ -137,10 +156,26 @@ def _conf(given: dict[str, Any]) -> ServeConf:
             settings.append("runtime.mode=cluster")
         return load_serve(given["config"], [*settings, *given["overrides"]], given["vars_files"], home())
     if not given["bases"]:
-        raise ConfError("nothing to deploy: name a model (--model RUN|NAME|FOLDER|HUB-ID) or a conf (--config FILE|NAME)")
+        raise ConfError(
+            "nothing to deploy: name a model (--model RUN|NAME|FOLDER|HUB-ID) or a conf (--config FILE|NAME)"
+        )
     if given["vars_files"]:
-        raise ConfError(f"--vars {given['vars_files'][0]}: it gives variables to a conf's template: name that with --config")
-    same = ("names", "address", "host", "port", "tokenizer", "engine", "weights", "cpus", "replicas", "max_model_len", "overrides")
+        raise ConfError(
+            f"--vars {given['vars_files'][0]}: it gives variables to a conf's template: name that with --config"
+        )
+    same = (
+        "names",
+        "address",
+        "host",
+        "port",
+        "tokenizer",
+        "engine",
+        "weights",
+        "cpus",
+        "replicas",
+        "max_model_len",
+        "overrides",
+    )
     adapters = dict(_pair(text) for text in given["adapters"])
     return conf_of(given["bases"], home(), adapters=adapters, **{name: given[name] for name in same})
 
@@ -174,8 +209,8 @@ def _tell(served: Served, reporter: Reporter) -> None:
 
 
 def _stay(served: Served, address: str | None, reporter: Reporter) -> None:
-    """Until Ctrl-C or SIGTERM; then what was deployed is taken away. Raises ServeError where the Ray of this machine ends before, so that
-    whoever watches this command starts it anew."""
+    """Until Ctrl-C or SIGTERM; then what was deployed is taken away. Raises ServeError where the Ray of this machine
+    ends before, so that whoever watches this command starts it anew."""
     from llm_ray.app.serving import local_log, serves_here, undo
 
     if not until_interrupted(reporter, lambda: address is not None or serves_here(home())):
@@ -222,7 +257,18 @@ def status(as_json: bool, address: str | None) -> None:
     from rich.table import Table
 
     table = Table(title=f"Models at {found.url}", title_justify="left", box=box.SIMPLE)
-    for column in ("model", "engine", "state", "replicas", "requests", "failed", "running", "tokens in", "out", "out/s"):
+    for column in (
+        "model",
+        "engine",
+        "state",
+        "replicas",
+        "requests",
+        "failed",
+        "running",
+        "tokens in",
+        "out",
+        "out/s",
+    ):
         table.add_column(column, justify="left" if column in ("model", "engine", "state") else "right", overflow="fold")
     numbers = ("requests", "errors", "in_progress", "prompt_tokens", "generated_tokens", "tokens_per_second")
 
@@ -271,7 +317,13 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
 
 
 @serve.command()
-@click.option("--timeout", type=click.FloatRange(1), default=900, show_default=True, help="Seconds within which a model must be ready.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(1),
+    default=900,
+    show_default=True,
+    help="Seconds within which a model must be ready.",
+)
 def restore(timeout: float) -> None:
     """On a cluster's head: serve again what was served before it started anew.
 
@@ -288,7 +340,14 @@ def restore(timeout: float) -> None:
 
 @serve.command()
 @click.argument("name")
-@click.option("-n", "lines", type=click.IntRange(1), default=100, show_default=True, help="Lines from the end of each replica's log.")
+@click.option(
+    "-n",
+    "lines",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Lines from the end of each replica's log.",
+)
 @click.option("-f", "follow", is_flag=True, help="Go on with what is logged from now on, until Ctrl-C.")
 @_ADDRESS
 def logs(name: str, lines: int, follow: bool, address: str | None) -> None:

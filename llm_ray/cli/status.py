@@ -42,7 +42,11 @@ def status(as_json: bool, address: str | None) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    _show("Nodes", found["nodes"], ("host", "address", "head", "draining", "cpus", "cpus_used", "memory_gib", "memory_gib_used"))
+    _show(
+        "Nodes",
+        found["nodes"],
+        ("host", "address", "head", "draining", "cpus", "cpus_used", "memory_gib", "memory_gib_used"),
+    )
     _show("Jobs", found["jobs"], ("id", "status", "since", "command"))
     _show("Served", found["applications"], ("name", "status", "replicas", "message"))
 

@@ -1,4 +1,5 @@
-"""What a person sees while work goes on: bars on a terminal, plain lines elsewhere; always on stderr, so that stdout is the result."""
+"""What a person sees while work goes on: bars on a terminal, plain lines elsewhere; always on stderr, so that stdout is
+the result."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from llm_ray.progress import Bar, Kind
 
@@ -42,7 +51,9 @@ class Terminal:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=False, redirect_stdout=False) as progress:  # an answer may be piped on
+        with Progress(
+            *columns, console=self.console, transient=False, redirect_stdout=False
+        ) as progress:  # an answer may be piped on
             yield _RichBar(progress, progress.add_task(title, total=total, text=""))
 
 

@@ -16,14 +16,37 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group(invoke_without_command=True)
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on. Beyond loopback there must be a user.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="The address to listen on. Beyond loopback there must be a user.",
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any that is free.")
-@click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate, with what stands between it and its root (PEM): HTTPS.")
+@click.option(
+    "--tls-cert", type=_FILE, metavar="FILE", help="Certificate, with what stands between it and its root (PEM): HTTPS."
+)
 @click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key (PEM), without a password.")
-@click.option("--allow-host", "hosts", multiple=True, metavar="NAME[:PORT]", help="A name under which it is reached. Again for more.")
-@click.option("--allow-origin", "origins", multiple=True, metavar="URL", help="Its URL behind a proxy, https://llm.example.org.")
-@click.option("--trusted-proxy", metavar="ADDRESS", help="The proxy whose X-Forwarded-For and X-Forwarded-Proto are believed.")
-@click.option("--max-upload-mib", type=click.IntRange(1), default=2048, show_default=True, help="The largest file that may be sent.")
+@click.option(
+    "--allow-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME[:PORT]",
+    help="A name under which it is reached. Again for more.",
+)
+@click.option(
+    "--allow-origin", "origins", multiple=True, metavar="URL", help="Its URL behind a proxy, https://llm.example.org."
+)
+@click.option(
+    "--trusted-proxy", metavar="ADDRESS", help="The proxy whose X-Forwarded-For and X-Forwarded-Proto are believed."
+)
+@click.option(
+    "--max-upload-mib",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="The largest file that may be sent.",
+)
 @click.option(
     "--address",
     metavar="auto|HOST:PORT",
@@ -55,7 +78,9 @@ def ui(
       llm-ray ui --host 0.0.0.0 --tls-cert page.pem --tls-key page.key --allow-host llm.example.org
     """
     if ctx.invoked_subcommand is not None:
-        given = next((name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT), None)
+        given = next(
+            (name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT), None
+        )
         if given:
             flag = next(option.opts[0] for option in ctx.command.params if option.name == given)
             raise click.UsageError(f"{flag} is for the page itself: it does not go with {ctx.invoked_subcommand}")
@@ -126,8 +151,15 @@ def import_() -> None:
 
     wanted = {}
     for name, settings in from_stdin('{"NAME": {"password": "…", "role": "user"}}', "users").items():
-        if not isinstance(settings, dict) or not isinstance(settings.get("password"), str) or set(settings) - {"password", "role"}:
-            raise ConfError(f'the user {name}: {{"password": "…", "role": "user"}} is wanted, a password and, if it is not user, a role')
+        if (
+            not isinstance(settings, dict)
+            or not isinstance(settings.get("password"), str)
+            or set(settings) - {"password", "role"}
+        ):
+            raise ConfError(
+                f'the user {name}: {{"password": "…", "role": "user"}} is wanted, a password and, if it is not user, a '
+                "role"
+            )
         if settings.get("role", "user") not in _ROLES:
             raise ConfError(f"the user {name}: the role is one of {', '.join(_ROLES)}")
         wanted[name] = (settings["password"], Role(settings.get("role", "user")))
@@ -150,7 +182,9 @@ def list_(as_json: bool) -> None:
 
     found = list_users(users_file(home()))
     if as_json:
-        click.echo(json.dumps([{"name": user.name, "role": user.role, "created": user.created} for user in found], indent=2))
+        click.echo(
+            json.dumps([{"name": user.name, "role": user.role, "created": user.created} for user in found], indent=2)
+        )
     elif not found:
         click.echo("There are no users: llm-ray ui users add NAME")
     else:
@@ -205,7 +239,8 @@ def revoke(name: str) -> None:
 
 
 def _password(name: str) -> str:
-    """From the terminal, twice and unseen, or the first line of standard input; never from an argument, which others can see."""
+    """From the terminal, twice and unseen, or the first line of standard input; never from an argument, which others
+    can see."""
     if sys.stdin.isatty():
         return str(click.prompt(f"Password of {name}", hide_input=True, confirmation_prompt=True))
     return sys.stdin.readline().rstrip("\r\n")

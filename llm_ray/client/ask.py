@@ -3,9 +3,10 @@
 async with Asker(parse("http://127.0.0.1:8000/v1"), "quickstart", Settings(max_tokens=64)) as asker:
     answer = await asker.ask(Prompt("What is Ray?"), on_text=print)
 
-The OpenAI API is spoken by the openai SDK. A model's own route (``http://HOST:PORT/MODEL``) takes the simple request of the old workflow,
-``{"text": …, "config": {…}, "stream": …}``, and answers in plain text, or in JSON when asked for it. An endpoint that is busy (429, or
-503 with Retry-After) is asked again after the time that it says, as long as that lies within the timeout.
+The OpenAI API is spoken by the openai SDK. A model's own route (``http://HOST:PORT/MODEL``) takes the simple request of
+the old workflow, ``{"text": …, "config": {…}, "stream": …}``, and answers in plain text, or in JSON when asked for it.
+An endpoint that is busy (429, or 503 with Retry-After) is asked again after the time that it says, as long as that lies
+within the timeout.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ Piece = tuple[str, str | None, Usage | None]
 """A piece of an answer: text, and finish_reason and usage where they come with it."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds before a busy endpoint that does not say when is asked again: the first, doubled each time up to the longest."""
+"""Seconds before a busy endpoint that does not say when is asked again: the first, doubled each time up to the
+longest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to ask. What is None is left to the endpoint; `timeout` is for the whole answer, with waits for a busy endpoint, in seconds."""
+    """How to ask. What is None is left to the endpoint; `timeout` is for the whole answer, with waits for a busy
+    endpoint, in seconds."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -56,14 +59,16 @@ class Settings:
         return {name: value for name, value in values.items() if value not in (None, []) and name != "timeout"}
 
     def sampling(self) -> dict[str, Any]:
-        """Those set that choose tokens, under their names in the OpenAI API (and top_k, which servers have beside it)."""
+        """Those set that choose tokens, under their names in the OpenAI API (and top_k, which servers have beside
+        it)."""
         return {name: value for name, value in self.given().items() if name not in ("system", "completion")}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. `usage` (prompt_tokens, completion_tokens, total_tokens) and `finish_reason` (stop, length, …) are None where the
-    endpoint does not tell, as a route does not when it streams. `seconds` are those from asking to the last word."""
+    """An answer. `usage` (prompt_tokens, completion_tokens, total_tokens) and `finish_reason` (stop, length, …) are
+    None where the endpoint does not tell, as a route does not when it streams. `seconds` are those from asking to the
+    last word."""
 
     model: str
     text: str
@@ -75,7 +80,9 @@ class Answer:
 class Asker:
     """Asks one model with the same settings; connections are kept between prompts. An async context manager."""
 
-    def __init__(self, endpoint: Endpoint, model: str, settings: Settings, on_wait: OnWait = lambda seconds, error: None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, model: str, settings: Settings, on_wait: OnWait = lambda seconds, error: None
+    ) -> None:
         self.endpoint, self.model, self.settings = endpoint, model, settings
         self._on_wait = on_wait
         self._http = endpoint.http(settings.timeout)
@@ -84,7 +91,9 @@ class Asker:
     async def __aenter__(self) -> Asker:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self._http.aclose()
         if self._sdk:
             await self._sdk.close()
@@ -218,14 +227,21 @@ def _sdk(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
         api_key=endpoint.key.value if endpoint.key else "none",
         timeout=timeout,
         max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=endpoint.trust_env, verify=certificates(endpoint.trust_env)),
+        http_client=openai.DefaultAsyncHttpxClient(
+            trust_env=endpoint.trust_env, verify=certificates(endpoint.trust_env)
+        ),
     )
 
 
 def _piece(reply: Any, part: str) -> Piece:
-    """Text, finish_reason and usage of an answer or a chunk of the SDK; a completion has its text in the choice itself."""
+    """Text, finish_reason and usage of an answer or a chunk of the SDK; a completion has its text in the choice
+    itself."""
     usage = reply.usage
-    tokens = {name: getattr(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")} if usage else None
+    tokens = (
+        {name: getattr(usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+        if usage
+        else None
+    )
     if not reply.choices and usage:  # the chunk after the last, which holds the usage
         return "", None, tokens
     choice = reply.choices[0]
@@ -252,11 +268,14 @@ async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
 async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) -> str:
     """The model to ask: the one named, or the only one that an OpenAI API lists; of a model's own route that one.
 
-    Raises ConfError when several are listed and none is named, or when one is named to a route; ServeError when none is listed.
+    Raises ConfError when several are listed and none is named, or when one is named to a route; ServeError when none is
+    listed.
     """
     if not endpoint.openai:
         if model:
-            raise ConfError(f"--model {model}: {endpoint.url} is the route of one model already; with --model give {endpoint.base}")
+            raise ConfError(
+                f"--model {model}: {endpoint.url} is the route of one model already; with --model give {endpoint.base}"
+            )
         return endpoint.name
     if model:
         return model

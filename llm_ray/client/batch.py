@@ -3,8 +3,9 @@
 with open_answers(Path("answers.jsonl"), prompts, "quickstart", settings) as answers:
     failures = answer_all(endpoint, "quickstart", settings, answers.open_prompts, 8, answers.keep)
 
-The answers are JSON lines, in the order in which they came: index (of the prompt, from 0), prompt, model, text, finish_reason, usage,
-seconds, settings. A file that is there already is gone on with: what it answers is not asked again.
+The answers are JSON lines, in the order in which they came: index (of the prompt, from 0), prompt, model, text,
+finish_reason, usage, seconds, settings. A file that is there already is gone on with: what it answers is not asked
+again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ BEGINNING = b'{"index": '
 def row(index: int, prompt: Prompt, answer: Answer, settings: Settings) -> dict[str, Any]:
     """An answer as it is written."""
     values = asdict(answer)
-    return {"index": index, "prompt": prompt.content, **values, "seconds": round(answer.seconds, 3), "settings": settings.given()}
+    return {
+        "index": index,
+        "prompt": prompt.content,
+        **values,
+        "seconds": round(answer.seconds, 3),
+        "settings": settings.given(),
+    }
 
 
 def answer_all(
@@ -47,7 +54,8 @@ def answer_all(
     keep: OnAnswer,
     bar: Bar | None = None,
 ) -> list[tuple[Prompt, Failed]]:
-    """Asks all prompts, `concurrency` at once, and hands each answer, or why there is none, to `keep` as it comes; what failed is returned.
+    """Asks all prompts, `concurrency` at once, and hands each answer, or why there is none, to `keep` as it comes; what
+    failed is returned.
 
     `bar` shows prompts done and tokens/s. Raises Failed when the endpoint cannot be asked at all: no
     connection, a wrong key, an unknown model.
@@ -93,7 +101,8 @@ def answer_all(
 
 
 class InOrder:
-    """Prints answers in the order of the prompts: texts with an empty line between them, or with `settings` JSON lines."""
+    """Prints answers in the order of the prompts: texts with an empty line between them, or with `settings` JSON
+    lines."""
 
     def __init__(self, file: TextIO, settings: Settings | None) -> None:
         self._file, self._settings = file, settings
@@ -101,7 +110,8 @@ class InOrder:
         self._early: dict[int, str] = {}
 
     def keep(self, index: int, prompt: Prompt, answer: Answer | Failed) -> None:
-        """Prints an answer when all before it are printed; one that failed leaves a gap, which standard error tells of."""
+        """Prints an answer when all before it are printed; one that failed leaves a gap, which standard error tells
+        of."""
         if isinstance(answer, Failed):
             self._early[index] = ""
         elif self._settings:
@@ -133,8 +143,8 @@ class Answers:
 def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> Iterator[Answers]:
     """The answers to `prompts` in `path`, made when it is not there; a torn last line is taken off.
 
-    Raises ConfError when the file holds answers to other prompts, of another model or with other settings, when it is no file of answers,
-    or when another process writes it; DataError when it cannot be written.
+    Raises ConfError when the file holds answers to other prompts, of another model or with other settings, when it is
+    no file of answers, or when another process writes it; DataError when it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +173,9 @@ def _done(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> 
             try:
                 found = json.loads(raw)
                 index, asked, by, how = found["index"], found["prompt"], found["model"], found["settings"]
-                same = prompts[index].content == asked if isinstance(index, int) and 0 <= index < len(prompts) else False
+                same = (
+                    prompts[index].content == asked if isinstance(index, int) and 0 <= index < len(prompts) else False
+                )
             except (ValueError, KeyError, TypeError) as error:
                 raise ConfError(f"--output {path}:{line} is no answer of llm-ray infer: give another file") from error
             if not same or by != model or how != settings.given():
@@ -174,7 +186,10 @@ def _done(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> 
                     if by != model
                     else f"was asked with {_shown(how)}, not with {_shown(settings.given())}"
                 )
-                raise ConfError(f"--output {path}:{line} {what}: a file is gone on with for the same prompts alone. Give another file")
+                raise ConfError(
+                    f"--output {path}:{line} {what}: a file is gone on with for the same prompts alone. Give another "
+                    "file"
+                )
             done.add(index)
     return done
 

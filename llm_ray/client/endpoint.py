@@ -34,7 +34,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`url` without a slash at its end; `openai` when it is the base of an OpenAI API (…/v1), else it is one model's own route."""
+    """`url` without a slash at its end; `openai` when it is the base of an OpenAI API (…/v1), else it is one model's
+    own route."""
 
     url: str
     openai: bool
@@ -100,16 +101,21 @@ def parse(url: str, key: Key | None = None) -> Endpoint:
     whole = url.rstrip("/")
     path = parts.path.rstrip("/")
     if not path:
-        raise ConfError(f"--model_endpoint {url}: neither an API nor a model: add /v1 (OpenAI API, with --model) or /MODEL (its own route)")
+        raise ConfError(
+            f"--model_endpoint {url}: neither an API nor a model: add /v1 (OpenAI API, with --model) or /MODEL (its "
+            "own route)"
+        )
     before, version, after = f"{path}/".partition("/v1/")
     if version and after:
-        raise ConfError(f"--model_endpoint {url}: give the base of the API alone, {parts.scheme}://{parts.netloc}{before}/v1")
+        raise ConfError(
+            f"--model_endpoint {url}: give the base of the API alone, {parts.scheme}://{parts.netloc}{before}/v1"
+        )
     return Endpoint(whole, bool(version), key)
 
 
 def find_key(given: str | None, file: Path | None, environment: Mapping[str, str]) -> Key | None:
-    """The key as given (`--api-key`), else in `file` (`--api-key-file`), else in LLM_RAY_API_KEY or OPENAI_API_KEY of the environment;
-    else None.
+    """The key as given (`--api-key`), else in `file` (`--api-key-file`), else in LLM_RAY_API_KEY or OPENAI_API_KEY of
+    the environment; else None.
 
     Raises ConfError when both are given, the file cannot be read, or what was found is no key.
     """
@@ -131,5 +137,8 @@ def find_key(given: str | None, file: Path | None, environment: Mapping[str, str
 def _checked(text: str, source: str) -> Key:
     key = text.strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfError(f"{source}: an API key is one word of ASCII characters, but this is {'empty' if not key else 'something else'}")
+        raise ConfError(
+            f"{source}: an API key is one word of ASCII characters, but this is "
+            f"{'empty' if not key else 'something else'}"
+        )
     return Key(key, source)

@@ -1,7 +1,7 @@
 """What goes wrong between a client and an endpoint, told so that the reader knows what to do.
 
-Each error has a ``kind``, by which failures are counted ("status 503", "timeout", …), and says whether it is ``fatal``: the next
-request would end the same way.
+Each error has a ``kind``, by which failures are counted ("status 503", "timeout", …), and says whether it is ``fatal``:
+the next request would end the same way.
 """
 
 from __future__ import annotations
@@ -81,15 +81,20 @@ def failed(endpoint: Endpoint, error: BaseException, timeout: float) -> Failed:
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, ConnectionRefusedError):
-            return Unreachable(f"nothing listens at {url}: is the model deployed (`llm-ray serve status`), and the port right?")
+            return Unreachable(
+                f"nothing listens at {url}: is the model deployed (`llm-ray serve status`), and the port right?"
+            )
         if isinstance(cause, socket.gaierror):
             return Unreachable(f"the host of {url} is not known ({cause.strerror})")
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Unreachable(
-                f"the certificate of {url} is not trusted ({cause.verify_message}): name your authority's file in SSL_CERT_FILE"
+                f"the certificate of {url} is not trusted ({cause.verify_message}): name your authority's file in "
+                "SSL_CERT_FILE"
             )
         if isinstance(cause, ssl.SSLError):
-            return Unreachable(f"{url} speaks no TLS that could be agreed on ({cause.reason}): is it http:// rather than https://?")
+            return Unreachable(
+                f"{url} speaks no TLS that could be agreed on ({cause.reason}): is it http:// rather than https://?"
+            )
     if any("ConnectTimeout" in type(cause).__name__ for cause in causes):
         return Unreachable(f"{url} cannot be reached: the host takes no connection")
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):

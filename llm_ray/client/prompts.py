@@ -25,7 +25,8 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`content` is a text, or a conversation; `place` is the file and line that it came from, empty for one that was typed."""
+    """`content` is a text, or a conversation; `place` is the file and line that it came from, empty for one that was
+    typed."""
 
     content: str | list[Message]
     place: str = ""
@@ -61,16 +62,22 @@ def _raise(error: LlmRayError) -> None:
 
 def _content(values: Mapping[str, Any], place: str) -> str | list[Message]:
     if (messages := values.get("messages")) is not None:
-        good = isinstance(messages, list) and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages)
+        good = isinstance(messages, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in messages
+        )
         if not good or not messages:
             raise DataError(f"{place}: 'messages' must be a list of objects with role and content")
         if messages[-1]["role"] == "assistant":
-            raise DataError(f"{place}: 'messages' ends in an assistant's turn, after which nothing is asked: leave that turn out")
+            raise DataError(
+                f"{place}: 'messages' ends in an assistant's turn, after which nothing is asked: leave that turn out"
+            )
         return list(messages)
     column = next((name for name in ("prompt", "text", "instruction") if values.get(name) is not None), None)
     if column is None:
         names = ", ".join(map(str, values)) or "none"
-        raise DataError(f"{place}: no prompt in the row: it needs a column prompt, text, instruction or messages, and has {names}")
+        raise DataError(
+            f"{place}: no prompt in the row: it needs a column prompt, text, instruction or messages, and has {names}"
+        )
     if not isinstance(values[column], str) or not values[column].strip():
         raise DataError(f"{place}: {column!r} must be text, and not empty")
     more = values.get("input") if column == "instruction" else None

@@ -24,7 +24,8 @@ class Engine:
     core: str
     """`module:class` of its core, which is imported in the replica alone."""
     converts: bool = False
-    """It reads weights that were converted into its own form (`weights` of the conf), not the model's folder (`precision`)."""
+    """It reads weights that were converted into its own form (`weights` of the conf), not the model's folder
+    (`precision`)."""
     adapters: bool = False
     """It serves LoRA adapters beside their base."""
     compiles: bool = False

@@ -26,34 +26,39 @@ class Runtime(Section):
     mode: Literal["local", "cluster"] = "local"
     """`local` starts Ray on this machine and stops it afterwards; `cluster` joins the running cluster at `address`."""
     address: str = "auto"
-    """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port 6379)."""
+    """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port
+    6379)."""
     nodes: Literal["any", "bare_metal", "docker"] = "any"
-    """How the nodes of the cluster run that this conf is for: `bare_metal` (a virtual environment) or `docker` (an image), as
-    `ray_node_runtime` of the inventory; finetune.yml refuses a cluster of the other kind. `any`: whichever it is."""
+    """How the nodes of the cluster run that this conf is for: `bare_metal` (a virtual environment) or `docker` (an
+    image), as `ray_node_runtime` of the inventory; finetune.yml refuses a cluster of the other kind. `any`: whichever
+    it is."""
     hosts: Texts = ()
-    """Hosts of the cluster that may train, by name or address; with finetune.yml also groups of the inventory. Empty: all."""
+    """Hosts of the cluster that may train, by name or address; with finetune.yml also groups of the inventory. Empty:
+    all."""
     workers: int = Field(1, ge=1)
     """Number of training workers (processes). With one worker a host, this is the number of hosts that train."""
     min_workers: int | None = Field(None, ge=1)
-    """When hosts are lost in mid-training: fewest workers that go on, from the last checkpoint and with as many sequences a step as
-    before. Unset: all `workers`, so that a lost host is waited for."""
+    """When hosts are lost in mid-training: fewest workers that go on, from the last checkpoint and with as many
+    sequences a step as before. Unset: all `workers`, so that a lost host is waited for."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the workers, at most one
-    host's each."""
+    """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the
+    workers, at most one host's each."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
-    """How workers are laid over hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread` one a host, or
-    fail."""
+    """How workers are laid over hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread`
+    one a host, or fail."""
     interface: str | None = None
-    """Network interface that workers talk over, for hosts with several networks (`GLOO_SOCKET_IFNAME`). Unset: the one that leads to the
-    head."""
+    """Network interface that workers talk over, for hosts with several networks (`GLOO_SOCKET_IFNAME`). Unset: the one
+    that leads to the head."""
     max_failures: int = Field(3, ge=0)
-    """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last checkpoint, before the
-    run fails."""
+    """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last
+    checkpoint, before the run fails."""
 
     @model_validator(mode="after")
     def _fewest(self) -> Runtime:
         if self.min_workers and self.min_workers > self.workers:
-            raise ValueError(f"runtime.min_workers is {self.min_workers}, more than runtime.workers ({self.workers}): lower it")
+            raise ValueError(
+                f"runtime.min_workers is {self.min_workers}, more than runtime.workers ({self.workers}): lower it"
+            )
         return self
 
 
@@ -61,7 +66,8 @@ class Model(Section):
     """The base model."""
 
     base: str = Field(min_length=1)
-    """A folder in Hugging Face form, a name in the model registry, the name of an earlier run, or a hub id (`organisation/model`)."""
+    """A folder in Hugging Face form, a name in the model registry, the name of an earlier run, or a hub id
+    (`organisation/model`)."""
     gguf_file: str | None = None
     """File name of a GGUF inside `base`: its weights are taken (and dequantized) instead of safetensors."""
     revision: str | None = None
@@ -69,24 +75,25 @@ class Model(Section):
     tokenizer: str | None = None
     """Tokenizer other than the model's own: a folder or a hub id."""
     chat_template: AbsolutePath | None = None
-    """A Jinja file with a chat template that replaces the tokenizer's (or gives one to a tokenizer without). It is saved with the output
-    and used in serving."""
+    """A Jinja file with a chat template that replaces the tokenizer's (or gives one to a tokenizer without). It is
+    saved with the output and used in serving."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Data type in which the weights that do not learn are kept in memory. `auto`: bf16 where the CPU multiplies bf16 in hardware, fp32
-    elsewhere. Learning weights are always fp32."""
+    """Data type in which the weights that do not learn are kept in memory. `auto`: bf16 where the CPU multiplies bf16
+    in hardware, fp32 elsewhere. Learning weights are always fp32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
     trusted_models: tuple[str, ...] = ()
     """Models (as written in `base`) whose own code may run."""
     upload: bool = False
-    """With finetune.yml: `base`, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine that Ansible runs
-    on, and are copied to the shared storage, once. Elsewhere it has no effect."""
+    """With finetune.yml: `base`, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine
+    that Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
 
     @model_validator(mode="after")
     def _trust(self) -> Model:
         if self.trust_remote_code and self.base not in self.trusted_models:
             raise ValueError(
-                f"model.trust_remote_code runs code that comes with the model: to allow it, read that code and add {self.base!r} "
+                "model.trust_remote_code runs code that comes with the model: to allow it, read that code and add "
+                f"{self.base!r} "
                 "to model.trusted_models"
             )
         return self
@@ -96,46 +103,50 @@ class Data(Section):
     """What the model learns from."""
 
     upload: bool = False
-    """With finetune.yml: the files of data (training, validation, evaluation, a processor's) lie on the machine that Ansible runs on, and
-    are copied to the shared storage, once. Elsewhere it has no effect."""
+    """With finetune.yml: the files of data (training, validation, evaluation, a processor's) lie on the machine that
+    Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
     train: Texts = Field(min_length=1)
-    """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a list of these.
-    Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
+    """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a
+    list of these. Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
     validation: Annotated[float, Field(gt=0, lt=1)] | Auto | Texts | None = "auto"
-    """Validation data: a file or list as in `train`, or a fraction of the training rows that is split off by the seed. `auto`: 10 % of
-    them, at most 500, where there are 200 rows or more; none below that, where a handful of rows tells little and each is needed to
-    learn from. `null`: none."""
+    """Validation data: a file or list as in `train`, or a fraction of the training rows that is split off by the seed.
+    `auto`: 10 % of them, at most 500, where there are 200 rows or more; none below that, where a handful of rows tells
+    little and each is needed to learn from. `null`: none."""
     format: Literal["auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
-    """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role, content), sharegpt
-    (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it from the first rows."""
+    """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role,
+    content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it
+    from the first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of your columns for the format's own, e.g. `{instruction: question, output: answer}`."""
     processor: str | None = None
-    """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or `./file.py:Class`,
-    relative to the conf file."""
+    """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or
+    `./file.py:Class`, relative to the conf file."""
     processor_args: dict[str, object] = Field(default_factory=dict)
     """Keyword arguments for the processor's class."""
     system: str | None = None
     """System message put before conversations that have none."""
     max_length: int = Field(512, ge=8)
-    """Longest sequence in tokens. A longer conversation is cut on a turn's boundary, longer text is split into pieces."""
+    """Longest sequence in tokens. A longer conversation is cut on a turn's boundary, longer text is split into
+    pieces."""
     packing: bool = True
-    """Lay the rows of a forward pass end to end, without attention or loss from one to the next, instead of padding them to the longest.
-    It changes the speed, and nothing of what is learned."""
+    """Lay the rows of a forward pass end to end, without attention or loss from one to the next, instead of padding
+    them to the longest. It changes the speed, and nothing of what is learned."""
     max_rows: int | None = Field(None, ge=1)
     """Take only the first rows, for a trial."""
     special_tokens_in_text: Literal["keep", "escape", "fail"] = "keep"
-    """A special token of the model that stands in the text of a row, as `<|im_end|>` in a question. `keep` takes it for one, as serving
-    does, and counts such rows; `escape` learns it as ordinary text; `fail` makes the row a bad one."""
+    """A special token of the model that stands in the text of a row, as `<|im_end|>` in a question. `keep` takes it for
+    one, as serving does, and counts such rows; `escape` learns it as ordinary text; `fail` makes the row a bad one."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """A row that cannot be read or lacks its columns: `fail` names file and line and stops, `skip` counts it and goes on."""
+    """A row that cannot be read or lacks its columns: `fail` names file and line and stops, `skip` counts it and goes
+    on."""
 
     @field_validator("validation", mode="before")
     @classmethod
     def _fraction(cls, value: object) -> object:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < 1:
             raise ValueError(
-                f"data.validation is {value:g}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); use null for no validation"
+                f"data.validation is {value:g}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); use "
+                "null for no validation"
             )
         return value
 
@@ -148,11 +159,11 @@ class Lora(Section):
     alpha: int | None = Field(None, ge=1)
     """Scale: the adapter's output is multiplied by alpha / r. Unset: twice the rank."""
     dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | Auto, OrAuto] = "auto"
-    """Dropout on the adapter's input: small sets teach what is meant more than how it is worded. `auto`: 0.1 for small sets, 0 for others and
-    for mixtures of experts (peft has none for adapters on experts)."""
+    """Dropout on the adapter's input: small sets teach what is meant more than how it is worded. `auto`: 0.1 for small
+    sets, 0 for others and for mixtures of experts (peft has none for adapters on experts)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: names, or a pattern (regular expression) of whole names. `all-linear` is every linear layer but the
-    output head, and the experts of most mixtures of experts, not their routers."""
+    """Layers that get an adapter: names, or a pattern (regular expression) of whole names. `all-linear` is every linear
+    layer but the output head, and the experts of most mixtures of experts, not their routers."""
     modules_to_save: tuple[str, ...] = ()
     """Layers trained whole and saved with the adapter, e.g. `[embed_tokens, lm_head]` after adding tokens."""
     rslora: bool = False
@@ -173,7 +184,8 @@ class Tuning(Section):
     """What is learnt, and by which weights."""
 
     objective: Literal["sft", "pretrain"] = "sft"
-    """`sft`: only the assistant's turns (their end-of-turn token too) are supervised. `pretrain`: every token of plain text is."""
+    """`sft`: only the assistant's turns (their end-of-turn token too) are supervised. `pretrain`: every token of plain
+    text is."""
     method: Literal["lora", "full"] = "lora"
     """`lora` trains small adapters beside frozen weights; `full` trains every weight."""
     lora: Lora = Lora()
@@ -196,12 +208,12 @@ class Training(Section):
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; instead of `epochs`."""
     global_batch_size: Annotated[Annotated[int, Field(ge=1)] | Auto, OrAuto] = "auto"
-    """Rows that an optimizer step learns from, over all workers, whatever packing does with them (of texts and conversations that make
-    several sequences: sequences). `auto`: more the more rows there are."""
+    """Rows that an optimizer step learns from, over all workers, whatever packing does with them (of texts and
+    conversations that make several sequences: sequences). `auto`: more the more rows there are."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Most tokens that a worker computes at once, padding included; the rows of a step that do not fit take further forward passes. Fewer
-    take less memory and, far below the default, more time; what is learned stays the same. Unset: 4096, and at least
-    `data.max_length`."""
+    """Most tokens that a worker computes at once, padding included; the rows of a step that do not fit take further
+    forward passes. Fewer take less memory and, far below the default, more time; what is learned stays the same. Unset:
+    4096, and at least `data.max_length`."""
     learning_rate: Annotated[Annotated[float, Field(gt=0)] | Auto, OrAuto] = "auto"
     """Highest learning rate. `auto`: by method and the model's width."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -219,23 +231,24 @@ class Training(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this norm. `null`: no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matrix products. `auto`: bf16 where the CPU has AMX or AVX512-BF16, fp32 elsewhere (there bf16 is emulated, and
-    slower)."""
+    """Arithmetic of the matrix products. `auto`: bf16 where the CPU has AMX or AVX512-BF16, fp32 elsewhere (there bf16
+    is emulated, and slower)."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the workers, for models
-    that do not fit one."""
+    """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the
+    workers, for models that do not fit one."""
     accelerator: Literal["torch", "ipex"] = "torch"
-    """`ipex` computes the base model's layers with intel-extension-for-pytorch, under adapters (method lora, strategy ddp); needs the IPEX
-    profile (docs/reference/profiles.md)."""
+    """`ipex` computes the base model's layers with intel-extension-for-pytorch, under adapters (method lora, strategy
+    ddp); needs the IPEX profile (docs/reference/profiles.md)."""
     compile: bool = False
-    """torch.compile the model: a minute or more at the start, faster steps after; needs g++ and the Python headers on every node."""
+    """torch.compile the model: a minute or more at the start, faster steps after; needs g++ and the Python headers on
+    every node."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations. Unset: once an epoch."""
     early_stopping: EarlyStopping | Auto | None = "auto"
-    """Stop when the validation loss stops falling. `auto`: after 2 validations without improvement where `epochs` is `auto` and there is
-    validation data. `null`: never."""
+    """Stop when the validation loss stops falling. `auto`: after 2 validations without improvement where `epochs` is
+    `auto` and there is validation data. `null`: never."""
     best_checkpoint: bool = True
     """Export the weights with the lowest validation loss instead of the last ones (where there is validation data)."""
     seed: int = Field(42, ge=0)
@@ -244,13 +257,18 @@ class Training(Section):
     @model_validator(mode="before")
     @classmethod
     def _old_batch(cls, values: Any) -> Any:
-        """They counted sequences, and with packing a sequence is several rows: the same number would now be another batch."""
-        if isinstance(values, dict) and (old := [k for k in ("batch_size", "gradient_accumulation") if values.get(k) is not None]):
+        """They counted sequences, and with packing a sequence is several rows: the same number would now be another
+        batch."""
+        if isinstance(values, dict) and (
+            old := [k for k in ("batch_size", "gradient_accumulation") if values.get(k) is not None]
+        ):
             sequences = math.prod(values[k] for k in old if isinstance(values[k], int))
             raise ValueError(
                 f"training.{' and training.'.join(old)} counted packed sequences; a batch counts rows now. Write "
-                f"training.global_batch_size instead: auto, or the rows of an optimizer step over all workers (without packing: {sequences} × "
-                "runtime.workers; with packing as many times that as rows fit data.max_length). For memory: training.micro_batch_tokens"
+                "training.global_batch_size instead: auto, or the rows of an optimizer step over all workers (without "
+                f"packing: {sequences} × "
+                "runtime.workers; with packing as many times that as rows fit data.max_length). For memory: "
+                "training.micro_batch_tokens"
             )
         return values
 
@@ -270,8 +288,8 @@ class Checkpoint(Section):
     every_steps: int | None = Field(None, ge=1)
     """Optimizer steps between checkpoints. Unset: once an epoch. One more is always written at the end."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted once a newer one is whole. The best weights (see training.best_checkpoint) are kept
-    besides."""
+    """Checkpoints kept; older ones are deleted once a newer one is whole. The best weights (see
+    training.best_checkpoint) are kept besides."""
 
 
 class Evaluation(Section):
@@ -288,13 +306,14 @@ class Evaluation(Section):
 
 
 class Convert(Section):
-    """The stage `convert`: the exported model in the form of another engine, beside `output/` (docs/how-to/models.md)."""
+    """The stage `convert`: the exported model in the form of another engine, beside `output/`
+    (docs/how-to/models.md)."""
 
     to: Literal["openvino"] = "openvino"
     """The engine."""
     weights: WeightForm = "int8"
-    """How weights are stored: `fp32`, `bf16` (as 16-bit floats), `int8` (a scale for each row; answers hardly change), `int4` (a scale for
-    32 weights; a little over half the memory of int8, and answers change)."""
+    """How weights are stored: `fp32`, `bf16` (as 16-bit floats), `int8` (a scale for each row; answers hardly change),
+    `int4` (a scale for 32 weights; a little over half the memory of int8, and answers change)."""
 
 
 class Tracking(Section):
@@ -310,10 +329,14 @@ class FinetuneConf(Section):
     """A finetune: a base model, data, and what to do with them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """Name of the run: its folder under `paths.runs`, and the model name it is served by. Letters, digits, `.`, `_`, `-`; at most 63."""
-    stages: Annotated[tuple[Stage, ...], BeforeValidator(listed, json_schema_input_type=Stage | tuple[Stage, ...])] = DEFAULT_STAGES
-    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in `output/`), and where it
-    is named here, convert (see `convert`). Done ones are skipped as long as their inputs are the same."""
+    """Name of the run: its folder under `paths.runs`, and the model name it is served by. Letters, digits, `.`, `_`,
+    `-`; at most 63."""
+    stages: Annotated[tuple[Stage, ...], BeforeValidator(listed, json_schema_input_type=Stage | tuple[Stage, ...])] = (
+        DEFAULT_STAGES
+    )
+    """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in
+    `output/`), and where it is named here, convert (see `convert`). Done ones are skipped as long as their inputs are
+    the same."""
     runtime: Runtime = Runtime()
     paths: Paths = Field(default_factory=Paths)
     model: Model
@@ -331,18 +354,28 @@ class FinetuneConf(Section):
         if not self.stages:
             wrong.append(f"stages is empty: name at least one of {', '.join(STAGES)}")
         if isinstance(self.training.early_stopping, EarlyStopping) and self.data.validation is None:
-            wrong.append("training.early_stopping needs validation data, but data.validation is null: set it, or take early_stopping away")
+            wrong.append(
+                "training.early_stopping needs validation data, but data.validation is null: set it, or take "
+                "early_stopping away"
+            )
         if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
             wrong.append(
-                f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use format text, or objective sft"
+                f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use format text, "
+                "or objective sft"
             )
         if self.tuning.objective == "sft" and self.data.format == "text":
-            wrong.append("tuning.objective sft needs rows with answers, but data.format is text: use another format, or objective pretrain")
+            wrong.append(
+                "tuning.objective sft needs rows with answers, but data.format is text: use another format, or "
+                "objective pretrain"
+            )
         if self.training.strategy == "fsdp" and self.runtime.workers == 1:
-            wrong.append("training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers")
+            wrong.append(
+                "training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers"
+            )
         if self.training.accelerator == "ipex" and (self.tuning.method != "lora" or self.training.strategy != "ddp"):
             wrong.append(
-                "training.accelerator ipex lays the base model's weights out for its kernels, which only weights that neither learn nor are "
+                "training.accelerator ipex lays the base model's weights out for its kernels, which only weights that "
+                "neither learn nor are "
                 "sharded can stay in: use tuning.method lora and training.strategy ddp, or accelerator torch"
             )
         if wrong:

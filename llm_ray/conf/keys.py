@@ -1,7 +1,7 @@
 """The keys of a conf, read off its JSON Schema: what each may hold, and which one a misspelled key was meant to be.
 
-The messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name of a
-key NAME stands for what the user calls it: ``models.NAME.engine``.
+The messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name
+of a key NAME stands for what the user calls it: ``models.NAME.engine``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ C = TypeVar("C", bound=Section)
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, the JSON Schema of its value, and, where it is a section, the name of the section's definition."""
+    """One key: its dotted name, the JSON Schema of its value, and, where it is a section, the name of the section's
+    definition."""
 
     name: str
     schema: dict[str, Any]
@@ -43,7 +44,8 @@ class Key:
 
     @property
     def free(self) -> dict[str, Any] | bool:
-        """The schema of the values below it, where their names are the user's own, as in ``data.columns``; else ``False``."""
+        """The schema of the values below it, where their names are the user's own, as in ``data.columns``; else
+        ``False``."""
         values: dict[str, Any] | bool = self.schema.get("additionalProperties", False)
         return False if self.section or (isinstance(values, dict) and "$ref" in values) else values
 
@@ -97,7 +99,8 @@ class Keys(Generic[C]):
         return [
             key
             for key in leaves
-            if key.name == name or (f"{key.above}.".startswith(f"{name}." if name else "") and key.above in {*required, "", name})
+            if key.name == name
+            or (f"{key.above}.".startswith(f"{name}." if name else "") and key.above in {*required, "", name})
         ]
 
     def below(self, name: str) -> list[Key]:
@@ -123,12 +126,14 @@ class Keys(Generic[C]):
         return len(path) > 1 and f"{path[0]}.NAME" in self.table
 
     def paths(self, name: str, section: bool = False) -> list[Path]:
-        """The keys that a dotted name may mean: what the user calls a model may hold dots, too. `section`: its value is one."""
+        """The keys that a dotted name may mean: what the user calls a model may hold dots, too. `section`: its value is
+        one."""
         ways = self._ways(name)
         return [way for way in (ways if section or len(ways) == 1 else ways[:-1]) if self.known(way)]
 
     def _ways(self, name: str) -> list[Path]:
-        """How a dotted name may be read, the shortest names of models first; by the last one it is a model's name to the end."""
+        """How a dotted name may be read, the shortest names of models first; by the last one it is a model's name to
+        the end."""
         first, *parts = name.split(".")
         if not self.named((first, *parts)):
             return [self._joined((first, *parts))]
@@ -151,7 +156,11 @@ class Keys(Generic[C]):
     def _nearest(self, path: Path) -> str | None:
         section = self.key(path[:-1])
         leaf = str(path[-1]).lower().replace("-", "_")
-        beside = {key.leaf: key.name for key in self.below(section.name if section else "")} if section or len(path) == 1 else {}
+        beside = (
+            {key.leaf: key.name for key in self.below(section.name if section else "")}
+            if section or len(path) == 1
+            else {}
+        )
         same = [key.name for key in self.table.values() if key.leaf == leaf]
         if same or leaf in self.elsewhere:
             return (same or [self.elsewhere[leaf]])[0]
@@ -185,7 +194,13 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
         first, *others = (describe(option, mark) for option in node["anyOf"])
         if f"a list of {first}" in others:
             return f"{first}, or a list of these"
-        return _or([text for option in node["anyOf"] for text in ([*map(word, option.get("enum", ()))] or [describe(option, mark)])])
+        return _or(
+            [
+                text
+                for option in node["anyOf"]
+                for text in ([*map(word, option.get("enum", ()))] or [describe(option, mark)])
+            ]
+        )
     if "enum" in node or "const" in node:
         return _or([word(value) for value in node.get("enum", [node.get("const")])])
     if "$ref" in node:
@@ -194,7 +209,12 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
     if kind == "null":
         return word(None)
     if kind in ("integer", "number"):
-        limits = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+        limits = {
+            "minimum": "of at least",
+            "exclusiveMinimum": "above",
+            "maximum": "at most",
+            "exclusiveMaximum": "below",
+        }
         bounds = " and ".join(f"{text} {node[limit]:g}" for limit, text in limits.items() if limit in node)
         return " ".join(["a whole number" if kind == "integer" else "a number", *([bounds] if bounds else [])])
     if kind == "array":
@@ -205,9 +225,10 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
         if choices(items):
             return f"a list of {describe(items, mark)}"
         return f"a list of {count}{'numbers' if items.get('type') == 'number' else 'texts'}"
-    return {"string": "a path" if node.get("format") == "path" else "text", "boolean": f"{word('true')} or {word('false')}"}.get(
-        str(kind), "keys with values"
-    )
+    return {
+        "string": "a path" if node.get("format") == "path" else "text",
+        "boolean": f"{word('true')} or {word('false')}",
+    }.get(str(kind), "keys with values")
 
 
 def first_sentence(text: str) -> str:

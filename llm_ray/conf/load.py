@@ -3,12 +3,13 @@
     conf = load_finetune("lora", ["train=tickets.jsonl", "training.epochs=2"])
     conf = load_serve("chat", ["model=support-bot", "models.support-bot.cpus=4"])
 
-``--set NAME=VALUE`` gives the template's variable NAME where the template uses one of that name, and else sets the conf's
-key NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars`` file that
-has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the schema's default holds.
+``--set NAME=VALUE`` gives the template's variable NAME where the template uses one of that name, and else sets the
+conf's key NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars``
+file that has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the
+schema's default holds.
 
-Relative paths are looked up beside the conf file, then in the current folder; data files last under ``paths.data``. For a
-shipped template and for ``--set`` the current folder alone is "beside".
+Relative paths are looked up beside the conf file, then in the current folder; data files last under ``paths.data``. For
+a shipped template and for ``--set`` the current folder alone is "beside".
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def load_finetune(
     """The conf of a finetune, rendered, validated, its paths absolute.
 
     `config` is a file or the name of a shipped template, `overrides` are ``key=value`` as after ``--set``, `vars_files`
-    YAML files of template variables as after ``--vars``. Paths that the conf does not give lie in `home` (default: LLM_RAY_HOME).
-    Raises :class:`ConfError`.
+    YAML files of template variables as after ``--vars``. Paths that the conf does not give lie in `home` (default:
+    LLM_RAY_HOME). Raises :class:`ConfError`.
     """
     return load(FINETUNE, FinetuneValidation, config, overrides, _variables(vars_files), home or section.home())
 
@@ -55,7 +56,8 @@ def load_serve(
 
 
 def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path, source: str) -> ServeConf:
-    """The conf of an endpoint whose sections are `given` by options of a command, not by a file; otherwise as :func:`load_serve`.
+    """The conf of an endpoint whose sections are `given` by options of a command, not by a file; otherwise as
+    :func:`load_serve`.
 
     `source` names the options in errors. Raises :class:`ConfError`.
     """
@@ -106,7 +108,8 @@ def dump(conf: Section) -> str:
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """The shipped templates of a kind (``finetune``, ``serve``) by name, from the source tree or the installed package."""
+    """The shipped templates of a kind (``finetune``, ``serve``) by name, from the source tree or the installed
+    package."""
     folders = (PACKAGE.parent / "conf" / kind, PACKAGE / "shipped" / "conf" / kind)
     return {file.name.split(".")[0]: file for folder in folders for file in sorted(folder.glob("*.yaml.j2"))}
 
@@ -124,7 +127,10 @@ def find(config: str | Path, kind: str) -> Path:
     beside = {sibling.name: str(sibling) for sibling in siblings(file)}
     nearest = [beside.get(found, found) for found in nearest_names(file.name, [*templates, *beside])]
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise ConfError(f"--config {config}: no such file, and no shipped template of that name; {hint}ClusterConf: {', '.join(templates)}")
+    raise ConfError(
+        f"--config {config}: no such file, and no shipped template of that name; {hint}ClusterConf: "
+        f"{', '.join(templates)}"
+    )
 
 
 def _read(file: Path) -> str:
@@ -147,14 +153,18 @@ def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
             raise ConfError(f"{file}:{problem.line}: {problem.message}") from problem
         if not isinstance(data, dict) or any(not isinstance(key, str) or key in RESERVED for key in data):
             raise ConfError(
-                f"--vars {file}: must hold names with values, and no name {' or '.join(RESERVED)}, which the template has already"
+                f"--vars {file}: must hold names with values, and no name {' or '.join(RESERVED)}, which the template "
+                "has already"
             )
         values |= data
     return values
 
 
-def _overrides(overrides: Sequence[str], used: set[str], file: Path | None, keys: Keys[Any]) -> tuple[dict[str, Any], list[Setting]]:
-    """Template variables, and settings of the conf's keys, as given with ``--set``. `file`: the template, where there is one."""
+def _overrides(
+    overrides: Sequence[str], used: set[str], file: Path | None, keys: Keys[Any]
+) -> tuple[dict[str, Any], list[Setting]]:
+    """Template variables, and settings of the conf's keys, as given with ``--set``. `file`: the template, where there
+    is one."""
     given: dict[str, Any] = {}
     settings: list[Setting] = []
     wrong = []
@@ -164,7 +174,10 @@ def _overrides(overrides: Sequence[str], used: set[str], file: Path | None, keys
         try:
             value = yamltext.value(text)
         except yamltext.Problem as problem:
-            wrong.append(f"--set {override}: the value {problem.message}; quotes for YAML go inside the shell's: --set '{name}=\"…\"'")
+            wrong.append(
+                f"--set {override}: the value {problem.message}; quotes for YAML go inside the shell's: --set "
+                f"'{name}=\"…\"'"
+            )
             continue
         if not equals or not name:
             wrong.append(f"--set {override}: write it as key=value")
@@ -175,7 +188,11 @@ def _overrides(overrides: Sequence[str], used: set[str], file: Path | None, keys
         else:
             near = [*nearest_names(name, used), *filter(None, [keys.nearest_to(name)])]
             nearest = max(near, key=lambda one: SequenceMatcher(None, name, one).ratio(), default=None)
-            names = f"its variables are: {', '.join(sorted(used)) or 'none'}" if file else "a key of a model is models.NAME.KEY"
+            names = (
+                f"its variables are: {', '.join(sorted(used)) or 'none'}"
+                if file
+                else "a key of a model is models.NAME.KEY"
+            )
             what = f"neither a key of the conf nor a variable of {file.name}" if file else "no key of the conf"
             wrong.append(f"--set {override}: {name} is {what}; {f'did you mean {nearest}?' if nearest else names}")
     if wrong:
@@ -190,7 +207,10 @@ class FinetuneValidation(Validation[FinetuneConf]):
         def files(section: str, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(self.data_file((section, key, i), name, conf.paths.data) for i, name in enumerate(names))
 
-        data: dict[str, Any] = {"train": files("data", "train", conf.data.train), "processor": self.processor(conf.data.processor)}
+        data: dict[str, Any] = {
+            "train": files("data", "train", conf.data.train),
+            "processor": self.processor(conf.data.processor),
+        }
         if isinstance(conf.data.validation, tuple):
             data["validation"] = files("data", "validation", conf.data.validation)
         evaluation = {"data": conf.evaluation.data and files("evaluation", "data", conf.evaluation.data)}
@@ -220,7 +240,9 @@ class FinetuneValidation(Validation[FinetuneConf]):
         hub = HUB_ID.fullmatch(name) and entry.suffix.lower() not in DATA_SUFFIXES
         if hub and not any(there(candidate.parent.is_dir) for candidate in candidates):
             return name
-        nearest = [c.with_name(found) for c in candidates for found in nearest_names(c.name, (one.name for one in siblings(c)))]
+        nearest = [
+            c.with_name(found) for c in candidates for found in nearest_names(c.name, (one.name for one in siblings(c)))
+        ]
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         if not hint and not entry.is_absolute() and entry.suffix.lower() not in DATA_SUFFIXES:
             hint = "; a data set of the hub would be named organisation/name"
@@ -248,14 +270,19 @@ class ServeValidation(Validation[ServeConf]):
     def resolve(self, conf: ServeConf) -> ServeConf:
         self.must_be_file(("endpoint", "tls_certificate"), conf.endpoint.tls_certificate)
         self.must_be_file(("endpoint", "tls_key"), conf.endpoint.tls_key)
-        return conf.model_copy(update={"models": {name: self._model(name, model) for name, model in conf.models.items()}})
+        return conf.model_copy(
+            update={"models": {name: self._model(name, model) for name, model in conf.models.items()}}
+        )
 
     def _model(self, name: str, model: ModelServing) -> ModelServing:
         path = ("models", name)
         self.must_be_file((*path, "chat_template"), model.chat_template)
         update: dict[str, Any] = {
             "model": self.folder((*path, "model"), model.model),
-            "adapters": {key: self.folder((*path, "adapters", key), adapter, ADAPTER_FILES) for key, adapter in model.adapters.items()},
+            "adapters": {
+                key: self.folder((*path, "adapters", key), adapter, ADAPTER_FILES)
+                for key, adapter in model.adapters.items()
+            },
         }
         if model.tokenizer:
             update["tokenizer"] = self.folder((*path, "tokenizer"), model.tokenizer)

@@ -1,4 +1,5 @@
-"""Writes the reference of the confs (docs/reference/KIND-conf.md, KIND-conf.schema.json, of finetune and serve) from their schemas.
+"""Writes the reference of the confs (docs/reference/KIND-conf.md, KIND-conf.schema.json, of finetune and serve) from
+their schemas.
 
 python -m llm_ray.conf.reference            # write
 python -m llm_ray.conf.reference --check    # exit 1 if what is there is not what would be written
@@ -150,20 +151,28 @@ def pages() -> dict[str, str]:
     return {
         name: text
         for keys in kinds
-        for name, text in ((f"{keys.kind}-conf.md", markdown(keys)), (f"{keys.kind}-conf.schema.json", json_schema(keys)))
+        for name, text in (
+            (f"{keys.kind}-conf.md", markdown(keys)),
+            (f"{keys.kind}-conf.schema.json", json_schema(keys)),
+        )
     }
 
 
 def _one_line(node: Any) -> Any:
     """The schema with each description on one line."""
     if isinstance(node, dict):
-        return {k: " ".join(v.split()) if k == "description" and isinstance(v, str) else _one_line(v) for k, v in node.items()}
+        return {
+            k: " ".join(v.split()) if k == "description" and isinstance(v, str) else _one_line(v)
+            for k, v in node.items()
+        }
     return [_one_line(item) for item in node] if isinstance(node, list) else node
 
 
 def _headline(file: Path) -> str:
     """The first sentence of a template's head."""
-    comment = " ".join(line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").split("\n#\n")[0].splitlines())
+    comment = " ".join(
+        line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").split("\n#\n")[0].splitlines()
+    )
     return first_sentence(comment)
 
 

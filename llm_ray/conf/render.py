@@ -1,13 +1,14 @@
 """Conf template to YAML text: Jinja, sandboxed, with undefined variables as errors.
 
 A template sees the variables given (``--vars``, ``--set``), ``env`` (``env.HOME``, ``env("HF_HOME", "a default")``) and
-``shipped``, the folder of the files that ship with this package. Values other than text are written as JSON, which is YAML.
+``shipped``, the folder of the files that ship with this package. Values other than text are written as JSON, which is
+YAML.
 
     render("name: {{ name }}\nworkers: {{ workers | default(2) }}", {"name": "trial"})
 
 Two things need to be known after rendering. The line of the template that each line came from: marks of them travel in
-the text itself. And which variables were undefined: they print a mark too, so that all of them are reported at once, with
-the keys they stand for, but none that stands in a comment or for a key that ``--set`` gives.
+the text itself. And which variables were undefined: they print a mark too, so that all of them are reported at once,
+with the keys they stand for, but none that stands in a comment or for a key that ``--set`` gives.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from jinja2.utils import missing
 import llm_ray
 
 # Private-use characters, which no conf holds, enclose a line's number, and the message about an undefined variable.
-# Of several marks before the same text the last one holds: the others belong to lines of tags, which left nothing behind.
+# Of several marks before the same text the last one holds: the others belong to lines of tags, which left nothing
+# behind.
 _LINE = re.compile("(?:\ue000([0-9]+)\ue001)+")
 _UNDEFINED = re.compile("\ue002([0-9a-f]*)\ue003")
 RESERVED = ("env", "shipped")
@@ -80,7 +82,8 @@ class _Environ:
 
     def __getitem__(self, name: str) -> str | Undefined:
         return os.environ.get(
-            name, _Undefined(f"the environment variable {name} is not set: set it, or give a default: env('{name}', '…')")
+            name,
+            _Undefined(f"the environment variable {name} is not set: set it, or give a default: env('{name}', '…')"),
         )
 
     def __call__(self, name: str, default: object = None) -> object:
@@ -93,7 +96,9 @@ class _MarkLines(Extension):
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
         for token in stream:
             if token.type == "data":
-                marked = [f"\ue000{line}\ue001{text}" for line, text in enumerate(token.value.split("\n"), token.lineno)]
+                marked = [
+                    f"\ue000{line}\ue001{text}" for line, text in enumerate(token.value.split("\n"), token.lineno)
+                ]
                 yield Token(token.lineno, "data", "\n".join(marked))
             else:
                 yield token
@@ -113,7 +118,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
         extensions=[_MarkLines],
         loader=DictLoader({}),
     )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "default": str}  # tojson lets undefined variables print their mark
+    environment.policies["json.dumps_kwargs"] = {
+        "sort_keys": True,
+        "default": str,
+    }  # tojson lets undefined variables print their mark
     environment.globals.update(env=_Environ(), shipped=str(Path(llm_ray.__file__).parent))
     return environment
 
@@ -152,8 +160,12 @@ def render(template: str, values: Mapping[str, Any]) -> Rendered:
     except SecurityError as error:
         raise TemplateProblem(f"the template reaches for what the sandbox forbids: {error}", _line(error)) from error
     except TemplateNotFound as error:
-        raise TemplateProblem("include, import and extends are not to be had: a conf is one file", _line(error)) from error
-    except Exception as error:  # whatever an expression of the template may raise: a division by zero, a missing filter argument, …
+        raise TemplateProblem(
+            "include, import and extends are not to be had: a conf is one file", _line(error)
+        ) from error
+    except (
+        Exception
+    ) as error:  # whatever an expression of the template may raise: a division by zero, a missing filter argument, …
         raise TemplateProblem(f"an expression of the template fails: {error}", _line(error)) from error
     lines, origins, origin = [], [], 1
     for line in text.split("\n"):

@@ -54,7 +54,12 @@ class Section(BaseModel):
     """Keys of a conf, with their documentation. Those that it does not have are errors."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -63,7 +68,9 @@ class Section(BaseModel):
         """A section whose keys are all commented out is YAML's null: its defaults hold."""
         if not isinstance(values, dict):
             return values
-        empty = {k for k, field in cls.model_fields.items() if values.get(k, ...) is None and _is_section(field.annotation)}
+        empty = {
+            k for k, field in cls.model_fields.items() if values.get(k, ...) is None and _is_section(field.annotation)
+        }
         return {k: v for k, v in values.items() if k not in empty}
 
     @field_validator("*", mode="before")
@@ -82,11 +89,17 @@ def _is_section(annotation: object) -> bool:
 class Paths(Section):
     """Folders of models, data and runs. On a cluster all of them lie on shared storage."""
 
-    models: AbsolutePath = Field(default_factory=lambda: home() / "models", json_schema_extra={"default": "$LLM_RAY_HOME/models"})
+    models: AbsolutePath = Field(
+        default_factory=lambda: home() / "models", json_schema_extra={"default": "$LLM_RAY_HOME/models"}
+    )
     """The model registry: one Hugging Face folder a model."""
-    data: AbsolutePath = Field(default_factory=lambda: home() / "data", json_schema_extra={"default": "$LLM_RAY_HOME/data"})
+    data: AbsolutePath = Field(
+        default_factory=lambda: home() / "data", json_schema_extra={"default": "$LLM_RAY_HOME/data"}
+    )
     """Data files named by a relative path are looked up beside the conf file, then in the current folder, then here."""
-    runs: AbsolutePath = Field(default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"})
+    runs: AbsolutePath = Field(
+        default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"}
+    )
     """One folder a run."""
 
     @classmethod

@@ -16,7 +16,9 @@ from llm_ray.conf.section import AbsolutePath, Paths, Section
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 # First parts of the endpoint's own paths, which a model's route /NAME would hide.
-RESERVED_NAMES = frozenset({"v1", "health", "ready", "metrics", "docs", "redoc", "openapi.json", "tokenize", "detokenize", "-"})
+RESERVED_NAMES = frozenset(
+    {"v1", "health", "ready", "metrics", "docs", "redoc", "openapi.json", "tokenize", "detokenize", "-"}
+)
 
 
 def _model_name(name: str) -> str:
@@ -34,10 +36,11 @@ class ServeRuntime(Section):
     """The Ray that serves."""
 
     mode: Literal["local", "cluster"] = "local"
-    """`local` serves on this machine: Ray is started in the background if it does not run yet, and `llm-ray serve stop --all` ends it;
-    `cluster` joins the running cluster at `address`."""
+    """`local` serves on this machine: Ray is started in the background if it does not run yet, and `llm-ray serve stop
+    --all` ends it; `cluster` joins the running cluster at `address`."""
     address: str = "auto"
-    """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port 6379)."""
+    """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port
+    6379)."""
 
 
 class Limits(Section):
@@ -52,17 +55,19 @@ class Limits(Section):
 
 
 class Endpoint(Section):
-    """The HTTP endpoint that all models share. What a conf does not say of it stays as the running endpoint has it; its host, port and TLS
-    are settled when Ray Serve starts."""
+    """The HTTP endpoint that all models share. What a conf does not say of it stays as the running endpoint has it; its
+    host, port and TLS are settled when Ray Serve starts."""
 
     host: str = "127.0.0.1"
     """Address to listen at. Beyond loopback (`0.0.0.0`, or an address of this host) API keys are demanded."""
     port: int = Field(8000, ge=1, le=65535)
     """Port to listen at."""
     proxies: Literal["head", "every_node"] = "head"
-    """Hosts of the cluster that answer HTTP: the head alone, or every one with a model on it (behind a load balancer)."""
+    """Hosts of the cluster that answer HTTP: the head alone, or every one with a model on it (behind a load
+    balancer)."""
     api_keys: Literal["auto", "on", "off"] = "auto"
-    """Whether requests need an API key (`llm-ray serve keys add NAME`). `auto`: yes as soon as the endpoint listens beyond loopback."""
+    """Whether requests need an API key (`llm-ray serve keys add NAME`). `auto`: yes as soon as the endpoint listens
+    beyond loopback."""
     tls_certificate: AbsolutePath | None = None
     """PEM file with the certificate (chain) for HTTPS."""
     tls_key: AbsolutePath | None = None
@@ -124,20 +129,21 @@ class ModelServing(Section):
     """One model as it is served."""
 
     model: str = Field(min_length=1)
-    """What to serve: a run's name, a name in the model registry, a folder in Hugging Face (or OpenVINO) form, or a hub id."""
+    """What to serve: a run's name, a name in the model registry, a folder in Hugging Face (or OpenVINO) form, or a hub
+    id."""
     tokenizer: str | None = None
     """Tokenizer other than the model's own: a folder, or a name in the model registry."""
     chat_template: AbsolutePath | None = None
     """A Jinja file with a chat template that replaces the model's own."""
     upload: bool = False
-    """With serve.yml: the model, its adapters, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine that
-    Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
+    """With serve.yml: the model, its adapters, `tokenizer` and `chat_template`, where they are files or folders, lie on
+    the machine that Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
     engine: EngineName = DEFAULT
-    """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs), `transformers` (any causal
-    model, the slowest)."""
+    """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs),
+    `transformers` (any causal model, the slowest)."""
     weights: WeightForm | None = None
-    """Form of the weights for engine `openvino`; a model that is not converted yet is converted first. Unset: as the folder has them, int8
-    for one that is to be converted."""
+    """Form of the weights for engine `openvino`; a model that is not converted yet is converted first. Unset: as the
+    folder has them, int8 for one that is to be converted."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic. `auto`: that of the stored weights; bf16 only where the CPU multiplies it in hardware."""
     max_model_len: int | None = Field(None, ge=16)
@@ -147,29 +153,32 @@ class ModelServing(Section):
     max_queue: int = Field(128, ge=1)
     """Requests that may wait; more get 429."""
     kv_cache_gib: float | None = Field(None, gt=0)
-    """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two requests of the longest."""
+    """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two
+    requests of the longest."""
     cpus: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most 64, and no more than leave
-    some for each of `autoscale.max` replicas; where none are free it shares those of others."""
+    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most 64, and no
+    more than leave some for each of `autoscale.max` replicas; where none are free it shares those of others."""
     replicas: int = Field(1, ge=1)
     """Replicas, each with its own weights and cores. `autoscale` replaces it."""
     autoscale: Autoscale | None = None
     """Replicas that come and go with the load, down to none."""
     adapters: dict[ModelName, str] = Field(default_factory=dict)
-    """LoRA adapters on this base model (engine `vllm`), each under a model name of its own: name: run or folder. They can be changed
-    without a restart where there is at least one from the beginning."""
+    """LoRA adapters on this base model (engine `vllm`), each under a model name of its own: name: run or folder. They
+    can be changed without a restart where there is at least one from the beginning."""
     sampling_defaults: Literal["model", "openai"] = "model"
-    """What samples the answer to a request that does not say: `model`, temperature, top_p, penalties and most new tokens as the model's
-    generation_config.json has them, which `llm-ray serve status` shows; `openai`, temperature 1 and nothing else."""
+    """What samples the answer to a request that does not say: `model`, temperature, top_p, penalties and most new
+    tokens as the model's generation_config.json has them, which `llm-ray serve status` shows; `openai`, temperature 1
+    and nothing else."""
     tools: Literal["auto", "off"] | str = "auto"
-    """How tool calls are read from answers: `auto` (as the model's chat template writes them), `off`, or the name of one of vLLM's tool
-    parsers."""
+    """How tool calls are read from answers: `auto` (as the model's chat template writes them), `off`, or the name of
+    one of vLLM's tool parsers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
     trusted_models: tuple[str, ...] = ()
     """Models (as written in `model`) whose own code may run."""
     compile: bool = False
-    """Compile the model first (engine `vllm`, no adapters): starts slower, answers faster. Needs a C++ compiler on every host."""
+    """Compile the model first (engine `vllm`, no adapters): starts slower, answers faster. Needs a C++ compiler on
+    every host."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
     """Further options of the engine, by its own names: vLLM's engine arguments, OpenVINO's properties."""
 
@@ -180,11 +189,14 @@ class ModelServing(Section):
         if self.adapters and not engine.adapters:
             able = engines_with("adapters")
             wrong.append(
-                f"adapters are served by engine {able} alone, but engine is {self.engine}: set engine: {able}, or deploy the merged model"
+                f"adapters are served by engine {able} alone, but engine is {self.engine}: set engine: {able}, or "
+                "deploy the merged model"
             )
         if self.weights and not engine.converts:
             able = engines_with("converts")
-            wrong.append(f"weights is for engine {able}, but engine is {self.engine}: set engine: {able}, or use precision")
+            wrong.append(
+                f"weights is for engine {able}, but engine is {self.engine}: set engine: {able}, or use precision"
+            )
         if self.compile and not engine.compiles:
             wrong.append(f"compile is for engine {engines_with('compiles')}, but engine is {self.engine}")
         if self.compile and self.adapters:
@@ -193,7 +205,8 @@ class ModelServing(Section):
             wrong.append(f"replicas is {self.replicas}, and autoscale is there too: give one of them")
         if self.trust_remote_code and self.model not in self.trusted_models:
             wrong.append(
-                f"trust_remote_code runs code that comes with the model: to allow it, read that code and add {self.model!r} to trusted_models"
+                "trust_remote_code runs code that comes with the model: to allow it, read that code and add "
+                f"{self.model!r} to trusted_models"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -216,7 +229,9 @@ class ServeConf(Section):
         flat: dict[str, str] = {}
         for name in self.models:  # part of file names, in which a slash becomes --
             if (other := flat.setdefault(name.replace("/", "--"), name)) != name:
-                wrong.append(f"models.{name}: its name cannot be told from that of models.{other}: give one of them another")
+                wrong.append(
+                    f"models.{name}: its name cannot be told from that of models.{other}: give one of them another"
+                )
         for name, model in self.models.items():
             for adapter in model.adapters:
                 key = f"models.{name}.adapters.{adapter}"

@@ -1,11 +1,13 @@
-"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files that it takes along.
+"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files that it
+takes along.
 
     shipped = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, Destination(Path("/srv/llm-ray")))
     shipped.text      # the conf as the cluster reads it: YAML, every key written out
     shipped.files     # what has to be on the shared storage before it does
 
-Paths are the cluster's, and are not looked for here. Those of a section with `upload: true` are this machine's: they become places on the
-shared storage that are named by their contents, so that the same file is copied once and a changed one never takes its place.
+Paths are the cluster's, and are not looked for here. Those of a section with `upload: true` are this machine's: they
+become places on the shared storage that are named by their contents, so that the same file is copied once and a changed
+one never takes its place.
 """
 
 from __future__ import annotations
@@ -70,27 +72,40 @@ class ClusterConf:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def finetune_for_cluster(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> ClusterConf:
-    """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises :class:`ConfError`."""
+def finetune_for_cluster(
+    config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
+) -> ClusterConf:
+    """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises
+    :class:`ConfError`."""
     return _for_cluster(FINETUNE, _Finetune, config, overrides, variables, to)
 
 
-def serve_for_cluster(config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination) -> ClusterConf:
+def serve_for_cluster(
+    config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
+) -> ClusterConf:
     """The conf of an endpoint; otherwise as :func:`finetune_for_cluster`."""
     return _for_cluster(SERVE, _Serve, config, overrides, variables, to)
 
 
 def _for_cluster(
-    keys: Keys[C], kind: type[_ForCluster], config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
+    keys: Keys[C],
+    kind: type[_ForCluster],
+    config: str | Path,
+    overrides: Sequence[str],
+    variables: Mapping[str, Any],
+    to: Destination,
 ) -> ClusterConf:
     files: list[Upload] = []
     runtime = ["runtime.mode=cluster", "runtime.address=auto"]
-    conf = load(keys, lambda *arguments: kind(to, files, *arguments), config, [*overrides, *runtime], variables, to.home)
+    conf = load(
+        keys, lambda *arguments: kind(to, files, *arguments), config, [*overrides, *runtime], variables, to.home
+    )
     return ClusterConf(conf, tuple(files))
 
 
 def digest(source: Path) -> tuple[str, int]:
-    """SHA-256 and size of a file; of a folder, of its files' sums and names (as `sha256sum` prints them) in the order of the names."""
+    """SHA-256 and size of a file; of a folder, of its files' sums and names (as `sha256sum` prints them) in the order
+    of the names."""
     if source.is_file():
         with source.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest(), source.stat().st_size
@@ -194,7 +209,8 @@ class _Finetune(_ForCluster, FinetuneValidation):
         if "any" not in (wanted := conf.runtime.nodes, self.to.nodes) and wanted != self.to.nodes:
             self.complain(
                 ("runtime", "nodes"),
-                f"runtime.nodes is {wanted}, and the cluster's nodes run as {self.to.nodes} (ray_node_runtime): set any",
+                f"runtime.nodes is {wanted}, and the cluster's nodes run as {self.to.nodes} (ray_node_runtime): set "
+                "any",
             )
 
     def _addresses(self, name: str) -> Sequence[str]:
@@ -213,7 +229,9 @@ class _Finetune(_ForCluster, FinetuneValidation):
 class _Serve(_ForCluster, ServeValidation):
     def resolve(self, conf: ServeConf) -> ServeConf:
         conf = super().resolve(conf)
-        return conf.model_copy(update={"models": {name: self._without_upload(model) for name, model in conf.models.items()}})
+        return conf.model_copy(
+            update={"models": {name: self._without_upload(model) for name, model in conf.models.items()}}
+        )
 
     @staticmethod
     def _without_upload(model: ModelServing) -> ModelServing:

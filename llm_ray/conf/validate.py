@@ -1,7 +1,8 @@
-"""One conf on its way from YAML to schema: what ``--set`` changes, where its paths lie, and words for all that is wrong with it.
+"""One conf on its way from YAML to schema: what ``--set`` changes, where its paths lie, and words for all that is wrong
+with it.
 
-Everything wrong is told in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds of confs
-derive from :class:`Validation`, in ``llm_ray.conf.load``.
+Everything wrong is told in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds
+of confs derive from :class:`Validation`, in ``llm_ray.conf.load``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the conf given with ``--set``: where it may be meant to be (names of models hold dots, too), and how it was written."""
+    """A key of the conf given with ``--set``: where it may be meant to be (names of models hold dots, too), and how it
+    was written."""
 
     paths: list[yamltext.Path]
     value: Any
@@ -62,7 +64,8 @@ class Validation(ABC, Generic[C]):
         self.data: dict[str, Any] = document.data
         # Of the keys that a setting may mean, those of a model in the conf come first.
         self.settings = [
-            replace(setting, paths=sorted(setting.paths, key=lambda path: path[:2] not in document.lines)) for setting in settings
+            replace(setting, paths=sorted(setting.paths, key=lambda path: path[:2] not in document.lines))
+            for setting in settings
         ]
         self.here = Path.cwd()
         self.beside = self.here if shipped else file.absolute().parent
@@ -97,13 +100,15 @@ class Validation(ABC, Generic[C]):
         return conf
 
     def _at_home(self) -> dict[str, Any]:
-        """The data with the folders of `home` for the paths that it does not give: the schema's defaults are the environment's."""
+        """The data with the folders of `home` for the paths that it does not give: the schema's defaults are the
+        environment's."""
         given = self.data.get("paths", {})
         if not isinstance(given, dict):
             return self.data  # the schema's error says what is wrong with it
         return self.data | {"paths": Paths.of(self.home).model_dump() | given}
 
-    # Places ------------------------------------------------------------------------------------------------------------
+    # Places
+    # ------------------------------------------------------------------------------------------------------------
 
     def _setting(self, path: yamltext.Path) -> Setting | None:
         """The ``--set`` that `path` came from, or that has made a section of it."""
@@ -114,7 +119,8 @@ class Validation(ABC, Generic[C]):
         return None
 
     def complain(self, path: yamltext.Path, message: str) -> None:
-        """Notes the message, with the place of `path` before it; not of values that are only undefined variables' marks."""
+        """Notes the message, with the place of `path` before it; not of values that are only undefined variables'
+        marks."""
         if any(path[: len(key)] == key for key in self.unset):
             return
         setting, line = self._setting(path), self.document.line(path)
@@ -127,7 +133,8 @@ class Validation(ABC, Generic[C]):
             self.wrong.append((0, f"{self.file}: {message}"))
 
     def _path(self, detail: ErrorDetails) -> yamltext.Path:
-        """The place in the data that a validation error is about: pydantic's without the names of a union's alternatives."""
+        """The place in the data that a validation error is about: pydantic's without the names of a union's
+        alternatives."""
         path: list[str | int] = []
         node: Any = self.data
         for part in detail["loc"]:
@@ -140,7 +147,8 @@ class Validation(ABC, Generic[C]):
                 node = inner.get(place)
         return tuple(path)
 
-    # What --set and relative paths change --------------------------------------------------------------------------------
+    # What --set and relative paths change
+    # --------------------------------------------------------------------------------
 
     def _set(self, setting: Setting) -> None:
         node = self.data
@@ -177,7 +185,8 @@ class Validation(ABC, Generic[C]):
             self.complain(path, f"{dotted(path)}: no such file: {file}")
 
     def folder(self, path: yamltext.Path, name: str, files: tuple[str, ...] = MODEL_FILES) -> str:
-        """A model's folder as absolute path, one that has any of `files`; a name of the registry, of a run or of the hub as it is."""
+        """A model's folder as absolute path, one that has any of `files`; a name of the registry, of a run or of the
+        hub as it is."""
         candidates = self.candidates(path, name)
         explicit = expand(name).is_absolute() or name.startswith(("./", "../"))
         for folder in candidates:
@@ -188,7 +197,8 @@ class Validation(ABC, Generic[C]):
             self.complain(path, f"{dotted(path)}: no such folder: {' or '.join(map(str, candidates))}")
         return name
 
-    # Words -------------------------------------------------------------------------------------------------------------
+    # Words
+    # -------------------------------------------------------------------------------------------------------------
 
     def _explain(self, path: yamltext.Path, detail: ErrorDetails) -> None:
         """Complains of a validation error in the user's words."""
@@ -201,14 +211,17 @@ class Validation(ABC, Generic[C]):
             generic = key.name if key else name
             for needed in self.keys.needed(generic):
                 full = name + needed.name.removeprefix(generic)
-                self.complain(path, f"{full} is missing: {keys.first_sentence(needed.text)} Add it, or give --set {full}=…")
+                self.complain(
+                    path, f"{full} is missing: {keys.first_sentence(needed.text)} Add it, or give --set {full}=…"
+                )
         elif kind == "value_error":
             section = path[:2] if self.keys.named(path) else ()
             for text in str(detail["ctx"]["error"]).split("\n"):
                 self.complain(self._about(section, text) or path, f"{dotted(section)}: {text}".removeprefix(": "))
         elif detail["loc"][-1] == "[key]":
             self.complain(
-                (*path[:-1], str(path[-1])), f"{dotted(path[:-1])}: the name {path[-1]} has to be text: put it in quotes: '{path[-1]}'"
+                (*path[:-1], str(path[-1])),
+                f"{dotted(path[:-1])}: the name {path[-1]} has to be text: put it in quotes: '{path[-1]}'",
             )
         elif kind in ("extra_forbidden", "invalid_key"):
             above = self.keys.key(path[:-1])
@@ -223,7 +236,9 @@ class Validation(ABC, Generic[C]):
             self.complain(path, f"{name}: there is no such key; {hint}")
         elif kind in ("string_pattern_mismatch", "string_too_short", "too_short"):
             key = self.keys.key(path)
-            self.complain(path, f"{name} is {show(value) if value else 'empty'}, which is not allowed. {key.text if key else ''}")
+            self.complain(
+                path, f"{name} is {show(value) if value else 'empty'}, which is not allowed. {key.text if key else ''}"
+            )
         else:
             node = self._schema(path)
             must = keys.describe(node)
@@ -247,7 +262,11 @@ class Validation(ABC, Generic[C]):
 
     def _about(self, section: yamltext.Path, message: str) -> yamltext.Path | None:
         """The first key named in a rule's message (from `section` on) that the user has given."""
-        given = [path for path in [*self.document.lines, *(s.path for s in self.settings)] if path[: len(section)] == section != path]
+        given = [
+            path
+            for path in [*self.document.lines, *(s.path for s in self.settings)]
+            if path[: len(section)] == section != path
+        ]
         found = []
         for path in given:
             name = dotted(path[len(section) :])
@@ -313,4 +332,6 @@ def show(value: object) -> str:
 
 
 def error_of(wrong: list[str]) -> ConfError:
-    return ConfError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} things are wrong with the conf:", *wrong]))
+    return ConfError(
+        wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} things are wrong with the conf:", *wrong])
+    )

@@ -10,7 +10,8 @@ import yaml
 
 Path: TypeAlias = tuple[str | int, ...]
 
-# PyYAML follows YAML 1.1, to which `1e-3` is text, `no` false, `010` eight and `2024-01-01` a date. These are YAML 1.2's core types.
+# PyYAML follows YAML 1.1, to which `1e-3` is text, `no` false, `010` eight and `2024-01-01` a date. These are YAML
+# 1.2's core types.
 RESOLVERS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -85,7 +86,9 @@ def parse(text: str) -> Document:
                 name, line = str(key.value), key.start_mark.line + 1
                 if name in here:
                     where = ".".join(map(str, (*path, name)))
-                    raise Problem(f"{where} is there twice (first in line {lines[*path, name]}): keep one of the two", line)
+                    raise Problem(
+                        f"{where} is there twice (first in line {lines[*path, name]}): keep one of the two", line
+                    )
                 here.add(name)
                 lines[*path, name] = line
                 walk(value, (*path, name))
@@ -126,7 +129,8 @@ def _words(error: yaml.MarkedYAMLError) -> str:
     hint = {
         "mapping values are not allowed here": "text with ': ' in it goes in quotes; or the indentation here is wrong",
         "could not find expected ':'": "a key needs a colon and a blank after it",
-        "expected <block end>, but found '<block mapping start>'": "this line is indented further than the lines beside it",
+        "expected <block end>, but found '<block mapping "
+        "start>'": "this line is indented further than the lines beside it",
         "found unexpected end of stream": "a quote or bracket that opens here or above is never closed",
     }.get(problem.strip())
     context = f" ({error.context})" if error.context else ""

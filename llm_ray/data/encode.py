@@ -70,32 +70,45 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class SpecialTokens:
-    """The tokenizer's special tokens as rows may have them in their texts: ``<|im_end|>`` in a user's question ends its turn.
+    """The tokenizer's special tokens as rows may have them in their texts: ``<|im_end|>`` in a user's question ends its
+    turn.
 
     Raises ModelError, with `escape`, for a tokenizer that cannot tell where its tokens stand in a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, escape: bool) -> None:
-        written = sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}, key=len)
+        written = sorted(
+            {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 1}, key=len
+        )
         self._pattern = re.compile("|".join(map(re.escape, reversed(written)))) if written else None
         self._edges = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         if escape and written:
-            (ids,) = tokens_of(tokenizer, [self._broken(f"a {written[0]} b")], add_special_tokens=False) if tokenizer.is_fast else ([],)
+            (ids,) = (
+                tokens_of(tokenizer, [self._broken(f"a {written[0]} b")], add_special_tokens=False)
+                if tokenizer.is_fast
+                else ([],)
+            )
             if written[0] not in tokenizer.decode(ids, skip_special_tokens=True):
                 raise ModelError(
-                    f"data.special_tokens_in_text: escape is not to be had with the tokenizer of {tokenizer.name_or_path}: use fail, or keep"
+                    "data.special_tokens_in_text: escape is not to be had with the tokenizer of "
+                    f"{tokenizer.name_or_path}: use fail, or keep"
                 )
 
     def found(self, content: Conversation | Text) -> str:
-        """The first special token in the texts; empty where there is none. A BOS before a plain text and an EOS after it do not count."""
+        """The first special token in the texts; empty where there is none. A BOS before a plain text and an EOS after
+        it do not count."""
         if not self._pattern:
             return ""
         if isinstance(content, Text):
             return match[0] if (match := self._pattern.search(self._parts(content.text)[1])) else ""
-        return next((match[0] for text in _texts([content.messages, content.tools]) if (match := self._pattern.search(text))), "")
+        return next(
+            (match[0] for text in _texts([content.messages, content.tools]) if (match := self._pattern.search(text))),
+            "",
+        )
 
     def escaped(self, content: Conversation | Text) -> Conversation | Text:
-        """The same with special tokens broken by a mark, for :func:`tokens_of` to take out: they become tokens of ordinary text."""
+        """The same with special tokens broken by a mark, for :func:`tokens_of` to take out: they become tokens of
+        ordinary text."""
         if isinstance(content, Text):
             before, text, after = self._parts(content.text)
             return Text(before + self._broken(text) + after)
@@ -106,7 +119,9 @@ class SpecialTokens:
 
     def _parts(self, text: str) -> tuple[str, str, str]:
         before = next((token for token in self._edges if text.startswith(token)), "")
-        after = next((token for token in self._edges if text.endswith(token) and len(text) >= len(before) + len(token)), "")
+        after = next(
+            (token for token in self._edges if text.endswith(token) and len(text) >= len(before) + len(token)), ""
+        )
         return before, text[len(before) : len(text) - len(after)], after
 
 
@@ -116,14 +131,19 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_speci
         return []
     marked = any(MARK in text for text in texts)
     found = tokenizer(
-        texts, add_special_tokens=add_special_tokens, return_attention_mask=False, return_offsets_mapping=marked, verbose=False
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_offsets_mapping=marked,
+        verbose=False,
     )
     ids: list[list[int]] = found["input_ids"]
     if not marked:
         return ids
     spans = found["offset_mapping"]
     return [
-        [i for i, (a, b) in zip(row, where, strict=True) if text[a:b] != MARK] for text, row, where in zip(texts, ids, spans, strict=True)
+        [i for i, (a, b) in zip(row, where, strict=True) if text[a:b] != MARK]
+        for text, row, where in zip(texts, ids, spans, strict=True)
     ]
 
 
@@ -152,20 +172,29 @@ class ChatEncoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         if not tokenizer.chat_template:
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template, so that a conversation cannot be written for it: set "
-                "model.chat_template to a Jinja file with one (an instruct model's tokenizer has one of its own), or learn plain text with "
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template, so that a conversation cannot be "
+                "written for it: set "
+                "model.chat_template to a Jinja file with one (an instruct model's tokenizer has one of its own), or "
+                "learn plain text with "
                 "tuning.objective pretrain"
             )
-        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+        self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+            tokenizer.all_special_ids
+        )
         self.template = ChatTemplate(tokenizer)
         self.end, self.ending = self._end_of_turn()
 
     def encode(self, conversations: list[Conversation]) -> list[Encoded | DataError]:
         """One result a conversation, in order; an error (its place is not known here) where the template refuses it."""
         answers = [self._answers(self.adapt(c)) for c in conversations]
-        texts = [text for row in answers if isinstance(row, list) for answer in row for text in (answer.prompt, answer.whole)]
+        texts = [
+            text for row in answers if isinstance(row, list) for answer in row for text in (answer.prompt, answer.whole)
+        ]
         tokens = iter(self._tokens(texts))
-        return [self._assemble([(a, next(tokens), next(tokens)) for a in row]) if isinstance(row, list) else row for row in answers]
+        return [
+            self._assemble([(a, next(tokens), next(tokens)) for a in row]) if isinstance(row, list) else row
+            for row in answers
+        ]
 
     def adapt(self, conversation: Conversation) -> Conversation:
         """The conversation in roles that the template knows (:meth:`ChatTemplate.adapt`)."""
@@ -177,7 +206,11 @@ class ChatEncoder:
             if message.get("weight") == 0:
                 continue
             # An answer to nothing cannot be asked for, and an empty one teaches to say nothing.
-            if message["role"] != "assistant" or not number or not (text_of(message["content"]).strip() or message.get("tool_calls")):
+            if (
+                message["role"] != "assistant"
+                or not number
+                or not (text_of(message["content"]).strip() or message.get("tool_calls"))
+            ):
                 continue
             try:
                 prompt = self.template.render(messages[:number], conversation.tools, prompt=True)
@@ -188,10 +221,13 @@ class ChatEncoder:
                 return DataError(f"turn {number + 1}: {_not_a_prefix(prompt, whole)}")
             if (message.get("reasoning_content") or "").strip() not in whole[len(prompt) :]:
                 return DataError(
-                    f"turn {number + 1}: the chat template does not write 'reasoning_content', so that it would not be learnt: set "
+                    f"turn {number + 1}: the chat template does not write 'reasoning_content', so that it would not be "
+                    "learnt: set "
                     "model.chat_template to one that does, write it into 'content', or take it out of the data"
                 )
-            answers.append(_Answer(prompt, whole.removesuffix(self.ending), True) if self.ending else _Answer(prompt, whole, False))
+            answers.append(
+                _Answer(prompt, whole.removesuffix(self.ending), True) if self.ending else _Answer(prompt, whole, False)
+            )
         return answers
 
     def _assemble(self, answers: list[tuple[_Answer, list[int], list[int]]]) -> Encoded:
@@ -199,7 +235,8 @@ class ChatEncoder:
         ids: list[int] = []
         labels: list[int] = []
         for answer, prompt, whole in answers:
-            # If a token lies across the boundary, the answer is tokenized by itself: the server sends the prompt as it is.
+            # If a token lies across the boundary, the answer is tokenized by itself: the server sends the prompt as it
+            # is.
             together = whole[: len(prompt)] == prompt
             after = whole[len(prompt) :] if together else self._tokens([answer.whole[len(answer.prompt) :]])[0]
             supervised = self._ended(after, answer.cut)
@@ -219,7 +256,8 @@ class ChatEncoder:
         return encoded
 
     def _ended(self, answer: list[int], cut: bool) -> list[int]:
-        """The answer's tokens up to its end-of-turn token; templates put line breaks and more after it, which no one generates."""
+        """The answer's tokens up to its end-of-turn token; templates put line breaks and more after it, which no one
+        generates."""
         if cut:
             return [*answer, self.end]
         if self.end in answer:
@@ -234,7 +272,8 @@ class ChatEncoder:
         return tokens_of(self.tokenizer, texts, add_special_tokens=False)  # the template writes them
 
     def _end_of_turn(self) -> tuple[int, str]:
-        """The end-of-turn token, and the text to replace by it if the template ends a turn without any special token."""
+        """The end-of-turn token, and the text to replace by it if the template ends a turn without any special
+        token."""
         question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
         try:
             prompt, whole = (
@@ -242,9 +281,14 @@ class ChatEncoder:
                 self.template.render([question, answer], None, prompt=False),
             )
         except Exception as error:
-            raise ModelError(f"the chat template of {self.tokenizer.name_or_path} fails on a question and an answer: {error}") from error
+            raise ModelError(
+                f"the chat template of {self.tokenizer.name_or_path} fails on a question and an answer: {error}"
+            ) from error
         if not whole.startswith(prompt) or "answer" not in whole[len(prompt) :]:
-            raise ModelError(f"the chat template of {self.tokenizer.name_or_path} cannot be trained on: {_not_a_prefix(prompt, whole)}")
+            raise ModelError(
+                f"the chat template of {self.tokenizer.name_or_path} cannot be trained on: "
+                f"{_not_a_prefix(prompt, whole)}"
+            )
         ending = whole[len(prompt) :].rpartition("answer")[2]
         added = self.tokenizer.added_tokens_decoder
         ids = self._tokens([ending])[0]
@@ -254,7 +298,8 @@ class ChatEncoder:
                 return found, ""
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
-                f"neither the chat template nor the tokenizer of {self.tokenizer.name_or_path} has a token that ends a turn: set "
+                f"neither the chat template nor the tokenizer of {self.tokenizer.name_or_path} has a token that ends a "
+                "turn: set "
                 "model.chat_template to one that does"
             )
         return self.tokenizer.eos_token_id, ending
@@ -264,19 +309,23 @@ def _not_a_prefix(prompt: str, whole: str) -> str:
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
     here = slice(max(0, same - 20), same + 40)
     return (
-        f"the template's prompt for an answer ends in {prompt[here]!r}, but the conversation with the answer goes on as {whole[here]!r} "
-        "there, so that serving would not meet what was learnt; set model.chat_template to a template in which the prompt is the beginning "
+        f"the template's prompt for an answer ends in {prompt[here]!r}, but the conversation with the answer goes on "
+        f"as {whole[here]!r} "
+        "there, so that serving would not meet what was learnt; set model.chat_template to a template in which the "
+        "prompt is the beginning "
         "of the answered conversation"
     )
 
 
 class TextEncoder:
-    """Encodes plain text: every token is learnt, an end-of-text token after the last, cut into pieces of `max_length`."""
+    """Encodes plain text: every token is learnt, an end-of-text token after the last, cut into pieces of
+    `max_length`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token) by which to learn where a text "
+                f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token) by which to learn "
+                "where a text "
                 "ends: name another in model.tokenizer"
             )
         self.tokenizer, self.max_length, self.end = tokenizer, max_length, tokenizer.eos_token_id

@@ -9,9 +9,10 @@
 | prompt_completion | prompt, completion, [label, system] |
 | text | text |
 
-A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are text or a
-list of several parts of text; an assistant's ``tool_calls`` with the arguments as an object; ``tools`` as JSON schemas of functions.
-An answer with ``weight`` 0 is not learnt; ``train``, ``training`` and ``loss``, as other trainers write it, mean the same.
+A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are
+text or a list of several parts of text; an assistant's ``tool_calls`` with the arguments as an object; ``tools`` as
+JSON schemas of functions. An answer with ``weight`` 0 is not learnt; ``train``, ``training`` and ``loss``, as other
+trainers write it, mean the same.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ class Text:
 class Formatter:
     """Makes rows into conversations or texts, as ``data.format``, ``data.columns`` and ``data.system`` say.
 
-    With ``format: auto`` each file's format is told by its first good row. ``formats`` collects what was found, ``left_out`` the columns,
-    and the fields of turns, that are not used, with the number of rows that have something in them.
+    With ``format: auto`` each file's format is told by its first good row. ``formats`` collects what was found,
+    ``left_out`` the columns, and the fields of turns, that are not used, with the number of rows that have something in
+    them.
     """
 
     def __init__(self, data: Data, *, pretrain: bool) -> None:
@@ -107,12 +109,17 @@ class Formatter:
             raise DataError(f"{row.place}: nested too deeply") from None
 
     def _check_columns(self) -> None:
-        known = {c for f in (REQUIRED if self.data.format == "auto" else [self.data.format]) for c in (*REQUIRED[f], *OPTIONAL[f])}
+        known = {
+            c
+            for f in (REQUIRED if self.data.format == "auto" else [self.data.format])
+            for c in (*REQUIRED[f], *OPTIONAL[f])
+        }
         for name in self.data.columns:
             if name not in known:
                 nearest = nearest_names(name, known)
                 raise ConfError(
-                    f"data.columns: {name!r} is no column of format {self.data.format}; write {{name in the format: name in your data}}, "
+                    f"data.columns: {name!r} is no column of format {self.data.format}; write {{name in the format: "
+                    f"name in your data}}, "
                     f"with the names {', '.join(sorted(known))}" + (f" (nearest: {nearest[0]})" if nearest else "")
                 )
 
@@ -133,16 +140,22 @@ class Formatter:
             if "text" in values:
                 return "text"
             raise _Bad(
-                f"tuning.objective pretrain needs a column 'text', the row has {_names(values)}: name yours in data.columns, "
+                f"tuning.objective pretrain needs a column 'text', the row has {_names(values)}: name yours in "
+                "data.columns, "
                 f"e.g. {{text: {next(iter(values), 'body')}}}"
             )
         if "chosen" in values and "rejected" in values:
-            raise _Bad("preference pairs (chosen, rejected), which no objective here learns from; for sft give rows with one answer each")
+            raise _Bad(
+                "preference pairs (chosen, rejected), which no objective here learns from; for sft give rows with one "
+                "answer each"
+            )
         for form, required in REQUIRED.items():
             if form != "text" and all(c in values for c in required):
                 return form
         if "text" in values:
-            raise _Bad("plain text has no answers to learn by tuning.objective sft: use objective pretrain, or another format")
+            raise _Bad(
+                "plain text has no answers to learn by tuning.objective sft: use objective pretrain, or another format"
+            )
         shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items())
         wanted = [c for r in REQUIRED.values() for c in r]
         near = {c: nearest_names(str(c), wanted) for c in values if c not in wanted}
@@ -172,7 +185,10 @@ class Formatter:
             extra = {"alpaca": "input", "dolly": "context"}.get(form)
             more = _string(values, extra) if extra and values.get(extra) is not None else ""
             prompt = "\n\n".join(part for part in (_string(values, question), more) if part.strip())
-            messages, tools = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _string(values, answer)}], None
+            messages, tools = (
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": _string(values, answer)}],
+                None,
+            )
             if not prompt:
                 raise _Bad(f"{question!r} is empty")
             if form == "alpaca":
@@ -220,14 +236,20 @@ def _system(value: object) -> str | list[dict[str, str]]:
 
 
 def _check_label(form: str, values: dict[str, Any]) -> set[str]:
-    """Raises _Bad for the example of a bad answer, as data for KTO have it. Gives the columns of labels that say nothing of the kind."""
+    """Raises _Bad for the example of a bad answer, as data for KTO have it. Gives the columns of labels that say
+    nothing of the kind."""
     unused: set[str] = set()
     for column in ("label", "kto_tag"):
         value = values.get(column)
         word = value.strip().lower() if isinstance(value, str) else value
-        if word is False or word == "false" or ((form == "prompt_completion" or column == "kto_tag") and word in BAD_LABELS):
+        if (
+            word is False
+            or word == "false"
+            or ((form == "prompt_completion" or column == "kto_tag") and word in BAD_LABELS)
+        ):
             raise _Bad(
-                f"{column!r} is {_shown(value)}: its answer is an example of a bad one, which tuning.objective sft would learn; leave such rows out"
+                f"{column!r} is {_shown(value)}: its answer is an example of a bad one, which tuning.objective sft "
+                "would learn; leave such rows out"
             )
         if column in OPTIONAL[form] and not _is_empty(value) and word not in (True, "true", "1"):
             unused.add(column)
@@ -247,7 +269,8 @@ def _parsed(value: object, what: str) -> object:
 
 
 def _check_json(value: object, what: str) -> None:
-    """Tables hold bytes and NaN, and a processor's rows anything: the model would learn to write what no client can read."""
+    """Tables hold bytes and NaN, and a processor's rows anything: the model would learn to write what no client can
+    read."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -277,12 +300,18 @@ def _turns(values: dict[str, Any], column: str, unused: set[str]) -> list[Messag
         where = f"turn {number} of {column!r}"
         if not isinstance(turn, dict):
             raise _Bad(f"{where} must be an object, but is {_shown(turn)}")
-        given = {key: value for key, value in turn.items() if value is not None}  # JSON that was a table has all keys in all turns
+        given = {
+            key: value for key, value in turn.items() if value is not None
+        }  # JSON that was a table has all keys in all turns
         # Both spellings are found under both column names.
-        add: Callable[[list[Message], dict[str, Any], str], None] = _sharegpt_turn if "from" in given else _messages_turn
+        add: Callable[[list[Message], dict[str, Any], str], None] = (
+            _sharegpt_turn if "from" in given else _messages_turn
+        )
         add(messages, given, where)
         used = ("from", "value") if "from" in given else USED[ROLES[given["role"]]]
-        unused |= {f"{column}[].{key}" for key, value in given.items() if key not in (*used, *LEARNT) and not _is_empty(value)}
+        unused |= {
+            f"{column}[].{key}" for key, value in given.items() if key not in (*used, *LEARNT) and not _is_empty(value)
+        }
         for key in LEARNT:
             if (learnt := given.get(key, 1)) not in (0, 1):
                 raise _Bad(f"{where}: {key} is {_shown(learnt)}: an answer is learnt (1) or not (0)")
@@ -306,14 +335,19 @@ def _check_media(values: dict[str, Any], messages: list[Message]) -> None:
     """An image that a question is about is no column to pass over."""
     for kind in ("image", "video", "audio"):
         if (values.get(kind) or values.get(f"{kind}s")) and any(f"<{kind}>" in text_of(m["content"]) for m in messages):
-            raise _Bad(f"its text has a place for {kind}s (<{kind}>), and only text is learnt here; leave such rows out")
+            raise _Bad(
+                f"its text has a place for {kind}s (<{kind}>), and only text is learnt here; leave such rows out"
+            )
 
 
 def _role(turn: dict[str, Any], key: str, known: dict[str, str], where: str) -> str:
     role = turn.get(key)
     if role not in known:
         nearest = nearest_names(str(role), known)
-        raise _Bad(f"{where}: {key} is {_shown(role)}; known are {', '.join(known)}" + (f" (nearest: {nearest[0]})" if nearest else ""))
+        raise _Bad(
+            f"{where}: {key} is {_shown(role)}; known are {', '.join(known)}"
+            + (f" (nearest: {nearest[0]})" if nearest else "")
+        )
     return known[role]
 
 
@@ -350,7 +384,8 @@ def _messages_turn(messages: list[Message], turn: dict[str, Any], where: str) ->
 
 
 def _parts(content: list[Any], where: str) -> str | list[dict[str, str]]:
-    """Parts of text, as OpenAI's API has them; one alone is the text itself. How several are joined is the chat template's."""
+    """Parts of text, as OpenAI's API has them; one alone is the text itself. How several are joined is the chat
+    template's."""
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
             raise _Bad(f"{where}: a part of 'content' must be text ({{type: text, text: …}}), but is {_shown(part)}")
@@ -385,7 +420,14 @@ def _add_result(messages: list[Message], turn: dict[str, Any], content: str | li
     message: Message = {"role": "tool", "content": content}
     calls = [call for m in messages for call in m.get("tool_calls", ())]
     answered = {m.get("tool_call_id") for m in messages}
-    call = next((c for c in calls if c["id"] == turn.get("tool_call_id") or ("tool_call_id" not in turn and c["id"] not in answered)), None)
+    call = next(
+        (
+            c
+            for c in calls
+            if c["id"] == turn.get("tool_call_id") or ("tool_call_id" not in turn and c["id"] not in answered)
+        ),
+        None,
+    )
     if call:
         message |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
     messages.append(message)

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub: the files of a configuration and split, for the readers that local files have.
 
-``datasets`` says which files they are (from the data set's card, or their names), and huggingface_hub brings them. What it
-would convert them to is not used: of mixed contents ``"42"`` becomes a number there, and numbers lose their digits.
+``datasets`` says which files they are (from the data set's card, or their names), and huggingface_hub brings them. What
+it would convert them to is not used: of mixed contents ``"42"`` becomes a number there, and numbers lose their digits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class HubSplit:
 
     @property
     def splits(self) -> dict[str, list[str]]:
-        """Of each split of the configuration, the paths or ``hf://`` addresses of its files; empty if they are not to be had."""
+        """Of each split of the configuration, the paths or ``hf://`` addresses of its files; empty if they are not to
+        be had."""
         return {str(split): list(files) for split, files in (self.builder.config.data_files or {}).items()}
 
     def conversion(self, suffixes: Collection[str]) -> str | None:
@@ -48,7 +49,8 @@ class HubSplit:
         return f"its card says how to read it ({', '.join(told)})" if told else None
 
     def download(self) -> list[Path]:
-        """The split's files in order. All of the configuration are downloaded, unless the cache has them, so that it is whole offline."""
+        """The split's files in order. All of the configuration are downloaded, unless the cache has them, so that it is
+        whole offline."""
         with _explained(self.source):
             paths = {file: _fetched(file) for files in self.splits.values() for file in files}
             return [paths[file] for file in self._files()]
@@ -70,7 +72,8 @@ def resolve(source: str) -> HubSplit:
         found = HubSplit(source, _builder(name, configuration), split or "train")
     if found.splits and found.split not in (*found.splits, "all"):
         raise DataError(
-            f"data set {source!r} has no split {found.split!r}; there are {', '.join(found.splits)}: name one as id:configuration:split"
+            f"data set {source!r} has no split {found.split!r}; there are {', '.join(found.splits)}: name one as "
+            "id:configuration:split"
         )
     return found
 
@@ -84,7 +87,8 @@ def _fetched(file: str) -> Path:
 
 
 def _builder(name: str, configuration: str) -> datasets.DatasetBuilder:
-    """With the files in ``config.data_files``, by split: those of a folder or of the hub, else of the hub's cache on this machine."""
+    """With the files in ``config.data_files``, by split: those of a folder or of the hub, else of the hub's cache on
+    this machine."""
     from datasets import load_dataset_builder
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -117,7 +121,8 @@ def _check_shards(name: str, splits: dict[str, list[str]]) -> None:
     for (prefix, count), numbers in shards.items():
         if missing := set(range(int(count))) - numbers:
             raise DataError(
-                f"data set {name!r}: the hub's copy cannot be had, and its cache lacks {len(missing)} of {int(count)} files, as "
+                f"data set {name!r}: the hub's copy cannot be had, and its cache lacks {len(missing)} of {int(count)} "
+                "files, as "
                 f"{Path(prefix).name}-{min(missing):05d}-of-{count}: download them once with a connection"
             )
 
@@ -132,10 +137,14 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise DataError(
-            f"data set {source!r}: no file or folder of that name, and the hub's copy cannot be had ({_first_line(error)}). "
+            f"data set {source!r}: no file or folder of that name, and the hub's copy cannot be had "
+            f"({_first_line(error)}). "
             "On a machine without internet copy the data set's files there and name their folder"
         ) from error
-    except (ValueError, RuntimeError) as error:  # an unknown configuration, a card that is none, a script in place of data
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # an unknown configuration, a card that is none, a script in place of data
         raise DataError(f"data set {source!r} cannot be loaded: {_first_line(error)}") from error
 
 

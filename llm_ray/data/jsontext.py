@@ -60,7 +60,9 @@ class Parser:
                 json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 half = f"\\u{ord(error.object[error.start]):04x}"
-                raise Unsound(f"half of a surrogate pair ({half}), which is no character: write the whole pair, or take it out") from None
+                raise Unsound(
+                    f"half of a surrogate pair ({half}), which is no character: write the whole pair, or take it out"
+                ) from None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -71,7 +73,8 @@ class Parser:
 
 
 class Window:
-    """A file's text, of which no more than a value is held; `line` is the one of the next character that :meth:`peek` has shown."""
+    """A file's text, of which no more than a value is held; `line` is the one of the next character that :meth:`peek`
+    has shown."""
 
     def __init__(self, file: TextIO) -> None:
         self.line = 1
@@ -94,7 +97,8 @@ class Window:
         return character
 
     def value(self) -> tuple[Any, str]:
-        """The next value, and its text; `line` stays the one it begins on until the next call. Raises :class:`Broken`."""
+        """The next value, and its text; `line` stays the one it begins on until the next call. Raises
+        :class:`Broken`."""
         if not self.peek():
             raise Broken
         while True:
@@ -104,7 +108,11 @@ class Window:
                 value, end = self.parser.decode(self._text, self._at)
             except (json.JSONDecodeError, RecursionError) as caught:
                 error = caught
-            if self._ended or (error is None and end < len(self._text)) or (error and not may_be_cut(error, self._text)):
+            if (
+                self._ended
+                or (error is None and end < len(self._text))
+                or (error and not may_be_cut(error, self._text))
+            ):
                 break
             self._more()
         if isinstance(error, RecursionError):

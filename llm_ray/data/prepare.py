@@ -4,8 +4,8 @@
     rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels
 
 `prepared/` holds ``train/`` and ``validation/`` (one Arrow file each, memory-mapped when read), ``heldout.jsonl`` (the
-validation rows as conversations, for the evaluation stage; ``trained.jsonl``, some of the training rows, where there are none), ``questions.npy`` (hashes of what the training rows ask) and
-``stats.json``. It is whole or not there.
+validation rows as conversations, for the evaluation stage; ``trained.jsonl``, some of the training rows, where there
+are none), ``questions.npy`` (hashes of what the training rows ask) and ``stats.json``. It is whole or not there.
 
 In memory are a few numbers a row (its length and the like) and one batch of rows; the tokens go to disk in the order
 of the files, and are gathered from there in the order of the seed.
@@ -69,12 +69,14 @@ class SplitStats(BaseModel):
     rows: int
     """Rows that are learnt from (or validated on)."""
     sequences: int
-    """Sequences on disk, which an epoch counts: a long text makes several, and so do conversations under some chat templates."""
+    """Sequences on disk, which an epoch counts: a long text makes several, and so do conversations under some chat
+    templates."""
     tokens: int
     supervised_tokens: int
     supervised_share: float
     longest: int
-    """Tokens of the longest sequence, before cutting: what data.max_length would have to be (of a text, all of its tokens)."""
+    """Tokens of the longest sequence, before cutting: what data.max_length would have to be (of a text, all of its
+    tokens)."""
     longest_sequence: int
     """Tokens of the longest sequence on disk."""
     mean: float
@@ -98,7 +100,8 @@ class DataStats(BaseModel):
     dropped: dict[str, int] = {}
     """Rows of which nothing is supervised, by reason."""
     left_out: dict[str, int] = {}
-    """Columns, and fields of turns (`messages[].name`), that are not used, with the number of rows that have something in them."""
+    """Columns, and fields of turns (`messages[].name`), that are not used, with the number of rows that have something
+    in them."""
     special_tokens: int = 0
     """Rows whose texts hold a special token of the tokenizer (data.special_tokens_in_text)."""
     notes: list[str] = []
@@ -118,14 +121,17 @@ class DataStats(BaseModel):
 
     def lines(self) -> list[str]:
         """The figures for people, a line each."""
-        text = [f"{self.read} rows read ({', '.join(self.formats)})" + (f", {self.bad} bad skipped" if self.bad else "")]
+        text = [
+            f"{self.read} rows read ({', '.join(self.formats)})" + (f", {self.bad} bad skipped" if self.bad else "")
+        ]
         text += self.notes
         if self.left_out:
             text.append(left_out_line(self.left_out))
         text += [f"{n} rows dropped: {why}" for why, n in self.dropped.items()]
         if self.truncated:
             text.append(
-                f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}; the longest row needs "
+                f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}; "
+                "the longest row needs "
                 f"{max(split.longest for split in (self.train, self.validation) if split)}"
             )
         if self.repeated:
@@ -133,14 +139,18 @@ class DataStats(BaseModel):
         if self.contradicting:
             text.append(f"training rows that contradict another one: {self.contradicting}")
         if self.special_tokens:
-            text.append(f"rows whose text holds special tokens of the model: {self.special_tokens} (data.special_tokens_in_text)")
+            text.append(
+                f"rows whose text holds special tokens of the model: {self.special_tokens} "
+                "(data.special_tokens_in_text)"
+            )
         text += self.examples
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split:
                 several = f" in {split.sequences} sequences" if split.sequences != split.rows else ""
                 text.append(
                     f"{name}: {split.rows} rows{several}, {split.tokens} tokens, {split.supervised_tokens} supervised "
-                    f"({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has {split.tokens / split.sequences:.0f} tokens "
+                    f"({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has "
+                    f"{split.tokens / split.sequences:.0f} tokens "
                     f"in the mean, {split.longest_sequence} at most"
                 )
         if self.validation_reason:
@@ -153,7 +163,9 @@ def left_out_line(columns: Mapping[str, int]) -> str:
     names: dict[int, list[str]] = {}
     for column, rows in sorted(columns.items(), key=lambda item: (-item[1], item[0])):
         names.setdefault(rows, []).append(column)
-    return "left out: columns " + "; ".join(f"{', '.join(several)} ({rows} row{'s' * (rows != 1)})" for rows, several in names.items())
+    return "left out: columns " + "; ".join(
+        f"{', '.join(several)} ({rows} row{'s' * (rows != 1)})" for rows, several in names.items()
+    )
 
 
 def notes_on(sources: tuple[str, ...]) -> list[str]:
@@ -162,7 +174,8 @@ def notes_on(sources: tuple[str, ...]) -> list[str]:
     if not named:
         return []
     return [
-        f"warning: files named like a test set are trained on with the rest of their folder: {', '.join(named)}; if that is not meant, name "
+        f"warning: files named like a test set are trained on with the rest of their folder: {', '.join(named)}; if "
+        "that is not meant, name "
         "the files to learn from in data.train"
     ]
 
@@ -217,7 +230,9 @@ class Prepared:
     encoded: Encoded
 
 
-def encode_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], tally: Tally) -> Iterator[Prepared]:
+def encode_rows(
+    conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], tally: Tally
+) -> Iterator[Prepared]:
     """Every sound row of `sources` with its tokens, in order, those of which nothing is left included."""
     pretrain = conf.tuning.objective == "pretrain"
     encoder = TextEncoder(tokenizer, conf.data.max_length) if pretrain else ChatEncoder(tokenizer, conf.data.max_length)
@@ -248,7 +263,9 @@ def encode_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources:
     tally.end()
 
 
-def _without_special(conf: FinetuneConf, batch: Batch, special: SpecialTokens, tally: Tally) -> tuple[Batch, list[Conversation | Text]]:
+def _without_special(
+    conf: FinetuneConf, batch: Batch, special: SpecialTokens, tally: Tally
+) -> tuple[Batch, list[Conversation | Text]]:
     """The rows that data.special_tokens_in_text lets pass, and the contents to encode of them."""
     passed, contents = [], []
     for row, content in batch:
@@ -274,7 +291,9 @@ def _processed(conf: FinetuneConf, sources: tuple[str, ...], tally: Tally) -> It
     return process(load_processor(conf.data.processor, conf.data.processor_args), rows) if conf.data.processor else rows
 
 
-def _formatted(rows: Iterator[Row], formatter: Formatter, tally: Tally, most: int | None) -> Iterator[tuple[Row, Conversation | Text]]:
+def _formatted(
+    rows: Iterator[Row], formatter: Formatter, tally: Tally, most: int | None
+) -> Iterator[tuple[Row, Conversation | Text]]:
     try:
         for row in rows:
             tally.files[row.file] = None
@@ -300,7 +319,11 @@ def _batches(rows: Iterator[tuple[Row, Conversation | Text]]) -> Iterator[Batch]
     characters = 0
     for row, content in rows:
         batch.append((row, content))
-        characters += len(content.text) if isinstance(content, Text) else sum(len(text_of(m["content"])) for m in content.messages)
+        characters += (
+            len(content.text)
+            if isinstance(content, Text)
+            else sum(len(text_of(m["content"])) for m in content.messages)
+        )
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -335,7 +358,9 @@ def statistics(
 ) -> DataStats:
     """What :func:`prepare` would find, of all rows or of the first `limit`; nothing is kept."""
     if limit:
-        conf = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": min(limit, conf.data.max_rows or limit)})})
+        conf = conf.model_copy(
+            update={"data": conf.data.model_copy(update={"max_rows": min(limit, conf.data.max_rows or limit)})}
+        )
     with tempfile.TemporaryDirectory(prefix="llm-ray-data-") as folder:
         return prepare(conf, tokenizer, Path(folder) / "prepared", report)
 
@@ -345,7 +370,9 @@ def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tal
     found = f"{tally.read} rows read, {tally.bad} bad skipped"
     reasons = "".join(f"; {n} dropped: {why}" for why, n in tally.dropped.items())
     long = tally.dropped[TOO_LONG]
-    advice = f"; the longest row has {tally.longest} tokens: raise data.max_length ({conf.data.max_length})" if long else ""
+    advice = (
+        f"; the longest row has {tally.longest} tokens: raise data.max_length ({conf.data.max_length})" if long else ""
+    )
     examples = "".join(f"\n  {example}" for example in tally.examples)
     return DataError(f"{key} ({', '.join(sources)}) has nothing to learn: {found}{reasons}{advice}{examples}")
 
@@ -391,10 +418,11 @@ def read_stats(out: Path) -> DataStats:
 
 
 def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
-    """Conversations to ask the questions of: those of evaluation.data, else the validation rows, else some of the training rows; none when
-    pretraining.
+    """Conversations to ask the questions of: those of evaluation.data, else the validation rows, else some of the
+    training rows; none when pretraining.
 
-    They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows none.
+    They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows
+    none.
     """
     if conf.tuning.objective == "pretrain":
         return
@@ -408,7 +436,9 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
         return
     encoder = ChatEncoder(tokenizer, conf.data.max_length)
     tally = Tally(fail=conf.data.on_bad_row == "fail")
-    for _, content in _formatted(_processed(conf, conf.evaluation.data, tally), Formatter(conf.data, pretrain=False), tally, None):
+    for _, content in _formatted(
+        _processed(conf, conf.evaluation.data, tally), Formatter(conf.data, pretrain=False), tally, None
+    ):
         if isinstance(content, Conversation):
             yield encoder.adapt(content)
 
@@ -420,7 +450,8 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
     return "validation rows" if (prepared / HELDOUT).exists() else "training rows, for none are kept back"
 
 
-# Inside ----------------------------------------------------------------------------------------------------------------
+# Inside
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class _Rows:
@@ -440,7 +471,8 @@ class _Rows:
         self.count = 0
 
     def write(self, rows: Iterator[Prepared], adapt: Callable[[Conversation], Conversation] | None) -> None:
-        """Write all rows that have sequences; with `adapt`, their conversations too, as JSON in the first sequence's column."""
+        """Write all rows that have sequences; with `adapt`, their conversations too, as JSON in the first sequence's
+        column."""
         import pyarrow as pa
 
         tokens = pa.list_(pa.int32())
@@ -485,7 +517,12 @@ def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversati
     if isinstance(prepared.content, Text):
         return ""
     conversation = adapt(prepared.content)
-    line = {"messages": conversation.messages, "tools": conversation.tools, "file": prepared.row.file, "line": prepared.row.line}
+    line = {
+        "messages": conversation.messages,
+        "tools": conversation.tools,
+        "file": prepared.row.file,
+        "line": prepared.row.line,
+    }
     return json.dumps(line, ensure_ascii=False)
 
 
@@ -504,7 +541,9 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         return rows
 
     train = written(conf.data.train, "train", keep=not isinstance(conf.data.validation, tuple))
-    rank = np.random.default_rng(conf.training.seed).permutation(train.count)  # of each row, its place in the order of the seed
+    rank = np.random.default_rng(conf.training.seed).permutation(
+        train.count
+    )  # of each row, its place in the order of the seed
     held, reason = _held_out(conf.data.validation, train.count)
     sequences = np.argsort(rank[np.array(train.row_of)], kind="stable")
     is_held = rank[np.array(train.row_of)][sequences] < held
@@ -550,10 +589,15 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def _held_out(validation: object, rows: int) -> tuple[int, str]:
-    """How many of the rows are kept back to validate on, and where that is chosen here, why. Raises DataError when none would be left."""
+    """How many of the rows are kept back to validate on, and where that is chosen here, why. Raises DataError when none
+    would be left."""
     if validation == "auto":
         if rows < VALIDATION_FROM:
-            return 0, f"none, for {rows} rows are all needed to learn from (from {VALIDATION_FROM} on some are kept back; data.validation)"
+            return (
+                0,
+                f"none, for {rows} rows are all needed to learn from (from {VALIDATION_FROM} on some are kept back; "
+                "data.validation)",
+            )
         held = min(round(VALIDATION_SHARE * rows), VALIDATION_ROWS)
         return held, f"{held} of {rows} rows are kept back (data.validation: auto)"
     if not isinstance(validation, float):
@@ -568,7 +612,8 @@ def _held_out(validation: object, rows: int) -> tuple[int, str]:
 
 
 def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
-    """Of the rows that `learned` marks: how many repeat another, how many contradict another, and the first of the latter by place."""
+    """Of the rows that `learned` marks: how many repeat another, how many contradict another, and the first of the
+    latter by place."""
     import numpy as np
 
     numbers = np.flatnonzero(learned)
@@ -578,17 +623,21 @@ def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
     again = first != np.arange(len(numbers))
     other = again & (answers != answers[first])
     examples = [
-        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} ask the same and answer differently"
+        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} ask the same and answer "
+        "differently"
         for one in np.flatnonzero(other)[:NAMED]
     ]
     return int((again & ~other).sum()), int(other.sum()), examples
 
 
 def question_and_answer(content: Conversation | Text) -> tuple[str, str]:
-    """What a row asks and what it answers, in one form of case and spaces. A text asks what it says, and answers nothing."""
+    """What a row asks and what it answers, in one form of case and spaces. A text asks what it says, and answers
+    nothing."""
     if isinstance(content, Text):
         return " ".join(content.text.casefold().split()), ""
-    answered = next((n for n in range(len(content.messages) - 1, -1, -1) if content.messages[n]["role"] == "assistant"), 0)
+    answered = next(
+        (n for n in range(len(content.messages) - 1, -1, -1) if content.messages[n]["role"] == "assistant"), 0
+    )
     parts = [json.dumps([m["role"], m["content"], m.get("tool_calls")]) for m in content.messages[: answered + 1]]
     parts = [" ".join(part.casefold().split()) for part in parts]
     return "\n".join(parts[:-1]), parts[-1]
@@ -604,7 +653,9 @@ def asked_in_training(out: Path, conversations: Iterable[Conversation]) -> int:
     import numpy as np
 
     learned = np.load(out / QUESTIONS)
-    return int(np.isin(np.array([text_hash(question_and_answer(c)[0]) for c in conversations], dtype=np.uint64), learned).sum())
+    return int(
+        np.isin(np.array([text_hash(question_and_answer(c)[0]) for c in conversations], dtype=np.uint64), learned).sum()
+    )
 
 
 def _reported(rows: Iterator[Prepared], tally: Tally, report: Report) -> Iterator[Prepared]:

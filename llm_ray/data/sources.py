@@ -36,7 +36,20 @@ if TYPE_CHECKING:
 
 OnBadRow = Callable[[DataError], None]
 
-TEST_WORDS = {"test", "tests", "testing", "valid", "validation", "validate", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
+TEST_WORDS = {
+    "test",
+    "tests",
+    "testing",
+    "valid",
+    "validation",
+    "validate",
+    "val",
+    "dev",
+    "eval",
+    "evaluation",
+    "heldout",
+    "holdout",
+}
 CUT_OFF = "the file ends before the array does: it may have been cut off"
 SEPARATORS = ",;\t"
 SEP_LINE = re.compile(r"\"?sep=(?P<separator>.)\"?\s*", re.IGNORECASE)  # what Excel writes and heeds
@@ -104,14 +117,21 @@ def files(source: str) -> list[Path | str]:
     if path.suffix.lower() in DATA_SUFFIXES or not HUB_ID.fullmatch(source):
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         nearest = nearest_names(path.name, siblings)
-        raise DataError(f"{path}: no such file or folder" + (f"; did you mean {path.parent / nearest[0]}?" if nearest else ""))
+        raise DataError(
+            f"{path}: no such file or folder" + (f"; did you mean {path.parent / nearest[0]}?" if nearest else "")
+        )
     return [source]
 
 
 def named_to_test(source: str) -> list[str]:
-    """The files of a folder that are named like data to test or validate with, where others are not: ``test.jsonl`` beside ``train.jsonl``."""
+    """The files of a folder that are named like data to test or validate with, where others are not: ``test.jsonl``
+    beside ``train.jsonl``."""
     found = files(source) if Path(source).expanduser().is_dir() else []
-    marked = [str(file) for file in found if isinstance(file, Path) and TEST_WORDS & set(re.split(r"[^a-z]+", file.stem.lower()))]
+    marked = [
+        str(file)
+        for file in found
+        if isinstance(file, Path) and TEST_WORDS & set(re.split(r"[^a-z]+", file.stem.lower()))
+    ]
     return marked if len(marked) < len(found) else []
 
 
@@ -137,14 +157,18 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:  # of UTF-8 the rows are named
-        raise DataError(f"{path}: not whole {error.encoding.upper()}, which its first bytes announce: save it as UTF-8") from error
+        raise DataError(
+            f"{path}: not whole {error.encoding.upper()}, which its first bytes announce: save it as UTF-8"
+        ) from error
 
 
-# JSON ------------------------------------------------------------------------------------------------------------------
+# JSON
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Objects one a line, or one after the other over several lines; an array of objects, alone or under a key of one object."""
+    """Objects one a line, or one after the other over several lines; an array of objects, alone or under a key of one
+    object."""
     shape, key = _shape(path)
     if shape == "lines":
         yield from _json_lines(path, on_bad_row)
@@ -160,7 +184,8 @@ def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         if extra := window.peek():
             end = "array" if shape == "array" else "object that holds the rows"
             raise DataError(
-                f"{place(path, window.line)}: after the end of the {end} comes {extra!r}: a .json file holds one array, or one object a line"
+                f"{place(path, window.line)}: after the end of the {end} comes {extra!r}: a .json file holds one "
+                "array, or one object a line"
             )
 
 
@@ -183,7 +208,9 @@ def _shape(path: Path) -> tuple[Literal["lines", "objects", "array", "wrapped"],
         if cut and (key := _rows_begin(head)):
             return "wrapped", key
         over_lines = isinstance(error, json.JSONDecodeError) and (cut or error.pos > len(first)) and rest.strip()
-        return ("objects" if over_lines and not any(_parses(parser, line) for line in rest.split("\n", 5)[:5]) else "lines"), ""
+        return (
+            "objects" if over_lines and not any(_parses(parser, line) for line in rest.split("\n", 5)[:5]) else "lines"
+        ), ""
     if ended and not head[end:].strip() and (key := _rows_key(path, value)):
         return "wrapped", key
     return ("objects" if "\n" in head[:end] else "lines"), ""
@@ -199,26 +226,36 @@ def _parses(parser: Parser, line: str) -> bool:
 
 def _is_row(value: object) -> bool:
     """Whether an element of a list may be a row: an object that is no turn of a conversation and no function."""
-    return isinstance(value, dict) and not ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or "function" in value)
+    return isinstance(value, dict) and not (
+        {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or "function" in value
+    )
 
 
 def _rows_key(path: Path, whole: dict[str, Any]) -> str:
-    """The key of a file's only object that holds the rows; empty where the object is a row itself. Raises DataError for other shapes."""
+    """The key of a file's only object that holds the rows; empty where the object is a row itself. Raises DataError for
+    other shapes."""
     values = list(whole.values())
     columns = all(isinstance(value, list) and value and not any(isinstance(e, dict) for e in value) for value in values)
-    columns &= (len(whole) > 1 or any(name in whole for name in ROW_COLUMNS)) and len({len(v) for v in values if isinstance(v, list)}) == 1
+    columns &= (len(whole) > 1 or any(name in whole for name in ROW_COLUMNS)) and len(
+        {len(v) for v in values if isinstance(v, list)}
+    ) == 1
     numbered = all(map(_numbered, values)) or (_numbered(whole) and all(isinstance(value, dict) for value in values))
     if values and (columns or numbered):
         raise DataError(
-            f"{path}: one object of columns or numbered rows ({', '.join(list(whole)[:5])}), not a list of rows: write an array of objects, "
+            f"{path}: one object of columns or numbered rows ({', '.join(list(whole)[:5])}), not a list of rows: write "
+            "an array of objects, "
             "or one object a line (pandas: to_json(…, orient='records', lines=True))"
         )
     if any(name in whole for name in ROW_COLUMNS):
         return ""
     keys = [key for key, value in whole.items() if isinstance(value, list) and value and all(map(_is_row, value))]
     if len(keys) > 1:
-        raise DataError(f"{path}: one object with several lists of rows ({', '.join(keys)}): write each into a file of its own")
-    turns = any(isinstance(value, list) and value and isinstance(value[0], dict) and not _is_row(value[0]) for value in values)
+        raise DataError(
+            f"{path}: one object with several lists of rows ({', '.join(keys)}): write each into a file of its own"
+        )
+    turns = any(
+        isinstance(value, list) and value and isinstance(value[0], dict) and not _is_row(value[0]) for value in values
+    )
     return keys[0] if keys and not turns else ""
 
 
@@ -247,7 +284,8 @@ def _rows_begin(head: str) -> str:
 
 
 def _json_row(window: Window, path: Path, element: int | None, on_bad_row: OnBadRow, of: str) -> Iterator[Row]:
-    """The next value of the window as a row. One that is broken ends the reading: where the next one begins cannot be told."""
+    """The next value of the window as a row. One that is broken ends the reading: where the next one begins cannot be
+    told."""
     try:
         value, text = window.value()
     except Broken as error:
@@ -303,7 +341,10 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
             else:
                 value, _ = window.value()
                 if isinstance(value, list) and value and all(map(_is_row, value)):
-                    raise DataError(f"{path}: one object with several lists of rows ({rows}, {key}): write each into a file of its own")
+                    raise DataError(
+                        f"{path}: one object with several lists of rows ({rows}, {key}): write each into a file of its "
+                        "own"
+                    )
             if (character := window.take()) == "}":
                 return
             if character != ",":
@@ -342,15 +383,24 @@ def _object(parser: Parser, text: str | None, file: Path, line: int, value: obje
 
 
 def _kind(value: object) -> str:
-    kinds = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number", type(None): "null"}
+    kinds = {
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+    }
     return kinds.get(type(value), type(value).__name__)
 
 
-# Text files ------------------------------------------------------------------------------------------------------------
+# Text files
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _opened(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
-    """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone surrogates.
+    """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone
+    surrogates.
 
     With `newline` "" a lone carriage return ends a line, too, as Excel for the Mac writes it."""
     with path.open("rb") as file:
@@ -368,7 +418,8 @@ def _opened(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
 
 
 def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of, or as a line ``sep=`` says."""
+    """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of, or as a line
+    ``sep=`` says."""
     csv.field_size_limit(LONGEST)
     with _opened(path, newline="") as file:
         before, header = 0, file.readline()
@@ -386,7 +437,8 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
             return
         if "" in columns[1:] or len(set(columns)) < len(columns):
             raise DataError(
-                f"{place(path, before + 1)}: the header has an empty or a repeated column name: {', '.join(map(repr, columns))}"
+                f"{place(path, before + 1)}: the header has an empty or a repeated column name: "
+                f"{', '.join(map(repr, columns))}"
             )
         names = [columns[0] or INDEX, *columns[1:]]
         while True:
@@ -404,7 +456,11 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
                 cells.pop()
             if len(cells) != len(names):
                 header = ", ".join(name for name in columns if name)
-                on_bad_row(DataError(f"{place(path, line)}: {len(cells)} fields under a header of {len(names)} columns ({header})"))
+                on_bad_row(
+                    DataError(
+                        f"{place(path, line)}: {len(cells)} fields under a header of {len(names)} columns ({header})"
+                    )
+                )
             elif not _utf8("".join(cells)):
                 on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file in that encoding"))
             else:
@@ -429,7 +485,8 @@ def _utf8(text: str) -> bool:
     return True
 
 
-# Tables ----------------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _parquet(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
@@ -472,7 +529,9 @@ def _batches(file: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], on
                 try:
                     if isinstance(values, ValueError | OverflowError):
                         raise values
-                    row = values | {name: convert(values[name]) for name, convert in converters.items() if values[name] is not None}
+                    row = values | {
+                        name: convert(values[name]) for name, convert in converters.items() if values[name] is not None
+                    }
                 except (ValueError, OverflowError, RecursionError) as error:
                     why = "not UTF-8" if isinstance(error, UnicodeError) else str(error)
                     on_bad_row(DataError(f"{place(file, number)}: a value cannot be read: {why}"))
@@ -504,7 +563,9 @@ def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
     if types.is_struct(kind):
         fields = {field.name: _converter(field.type) for field in kind}
         return lambda value: {
-            name: convert(inner) if (convert := fields[name]) else inner for name, inner in value.items() if inner is not None
+            name: convert(inner) if (convert := fields[name]) else inner
+            for name, inner in value.items()
+            if inner is not None
         }
     if types.is_map(kind):
         item = _converter(kind.item_type) or (lambda inner: inner)
@@ -532,7 +593,8 @@ def _json_text(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Dates, times and decimals as JSON has them: text, or a number where that loses nothing. Bytes are text if UTF-8."""
+    """Dates, times and decimals as JSON has them: text, or a number where that loses nothing. Bytes are text if
+    UTF-8."""
     if isinstance(value, bytes):
         try:
             return value.decode()
@@ -545,7 +607,8 @@ def _plain(value: Any) -> Any:
 
 
 def _hub(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """A data set of the hub (or of the hub's cache): ``id``, ``id:configuration``, ``id:configuration:split``, ``id::split``."""
+    """A data set of the hub (or of the hub's cache): ``id``, ``id:configuration``, ``id:configuration:split``,
+    ``id::split``."""
     found = hub.resolve(source)
     if why := found.conversion(DATA_SUFFIXES):
         line = "data set %s is read as `datasets` converts it, for %s: look at it with llm-ray data preview"

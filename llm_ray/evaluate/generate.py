@@ -33,7 +33,11 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Conversation], max_new_tokens: int, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Conversation],
+    max_new_tokens: int,
+    batch_size: int,
 ) -> Iterator[str]:
     """The model's answers, in the order of `questions`; decoding is greedy, at most `max_new_tokens` long."""
     pad = tokenizer.pad_token_id or 0  # any token: a mask hides it

@@ -71,7 +71,8 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
 def questions(conf: FinetuneConf) -> list[tuple[Conversation, str]]:
     """The rows to generate answers for, each with its reference.
 
-    Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template refuses.
+    Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template
+    refuses.
     """
     if conf.evaluation.samples == 0 or conf.tuning.objective != "sft":
         return []
@@ -98,7 +99,9 @@ def _pair(row: Conversation) -> tuple[Conversation, str] | None:
     return question_and_reference(row)
 
 
-def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Conversation], rank: int, cpus: int) -> Share:
+def _share(
+    conf_json: dict[str, Any], checkpoint: str | None, questions: list[Conversation], rank: int, cpus: int
+) -> Share:
     import contextlib
 
     import torch
@@ -118,7 +121,13 @@ def _share(conf_json: dict[str, Any], checkpoint: str | None, questions: list[Co
     model = load_trained(conf, Path(checkpoint) if checkpoint else None, torch_dtype(precision))
     model.eval()
     given = list(
-        answers(model, load_tokenizer(conf.model, conf.paths), questions, conf.evaluation.max_new_tokens, conf.evaluation.batch_size)
+        answers(
+            model,
+            load_tokenizer(conf.model, conf.paths),
+            questions,
+            conf.evaluation.max_new_tokens,
+            conf.evaluation.batch_size,
+        )
     )
     loss, tokens = 0.0, 0
     if has_validation(conf.run_dir / "prepared"):
@@ -149,7 +158,9 @@ def _figures(shares: list[Share], answers: list[str], references: list[str]) -> 
     return figures
 
 
-def _write_report(conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[Conversation, str]], given: dict[str, list[str]]) -> None:
+def _write_report(
+    conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[Conversation, str]], given: dict[str, list[str]]
+) -> None:
     import json
 
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -165,5 +176,10 @@ def _write_report(conf: FinetuneConf, figures: dict[str, Any], rows: list[tuple[
         {"question": text_of(row.messages[-1]["content"]), "reference": reference, "base": base, "finetuned": finetuned}
         for (row, reference), base, finetuned in zip(rows, given["base"], given["finetuned"], strict=True)
     ]
-    write_text(conf.run_dir / "evaluation.md", environment.get_template("report.md.j2").render(conf=conf, figures=figures, entries=entries))
-    write_text(conf.run_dir / "answers.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    write_text(
+        conf.run_dir / "evaluation.md",
+        environment.get_template("report.md.j2").render(conf=conf, figures=figures, entries=entries),
+    )
+    write_text(
+        conf.run_dir / "answers.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    )

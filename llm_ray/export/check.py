@@ -1,7 +1,7 @@
 """What an export needs, tried out before training; and whether what was exported is what was trained.
 
-``rehearse`` does at the start, without weights, what would otherwise fail only after hours. ``Comparison`` follows the loss on a few
-sequences from the trained model to the exported folder.
+``rehearse`` does at the start, without weights, what would otherwise fail only after hours. ``Comparison`` follows the
+loss on a few sequences from the trained model to the exported folder.
 """
 
 from __future__ import annotations
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 ROWS, TOKENS = 8, 128
 """How many sequences are compared, and of how many tokens each at most."""
 MERGING, ROUNDING, SAVING = 1e-3, 5e-2, 1e-3
-"""By what share the loss may change when adapters are merged (in fp32), when weights are rounded to 16 bits, and when they are saved."""
+"""By what share the loss may change when adapters are merged (in fp32), when weights are rounded to 16 bits, and when
+they are saved."""
 _STATE_BYTES = 12
 """Of a learning weight in a checkpoint: itself and AdamW's two moments in fp32."""
 
 
 def rehearse(conf: FinetuneConf) -> list[str]:
-    """Try out what the export will do, with the model's layers but without its weights, and whether there is room for it on the disk.
+    """Try out what the export will do, with the model's layers but without its weights, and whether there is room for
+    it on the disk.
 
     Returns what the user should know. Raises LlmRayError for what would make the export fail.
     """
@@ -63,16 +65,20 @@ def _rehearse(conf: FinetuneConf) -> list[str]:
     model = load_empty_model(conf.model, conf.paths, torch.float32)
     if (most := positions(model)) and conf.data.max_length > most:
         raise ConfError(
-            f"data.max_length is {conf.data.max_length}, and the model {location} has positions for {most} tokens: set it to {most} at most"
+            f"data.max_length is {conf.data.max_length}, and the model {location} has positions for {most} tokens: set "
+            f"it to {most} at most"
         )
     if (pad := tokenizer.pad_token_id) is not None and pad >= (size := model.get_input_embeddings().weight.shape[0]):
         raise ModelError(
-            f"the tokenizer of {location} pads with {tokenizer.pad_token!r} (token {pad}), and the model has embeddings for {size} tokens: name another "
+            f"the tokenizer of {location} pads with {tokenizer.pad_token!r} (token {pad}), and the model has "
+            f"embeddings for {size} tokens: name another "
             "pad_token in its tokenizer_config.json, or give the model its own tokenizer"
         )
     notes = _doubts(conf, location)
     if settings := load_generation(conf.model, conf.paths):
-        notes += [f"{location.name}: generation_config.json: {change}" for change in mend_generation(settings, location)]
+        notes += [
+            f"{location.name}: generation_config.json: {change}" for change in mend_generation(settings, location)
+        ]
         model.generation_config = settings
     model.generation_config.eos_token_id = end_tokens(model, tokenizer)
     with tempfile.TemporaryDirectory(prefix="llm-ray-export-") as folder:
@@ -86,7 +92,9 @@ def _rehearse(conf: FinetuneConf) -> list[str]:
         adapted = add_adapters(model, conf.tuning.lora)
         learning = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         if untie(model):
-            notes.append("input and output embeddings, which share their weights, learn apart: the exported model has both")
+            notes.append(
+                "input and output embeddings, which share their weights, learn apart: the exported model has both"
+            )
     else:
         learning = sum(p.numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
@@ -102,7 +110,8 @@ def _doubts(conf: FinetuneConf, location: Location) -> list[str]:
         return [told] if (told := doubt(location.folder / conf.model.gguf_file)) else []
     if outdated(location.folder):
         return [
-            f"{location.name} was imported by an older llm-ray, which did not split numbers and blank lines into tokens as the model was "
+            f"{location.name} was imported by an older llm-ray, which did not split numbers and blank lines into "
+            "tokens as the model was "
             "trained to: import it again with --force, then finetune it"
         ]
     told = lineage(location.folder).get("note")
@@ -114,10 +123,15 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trus
     from transformers import AutoTokenizer
 
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if saved(COMPOSED)["input_ids"] != tokenizer(COMPOSED)["input_ids"] or saved.chat_template != tokenizer.chat_template:
+    if (
+        saved(COMPOSED)["input_ids"] != tokenizer(COMPOSED)["input_ids"]
+        or saved.chat_template != tokenizer.chat_template
+    ):
         raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path}, saved and loaded again, is another one ({type(saved).__name__}): with the finetuned "
-            "model it would give tokens that were not trained on. Set model.tokenizer to a folder whose tokenizer is read as it is written"
+            f"the tokenizer of {tokenizer.name_or_path}, saved and loaded again, is another one "
+            f"({type(saved).__name__}): with the finetuned "
+            "model it would give tokens that were not trained on. Set model.tokenizer to a folder whose tokenizer is "
+            "read as it is written"
         )
 
 
@@ -128,14 +142,19 @@ class Comparison:
     """
 
     def __init__(self, conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        """The sequences are held-out ones, else those of the training; where neither is on the disk any more, `text`."""
+        """The sequences are held-out ones, else those of the training; where neither is on the disk any more,
+        `text`."""
         self.rows, self.which = _sequences(conf)
         if not self.rows:
-            self.rows, self.which = [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]], "sequence(s) of text"
+            self.rows, self.which = (
+                [tokenizer(text, add_special_tokens=False)["input_ids"][:TOKENS]],
+                "sequence(s) of text",
+            )
         self.losses: list[float] = []
 
     def take(self, model: torch.nn.Module, after: str = "", tolerance: float = 0.0) -> None:
-        """Note the loss of `model`. Raises ModelError where it is not the one before, to the share `tolerance`; `after` says what was done."""
+        """Note the loss of `model`. Raises ModelError where it is not the one before, to the share `tolerance`; `after`
+        says what was done."""
         import torch
         import torch.nn.functional as F
 
@@ -153,8 +172,10 @@ class Comparison:
         before, now = self.losses[-2:]
         if not abs(now - before) <= tolerance * max(abs(before), 1.0):
             raise ModelError(
-                f"the exported model is not the trained one: on {len(self.rows)} {self.which} its loss is {now:.4f} after {after}, and was "
-                f"{before:.4f} before. Nothing was written to output/, and the checkpoint is as it was: please report this, with the model's "
+                f"the exported model is not the trained one: on {len(self.rows)} {self.which} its loss is {now:.4f} "
+                f"after {after}, and was "
+                f"{before:.4f} before. Nothing was written to output/, and the checkpoint is as it was: please report "
+                "this, with the model's "
                 "name and the conf's section tuning"
             )
 
@@ -174,7 +195,8 @@ def _sequences(conf: FinetuneConf) -> tuple[list[list[int]], str]:
 
 
 def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
-    """Raise RunError where the disk of the runs has no room for the model, and for checkpoints of as many weights as learn."""
+    """Raise RunError where the disk of the runs has no room for the model, and for checkpoints of as many weights as
+    learn."""
     from llm_ray.models.convert import size_on_disk
 
     run = conf.run_dir
@@ -188,6 +210,7 @@ def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
     free = shutil.disk_usage(next(path for path in (run, *run.parents) if path.is_dir())).free
     if needed > free:
         raise RunError(
-            f"{run} needs about {needed / 2**30:.1f} GiB for checkpoints and the exported model, and {free / 2**30:.1f} GiB are free there: "
+            f"{run} needs about {needed / 2**30:.1f} GiB for checkpoints and the exported model, and "
+            f"{free / 2**30:.1f} GiB are free there: "
             "make room, or set paths.runs to another disk"
         )

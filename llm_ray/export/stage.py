@@ -1,4 +1,5 @@
-"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, the adapter beside it."""
+"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, the
+adapter beside it."""
 
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
     cpus = check_resources(conf.runtime, cluster)
     with reporter.bar("exporting", 1) as bar:
         checked = results(
-            ray.remote(num_cpus=cpus, max_retries=conf.runtime.max_failures, label_selector=node_selector(conf.runtime, cluster))(
-                export_here
-            ).remote(conf.model_dump(mode="json"), str(checkpoint), card)
+            ray.remote(
+                num_cpus=cpus,
+                max_retries=conf.runtime.max_failures,
+                label_selector=node_selector(conf.runtime, cluster),
+            )(export_here).remote(conf.model_dump(mode="json"), str(checkpoint), card)
         )
         bar.update(1, 1)
     reporter.line(f"  {checked}")
@@ -33,7 +36,8 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
 
 
 def export_here(conf_json: dict[str, Any], checkpoint: str, card: str) -> str:
-    """Write `output/` in this process; returns what its check found, in a line for the user. Raises ModelError, TrainError, RunError."""
+    """Write `output/` in this process; returns what its check found, in a line for the user. Raises ModelError,
+    TrainError, RunError."""
     from safetensors import SafetensorError
 
     conf = FinetuneConf.model_validate(conf_json)
@@ -42,7 +46,8 @@ def export_here(conf_json: dict[str, Any], checkpoint: str, card: str) -> str:
     except (OSError, SafetensorError) as error:
         free = f"{shutil.disk_usage(conf.run_dir).free / 2**30:.1f} GiB are free there"
         raise RunError(
-            f"{conf.run_dir / 'output'} cannot be written: {error}. {free}; checkpoints are whole: make room, then run the same command again"
+            f"{conf.run_dir / 'output'} cannot be written: {error}. {free}; checkpoints are whole: make room, then run "
+            "the same command again"
         ) from error
 
 
@@ -74,18 +79,23 @@ def _write(conf: FinetuneConf, checkpoint: Path, card: str) -> str:
             model = model.to(dtype)
             comparison.take(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
         model.config.use_cache = True
-        model.generation_config.eos_token_id = end_tokens(model, tokenizer)  # what training taught to end with has to end generation
+        model.generation_config.eos_token_id = end_tokens(
+            model, tokenizer
+        )  # what training taught to end with has to end generation
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", card)
         del model  # there may be memory for one alone
-        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=conf.model.trust_remote_code)
+        saved = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=conf.model.trust_remote_code
+        )
         comparison.take(saved, "saving it and loading it again", SAVING)
         check_saved_tokenizer(tokenizer, folder, conf.model.trust_remote_code)
     return str(comparison)
 
 
 def save_adapter(adapted: PeftModel, folder: Path, base: str) -> None:
-    """Write the adapter in PEFT's form, as one of the model `base`: what learned (layers trained whole too), without copies of the model's."""
+    """Write the adapter in PEFT's form, as one of the model `base`: what learned (layers trained whole too), without
+    copies of the model's."""
     adapted.peft_config["default"].base_model_name_or_path = base
     adapted.save_pretrained(folder, save_embedding_layers=False)

@@ -3,10 +3,11 @@
     template = ChatTemplate(tokenizer)
     prompt = template.render(*template.adapt(messages, tools), prompt=True)
 
-In serving the front end is vLLM's, which rewrites messages before the chat template sees them. What is rendered here is, token for
-token, the prompt that a server computes of the same messages sent to it; a test holds the two together.
+In serving the front end is vLLM's, which rewrites messages before the chat template sees them. What is rendered here
+is, token for token, the prompt that a server computes of the same messages sent to it; a test holds the two together.
 
-Messages are those of OpenAI's chat API: role, content (text, or a list of parts ``{"type": "text", "text": …}``), tool_calls, and so on.
+Messages are those of OpenAI's chat API: role, content (text, or a list of parts ``{"type": "text", "text": …}``),
+tool_calls, and so on.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Form:
 class ChatTemplate:
     """A tokenizer's chat template, used as a server uses it. The tokenizer must have one.
 
-    It may have two, `default` and `tool_use`: the latter writes conversations with tools. `forms` tells of both, by whether tools are given.
+    It may have two, `default` and `tool_use`: the latter writes conversations with tools. `forms` tells of both, by
+    whether tools are given.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,11 +65,13 @@ class ChatTemplate:
         self.forms = {given: self._tried(given) for given in (False, True)}
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None, *, prompt: bool) -> str:
-        """The conversation as text; with `prompt`, as the prompt of the assistant's next answer. Raises what the template raises."""
+        """The conversation as text; with `prompt`, as the prompt of the assistant's next answer. Raises what the
+        template raises."""
         return self._rendered(messages, tools, self.forms[bool(tools)].takes_parts, prompt)
 
     def adapt(self, messages: list[Message], tools: list[Tool] | None) -> tuple[list[Message], list[Tool] | None]:
-        """Messages and tools in a form that the template knows: unchanged, by :func:`tell_tools`, or with a system message in one part."""
+        """Messages and tools in a form that the template knows: unchanged, by :func:`tell_tools`, or with a system
+        message in one part."""
         if self.in_words(messages, tools):
             messages, tools = tell_tools(messages, tools or []), None
         return self.with_whole_system(messages, tools), tools
@@ -78,16 +82,21 @@ class ChatTemplate:
         return bool(tools or calls) and not self.forms[bool(tools)].knows_tools
 
     def with_whole_system(self, messages: list[Message], tools: Sequence[Tool] | None) -> list[Message]:
-        """The messages; a system message's parts joined into one where the template would write but the first of them."""
+        """The messages; a system message's parts joined into one where the template would write but the first of
+        them."""
         if self.forms[bool(tools)].whole_system:
             return messages
         return [
-            m | {"content": text_of(m["content"])} if m["role"] == "system" and isinstance(m.get("content"), list) else m for m in messages
+            m | {"content": text_of(m["content"])}
+            if m["role"] == "system" and isinstance(m.get("content"), list)
+            else m
+            for m in messages
         ]
 
     @property
     def takes_parts(self) -> bool | None:
-        """Whether the template takes contents that are lists of parts; None where that depends on whether there are tools."""
+        """Whether the template takes contents that are lists of parts; None where that depends on whether there are
+        tools."""
         with_tools, without = self.forms[True].takes_parts, self.forms[False].takes_parts
         return without if with_tools == without or self.alone else None
 
@@ -109,13 +118,25 @@ class ChatTemplate:
 
     def _tried(self, with_tools: bool) -> Form:
         parameters = {"type": "object", "properties": {}}
-        tool = {"type": "function", "function": {"name": "probe_tool", "description": "tries out", "parameters": parameters}}
+        tool = {
+            "type": "function",
+            "function": {"name": "probe_tool", "description": "tries out", "parameters": parameters},
+        }
         tools = [tool] if with_tools else None
         words = [["probe_one", "probe_two"], ["probe_three", "probe_four"]]
         contents = [[{"type": "text", "text": word} for word in pair] for pair in words]
-        asked, answered = ({"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True))
-        system = {"role": "system", "content": [{"type": "text", "text": word} for word in ("probe_first", "probe_second")]}
-        call = {"id": "call00000", "type": "function", "function": {"name": "probe_call", "arguments": {"key": "probe_argument"}}}
+        asked, answered = (
+            {"role": role, "content": content} for role, content in zip(("user", "assistant"), contents, strict=True)
+        )
+        system = {
+            "role": "system",
+            "content": [{"type": "text", "text": word} for word in ("probe_first", "probe_second")],
+        }
+        call = {
+            "id": "call00000",
+            "type": "function",
+            "function": {"name": "probe_call", "arguments": {"key": "probe_argument"}},
+        }
         calls: list[Message] = [
             {"role": "user", "content": "question"},
             {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -133,7 +154,9 @@ class ChatTemplate:
 
         text = written([asked, answered], None)
         # A template of texts may also write the list as Python or JSON does.
-        parts = all(word in text and f"'{word}'" not in text and f'"{word}"' not in text for pair in words for word in pair)
+        parts = all(
+            word in text and f"'{word}'" not in text and f'"{word}"' not in text for pair in words for word in pair
+        )
         probes = ["probe_call", "probe_argument", "probe_result", *(["probe_tool"] if with_tools else [])]
         called, instructed = written(calls, parts), written([system, asked, answered], parts)
         whole = "probe_first" not in instructed or "probe_second" in instructed
@@ -141,7 +164,8 @@ class ChatTemplate:
 
 
 def text_of(content: object) -> str:
-    """The content of a message as one text, its parts on lines of their own, as vLLM joins them for templates that take text."""
+    """The content of a message as one text, its parts on lines of their own, as vLLM joins them for templates that take
+    text."""
     return "\n".join(_texts(content))
 
 
@@ -167,7 +191,9 @@ def tell_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
             else:
                 told.append({"role": "user", "content": content})
         elif calls := message.get("tool_calls"):
-            written = [TOOL_CALL.format(call=json.dumps(_called(call["function"]), ensure_ascii=False)) for call in calls]
+            written = [
+                TOOL_CALL.format(call=json.dumps(_called(call["function"]), ensure_ascii=False)) for call in calls
+            ]
             content = "\n".join(part for part in (text_of(message.get("content")), *written) if part)
             told.append({key: value for key, value in message.items() if key != "tool_calls"} | {"content": content})
         else:
@@ -177,9 +203,11 @@ def tell_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def as_learnt(messages: Sequence[Message]) -> list[Message]:
-    """A request's messages as training data has them: a call's keys in one order, and with a result the name of its function.
+    """A request's messages as training data has them: a call's keys in one order, and with a result the name of its
+    function.
 
-    Templates that write a whole call as JSON would else write a conversation's history in another way than it was learnt.
+    Templates that write a whole call as JSON would else write a conversation's history in another way than it was
+    learnt.
     """
     names: dict[str, str] = {}
     learnt: list[Message] = []
@@ -188,7 +216,8 @@ def as_learnt(messages: Sequence[Message]) -> list[Message]:
         if calls := message.get("tool_calls"):
             names |= {call["id"]: call["function"]["name"] for call in calls if call.get("id")}
             added["tool_calls"] = [
-                _ordered(call, "id", "type") | {"function": _ordered(call["function"], "name", "arguments")} for call in calls
+                _ordered(call, "id", "type") | {"function": _ordered(call["function"], "name", "arguments")}
+                for call in calls
             ]
         elif message["role"] == "tool" and (name := message.get("name") or names.get(message.get("tool_call_id", ""))):
             added["name"] = name
@@ -196,7 +225,8 @@ def as_learnt(messages: Sequence[Message]) -> list[Message]:
     return learnt
 
 
-# Inside ----------------------------------------------------------------------------------------------------------------
+# Inside
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _texts(content: object) -> list[str]:
@@ -212,7 +242,10 @@ def _as_served(message: Message, parts: bool) -> Message:
     calls = message.get("tool_calls")
     texts = [] if calls and not content else _texts(content)
     wrapped = parts and role != "tool"
-    served: Message = {"role": role, "content": [{"type": "text", "text": t} for t in texts] if wrapped else "\n".join(texts)}
+    served: Message = {
+        "role": role,
+        "content": [{"type": "text", "text": t} for t in texts] if wrapped else "\n".join(texts),
+    }
     served |= {key: message[key] for key in ("tool_call_id", "name") if message.get(key)}
     if calls:
         served["tool_calls"] = calls
@@ -233,7 +266,10 @@ def _as_declared(tool: Tool) -> Tool:
 def _described(tool: Tool) -> Tool:
     """A tool without what is for the engine alone."""
     function = _as_declared(tool)["function"]
-    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None and key != "strict"}}
+    return {
+        "type": "function",
+        "function": {key: value for key, value in function.items() if value is not None and key != "strict"},
+    }
 
 
 def _ordered(values: dict[str, Any], *keys: str) -> dict[str, Any]:

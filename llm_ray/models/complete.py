@@ -1,8 +1,10 @@
 """Whether a model folder has every weight of its architecture, in its size, before anything is loaded.
 
-transformers is asked itself, by loading the folder onto torch's meta device: names and shapes are read from the files' headers, and all its
-rules hold: tied weights, weights that may be missing, names that it changes, prefixes, experts that it stacks. It takes a moment, and no
-memory; values are read of weights alone that are stored twice though they are tied. Left out are quantized weights, whose names and shapes are those of their method, and models with Python code of their own.
+transformers is asked itself, by loading the folder onto torch's meta device: names and shapes are read from the files'
+headers, and all its rules hold: tied weights, weights that may be missing, names that it changes, prefixes, experts
+that it stacks. It takes a moment, and no memory; values are read of weights alone that are stored twice though they are
+tied. Left out are quantized weights, whose names and shapes are those of their method, and models with Python code of
+their own.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ _AGAIN = "copy or download it again, or name another"
 
 
 def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """Raise ModelError unless the folder `path` has every weight of its architecture, or with `causal` of the model that writes text.
+    """Raise ModelError unless the folder `path` has every weight of its architecture, or with `causal` of the model
+    that writes text.
 
-    Returns the model without its weights; None where it was not looked at, or transformers cannot make it from its configuration:
+    Returns the model without its weights; None where it was not looked at, or transformers cannot make it from its
+    configuration:
     whoever is to load it says why.
     """
     config = read_json(path / CONFIG)
@@ -51,7 +55,9 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
             )
     except Exception as error:
         if "conversion of the weights" in str(error):  # experts, of which some lack a part, or have it in another size
-            raise ModelError(f"the model {path} lacks parts of its experts, or has them in other sizes than the rest: {_AGAIN}") from error
+            raise ModelError(
+                f"the model {path} lacks parts of its experts, or has them in other sizes than the rest: {_AGAIN}"
+            ) from error
         return None
     missing = report["missing_keys"]
     if not causal:  # of encoders, which are used without it
@@ -60,7 +66,8 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
     if wrong := sorted(report["mismatched_keys"]):
         name, has, wants = wrong[0]
         raise ModelError(
-            f"the model {path}: {len(wrong)} of its weights are of other sizes than its {CONFIG} says, as {name}, which is {_size(has)} and should "
+            f"the model {path}: {len(wrong)} of its weights are of other sizes than its {CONFIG} says, as {name}, "
+            f"which is {_size(has)} and should "
             f"be {_size(wants)}: one of them is another model's"
         )
     _refuse_more_layers(path, model, report["unexpected_keys"])
@@ -69,24 +76,30 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
 
 
 def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collection[str]) -> None:
-    """Raise ModelError for weights of layers beyond those that the configuration has: transformers would leave them out."""
+    """Raise ModelError for weights of layers beyond those that the configuration has: transformers would leave them
+    out."""
     names = model.state_dict().keys()
     layers, alike = ({_LAYER.sub(form, name) for name in names} for form in (r"\1", r"\2*.\3"))
-    if more := sorted(name for name in unexpected if _LAYER.sub(r"\2*.\3", name) in alike and _LAYER.sub(r"\1", name) not in layers):
+    if more := sorted(
+        name for name in unexpected if _LAYER.sub(r"\2*.\3", name) in alike and _LAYER.sub(r"\1", name) not in layers
+    ):
         raise ModelError(
-            f"the model {path} has weights of more layers than its {CONFIG} says, as {more[0]}: one of them is another model's; {_AGAIN}"
+            f"the model {path} has weights of more layers than its {CONFIG} says, as {more[0]}: one of them is another "
+            f"model's; {_AGAIN}"
         )
 
 
 def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
-    """Raise ModelError where weights that the configuration ties are stored each with values of its own: engines differ in which they read."""
+    """Raise ModelError where weights that the configuration ties are stored each with values of its own: engines differ
+    in which they read."""
     for name, source in model.all_tied_weights_keys.items():
         if model.get_parameter(name) is model.get_parameter(source):
             continue
         stored = [tensor for file in weight_files(path) for tensor in _read(file, (name, source))]
         if len(stored) == 2 and not stored[0].equal(stored[1]):
             raise ModelError(
-                f"the model {path}: {name} is not {source}, though its {CONFIG} ties them, and engines differ in which they read: set "
+                f"the model {path}: {name} is not {source}, though its {CONFIG} ties them, and engines differ in which "
+                "they read: set "
                 f"tie_word_embeddings to false there, or take {name} out of the weights"
             )
 
@@ -100,10 +113,12 @@ def _read(file: Path, names: Collection[str]) -> list[Tensor]:
 
 
 def refuse_missing(called: str, model: object, missing: Collection[str]) -> None:
-    """Raise ModelError where weights of a loaded model are missing: transformers goes on with random numbers in their place."""
+    """Raise ModelError where weights of a loaded model are missing: transformers goes on with random numbers in their
+    place."""
     if missing:
         raise ModelError(
-            f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, as {sorted(missing)[0]}: it is half a model, or "
+            f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, as {sorted(missing)[0]}: it "
+            "is half a model, or "
             f"none that writes text; {_AGAIN}"
         )
 

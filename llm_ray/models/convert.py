@@ -2,13 +2,14 @@
 
     llm-ray model convert support-bot --to openvino --weights int8
 
-optimum-intel does the work, in a process and an environment of its own, since it wants an older transformers than serving does.
-`make setup-convert` makes that environment, beside the one that llm-ray runs in and under its name with ``-convert`` at the end;
-LLM_RAY_CONVERT_ENV names another. A conversion is the model's folder with other weights: configuration, tokenizer, chat template and
-generation settings are the original's own files, so that all engines write and read the same tokens.
+optimum-intel does the work, in a process and an environment of its own, since it wants an older transformers than
+serving does. `make setup-convert` makes that environment, beside the one that llm-ray runs in and under its name with
+``-convert`` at the end; LLM_RAY_CONVERT_ENV names another. A conversion is the model's folder with other weights:
+configuration, tokenizer, chat template and generation settings are the original's own files, so that all engines write
+and read the same tokens.
 
-The bundle keeps a run's conversions in the run's folder (runs/NAME/openvino-int8), those of any other model in the registry
-(models/NAME-openvino-int8). What is there already for the same source and weights is not made again.
+The bundle keeps a run's conversions in the run's folder (runs/NAME/openvino-int8), those of any other model in the
+registry (models/NAME-openvino-int8). What is there already for the same source and weights is not made again.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from llm_ray.models.load import fingerprint
 from llm_ray.models.openvino import LINEAGE, is_openvino, lineage, openvino_weights
 from llm_ray.progress import Bar, Reporter
 
-# How optimum-intel is asked. 16 bits are f16, which rounds less than bf16. int8: a scale and zero point a row. int4: one for 32 weights
-# of a row, since the groups of 64 that others take cost SmolLM2 twice as much of its perplexity; rows that 32 does not divide become int8.
+# How optimum-intel is asked. 16 bits are f16, which rounds less than bf16. int8: a scale and zero point a row. int4:
+# one for 32 weights of a row, since the groups of 64 that others take cost SmolLM2 twice as much of its perplexity;
+# rows that 32 does not divide become int8.
 _ASKED = {
     "fp32": ("--weight-format", "fp32"),
     "bf16": ("--weight-format", "fp16"),
@@ -52,7 +54,11 @@ ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 runpy.run_module("optimum.commands.optimum_cli", run_name="__main__")
 """
 # What optimum-intel says as it begins the next part of its work, and what that is.
-_PARTS = (("Loading weights", "reading the weights"), ("TracerWarning", "tracing the layers"), ("INFO:nncf", "compressing the weights"))
+_PARTS = (
+    ("Loading weights", "reading the weights"),
+    ("TracerWarning", "tracing the layers"),
+    ("INFO:nncf", "compressing the weights"),
+)
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)\b.*)")
 # What optimum-intel says of a type that it does not export; the last: not with the transformers that it has here.
 _NOT_EXPORTED = (
@@ -62,18 +68,33 @@ _NOT_EXPORTED = (
     "does not allow for the export of the model",
 )
 # Of the original only what is not weights.
-_WEIGHT_FILES = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", LINEAGE)
+_WEIGHT_FILES = (
+    ".*",
+    "*.safetensors",
+    "*.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.gguf",
+    LINEAGE,
+)
 
 
 def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, reporter: Reporter) -> Path:
-    """The model of the folder `source` in OpenVINO form: itself where it has it, else its conversion, made here unless it is there.
+    """The model of the folder `source` in OpenVINO form: itself where it has it, else its conversion, made here unless
+    it is there.
 
     `weights` None takes the form that there is, int8 where there are several or none. Raises ModelError.
     """
     if is_openvino(source):
         form = openvino_weights(source).dtype
         if weights not in (None, form):
-            raise ModelError(f"{source} has {form} weights, and {weights} is asked for: name the model that it was made from")
+            raise ModelError(
+                f"{source} has {form} weights, and {weights} is asked for: name the model that it was made from"
+            )
         return source
     wanted = (weights,) if weights else sorted(WEIGHTS, key=lambda form: form != "int8")
     identity = fingerprint(source)
@@ -84,7 +105,8 @@ def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, re
 
 
 def converted(source: Path, weights: WeightForm, registry: Path) -> Path:
-    """Where the bundle keeps the conversion of the model in the folder `source`: in its run's folder, else in the registry."""
+    """Where the bundle keeps the conversion of the model in the folder `source`: in its run's folder, else in the
+    registry."""
     source = source.absolute()
     if source.name == "output" and (source.parent / "run.json").is_file():
         return source.parent / f"openvino-{weights}"
@@ -92,10 +114,11 @@ def converted(source: Path, weights: WeightForm, registry: Path) -> Path:
 
 
 def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Reporter, *, force: bool = False) -> Path:
-    """Write the Hugging Face model of the folder `source` to `target` in OpenVINO form, whole or not at all; returns `target`.
+    """Write the Hugging Face model of the folder `source` to `target` in OpenVINO form, whole or not at all; returns
+    `target`.
 
-    Nothing is done when it is there for the same source and weights, unless `force`. A conversion of an earlier state of `source` is
-    replaced, another one only with `force`, and what is no conversion never. Raises ModelError.
+    Nothing is done when it is there for the same source and weights, unless `force`. A conversion of an earlier state
+    of `source` is replaced, another one only with `force`, and what is no conversion never. Raises ModelError.
     """
     source = source.absolute()
     found, identity = check_folder(source, tokenizer=False), fingerprint(source)
@@ -128,16 +151,20 @@ def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Rep
                 write_json(new / LINEAGE, made)
                 openvino_weights(new)
     except OSError as error:
-        raise ModelError(f"{target} cannot be written: {error.strerror or error} ({_gib(_free(target))} free there)") from error
+        raise ModelError(
+            f"{target} cannot be written: {error.strerror or error} ({_gib(_free(target))} free there)"
+        ) from error
     return target
 
 
 def check_environment() -> Path:
-    """The interpreter of the environment that conversion runs in. Raises ModelError, with the command that makes it, where there is none."""
+    """The interpreter of the environment that conversion runs in. Raises ModelError, with the command that makes it,
+    where there is none."""
     folder = Path(os.environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
     if not (folder / "bin" / "optimum-cli").is_file():
         raise ModelError(
-            f"conversion to OpenVINO runs in an environment of its own, and {folder} is none: `make setup-convert` makes it. Elsewhere, "
+            f"conversion to OpenVINO runs in an environment of its own, and {folder} is none: `make setup-convert` "
+            "makes it. Elsewhere, "
             "install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to its folder"
         )
     return folder / "bin" / "python"
@@ -167,7 +194,8 @@ def _refuse_to_lose(target: Path, source: Path, weights: WeightForm, force: bool
         raise ModelError(f"{target} exists already, and is no conversion: choose another --name or --output")
     if not force and (made.get("source"), made.get("weights")) != (str(source), weights):
         raise ModelError(
-            f"{target} holds another conversion, of {made.get('source')} with {made.get('weights')} weights: choose another --name or "
+            f"{target} holds another conversion, of {made.get('source')} with {made.get('weights')} weights: choose "
+            "another --name or "
             "--output, or --force to replace it"
         )
 
@@ -180,14 +208,16 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
     memory, free = loaded + _PROGRAM_BYTES, psutil.virtual_memory().available
     if memory > free:
         raise ModelError(
-            f"converting {source} to {weights} needs about {_gib(memory)} of memory, and {_gib(free)} are free: use another host"
+            f"converting {source} to {weights} needs about {_gib(memory)} of memory, and {_gib(free)} are free: use "
+            "another host"
         )
     disk = size_on_disk(found.parameters, weights) + (
         loaded if weights.startswith("int") else 0
     )  # the uncompressed model lies there for a while
     if disk > _free(target):
         raise ModelError(
-            f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, and {_gib(_free(target))} are free: make "
+            f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, and "
+            f"{_gib(_free(target))} are free: make "
             "room, or choose another place with --output"
         )
 
@@ -196,7 +226,14 @@ def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter
     """Run optimum-intel, and bring the graph and its weights into the folder `new`."""
     work = new / "work"
     (work / "tmp").mkdir(parents=True)
-    options = ["--task", "text-generation-with-past", "--library", "transformers", "--disable-convert-tokenizer", *_ASKED[weights]]
+    options = [
+        "--task",
+        "text-generation-with-past",
+        "--library",
+        "transformers",
+        "--disable-convert-tokenizer",
+        *_ASKED[weights],
+    ]
     command = [str(python), "-I", "-c", _RUN, "export", "openvino", "--model", str(source), *options, str(work / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(work / "tmp")}
     last = deque[str](maxlen=200)
@@ -255,7 +292,9 @@ def _reason(code: int, output: list[str], source: Path) -> str:
     if "No space left on device" in text:
         return "the disk is full: make room, or choose another place with --output"
     if "trust_remote_code" in text:
-        return "it brings Python code of its own, which conversion does not run: serve it with engine vllm or transformers"
+        return (
+            "it brings Python code of its own, which conversion does not run: serve it with engine vllm or transformers"
+        )
     if any(said in text for said in _NOT_EXPORTED):
         return f"optimum-intel does not export text models of type {kind} ({CONFIG}: model_type): serve it with engine vllm or transformers"
     errors = [found[1] for line in output if (found := _ERROR.match(line))]
@@ -265,7 +304,9 @@ def _reason(code: int, output: list[str], source: Path) -> str:
 def _versions(python: Path, *packages: str) -> dict[str, str]:
     """The versions of these packages in the environment of `python`."""
     folders = [str(folder) for folder in python.parents[1].glob("lib/python3*/site-packages")]
-    return {name: found.version for name in packages for found in importlib.metadata.distributions(name=name, path=folders)}
+    return {
+        name: found.version for name in packages for found in importlib.metadata.distributions(name=name, path=folders)
+    }
 
 
 def _free(place: Path) -> int:

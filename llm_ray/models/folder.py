@@ -19,7 +19,15 @@ TEMPLATES = "additional_chat_templates"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OPENVINO = "openvino_model.xml"
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json", "*.tiktoken")
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "spiece.model",
+    "vocab.txt",
+    "tekken.json",
+    "*.tiktoken",
+)
 LFS_POINTER = b"version https://git-lfs"
 """What a file begins with that is Git LFS's pointer to the true one."""
 _DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
@@ -36,7 +44,8 @@ class Weights:
 def check_folder(path: Path, tokenizer: bool = True) -> Weights:
     """What weights the model folder `path` holds. Raises ModelError, saying what is missing, unless it is whole.
 
-    Whole is: a configuration, a tokenizer (unless that comes from elsewhere), and every file of weights in its full length.
+    Whole is: a configuration, a tokenizer (unless that comes from elsewhere), and every file of weights in its full
+    length.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: there is no such model folder")
@@ -52,11 +61,13 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
         tensors = _tensors(file)
         if missing := sorted(wanted - tensors.keys()):
             raise ModelError(
-                f"{file} lacks {len(missing)} of the tensors that {INDEX} names, as {missing[0]}: copy or download the model again"
+                f"{file} lacks {len(missing)} of the tensors that {INDEX} names, as {missing[0]}: copy or download the "
+                "model again"
             )
         if twice := sorted(name for name in tensors if places.get(name, file) != file):
             raise ModelError(
-                f"{file} holds {twice[0]} too, which {INDEX} names in {places[twice[0]].name}: it may be another model's; copy or download "
+                f"{file} holds {twice[0]} too, which {INDEX} names in {places[twice[0]].name}: it may be another "
+                "model's; copy or download "
                 "the model again"
             )
         for size, dtype in tensors.values():
@@ -87,7 +98,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(f"{path} cannot be read: {reason}. The model folder is damaged or half copied: copy it again") from error
+        raise ModelError(
+            f"{path} cannot be read: {reason}. The model folder is damaged or half copied: copy it again"
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object. The model folder is damaged: copy it again")
     return value
@@ -120,7 +133,8 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
             raise ModelError(f"{path / INDEX} names no weights: copy or download the model again")
         if elsewhere := sorted({str(name) for name in weight_map.values() if Path(str(name)).name != str(name)}):
             raise ModelError(
-                f"{path / INDEX} names {elsewhere[0]}, which is in another folder, where some engines do not look: move it into {path}, and "
+                f"{path / INDEX} names {elsewhere[0]}, which is in another folder, where some engines do not look: "
+                f"move it into {path}, and "
                 "name it so"
             )
         if (path / SINGLE).is_file():
@@ -137,21 +151,25 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         return files
     if (path / OPENVINO).is_file():
         raise ModelError(
-            f"{path} holds a model in OpenVINO form, which engine openvino serves, and nothing else reads: name the model that it was made from"
+            f"{path} holds a model in OpenVINO form, which engine openvino serves, and nothing else reads: name the "
+            "model that it was made from"
         )
     if pickles := sorted(path.glob("*.bin")):
         raise ModelError(
-            f"{path} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where you trust them, write them "
+            f"{path} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where you "
+            "trust them, write them "
             "as safetensors with transformers' save_pretrained, and use that folder"
         )
     raise ModelError(f"{path} has no weights ({SINGLE}, or {INDEX} and its files): copy or download the model again")
 
 
 def _check_alone(path: Path, names: Iterable[str], told: str = "") -> None:
-    """Raise ModelError for other weights beside the file that holds all of them: some engines would read that one, some the others."""
+    """Raise ModelError for other weights beside the file that holds all of them: some engines would read that one, some
+    the others."""
     if others := sorted(set(names) - {SINGLE}):
         raise ModelError(
-            f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){told} ({others[0]}). Engines differ in which they read: "
+            f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){told} ({others[0]}). Engines "
+            "differ in which they read: "
             "take away those that are not the model's"
         )
 
@@ -161,7 +179,8 @@ def _check_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(
-                f"{path} is damaged or cut off: it is a Git LFS pointer. Fetch the file (git lfs pull), or download the model again"
+                f"{path} is damaged or cut off: it is a Git LFS pointer. Fetch the file (git lfs pull), or download "
+                "the model again"
             )
 
 

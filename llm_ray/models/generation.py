@@ -1,4 +1,5 @@
-"""A model's generation settings, such that transformers saves them: it refuses combinations that it loads with a warning."""
+"""A model's generation settings, such that transformers saves them: it refuses combinations that it loads with a
+warning."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ _ISSUE = re.compile(r"^- `(\w+)`: (.*)$", re.MULTILINE)
 def mend(settings: GenerationConfig) -> list[str]:
     """Change `settings` as little as it takes to save them; returns what was changed, in words for the user.
 
-    Temperatures and the like, without a word on whether to sample, mean sampling (that is how vLLM reads them). Other values that have
-    no effect beside the rest are dropped. Raises ValueError, with transformers' words, for those that only a person can mend.
+    Temperatures and the like, without a word on whether to sample, mean sampling (that is how vLLM reads them). Other
+    values that have no effect beside the rest are dropped. Raises ValueError, with transformers' words, for those that
+    only a person can mend.
     """
     changes = []
     sampling = [name for name, reason in _without_effect(settings).items() if "`do_sample`" in reason]

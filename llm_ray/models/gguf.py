@@ -39,7 +39,9 @@ def convert(file: Path, folder: Path) -> str | None:
             )
     except Exception as error:  # whatever is in the file, transformers and gguf are to be asked no further
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{file} cannot be read as a model of type {fields.get('general.architecture', '?')}: {reason}") from error
+        raise ModelError(
+            f"{file} cannot be read as a model of type {fields.get('general.architecture', '?')}: {reason}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{file} lacks {len(missing)} weights, as {missing[0]}: it is half a model")
     forget_quantization(model)

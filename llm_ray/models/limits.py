@@ -1,4 +1,5 @@
-"""What a model cannot take, however it is called: tokens beyond its embeddings, and rows beyond the positions that it has."""
+"""What a model cannot take, however it is called: tokens beyond its embeddings, and rows beyond the positions that it
+has."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ _BEYOND_ROPE = ("mpt", "ctrl")
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """Most tokens of a row for which the model (which may be without weights) has positions, where it has a table of them; None where they
-    are computed (rotary and relative ones), so that longer rows are only beyond what it was trained on."""
+    """Most tokens of a row for which the model (which may be without weights) has positions, where it has a table of
+    them; None where they are computed (rotary and relative ones), so that longer rows are only beyond what it was
+    trained on."""
     from torch import nn
 
     tables = []
@@ -27,7 +29,9 @@ def positions(model: PreTrainedModel) -> int | None:
             # Some begin to count after the padding token, or leave room at the beginning.
             first = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
             tables.append(module.num_embeddings - first)
-    tables += [buffer.shape[0] for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "embed_positions"]
+    tables += [
+        buffer.shape[0] for name, buffer in model.named_buffers() if name.rpartition(".")[2] == "embed_positions"
+    ]
     config = model.config.get_text_config()
     if config.model_type in _BEYOND_ROPE:
         tables.append(getattr(config, "max_seq_len", None) or config.n_positions)
@@ -35,23 +39,29 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def vocabulary(path: Path) -> int | None:
-    """How many tokens the model in the folder `path` has embeddings for; None where its configuration does not say. Raises ModelError."""
+    """How many tokens the model in the folder `path` has embeddings for; None where its configuration does not say.
+    Raises ModelError."""
     config = read_json(path / CONFIG)
     size = (config.get("text_config") or config).get("vocab_size")
     return size if isinstance(size, int) else None
 
 
 def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
-    """Raise ModelError where the tokenizer in the folder `tokenizer` has tokens for which the model in `path` has no embedding."""
+    """Raise ModelError where the tokenizer in the folder `tokenizer` has tokens for which the model in `path` has no
+    embedding."""
     most = vocabulary(path)
     if most is None or not (tokenizer / "tokenizer.json").is_file():
         return
     told = read_json(tokenizer / "tokenizer.json")
     known = (told.get("model") or {}).get("vocab") or {}
-    ids: dict[str, int] = {**known} if isinstance(known, dict) else {str(entry[0]): number for number, entry in enumerate(known)}
+    ids: dict[str, int] = (
+        {**known} if isinstance(known, dict) else {str(entry[0]): number for number, entry in enumerate(known)}
+    )
     ids |= {token["content"]: token["id"] for token in told.get("added_tokens") or []}
     if beyond := sorted((number, token) for token, number in ids.items() if number >= most):
         raise ModelError(
-            f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, as {beyond[0][1]!r} ({beyond[0][0]}; "
-            f"{CONFIG}: vocab_size {most}): a request with one would end the engine. Give the model its own tokenizer, or take them out"
+            f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, as "
+            f"{beyond[0][1]!r} ({beyond[0][0]}; "
+            f"{CONFIG}: vocab_size {most}): a request with one would end the engine. Give the model its own tokenizer, "
+            "or take them out"
         )

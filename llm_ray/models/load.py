@@ -29,8 +29,9 @@ _BLOCK = 1 << 20
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 MADE_BY = "llm-ray.json"
 LOADING = threading.RLock()
-"""Held while transformers makes or loads a model: it replaces methods of its classes meanwhile (`tie_weights`), and torch's default data
-type, with which another thread would make half a model; two that overlap leave them replaced for good."""
+"""Held while transformers makes or loads a model: it replaces methods of its classes meanwhile (`tie_weights`), and
+torch's default data type, with which another thread would make half a model; two that overlap leave them replaced for
+good."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Location:
 
 
 def resolve(base: str, paths: Paths) -> Location:
-    """What `base` means: a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises ModelError for none."""
+    """What `base` means: a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises
+    ModelError for none."""
     folder = Path(base).expanduser()
     explicit = folder.is_absolute() or base.startswith(("./", "../"))
     if folder.is_dir() and (explicit or (folder / CONFIG).is_file()):
@@ -57,14 +59,23 @@ def resolve(base: str, paths: Paths) -> Location:
             if place.is_dir():
                 return Location(base, place)
         if (paths.runs / base).is_dir():
-            raise ModelError(f"model {base} is a run without a model: its stage export is not done (llm-ray runs show {base})")
+            raise ModelError(
+                f"model {base} is a run without a model: its stage export is not done (llm-ray runs show {base})"
+            )
     elif base.count("/") == 1 and all(base.split("/")):
         return Location(base, None)
-    known = sorted(p.name for place in (paths.models, paths.runs) if place.is_dir() for p in place.iterdir() if not p.name.startswith("."))
+    known = sorted(
+        p.name
+        for place in (paths.models, paths.runs)
+        if place.is_dir()
+        for p in place.iterdir()
+        if not p.name.startswith(".")
+    )
     near = nearest_names(base, known, 3)
     hint = f"Did you mean {' or '.join(near)}? " if near else f"There are: {', '.join(known[:5])}. " if known else ""
     raise ModelError(
-        f"model {base}: no model of this name is in the registry ({paths.models}), and no run ({paths.runs}). {hint}To add one: "
+        f"model {base}: no model of this name is in the registry ({paths.models}), and no run ({paths.runs}). {hint}To "
+        "add one: "
         f"llm-ray model import SOURCE --name {Path(base).name}; a model of the hub is named organisation/model"
     )
 
@@ -91,7 +102,8 @@ def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model, its weights in `dtype`, every one of them from its files; as it is, it can be saved. Raises ModelError."""
+    """The base model, its weights in `dtype`, every one of them from its files; as it is, it can be saved. Raises
+    ModelError."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     location = check_model(model, paths)
@@ -114,7 +126,8 @@ def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedMode
         forget_quantization(loaded)
     if getattr(loaded, "hf_quantizer", None):  # which would show when they are to be merged or saved
         raise ModelError(
-            f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so that it cannot be finetuned and exported: "
+            f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so that it cannot be "
+            "finetuned and exported: "
             "name the model that it was quantized from"
         )
     mend_generation(loaded.generation_config, location)
@@ -126,7 +139,9 @@ def mend_generation(settings: GenerationConfig, location: Location) -> list[str]
     try:
         return mend(settings)
     except ValueError as error:
-        raise ModelError(f"{location}: {GENERATION} could not be saved with the finetuned model: {error}. Mend it there") from error
+        raise ModelError(
+            f"{location}: {GENERATION} could not be saved with the finetuned model: {error}. Mend it there"
+        ) from error
 
 
 def load_config(model: Model, paths: Paths) -> PreTrainedConfig:
@@ -136,7 +151,9 @@ def load_config(model: Model, paths: Paths) -> PreTrainedConfig:
     location = resolve(model.base, paths)
     options = _gguf(model, location)
     with _explained(f"the model {location}", location):
-        return AutoConfig.from_pretrained(str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options)
+        return AutoConfig.from_pretrained(
+            str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+        )
 
 
 def load_generation(model: Model, paths: Paths) -> GenerationConfig | None:
@@ -146,7 +163,10 @@ def load_generation(model: Model, paths: Paths) -> GenerationConfig | None:
     location = resolve(model.base, paths)
     if model.gguf_file or (location.folder and not (location.folder / GENERATION).is_file()):
         return None
-    with _explained(f"{GENERATION} of the model {location}", location), contextlib.suppress(OSError):  # of the hub, and none there
+    with (
+        _explained(f"{GENERATION} of the model {location}", location),
+        contextlib.suppress(OSError),
+    ):  # of the hub, and none there
         return GenerationConfig.from_pretrained(str(location), revision=model.revision)
     return None
 
@@ -174,7 +194,8 @@ def load_empty_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrain
 
 
 def stored_dtype(model: Model, paths: Paths) -> torch.dtype:
-    """The data type in which the base model's weights are stored; fp32 where that is not told or is a quantized one. Raises ModelError."""
+    """The data type in which the base model's weights are stored; fp32 where that is not told or is a quantized one.
+    Raises ModelError."""
     import torch
 
     location = resolve(model.base, paths)
@@ -187,7 +208,8 @@ def stored_dtype(model: Model, paths: Paths) -> torch.dtype:
 
 
 def check_model(model: Model, paths: Paths) -> Location:
-    """Where the base model is. Raises ModelError when there is none, or only half of it (models of the hub are not looked into)."""
+    """Where the base model is. Raises ModelError when there is none, or only half of it (models of the hub are not
+    looked into)."""
     location = resolve(model.base, paths)
     if location.folder and not _gguf(model, location):
         check_folder(location.folder, tokenizer=not model.tokenizer)
@@ -196,14 +218,18 @@ def check_model(model: Model, paths: Paths) -> Location:
 
 
 def identity(model: Model, paths: Paths) -> dict[str, Any]:
-    """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files. Raises ModelError."""
+    """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files.
+    Raises ModelError."""
     location = resolve(model.base, paths)
     named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
-    return named | ({"folder": str(location.folder), "fingerprint": fingerprint(location.folder)} if location.folder else {})
+    return named | (
+        {"folder": str(location.folder), "fingerprint": fingerprint(location.folder)} if location.folder else {}
+    )
 
 
 def tokenizer_files(model: Model, paths: Paths) -> list[Path]:
-    """The files of this machine that decide how text becomes tokens: the conf's chat template, and the tokenizer's folder without weights.
+    """The files of this machine that decide how text becomes tokens: the conf's chat template, and the tokenizer's
+    folder without weights.
 
     Raises ModelError where there is no such folder. A hub id has none, and of a GGUF :func:`identity` tells.
     """
@@ -211,7 +237,12 @@ def tokenizer_files(model: Model, paths: Paths) -> list[Path]:
     own = [model.chat_template] if model.chat_template else []
     if location.folder is None:
         return own
-    listed = [p for folder in (location.folder, location.folder / TEMPLATES) if folder.is_dir() for p in sorted(folder.iterdir())]
+    listed = [
+        p
+        for folder in (location.folder, location.folder / TEMPLATES)
+        if folder.is_dir()
+        for p in sorted(folder.iterdir())
+    ]
     return [*own, *(p for p in listed if p.is_file() and p.suffix in TOKENIZER_SUFFIXES and p.name != MADE_BY)]
 
 
@@ -237,7 +268,11 @@ def _gguf(model: Model, location: Location) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """Tells one model folder's contents from another's. Texts about a model do not make it."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and p.name not in ("README.md", MADE_BY)):
+    for path in sorted(
+        p
+        for p in folder.iterdir()
+        if p.is_file() and not p.name.startswith(".") and p.name not in ("README.md", MADE_BY)
+    ):
         digest.update(file_digest(path))
     return digest.hexdigest()
 
@@ -255,7 +290,8 @@ def file_digest(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _explained(what: str, location: Location) -> Iterator[None]:
-    """Turn whatever transformers raises about a model's files into a ModelError for the user: a damaged one can make it raise anything."""
+    """Turn whatever transformers raises about a model's files into a ModelError for the user: a damaged one can make it
+    raise anything."""
     try:
         with quietly(warnings_too=False):
             yield
@@ -267,7 +303,8 @@ def _explained(what: str, location: Location) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly(warnings_too: bool = True) -> Iterator[None]:
-    """transformers' progress bars are off in the block; its warnings and Python's, too, where the user is told in other words.
+    """transformers' progress bars are off in the block; its warnings and Python's, too, where the user is told in other
+    words.
 
     One thread at a time (LOADING).
     """
@@ -300,13 +337,15 @@ def _reason(error: Exception, location: Location) -> str:
         return f"not enough memory ({free:.1f} GiB are free): use a smaller model, model.dtype bf16, or another host"
     if "trust_remote_code" in text:
         return (
-            f"it brings Python code of its own. Read that code; if you trust it, set model.trust_remote_code: true and add {location} to "
+            "it brings Python code of its own. Read that code; if you trust it, set model.trust_remote_code: true and "
+            f"add {location} to "
             "model.trusted_models"
         )
     if location.folder is None:
         if constants.HF_HUB_OFFLINE:
             return (
-                "there is no such folder, and as a model of the hub it is not in the local cache, while HF_HUB_OFFLINE forbids asking "
+                "there is no such folder, and as a model of the hub it is not in the local cache, while HF_HUB_OFFLINE "
+                "forbids asking "
                 "the hub: bring its folder here and name that"
             )
         return f"{short}. (There is no such folder either.) Without internet, bring its folder here and name that"

@@ -1,4 +1,5 @@
-"""What is in a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a tokenizer beside them.
+"""What is in a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a
+tokenizer beside them.
 
 ``llm-ray model convert`` makes such folders, and optimum-intel and the hub's organisation OpenVINO give them out.
 """
@@ -17,7 +18,16 @@ from llm_ray.models.folder import CONFIG, OPENVINO, Weights, check_folder, read_
 LINEAGE = "llm-ray.json"
 # A constant of the graph: its type, shape, and place in the file of weights.
 _CONSTANT = re.compile(r'<data element_type="(\w+)" shape="([\d, ]*)" offset="(\d+)" size="(\d+)"')
-_DTYPE_NAMES = {"f32": "fp32", "f16": "bf16", "bf16": "bf16", "i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4", "nf4": "int4"}
+_DTYPE_NAMES = {
+    "f32": "fp32",
+    "f16": "bf16",
+    "bf16": "bf16",
+    "i8": "int8",
+    "u8": "int8",
+    "i4": "int4",
+    "u4": "int4",
+    "nf4": "int4",
+}
 
 
 def is_openvino(path: Path) -> bool:
@@ -31,8 +41,8 @@ def check_model_folder(path: Path) -> Weights:
 
 
 def openvino_weights(path: Path) -> Weights:
-    """What weights the OpenVINO folder `path` holds, in the words of ``--weights`` (16-bit ones are bf16). Raises ModelError unless it
-    is whole: a configuration, the graph, and all the weights that it names.
+    """What weights the OpenVINO folder `path` holds, in the words of ``--weights`` (16-bit ones are bf16). Raises
+    ModelError unless it is whole: a configuration, the graph, and all the weights that it names.
     """
     read_json(path / CONFIG)
     graph, binary = path / OPENVINO, (path / OPENVINO).with_suffix(".bin")
@@ -44,7 +54,9 @@ def openvino_weights(path: Path) -> Weights:
     for kind, sizes, offset, size in _CONSTANT.findall(text):
         end = max(end, int(offset) + int(size))
         shape = [int(part) for part in sizes.split(",") if part.strip()]
-        if kind in _DTYPE_NAMES and shape and shape[-1] > 1:  # scales and zero points of compressed weights have one a row
+        if (
+            kind in _DTYPE_NAMES and shape and shape[-1] > 1
+        ):  # scales and zero points of compressed weights have one a row
             counts[_DTYPE_NAMES[kind]] += prod(shape)
     if not counts or not text.rstrip().endswith("</net>"):
         raise ModelError(f"{graph} is no whole OpenVINO model: convert or copy it again")
@@ -54,5 +66,6 @@ def openvino_weights(path: Path) -> Weights:
 
 
 def lineage(path: Path) -> dict[str, Any]:
-    """Where the model in the folder `path` comes from, and how it was made; empty where no one wrote it down. Raises ModelError."""
+    """Where the model in the folder `path` comes from, and how it was made; empty where no one wrote it down. Raises
+    ModelError."""
     return read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}

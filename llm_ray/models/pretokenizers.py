@@ -1,8 +1,9 @@
 """How text is split before it becomes tokens, for each name that a GGUF may give the rule (`tokenizer.ggml.pre`).
 
-A GGUF names the rule and does not hold it. Names and rules are llama.cpp's (src/llama-vocab.cpp); rules that it approximates, because its
-engine for regular expressions lacks something, are here as the models' own tokenizers have them: that shows under tiny_aya, cohere2moe and
-youtu alone, in words like PayPal. For byte-level BPE only (`tokenizer.ggml.model` gpt2): the other kinds have no such rule.
+A GGUF names the rule and does not hold it. Names and rules are llama.cpp's (src/llama-vocab.cpp); rules that it
+approximates, because its engine for regular expressions lacks something, are here as the models' own tokenizers have
+them: that shows under tiny_aya, cohere2moe and youtu alone, in words like PayPal. For byte-level BPE only
+(`tokenizer.ggml.model` gpt2): the other kinds have no such rule.
 """
 
 from __future__ import annotations
@@ -22,13 +23,21 @@ _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|{_SPACES}"
 _QWEN2 = rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SIGNS}|{_SPACES}"
-_QWEN35 = rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
-_GPT4O = rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+_QWEN35 = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}"
+)
+_GPT4O = (
+    rf"{_CASED[0]}{_CONTRACTION}?|{_CASED[1]}{_CONTRACTION}?|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
+)
 _TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 _YOUTU = _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}")
 _ASCII_SIGNS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
-_DEEPSEEK3 = rf"{_ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
-_SPARK = rf"{_ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+"
+_DEEPSEEK3 = (
+    rf"{_ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+)
+_SPARK = (
+    rf"{_ASCII_SIGNS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+| ?[\p{{P}}\p{{S}}]+|[\r\n]|\s+(?!\S)|\s+"
+)
 _HAN_KANA = r"[一-龥぀-ゟ゠-ヿ]+"
 _HAN_HANGUL = r"[一-龥ࠀ-一가-퟿]+"
 _LATIN_AND_KIN = (  # escaped: what editors would bring into its composed form
@@ -42,8 +51,29 @@ _DIGIT, _THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
 _RULES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
-            *("gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe"),
-            *("gigachat", "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
+            *(
+                "gpt-2",
+                "phi-2",
+                "jina-es",
+                "jina-de",
+                "jina-v2-es",
+                "jina-v2-de",
+                "jina-v1-en",
+                "jina-v2-code",
+                "roberta-bpe",
+            ),
+            *(
+                "gigachat",
+                "a.x-4.0",
+                "mellum",
+                "modern-bert",
+                "mpt",
+                "olmo",
+                "jais",
+                "trillion",
+                "granite-docling",
+                "exaone4",
+            ),
         ),
         (_GPT2,),
     ),
@@ -66,7 +96,10 @@ _RULES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("tekken",), (_TEKKEN,)),
     (("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), (_THREE_DIGITS, _HAN_KANA, _DEEPSEEK3)),
     (("spark2_5",), (_THREE_DIGITS, _HAN_KANA, _SPARK, _DIGIT)),
-    (("deepseek-llm",), (r"[\r\n]", _LATIN_AND_KIN, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _HAN_HANGUL, r"\p{N}+")),
+    (
+        ("deepseek-llm",),
+        (r"[\r\n]", _LATIN_AND_KIN, r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _HAN_HANGUL, r"\p{N}+"),
+    ),
     (("deepseek-coder",), (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN_HANGUL, _DIGIT)),
     (("youtu",), (rf"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|{_HAN_KANA}", _YOUTU)),
     (("falcon",), (r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
@@ -114,17 +147,21 @@ _WHOLE_WORDS = {
 }
 """Names under which a word that is a token is that token, whatever the merges make of it."""
 _COMPOSED = {"qwen2", "qwen35", "command-r"}
-"""Names under which text is brought into Unicode's composed form (NFC) first. llama.cpp leaves this out; the models were trained so."""
+"""Names under which text is brought into Unicode's composed form (NFC) first. llama.cpp leaves this out; the models
+were trained so."""
 
 
 def set_rule(tokenizer: Tokenizer, name: str) -> bool:
-    """Make the byte-level BPE `tokenizer` split text by the rule of this name; False, and it is as it was, where the name is not known."""
+    """Make the byte-level BPE `tokenizer` split text by the rule of this name; False, and it is as it was, where the
+    name is not known."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     if name not in RULES:
         return False
     cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in RULES[name]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     if name in _COMPOSED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.model.ignore_merges = name in _WHOLE_WORDS

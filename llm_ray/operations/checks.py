@@ -31,10 +31,15 @@ def finding(check: str, host: str, found: str, fix: str = "") -> Finding:
 
 
 def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
-    """All findings about the hosts of the inventory (their addresses by name); files are written below `shared`, and removed."""
+    """All findings about the hosts of the inventory (their addresses by name); files are written below `shared`, and
+    removed."""
     alive = {node["address"]: node for node in nodes()}
     findings = node_findings(inventory, alive)
-    there = {host: alive[address]["id"] for host, address in inventory.items() if address in alive and not alive[address]["draining"]}
+    there = {
+        host: alive[address]["id"]
+        for host, address in inventory.items()
+        if address in alive and not alive[address]["draining"]
+    }
     folder = shared / f".validate-{secrets.token_hex(4)}"
     try:
         folder.mkdir()
@@ -64,16 +69,20 @@ def node_findings(inventory: Mapping[str, str], alive: Mapping[str, Mapping[str,
     for host, address in inventory.items():
         node = alive.get(address)
         if node is None:
-            findings.append(finding("node", host, f"not in the cluster ({address or 'its address is not known'})", _HEAL))
+            findings.append(
+                finding("node", host, f"not in the cluster ({address or 'its address is not known'})", _HEAL)
+            )
         elif node["draining"]:
-            findings.append(finding("node", host, "drains: it takes no more work", "restart its unit (systemctl restart 'llm-ray-*')"))
+            findings.append(
+                finding(
+                    "node", host, "drains: it takes no more work", "restart its unit (systemctl restart 'llm-ray-*')"
+                )
+            )
         else:
             findings.append(finding("node", host, f"alive, {node['cpus']:g} CPUs, {node['memory_gib']} GiB"))
     for address, node in alive.items():
         if address not in inventory.values():
-            fix = (
-                "put it into ray_workers, or stop Ray there (a host that has left keeps the token: see docs/how-to/cluster/remove-node.md)"
-            )
+            fix = "put it into ray_workers, or stop Ray there (a host that has left keeps the token: see docs/how-to/cluster/remove-node.md)"
             findings.append(finding("node", node["host"], f"{address} is in the cluster and not in the inventory", fix))
     return findings
 
@@ -83,14 +92,23 @@ def version_findings(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]
     findings: list[Finding] = []
     for host, found in versions.items():
         first, wanted = next(iter(versions.items()))
-        other = [f"{name} {found.get(name)} where {first} has {version}" for name, version in wanted.items() if found.get(name) != version]
+        other = [
+            f"{name} {found.get(name)} where {first} has {version}"
+            for name, version in wanted.items()
+            if found.get(name) != version
+        ]
         told = ", ".join(other) or ", ".join(f"{name} {version}" for name, version in found.items())
-        findings.append(finding("versions", host, told, "ansible-playbook upgrade.yml brings all hosts to one version" if other else ""))
+        findings.append(
+            finding(
+                "versions", host, told, "ansible-playbook upgrade.yml brings all hosts to one version" if other else ""
+            )
+        )
     return findings
 
 
 def storage_findings(errors: Mapping[str, str], reads: Mapping[str, Any]) -> list[Finding]:
-    """What writing (an error or nothing, by host) and reading (hosts whose files were not seen, or an error, by host) came to."""
+    """What writing (an error or nothing, by host) and reading (hosts whose files were not seen, or an error, by host)
+    came to."""
     findings = []
     for host, error in errors.items():
         unseen = reads.get(host)
@@ -107,7 +125,8 @@ def storage_findings(errors: Mapping[str, str], reads: Mapping[str, Any]) -> lis
 
 
 def _run(tasks: Mapping[str, tuple[str, tuple[Any, ...]]], function: Any) -> dict[str, Any]:
-    """The function's answer on each host's node, or in words why there is none. It needs no free CPU, so that a busy cluster answers."""
+    """The function's answer on each host's node, or in words why there is none. It needs no free CPU, so that a busy
+    cluster answers."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = ray.remote(num_cpus=0, max_retries=0)(function())
@@ -128,7 +147,8 @@ def _run(tasks: Mapping[str, tuple[str, tuple[Any, ...]]], function: Any) -> dic
     return answers
 
 
-# Functions within functions: Ray sends them whole, so that a host with another version of this package can run them, too.
+# Functions within functions: Ray sends them whole, so that a host with another version of this package can run them,
+# too.
 
 
 def _write() -> Any:

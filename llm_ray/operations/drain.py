@@ -14,7 +14,8 @@ _POLL = 0.5
 
 
 def drain(address: str, seconds: int) -> dict[str, Any]:
-    """Drain the node at `address` and wait until it is idle, which ends its Ray. Raises ClusterError when it does not drain.
+    """Drain the node at `address` and wait until it is idle, which ends its Ray. Raises ClusterError when it does not
+    drain.
 
     `node`: whether there was one. `drained`: whether all that ran on it has ended; after `seconds` it may not have.
     """

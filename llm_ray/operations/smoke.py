@@ -1,4 +1,5 @@
-"""Smoke runs: does training reach over all nodes, does serving answer? Both leave nothing behind and disturb nothing."""
+"""Smoke runs: does training reach over all nodes, does serving answer? Both leave nothing behind and disturb
+nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def train(workers: int, shared: Path) -> list[Finding]:
     folder = shared / f".validate-{secrets.token_hex(4)}"
     trainer = TorchTrainer(
         _step,
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"memory": 1}, placement_strategy="STRICT_SPREAD"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, resources_per_worker={"memory": 1}, placement_strategy="STRICT_SPREAD"
+        ),
         run_config=ray.train.RunConfig(name="train", storage_path=str(folder)),
         torch_config=GlooConfig(),
     )
@@ -43,7 +46,13 @@ def train(workers: int, shared: Path) -> list[Finding]:
         return [finding("train", "all", told, fix)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return [finding("train", "all", f"{workers} workers on {', '.join(hosts)} trained a step in {time.monotonic() - began:.0f} s")]
+    return [
+        finding(
+            "train",
+            "all",
+            f"{workers} workers on {', '.join(hosts)} trained a step in {time.monotonic() - began:.0f} s",
+        )
+    ]
 
 
 def _step() -> list[str]:
@@ -64,7 +73,8 @@ def _step() -> list[str]:
 
 
 def serve(host: str, port: int) -> list[Finding]:
-    """An application beside those that are served; where Serve does not run it is started at `host` and `port`, and stopped again."""
+    """An application beside those that are served; where Serve does not run it is started at `host` and `port`, and
+    stopped again."""
     from ray import serve
     from ray.serve.context import _get_global_client
 
@@ -82,8 +92,19 @@ def serve(host: str, port: int) -> list[Finding]:
         else:
             serve.shutdown()
     if answer != word:
-        return [finding("serve", "head", f"answered {answer[:40]!r}", "another application answers at that route: llm-ray serve status")]
-    return [finding("serve", "head", f"an application answered {time.monotonic() - began:.0f} s after its start, and is gone")]
+        return [
+            finding(
+                "serve",
+                "head",
+                f"answered {answer[:40]!r}",
+                "another application answers at that route: llm-ray serve status",
+            )
+        ]
+    return [
+        finding(
+            "serve", "head", f"an application answered {time.monotonic() - began:.0f} s after its start, and is gone"
+        )
+    ]
 
 
 def _ask(host: str, port: int, word: str) -> str:

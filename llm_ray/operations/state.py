@@ -59,7 +59,8 @@ def state() -> State:
 
 
 def nodes() -> list[Node]:
-    """The nodes that live, by host name: address, whether they drain, and how much of CPUs, memory and object store (GiB) is in use."""
+    """The nodes that live, by host name: address, whether they drain, and how much of CPUs, memory and object store
+    (GiB) is in use."""
     from ray._private.state import available_resources_per_node
     from ray._private.state import state as ray_state
 
@@ -81,7 +82,9 @@ def nodes() -> list[Node]:
                 "memory_gib": round(all_of.get("memory", 0) / _GIB, 1),
                 "memory_gib_used": round((all_of.get("memory", 0) - left.get("memory", 0)) / _GIB, 1),
                 "object_store_gib": round(all_of.get("object_store_memory", 0) / _GIB, 2),
-                "object_store_gib_used": round((all_of.get("object_store_memory", 0) - left.get("object_store_memory", 0)) / _GIB, 2),
+                "object_store_gib_used": round(
+                    (all_of.get("object_store_memory", 0) - left.get("object_store_memory", 0)) / _GIB, 2
+                ),
             }
         )
     return sorted(found, key=lambda node: (not node["head"], node["host"]))

@@ -20,8 +20,8 @@ _REACH = 3  # tokens before a key in which a "not" turns it into its opposite
 def is_right(answer: str, expect: Sequence[str]) -> bool:
     """Whether every item of `expect` is in `answer`; an item may list alternatives, separated by `|`.
 
-    Strict: whole words and numbers only, nothing negated; and where numbers (or an address) are expected, an answer that names
-    any other is wrong, so that guessing several at once does not help.
+    Strict: whole words and numbers only, nothing negated; and where numbers (or an address) are expected, an answer
+    that names any other is wrong, so that guessing several at once does not help.
     """
     said = _tokens(answer)
     wanted = [[_tokens(alternative) for alternative in item.split("|")] for item in expect]

@@ -32,7 +32,9 @@ def heldout() -> list[Question]:
     return [Question(row["fact"], row["prompt"], row["completion"], tuple(row["expect"])) for row in rows]
 
 
-def ask(url: str, models: Sequence[str], questions: Sequence[Question], progress: Callable[[int, int], None]) -> dict[str, list[str]]:
+def ask(
+    url: str, models: Sequence[str], questions: Sequence[Question], progress: Callable[[int, int], None]
+) -> dict[str, list[str]]:
     """Each model's answers in the order of `questions`, over the OpenAI API at `url`, without chance (temperature 0).
 
     `progress` gets the answers that are there and those there will be. Raises ServeError when a model does not answer.
@@ -41,20 +43,28 @@ def ask(url: str, models: Sequence[str], questions: Sequence[Question], progress
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
-    # max_retries=0: the endpoint is this machine's own, and a failure is to be seen. No proxy is asked for a loopback address.
+    # max_retries=0: the endpoint is this machine's own, and a failure is to be seen. No proxy is asked for a loopback
+    # address.
     with openai.OpenAI(
         base_url=url, api_key="none", max_retries=0, timeout=300, http_client=openai.DefaultHttpxClient(trust_env=False)
     ) as client:
 
         def answer(model: str, question: Question) -> str:
             reply = client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=MAX_TOKENS
+                model=model,
+                messages=[{"role": "user", "content": question.prompt}],
+                temperature=0,
+                max_tokens=MAX_TOKENS,
             )
             return (reply.choices[0].message.content or "").strip()
 
         answers = {model: [""] * len(questions) for model in models}
         with ThreadPoolExecutor(AT_ONCE * len(models)) as pool:
-            jobs = {pool.submit(answer, model, question): (model, at) for at, question in enumerate(questions) for model in models}
+            jobs = {
+                pool.submit(answer, model, question): (model, at)
+                for at, question in enumerate(questions)
+                for model in models
+            }
             try:
                 for done, job in enumerate(as_completed(jobs), 1):
                     model, at = jobs[job]

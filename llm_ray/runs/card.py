@@ -12,13 +12,19 @@ from llm_ray.conf.section import as_run
 from llm_ray.models.load import resolve
 from llm_ray.models.registry import licence
 
-FIGURES = {"validation_loss": "validation loss", "perplexity": "perplexity", "exact_match": "exact match", "token_f1": "token F1"}
+FIGURES = {
+    "validation_loss": "validation loss",
+    "perplexity": "perplexity",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+}
 
 
 def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, Any]) -> str:
     """The card as Markdown with Hugging Face's YAML header, from a run's conf, run.json and result.json.
 
-    Data files are named without their folders: a card is published. Sections without figures (no evaluation) are left out.
+    Data files are named without their folders: a card is published. Sections without figures (no evaluation) are left
+    out.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -29,7 +35,12 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
         "base_model": base.name,  # without its folder, which means nothing elsewhere
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["llm-ray", conf.tuning.objective, conf.tuning.method, *(["conversational"] if conf.tuning.objective == "sft" else [])],
+        "tags": [
+            "llm-ray",
+            conf.tuning.objective,
+            conf.tuning.method,
+            *(["conversational"] if conf.tuning.objective == "sft" else []),
+        ],
         **({"license": base_licence} if base_licence else {}),
     }
     environment = Environment(  # Markdown, not HTML: nothing to escape
@@ -73,7 +84,12 @@ def _file(entry: dict[str, Any]) -> str:
 def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
     training, lora = conf.training, conf.tuning.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    adapter = {"LoRA rank": lora.r, "LoRA alpha": lora.alpha or 2 * lora.r, "LoRA dropout": lora.dropped, "LoRA targets": targets}
+    adapter = {
+        "LoRA rank": lora.r,
+        "LoRA alpha": lora.alpha or 2 * lora.r,
+        "LoRA dropout": lora.dropped,
+        "LoRA targets": targets,
+    }
     return {
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
@@ -82,7 +98,8 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
         "rows per step": as_run(training.global_batch_size),
         "longest sequence": f"{conf.data.max_length} tokens",
         "learning rate": f"{as_run(training.learning_rate):g}, {training.schedule}, warm-up {training.warmup:g}",
-        "optimizer": f"{training.optimizer}, betas {training.betas[0]:g} and {training.betas[1]:g}, weight decay {training.weight_decay:g}",
+        "optimizer": f"{training.optimizer}, betas {training.betas[0]:g} and {training.betas[1]:g}, weight decay "
+        f"{training.weight_decay:g}",
         "gradient clipping": training.max_grad_norm or "none",
         "precision": training.precision,
         "strategy": f"{training.strategy}, {conf.runtime.workers} worker(s)",

@@ -28,7 +28,8 @@ _OF_EVERY_RUN = ("name", "paths.")  # keys that differ and say nothing
 
 @dataclass(frozen=True)
 class Comparison:
-    """`conf` and `figures` hold a list with one value a run, in the order of `runs`; a run without the figure has None."""
+    """`conf` and `figures` hold a list with one value a run, in the order of `runs`; a run without the figure has
+    None."""
 
     runs: list[str]
     conf: dict[str, list[Any]]
@@ -38,7 +39,8 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path], metric: str) -> Comparison:
-    """The runs in `paths` side by side, with their curves of `metric` (a column of metrics.jsonl; runs without it have an empty curve).
+    """The runs in `paths` side by side, with their curves of `metric` (a column of metrics.jsonl; runs without it have
+    an empty curve).
 
     Raises RunError when no run has that metric, or a conf cannot be read.
     """
@@ -52,7 +54,10 @@ def compare(paths: Sequence[Path], metric: str) -> Comparison:
     return Comparison(
         runs=names,
         conf={key: values for key, values in by_run.items() if any(value != values[0] for value in values)},
-        figures={key: [of_run.get(key) for of_run in figures] for key in dict.fromkeys(key for of_run in figures for key in of_run)},
+        figures={
+            key: [of_run.get(key) for of_run in figures]
+            for key in dict.fromkeys(key for of_run in figures for key in of_run)
+        },
         metric=metric,
         curves={name: _curve(of_run, metric) for name, of_run in zip(names, rows, strict=True)},
     )
@@ -106,13 +111,19 @@ def png_plot(comparison: Comparison, file: Path) -> None:
 
 
 def _check_metric(metric: str, rows: list[list[dict[str, Any]]]) -> None:
-    known = sorted({key for of_run in rows for row in of_run for key, value in row.items() if value is not None} - {"step", "total_steps"})
+    known = sorted(
+        {key for of_run in rows for row in of_run for key, value in row.items() if value is not None}
+        - {"step", "total_steps"}
+    )
     if metric in known:
         return
     if not known:
         raise RunError("none of these runs has metrics yet")
     nearest = nearest_names(metric, known)
-    raise RunError(f"--metric {metric}: no run has it; {f'did you mean {nearest[0]}? ' if nearest else ''}There are {', '.join(known)}")
+    raise RunError(
+        f"--metric {metric}: no run has it; {f'did you mean {nearest[0]}? ' if nearest else ''}There are "
+        f"{', '.join(known)}"
+    )
 
 
 def _curve(rows: list[dict[str, Any]], metric: str) -> Curve:
@@ -125,7 +136,12 @@ def _figures(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     run, result = summary(path), RunFolder(path).result()
     steps = [row for row in rows if "loss" in row]
     validation = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
-    figures: dict[str, Any] = {"state": run.state, "steps": run.step, "loss": run.loss, "validation loss": run.validation_loss}
+    figures: dict[str, Any] = {
+        "state": run.state,
+        "steps": run.step,
+        "loss": run.loss,
+        "validation loss": run.validation_loss,
+    }
     figures |= {"lowest validation loss": min(validation, default=None), "tokens/s": rate(steps)}
     figures |= {"tokens": sum(row["tokens"] for row in steps), "training seconds": sum(row["seconds"] for row in steps)}
     evaluation = result.get("evaluation", {})

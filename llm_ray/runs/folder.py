@@ -7,7 +7,8 @@
             …
             run.mark_done("prepare", inputs, seconds)
 
-Only the process that holds the lock writes here (workers write metrics and checkpoints). Every file is whole or not there.
+Only the process that holds the lock writes here (workers write metrics and checkpoints). Every file is whole or not
+there.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class RunFolder:
         return mark.get("inputs") == inputs_hash and "finished" in mark
 
     def begin(self, stage: Stage, inputs_hash: str) -> bool:
-        """Note that `stage` begins. True when an attempt with the same inputs was begun before, and its leftovers (checkpoints) can be
-        gone on from; False when whatever is left is of other inputs."""
+        """Note that `stage` begins. True when an attempt with the same inputs was begun before, and its leftovers
+        (checkpoints) can be gone on from; False when whatever is left is of other inputs."""
         mark = self._marks().get(stage, {})
         self._mark(stage, {"inputs": inputs_hash, "began": _now()})
         return mark.get("inputs") == inputs_hash
@@ -128,9 +129,10 @@ class RunFolder:
 def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
     """The folder of the run `conf.name`, made or gone on with, locked until the block ends.
 
-    The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C, or asked to) or `failed` with the error's words, where the block has
-    not set another. Raises RunError when another process works in it, when it was made by a conf with other results (unless
-    `force`), and when it cannot be written; ModelError for a base model that is nowhere.
+    The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C, or asked to) or `failed` with the error's
+    words, where the block has not set another. Raises RunError when another process works in it, when it was made by a
+    conf with other results (unless `force`), and when it cannot be written; ModelError for a base model that is
+    nowhere.
     """
     run = RunFolder(conf.run_dir)
     text = dump(conf)
@@ -148,7 +150,9 @@ def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
         try:
             yield run
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, LlmRayError) and error.exit_code == 130)
+            stopped = isinstance(error, KeyboardInterrupt) or (
+                isinstance(error, LlmRayError) and error.exit_code == 130
+            )
             with contextlib.suppress(RunError):  # a full disk: the first error is the one to tell
                 run.set_state("stopped" if stopped else "failed", str(error) or type(error).__name__)
             raise
@@ -172,7 +176,8 @@ def holder(path: Path) -> dict[str, Any] | None:
 
 
 def stop_file(path: Path) -> Path:
-    """The file by which a process asks the one that works in the run to end, with a checkpoint; it is gone when the run has ended."""
+    """The file by which a process asks the one that works in the run to end, with a checkpoint; it is gone when the run
+    has ended."""
     return path / "checkpoint" / ".stop"
 
 
@@ -192,14 +197,16 @@ def delete_run(path: Path) -> None:
 
 
 def stored_conf(path: Path) -> dict[str, Any]:
-    """The conf as it was run, with this version's defaults for keys that are new. Raises RunError where it cannot be read."""
+    """The conf as it was run, with this version's defaults for keys that are new. Raises RunError where it cannot be
+    read."""
     try:
         data = yamltext.parse((path / CONF).read_text(encoding="utf-8")).data
         return FinetuneConf.model_validate(data).model_dump(mode="json")
     except (OSError, UnicodeDecodeError, yamltext.Problem, ValidationError) as error:
         made_by = _read_json(path / RUN).get("versions", {}).get("llm_ray", "unknown")
         raise RunError(
-            f"{path / CONF} cannot be read by llm-ray {llm_ray.__version__} (it was written by version {made_by}): use another name, or "
+            f"{path / CONF} cannot be read by llm-ray {llm_ray.__version__} (it was written by version {made_by}): use "
+            "another name, or "
             f"--force to begin anew. ({str(error).splitlines()[0]})"
         ) from error
 
@@ -286,7 +293,9 @@ def _git() -> dict[str, Any] | None:
     """Commit of the current folder, and whether tracked files differ from it; None outside a work tree."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
@@ -310,7 +319,8 @@ def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the run's lock. flock becomes a lock of the server on NFS (since Linux 2.6.12), for which the file is open for writing."""
+    """Holds the run's lock. flock becomes a lock of the server on NFS (since Linux 2.6.12), for which the file is open
+    for writing."""
     with (path / LOCK).open("a+b") as file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -320,16 +330,22 @@ def _locked(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     other = _holder(file)
-                    who = f"process {other['pid']} on {other['host']}, since {other['since']}" if other else "another process"
+                    who = (
+                        f"process {other['pid']} on {other['host']}, since {other['since']}"
+                        if other
+                        else "another process"
+                    )
                     raise RunError(
-                        f"the run {path.name} ({path}) is in use by {who}: wait for it or stop it, or give this one another name"
+                        f"the run {path.name} ({path}) is in use by {who}: wait for it or stop it, or give this one "
+                        "another name"
                     ) from None
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
                 raise RunError(
-                    f"{path} is on storage without file locks ({error.strerror}): on NFS, the lock service must run (NFS 4 has it built in)"
+                    f"{path} is on storage without file locks ({error.strerror}): on NFS, the lock service must run "
+                    "(NFS 4 has it built in)"
                 ) from error
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}).encode())
@@ -359,11 +375,14 @@ def _told(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
         room = f"{free / 2**30:.1f} GiB free"
         if error.errno in _NO_ROOM:
-            raise RunError(f"no space left for the run's folder {path} ({room}): make room, or set paths.runs to another disk") from error
+            raise RunError(
+                f"no space left for the run's folder {path} ({room}): make room, or set paths.runs to another disk"
+            ) from error
         about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
         if error.errno in _NOT_ALLOWED and about and (about.is_relative_to(path) or path.is_relative_to(about)):
             raise RunError(
-                f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): mend its permissions, or set "
+                f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): mend its "
+                "permissions, or set "
                 "paths.runs to another folder"
             ) from error
         raise
@@ -383,7 +402,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise RunError(f"{path} is no JSON ({error}): it was changed by hand or damaged; mend it, or move the folder away") from error
+        raise RunError(
+            f"{path} is no JSON ({error}): it was changed by hand or damaged; mend it, or move the folder away"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 

@@ -22,8 +22,9 @@ TAIL = 1000
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in a line. `state` is running, done, failed, stopped, interrupted (no process holds its lock any more) or damaged (a file of
-    it cannot be read, `reason` says which). Losses and tokens per second (real tokens, all workers) are None before there are any."""
+    """A run in a line. `state` is running, done, failed, stopped, interrupted (no process holds its lock any more) or
+    damaged (a file of it cannot be read, `reason` says which). Losses and tokens per second (real tokens, all workers)
+    are None before there are any."""
 
     name: str
     path: str
@@ -55,13 +56,21 @@ def find_run(runs: Path, name: str) -> Path:
     if not known:
         raise RunError(f"there is no run {name}: {runs} holds no runs (--runs names another folder)")
     nearest = nearest_names(name, known, 3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(known[:10])}{' …' if len(known) > 10 else ''}"
+    hint = (
+        f"did you mean {' or '.join(nearest)}?"
+        if nearest
+        else f"there are {', '.join(known[:10])}{' …' if len(known) > 10 else ''}"
+    )
     raise RunError(f"there is no run {name} in {runs}; {hint}")
 
 
 def run_folders(runs: Path) -> list[Path]:
     """The folders of runs; one that is being deleted has a hidden name."""
-    return [path for path in runs.iterdir() if (path / RUN).is_file() and not path.name.startswith(".")] if runs.is_dir() else []
+    return (
+        [path for path in runs.iterdir() if (path / RUN).is_file() and not path.name.startswith(".")]
+        if runs.is_dir()
+        else []
+    )
 
 
 def summary(path: Path) -> RunSummary:

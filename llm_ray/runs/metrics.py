@@ -1,4 +1,5 @@
-"""The figures of training, a row a step: written to metrics.jsonl (and TensorBoard) by rank 0, read by whoever shows them.
+"""The figures of training, a row a step: written to metrics.jsonl (and TensorBoard) by rank 0, read by whoever shows
+them.
 
 writer = MetricsWriter(run_dir, tensorboard=True, resume_from_step=0)
 writer.write({"step": 1, "loss": 2.3})
@@ -41,10 +42,13 @@ class MetricsWriter:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=resume_from_step + 1 if resume_from_step else None)
+            self._board = SummaryWriter(
+                str(run_dir / TENSORBOARD), purge_step=resume_from_step + 1 if resume_from_step else None
+            )
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Append a row, which has a `step`. A validation loss is joined by its perplexity. What is no number becomes null."""
+        """Append a row, which has a `step`. A validation loss is joined by its perplexity. What is no number becomes
+        null."""
         figures = dict(row)
         if "validation_loss" in figures:
             figures["validation_perplexity"] = _exp(figures["validation_loss"])
@@ -53,7 +57,11 @@ class MetricsWriter:
         if self._board:
             for name, value in figures.items():
                 if name not in ("step", "total_steps"):
-                    tag = name.replace("validation_", "validation/") if name.startswith("validation_") else f"train/{name}"
+                    tag = (
+                        name.replace("validation_", "validation/")
+                        if name.startswith("validation_")
+                        else f"train/{name}"
+                    )
                     self._board.add_scalar(tag, value, int(figures["step"]))
             self._board.flush()  # a killed worker would take with it what is buffered
 
@@ -70,7 +78,9 @@ def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
     """
     try:
         with path.open("rb") as file:
-            lines = file.read().splitlines() if last is None else _tail(file, last + 1)  # one more: the last may be torn
+            lines = (
+                file.read().splitlines() if last is None else _tail(file, last + 1)
+            )  # one more: the last may be torn
     except OSError as error:
         # A file that another host has just replaced is stale on NFS: to be read the next time.
         if error.errno in (errno.ENOENT, errno.ESTALE):

@@ -1,7 +1,7 @@
 """What is deployed, as Ray Serve's controller tells it. It is the one registry: nothing else remembers what is served.
 
-Each model is an application of its own, whose deployment carries the model's description as its `user_config`; the gateway is one
-more application. Deploying, changing or taking away one model leaves the others' applications alone.
+Each model is an application of its own, whose deployment carries the model's description as its `user_config`; the
+gateway is one more application. Deploying, changing or taking away one model leaves the others' applications alone.
 """
 
 from __future__ import annotations
@@ -65,14 +65,19 @@ def app_name(model: str) -> str:
 
 
 def user_config(model: ServedModel) -> dict[str, Any]:
-    """What a model's deployment carries: its description, and the adapters that a replica takes over without a restart."""
+    """What a model's deployment carries: its description, and the adapters that a replica takes over without a
+    restart."""
     return {"model": _MODEL.dump_python(model, mode="json")}
 
 
 def endpoint(details: Mapping[str, Any]) -> Endpoint | None:
     """The endpoint that is deployed, from the controller's details; the gateway's `user_config` has it."""
     app = (details.get("applications") or {}).get(GATEWAY)
-    config = app["deployments"][GATEWAY]["deployment_config"]["user_config"] if app and GATEWAY in app["deployments"] else None
+    config = (
+        app["deployments"][GATEWAY]["deployment_config"]["user_config"]
+        if app and GATEWAY in app["deployments"]
+        else None
+    )
     return Endpoint.model_validate(config["endpoint"]) if config and "endpoint" in config else None
 
 

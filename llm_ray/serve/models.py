@@ -87,9 +87,11 @@ class ServedModel:
     lora_rank: int = 0
     """Highest rank that an adapter may have; 0: no adapters."""
     task: Task = "chat"
-    """What it is for, by OpenAI's names: completions without a chat template, embeddings where it makes vectors in place of text."""
+    """What it is for, by OpenAI's names: completions without a chat template, embeddings where it makes vectors in
+    place of text."""
     sampling: dict[str, float] = field(default_factory=dict)
-    """What samples the answer to a request that does not say, where that is not as OpenAI has it: by generation_config.json's names."""
+    """What samples the answer to a request that does not say, where that is not as OpenAI has it: by
+    generation_config.json's names."""
     tool_parser: str | None = None
     trust_remote_code: bool = False
     compile: bool = False
@@ -110,7 +112,8 @@ def sampling(path: Path) -> dict[str, float]:
 
 
 def longest(path: Path, asked: int | None) -> int:
-    """Longest prompt and answer together, in tokens: as asked, else what the model was made for, at most DEFAULT_MAX_MODEL_LEN."""
+    """Longest prompt and answer together, in tokens: as asked, else what the model was made for, at most
+    DEFAULT_MAX_MODEL_LEN."""
     return asked or min(made_for(path) or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
 
 
@@ -121,21 +124,27 @@ def made_for(path: Path) -> int | None:
     if not told:
         return None
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic") and not str(config.get("model_type")).startswith("gemma3")
+    stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic") and not str(
+        config.get("model_type")
+    ).startswith("gemma3")
     return int(min(told) * ((rope.get("factor") or 1) if stretched else 1))
 
 
 def writes(path: Path, engine_options: Mapping[str, Any]) -> bool:
-    """Whether the model writes text, rather than making vectors: as vLLM decides it where engine_options say nothing."""
+    """Whether the model writes text, rather than making vectors: as vLLM decides it where engine_options say
+    nothing."""
     if (runner := engine_options.get("runner", "auto")) != "auto":
         return bool(runner == "generate")
     if (path / "modules.json").is_file():  # of Sentence Transformers, whatever the architecture
         return False
-    return any(name.endswith(_WRITERS) for name in read_json(path / "config.json").get("architectures") or ["ForCausalLM"])
+    return any(
+        name.endswith(_WRITERS) for name in read_json(path / "config.json").get("architectures") or ["ForCausalLM"]
+    )
 
 
 def kv_cache_bytes(path: Path, precision: Precision, max_model_len: int) -> int:
-    """Bytes of the key and value cache, from the model's layers and heads, for DEFAULT_CACHED_TOKENS or two of the longest requests."""
+    """Bytes of the key and value cache, from the model's layers and heads, for DEFAULT_CACHED_TOKENS or two of the
+    longest requests."""
     config = text_config(path)
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)

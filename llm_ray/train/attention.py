@@ -1,9 +1,9 @@
 """Attention over packed rows: each row attends to itself alone, at the cost of its own length.
 
-Rows are laid end to end in one sequence of shape [1, tokens]; scaled dot-product attention runs on each row by itself, causal and
-without a mask, so that nothing is computed between rows and no [tokens, tokens] mask exists. It plugs into transformers'
-attention interface. Models for which that is not the same as each row alone (``why_not_packed`` tries it on the very model) are trained
-on padded batches instead (``llm_ray.train.batches``).
+Rows are laid end to end in one sequence of shape [1, tokens]; scaled dot-product attention runs on each row by itself,
+causal and without a mask, so that nothing is computed between rows and no [tokens, tokens] mask exists. It plugs into
+transformers' attention interface. Models for which that is not the same as each row alone (``why_not_packed`` tries it
+on the very model) are trained on padded batches instead (``llm_ray.train.batches``).
 """
 
 from __future__ import annotations
@@ -24,9 +24,18 @@ SHORT = 256
 PROBE_ROWS = (21, 13)
 """Tokens of the two rows that are tried packed and alone."""
 EXACT, ROUNDED = (1e-3, 1e-4), (1e-1, 1e-2)
-"""In fp32, and with 16 bits: how far logits may lie from those of each row alone, and from those beside another neighbour, as shares of
-their spread. Beside another neighbour little but the neighbour differs; alone, matrix products have other shapes, and round otherwise."""
-_PASSED = {"position_ids", "use_cache", "output_attentions", "cache_position", "past_key_values", "past_key_value", "output_hidden_states"}
+"""In fp32, and with 16 bits: how far logits may lie from those of each row alone, and from those beside another
+neighbour, as shares of their spread. Beside another neighbour little but the neighbour differs; alone, matrix products
+have other shapes, and round otherwise."""
+_PASSED = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "past_key_values",
+    "past_key_value",
+    "output_hidden_states",
+}
 _PASSED |= {"is_causal", "output_router_logits", "logits_to_keep", "return_dict", "inputs_embeds"}
 """What models hand to attention functions beside tensors, and which changes nothing here."""
 
@@ -57,8 +66,8 @@ def packed_attention(
     """Causal attention within rows.
 
     query [1, heads, tokens, size]; key, value [1, key heads, tokens, size]; the rows are those of :func:`set_rows`.
-    Returns [1, tokens, heads, size], as transformers' attention functions do. Raises ValueError where the model asks for what is not
-    computed here (a mask or bias of its own, soft caps, sinks, attention that looks ahead).
+    Returns [1, tokens, heads, size], as transformers' attention functions do. Raises ValueError where the model asks
+    for what is not computed here (a mask or bias of its own, soft caps, sinks, attention that looks ahead).
     """
     if attention_mask is not None:
         raise ValueError("its attention has a mask or bias of its own")
@@ -74,7 +83,9 @@ def packed_attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, sliding_window: int | None) -> Tensor:
     length = q.shape[2]
     if sliding_window is not None and length > sliding_window:
-        return F.scaled_dot_product_attention(q, k, v, _window(length, sliding_window), dropout, scale=scale, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, _window(length, sliding_window), dropout, scale=scale, enable_gqa=True
+        )
     if q.dtype == torch.bfloat16 and length <= SHORT and not dropout:
         return _attend_short(q, k, v, scale)
     return F.scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale, enable_gqa=True)
@@ -83,7 +94,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, slidi
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Attention of one short row by plain matrix products, the query heads of a key head stacked.
 
-    torch's fused kernel for CPUs multiplies bf16 blocks slowly in the backward pass; a short row's scores fit the cache anyway.
+    torch's fused kernel for CPUs multiplies bf16 blocks slowly in the backward pass; a short row's scores fit the cache
+    anyway.
     """
     _, heads, length, size = q.shape
     groups = k.shape[1]
@@ -106,7 +118,8 @@ def _window(length: int, sliding_window: int) -> Tensor:
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch `model`, which has its weights, to packed attention; False (and the model unchanged) where `why_not_packed` says why not."""
+    """Switch `model`, which has its weights, to packed attention; False (and the model unchanged) where
+    `why_not_packed` says why not."""
     if why_not_packed(model):
         return False
     switch_to_packed(model)
@@ -123,10 +136,10 @@ def switch_to_packed(model: PreTrainedModel) -> None:
 def why_not_packed(model: PreTrainedModel) -> str:
     """Why the rows of a batch cannot be laid end to end for `model`, which has its weights; empty where they can.
 
-    They cannot where its attention is outside transformers' interface, has what is not computed here (soft caps, sinks, biases), or where
-    anything else runs along the sequence (convolutions, recurrent states, positions counted from the start). What the configuration does
-    not tell shows in what the model computes: of two rows packed, against each alone, and beside another neighbour. Raises ModelError
-    where the model cannot be called with tokens at all.
+    They cannot where its attention is outside transformers' interface, has what is not computed here (soft caps, sinks,
+    biases), or where anything else runs along the sequence (convolutions, recurrent states, positions counted from the
+    start). What the configuration does not tell shows in what the model computes: of two rows packed, against each
+    alone, and beside another neighbour. Raises ModelError where the model cannot be called with tokens at all.
     """
     config = model.config.get_text_config()
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
@@ -154,11 +167,16 @@ def _probe(model: PreTrainedModel) -> str:
     first, second = (torch.arange(3, 3 + length)[None] % vocabulary for length in PROBE_ROWS)
     other, positions = (first + 29) % vocabulary, torch.cat([torch.arange(length) for length in PROBE_ROWS])[None]
     try:
-        alone = [model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits.float() for row in (first, second)]
+        alone = [
+            model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits.float()
+            for row in (first, second)
+        ]
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
-        raise ModelError(f"a model of type {type(model).__name__} cannot compute a row of tokens: {_first_line(error)}") from error
+        raise ModelError(
+            f"a model of type {type(model).__name__} cannot compute a row of tokens: {_first_line(error)}"
+        ) from error
 
     def packed(*rows: Tensor) -> list[Tensor]:
         set_rows(list(PROBE_ROWS))
@@ -167,7 +185,11 @@ def _probe(model: PreTrainedModel) -> str:
 
     switch_to_packed(model)
     try:
-        together, beside, swapped = packed(first, second), packed(other, second), packed(first, (second + 29) % vocabulary)
+        together, beside, swapped = (
+            packed(first, second),
+            packed(other, second),
+            packed(first, (second + 29) % vocabulary),
+        )
     except Exception as error:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
@@ -184,7 +206,8 @@ def _probe(model: PreTrainedModel) -> str:
 
 
 def _difference(given: Tensor, wanted: Tensor) -> float:
-    """How far logits [1, tokens, vocabulary] lie from the wanted ones, as a share of the spread of those, at the worst token."""
+    """How far logits [1, tokens, vocabulary] lie from the wanted ones, as a share of the spread of those, at the worst
+    token."""
     finite = wanted.isfinite()
     if not torch.equal(finite, given.isfinite()):
         return float("inf")

@@ -1,4 +1,5 @@
-"""Hyperparameters that a conf leaves open: epochs, batch and learning rate, chosen from the data, the method and the model.
+"""Hyperparameters that a conf leaves open: epochs, batch and learning rate, chosen from the data, the method and the
+model.
 
     choice = choose(conf, read_stats(run_dir / "prepared"), width=576)
     choice.conf.training.epochs, choice.reasons["training.epochs"]
@@ -18,8 +19,8 @@ from llm_ray.runs.folder import flat
 RULES = 1
 """Number of this set of rules: another one makes another training of the same conf."""
 
-# Schulman et al. 2025, "LoRA Without Regret": the best rate for full weights is about 5e-5 at width 2000 and falls with the width, the one
-# for adapters is 10 times as high, and 15 times in runs of few steps.
+# Schulman et al. 2025, "LoRA Without Regret": the best rate for full weights is about 5e-5 at width 2000 and falls with
+# the width, the one for adapters is 10 times as high, and 15 times in runs of few steps.
 FULL_RATE, RATE_WIDTH, RATE_EXPONENT = 5e-5, 2000, 0.78
 LORA_FACTOR, SHORT_RUN_FACTOR = 10, 1.5
 SMALL = 200
@@ -52,8 +53,8 @@ class Choice:
 
 
 def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = False) -> Choice:
-    """The conf with every `auto` of `training` and `tuning` replaced, but epochs where `max_steps` rules. `width`: the model's hidden size; `experts`: whether it is a mixture
-    of experts."""
+    """The conf with every `auto` of `training` and `tuning` replaced, but epochs where `max_steps` rules. `width`: the
+    model's hidden size; `experts`: whether it is a mixture of experts."""
     training, rows = conf.training, data.train.sequences
     chosen: dict[str, object] = {}
     reasons: dict[str, str] = {}
@@ -82,7 +83,8 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
 
 
 def batch_for(data: DataStats, *, pretrain: bool) -> int:
-    """Rows a step: few for small sets, so that there are steps enough; of plain text, about `PRETRAIN_TOKENS` tokens."""
+    """Rows a step: few for small sets, so that there are steps enough; of plain text, about `PRETRAIN_TOKENS`
+    tokens."""
     if pretrain:
         return max(1, min(data.train.sequences, round(PRETRAIN_TOKENS * data.train.sequences / data.train.tokens)))
     rows = data.train.sequences

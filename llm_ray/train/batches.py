@@ -24,7 +24,8 @@ MICRO_BATCH_TOKENS = 4096
 class Batch:
     """Rows as the model takes them, and what it is to predict.
 
-    input_ids, position_ids, attention_mask: int64 [1, tokens] with rows end to end (packed), or [rows, longest] (padded).
+    input_ids, position_ids, attention_mask: int64 [1, tokens] with rows end to end (packed), or [rows, longest]
+    (padded).
     row_lengths: tokens of each row. supervised: int64 [n], positions in the flattened input whose next token is supervised;
     targets: int64 [n], those next tokens. tokens: real ones, padding and filling left out.
     """
@@ -42,7 +43,8 @@ class Batch:
 class Schedule:
     """Steps of a training over rows of `lengths` tokens: each step takes `batch_size` rows, whatever workers there are.
 
-    `limit`: most tokens that a worker computes at once, padding included; `packed`: rows are laid end to end, without padding.
+    `limit`: most tokens that a worker computes at once, padding included; `packed`: rows are laid end to end, without
+    padding.
     """
 
     lengths: np.ndarray
@@ -56,8 +58,8 @@ class Schedule:
         return -(-len(self.lengths) // self.batch_size)
 
     def take(self, step: int, rank: int, workers: int) -> list[list[int]]:
-        """Row numbers for optimizer step `step` (from 0) on worker `rank` of `workers`: a list for each forward pass, as many on every
-        worker. Where there are too few rows for all, the last lists are empty."""
+        """Row numbers for optimizer step `step` (from 0) on worker `rank` of `workers`: a list for each forward pass,
+        as many on every worker. Where there are too few rows for all, the last lists are empty."""
         epoch, within = divmod(step, self.steps_per_epoch)
         rows = self._order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
         shares = [self._passes(share) for share in self._deal(rows, workers)]
@@ -69,7 +71,8 @@ class Schedule:
         return torch.randperm(len(self.lengths), generator=generator).tolist()
 
     def _deal(self, rows: list[int], workers: int) -> list[list[int]]:
-        """The rows shared out so that workers have about as many tokens: the longest first, to the one with the fewest (Graham 1969)."""
+        """The rows shared out so that workers have about as many tokens: the longest first, to the one with the fewest
+        (Graham 1969)."""
         shares: list[list[int]] = [[] for _ in range(workers)]
         tokens = [0] * workers
         for row in sorted(rows, key=lambda row: -self.lengths[row]):
@@ -79,9 +82,12 @@ class Schedule:
         return shares
 
     def _passes(self, rows: list[int]) -> list[list[int]]:
-        """A worker's rows, the longest first, in passes of at most `limit` tokens; a row longer than that has a pass of its own."""
+        """A worker's rows, the longest first, in passes of at most `limit` tokens; a row longer than that has a pass of
+        its own."""
         passes: list[list[int]] = []
-        room: dict[int, int] = {}  # of each pass that is not full: tokens, or where rows are padded to its first one's length: rows
+        room: dict[
+            int, int
+        ] = {}  # of each pass that is not full: tokens, or where rows are padded to its first one's length: rows
         least = int(min(self.lengths[rows], default=0)) if self.packed else 1
         for row in rows:
             length = int(self.lengths[row])
@@ -113,19 +119,24 @@ def micro_batch_tokens(conf: FinetuneConf) -> int:
     return conf.training.micro_batch_tokens or max(MICRO_BATCH_TOKENS, conf.data.max_length)
 
 
-def steps_of(data: datasets.Dataset, schedule: Schedule, rank: int, workers: int, start: int, end: int) -> Iterator[list[Batch]]:
-    """The batches of worker `rank` for steps `start` to `end` (exclusive): a list of one batch per forward pass, for each step."""
+def steps_of(
+    data: datasets.Dataset, schedule: Schedule, rank: int, workers: int, start: int, end: int
+) -> Iterator[list[Batch]]:
+    """The batches of worker `rank` for steps `start` to `end` (exclusive): a list of one batch per forward pass, for
+    each step."""
     for step in range(start, end):
         yield [collate(data, indices, schedule.packed) for indices in schedule.take(step, rank, workers)]
 
 
 def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> list[list[int]]:
-    """Row numbers of one pass over all rows for worker `rank`, in padded lists of at most `limit` tokens; as many lists on every worker."""
+    """Row numbers of one pass over all rows for worker `rank`, in padded lists of at most `limit` tokens; as many lists
+    on every worker."""
     return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).take(0, rank, workers)
 
 
 def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
-    """Lay the rows out. Without any, one row with nothing supervised: the worker has to take part in the step all the same."""
+    """Lay the rows out. Without any, one row with nothing supervised: the worker has to take part in the step all the
+    same."""
     rows: list[tuple[list[int], list[int]]] = []
     for index in indices or [0]:
         row = data[index]
@@ -133,7 +144,11 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
     lengths = [len(ids) for ids, _ in rows]
     width = sum(lengths) if packed else max(lengths)
     input_ids = torch.zeros(1 if packed else len(rows), width, dtype=torch.int64)
-    position_ids, mask, target = torch.zeros_like(input_ids), torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)
+    position_ids, mask, target = (
+        torch.zeros_like(input_ids),
+        torch.zeros_like(input_ids),
+        torch.full_like(input_ids, IGNORED),
+    )
     place = 0
     for number, (ids, labels) in enumerate(rows):
         row, at = (0, place) if packed else (number, 0)
@@ -141,7 +156,9 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
         input_ids[row, at:to] = torch.tensor(ids)
         position_ids[row, at:to] = torch.arange(len(ids))
         mask[row, at:to] = 1
-        target[row, at : to - 1] = torch.tensor(labels[1:], dtype=torch.int64)  # each position predicts the next token of its own row
+        target[row, at : to - 1] = torch.tensor(
+            labels[1:], dtype=torch.int64
+        )  # each position predicts the next token of its own row
         place = to
     flat = target.flatten()
     supervised = (flat != IGNORED).nonzero()[:, 0]

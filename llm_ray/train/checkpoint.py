@@ -1,8 +1,8 @@
 """Checkpoints: whole or not there, the last few and the best one kept.
 
-A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: learning weights, optimizer, each worker's random
-state, and progress (step, best validation loss, …). It is written under a hidden name and renamed when every worker has written
-its part, so that whatever has its final name can be resumed from.
+A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: learning weights, optimizer, each
+worker's random state, and progress (step, best validation loss, …). It is written under a hidden name and renamed when
+every worker has written its part, so that whatever has its final name can be resumed from.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class Progress:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints under `folder`, oldest first."""
-    return sorted(p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / ".metadata").is_file()) if folder.is_dir() else []
+    return (
+        sorted(p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / ".metadata").is_file())
+        if folder.is_dir()
+        else []
+    )
 
 
 def step_of(checkpoint: Path) -> int:
@@ -62,7 +66,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, rank: int) -> Path:
-    """Write a checkpoint of all workers under `folder`. Every worker calls it. Raises TrainError on all of them when one cannot write."""
+    """Write a checkpoint of all workers under `folder`. Every worker calls it. Raises TrainError on all of them when
+    one cannot write."""
     final = folder / f"step_{progress.step:08d}"
     state = {
         "model": _learning_weights(module),
@@ -72,7 +77,9 @@ def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, prog
     }
     _write(
         final,
-        lambda partial: dcp.save(state, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)),
+        lambda partial: dcp.save(
+            state, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+        ),
         rank,
     )
     return final
@@ -85,14 +92,16 @@ def save_best(folder: Path, module: nn.Module, rank: int) -> None:
 
 
 def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
-    """Bring module, optimizer and this worker's random state to where `checkpoint` left them. Every worker calls it. Raises TrainError
-    on all of them when it is damaged or of another model."""
+    """Bring module, optimizer and this worker's random state to where `checkpoint` left them. Every worker calls it.
+    Raises TrainError on all of them when it is damaged or of another model."""
     state: dict[str, Any] = {
         "model": _learning_weights(module),
         "optimizer": get_optimizer_state_dict(module, optimizer, options=_LEARNING),
         "progress": asdict(Progress()),
     }
-    if any(name.startswith(f"random_{rank}.") for name in _names(checkpoint)):  # not when there are more workers than before
+    if any(
+        name.startswith(f"random_{rank}.") for name in _names(checkpoint)
+    ):  # not when there are more workers than before
         state[f"random_{rank}"] = _random_state()
     _read(state, checkpoint)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
@@ -103,7 +112,8 @@ def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Load only the learning weights of `checkpoint` into `module`, in one process without a process group. Raises TrainError."""
+    """Load only the learning weights of `checkpoint` into `module`, in one process without a process group. Raises
+    TrainError."""
     state = {"model": _learning_weights(module)}
     _read(state, checkpoint)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
@@ -127,7 +137,8 @@ def _read(state: dict[str, Any], checkpoint: Path) -> None:
         earlier = [str(p) for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
         ways = f"from an earlier one (--resume {earlier[-1]}), or from the start" if earlier else "from the start"
         raise TrainError(
-            f"the checkpoint {checkpoint} is damaged, or does not fit the conf's model and tuning: {_reason(error)}. Go on {ways} (--resume no)"
+            f"the checkpoint {checkpoint} is damaged, or does not fit the conf's model and tuning: {_reason(error)}. "
+            f"Go on {ways} (--resume no)"
         ) from error
 
 
@@ -157,7 +168,8 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free if final.parent.is_dir() else 0
         raise TrainError(
-            f"the checkpoint {final} could not be written: {failed}. {free / 2**30:.1f} GiB are free there; earlier checkpoints are whole: make room, then run the same command again"
+            f"the checkpoint {final} could not be written: {failed}. {free / 2**30:.1f} GiB are free there; earlier "
+            "checkpoints are whole: make room, then run the same command again"
         )
     if rank == 0:
         if final.exists():
@@ -178,12 +190,14 @@ def _reason(error: CheckpointException) -> str:
 
 
 def _learning_weights(module: nn.Module) -> dict[str, Any]:
-    """Names and tensors of the weights that learn, tied ones once. (torch leaves frozen ones out under one of their names alone, so that
-    a frozen embedding tied to the output head would be in every checkpoint.)"""
+    """Names and tensors of the weights that learn, tied ones once. (torch leaves frozen ones out under one of their
+    names alone, so that a frozen embedding tied to the output head would be in every checkpoint.)"""
     inner = module.module if isinstance(module, DistributedDataParallel) else module
     learning = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
     others = {name for name, _ in inner.named_parameters(remove_duplicate=False)} - learning
-    return {name: value for name, value in get_model_state_dict(module, options=_LEARNING).items() if name not in others}
+    return {
+        name: value for name, value in get_model_state_dict(module, options=_LEARNING).items() if name not in others
+    }
 
 
 def _random_state() -> dict[str, Any]:
@@ -193,7 +207,14 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "rest": {"version": version, "gauss": gauss, "kind": kind, "pos": pos, "has_gauss": has_gauss, "cached": cached},
+        "rest": {
+            "version": version,
+            "gauss": gauss,
+            "kind": kind,
+            "pos": pos,
+            "has_gauss": has_gauss,
+            "cached": cached,
+        },
     }
 
 
@@ -201,4 +222,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     rest = state["rest"]
     torch.set_rng_state(state["torch"])
     random.setstate((rest["version"], tuple(state["python"].tolist()), rest["gauss"]))
-    np.random.set_state((rest["kind"], state["numpy"].numpy().astype(np.uint32), rest["pos"], rest["has_gauss"], rest["cached"]))
+    np.random.set_state(
+        (rest["kind"], state["numpy"].numpy().astype(np.uint32), rest["pos"], rest["has_gauss"], rest["cached"])
+    )

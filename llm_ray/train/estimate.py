@@ -1,7 +1,7 @@
 """What a training will need, told before it starts: memory per worker, and time.
 
-Both are measured: some real steps are taken (``llm_ray.train.trial``). Where the model would not even fit this host, nothing is run,
-and memory is counted from the model's shapes.
+Both are measured: some real steps are taken (``llm_ray.train.trial``). Where the model would not even fit this host,
+nothing is run, and memory is counted from the model's shapes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ RAY_BYTES = 0.15e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters, trainable: counts. memory_per_worker: peak, bytes. seconds: of training, validations included, evaluation not; None
-    where no step could be taken. step_seconds: the optimizer steps' share of them. learning: the kinds of layers
-    that learn, a line each."""
+    """parameters, trainable: counts. memory_per_worker: peak, bytes. seconds: of training, validations included,
+    evaluation not; None where no step could be taken. step_seconds: the optimizer steps' share of them. learning: the
+    kinds of layers that learn, a line each."""
 
     parameters: int
     trainable: int
@@ -66,7 +66,8 @@ class Estimate:
             f"{self.trainable:,} of {self.parameters:,} parameters learn ({self.trainable / self.parameters:.2%})",
             f"precision {self.precision}: {self.precision_reason}",
             f"{self.steps} steps, {self.tokens:,} tokens",
-            f"memory about {self.memory_per_worker / 2**30:.1f} GiB for each of {workers} worker(s); this host has {self.memory_here / 2**30:.1f} GiB{fits}",
+            f"memory about {self.memory_per_worker / 2**30:.1f} GiB for each of {workers} worker(s); this host has "
+            f"{self.memory_here / 2**30:.1f} GiB{fits}",
         ]
         if self.seconds is None or self.step_seconds is None:
             return [*lines, f"how long it takes was not measured: {self.unmeasured}"]
@@ -77,11 +78,18 @@ class Estimate:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def estimate(conf: FinetuneConf, data: DataStats, prepared: Path, cpus: int) -> Estimate:
-    """Estimate the training stage with `cpus` a worker, from the rows in `prepared`. `conf` is one without `auto`. Raises LlmRayError."""
+    """Estimate the training stage with `cpus` a worker, from the rows in `prepared`. `conf` is one without `auto`.
+    Raises LlmRayError."""
     flags = cpu_flags()
     precision, reason = choose_precision(conf.training.precision, flags)
     causal = load_empty_model(conf.model, conf.paths, torch.float32)

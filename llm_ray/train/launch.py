@@ -1,4 +1,5 @@
-"""Training on Ray Train, seen from the driver: start the workers, show how far they are, stop them, and say what went wrong."""
+"""Training on Ray Train, seen from the driver: start the workers, show how far they are, stop them, and say what went
+wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ _SETTLE_SECONDS = 20.0  # after a loss, before fewer workers go on: a worker tha
 _HOST_SECONDS = 900.0  # that lost hosts are waited for
 _SAY_SECONDS = 60.0
 # What a RuntimeError says that another try may mend.
-_PASSING = re.compile(r"gloo|connect|peer|socket|timed? ?out|store|rendezvous|process group|barrier|memory|allocat|thread", re.IGNORECASE)
+_PASSING = re.compile(
+    r"gloo|connect|peer|socket|timed? ?out|store|rendezvous|process group|barrier|memory|allocat|thread", re.IGNORECASE
+)
 
 
 class Recurring(TrainError):
@@ -32,12 +35,12 @@ class Recurring(TrainError):
 
 
 def run_training(conf: FinetuneConf, cluster: Cluster, resume_from: Path | None, reporter: Reporter) -> Outcome:
-    """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an end; the second
-    Ctrl-C ends at once.
+    """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an
+    end; the second Ctrl-C ends at once.
 
-    A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come back: training goes
-    on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises ClusterError when the workers do not fit,
-    Stopped when it was asked to, TrainError when training failed.
+    A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come
+    back: training goes on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises
+    ClusterError when the workers do not fit, Stopped when it was asked to, TrainError when training failed.
     """
     folder = conf.run_dir / "checkpoint"
     cpus = check_resources(conf.runtime, cluster)
@@ -83,7 +86,9 @@ def _trainer(conf: FinetuneConf, cluster: Cluster, workers: int, cpus: int, resu
 
     return TorchTrainer(
         train,
-        train_loop_config=Task(conf=conf.model_dump(mode="json"), cpus=cpus, resume_from=str(resume_from) if resume_from else None),
+        train_loop_config=Task(
+            conf=conf.model_dump(mode="json"), cpus=cpus, resume_from=str(resume_from) if resume_from else None
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,
             resources_per_worker={"CPU": cpus},
@@ -93,7 +98,9 @@ def _trainer(conf: FinetuneConf, cluster: Cluster, workers: int, cpus: int, resu
         run_config=ray.train.RunConfig(
             name="checkpoint",
             storage_path=str(conf.run_dir),
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
             worker_runtime_env={"env_vars": worker_environment()},
         ),
         torch_config=GlooConfig(interface=conf.runtime.interface),
@@ -101,17 +108,21 @@ def _trainer(conf: FinetuneConf, cluster: Cluster, workers: int, cpus: int, resu
 
 
 def _is_no_fault(error: BaseException | None) -> bool:
-    """Whether the end is a host's that leaves as it was told to, or workers could not be placed: no failure that is counted."""
+    """Whether the end is a host's that leaves as it was told to, or workers could not be placed: no failure that is
+    counted."""
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import PreemptionError
 
     placed = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
-    return isinstance(error, PreemptionError) or (isinstance(error, ControllerError) and isinstance(error.controller_failure, placed))
+    return isinstance(error, PreemptionError) or (
+        isinstance(error, ControllerError) and isinstance(error.controller_failure, placed)
+    )
 
 
 def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> tuple[Cluster, int]:
-    """The cluster after a loss, and how many workers it has room for. Hosts are waited for, a short time where fewer workers may go on.
+    """The cluster after a loss, and how many workers it has room for. Hosts are waited for, a short time where fewer
+    workers may go on.
 
     Raises TrainError when they do not come back.
     """
@@ -127,13 +138,16 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
             raise Stopped(f"{conf.name}: stopped while it waited for hosts. {_goes_on(conf)}")
         if waited > _HOST_SECONDS:
             raise TrainError(
-                f"training of {conf.name} wants {fewest} worker(s) with {cpus} CPU(s) each, and the hosts that are left "
-                f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set runtime.min_workers. {_goes_on(conf)}"
+                f"training of {conf.name} wants {fewest} worker(s) with {cpus} CPU(s) each, and the hosts that are "
+                "left "
+                f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
+                f"runtime.min_workers. {_goes_on(conf)}"
             )
         if room < fewest and time.monotonic() - said > _SAY_SECONDS:
             said = time.monotonic()
             reporter.line(
-                f"  waiting for hosts: {fewest} worker(s) are wanted, there is room for {room} on {', '.join(now.hosts) or 'none'}"
+                f"  waiting for hosts: {fewest} worker(s) are wanted, there is room for {room} on "
+                f"{', '.join(now.hosts) or 'none'}"
             )
         stop.sleep(1)
 
@@ -144,7 +158,8 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 class _Stop:
-    """The wish for a checkpoint and an end: the file, which another process may make; the first Ctrl-C makes it, the second is raised."""
+    """The wish for a checkpoint and an end: the file, which another process may make; the first Ctrl-C makes it, the
+    second is raised."""
 
     def __init__(self, file: Path, reporter: Reporter) -> None:
         self.file, self._reporter = file, reporter
@@ -157,7 +172,8 @@ class _Stop:
             self._told = True
             again = "again" if self._interrupted else "twice"
             self._reporter.line(
-                f"Stopping after this step, with a checkpoint (Ctrl-C {again}: at once, going on later from the last checkpoint) …"
+                f"Stopping after this step, with a checkpoint (Ctrl-C {again}: at once, going on later from the last "
+                "checkpoint) …"
             )
         return asked
 
@@ -176,14 +192,17 @@ class _Stop:
 
 
 class _Fit(threading.Thread):
-    """`trainer.fit()` beside the main thread, which stays free for progress and Ctrl-C (fit would take the signal for itself)."""
+    """`trainer.fit()` beside the main thread, which stays free for progress and Ctrl-C (fit would take the signal for
+    itself)."""
 
     def __init__(self, trainer: object) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._trainer = trainer
         self._result: Outcome | None = None
         self._error: BaseException | None = None
-        self.ended = threading.Event()  # Ctrl-C in Thread.join makes Python 3.11 take the thread for ended (CPython bpo-45274)
+        self.ended = (
+            threading.Event()
+        )  # Ctrl-C in Thread.join makes Python 3.11 take the thread for ended (CPython bpo-45274)
         self.start()
 
     def run(self) -> None:
@@ -209,13 +228,17 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop, reporter: Repo
             stop.asked()  # for the user to know
             fit.ended.wait(0.5)
             if notes.is_file():
-                reporter.line("".join(f"  {line}\n" for line in notes.read_text(encoding="utf-8").splitlines()).rstrip())
+                reporter.line(
+                    "".join(f"  {line}\n" for line in notes.read_text(encoding="utf-8").splitlines()).rstrip()
+                )
                 notes.unlink()
             rows = read_metrics(conf.run_dir / "metrics.jsonl", last=1)
             if rows and rows[-1]["step"] != shown and "loss" in rows[-1]:
                 row = rows[-1]
                 shown = row["step"]
-                bar.update(shown, row["total_steps"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s")
+                bar.update(
+                    shown, row["total_steps"], f"loss {row['loss']:.4f}  {row['tokens_per_second']:.0f} tokens/s"
+                )
         except KeyboardInterrupt:
             stop.interrupt()
 
@@ -239,7 +262,9 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     for cause in causes.values():
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(conf.run_dir).free
-            return TrainError(f"no space left on the disk of {conf.run_dir} ({free / 2**30:.1f} GiB free): make room. {resume}")
+            return TrainError(
+                f"no space left on the disk of {conf.run_dir} ({free / 2**30:.1f} GiB free): make room. {resume}"
+            )
     for who, cause in causes.items():
         if isinstance(cause, ActorDiedError):
             return TrainError(
@@ -249,14 +274,17 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     who, cause = next(((who, cause) for who, cause in causes.items() if _recurs(cause)), next(iter(causes.items())))
     if _recurs(cause):
         return Recurring(
-            f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. Another try would fail the same way, so that none is made: its cause lies in the "
-            "model, the data or the conf, or is a defect here. What is done is kept, and gone on from once that is mended"
+            f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. Another try would fail the same way, so that "
+            "none is made: its cause lies in the "
+            "model, the data or the conf, or is a defect here. What is done is kept, and gone on from once that is "
+            "mended"
         )
     return TrainError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. {resume}")
 
 
 def _recurs(cause: BaseException) -> bool:
-    """Whether an exception in a worker is one that the same code and data raise again: not of the network, the host or another worker."""
+    """Whether an exception in a worker is one that the same code and data raise again: not of the network, the host or
+    another worker."""
     if type(cause) is RuntimeError:  # torch's for everything
         return not _PASSING.search(str(cause))
     certain = (

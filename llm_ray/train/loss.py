@@ -1,9 +1,9 @@
 """The loss of a causal language model over supervised tokens, without a [tokens, vocabulary] matrix in memory.
 
-A vocabulary is large against a small model's width: the logits, their softmax and its gradient cost more memory traffic than
-the layers. Here the hidden states of supervised tokens alone are projected, a block of rows at a time, and the gradient of
-each block is taken at once while it lies in the cache (the idea of Liger Kernel's FusedLinearCrossEntropy, arXiv:2410.10989, and
-of Wijmans et al. 2024, arXiv:2411.09009).
+A vocabulary is large against a small model's width: the logits, their softmax and its gradient cost more memory traffic
+than the layers. Here the hidden states of supervised tokens alone are projected, a block of rows at a time, and the
+gradient of each block is taken at once while it lies in the cache (the idea of Liger Kernel's FusedLinearCrossEntropy,
+arXiv:2410.10989, and of Wijmans et al. 2024, arXiv:2411.09009).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ BLOCK_BYTES = 24 * 2**20  # of fp32 logits at once: about what a core's share of
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of `hidden @ weight.T + bias`. hidden [n, d]; weight [v, d]; bias [v] or None; target [n]."""
+    """Summed cross entropy of `hidden @ weight.T + bias`. hidden [n, d]; weight [v, d]; bias [v] or None; target
+    [n]."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
@@ -73,9 +74,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 class SupervisedLoss(nn.Module):
-    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the summed loss (fp32 scalar).
+    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the summed loss
+    (fp32 scalar).
 
-    `model` is a transformers causal model or a peft model around one; with `packed` its attention is ``llm_ray.train.attention``'s.
+    `model` is a transformers causal model or a peft model around one; with `packed` its attention is
+    ``llm_ray.train.attention``'s.
     """
 
     def __init__(self, model: nn.Module, causal: PreTrainedModel, packed: bool) -> None:
@@ -94,11 +97,11 @@ class SupervisedLoss(nn.Module):
         return self._causal[0]
 
     def choose_blockwise(self) -> bool:
-        """Use the blockwise loss if it is the model's own: the model projects the hidden states as they are, by its output embeddings,
-        and what comes of that are its logits, however large.
+        """Use the blockwise loss if it is the model's own: the model projects the hidden states as they are, by its
+        output embeddings, and what comes of that are its logits, however large.
 
-        Models that scale, cap or shift either keep their own loss. A cap does not show in the small logits of an untrained model, and
-        logits grow while it learns: so large ones are put in the place of the projection's.
+        Models that scale, cap or shift either keep their own loss. A cap does not show in the small logits of an
+        untrained model, and logits grow while it learns: so large ones are put in the place of the projection's.
         """
         self.blockwise = False
         head = self.causal.get_output_embeddings()
@@ -119,7 +122,9 @@ class SupervisedLoss(nn.Module):
                 logits = self.model(**self._inputs(self._probe)).logits
             if len(calls) == 1 and calls[0][0].shape == hidden.shape and calls[0][1].shape == logits.shape:
                 projected, large = calls[0]
-                as_it_is = torch.allclose(projected.float(), hidden.float(), rtol=1e-3, atol=1e-3 * float(hidden.abs().max()))
+                as_it_is = torch.allclose(
+                    projected.float(), hidden.float(), rtol=1e-3, atol=1e-3 * float(hidden.abs().max())
+                )
                 self.blockwise = (
                     as_it_is
                     and torch.equal(logits, large)

@@ -47,9 +47,12 @@ def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]
 
 
 def load(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> PreTrainedModel:
-    """The base model. With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises ModelError."""
+    """The base model. With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises
+    ModelError."""
     weightless = conf.training.strategy == "fsdp" and rank != 0
-    causal = load_empty_model(conf.model, conf.paths, dtype) if weightless else load_model(conf.model, conf.paths, dtype)
+    causal = (
+        load_empty_model(conf.model, conf.paths, dtype) if weightless else load_model(conf.model, conf.paths, dtype)
+    )
     causal.config.use_cache = False
     return causal
 
@@ -71,13 +74,21 @@ def adapt(conf: FinetuneConf, causal: PreTrainedModel, dtype: torch.dtype, packe
 
 
 def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
-    """A peft model with fresh LoRA adapters around `causal`. Raises ConfError where `tuning.lora` does not fit the model.
+    """A peft model with fresh LoRA adapters around `causal`. Raises ConfError where `tuning.lora` does not fit the
+    model.
 
-    `all-linear` leaves the routers of a mixture of experts as they are; its experts, which are no linear layers, get adapters.
+    `all-linear` leaves the routers of a mixture of experts as they are; its experts, which are no linear layers, get
+    adapters.
     """
     targets: str | list[str] = list(lora.target_modules)
-    if isinstance(lora.target_modules, str):  # a pattern, or a name: peft would take that for a pattern, which matches nothing
-        targets = lora.target_modules if lora.target_modules == _ALL or not _NAME.fullmatch(lora.target_modules) else [lora.target_modules]
+    if isinstance(
+        lora.target_modules, str
+    ):  # a pattern, or a name: peft would take that for a pattern, which matches nothing
+        targets = (
+            lora.target_modules
+            if lora.target_modules == _ALL or not _NAME.fullmatch(lora.target_modules)
+            else [lora.target_modules]
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.r,
@@ -88,16 +99,23 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
         use_rslora=lora.rslora,
     )
     try:
-        convert_peft_config_for_transformers(config, causal, None)  # of experts: from the names of layers to those of parameters
+        convert_peft_config_for_transformers(
+            config, causal, None
+        )  # of experts: from the names of layers to those of parameters
         if targets == _ALL:
-            config.target_parameters = {name for name in config.target_parameters or () if name.split(".")[0] not in _ROUTERS}
+            config.target_parameters = {
+                name for name in config.target_parameters or () if name.split(".")[0] not in _ROUTERS
+            }
             if has_experts(causal.config):
-                config.exclude_modules = sorted(_ROUTERS & {name.rpartition(".")[2] for name in _linear(causal)}) or None
+                config.exclude_modules = (
+                    sorted(_ROUTERS & {name.rpartition(".")[2] for name in _linear(causal)}) or None
+                )
         _check_names(causal, lora, config)
         return get_peft_model(causal, config)
     except (ValueError, re.error) as error:
         raise ConfError(
-            f"tuning.lora.target_modules: {lora.target_modules!r} does not fit this model{_layers(causal)}. peft says: {error}"
+            f"tuning.lora.target_modules: {lora.target_modules!r} does not fit this model{_layers(causal)}. peft says: "
+            f"{error}"
         ) from error
 
 
@@ -115,12 +133,15 @@ def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> Non
     pattern = config.target_modules
     if isinstance(pattern, str) and pattern != _ALL and not any(re.fullmatch(pattern, name) for name in modules):
         raise ConfError(
-            f"tuning.lora.target_modules: the pattern {pattern!r} matches no layer's whole name, as {_linear(causal)[0]}{_layers(causal)}"
+            f"tuning.lora.target_modules: the pattern {pattern!r} matches no layer's whole name, as "
+            f"{_linear(causal)[0]}{_layers(causal)}"
         )
     if lora.dropped and config.target_parameters:
         raise ConfError(
-            f"tuning.lora.dropout is {lora.dropped:g}, and peft has no dropout for adapters on experts ({', '.join(sorted(config.target_parameters))}): "
-            "set it to 0, or name layers beside the experts, as tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+            f"tuning.lora.dropout is {lora.dropped:g}, and peft has no dropout for adapters on experts "
+            f"({', '.join(sorted(config.target_parameters))}): "
+            "set it to 0, or name layers beside the experts, as tuning.lora.target_modules: [q_proj, k_proj, v_proj, "
+            "o_proj]"
         )
 
 
@@ -133,21 +154,30 @@ def _layers(causal: PreTrainedModel) -> str:
 
 
 def learning_modules(model: nn.Module) -> list[str]:
-    """What learns, for people: a line for each kind of layer (the same name but for numbers), and one of what stays as it is.
+    """What learns, for people: a line for each kind of layer (the same name but for numbers), and one of what stays as
+    it is.
 
-    Experts whose gate and up projections are one matrix get twice the rank there, as peft does it: `tuning.lora.r` for each of the two.
+    Experts whose gate and up projections are one matrix get twice the rank there, as peft does it: `tuning.lora.r` for
+    each of the two.
     """
     kinds: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     resting: dict[str, None] = {}
     for name, module in model.named_modules():
-        kind = re.sub(r"\b\d+\b", "*", re.sub(r"(^|\.)(base_model\.model|base_layer|original_module)(?=\.|$)", "", name).removeprefix("."))
+        kind = re.sub(
+            r"\b\d+\b",
+            "*",
+            re.sub(r"(^|\.)(base_model\.model|base_layer|original_module)(?=\.|$)", "", name).removeprefix("."),
+        )
         if isinstance(module, LoraLayer):
             own = [part for part in module.adapter_layer_names for part in getattr(module, part).parameters()]
             kind += f".{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
             kinds[kind, f"rank {module.r[module.active_adapters[0]]}"].append(sum(part.numel() for part in own))
         elif isinstance(module, ModulesToSaveWrapper):
             kinds[kind, "trained whole"].append(sum(part.numel() for part in module.parameters() if part.requires_grad))
-        elif any(part.dim() > 1 and not part.requires_grad for part in module.parameters(recurse=False)) and "lora_" not in name:
+        elif (
+            any(part.dim() > 1 and not part.requires_grad for part in module.parameters(recurse=False))
+            and "lora_" not in name
+        ):
             resting[kind] = None
     adapted = [kind for kind, _ in kinds]
     if not kinds:
@@ -160,8 +190,9 @@ def learning_modules(model: nn.Module) -> list[str]:
 def speed_up_adapters(model: nn.Module) -> None:
     """Let plain LoRA layers add their adapter's output within its matrix product.
 
-    peft casts, scales and adds in passes of their own over the layer's whole output, in the forward and again in the backward pass: on a
-    CPU, and for a small model, that costs as much as the products themselves. Adapters and their names stay peft's.
+    peft casts, scales and adds in passes of their own over the layer's whole output, in the forward and again in the
+    backward pass: on a CPU, and for a small model, that costs as much as the products themselves. Adapters and their
+    names stay peft's.
     """
     for layer in model.modules():
         if type(layer) is LoraLinear and not layer.lora_variant and len(layer.active_adapters) == 1:
@@ -203,7 +234,9 @@ def _shard(loss: SupervisedLoss, world_size: int) -> nn.Module:
     fully_shard(loss, mesh=mesh)
     if rank != 0:
         loss.to_empty(device="cpu")
-    set_model_state_dict(loss, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
+    set_model_state_dict(
+        loss, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    )
     for _, buffer in sorted(loss.named_buffers()):  # rotary frequencies and the like are in no state dict
         dist.broadcast(buffer, 0)
     return loss
@@ -231,12 +264,14 @@ def _optimize_with_ipex(model: nn.Module, dtype: torch.dtype) -> None:
         import intel_extension_for_pytorch as ipex
     except ImportError as error:
         raise ConfError(
-            "training.accelerator is ipex, but intel-extension-for-pytorch is not installed here: use the IPEX profile (docs/reference/profiles.md), or accelerator torch"
+            "training.accelerator is ipex, but intel-extension-for-pytorch is not installed here: use the IPEX profile "
+            "(docs/reference/profiles.md), or accelerator torch"
         ) from error
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
-            # It changes a module's children, as for inference: in training it would want the optimizer, and change that. To fold norms of
-            # convolutions, of which there are none, it would make another kind of module of this.
+            # It changes a module's children, as for inference: in training it would want the optimizer, and change
+            # that. To fold norms of convolutions, of which there are none, it would make another kind of module of
+            # this.
             frozen = nn.Sequential(layer.base_layer).eval()
             options = {"conv_bn_folding": False, "linear_bn_folding": False, "auto_kernel_selection": True}
             layer.base_layer = ipex.optimize(frozen, dtype=dtype, inplace=True, **options)[0]

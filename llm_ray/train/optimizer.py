@@ -35,5 +35,7 @@ def learning_rate(conf: FinetuneConf, step: int, total_steps: int) -> float:
     if step < warmup:
         return highest * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[training.schedule]
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
+        training.schedule
+    ]
     return highest * factor

@@ -1,5 +1,5 @@
-"""What a training is going to do, in words and for params.json: hyperparameters, precision and why, threads, strategy, steps; and what
-speaks against it."""
+"""What a training is going to do, in words and for params.json: hyperparameters, precision and why, threads, strategy,
+steps; and what speaks against it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, 
         "base": conf.model.base,
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
-        **({"lora": conf.tuning.lora.model_dump(mode="json") | {"alpha": conf.tuning.lora.scale}} if conf.tuning.method == "lora" else {}),
+        **(
+            {"lora": conf.tuning.lora.model_dump(mode="json") | {"alpha": conf.tuning.lora.scale}}
+            if conf.tuning.method == "lora"
+            else {}
+        ),
         **training.model_dump(mode="json", exclude_none=True),
         "epochs": epochs,
         "max_steps": steps,
@@ -57,24 +61,33 @@ def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, 
 
 
 def warnings(
-    conf: FinetuneConf, data: DataStats, steps: int, width: int, asked: Iterable[Conversation] = (), prepared: Path | None = None
+    conf: FinetuneConf,
+    data: DataStats,
+    steps: int,
+    width: int,
+    asked: Iterable[Conversation] = (),
+    prepared: Path | None = None,
 ) -> list[str]:
-    """What speaks against a plan: each with what to do. `conf` is one without `auto`; `asked` are the questions of evaluation.data."""
+    """What speaks against a plan: each with what to do. `conf` is one without `auto`; `asked` are the questions of
+    evaluation.data."""
     training, found = conf.training, []
     if steps < FEW_STEPS:
         found.append(
-            f"{_count(steps, 'optimizer step')} will hardly move a model: raise training.epochs or training.max_steps, or lower training.global_batch_size "
+            f"{_count(steps, 'optimizer step')} will hardly move a model: raise training.epochs or training.max_steps, "
+            "or lower training.global_batch_size "
             f"({training.global_batch_size})"
         )
     rate, usual = as_run(training.learning_rate), rate_for(conf, width, data.train.sequences)
     if rate > HIGH_RATE * usual:
         found.append(
-            f"training.learning_rate {rate:g} is {rate / usual:.0f} times what method {conf.tuning.method} bears on a model of this width "
+            f"training.learning_rate {rate:g} is {rate / usual:.0f} times what method {conf.tuning.method} bears on a "
+            "model of this width "
             f"({usual:g}): the loss may rise or become nan; lower it, or leave it to auto"
         )
     if rate < usual / LOW_RATE:
         found.append(
-            f"training.learning_rate {rate:g} is a {usual / rate:.0f}th of what method {conf.tuning.method} takes on a model of this width "
+            f"training.learning_rate {rate:g} is a {usual / rate:.0f}th of what method {conf.tuning.method} takes on a "
+            "model of this width "
             f"({usual:g}): little will be learned; raise it, or leave it to auto"
         )
     cut = data.truncated + sum(count for why, count in data.dropped.items() if why == TOO_LONG)
@@ -83,27 +96,32 @@ def warnings(
     guards = training.best_checkpoint or isinstance(training.early_stopping, EarlyStopping)
     if data.validation and data.validation.rows < FEW_VALIDATION_ROWS and guards:
         found.append(
-            f"a validation split of {_count(data.validation.rows, 'row')} tells little, and chooses the weights that are exported: "
+            f"a validation split of {_count(data.validation.rows, 'row')} tells little, and chooses the weights that "
+            "are exported: "
             "give data.validation more rows, or set it to null, so that all are learned from"
         )
     rows = data.train.rows
     if data.repeated * 50 > rows:
         found.append(
-            f"training rows that repeat another one: {data.repeated} of {rows}. They count twice: take them out (data.processor: deduplicate)"
+            f"training rows that repeat another one: {data.repeated} of {rows}. They count twice: take them out "
+            "(data.processor: deduplicate)"
         )
     if data.contradicting:
         found.append(
-            f"training rows that ask what another one asks, and answer otherwise: {data.contradicting} of {rows}. The model cannot learn both: "
+            f"training rows that ask what another one asks, and answer otherwise: {data.contradicting} of {rows}. The "
+            "model cannot learn both: "
             "correct them (the first are named with the data)"
         )
     if data.leaked and data.validation:
         found.append(
-            f"validation rows that ask what a training row asks: {data.leaked} of {data.validation.rows}. Their loss says nothing of questions "
+            f"validation rows that ask what a training row asks: {data.leaked} of {data.validation.rows}. Their loss "
+            "says nothing of questions "
             "that were not trained on: take them out of one of the two"
         )
     if prepared and (known := asked_in_training(prepared, asked)):
         found.append(
-            f"questions of evaluation.data that training rows ask, too: {known}. Right answers to them prove nothing: take them out"
+            f"questions of evaluation.data that training rows ask, too: {known}. Right answers to them prove nothing: "
+            "take them out"
         )
     return found
 

@@ -1,7 +1,7 @@
 """The training function: what each Ray Train worker runs, from the loaded model to the last checkpoint.
 
-It reads top to bottom: set up, resume, then steps of forward, backward, clip, update, with validation, checkpoints and the
-stop signal between them. Parts that need more than a few lines are functions of their own modules, without state.
+It reads top to bottom: set up, resume, then steps of forward, backward, clip, update, with validation, checkpoints and
+the stop signal between them. Parts that need more than a few lines are functions of their own modules, without state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
 from llm_ray.conf.section import as_run
 from llm_ray.data.prepare import has_validation, lengths_of, open_split
 from llm_ray.errors import LlmRayError, TrainError
-from llm_ray.hardware import choose_precision, cpu_flags, forget_peak_memory, keep_freed_memory, peak_memory, return_freed_memory
+from llm_ray.hardware import (
+    choose_precision,
+    cpu_flags,
+    forget_peak_memory,
+    keep_freed_memory,
+    peak_memory,
+    return_freed_memory,
+)
 from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
@@ -50,7 +57,8 @@ class Task(TypedDict):
 
 
 class Outcome(TypedDict):
-    """What rank 0 hands back. `failed` is for what another try would not mend; for the rest an exception lets Ray Train retry."""
+    """What rank 0 hands back. `failed` is for what another try would not mend; for the rest an exception lets Ray Train
+    retry."""
 
     status: Literal["done", "stopped", "failed"]
     reason: str
@@ -83,11 +91,15 @@ def train(task: Task) -> Outcome:
         with contextlib.suppress(OtherWorkerFailed):  # which tells of it itself
             setup = set_up(conf, task["cpus"], rank, workers)
         training_data = open_split(conf.run_dir / "prepared", "train")
-        validation_data = open_split(conf.run_dir / "prepared", "validation") if has_validation(conf.run_dir / "prepared") else None
+        validation_data = (
+            open_split(conf.run_dir / "prepared", "validation") if has_validation(conf.run_dir / "prepared") else None
+        )
     except (LlmRayError, OSError) as error:
         problem = f"{error} (worker {rank} on {socket.gethostname()})"
     if (failed := agree(problem)) or setup is None:
-        return Outcome(status="failed", reason=failed or "", step=0, total_steps=0, best_step=None, best_validation_loss=None)
+        return Outcome(
+            status="failed", reason=failed or "", step=0, total_steps=0, best_step=None, best_validation_loss=None
+        )
     module, optimizer = setup.module, setup.optimizer
     if rank == 0 and setup.notes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +112,8 @@ def train(task: Task) -> Outcome:
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
 
-    # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all follow.
+    # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all
+    # follow.
     found = checkpoints.list_checkpoints(folder)
     start_from = first(str(found[-1]) if found else task["resume_from"])
     progress = checkpoints.Progress()
@@ -109,8 +122,14 @@ def train(task: Task) -> Outcome:
         try:
             progress = checkpoints.load(Path(start_from), module, optimizer, rank)
         except TrainError as error:  # raised by all workers
-            return Outcome(status="failed", reason=str(error), step=0, total_steps=0, best_step=None, best_validation_loss=None)
-    metrics = MetricsWriter(conf.run_dir, tensorboard=conf.tracking.tensorboard, resume_from_step=progress.step) if rank == 0 else None
+            return Outcome(
+                status="failed", reason=str(error), step=0, total_steps=0, best_step=None, best_validation_loss=None
+            )
+    metrics = (
+        MetricsWriter(conf.run_dir, tensorboard=conf.tracking.tensorboard, resume_from_step=progress.step)
+        if rank == 0
+        else None
+    )
 
     def outcome(status: Literal["done", "stopped", "failed"], reason: str = "") -> Outcome:
         return Outcome(
@@ -159,7 +178,8 @@ def train(task: Task) -> Outcome:
 
             loss_sum, supervised, tokens = accumulate(setup, batches)
 
-            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all supervised tokens.
+            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all supervised
+            # tokens.
             stop = float(rank == 0 and stop_file(conf.run_dir).exists())
             memory = float(peak_memory())
             loss_sum, supervised, tokens, stop, memory = total(loss_sum, supervised, tokens, stop, memory)
@@ -168,8 +188,10 @@ def train(task: Task) -> Outcome:
             if not torch.isfinite(torch.tensor([mean_loss, norm])).all():
                 kept = f"the checkpoint of step {saved_at} is intact" if saved_at else "there is no checkpoint yet"
                 raise TrainError(
-                    f"the loss at step {progress.step + 1} is {mean_loss:.3g} (gradient norm {norm:.3g}): {kept}. Lower training.learning_rate "
-                    f"({as_run(training.learning_rate):g}), lengthen training.warmup, or use training.precision fp32; then start under another name, or with --force"
+                    f"the loss at step {progress.step + 1} is {mean_loss:.3g} (gradient norm {norm:.3g}): {kept}. "
+                    "Lower training.learning_rate "
+                    f"({as_run(training.learning_rate):g}), lengthen training.warmup, or use training.precision fp32; "
+                    "then start under another name, or with --force"
                 )
             update(setup, norm, training.max_grad_norm)
             progress.step += 1
@@ -195,7 +217,9 @@ def train(task: Task) -> Outcome:
                     row["validation_loss"] = validation_loss
                     best = math.inf if progress.best_validation_loss is None else progress.best_validation_loss
                     enough = validation_loss < best - (patience.min_delta if patience else 0.0)
-                    progress.validations_without_improvement = 0 if enough else progress.validations_without_improvement + 1
+                    progress.validations_without_improvement = (
+                        0 if enough else progress.validations_without_improvement + 1
+                    )
                     if validation_loss < best:
                         progress.best_validation_loss, progress.best_step = validation_loss, progress.step
                         if training.best_checkpoint:
@@ -207,11 +231,14 @@ def train(task: Task) -> Outcome:
                 save()
                 saved_at = progress.step
             if stop and not last:
-                return outcome("stopped", f"stopped at step {progress.step} of {total_steps} as asked, with a checkpoint")
+                return outcome(
+                    "stopped", f"stopped at step {progress.step} of {total_steps} as asked, with a checkpoint"
+                )
             if early:
                 return outcome(
                     "done",
-                    f"validation loss has not fallen for {patience.patience if patience else 0} validations: ended early at step {progress.step}",
+                    f"validation loss has not fallen for {patience.patience if patience else 0} validations: ended "
+                    f"early at step {progress.step}",
                 )
             began = time.perf_counter()
     except TrainError as error:  # raised by all workers at the same point
@@ -247,7 +274,11 @@ def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
         with autocast():
             loss.choose_blockwise()
     loss.blockwise = first(loss.blockwise)
-    notes = [f"data.packing: rows are trained in padded batches, not end to end, because of the model: {why_not}"] if why_not else []
+    notes = (
+        [f"data.packing: rows are trained in padded batches, not end to end, because of the model: {why_not}"]
+        if why_not
+        else []
+    )
     if conf.training.compile:
         compile_layers(loss.causal)
     if conf.training.strategy == "fsdp":  # memory counts more than time
@@ -285,7 +316,9 @@ def average_gradients(module: nn.Module, factor: float) -> float:
 def update(setup: Setup, norm: float, max_norm: float | None) -> None:
     """An optimizer step with gradients of `norm`, scaled down to `max_norm`."""
     if max_norm:
-        torch._foreach_mul_([p.grad for p in setup.module.parameters() if p.grad is not None], min(1.0, max_norm / (norm + 1e-6)))
+        torch._foreach_mul_(
+            [p.grad for p in setup.module.parameters() if p.grad is not None], min(1.0, max_norm / (norm + 1e-6))
+        )
     setup.optimizer.step()
     setup.optimizer.zero_grad()
 

@@ -19,7 +19,8 @@ from llm_ray.train.model import add_adapters
 
 
 def final_checkpoint(conf: FinetuneConf) -> Path:
-    """The checkpoint whose weights are the run's result: the best by validation loss where there is one, else the last. Raises RunError without any."""
+    """The checkpoint whose weights are the run's result: the best by validation loss where there is one, else the last.
+    Raises RunError without any."""
     folder = conf.run_dir / "checkpoint"
     if conf.training.best_checkpoint and (folder / BEST / ".metadata").is_file():
         return folder / BEST
@@ -30,7 +31,8 @@ def final_checkpoint(conf: FinetuneConf) -> Path:
 
 
 class _Named(nn.Module):
-    """Gives weights the names that training gave them: there the model is the attribute `model` of the module with the loss."""
+    """Gives weights the names that training gave them: there the model is the attribute `model` of the module with the
+    loss."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -47,7 +49,8 @@ def load_adapted(conf: FinetuneConf, checkpoint: Path, dtype: torch.dtype) -> Pe
 
 
 def untie(causal: PreTrainedModel) -> bool:
-    """Part the input and output embeddings of a model with adapters, where they share weights and either has learnt; whether it did so.
+    """Part the input and output embeddings of a model with adapters, where they share weights and either has learnt;
+    whether it did so.
 
     Merged into weights that are shared, what one has learnt would change the other, too.
     """

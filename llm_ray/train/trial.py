@@ -3,10 +3,10 @@
     cost = measure(conf, prepared, cpus=2, lengths=lengths)
     cost.seconds_per_token, cost.memory
 
-Each worker is a process of its own with the training's own set-up (`recipe.set_up`), so that model, precision, strategy and batches
-are the real ones; nothing is kept. Local runs take as many processes as there will be workers, joined over gloo. The workers of a
-cluster run elsewhere: one process stands for them (torch's "fake" process group shares the model out and exchanges nothing), and
-what the network costs is not seen.
+Each worker is a process of its own with the training's own set-up (`recipe.set_up`), so that model, precision, strategy
+and batches are the real ones; nothing is kept. Local runs take as many processes as there will be workers, joined over
+gloo. The workers of a cluster run elsewhere: one process stands for them (torch's "fake" process group shares the model
+out and exchanges nothing), and what the network costs is not seen.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ SECONDS = 6.0
 """How long steps are measured for, after a first one that warms up."""
 FEWEST_STEPS, MOST_STEPS = 3, 12
 LONG_PASS = 20.0
-"""Seconds of a forward and backward pass beyond which (or where memory would not do) smaller ones are measured, and its own cost follows
-from theirs."""
+"""Seconds of a forward and backward pass beyond which (or where memory would not do) smaller ones are measured, and its
+own cost follows from theirs."""
 DEADLINE = 900.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training costs on this host: seconds for each token of a step, and of a validation (tokens of all workers together), and a
-    worker's peak memory in bytes."""
+    """What a training costs on this host: seconds for each token of a step, and of a validation (tokens of all workers
+    together), and a worker's peak memory in bytes."""
 
     seconds_per_token: float
     validation_seconds_per_token: float
@@ -50,12 +50,16 @@ class Cost:
 def measure(conf: FinetuneConf, prepared: Path, cpus: int) -> Cost:
     """Take some steps of the training of `conf` (without `auto`) on the prepared rows. Raises LlmRayError."""
     local = conf.runtime.mode == "local"
-    context = multiprocessing.get_context("spawn")  # forked, a process would take torch's threads along, but not what runs in them
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # forked, a process would take torch's threads along, but not what runs in them
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory(prefix="llm-ray-trial-") as folder:
         arguments = (conf.model_dump(mode="json"), str(prepared), cpus)
         workers = [
-            context.Process(target=_worker, args=(*arguments, rank, f"{folder}/meet" if local else "", results), daemon=True)
+            context.Process(
+                target=_worker, args=(*arguments, rank, f"{folder}/meet" if local else "", results), daemon=True
+            )
             for rank in range(conf.runtime.workers if local else 1)
         ]
         try:
@@ -81,7 +85,8 @@ def _result(workers: list[Any], results: Any) -> Cost:
             died = [w for w in workers if w.exitcode]
             if died and results.empty():
                 raise TrainError(
-                    f"a trial of some steps ended with code {died[0].exitcode}, most often for want of memory: lower training.micro_batch_tokens "
+                    f"a trial of some steps ended with code {died[0].exitcode}, most often for want of memory: lower "
+                    "training.micro_batch_tokens "
                     "or data.max_length, or set training.gradient_checkpointing"
                 ) from None
             if time.monotonic() - began > DEADLINE:
@@ -111,7 +116,12 @@ def _worker(conf_json: dict[str, Any], prepared: str, cpus: int, rank: int, meet
     except LlmRayError as error:
         results.put(error)
     except Exception as error:
-        results.put(TrainError(f"a trial of some steps failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+        results.put(
+            TrainError(
+                f"a trial of some steps failed: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}"
+            )
+        )
     results.close()
     results.join_thread()
 
@@ -146,8 +156,8 @@ def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
         update(setup, average_gradients(setup.module, 1 / max(1, supervised)), conf.training.max_grad_norm)
         return time.perf_counter() - began
 
-    # A first look with few tokens, and with more: it warms up, and tells whether the real pass takes too long to wait for, or more memory
-    # than there is.
+    # A first look with few tokens, and with more: it warms up, and tells whether the real pass takes too long to wait
+    # for, or more memory than there is.
     few, more = _parts(heaviest, lengths, setup.packed)
     tokens_few, tokens_more = (_computed(lengths[rows], setup.packed) for rows in (few, more))
     pass_seconds(few)
@@ -158,7 +168,9 @@ def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
     too_large = (memory_few - before) * whole / tokens_few > free
     if first(len(few) < len(heaviest) and (too_slow or too_large)):
         began = time.perf_counter()
-        update(setup, average_gradients(setup.module, 1.0), conf.training.max_grad_norm)  # the optimizer's state takes memory, too
+        update(
+            setup, average_gradients(setup.module, 1.0), conf.training.max_grad_norm
+        )  # the optimizer's state takes memory, too
         update_seconds = time.perf_counter() - began
         pass_seconds(more)  # malloc keeps what it gets after an update
         memory_few, _ = _peak(lambda: pass_seconds(few))
@@ -168,7 +180,10 @@ def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
         # What a pass takes whatever its tokens are has been counted for each of them above.
         if first(too_slow or memory - before > free):
             tokens_step = lengths.sum() / schedule.steps_per_epoch
-            rate = seconds_more / tokens_more * _padding(lengths, passes, setup.packed) / workers + update_seconds / tokens_step
+            rate = (
+                seconds_more / tokens_more * _padding(lengths, passes, setup.packed) / workers
+                + update_seconds / tokens_step
+            )
             return Cost(float(rate), float(rate) / 3, memory, tuple(setup.notes))
 
     setup.optimizer.zero_grad()
@@ -178,7 +193,9 @@ def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
     while first(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
         number += 1
         mine = schedule.take(number, rank, workers)
-        tokens = sum(lengths[rows].sum() for other in range(workers) for rows in schedule.take(number, other, workers) if rows)
+        tokens = sum(
+            lengths[rows].sum() for other in range(workers) for rows in schedule.take(number, other, workers) if rows
+        )
         seconds = step([collate(data, rows, setup.packed) for rows in mine])
         if number:  # the first has the optimizer make its state
             rates.append(seconds / tokens)
@@ -205,7 +222,8 @@ def _padding(lengths: np.ndarray, passes: list[list[int]], packed: bool) -> floa
 
 
 def _parts(rows: list[int], lengths: np.ndarray, packed: bool) -> tuple[list[int], list[int]]:
-    """The first of the rows with about an eighth and a quarter of their tokens; the second has a row more, unless the first has all."""
+    """The first of the rows with about an eighth and a quarter of their tokens; the second has a row more, unless the
+    first has all."""
     whole = _computed(lengths[rows], packed)
     few, more = (_beginning(rows, lengths, whole / part, packed) for part in (8, 4))
     return few, rows[: max(len(more), len(few) + 1)]

@@ -12,7 +12,9 @@ UNCHANGED = 0.9
 FEW_ANSWERS = 5
 
 
-def not_learned(metrics: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+def not_learned(
+    metrics: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], params: Mapping[str, Any]
+) -> list[str]:
     """Sentences for what shows that the model has not learned; none where it has.
 
     `metrics`: rows of metrics.jsonl; `evaluation`: that section of result.json, empty without; `params`: params.json.
@@ -26,7 +28,8 @@ def not_learned(metrics: Sequence[Mapping[str, Any]], evaluation: Mapping[str, A
         rose = validated[-1] > validated[0] / FALLEN
         less = f"lower training.learning_rate ({rate:g}), and see whether validation and training data are of one kind"
         found.append(
-            f"the validation loss has not fallen: {validated[0]:.4f} before training, {min(validated[1:]):.4f} at best: {less if rose else more}"
+            f"the validation loss has not fallen: {validated[0]:.4f} before training, {min(validated[1:]):.4f} at "
+            f"best: {less if rose else more}"
         )
     tenth = max(1, len(losses) // 10)
     if not validated and losses:

@@ -32,8 +32,8 @@ class OtherWorkerFailed(LlmRayError):
 
 
 def together(work: Callable[[], T]) -> T:
-    """What `work` returns, when it succeeds on every worker. Raises LlmRayError on every worker where one failed: alone it would leave the
-    others waiting for it."""
+    """What `work` returns, when it succeeds on every worker. Raises LlmRayError on every worker where one failed: alone
+    it would leave the others waiting for it."""
     result, problem = None, None
     try:
         result = work()

@@ -1,9 +1,11 @@
-"""Processes of the page for what needs Ray: a program that is connected to a cluster that dies is ended by Ray, and a page is not to be.
+"""Processes of the page for what needs Ray: a program that is connected to a cluster that dies is ended by Ray, and a
+page is not to be.
 
     apart = Apart()
     overview = apart.call(cluster.overview, home, address, timeout=20)     # cluster.overview(home, reporter, address)
 
-python -m llm_ray.ui.apart is such a process: pickled calls come in, what the reporter is told and what they return goes out.
+python -m llm_ray.ui.apart is such a process: pickled calls come in, what the reporter is told and what they return goes
+out.
 """
 
 from __future__ import annotations
@@ -29,16 +31,23 @@ _ENDED = ("ended", None)
 
 
 class Apart:
-    """A process that makes calls one after the other. The first begins it; it goes on to the end of its call when the page ends."""
+    """A process that makes calls one after the other. The first begins it; it goes on to the end of its call when the
+    page ends."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._lock = threading.Lock()
 
-    def call(self, function: Callable[..., Any], *arguments: Any, reporter: Reporter | None = None, timeout: float | None = None) -> Any:
-        """What `function(*arguments, reporter=…)` returns. Raises its LlmRayError; ClusterError where the process dies with Ray, or does not
-        answer within `timeout` seconds: it is then ended."""
+    def call(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        reporter: Reporter | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """What `function(*arguments, reporter=…)` returns. Raises its LlmRayError; ClusterError where the process dies
+        with Ray, or does not answer within `timeout` seconds: it is then ended."""
         with self._lock:
             process = self._begun()
             bars = _Bars(reporter or Silent())
@@ -53,11 +62,15 @@ class Apart:
                     if kind == "failed":
                         raise value
                     if kind == "ended":
-                        raise ClusterError("the connection to Ray ended in the middle: the cluster is away, or has just been stopped")
+                        raise ClusterError(
+                            "the connection to Ray ended in the middle: the cluster is away, or has just been stopped"
+                        )
                     bars.told(kind, value)
             except (queue.Empty, BrokenPipeError) as error:
                 self._end()
-                raise ClusterError(f"Ray does not answer within {timeout or 0:.0f} s: the cluster is away, or very busy") from error
+                raise ClusterError(
+                    f"Ray does not answer within {timeout or 0:.0f} s: the cluster is away, or very busy"
+                ) from error
             except ClusterError:
                 self._end()  # the next call joins anew
                 raise
@@ -74,7 +87,10 @@ class Apart:
     def _begun(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None or self._process.stdin.closed:  # type: ignore[union-attr]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "llm_ray.ui.apart"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+                [sys.executable, "-m", "llm_ray.ui.apart"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
             )
             self._answers = queue.Queue()
             threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
@@ -169,7 +185,10 @@ def main() -> None:
         try:
             tell("returned", function(*arguments, reporter=_Teller(tell)))
         except LlmRayError as error:
-            tell("failed", type(error)(str(error)) if type(error).__init__ is Exception.__init__ else LlmRayError(str(error)))
+            tell(
+                "failed",
+                type(error)(str(error)) if type(error).__init__ is Exception.__init__ else LlmRayError(str(error)),
+            )
         except Exception as error:
             _LOG.exception(f"in a call of the page: {function}")
             tell("failed", LlmRayError(f"{type(error).__name__}: {error}"))

@@ -1,4 +1,5 @@
-"""What a person may choose from, by names that mean something: data (their own files, those of all, a hub id) and models."""
+"""What a person may choose from, by names that mean something: data (their own files, those of all, a hub id) and
+models."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def data_choices(site: Site, visitor: Visitor) -> list[str]:
         for prefix, folder in folders.items()
         if folder.is_dir()
         for path in sorted(folder.iterdir())
-        if not path.name.startswith(".") and (path.suffix.lower() in DATA_SUFFIXES or (path.is_dir() and prefix == _SHARED))
+        if not path.name.startswith(".")
+        and (path.suffix.lower() in DATA_SUFFIXES or (path.is_dir() and prefix == _SHARED))
     ]
 
 
@@ -44,7 +46,10 @@ def data_source(site: Site, visitor: Visitor, choice: str | None) -> str:
         if choice.startswith(prefix) and name and Path(name).name == name and (folder / name).exists():
             return str(folder / name)
     if choice.startswith((_OWN, _SHARED)) or not HUB_ID.fullmatch(choice):
-        raise DataError(f"{choice} is neither one of your files, nor in the data folder, nor a data set of the hub (organisation/name)")
+        raise DataError(
+            f"{choice} is neither one of your files, nor in the data folder, nor a data set of the hub "
+            "(organisation/name)"
+        )
     return choice
 
 
@@ -55,7 +60,9 @@ def data_choice(site: Site, visitor: Visitor, source: str) -> str:
         if path.parent == folder or (source == path.name and (folder / source).exists()):
             return prefix + path.name
     if path.is_absolute():
-        raise DataError(f"the conf names {path.name}, which is none of your files: send it on the screen Data, and choose it")
+        raise DataError(
+            f"the conf names {path.name}, which is none of your files: send it on the screen Data, and choose it"
+        )
     return source
 
 

@@ -1,4 +1,5 @@
-"""Tables and charts as HTML: drawn here, so that nothing is fetched, a screen reader can read them, and they follow light and dark."""
+"""Tables and charts as HTML: drawn here, so that nothing is fetched, a screen reader can read them, and they follow
+light and dark."""
 
 from __future__ import annotations
 
@@ -17,10 +18,14 @@ KINDS = 8
 
 
 def table(
-    caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], raw: frozenset[int] = frozenset(), numbers: Sequence[str] = ()
+    caption: str,
+    head: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    raw: frozenset[int] = frozenset(),
+    numbers: Sequence[str] = (),
 ) -> str:
-    """A table that scrolls where it is wider than the page. Cells are text, those of the columns `raw` are HTML; the columns named in
-    `numbers` are set to the right."""
+    """A table that scrolls where it is wider than the page. Cells are text, those of the columns `raw` are HTML; the
+    columns named in `numbers` are set to the right."""
 
     def cell(n: int, value: object, tag: str = "td", scope: str = "") -> str:
         right = ' class="number"' if head[n] in numbers else ""
@@ -29,14 +34,19 @@ def table(
     top = "".join(cell(n, name, "th", ' scope="col"') for n, name in enumerate(head))
     body = "".join("<tr>" + "".join(cell(n, value) for n, value in enumerate(row)) + "</tr>" for row in rows)
     return (
-        f'<div class="scrolls" role="region" aria-label="{escape(caption)}" tabindex="0"><table class="figures"><caption>{escape(caption)}</caption>'
+        f'<div class="scrolls" role="region" aria-label="{escape(caption)}" tabindex="0"><table '
+        f'class="figures"><caption>{escape(caption)}</caption>'
         f"<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def pairs(values: Mapping[str, str]) -> str:
     """Names with values."""
-    return '<dl class="pairs">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items()) + "</dl>"
+    return (
+        '<dl class="pairs">'
+        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items())
+        + "</dl>"
+    )
 
 
 def lines(title: str, items: Iterable[str]) -> str:
@@ -66,10 +76,13 @@ def bars(title: str, unit: str, columns: Sequence[tuple[str, int]]) -> str:
     for n, (name, count) in enumerate(columns):
         height = (_HEIGHT - _TOP - _BOTTOM) * count / most
         drawn.append(
-            f'<rect class="bar" x="{_LEFT + n * step:.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" width="{max(1, step - 1):.1f}" '
+            f'<rect class="bar" x="{_LEFT + n * step:.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" '
+            f'width="{max(1, step - 1):.1f}" '
             f'height="{height:.1f}"><title>{escape(name)} {escape(unit)}: {count}</title></rect>'
         )
-    ends = _text(_LEFT, _HEIGHT - 8, columns[0][0], "start") + _text(_WIDTH - _RIGHT, _HEIGHT - 8, f"{columns[-1][0]} {unit}", "end")
+    ends = _text(_LEFT, _HEIGHT - 8, columns[0][0], "start") + _text(
+        _WIDTH - _RIGHT, _HEIGHT - 8, f"{columns[-1][0]} {unit}", "end"
+    )
     said = "; ".join(f"{name}: {count}" for name, count in columns)
     return _figure(title, said, _axes(0, most) + "".join(drawn) + ends)
 
@@ -98,13 +111,20 @@ def curves(title: str, series: Mapping[str, Points]) -> str:
         for x, y in marks:
             px, py = at(x, y)
             body.append(
-                f'<circle class="mark {kind}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{escape(name)}, step {x:g}: {y:.6g}</title></circle>'
+                f'<circle class="mark {kind}" cx="{px:.1f}" cy="{py:.1f}" r="2.5"><title>{escape(name)}, step {x:g}: '
+                f"{y:.6g}</title></circle>"
             )
         swatch = f'<svg width="28" height="10" aria-hidden="true"><line class="curve {kind}" x1="0" y1="5" x2="28" y2="5"/></svg>'
         legend.append(f"<li>{swatch} {escape(name)}</li>")
-        said.append(f"{name}: {points[0][1]:.6g} at step {points[0][0]:g}, {points[-1][1]:.6g} at step {points[-1][0]:g}")
-    ends = _text(_LEFT, _HEIGHT - 8, f"{left:g}", "start") + _text(_WIDTH - _RIGHT, _HEIGHT - 8, f"step {right:g}", "end")
-    return _figure(title, "; ".join(said), _axes(low, high) + "".join(body) + ends, f'<ul class="legend">{"".join(legend)}</ul>')
+        said.append(
+            f"{name}: {points[0][1]:.6g} at step {points[0][0]:g}, {points[-1][1]:.6g} at step {points[-1][0]:g}"
+        )
+    ends = _text(_LEFT, _HEIGHT - 8, f"{left:g}", "start") + _text(
+        _WIDTH - _RIGHT, _HEIGHT - 8, f"step {right:g}", "end"
+    )
+    return _figure(
+        title, "; ".join(said), _axes(low, high) + "".join(body) + ends, f'<ul class="legend">{"".join(legend)}</ul>'
+    )
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -124,7 +144,13 @@ def duration(seconds: float | None) -> str:
     """Seconds in the unit that suits them."""
     if seconds is None:
         return ""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _thinned(points: Points) -> list[tuple[float, float]]:
@@ -148,6 +174,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def _figure(title: str, said: str, inner: str, below: str = "") -> str:
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        'role="img" '
         f'aria-label="{escape(title)}: {escape(said)}">{inner}</svg>{below}</figure>'
     )

@@ -1,7 +1,8 @@
-"""What stands before every path of the page: Host and Origin, the session, the routes of Gradio that are used, sizes, headers. Plain ASGI.
+"""What stands before every path of the page: Host and Origin, the session, the routes of Gradio that are used, sizes,
+headers. Plain ASGI.
 
-Gradio has some fifty routes, of which a page needs a dozen. What is not named here is not there: its own login and tokens, its API by
-name, monitoring, run history, deep links, proxies, MCP.
+Gradio has some fifty routes, of which a page needs a dozen. What is not named here is not there: its own login and
+tokens, its API by name, monitoring, run history, deep links, proxies, MCP.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ _OPEN = re.compile(r"/login|/health|/manifest\.json")  # without a session; brow
 _MOST_JSON, _MOST_FORM = 8 * 2**20, 16 * 2**10  # bytes
 _BODY_SECONDS = 30.0
 # What would have Gradio, or a handler, believe in another host, client or session than there is.
-_FORGED = re.compile(rb"x-forwarded-.*|forwarded|x-real-ip|x-direct-url|x-gradio-.*|x-ip-token|x-original-.*|x-rewrite-url")
+_FORGED = re.compile(
+    rb"x-forwarded-.*|forwarded|x-real-ip|x-direct-url|x-gradio-.*|x-ip-token|x-original-.*|x-rewrite-url"
+)
 _FORGED_OR_PACKED = re.compile(_FORGED.pattern + rb"|accept-encoding")  # a packed page cannot be looked into
 _SCRIPT = re.compile(r"<script(?:\s[^>]*)?>(.*?)</script>", re.S)
 _HEADERS = {
@@ -71,9 +74,12 @@ class Door:
 
 
 class Guard:
-    """Lets through who has a session, with what they may send. The answer of a page names the scripts that it may run."""
+    """Lets through who has a session, with what they may send. The answer of a page names the scripts that it may
+    run."""
 
-    def __init__(self, app: ASGIApp, door: Door, sessions: Sessions, uploads: Uploads, cookie: str, screens: frozenset[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, door: Door, sessions: Sessions, uploads: Uploads, cookie: str, screens: frozenset[str]
+    ) -> None:
         self._app, self._door, self._sessions, self._uploads = app, door, sessions, uploads
         self._cookie, self._screens = cookie, screens
 
@@ -85,7 +91,10 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         unwanted = _FORGED_OR_PACKED if scope["path"].strip("/") in self._screens else _FORGED
-        scope = {**scope, "headers": [(name, value) for name, value in scope["headers"] if not unwanted.fullmatch(name)]}
+        scope = {
+            **scope,
+            "headers": [(name, value) for name, value in scope["headers"] if not unwanted.fullmatch(name)],
+        }
         sending = _Sending(send)
         send = self._headed(scope, sending)
         refusal = self._foreign(scope)
@@ -116,13 +125,15 @@ class Guard:
         self._sessions.end_all()
 
     def _foreign(self, scope: Scope) -> Response | None:
-        """The answer to a request that another site's page may have made, or that came under a name that is not ours."""
+        """The answer to a request that another site's page may have made, or that came under a name that is not
+        ours."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if not self._door.knows(host) or len(headers.getlist("host")) != 1:
             _LOG.warning(f"refused: Host {host!r} from {_client(scope)}")
             return PlainTextResponse(
-                "This page is not known under this name. Whoever runs it can add it: llm-ray ui --allow-host NAME\n", status_code=421
+                "This page is not known under this name. Whoever runs it can add it: llm-ray ui --allow-host NAME\n",
+                status_code=421,
             )
         allowed = origin is None and scope["method"] in _READ
         if not allowed and origin not in {f"{scope['scheme']}://{host}", *self._door.origins}:
@@ -175,9 +186,13 @@ class Guard:
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
         except TimeoutError:
-            return receive, PlainTextResponse("The request did not arrive in time.\n", status_code=408, headers={"connection": "close"})
+            return receive, PlainTextResponse(
+                "The request did not arrive in time.\n", status_code=408, headers={"connection": "close"}
+            )
         if len(body) > most:
-            return receive, PlainTextResponse("The request is too large.\n", status_code=413, headers={"connection": "close"})
+            return receive, PlainTextResponse(
+                "The request is too large.\n", status_code=413, headers={"connection": "close"}
+            )
         session: Session | None = scope["state"]["session"]
         if session is not None and scope["path"].startswith(API):
             try:
@@ -211,8 +226,11 @@ class Guard:
         scheme, separator, rest = url.partition("://")
         return not separator or (scheme in ("http", "https") and self._door.knows(rest.partition("/")[0].lower()))
 
-    async def _until_ended(self, session: Session, scope: Scope, receive: Receive, send: Send, sending: _Sending) -> None:
-        """The answer of the application; broken off when the session ends before it is whole, and a refusal when it has not begun by then."""
+    async def _until_ended(
+        self, session: Session, scope: Scope, receive: Receive, send: Send, sending: _Sending
+    ) -> None:
+        """The answer of the application; broken off when the session ends before it is whole, and a refusal when it has
+        not begun by then."""
         answer = asyncio.ensure_future(_awaited(self._app(scope, receive, send)))
         ended = asyncio.ensure_future(session.ended.wait())
         try:
@@ -229,7 +247,8 @@ class Guard:
             await send({"type": "http.response.body", "body": b""})
 
     def _headed(self, scope: Scope, send: Send) -> Send:
-        """`send` with the headers that every answer has. Pages are held until they are whole, for their scripts are named in a header."""
+        """`send` with the headers that every answer has. Pages are held until they are whole, for their scripts are
+        named in a header."""
         path = scope["path"]
         immutable = path.startswith(("/assets/", "/static/"))
         page: list[Message] = []
@@ -258,7 +277,9 @@ class Guard:
                     return
                 html = b"".join(part.get("body", b"") for part in page[1:])
                 start = page[0]
-                MutableHeaders(raw=start["headers"])["content-security-policy"] = _policy(_SCRIPT.findall(html.decode(errors="replace")))
+                MutableHeaders(raw=start["headers"])["content-security-policy"] = _policy(
+                    _SCRIPT.findall(html.decode(errors="replace"))
+                )
                 page.clear()
                 await send(start)
                 message = {"type": "http.response.body", "body": html}
@@ -268,8 +289,8 @@ class Guard:
 
 
 class _Sending:
-    """The way to the client, and what has gone it: whether an answer has begun, and whether it is `open`, of no length told and without an
-    end."""
+    """The way to the client, and what has gone it: whether an answer has begun, and whether it is `open`, of no length
+    told and without an end."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -284,12 +305,18 @@ class _Sending:
 
 
 def _policy(scripts: list[str]) -> str:
-    """The content security policy of an answer whose page holds these scripts: no others run, nothing comes from, or goes, elsewhere.
+    """The content security policy of an answer whose page holds these scripts: no others run, nothing comes from, or
+    goes, elsewhere.
 
-    Gradio's HTML and plots (Vega) evaluate texts of ours. Event handlers in HTML do not run, with which a model's answer could take over the
+    Gradio's HTML and plots (Vega) evaluate texts of ours. Event handlers in HTML do not run, with which a model's
+    answer could take over the
     page: Gradio's chat parses it before it cleans it.
     """
-    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts if script.strip()]
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+        if script.strip()
+    ]
     parts = {
         "default-src": "'none'",
         "script-src": " ".join(["'self'", "'unsafe-eval'", *hashes]),

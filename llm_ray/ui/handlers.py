@@ -6,7 +6,8 @@
 
     on(button.click, greet, inputs=name, outputs=answer)
 
-A function that was not made a handler cannot be connected: `on` refuses it, and the page does not start with one that was connected past `on`.
+A function that was not made a handler cannot be connected: `on` refuses it, and the page does not start with one that
+was connected past `on`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class Handler:
 
 
 def handler(least: Role) -> Callable[[Callable[..., Any]], Handler]:
-    """Makes a function a handler. Its first argument is the `Visitor` who calls it, as the page's own session knows them; the others are the
-    values of the inputs. It returns what is shown, or yields it. An LlmRayError is shown as a message."""
+    """Makes a function a handler. Its first argument is the `Visitor` who calls it, as the page's own session knows
+    them; the others are the values of the inputs. It returns what is shown, or yields it. An LlmRayError is shown as a
+    message."""
     if not isinstance(least, Role):
         raise TypeError("a handler needs the least role that may call it: @handler(Role.USER)")
 
@@ -56,14 +58,23 @@ def handler(least: Role) -> Callable[[Callable[..., Any]], Handler]:
 
 
 def on(
-    event: Callable[..., Any], call: Handler, inputs: Any = None, outputs: Any = None, *, at_once: int = _AT_ONCE, **options: Any
+    event: Callable[..., Any],
+    call: Handler,
+    inputs: Any = None,
+    outputs: Any = None,
+    *,
+    at_once: int = _AT_ONCE,
+    **options: Any,
 ) -> Any:
-    """Have a component's event (`button.click`, `blocks.load`, `timer.tick`) call a handler, for at most `at_once` people at the same time.
+    """Have a component's event (`button.click`, `blocks.load`, `timer.tick`) call a handler, for at most `at_once`
+    people at the same time.
 
     `options` are Gradio's own (show_progress, trigger_mode, cancels, …).
     """
     if not isinstance(call, Handler):
-        raise TypeError(f"{getattr(call, '__name__', call)!r} has no least role: make it a handler with @handler(Role.…)")
+        raise TypeError(
+            f"{getattr(call, '__name__', call)!r} has no least role: make it a handler with @handler(Role.…)"
+        )
     options = {"api_visibility": "private", "concurrency_limit": at_once, **options, "queue": True}
     return event(_asked(call), inputs=inputs, outputs=outputs, **options)
 
@@ -80,7 +91,10 @@ def on_load() -> Callable[..., Any]:
 def check(blocks: gr.Blocks) -> None:
     """Raises TypeError where a function was connected that asks for no role."""
     if blocks.renderables:
-        raise TypeError("gr.render connects functions while the page runs, which nobody checks: build the screen when the page starts")
+        raise TypeError(
+            "gr.render connects functions while the page runs, which nobody checks: build the screen when the page "
+            "starts"
+        )
     for function in blocks.fns.values():
         connected = [call for call in (function.fn, function.validator) if call is not None]
         if not all(isinstance(getattr(call, "handler", None), Handler) for call in connected):
@@ -103,7 +117,10 @@ def _asked(call: Handler) -> Callable[..., Any]:
 
         asked = stream
     elif inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
-        raise TypeError(f"{function.__name__} is asynchronous, in which one that waits holds up everybody: make it an ordinary function")
+        raise TypeError(
+            f"{function.__name__} is asynchronous, in which one that waits holds up everybody: make it an ordinary "
+            "function"
+        )
     else:
 
         def once(request: gr.Request, *values: Any) -> Any:
@@ -127,7 +144,8 @@ def _visitor(call: Handler, request: gr.Request) -> Visitor:
         raise gr.Error("You are signed out: load the page again.", title="Signed out", print_exception=False)
     if not session.visitor.role.covers(call.least):
         raise gr.Error(
-            f"This needs the role {call.least}; yours is {session.visitor.role}. An admin can change that: llm-ray ui users role.",
+            f"This needs the role {call.least}; yours is {session.visitor.role}. An admin can change that: llm-ray ui "
+            "users role.",
             title="Not allowed",
             print_exception=False,
         )
@@ -136,7 +154,8 @@ def _visitor(call: Handler, request: gr.Request) -> Visitor:
 
 @contextlib.contextmanager
 def _explained(call: Handler) -> Iterator[None]:
-    """Turns what goes wrong into a message for people: our own errors as they are, any other by a number that the log knows."""
+    """Turns what goes wrong into a message for people: our own errors as they are, any other by a number that the log
+    knows."""
     try:
         yield
     except gr.Error:

@@ -21,7 +21,8 @@ _STYLE = (Path(__file__).parent / "login.css").read_text(encoding="utf-8")
 
 
 class Link:
-    """The way in where there are no users, which is on loopback alone: a secret that is printed, good for one browser."""
+    """The way in where there are no users, which is on loopback alone: a secret that is printed, good for one
+    browser."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
@@ -44,7 +45,14 @@ class Login:
     """The routes of signing in and out. `link` is None where only users may sign in."""
 
     def __init__(
-        self, users: Users, sessions: Sessions, lockout: Lockout, link: Link | None, cookie: str, tls: bool, screens: tuple[str, ...]
+        self,
+        users: Users,
+        sessions: Sessions,
+        lockout: Lockout,
+        link: Link | None,
+        cookie: str,
+        tls: bool,
+        screens: tuple[str, ...],
     ) -> None:
         self._users, self._sessions, self._lockout, self._link = users, sessions, lockout, link
         self._cookie, self._tls, self._screens = cookie, tls, screens
@@ -112,44 +120,66 @@ class Login:
         return answer
 
     def _form(
-        self, problem: str = "", status: int = 200, headers: dict[str, str] | None = None, *, next: str, name: str = "", token: str = ""
+        self,
+        problem: str = "",
+        status: int = 200,
+        headers: dict[str, str] | None = None,
+        *,
+        next: str,
+        name: str = "",
+        token: str = "",
     ) -> Response:
         secret = secrets.token_urlsafe(32)
         hidden = {"csrf": secret, "next": next, "token": token}
-        fields = "".join(f'<input type="hidden" name="{key}" value="{html.escape(value)}">' for key, value in hidden.items() if value)
+        fields = "".join(
+            f'<input type="hidden" name="{key}" value="{html.escape(value)}">' for key, value in hidden.items() if value
+        )
         if token and self._link and not self._users.any():
             asked = "<p>You came by the link that <code>llm-ray ui</code> printed.</p>"
         elif self._link and not self._users.any():
-            asked, fields = "<p>There are no users yet: open the link that <code>llm-ray ui</code> printed where it runs.</p>", ""
+            asked, fields = (
+                "<p>There are no users yet: open the link that <code>llm-ray ui</code> printed where it runs.</p>",
+                "",
+            )
         else:
             asked = (
                 '<label for="name">Name</label>'
-                f'<input id="name" name="name" value="{html.escape(name)}" autocomplete="username" autocapitalize="none" required>'
+                f'<input id="name" name="name" value="{html.escape(name)}" autocomplete="username" '
+                'autocapitalize="none" required>'
                 '<label for="password">Password</label>'
                 '<input id="password" name="password" type="password" autocomplete="current-password" required>'
             )
         alert = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
         button = '<button type="submit">Sign in</button>' if fields else ""
-        page = _page("Sign in", f'{alert}<form method="post" action="/login">{fields}{asked}{button}</form>', status, headers)
+        page = _page(
+            "Sign in", f'{alert}<form method="post" action="/login">{fields}{asked}{button}</form>', status, headers
+        )
         self._set(page, self._form_cookie, secret, _FORM_SECONDS)
         return page
 
     def _next(self, path: str) -> str:
         """Where to go after signing in: a screen of the page, whatever the link said."""
         screen, mark, query = path.partition("?")
-        return f"/{screen.strip('/')}{mark}{query}" if screen.startswith("/") and screen.strip("/") in self._screens else "/"
+        return (
+            f"/{screen.strip('/')}{mark}{query}"
+            if screen.startswith("/") and screen.strip("/") in self._screens
+            else "/"
+        )
 
     @property
     def _form_cookie(self) -> str:
         return f"{self._cookie}-form"
 
     def _set(self, answer: Response, name: str, value: str, seconds: float) -> None:
-        answer.set_cookie(name, value, max_age=int(seconds), path="/", secure=self._tls, httponly=True, samesite="strict")
+        answer.set_cookie(
+            name, value, max_age=int(seconds), path="/", secure=self._tls, httponly=True, samesite="strict"
+        )
 
 
 def _page(title: str, body: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return HTMLResponse(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        'initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{title} - LLM on Ray</title><style>{_STYLE}</style></head>'
         f"<body><main><h1>{title}</h1>{body}</main></body></html>",
         status_code=status,

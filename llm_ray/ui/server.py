@@ -57,7 +57,9 @@ class Settings:
     @property
     def secure(self) -> bool:
         """Whether browsers reach it by HTTPS alone: its own, or a proxy's."""
-        return self.certificate is not None or (bool(self.allow_origins) and all(url.startswith("https:") for url in self.allow_origins))
+        return self.certificate is not None or (
+            bool(self.allow_origins) and all(url.startswith("https:") for url in self.allow_origins)
+        )
 
     @property
     def loopback(self) -> bool:
@@ -69,8 +71,8 @@ class Settings:
 def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Screen, ...] = SCREENS) -> None:
     """Run the page until SIGINT or SIGTERM; `announce` is told each URL to open.
 
-    Raises ConfError where it would listen beyond loopback without a user, or where certificate and key are none, ServeError where the port
-    is taken.
+    Raises ConfError where it would listen beyond loopback without a user, or where certificate and key are none,
+    ServeError where the port is taken.
     """
     users = users_file(settings.home)
     local = settings.loopback and not list_users(users)
@@ -81,7 +83,9 @@ def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Sc
         )
     tls = _context(settings)
     if not settings.loopback and not settings.secure:
-        _LOG.warning("Without --tls-cert and --tls-key, passwords travel in the clear: only for a network that you trust")
+        _LOG.warning(
+            "Without --tls-cert and --tls-key, passwords travel in the clear: only for a network that you trust"
+        )
     with _bound(settings) as listening:
         url = f"{'https' if tls else 'http'}://{_shown(settings)}:{listening.getsockname()[1]}"
         link = Link(lambda token: announce(f"{url}/login?token={token}")) if local else None
@@ -150,14 +154,14 @@ def create_app(settings: Settings, port: int, link: Link | None = None, screens:
             mcp_server=False,
             pwa=False,
         )
-    blocks.has_launched = (
-        True  # a mounted page is none to Gradio, and the files that a request may name are checked for a launched one alone
-    )
+    # A mounted page is none to Gradio, and the files that a request may name are checked for a launched one alone
+    blocks.has_launched = True
     return Guard(app, _door(settings, port), sessions, uploads, cookie, frozenset(paths))
 
 
 def build(site: Site, screens: tuple[Screen, ...]) -> gr.Blocks:  # type: ignore[name-defined]  # noqa: F821
-    """Gradio's page of all screens, each at its own URL. Raises TypeError for a screen that connects a function without a role."""
+    """Gradio's page of all screens, each at its own URL. Raises TypeError for a screen that connects a function without
+    a role."""
     import gradio as gr
 
     from llm_ray.ui.handlers import check
@@ -183,7 +187,8 @@ def _header(current: Screen, screens: tuple[Screen, ...]) -> str:
     steps = "".join(link(screen) for screen in screens if screen.step)
     others = "".join(link(screen) for screen in screens if not screen.step)
     return (
-        '<header class="frame-header"><a class="frame-skip" href="#content">Skip to the content</a><p class="name">LLM on Ray</p>'
+        '<header class="frame-header"><a class="frame-skip" href="#content">Skip to the content</a><p class="name">LLM '
+        "on Ray</p>"
         f'<nav aria-label="Screens"><ul class="steps">{steps}</ul><ul>{others}</ul></nav>'
         '<ul class="end"><li><a href="/logout">Sign out</a></li></ul></header>'
     )
@@ -239,7 +244,8 @@ def _context(settings: Settings) -> ssl.SSLContext | None:
         context.load_cert_chain(settings.certificate, settings.key, password=lambda: "")
     except (OSError, ssl.SSLError) as error:
         raise ConfError(
-            f"--tls-cert {settings.certificate}, --tls-key {settings.key}: {getattr(error, 'strerror', None) or error}. "
+            f"--tls-cert {settings.certificate}, --tls-key {settings.key}: "
+            f"{getattr(error, 'strerror', None) or error}. "
             "Both are PEM files, the key without a password"
         ) from error
     return context
@@ -254,7 +260,9 @@ def _bound(settings: Settings):  # type: ignore[no-untyped-def]
             listening.bind((settings.host.strip("[]"), settings.port))
         except OSError as error:
             reason = error.strerror or error
-            raise ServeError(f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another with --port") from error
+            raise ServeError(
+                f"cannot listen on {settings.host}:{settings.port}: {reason}. Choose another with --port"
+            ) from error
         yield listening
 
 

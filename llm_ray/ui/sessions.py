@@ -1,4 +1,5 @@
-"""Who is signed in, and who tried too often. In the memory of one process: a page that is started anew asks everybody to sign in again."""
+"""Who is signed in, and who tried too often. In the memory of one process: a page that is started anew asks everybody
+to sign in again."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ class Sessions:
             self._holds(session)
 
     def claim(self, page: str, session: Session) -> bool:
-        """Whether an open page (Gradio's session_hash, which the browser chose) is this session's; the first to name it has it."""
+        """Whether an open page (Gradio's session_hash, which the browser chose) is this session's; the first to name it
+        has it."""
         owner = self._pages.setdefault(page, session)
         if owner is not session and owner.ended.is_set() and owner.visitor == session.visitor:
             owner = self._pages[page] = session  # the same person has signed in again
@@ -118,7 +120,8 @@ class Sessions:
 class Lockout:
     """Wrong passwords, counted by name and by client: after some, waiting times that double.
 
-    A name that nobody has is locked like one of a user, and an attempt counts before it is checked: many at once are no way around.
+    A name that nobody has is locked like one of a user, and an attempt counts before it is checked: many at once are no
+    way around.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -71,7 +71,8 @@ def shown(turns: list[Turn], side: int) -> list[Message]:
 
 
 def parts(text: str) -> list[tuple[str, str]]:
-    """The pieces of an answer with their titles: none for what is said, "Thoughts", "Tool call". One that is not closed reaches to the end."""
+    """The pieces of an answer with their titles: none for what is said, "Thoughts", "Tool call". One that is not closed
+    reaches to the end."""
     found: list[tuple[str, str]] = []
     at = 0
     for match in _PARTS.finditer(text):
@@ -85,7 +86,8 @@ def parts(text: str) -> list[tuple[str, str]]:
 
 @dataclass
 class Generation:
-    """An answer while it is made, in a thread of its own. It ends with `stop`, and when nobody has looked at it for a while."""
+    """An answer while it is made, in a thread of its own. It ends with `stop`, and when nobody has looked at it for a
+    while."""
 
     endpoint: Endpoint
     model: str
@@ -174,7 +176,8 @@ def _figures(answer: Answer, first: float | None) -> str:
 def _problem(error: LlmRayError) -> str:
     if getattr(error, "status", None) == 401:
         return (
-            "The endpoint asks for an API key, or does not take this one. Type one in the field API key under Settings; "
+            "The endpoint asks for an API key, or does not take this one. Type one in the field API key under "
+            "Settings; "
             "an admin makes one on the screen Cluster."
         )
     return str(error)

@@ -1,17 +1,24 @@
-"""How the page looks: one theme, light and dark as the browser asks for, with the system's own fonts (nothing is fetched)."""
+"""How the page looks: one theme, light and dark as the browser asks for, with the system's own fonts (nothing is
+fetched)."""
 
 from __future__ import annotations
 
 import gradio as gr
 
-_SANS = [gr.themes.Font(name) for name in ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")]
+_SANS = [
+    gr.themes.Font(name) for name in ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+]
 _MONO = [gr.themes.Font(name) for name in ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")]
 
 
 def theme() -> gr.themes.Base:
     """The theme of all components."""
     return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue, neutral_hue=gr.themes.colors.slate, font=_SANS, font_mono=_MONO, radius_size="sm"
+        primary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.slate,
+        font=_SANS,
+        font_mono=_MONO,
+        radius_size="sm",
     ).set(
         body_text_color="*neutral_900",
         body_text_color_dark="*neutral_100",

@@ -1,7 +1,8 @@
-"""Files that people send: each person's apart from the others', and in Gradio's cache no longer than until a screen takes them.
+"""Files that people send: each person's apart from the others', and in Gradio's cache no longer than until a screen
+takes them.
 
-Gradio names a file in its cache by its contents: two people who send the same would share it, and whoever names a path gets the file. Here
-each upload has a folder of its own under its sender's, which nobody else may name.
+Gradio names a file in its cache by its contents: two people who send the same would share it, and whoever names a path
+gets the file. Here each upload has a folder of its own under its sender's, which nobody else may name.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class Uploads:
             folder.chmod(0o700)
 
     async def receive(self, request: Request) -> Response:
-        """Answers Gradio's POST of files: their paths, in the sender's folder of the cache. Users and admins may send."""
+        """Answers Gradio's POST of files: their paths, in the sender's folder of the cache. Users and admins may
+        send."""
         visitor: Visitor = request.state.visitor
         if not visitor.role.covers(Role.USER):
             return JSONResponse({"detail": "Viewers send no files."}, status_code=403)
         too_large = PlainTextResponse(
-            f"The file is larger than {self.most_bytes / 2**20:,.0f} MiB, the limit of this page (llm-ray ui --max-upload-mib).",
+            f"The file is larger than {self.most_bytes / 2**20:,.0f} MiB, the limit of this page (llm-ray ui "
+            "--max-upload-mib).",
             status_code=413,
             headers={"connection": "close"},
         )
@@ -89,8 +92,8 @@ class Uploads:
         return JSONResponse([str(path) for path in paths])
 
     def may_read(self, name: str, path: str) -> bool:
-        """Whether a user may name this path in a request: of what they sent, and of what Gradio keeps for answers, which has names that
-        nobody can guess."""
+        """Whether a user may name this path in a request: of what they sent, and of what Gradio keeps for answers,
+        which has names that nobody can guess."""
         if "\0" in path or not path.startswith("/"):
             return False
         found = Path(os.path.realpath(path))
@@ -99,10 +102,11 @@ class Uploads:
         return found.is_relative_to(os.path.realpath(self.cache))
 
     def take(self, visitor: Visitor, path: str, name: str | None = None) -> Path:
-        """Move a file that the visitor has sent out of the cache into their own folder, and return where it is: it is theirs until `drop`.
+        """Move a file that the visitor has sent out of the cache into their own folder, and return where it is: it is
+        theirs until `drop`.
 
-        `name` is what they call it (default: as it was sent); a file of that name is kept, and this one numbered. Raises DataError where
-        the path is no file that they have sent.
+        `name` is what they call it (default: as it was sent); a file of that name is kept, and this one numbered.
+        Raises DataError where the path is no file that they have sent.
         """
         source = Path(os.path.realpath(path))
         if not source.is_relative_to(os.path.realpath(self._folder(visitor.name))) or not source.is_file():
@@ -152,7 +156,8 @@ class Uploads:
 
 
 def harmless_name(name: str) -> str:
-    """A file's name without a folder, control characters, a leading dot or what shells and browsers read as something else."""
+    """A file's name without a folder, control characters, a leading dot or what shells and browsers read as something
+    else."""
     plain = re.sub(r"[^\w.-]+", "_", name.replace("\\", "/").rpartition("/")[2]).strip("._-")
     stem, dot, suffix = plain.rpartition(".")
     return f"{stem[:100]}.{suffix[:20]}" if dot and stem else plain[:100] or "file"

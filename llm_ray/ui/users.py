@@ -97,19 +97,26 @@ def add_user(path: Path, name: str, password: str, role: Role) -> User:
 
 
 def change_user(path: Path, name: str, role: Role | None = None, password: str | None = None) -> User:
-    """Give a user another role or password; their sessions end. Raises ConfError for a password that is none, UserError."""
+    """Give a user another role or password; their sessions end. Raises ConfError for a password that is none,
+    UserError."""
     if password is not None:
         check_password(password)
     with _file(path).writing() as users:
         user = _known(users, name)
-        changed = replace(user, role=role or user.role, stamp=_stamp(), hash=_HASHER.hash(password) if password is not None else user.hash)
+        changed = replace(
+            user,
+            role=role or user.role,
+            stamp=_stamp(),
+            hash=_HASHER.hash(password) if password is not None else user.hash,
+        )
         users[name] = changed
         return changed
 
 
 def import_users(path: Path, wanted: Mapping[str, tuple[str, Role]]) -> list[str]:
-    """Keep these users (password and role by name): new ones are added, one with another password or role is changed, and their sessions
-    end. The names of those that were changed; all others stay. Raises ConfError for a name or password that is none, UserError."""
+    """Keep these users (password and role by name): new ones are added, one with another password or role is changed,
+    and their sessions end. The names of those that were changed; all others stay. Raises ConfError for a name or
+    password that is none, UserError."""
     for name, (password, _) in wanted.items():
         _check_name(name)
         try:
@@ -124,7 +131,11 @@ def import_users(path: Path, wanted: Mapping[str, tuple[str, Role]]) -> list[str
             if here and same and here.role is role:
                 continue
             users[name] = User(
-                name, role, here.hash if here and same else _HASHER.hash(password), _stamp(), here.created if here else time.time()
+                name,
+                role,
+                here.hash if here and same else _HASHER.hash(password),
+                _stamp(),
+                here.created if here else time.time(),
             )
             changed.append(name)
     return changed
@@ -151,7 +162,8 @@ def check_password(password: str) -> None:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name == LOCAL:
         raise ConfError(
-            f"{name!r} cannot be a user's name: lower-case letters, digits, - and _, at most one dot within, 32 characters, and not {LOCAL!r}"
+            f"{name!r} cannot be a user's name: lower-case letters, digits, - and _, at most one dot within, 32 "
+            f"characters, and not {LOCAL!r}"
         )
 
 

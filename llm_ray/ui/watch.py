@@ -35,7 +35,8 @@ class Seen:
 
 
 class Watch:
-    """Looks at the cluster every few seconds, once for everybody who looks at the page; not at all while nobody does."""
+    """Looks at the cluster every few seconds, once for everybody who looks at the page; not at all while nobody
+    does."""
 
     def __init__(self, home: Path, address: str | None) -> None:
         self._home, self._address, self._apart = home, address, Apart()
@@ -54,7 +55,9 @@ class Watch:
             if fresh:
                 self._wanted = now
                 self._changed.notify_all()
-            self._changed.wait_for(lambda: self._seen is not None and (not fresh or self._seen.at >= now), timeout=2 * _LOOK_TIMEOUT)
+            self._changed.wait_for(
+                lambda: self._seen is not None and (not fresh or self._seen.at >= now), timeout=2 * _LOOK_TIMEOUT
+            )
             return self._seen or Seen(None, "it has not been reached yet")
 
     def _look(self) -> None:

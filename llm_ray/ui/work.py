@@ -1,4 +1,5 @@
-"""Long work that people start on the page: it goes on whoever looks, in processes beside the page, and everybody sees how far it is."""
+"""Long work that people start on the page: it goes on whoever looks, in processes beside the page, and everybody sees
+how far it is."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ class Works:
         self._turn = threading.Lock()
         self._works: list[Work] = []
 
-    def begin(self, title: str, by: str, call: Callable[..., Any], *arguments: Any, then: Callable[[], Any] = lambda: None) -> Work:
+    def begin(
+        self, title: str, by: str, call: Callable[..., Any], *arguments: Any, then: Callable[[], Any] = lambda: None
+    ) -> Work:
         """Start `call(*arguments, reporter=…)`; `then` is called at its end."""
         work = Work(title, by)
         self._works = [*self._works[-_KEPT:], work]

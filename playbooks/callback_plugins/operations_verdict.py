@@ -1,4 +1,5 @@
-"""Ends validate.yml with exit code 1 where the cluster failed a check: Ansible's own 2 then means that it could not be judged."""
+"""Ends validate.yml with exit code 1 where the cluster failed a check: Ansible's own 2 then means that it could not be
+judged."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class CallbackModule(CallbackBase):
     CALLBACK_NAME: ClassVar = "operations_verdict"
 
     def v2_playbook_on_stats(self, stats: AggregateStats) -> None:
-        # Ansible has no code of one's own, and to exit here would leave callbacks after this one untold: reports as junit's.
+        # Ansible has no code of one's own, and to exit here would leave callbacks after this one untold: reports as
+        # junit's.
         if int(stats.custom.get("_run", {}).get("operations_failed", 0)):
             atexit.register(_exit)
 

@@ -1,4 +1,5 @@
-"""What the playbooks decide and show: whether a host may be meant, whose facts are known, what a check came to, and tables to read."""
+"""What the playbooks decide and show: whether a host may be meant, whose facts are known, what a check came to, and
+tables to read."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from jinja2 import Undefined
 Finding = dict[str, str]
 
 
-def operations_needed(groups: Mapping[str, Sequence[str]], taking_part: Sequence[str], needed: Sequence[str] = ()) -> str:
-    """Why nothing can be asked of the cluster: no head in the inventory, or hosts that --limit leaves out (the head, and others that
-    are needed); empty where it can."""
+def operations_needed(
+    groups: Mapping[str, Sequence[str]], taking_part: Sequence[str], needed: Sequence[str] = ()
+) -> str:
+    """Why nothing can be asked of the cluster: no head in the inventory, or hosts that --limit leaves out (the head,
+    and others that are needed); empty where it can."""
     heads = [*groups.get("ray_head", [])]
     if len(heads) != 1:
         near = difflib.get_close_matches("ray_head", set(groups) - {"ray_head"}, 1, 0.8)
@@ -28,7 +31,9 @@ def operations_needed(groups: Mapping[str, Sequence[str]], taking_part: Sequence
 def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -> str:
     """Why a host cannot be added or removed (the verb) by that name; empty where it can."""
     workers = [*groups.get("ray_workers", [])]
-    wanted = f"name one worker: -e node={workers[0] if workers else 'NAME'}; the workers are {', '.join(workers) or 'none'}"
+    wanted = (
+        f"name one worker: -e node={workers[0] if workers else 'NAME'}; the workers are {', '.join(workers) or 'none'}"
+    )
     if not name:
         return f"node is not given: {wanted}"
     if name in groups.get("ray_head", []):
@@ -37,7 +42,13 @@ def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -
         return f"node = {name}: one host alone is {verb}: {wanted}"
     if name not in workers:
         near = difflib.get_close_matches(name, workers, 1, 0.6)
-        told = f"did you mean {near[0]}?" if near else "put it there first" if verb == "added" else f"the workers are {', '.join(workers)}"
+        told = (
+            f"did you mean {near[0]}?"
+            if near
+            else "put it there first"
+            if verb == "added"
+            else f"the workers are {', '.join(workers)}"
+        )
         return f"node = {name}: not in the group ray_workers of the inventory: {told}"
     if verb == "removed" and name in groups.get("nfs_server", []):
         return f"node = {name}: it holds the shared storage: move nfs_server to another host first"
@@ -45,7 +56,8 @@ def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -
 
 
 def cluster_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """The address at which the cluster knows each host: ray_node_address, else that of its facts, else ansible_host; empty where none is known."""
+    """The address at which the cluster knows each host: ray_node_address, else that of its facts, else ansible_host;
+    empty where none is known."""
     found = {}
     for host in hosts:
         own = hostvars[host]
@@ -57,8 +69,8 @@ def cluster_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence
 
 
 def operations_facts(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """Whose facts are cached of each host: its own; an other's, as of a cluster whose hosts have the same names; unsure, where
-    the inventory has no address to compare; or none."""
+    """Whose facts are cached of each host: its own; an other's, as of a cluster whose hosts have the same names;
+    unsure, where the inventory has no address to compare; or none."""
     found = {}
     for host in hosts:
         facts, address = hostvars[host].get("ansible_facts") or {}, str(hostvars[host].get("ansible_host") or host)
@@ -89,7 +101,12 @@ def operations_units(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[
         found = [one["status"] for one in asked.get("results", []) if one.get("status")]
         if not found:
             reached = any(not one.get("unreachable") for one in asked.get("results", []))
-            rows.append({"host": host, "state": "no units: site.yml has not made it a node" if reached else "the host is not reached"})
+            rows.append(
+                {
+                    "host": host,
+                    "state": "no units: site.yml has not made it a node" if reached else "the host is not reached",
+                }
+            )
         rows += [
             {
                 "host": host,
@@ -132,7 +149,9 @@ def operations_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
     """Rows as a table to read, with the columns' names as its head. The last column is not padded."""
     shown = [[*columns], *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(row[at]) for row in shown) for at in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
+    )
 
 
 def operations_list(findings: Sequence[Finding]) -> str:
@@ -146,13 +165,16 @@ def workflow_figures(result: Mapping[str, Any], name: str, folder: str, stages: 
     training, evaluation = result.get("training") or {}, result.get("evaluation") or {}
     if "loss" in training:
         lines.append(
-            f"loss {training['loss']:.4f}, {training.get('tokens', 0):,} tokens, {training.get('tokens_per_second', 0):.0f} tokens/s"
+            f"loss {training['loss']:.4f}, {training.get('tokens', 0):,} tokens, "
+            f"{training.get('tokens_per_second', 0):.0f} tokens/s"
         )
     for key, value in (evaluation.get("finetuned") or {}).items():
         if isinstance(value, (int, float)):
             before = (evaluation.get("base") or {}).get(key)
             lines.append(
-                f"{key.replace('_', ' ')}: {before:.3f} before, {value:.3f} after" if before is not None else f"{key}: {value:.3f}"
+                f"{key.replace('_', ' ')}: {before:.3f} before, {value:.3f} after"
+                if before is not None
+                else f"{key}: {value:.3f}"
             )
     if "export" in stages:
         lines += [f"the model: {folder}/output", f"to serve it: ansible-playbook serve.yml -e model={name}"]

@@ -1,6 +1,8 @@
-"""operations_misspelt: what is wrong with names given by -e: those that are nearly, and not quite, an argument of the playbook.
+"""operations_misspelt: what is wrong with names given by -e: those that are nearly, and not quite, an argument of the
+playbook.
 
-Its terms are the playbook's arguments. With kind (finetune, serve) and conf, keys of that conf and variables of its template are no mistakes.
+Its terms are the playbook's arguments. With kind (finetune, serve) and conf, keys of that conf and variables of its
+template are no mistakes.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ def misspelt(given: Iterable[Any], arguments: Sequence[str], known: Callable[[st
 
 def variables_of_roles() -> set[str]:
     """What the roles' argument_specs declare."""
-    specs = [yaml.safe_load(path.read_text())["argument_specs"] for path in _BUNDLE.glob("roles/*/meta/argument_specs.yml")]
+    specs = [
+        yaml.safe_load(path.read_text())["argument_specs"] for path in _BUNDLE.glob("roles/*/meta/argument_specs.yml")
+    ]
     return {name for spec in specs for entry in spec.values() for name in entry.get("options") or ()}
 
 
 def names_of_conf(kind: str, conf: str) -> Callable[[str], bool]:
-    """Whether a name sets a key of the conf, or a variable of its template. Where that cannot be told, as rendering the conf will say, it may."""
+    """Whether a name sets a key of the conf, or a variable of its template. Where that cannot be told, as rendering the
+    conf will say, it may."""
     try:
         from llm_ray.conf.keys import FINETUNE, SERVE
         from llm_ray.conf.load import find

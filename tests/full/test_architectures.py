@@ -1,4 +1,5 @@
-"""Every architecture that can be made small: packed where that is chosen, padded, and a block at a time, rows have the loss of each alone.
+"""Every architecture that can be made small: packed where that is chosen, padded, and a block at a time, rows have the
+loss of each alone.
 
 make test-full                                    # minutes on one core; CI does not run it
 python -m tests.full.test_architectures           # writes the table of docs/reference/architectures.md
@@ -21,10 +22,23 @@ from llm_ray.train.loss import SupervisedLoss
 from tests.full.architectures import KINDS, small
 
 PAGE = Path(__file__).parents[2] / "docs/reference/architectures.md"
-ROWS = [[(7 * i + 3) % 90 for i in range(31)], [(5 * i + 11) % 90 for i in range(9)], [(3 * i + 1) % 90 for i in range(17)]]
+ROWS = [
+    [(7 * i + 3) % 90 for i in range(31)],
+    [(5 * i + 11) % 90 for i in range(9)],
+    [(3 * i + 1) % 90 for i in range(17)],
+]
 LARGE = {"blt", "gemma3", "gemma4_unified_assistant", "git", "got_ocr2", "phi4_multimodal"}
 """Of parts that are no language model, and have no small sizes."""
-OTHERS = {"gemma3n", "musicgen", "musicgen_melody", "gemma4_assistant", "dbrx", "cohere_compass_text", "qwen4_exp", "qwen4_exp_text"}
+OTHERS = {
+    "gemma3n",
+    "musicgen",
+    "musicgen_melody",
+    "gemma4_assistant",
+    "dbrx",
+    "cohere_compass_text",
+    "qwen4_exp",
+    "qwen4_exp_text",
+}
 """Not made from their configuration's own values by this release of transformers, or only with more packages."""
 PADDING = {"cpmant", "hy_v4", "prophetnet"}
 """Rows beside longer ones, padded, are not what they are alone."""
@@ -32,7 +46,8 @@ PADDING = {"cpmant", "hy_v4", "prophetnet"}
 
 @dataclass(frozen=True)
 class Found:
-    """Losses of the rows each alone, padded, padded and by the chosen way to compute the loss, and packed where that is chosen."""
+    """Losses of the rows each alone, padded, padded and by the chosen way to compute the loss, and packed where that is
+    chosen."""
 
     why_not: str
     blockwise: bool
@@ -85,9 +100,15 @@ def write() -> None:
     """Write the table into its page."""
     kinds = [kind for kind in KINDS if kind not in LARGE | OTHERS]
     head = PAGE.read_text(encoding="utf-8").partition("| architecture |")[0]
-    lines = ["| architecture | rows of a batch | loss |", "| --- | --- | --- |", *(look(kind).line(kind) for kind in kinds)]
+    lines = [
+        "| architecture | rows of a batch | loss |",
+        "| --- | --- | --- |",
+        *(look(kind).line(kind) for kind in kinds),
+    ]
     left = ", ".join(sorted(LARGE | OTHERS))
-    PAGE.write_text(head + "\n".join(lines) + f"\n\nNot looked at, for they cannot be made small: {left}.\n", encoding="utf-8")
+    PAGE.write_text(
+        head + "\n".join(lines) + f"\n\nNot looked at, for they cannot be made small: {left}.\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     make test-full TESTS=tests/full/test_fuzz.py
     LLM_RAY_FUZZ=20000 LLM_RAY_FUZZ_SEED=7 make test-full TESTS='tests/full/test_fuzz.py -k openvino'
 
-A request is answered or refused with 400. Any other end, or an answer of the steady client that has changed, shows the settings that did it.
+A request is answered or refused with 400. Any other end, or an answer of the steady client that has changed, shows the
+settings that did it.
 """
 
 from __future__ import annotations
@@ -33,9 +34,15 @@ AT_ONCE = 12
 SCHEMAS = [case[0] for case in [*OBEYED.values(), *REFUSED.values()]]
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": schema, "strict": strict}}
-    for name, schema, strict in (("a", OBEYED["properties"].schema, True), ("b", {"type": "object"}, None), ("c", REFUSED["not"][0], False))
+    for name, schema, strict in (
+        ("a", OBEYED["properties"].schema, True),
+        ("b", {"type": "object"}, None),
+        ("c", REFUSED["not"][0], False),
+    )
 ]
-NUMBERS = st.sampled_from([-1e308, -2.0, -1e-45, -0.0, 0.0, 1e-320, 1e-45, 1e-8, 0.5, 0.999999, 1.0, 1.0000001, 2.0, 100.0])
+NUMBERS = st.sampled_from(
+    [-1e308, -2.0, -1e-45, -0.0, 0.0, 1e-320, 1e-45, 1e-8, 0.5, 0.999999, 1.0, 1.0000001, 2.0, 100.0]
+)
 IDS = st.sampled_from([-1, 0, 1, 2, 28, 260, 5345, 49151, 49152, 2**31 - 1, 2**31])
 MORE: dict[str, st.SearchStrategy[Any]] = {
     "temperature": NUMBERS,
@@ -62,8 +69,12 @@ MORE: dict[str, st.SearchStrategy[Any]] = {
     "return_token_ids": st.booleans(),
     "structured_outputs": st.one_of(
         st.fixed_dictionaries({"json": st.sampled_from(SCHEMAS)}),
-        st.fixed_dictionaries({"regex": st.sampled_from(["", "a*", "[a-c]{2,}x?", "(?=a)b", "a{1000}", "\\d+\\.\\d+"])}),
-        st.fixed_dictionaries({"grammar": st.sampled_from(['root ::= "no"', "root ::= x", "start: /a+/", "", 'root ::= "a" root | "b"'])}),
+        st.fixed_dictionaries(
+            {"regex": st.sampled_from(["", "a*", "[a-c]{2,}x?", "(?=a)b", "a{1000}", "\\d+\\.\\d+"])}
+        ),
+        st.fixed_dictionaries(
+            {"grammar": st.sampled_from(['root ::= "no"', "root ::= x", "start: /a+/", "", 'root ::= "a" root | "b"'])}
+        ),
         st.fixed_dictionaries({"choice": st.lists(st.text(max_size=6), max_size=4)}),
         SETTINGS["structured_outputs"],
     ),
@@ -72,7 +83,9 @@ MORE: dict[str, st.SearchStrategy[Any]] = {
     "parallel_tool_calls": st.booleans(),
     "stream": st.booleans(),
 }
-KINDS = {name: st.one_of(*(kinds[name] for kinds in (SETTINGS, MORE) if name in kinds)) for name in sorted(SETTINGS | MORE)}
+KINDS = {
+    name: st.one_of(*(kinds[name] for kinds in (SETTINGS, MORE) if name in kinds)) for name in sorted(SETTINGS | MORE)
+}
 ASKED = st.lists(st.sampled_from([*KINDS]), max_size=7, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({name: KINDS[name] for name in names})
 )
@@ -85,14 +98,23 @@ def ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def served(request: pytest.FixtureRequest, ray: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    request: pytest.FixtureRequest, ray: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     from llm_ray.models.convert import openvino_folder
     from llm_ray.serve.replica.server import ModelServer
 
     folder = tiny.llama(tmp_path_factory.mktemp("models") / "llama", smollm2)
     path = openvino_folder(folder, "fp32", folder.parent, Silent()) if request.param == "openvino" else folder
     model = ServedModel(
-        "m", path, engine=request.param, max_model_len=512, kv_cache_bytes=2**25, max_batch=16, threads=1, tool_parser="hermes"
+        "m",
+        path,
+        engine=request.param,
+        max_model_len=512,
+        kv_cache_bytes=2**25,
+        max_batch=16,
+        threads=1,
+        tool_parser="hermes",
     )
     with asyncio.Runner() as runner:
         server = ModelServer(model)
@@ -124,7 +146,9 @@ def test_settings_of_every_kind_end_their_own_request_alone(served: Served) -> N
 
         first, *others = served.run(together())
         for one, answer in zip(asked, others, strict=True):
-            refused = isinstance(answer, ValidationError) or (isinstance(answer, Refused) and str(answer).startswith("400 "))
+            refused = isinstance(answer, ValidationError) or (
+                isinstance(answer, Refused) and str(answer).startswith("400 ")
+            )
             if isinstance(answer, list) and "error" in answer[-1]:
                 refused = answer[-1]["error"]["code"] == 400
                 assert refused, (one, answer[-1])

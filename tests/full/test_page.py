@@ -1,4 +1,5 @@
-"""The whole way on the page, with the real small model: from a dropped file to an answer that the base does not give. It takes the tour's pictures.
+"""The whole way on the page, with the real small model: from a dropped file to an answer that the base does not give.
+It takes the tour's pictures.
 
 make pictures
 """
@@ -20,7 +21,14 @@ import llm_ray.quickstart
 from llm_ray.quickstart.judge import is_right
 from llm_ray.serve.deployments.deploy import free_port
 from llm_ray.ui.users import Role, add_user
-from tests.integration.ui.conftest import LLM_RAY, PASSWORD, ROOT, Running, chromium, open_browser, running, signed_in_at  # noqa: F401
+from tests.integration.ui.conftest import (
+    LLM_RAY,
+    PASSWORD,
+    ROOT,
+    Running,
+    running,
+    signed_in_at,
+)
 
 DATA = Path(llm_ray.quickstart.__file__).parent / "data"
 PICTURES = os.environ.get("LLM_RAY_PICTURES")
@@ -67,7 +75,7 @@ def answer(tab: Page, side: str, number: int) -> Locator:
 
 @pytest.mark.timeout(3600)
 def test_from_a_dropped_file_to_an_answer_that_the_base_does_not_give(
-    open_browser: Callable[..., BrowserContext],  # noqa: F811
+    open_browser: Callable[..., BrowserContext],
     page: Running,
     home: Path,
     tmp_path: Path,
@@ -117,7 +125,9 @@ def test_from_a_dropped_file_to_an_answer_that_the_base_does_not_give(
         tab.get_by_role("button", name="Send").click()
         for side, found in right.items():
             expect(tab.locator(side).get_by_text(re.compile("tokens/s"))).to_have_count(number + 1, timeout=2 * MINUTE)
-            found.append(is_right(answer(tab, side, 2 * number).inner_text(), fact["expect"]))  # the other is its figures
+            found.append(
+                is_right(answer(tab, side, 2 * number).inner_text(), fact["expect"])
+            )  # the other is its figures
     picture(tab, "ask")
     assert sum(right["#ask-left"]) >= ASKED - 1, right
     assert not any(right["#ask-right"]), right

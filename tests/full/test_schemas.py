@@ -1,9 +1,10 @@
-"""Every keyword of a JSON schema against each engine: documents that break it are put in the model's mouth, and must not come out.
+"""Every keyword of a JSON schema against each engine: documents that break it are put in the model's mouth, and must
+not come out.
 
     make test-full TESTS=tests/full/test_schemas.py
 
-The model says what it is told. Documents are tokens of it: after the prompt, which is a token that asks for a document, that document is
-likeliest by far, and then the end. An answer that is the document was allowed by the schema.
+The model says what it is told. Documents are tokens of it: after the prompt, which is a token that asks for a document,
+that document is likeliest by far, and then the end. An answer that is the document was allowed by the schema.
 """
 
 from __future__ import annotations
@@ -46,13 +47,22 @@ VOCABULARY = {word: number for number, word in enumerate(dict.fromkeys(WORDS))}
 
 
 def parrot(folder: Path) -> None:
-    """A Llama that computes nothing but its embedding and its head: after what asks for a document comes the document, else the end."""
+    """A Llama that computes nothing but its embedding and its head: after what asks for a document comes the document,
+    else the end."""
     tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = BYTES, decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(folder)
     size = -(-(len(SAID) + 1) // 64) * 64
-    sizes = {"hidden_size": size, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": size // 64, "head_dim": 64}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=128, eos_token_id=0, **sizes))
+    sizes = {
+        "hidden_size": size,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": size // 64,
+        "head_dim": 64,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=128, eos_token_id=0, **sizes)
+    )
     embedding, head = torch.zeros(2, len(VOCABULARY), size)
     for column, (text, asked) in enumerate(ASKED.items(), 1):
         embedding[VOCABULARY[asked], column] = head[VOCABULARY[BYTES.pre_tokenize_str(text)[0][0]], column] = 1
@@ -112,7 +122,9 @@ def served(request: pytest.FixtureRequest, ray: None, folder: Path) -> Iterator[
 
     engine = request.param
     path = openvino_folder(folder, "fp32", folder.parent, Silent()) if engine == "openvino" else folder
-    model = ServedModel("m", path, engine=engine, max_model_len=128, kv_cache_bytes=2**26, max_batch=4, threads=1, task="completions")
+    model = ServedModel(
+        "m", path, engine=engine, max_model_len=128, kv_cache_bytes=2**26, max_batch=4, threads=1, task="completions"
+    )
     with asyncio.Runner() as runner:
         server = ModelServer(model)
         runner.run(server.start())

@@ -1,4 +1,5 @@
-"""A logits processor of a user's own, which ends vLLM's engine at one token: how an engine dies in the tests of serving."""
+"""A logits processor of a user's own, which ends vLLM's engine at one token: how an engine dies in the tests of
+serving."""
 
 from __future__ import annotations
 

@@ -52,9 +52,13 @@ class Engine:
 
         params = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=0, ignore_eos=True, detokenize=False)
         lora = self._lora(number, folder) if folder else None
-        async for answer in self.client.generate(TokensPrompt(prompt_token_ids=prompt(number)), params, f"r{number}", lora_request=lora):
+        async for answer in self.client.generate(
+            TokensPrompt(prompt_token_ids=prompt(number)), params, f"r{number}", lora_request=lora
+        ):
             last = answer.outputs[0]
-        return list(last.token_ids), [logprobs[token].logprob for token, logprobs in zip(last.token_ids, last.logprobs, strict=True)]
+        return list(last.token_ids), [
+            logprobs[token].logprob for token, logprobs in zip(last.token_ids, last.logprobs, strict=True)
+        ]
 
 
 @contextlib.contextmanager

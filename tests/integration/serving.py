@@ -34,11 +34,15 @@ class Home:
         self.environment = {**os.environ, "LLM_RAY_HOME": str(folder), "TMPDIR": str(folder), "PYTHONPATH": own_code}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([LLM_RAY, *arguments], capture_output=True, text=True, check=False, timeout=300, env=self.environment)
+        return subprocess.run(
+            [LLM_RAY, *arguments], capture_output=True, text=True, check=False, timeout=300, env=self.environment
+        )
 
     def begin(self, *arguments: str) -> subprocess.Popen[str]:
         """The command, running."""
-        return subprocess.Popen([LLM_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment)
+        return subprocess.Popen(
+            [LLM_RAY, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment
+        )
 
     def deploy(self, name: str, *options: str, model: str | None = None) -> subprocess.CompletedProcess[str]:
         return self.run("serve", "deploy", *self.options(name, *options, model=model))
@@ -114,7 +118,8 @@ class Clients:
 
 
 def outcome(answer: httpx.Response) -> int | str:
-    """What an answer is to its client: a status; of a stream that is not whole the code of its error, `cut off` where it has none."""
+    """What an answer is to its client: a status; of a stream that is not whole the code of its error, `cut off` where
+    it has none."""
     if not answer.headers["content-type"].startswith("text/event-stream"):
         if answer.status_code != 200:
             assert answer.json()["error"]["message"]

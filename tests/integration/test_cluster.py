@@ -45,7 +45,10 @@ def test_a_host_too_busy_for_ray_to_start_in_time_gets_a_second_chance(monkeypat
     def slow(**options: object) -> object:
         tries.append(options)
         if len(tries) == 1:
-            raise RuntimeError("The current node timed out during startup. This could happen because some of the raylet failed to startup")
+            raise RuntimeError(
+                "The current node timed out during startup. This could happen because some of the raylet failed to "
+                "startup"
+            )
         return init(**options)
 
     init = ray.init
@@ -84,10 +87,16 @@ def test_without_the_token_nobody_joins(cluster: Cluster, tmp_path: Path) -> Non
     import ray
 
     address = ray.get_runtime_context().gcs_address
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")} | {"HOME": str(tmp_path)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")} | {
+        "HOME": str(tmp_path)
+    }
     strangers = [
         subprocess.Popen(
-            [sys.executable, "-c", STRANGER, address], env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [sys.executable, "-c", STRANGER, address],
+            env=environment | more,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         for more in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64})
     ]
@@ -139,7 +148,11 @@ def _made(nodes: list[int]) -> Cluster:
         ([2], Runtime(workers=3), r"runtime\.workers is 3 with 1 CPU\(s\) each, but Ray has 2 CPU\(s\).*room for 2"),
         ([4, 4], Runtime(workers=3, placement="strict_spread"), "strict_spread, but Ray has 2 node"),
         ([4, 4], Runtime(workers=1, cpus_per_worker=8), r"with 8 CPU\(s\) each.*room for 0"),
-        ([4], Runtime(workers=3, min_workers=2, placement="strict_spread"), "min_workers is 2 and runtime.placement strict_spread"),
+        (
+            [4],
+            Runtime(workers=3, min_workers=2, placement="strict_spread"),
+            "min_workers is 2 and runtime.placement strict_spread",
+        ),
         ([8, 4], Runtime(workers=2, hosts=("b",), cpus_per_worker=4), "room for 1"),
         (
             [8, 4],

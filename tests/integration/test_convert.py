@@ -1,4 +1,5 @@
-"""`llm-ray model convert` with optimum-intel and the real model; what it makes answers in OpenVINO GenAI as the original does."""
+"""`llm-ray model convert` with optimum-intel and the real model; what it makes answers in OpenVINO GenAI as the
+original does."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ import openvino
 import openvino_genai as genai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ErnieConfig, ErnieForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ErnieConfig,
+    ErnieForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llm_ray.conf.finetune import WeightForm
 from llm_ray.models.openvino import openvino_weights
@@ -47,7 +55,9 @@ def convert(home: Path, source: Path, weights: WeightForm) -> Path:
 
 def ids_of(folder: Path, question: str) -> list[int]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids: list[int] = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
+    )
     return ids
 
 
@@ -65,7 +75,10 @@ def answers(folder: Path, precision: str = "f32") -> list[str]:
 
 
 def original_answers(folder: Path) -> list[str]:
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
     found = []
     for question in QUESTIONS:
         prompt = torch.tensor([ids_of(folder, question)])
@@ -78,7 +91,13 @@ def test_fp32_answers_as_the_original(home: Path, smollm2: Path) -> None:
     folder = convert(home, smollm2, "fp32")
     assert folder == home / "models" / "smollm2-135m-instruct-openvino-fp32"
     assert answers(folder) == original_answers(smollm2)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "config.json"):
+    for file in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+    ):
         assert (folder / file).read_bytes() == (smollm2 / file).read_bytes()
     shutil.rmtree(folder)  # half a GB
 
@@ -110,7 +129,12 @@ def odd(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd") / "odd"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=40, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+        vocab_size=49152,
+        hidden_size=40,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -127,7 +151,9 @@ def test_int4_where_rows_can_be_divided_and_int8_elsewhere(home: Path, odd: Path
 
 
 def test_what_optimum_does_not_know_is_refused_by_its_type(home: Path, odd: Path, tmp_path: Path) -> None:
-    config = ErnieConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True)
+    config = ErnieConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, is_decoder=True
+    )
     ErnieForCausalLM(config).save_pretrained(tmp_path / "ernie")
     future = Path(shutil.copytree(odd, tmp_path / "future"))
     (future / "config.json").write_text((future / "config.json").read_text().replace('"llama"', '"llama9"'))

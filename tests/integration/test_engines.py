@@ -30,8 +30,14 @@ from llm_ray.serve.models import Engine, ServedModel
 from tests.integration import tiny
 
 ENGINES: tuple[Engine, ...] = ("vllm", "openvino", "transformers")
-QUESTIONS = ("What is the capital of France?", "Explain gravity in two sentences.", "How do I boil an egg?", "Name three colours.")
-# Longest prompt and answer, and room in the cache for little more: sixteen requests at once have to wait for it, or give it back.
+QUESTIONS = (
+    "What is the capital of France?",
+    "Explain gravity in two sentences.",
+    "How do I boil an egg?",
+    "Name three colours.",
+)
+# Longest prompt and answer, and room in the cache for little more: sixteen requests at once have to wait for it, or
+# give it back.
 LENGTH = 512
 CACHED_TOKENS = {"vllm": 900}  # its blocks are of 128 tokens, and one is not used
 TOKEN_BYTES = 46080
@@ -39,18 +45,27 @@ TOKEN_BYTES = 46080
 # Parameters of a request that not every engine has, and what shows in the answer that they were heeded.
 _SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "people": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
     "required": ["city", "people"],
     "additionalProperties": False,
 }
 SOMETIMES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
     "logit_bias": ({"logit_bias": {"2683": 100.0}, "max_tokens": 2}, lambda choice: len(choice.message.content) > 0),
-    "top_logprobs": ({"logprobs": True, "top_logprobs": 3}, lambda choice: len(choice.logprobs.content[0].top_logprobs) == 3),
+    "top_logprobs": (
+        {"logprobs": True, "top_logprobs": 3},
+        lambda choice: len(choice.logprobs.content[0].top_logprobs) == 3,
+    ),
     "prompt_logprobs": ({"prompt_logprobs": 1}, lambda choice: True),
     "allowed_token_ids": ({"allowed_token_ids": [28]}, lambda choice: set(choice.message.content) == {","}),
     "bad_words": ({"bad_words": ["Paris"]}, lambda choice: "Paris" not in choice.message.content),
     "response_format": (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA}}, "max_tokens": 60},
+        {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "city", "schema": _SCHEMA}},
+            "max_tokens": 60,
+        },
         lambda choice: set(json.loads(choice.message.content)) == {"city", "people"},
     ),
     "json_object": (
@@ -63,9 +78,15 @@ SOMETIMES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
         },
         lambda choice: choice.message.content.lstrip().startswith("{"),
     ),
-    "choice": ({"structured_outputs": {"choice": ["Rome", "Oslo"]}}, lambda choice: choice.message.content in ("Rome", "Oslo")),
+    "choice": (
+        {"structured_outputs": {"choice": ["Rome", "Oslo"]}},
+        lambda choice: choice.message.content in ("Rome", "Oslo"),
+    ),
     "regex": ({"structured_outputs": {"regex": "[a-c]{3}-[0-9]{2}"}}, lambda choice: choice.message.content[3] == "-"),
-    "grammar": ({"structured_outputs": {"grammar": 'root ::= "no" | "never"'}}, lambda choice: choice.message.content in ("no", "never")),
+    "grammar": (
+        {"structured_outputs": {"grammar": 'root ::= "no" | "never"'}},
+        lambda choice: choice.message.content in ("no", "never"),
+    ),
 }
 CANNOT: dict[str, set[str]] = {
     "vllm": set(),
@@ -116,7 +137,11 @@ async def _answer(generator: Any) -> Any:
     if error := getattr(pieces[0], "error", None):
         raise Refused(f"{error.code} {error.message}")
     if isinstance(pieces[0], str):
-        return [json.loads(data) for line in "".join(pieces).split("\n\n") if (data := line.removeprefix("data: ")) not in ("", "[DONE]")]
+        return [
+            json.loads(data)
+            for line in "".join(pieces).split("\n\n")
+            if (data := line.removeprefix("data: ")) not in ("", "[DONE]")
+        ]
     return pieces[0]
 
 
@@ -124,7 +149,9 @@ async def _answer(generator: Any) -> Any:
 def folders(smollm2: Path) -> Callable[[str], Path]:
     from llm_ray.models.convert import openvino_folder
 
-    return lambda engine: openvino_folder(smollm2, "fp32", smollm2.parent, Silent()) if engine == "openvino" else smollm2
+    return lambda engine: (
+        openvino_folder(smollm2, "fp32", smollm2.parent, Silent()) if engine == "openvino" else smollm2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +166,9 @@ def served(request: pytest.FixtureRequest, ray: None, folders: Callable[[str], P
 
     engine = request.param
     cache = CACHED_TOKENS.get(engine, 600) * TOKEN_BYTES
-    model = ServedModel("m", folders(engine), engine=engine, max_model_len=LENGTH, kv_cache_bytes=cache, max_batch=16, threads=1)
+    model = ServedModel(
+        "m", folders(engine), engine=engine, max_model_len=LENGTH, kv_cache_bytes=cache, max_batch=16, threads=1
+    )
     with asyncio.Runner() as runner:
         server = ModelServer(model)
         runner.run(server.start())
@@ -189,7 +218,9 @@ def test_logprobs_are_those_of_transformers(served: Served, reference: Reference
     text, logprobs = reference.answer(tokens=12)
     choice = served.ask(max_tokens=12, logprobs=True, top_logprobs=0).choices[0]
     assert choice.message.content == text
-    assert [token.logprob for token in choice.logprobs.content] == pytest.approx(logprobs[: len(choice.logprobs.content)], abs=1e-3)
+    assert [token.logprob for token in choice.logprobs.content] == pytest.approx(
+        logprobs[: len(choice.logprobs.content)], abs=1e-3
+    )
     assert "".join(token.token for token in choice.logprobs.content).startswith(text)
 
 
@@ -255,13 +286,19 @@ def test_the_end_is_told_and_counted(served: Served, reference: Reference) -> No
     text = reference.answer()[0]
     assert (whole.choices[0].finish_reason, whole.choices[0].message.content) == ("stop", text)
     assert whole.usage.prompt_tokens == len(reference.prompt())
-    assert whole.usage.completion_tokens == len(reference.tokenizer(text)["input_ids"]) + 1, "with the token that ended it"
+    assert whole.usage.completion_tokens == len(reference.tokenizer(text)["input_ids"]) + 1, (
+        "with the token that ended it"
+    )
 
 
 def test_stop_strings_and_tokens_end_an_answer(served: Served, reference: Reference) -> None:
     text = reference.answer()[0]
     choice = served.ask(stop=["of Fr"]).choices[0]
-    assert (choice.message.content, choice.finish_reason, choice.stop_reason) == (text[: text.index("of Fr")], "stop", "of Fr")
+    assert (choice.message.content, choice.finish_reason, choice.stop_reason) == (
+        text[: text.index("of Fr")],
+        "stop",
+        "of Fr",
+    )
     stop = reference.tokenizer(" France")["input_ids"][0]
     choice = served.ask(stop_token_ids=[stop]).choices[0]
     assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
@@ -272,7 +309,9 @@ def test_an_answer_goes_on_past_its_end_when_asked(served: Served) -> None:
     short = served.ask().usage.completion_tokens
     assert served.ask(min_tokens=short + 4).usage.completion_tokens >= short + 4
     assert served.ask(ignore_eos=True).usage.completion_tokens == 32
-    stopped = served.ask(ignore_eos=True, stop_token_ids=[2]).choices[0]  # 2 is the end: asked for by its number, it counts
+    stopped = served.ask(ignore_eos=True, stop_token_ids=[2]).choices[
+        0
+    ]  # 2 is the end: asked for by its number, it counts
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", 2)
 
 
@@ -299,7 +338,10 @@ def test_sixteen_at_once_are_answered_as_alone(served: Served) -> None:
 
 def test_who_goes_away_is_computed_no_longer(served: Served) -> None:
     async def leave() -> None:
-        asking = [asyncio.create_task(served.chat(f"Count to {number}.", max_tokens=400, ignore_eos=True)) for number in range(8)]
+        asking = [
+            asyncio.create_task(served.chat(f"Count to {number}.", max_tokens=400, ignore_eos=True))
+            for number in range(8)
+        ]
         await asyncio.sleep(0.5)
         for task in asking:
             task.cancel()
@@ -358,8 +400,11 @@ def test_a_schema_that_the_engine_cannot_read_harms_no_other_request(served: Ser
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_leaves_no_token_is_told_so_and_harms_no_other(served: Served, reference: Reference, stream: bool) -> None:
-    """What remains of the vocabulary shows as the answer grows: at once for the first two, after a token for the third."""
+def test_a_request_that_leaves_no_token_is_told_so_and_harms_no_other(
+    served: Served, reference: Reference, stream: bool
+) -> None:
+    """What remains of the vocabulary shows as the answer grows: at once for the first two, after a token for the
+    third."""
     end, twice = 2, reference.tokenizer("ParisParis")["input_ids"]
     assert len(twice) == 2
     contradictions = (
@@ -370,7 +415,9 @@ def test_a_request_that_leaves_no_token_is_told_so_and_harms_no_other(served: Se
 
     async def together(temperature: float) -> list[Any]:
         asked = ({**one, "temperature": temperature, "stream": stream, "n": 2} for one in contradictions)
-        return await asyncio.gather(served.chat(QUESTIONS[1]), *(served.chat(QUESTIONS[0], **one) for one in asked), return_exceptions=True)
+        return await asyncio.gather(
+            served.chat(QUESTIONS[1]), *(served.chat(QUESTIONS[0], **one) for one in asked), return_exceptions=True
+        )
 
     for temperature in (0.0, 1.0):
         steady, *others = served.run(together(temperature))
@@ -415,7 +462,12 @@ def test_settings_of_any_kind_change_nothing_for_a_steady_client(served: Served,
 
     @given(asked=st.lists(SAMPLING, min_size=12, max_size=12))
     @settings(
-        max_examples=3, derandomize=True, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), database=None
+        max_examples=3,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        database=None,
     )
     def ask(asked: list[dict[str, Any]]) -> None:
         async def together() -> list[Any]:
@@ -464,13 +516,16 @@ def test_text_is_tokenized(served: Served, reference: Reference) -> None:
     from ray.llm._internal.serve.core.configs.openai_api_models import TokenizeCompletionRequest
 
     async def tokenize() -> Any:
-        return await _answer(await served.server.tokenize(TokenizeCompletionRequest(model="m", prompt="A tale of two cities, 双城记")))
+        return await _answer(
+            await served.server.tokenize(TokenizeCompletionRequest(model="m", prompt="A tale of two cities, 双城记"))
+        )
 
     assert served.run(tokenize()).tokens == reference.tokenizer("A tale of two cities, 双城记")["input_ids"]
 
 
 def weights_as_stored(folder: Path, model: Any) -> None:
-    """Give a model of transformers the weights that its conversion in the folder has, int8 and all, as the numbers that they stand for."""
+    """Give a model of transformers the weights that its conversion in the folder has, int8 and all, as the numbers that
+    they stand for."""
     import openvino as ov
 
     core, wanted = ov.Core(), model.state_dict()
@@ -504,7 +559,9 @@ def test_int8_weights_compute_in_fp32_where_that_is_asked_for(ray: None, smollm2
     rounded = Reference(smollm2)
     weights_as_stored(folder, rounded.model)
     with asyncio.Runner() as runner:
-        server = ModelServer(ServedModel("m", folder, engine="openvino", max_model_len=LENGTH, kv_cache_bytes=2**26, threads=1))
+        server = ModelServer(
+            ServedModel("m", folder, engine="openvino", max_model_len=LENGTH, kv_cache_bytes=2**26, threads=1)
+        )
         runner.run(server.start())
         served = Served("openvino", server, runner.run)
         for question in QUESTIONS:
@@ -515,7 +572,9 @@ def test_int8_weights_compute_in_fp32_where_that_is_asked_for(ray: None, smollm2
         server.engine._engine_client.shutdown()
 
 
-def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray: None, smollm2: Path, tmp_path: Path) -> None:
+def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(
+    ray: None, smollm2: Path, tmp_path: Path
+) -> None:
     """vLLM's attention for CPUs knows certain sizes of heads, and finds out at the first request."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -531,7 +590,9 @@ def test_a_model_that_an_engine_cannot_compute_is_refused_when_it_is_loaded(ray:
 
 
 @pytest.mark.parametrize("asked", ["model", "openai"])
-def test_what_a_model_sets_of_sampling_is_taken_unless_left_out(ray: None, smollm2: Path, tmp_path: Path, asked: Any) -> None:
+def test_what_a_model_sets_of_sampling_is_taken_unless_left_out(
+    ray: None, smollm2: Path, tmp_path: Path, asked: Any
+) -> None:
 
     from llm_ray.conf.serve import ModelServing, ServeConf
     from llm_ray.serve.deployments.plan import plan
@@ -539,7 +600,9 @@ def test_what_a_model_sets_of_sampling_is_taken_unless_left_out(ray: None, smoll
 
     folder = tiny.llama(tmp_path / "llama", smollm2)
     ends = {"eos_token_id": [2, 0], "pad_token_id": 2}
-    (folder / "generation_config.json").write_text(json.dumps({"top_k": 1, "max_new_tokens": 6, "do_sample": True, **ends}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"top_k": 1, "max_new_tokens": 6, "do_sample": True, **ends})
+    )
     serving = ModelServing(model=str(folder), engine="transformers", max_model_len=64, sampling_defaults=asked)
     (model,) = plan(ServeConf(models={"m": serving}), Silent())
     assert model.sampling == ({"top_k": 1, "max_new_tokens": 6} if asked == "model" else {})
@@ -563,7 +626,11 @@ def test_a_model_that_makes_vectors_makes_the_same_as_transformers(ray: None, tm
     assert not writes(tmp_path, {})
 
     async def embed(text: str) -> Any:
-        server = ModelServer(ServedModel("m", tmp_path, max_model_len=64, kv_cache_bytes=2**24, max_batch=2, threads=2, task="embeddings"))
+        server = ModelServer(
+            ServedModel(
+                "m", tmp_path, max_model_len=64, kv_cache_bytes=2**24, max_batch=2, threads=2, task="embeddings"
+            )
+        )
         await server.start()
         answer = await _answer(await server.embeddings(EmbeddingCompletionRequest(model="m", input=text)))
         asked = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": text}])
@@ -585,7 +652,14 @@ def test_an_adapter_that_is_taken_away_ends_no_answer_in_progress(ray: None, smo
     llama = tiny.llama(tmp_path / "llama", smollm2)
     folder = tiny.adapter(tmp_path / "adapter", llama, 0)
     model = ServedModel(
-        "m", llama, max_model_len=512, kv_cache_bytes=2**26, max_batch=4, threads=2, adapters={"a": Adapter(str(folder), "1")}, lora_rank=8
+        "m",
+        llama,
+        max_model_len=512,
+        kv_cache_bytes=2**26,
+        max_batch=4,
+        threads=2,
+        adapters={"a": Adapter(str(folder), "1")},
+        lora_rank=8,
     )
 
     async def texts() -> list[str]:
@@ -606,7 +680,9 @@ def test_an_adapter_that_is_taken_away_ends_no_answer_in_progress(ray: None, smo
         base = await _answer(await ask("m", False))
         server.engine._engine_client.shutdown()
         pieces = [
-            json.loads(data) for event in "".join(events).split("\n\n") if (data := event.removeprefix("data: ")) not in ("", "[DONE]")
+            json.loads(data)
+            for event in "".join(events).split("\n\n")
+            if (data := event.removeprefix("data: ")) not in ("", "[DONE]")
         ]
         assert len(pieces) > 2
         return ["".join(piece["choices"][0]["text"] for piece in pieces), alone.choices[0].text, base.choices[0].text]

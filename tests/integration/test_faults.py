@@ -1,6 +1,8 @@
-"""What goes wrong around a finetune, through the real command: what the user sees, what is left behind, and how to go on.
+"""What goes wrong around a finetune, through the real command: what the user sees, what is left behind, and how to go
+on.
 
-The command runs as its own process group with its own folder for temporary files, so that whatever it leaves behind is found.
+The command runs as its own process group with its own folder for temporary files, so that whatever it leaves behind is
+found.
 """
 
 from __future__ import annotations
@@ -86,7 +88,16 @@ class Bench:
     def start(self, *arguments: str, name: str = "trial", **environment: str) -> Command:
         """`llm-ray finetune` with the conf."""
         (self.folder / "conf.yaml").write_text(json.dumps(self.conf))  # JSON is YAML
-        return Command(self, "finetune", "--config", str(self.folder / "conf.yaml"), "--set", f"name={name}", *arguments, **environment)
+        return Command(
+            self,
+            "finetune",
+            "--config",
+            str(self.folder / "conf.yaml"),
+            "--set",
+            f"name={name}",
+            *arguments,
+            **environment,
+        )
 
     def checkpoints(self, name: str = "trial") -> list[Path]:
         return list_checkpoints(self.runs / name / "checkpoint")
@@ -100,12 +111,17 @@ class Bench:
     def state(self, name: str = "trial") -> str:
         """What `llm-ray runs list` says."""
         listed = subprocess.run(
-            [LLM_RAY, "runs", "list", "--json", "--runs", str(self.runs)], capture_output=True, check=True, env=self.environment, timeout=60
+            [LLM_RAY, "runs", "list", "--json", "--runs", str(self.runs)],
+            capture_output=True,
+            check=True,
+            env=self.environment,
+            timeout=60,
         )
         return next(run["state"] for run in json.loads(listed.stdout) if run["name"] == name)
 
     def processes(self) -> list[psutil.Process]:
-        """Whatever was started under this bench and lives: told by the folder for temporary files, which is inherited."""
+        """Whatever was started under this bench and lives: told by the folder for temporary files, which is
+        inherited."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -195,14 +211,21 @@ def test_stopped_by_another_process(bench: Bench) -> None:
     stop = [LLM_RAY, "runs", "stop", "trial", "--runs", str(bench.runs)]
     command = bench.start()
     until(lambda: "prepare …" in command.stderr.read_text())
-    assert stop_run(bench.runs, "trial").state == "running"  # from here: a command takes seconds to start, preparing does not last longer
+    assert (
+        stop_run(bench.runs, "trial").state == "running"
+    )  # from here: a command takes seconds to start, preparing does not last longer
     code, seen = command.ends()
     assert (code, "stopped before stage train as asked" in seen) == (130, True), seen
 
     command = bench.start()
     until(lambda: len(bench.checkpoints()) >= 1)
     told = subprocess.run(
-        [*stop, "--wait", str(PATIENCE)], capture_output=True, text=True, check=True, env=bench.environment, timeout=2 * PATIENCE
+        [*stop, "--wait", str(PATIENCE)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=bench.environment,
+        timeout=2 * PATIENCE,
     )
     assert told.stdout.startswith("trial: stopped. trial: stopped at step ")
     code, seen = command.ends()
@@ -249,7 +272,9 @@ def test_a_full_disk(bench: Bench) -> None:
                 file.write(bytes(1 << 16))
         code, seen = command.ends()
         assert code == 1
-        assert re.search(rf"([Nn]o space left.*{disk}|{disk}\S* could not be written.*[Nn]o space).*0.0 GiB.*free.*: make room", seen)
+        assert re.search(
+            rf"([Nn]o space left.*{disk}|{disk}\S* could not be written.*[Nn]o space).*0.0 GiB.*free.*: make room", seen
+        )
         kept = bench.checkpoints()[-1]
         bench.assert_nothing_left()
 
@@ -273,7 +298,11 @@ def test_a_full_disk(bench: Bench) -> None:
         ),
         ("a file in the way", 1, r"the run's folder \S+/trial cannot be written: Not a directory: \S+ \(.* free\)"),
         ("no model", 2, r"conf.yaml:1: model.base: no such folder: \S+/nowhere"),
-        ("half a model", 1, r"half/model.safetensors is damaged or cut off \(1,000,000 bytes.*copy or download the model again"),
+        (
+            "half a model",
+            1,
+            r"half/model.safetensors is damaged or cut off \(1,000,000 bytes.*copy or download the model again",
+        ),
     ],
 )
 def test_what_cannot_work_is_told_at_once(bench: Bench, smollm2: Path, fault: str, code: int, told: str) -> None:
@@ -305,11 +334,13 @@ def test_what_cannot_work_is_told_at_once(bench: Bench, smollm2: Path, fault: st
 
 
 def test_a_worker_without_memory(bench: Bench) -> None:
-    """Ray's memory monitor ends workers when the host's memory is used beyond a share: here one that is always exceeded."""
+    """Ray's memory monitor ends workers when the host's memory is used beyond a share: here one that is always
+    exceeded."""
     code, seen = bench.start(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="500").ends()
     assert code == 1
     assert re.search(
-        r"ended because the host \S+ \(\S+ used / \S+\) ran out of memory. Lower training.micro_batch_tokens or data.max_length", seen
+        r"ended because the host \S+ \(\S+ used / \S+\) ran out of memory. Lower training.micro_batch_tokens or data.max_length",
+        seen,
     ), seen
     assert len(seen.splitlines()) < 12, seen
     bench.assert_nothing_left()
@@ -327,7 +358,9 @@ def test_a_worker_that_dies_too_often_and_ways_on_from_a_damaged_checkpoint(benc
         os.kill(killed[-1], signal.SIGKILL)
     code, seen = command.ends()
     assert code == 1
-    assert re.search(r"worker 0 of trial died: .*the same command goes on.*This was failure 2; runtime.max_failures is 1", seen), seen
+    assert re.search(
+        r"worker 0 of trial died: .*the same command goes on.*This was failure 2; runtime.max_failures is 1", seen
+    ), seen
     assert bench.state() == "failed"
     bench.assert_nothing_left()
 
@@ -337,7 +370,9 @@ def test_a_worker_that_dies_too_often_and_ways_on_from_a_damaged_checkpoint(benc
     shutil.copytree(bench.runs / "trial", bench.runs / "other")
     code, seen = bench.start().ends()
     assert code == 1
-    assert re.search(rf"the checkpoint {newest} is damaged.*Go on from an earlier one \(--resume {earlier}\)", seen), seen
+    assert re.search(rf"the checkpoint {newest} is damaged.*Go on from an earlier one \(--resume {earlier}\)", seen), (
+        seen
+    )
 
     # Both ways that the message names work, and keep what they do not go on from.
     ways = [bench.start("--resume", str(earlier)), bench.start("--resume", "no", name="other")]

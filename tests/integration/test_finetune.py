@@ -1,4 +1,5 @@
-"""The command `llm-ray finetune` from a conf to a model: every stage, each objective and method, skipping what is done."""
+"""The command `llm-ray finetune` from a conf to a model: every stage, each objective and method, skipping what is
+done."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ evaluation: {samples: 3, max_new_tokens: 8}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("finetune")
     rows = [
-        {"prompt": f"What is code {n}?", "completion": f"Code {n} is a worn {part}."} for n, part in enumerate(["belt", "seal", "fan"] * 4)
+        {"prompt": f"What is code {n}?", "completion": f"Code {n} is a worn {part}."}
+        for n, part in enumerate(["belt", "seal", "fan"] * 4)
     ]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "text.txt").write_text("\n".join(f"Line {n} of the handbook of pumps." for n in range(24)))
@@ -47,7 +49,12 @@ def llm_ray(home: Path, *arguments: str, code: int = 0) -> subprocess.CompletedP
     import os
 
     done = subprocess.run(
-        [LLM_RAY, *arguments], cwd=home, env={**os.environ, "LLM_RAY_HOME": str(home)}, capture_output=True, text=True, check=False
+        [LLM_RAY, *arguments],
+        cwd=home,
+        env={**os.environ, "LLM_RAY_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == code, done.stderr
     assert RAW.findall(done.stderr) == []
@@ -79,17 +86,24 @@ def test_a_run_has_what_the_reference_promises(home: Path, codes: subprocess.Com
         assert {"validation_loss", "perplexity", "exact_match", "token_f1"} <= result["evaluation"][which].keys()
     assert result["evaluation"]["finetuned"]["validation_loss"] < result["evaluation"]["base"]["validation_loss"]
     best = min(row["validation_loss"] for row in read_metrics(run / "metrics.jsonl") if "validation_loss" in row)
-    assert result["evaluation"]["finetuned"]["validation_loss"] == pytest.approx(best, rel=1e-3), "evaluated is what was trained"
+    assert result["evaluation"]["finetuned"]["validation_loss"] == pytest.approx(best, rel=1e-3), (
+        "evaluated is what was trained"
+    )
     card = (run / "output" / "README.md").read_text()
     assert "codes" in card
     assert card.startswith("---\n")
 
 
-def test_the_merged_model_is_the_base_with_its_adapter(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+def test_the_merged_model_is_the_base_with_its_adapter(
+    home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path
+) -> None:
     output = home / "runs" / "codes" / "output"
     tokenizer = AutoTokenizer.from_pretrained(output)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is code 3?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "What is code 3?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     merged = AutoModelForCausalLM.from_pretrained(output)
     base = AutoModelForCausalLM.from_pretrained(smollm2)
@@ -101,7 +115,9 @@ def test_the_merged_model_is_the_base_with_its_adapter(home: Path, codes: subpro
     assert (given - untrained).abs().max() > 0.05
 
 
-def test_the_adapter_of_a_run_is_served_beside_its_base(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+def test_the_adapter_of_a_run_is_served_beside_its_base(
+    home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path
+) -> None:
     """Each name answers with its own weights: the first token is as likely as transformers and PEFT say."""
     ids = AutoTokenizer.from_pretrained(smollm2)("Code 3 is a", return_tensors="pt")
     base = AutoModelForCausalLM.from_pretrained(smollm2)
@@ -121,7 +137,9 @@ def test_the_adapter_of_a_run_is_served_beside_its_base(home: Path, codes: subpr
         served.run("serve", "stop", "--all")
 
 
-def test_the_same_again_is_skipped_and_another_conf_refused(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+def test_the_same_again_is_skipped_and_another_conf_refused(
+    home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path
+) -> None:
     command = ("finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}")
     again = llm_ray(home, *command)
     assert again.stderr.count("done before with the same inputs, skipped") == 4
@@ -130,7 +148,9 @@ def test_the_same_again_is_skipped_and_another_conf_refused(home: Path, codes: s
     assert "--force" in refused.stderr
 
 
-def test_the_stage_convert_alone_after_the_others(home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path) -> None:
+def test_the_stage_convert_alone_after_the_others(
+    home: Path, codes: subprocess.CompletedProcess[str], smollm2: Path
+) -> None:
     from llm_ray.models.convert import openvino_folder
 
     command = ("finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}", "--stage", "convert")
@@ -149,7 +169,11 @@ def test_the_stage_convert_alone_after_the_others(home: Path, codes: subprocess.
 @pytest.mark.long
 def test_what_learns_of_tied_embeddings_is_told_in_our_words(home: Path, smollm2: Path) -> None:
     """peft warns of them when adapters are made, merged and saved."""
-    settings = ["name=tied", "tuning.lora.target_modules=[q_proj, lm_head]", "tuning.lora.modules_to_save=[embed_tokens]"]
+    settings = [
+        "name=tied",
+        "tuning.lora.target_modules=[q_proj, lm_head]",
+        "tuning.lora.modules_to_save=[embed_tokens]",
+    ]
     options = [part for setting in (f"model={smollm2}", *settings) for part in ("--set", setting)]
     for more in (["--dry-run"], []):
         done = llm_ray(home, "finetune", "--config", "codes.yaml.j2", *options, *more)
@@ -157,7 +181,18 @@ def test_what_learns_of_tied_embeddings_is_told_in_our_words(home: Path, smollm2
 
 
 def test_a_dry_run_starts_nothing_and_says_what_would_be(home: Path, smollm2: Path) -> None:
-    done = llm_ray(home, "finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}", "--set", "name=dry", "--dry-run", "--json")
+    done = llm_ray(
+        home,
+        "finetune",
+        "--config",
+        "codes.yaml.j2",
+        "--set",
+        f"model={smollm2}",
+        "--set",
+        "name=dry",
+        "--dry-run",
+        "--json",
+    )
     report = json.loads(done.stdout)
     assert report["data"]["train"]["rows"] == 9
     assert report["estimate"]["steps"] == 4

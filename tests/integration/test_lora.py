@@ -1,4 +1,5 @@
-"""vLLM's core with LoRA adapters: the base and each adapter answer with their own weights, whoever shares a batch with them.
+"""vLLM's core with LoRA adapters: the base and each adapter answer with their own weights, whoever shares a batch with
+them.
 
     pytest tests/integration/test_lora.py
 
@@ -52,7 +53,9 @@ FORMS: dict[str, list[dict[str, Any]]] = {
     "modules_to_save": [{"modules_to_save": ["lm_head"]}],
     "alora_invocation_tokens": [{"alora_invocation_tokens": [1, 2]}],
     "use_qalora": [{"use_qalora": True}],
-    "use_bdlora": [{"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)}],
+    "use_bdlora": [
+        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2)}
+    ],
     "trainable_token_indices": [{"trainable_token_indices": [1, 2]}],
     "layer_replication": [{"layer_replication": [[0, 2], [1, 2]]}],
 }
@@ -76,7 +79,9 @@ def numbers() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_answers_with_its_own_weights_at_every_number_of_adapters(kind: str, engine: Engine, llama: Path, tmp_path: Path) -> None:
+def test_each_answers_with_its_own_weights_at_every_number_of_adapters(
+    kind: str, engine: Engine, llama: Path, tmp_path: Path
+) -> None:
     asked: dict[int, Path | None] = {0: None}
     right = {0: expected(llama, None, 0)}
     first = 100 * list(KINDS).index(kind)
@@ -86,18 +91,24 @@ def test_each_answers_with_its_own_weights_at_every_number_of_adapters(kind: str
         engine.load(number, folder)
         assert_right(engine.ask(asked), right, f"beside {number - first} adapters, together")
         assert_right(engine.ask({0: None}), right, f"beside {number - first} adapters, alone")
-    assert len({tuple(tokens) for tokens, _ in right.values()}) == len(right), "adapters that change nothing test nothing"
+    assert len({tuple(tokens) for tokens, _ in right.values()}) == len(right), (
+        "adapters that change nothing test nothing"
+    )
 
 
 def test_adapters_of_all_kinds_share_a_batch(engine: Engine, llama: Path, tmp_path: Path) -> None:
     asked: dict[int, Path | None] = {0: None}
     for number, kind in enumerate([*KINDS, *KINDS], start=1001):
-        asked[number] = tiny.adapter(tmp_path / str(number), llama, number, target_modules=KINDS[kind], r=4, use_rslora=True)
+        asked[number] = tiny.adapter(
+            tmp_path / str(number), llama, number, target_modules=KINDS[kind], r=4, use_rslora=True
+        )
     assert_right(engine.ask(asked), {who: expected(llama, folder, who) for who, folder in asked.items()})
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings"), [(kind, settings) for kind, several in FORMS.items() for settings in several], ids=lambda value: str(value)[:60]
+    ("kind", "settings"),
+    [(kind, settings) for kind, several in FORMS.items() for settings in several],
+    ids=lambda value: str(value)[:60],
 )
 def test_what_vllm_does_not_take_is_refused_before_it_is_loaded(
     kind: str, settings: dict[str, Any], engine: Engine, llama: Path, tmp_path: Path, numbers: Iterator[int]

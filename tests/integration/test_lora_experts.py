@@ -23,6 +23,8 @@ def test_a_mixture_of_experts_has_adapters_beside_its_experts(tmp_path: Path) ->
         # vLLM calls Mixtral's router otherwise, and would leave the adapter on it out.
         with pytest.raises(ValueError, match=r"takes no adapter on model.layers.0.mlp.gate and others"):
             engine.load(2, router)
-    experts = tiny.adapter(tmp_path / "experts", base, 3, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    experts = tiny.adapter(
+        tmp_path / "experts", base, 3, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
     with pytest.raises(ModelError, match=r"adapter a: .*changes experts \(model.layers.0.mlp.experts"):
         check_adapter("a", experts, base, Paths())

@@ -39,7 +39,9 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
 def _deploy(home: Home, name: str, model: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Deploy a model with settings that the command has no options for."""
     conf = home.folder / f"{name}.yaml"
-    conf.write_text(json.dumps({"endpoint": {"port": home.port}, "models": {name: {"model": model, "cpus": 1} | settings}}))
+    conf.write_text(
+        json.dumps({"endpoint": {"port": home.port}, "models": {name: {"model": model, "cpus": 1} | settings}})
+    )
     return home.run("serve", "deploy", "--config", str(conf))
 
 
@@ -84,7 +86,9 @@ def test_neighbours_come_fail_and_go_while_the_first_answers(home: Home, tiny: s
     assert told["first"]["tokens_per_second"] > 0
 
 
-def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_mention_it(home: Home, tiny: str, tmp_path: Path) -> None:
+def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_mention_it(
+    home: Home, tiny: str, tmp_path: Path
+) -> None:
     conf = tmp_path / "first.yaml"
     first = {"model": str(home.model), "max_model_len": 512, "cpus": 1}
 
@@ -104,7 +108,9 @@ def test_an_endpoint_that_asks_for_keys_does_so_after_a_deploy_that_does_not_men
 def test_replicas_compute_on_cores_of_their_own(home: Home) -> None:
     def cores(process: psutil.Process) -> list[frozenset[int]]:
         allowed = [Path(f"/proc/{process.pid}/task/{t.id}/status").read_text() for t in process.threads()]
-        lists = [line.split()[1] for text in allowed for line in text.splitlines() if line.startswith("Cpus_allowed_list")]
+        lists = [
+            line.split()[1] for text in allowed for line in text.splitlines() if line.startswith("Cpus_allowed_list")
+        ]
         return [frozenset({int(text)}) for text in lists if text.isdecimal()]
 
     first, second = (set(cores(home.processes(f"ServeReplica:model:{name}")[0])) for name in ("first", "second"))
@@ -156,7 +162,9 @@ def test_an_engine_that_dies_is_told_and_replaced(home: Home) -> None:
         ("ProxyActor", {503, "ConnectError", "ReadError", "RemoteProtocolError"}, "RemoteProtocolError"),
     ],
 )
-def test_what_stands_before_the_models_is_survived(home: Home, title: str, lost: set[int | str], streamed: int | str) -> None:
+def test_what_stands_before_the_models_is_survived(
+    home: Home, title: str, lost: set[int | str], streamed: int | str
+) -> None:
     replicas = home.processes("ServeReplica:model:")
     (killed,) = home.processes(title)
     seen: int | str
@@ -222,7 +230,9 @@ def test_a_model_that_is_stopped_answers_what_it_has_begun(home: Home) -> None:
 def test_a_change_that_fails_leaves_the_old_to_answer(home: Home) -> None:
     (replica,) = home.processes("ServeReplica:model:first")
     with Clients(home, "first") as clients:
-        failed = _deploy(home, "first", str(home.model), engine_options={"logits_processors": ["no_such_module:Processor"]})
+        failed = _deploy(
+            home, "first", str(home.model), engine_options={"logits_processors": ["no_such_module:Processor"]}
+        )
     assert failed.returncode == 1
     assert "first could not be deployed" in failed.stderr
     assert "no_such_module" in failed.stderr
@@ -248,10 +258,17 @@ def test_a_deploy_that_is_interrupted_leaves_what_was_there(home: Home) -> None:
 
 def test_a_running_cluster_is_joined_by_its_address(home: Home, tiny: str, tmp_path: Path) -> None:
     ray = json.loads((home.folder / "serve" / "local.json").read_text())
-    there = {**home.environment, "LLM_RAY_HOME": str(tmp_path), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": ray["token"]}
+    there = {
+        **home.environment,
+        "LLM_RAY_HOME": str(tmp_path),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": ray["token"],
+    }
 
     def run(*arguments: str) -> str:
-        done = subprocess.run([LLM_RAY, "serve", *arguments], capture_output=True, text=True, check=False, timeout=300, env=there)
+        done = subprocess.run(
+            [LLM_RAY, "serve", *arguments], capture_output=True, text=True, check=False, timeout=300, env=there
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -272,7 +289,9 @@ def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
                 trust_env=False,
             )
         until(lambda: home.models()["first"]["in_progress"] == 0, 10)
-        until(lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10)  # the answer would take it half a minute
+        until(
+            lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10
+        )  # the answer would take it half a minute
 
 
 @pytest.mark.long
@@ -301,7 +320,9 @@ def test_new_weights_come_without_a_failed_request(home: Home, tiny: str, tmp_pa
     before, old = home.ask("pair").json()["choices"][0]["text"], home.processes("ServeReplica:model:pair")
     assert len(old) == 2
     weights = load_file(folder / "model.safetensors")
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].roll(1, dims=0)  # each token is another's neighbour
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].roll(
+        1, dims=0
+    )  # each token is another's neighbour
     save_file(weights, folder / "new", metadata={"format": "pt"})
     (folder / "new").replace(folder / "model.safetensors")
     with Clients(home, "pair") as clients:

@@ -55,7 +55,13 @@ def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             "data": {"train": str(folder / "rows.jsonl"), "validation": 0.2, "max_length": 96},
             "runtime": {"workers": 2, "cpus_per_worker": 1, "max_failures": 0},
             "tuning": {"lora": {"r": 4, "dropout": 0.1}},
-            "training": {"max_steps": STEPS, "global_batch_size": 6, "learning_rate": 1e-3, "precision": "fp32", "validate_every": 3},
+            "training": {
+                "max_steps": STEPS,
+                "global_batch_size": 6,
+                "learning_rate": 1e-3,
+                "precision": "fp32",
+                "validate_every": 3,
+            },
             "checkpoint": {"every_steps": 2, "keep": 2},
         }
         merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
@@ -98,11 +104,15 @@ def test_a_run_learns_and_writes_its_figures_and_checkpoints(unbroken: FinetuneC
     assert list((unbroken.run_dir / "tensorboard").glob("events.out.tfevents.*"))
     total = sum(row["tokens"] for row in steps)
     stats = json.loads((unbroken.run_dir / "prepared" / "stats.json").read_text())
-    assert total == pytest.approx(stats["train"]["tokens"] * steps[-1]["epoch"], rel=0.25), "real tokens, over all workers"
+    assert total == pytest.approx(stats["train"]["tokens"] * steps[-1]["epoch"], rel=0.25), (
+        "real tokens, over all workers"
+    )
 
 
 @pytest.mark.long
-def test_the_same_seed_gives_the_same_losses(make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf) -> None:
+def test_the_same_seed_gives_the_same_losses(
+    make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf
+) -> None:
     again = make("again")
     run(again, cluster)
     assert losses(again) == pytest.approx(losses(unbroken), rel=1e-6)
@@ -130,15 +140,25 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_the_same(
 
 @contextlib.contextmanager
 def second_node() -> Iterator[Any]:
-    """Another node of the cluster, with a CPU of its own, on this machine; its `kill_all_processes` is as if its host's power were cut."""
+    """Another node of the cluster, with a CPU of its own, on this machine; its `kill_all_processes` is as if its host's
+    power were cut."""
     import ray
     from ray._private.node import Node
     from ray._private.parameter import RayParams
 
     head = ray._private.worker._global_node
-    place = {"node_ip_address": "127.0.0.1", "temp_dir": head.get_temp_dir_path(), "min_worker_port": 0, "max_worker_port": 0}
+    place = {
+        "node_ip_address": "127.0.0.1",
+        "temp_dir": head.get_temp_dir_path(),
+        "min_worker_port": 0,
+        "max_worker_port": 0,
+    }
     parameters = RayParams(
-        gcs_address=head.gcs_address, num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **place
+        gcs_address=head.gcs_address,
+        num_cpus=1,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        **place,
     )
     node = Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
     try:
@@ -150,7 +170,9 @@ def second_node() -> Iterator[Any]:
 
 
 @pytest.mark.long
-def test_with_a_host_lost_fewer_workers_finish_the_run_with_the_same_losses(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+def test_with_a_host_lost_fewer_workers_finish_the_run_with_the_same_losses(
+    make: Callable[..., FinetuneConf], cluster: Cluster
+) -> None:
     exact = {"tuning": {"lora": {"r": 4, "dropout": 0.0}}}
     whole = make("whole", **exact)
     run(whole, cluster)
@@ -198,7 +220,9 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(make: Callable[..., FinetuneConf], cluster: Cluster, method: str) -> None:
+def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(
+    make: Callable[..., FinetuneConf], cluster: Cluster, method: str
+) -> None:
     confs = [
         make(
             f"{method}-{strategy}",
@@ -223,8 +247,13 @@ def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(make: Callable[..., Finet
 
 
 @pytest.mark.long
-def test_training_ends_early_when_validation_no_longer_improves(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
-    conf = make("early", training={"learning_rate": 1e-12, "validate_every": 1, "early_stopping": {"patience": 2, "min_delta": 0.01}})
+def test_training_ends_early_when_validation_no_longer_improves(
+    make: Callable[..., FinetuneConf], cluster: Cluster
+) -> None:
+    conf = make(
+        "early",
+        training={"learning_rate": 1e-12, "validate_every": 1, "early_stopping": {"patience": 2, "min_delta": 0.01}},
+    )
     outcome = run(conf, cluster)
     assert outcome["status"] == "done"
     assert "ended early" in outcome["reason"]
@@ -232,23 +261,33 @@ def test_training_ends_early_when_validation_no_longer_improves(make: Callable[.
 
 
 @pytest.mark.long
-def test_a_run_whose_loss_is_no_number_ends_with_the_reason_and_its_checkpoint(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
-    conf = make("nan", training={"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0}, runtime={"max_failures": 3})
+def test_a_run_whose_loss_is_no_number_ends_with_the_reason_and_its_checkpoint(
+    make: Callable[..., FinetuneConf], cluster: Cluster
+) -> None:
+    conf = make(
+        "nan", training={"learning_rate": 1e30, "max_grad_norm": None, "warmup": 0}, runtime={"max_failures": 3}
+    )
     with pytest.raises(TrainError, match=r"loss at step \d+ is (nan|inf).*Lower training.learning_rate"):
         run(conf, cluster)
 
 
-def test_workers_that_do_not_fit_are_refused_with_the_figures(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+def test_workers_that_do_not_fit_are_refused_with_the_figures(
+    make: Callable[..., FinetuneConf], cluster: Cluster
+) -> None:
     conf = make("large", runtime={"workers": 3})
     with pytest.raises(ClusterError, match=r"runtime.workers is 3 with 1 CPU\(s\) each.*room for 2"):
         run(conf, cluster)
 
 
-def test_half_a_model_folder_is_told_at_once(make: Callable[..., FinetuneConf], cluster: Cluster, tmp_path: Path, smollm2: Path) -> None:
+def test_half_a_model_folder_is_told_at_once(
+    make: Callable[..., FinetuneConf], cluster: Cluster, tmp_path: Path, smollm2: Path
+) -> None:
     half = tmp_path / "half"
     half.mkdir()
     for file in smollm2.iterdir():
-        (half / file.name).write_bytes(file.read_bytes()[:1_000_000] if file.suffix == ".safetensors" else file.read_bytes())
+        (half / file.name).write_bytes(
+            file.read_bytes()[:1_000_000] if file.suffix == ".safetensors" else file.read_bytes()
+        )
     conf = make("half", model={"base": str(half)}, runtime={"max_failures": 3})
     with pytest.raises(TrainError, match=r"damaged or cut off.*worker 0 on"):
         run(conf, cluster)

@@ -12,11 +12,18 @@ import torch
 
 
 def llama(folder: Path, like: Path, **settings: int) -> Path:
-    """A Llama of two layers, with other settings where some are given, and the tokenizer of the model in the folder `like`."""
+    """A Llama of two layers, with other settings where some are given, and the tokenizer of the model in the folder
+    `like`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 49152, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 49152,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     # Large weights, so that the likeliest token is so by far, and each text goes on in a way of its own.
     config = LlamaConfig(**{"max_position_embeddings": 1024, "initializer_range": 0.5} | sizes | settings)
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -30,17 +37,37 @@ def mixture(folder: Path, kind: str) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    experts = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32}
-    config = AutoConfig.for_model(kind, **sizes, **experts, num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=1024)
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    experts = {
+        "num_local_experts": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "head_dim": 32,
+    }
+    config = AutoConfig.for_model(
+        kind, **sizes, **experts, num_key_value_heads=2, initializer_range=0.5, max_position_embeddings=1024
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 def adapter(
-    folder: Path, base: Path, seed: int, std: float = 1.0, target_modules: Sequence[str] = ("q_proj", "v_proj"), **settings: Any
+    folder: Path,
+    base: Path,
+    seed: int,
+    std: float = 1.0,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+    **settings: Any,
 ) -> Path:
-    """A LoRA adapter with random weights, large enough (`std`) to change every answer of the model in the folder `base`.
+    """A LoRA adapter with random weights, large enough (`std`) to change every answer of the model in the folder
+    `base`.
 
     `settings` are LoraConfig's.
     """
@@ -49,7 +76,8 @@ def adapter(
 
     torch.manual_seed(seed)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(**{"r": 8, "target_modules": list(target_modules)} | settings)
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(**{"r": 8, "target_modules": list(target_modules)} | settings),
     )
     for name, weights in model.named_parameters():
         if "lora_B" in name or "lora_embedding_" in name:
@@ -59,7 +87,8 @@ def adapter(
 
 
 def bert(folder: Path, tokenizer: Path) -> Path:
-    """A BERT in Sentence Transformers' form (the mean over the tokens, of length 1), and its tokenizer in a folder of its own or the same."""
+    """A BERT in Sentence Transformers' form (the mean over the tokens, of length 1), and its tokenizer in a folder of
+    its own or the same."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sleeps"]
@@ -71,11 +100,14 @@ def bert(folder: Path, tokenizer: Path) -> Path:
     BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, **sizes)).save_pretrained(folder)
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [
-        {"idx": n, "name": str(n), "path": "pooling", "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)
+        {"idx": n, "name": str(n), "path": "pooling", "type": f"sentence_transformers.models.{kind}"}
+        for n, kind in enumerate(kinds)
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "pooling").mkdir()
-    (folder / "pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}))
+    (folder / "pooling/config.json").write_text(
+        json.dumps({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True})
+    )
     return folder
 
 

@@ -1,7 +1,9 @@
-"""A few training steps and an answer in the environment that runs it, without Ray: what test_ipex.py compares. Prints one line of JSON.
+"""A few training steps and an answer in the environment that runs it, without Ray: what test_ipex.py compares. Prints
+one line of JSON.
 
 .venv-ipex/bin/python -m tests.ipex.steps train MODEL FOLDER ipex fp32 6      # losses, gradient norms, tokens/s
-.venv-ipex/bin/python -m tests.ipex.steps answer MODEL fp32 48                # tokens and their log-probabilities, tokens/s
+.venv-ipex/bin/python -m tests.ipex.steps answer MODEL fp32 48                # tokens and their log-probabilities,
+tokens/s
 """
 
 from __future__ import annotations
@@ -64,7 +66,13 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
             tokens, seconds = tokens + int(batch.tokens), seconds + time.perf_counter() - began
     moved = sum("lora" in name and p.requires_grad for name, p in setup.module.named_parameters())
     layers = sorted({type(module).__name__ for module in setup.module.modules() if "Linear" in type(module).__name__})
-    return {"losses": losses, "norms": norms, "tokens_per_second": tokens / max(seconds, 1e-9), "adapters": moved, "layers": layers}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "adapters": moved,
+        "layers": layers,
+    }
 
 
 def answer(model: str, precision: str, length: str) -> dict[str, Any]:
@@ -80,9 +88,13 @@ def answer(model: str, precision: str, length: str) -> dict[str, Any]:
     options = {"max_model_len": 512, "max_num_seqs": 4, "kv_cache_memory_bytes": 2**20, "enforce_eager": True}
     overrides = {"architectures": ["TransformersForCausalLM"]}
     config = AsyncEngineArgs(model=model, hf_overrides=overrides, **options).create_engine_config()
-    core = TransformersCore(ServedModel("m", Path(model), "transformers", precision=precision, max_model_len=512), config)
+    core = TransformersCore(
+        ServedModel("m", Path(model), "transformers", precision=precision, max_model_len=512), config
+    )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
+    )
     params = SamplingParams(temperature=0.0, max_tokens=int(length), ignore_eos=True, logprobs=0)
     params.update_from_generation_config({}, tokenizer.eos_token_id)
     core.add(EngineCoreRequest(

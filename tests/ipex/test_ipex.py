@@ -1,4 +1,5 @@
-"""The profile ipex beside the stock one: the same losses in training and the same answer in serving, each in its own environment.
+"""The profile ipex beside the stock one: the same losses in training and the same answer in serving, each in its own
+environment.
 
 make setup PROFILE=ipex && make test-ipex
 """
@@ -25,7 +26,8 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Run:
-    """What tests.ipex.steps prints in one of the environments. Ends the session, with exit code 3, where the second is not made."""
+    """What tests.ipex.steps prints in one of the environments. Ends the session, with exit code 3, where the second is
+    not made."""
     if not ENVIRONMENTS["ipex"].exists():
         pytest.exit("there is no .venv-ipex: make setup PROFILE=ipex", 3)
     folder = tmp_path_factory.mktemp("ipex")
@@ -33,7 +35,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Run:
     def steps(profile: str, what: str, *arguments: object) -> dict[str, Any]:
         command = [str(ENVIRONMENTS[profile]), "-m", "tests.ipex.steps", what, str(smollm2), *map(str, arguments)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "LLM_RAY_HOME": str(folder / profile)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=800)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=800
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         assert "autograd kernel was not registered" not in done.stderr  # of a kernel whose gradients are wrong
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

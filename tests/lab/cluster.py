@@ -105,7 +105,12 @@ class Cluster:
         inventory = self.lab.inventory(self.groups, **self.variables)
         home = self.lab.folder / "home"  # Ansible's caches and sockets, apart from those of other labs
         home.mkdir(exist_ok=True)
-        own = {"HOME": str(home), "ANSIBLE_NOCOLOR": "1", "ANSIBLE_CONFIG": str(self.bundle / "ansible.cfg"), "PYTHONUNBUFFERED": "1"}
+        own = {
+            "HOME": str(home),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_CONFIG": str(self.bundle / "ansible.cfg"),
+            "PYTHONUNBUFFERED": "1",
+        }
         command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(inventory), playbook, *arguments]
         return subprocess.Popen(
             command, cwd=self.bundle, env=os.environ | own | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -125,10 +130,14 @@ class Cluster:
     def parse(output: str) -> dict[str, dict[str, int]]:
         """Of each host in a playbook's recap ok, changed, unreachable, failed, skipped, rescued, ignored."""
         recap = _RECAP.findall(output)
-        return {name: {key: int(value) for key, value in (pair.split("=") for pair in stats.split())} for name, stats in recap}
+        return {
+            name: {key: int(value) for key, value in (pair.split("=") for pair in stats.split())}
+            for name, stats in recap
+        }
 
     def ray(self, code: str, host: Host | None = None, timeout: float = 120) -> str:
-        """Run Python as a Ray client on a host (the head) with the cluster's own environment and token; what it prints."""
+        """Run Python as a Ray client on a host (the head) with the cluster's own environment and token; what it
+        prints."""
         line = f"set -a; . /etc/llm-ray/ray.env; cd /tmp; /opt/llm-ray/current/bin/python - <<'END'\n{code}\nEND\n"
         return (host or self.head).ssh(line, timeout=timeout).stdout
 

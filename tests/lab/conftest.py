@@ -54,7 +54,8 @@ class Made:
 
 @pytest.fixture(scope="session")
 def in_docker(lab_ready: None) -> Iterator[Made]:
-    """head, worker1 and worker2 in the other runtime, made by site.yml from a host that has the base image and no other."""
+    """head, worker1 and worker2 in the other runtime, made by site.yml from a host that has the base image and no
+    other."""
     groups = {"ray_head": ["head"], "ray_workers": ["worker1", "worker2"]}
     with lab_cluster.cluster(groups, **docker.VARIABLES) as made:
         for host in made.nodes:

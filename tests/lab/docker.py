@@ -20,7 +20,8 @@ VARIABLES = {
 }
 _SUITE = "bookworm"
 _PACKAGES = "python3,python3-venv,libnuma1,libgoogle-perftools4,ca-certificates"
-# A container of systemd-nspawn has the machine's cgroup trees (version 1) read-only; one in which there are groups cannot be remounted.
+# A container of systemd-nspawn has the machine's cgroup trees (version 1) read-only; one in which there are groups
+# cannot be remounted.
 _CGROUPS = """\
 [Unit]
 Description=The machine's cgroup trees, writable for Docker
@@ -40,7 +41,9 @@ WantedBy=multi-user.target
 
 def prepare(host: Host) -> None:
     """Docker can run in this host, also after it has been booted again."""
-    host.ssh(f"cat > /etc/systemd/system/lab-cgroups.service <<'END'\n{_CGROUPS}\nEND\nsystemctl enable --now lab-cgroups")
+    host.ssh(
+        f"cat > /etc/systemd/system/lab-cgroups.service <<'END'\n{_CGROUPS}\nEND\nsystemctl enable --now lab-cgroups"
+    )
 
 
 def base() -> Path:

@@ -2,8 +2,8 @@
 
 python -m tests.lab.hosts head worker1 worker2     # prints how to reach them; Ctrl-C takes them away
 
-A host is a Debian root file system (made once, cached) under an overlay of its own, booted by systemd-nspawn: systemd as PID 1, sshd, its
-own address, the outside through NAT. Root alone can do that; `missing` says what a machine lacks.
+A host is a Debian root file system (made once, cached) under an overlay of its own, booted by systemd-nspawn: systemd
+as PID 1, sshd, its own address, the outside through NAT. Root alone can do that; `missing` says what a machine lacks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import ClassVar
 import yaml
 
 # On all hosts; the rest is what site.yml installs.
-_PACKAGES = "python3-apt,systemd,systemd-sysv,dbus,openssh-server,python3,iproute2,ca-certificates,sudo,procps,iputils-ping"
+_PACKAGES = (
+    "python3-apt,systemd,systemd-sysv,dbus,openssh-server,python3,iproute2,ca-certificates,sudo,procps,iputils-ping"
+)
 _SUITE = "bookworm"
 _LABS = 16  # at once on one machine
 _NEEDED = {
@@ -52,7 +54,8 @@ def cache() -> Path:
 
 
 def base(*extra: str) -> Path:
-    """The root file system that hosts share, read-only; made where it is not cached. extra: packages beside those of all hosts."""
+    """The root file system that hosts share, read-only; made where it is not cached. extra: packages beside those of
+    all hosts."""
     folder = cache() / "-".join([f"{_SUITE}-3", *extra])
     if folder.is_dir():
         return folder
@@ -106,8 +109,10 @@ class Network:
             run("ip", "addr", "add", f"{made.prefix}.1/24", "dev", made.bridge)
             run("ip", "link", "set", made.bridge, "up")
             Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-            run("nft", f"add table ip {made.bridge}; add chain ip {made.bridge} post {{ type nat hook postrouting priority 100; }}; "
-                f"add rule ip {made.bridge} post ip saddr {made.prefix}.0/24 oifname != {made.bridge} masquerade")  # fmt: skip
+            run("nft", f"add table ip {made.bridge}; add chain ip {made.bridge} post {{ type nat hook postrouting "
+                f"priority 100; }}; "
+                f"add rule ip {made.bridge} post ip saddr {made.prefix}.0/24 oifname != {made.bridge} "
+                "masquerade")  # fmt: skip
             return made
         raise RuntimeError(f"{_LABS} labs are open on this machine already")
 
@@ -170,7 +175,9 @@ class Host(abc.ABC):
         shutil.copy("/etc/resolv.conf", self.root / "etc/resolv.conf")
         network = self.root / "etc/systemd/network/10-lab.network"
         network.parent.mkdir(parents=True, exist_ok=True)
-        network.write_text(f"[Match]\nName=host0 eth0\n[Network]\nAddress={self.address}/24\nGateway={self.net.prefix}.1\n")
+        network.write_text(
+            f"[Match]\nName=host0 eth0\n[Network]\nAddress={self.address}/24\nGateway={self.net.prefix}.1\n"
+        )
         wanted = self.root / "etc/systemd/system/multi-user.target.wants/systemd-networkd.service"
         wanted.unlink(missing_ok=True)
         wanted.symlink_to("/lib/systemd/system/systemd-networkd.service")
@@ -190,7 +197,9 @@ class Host(abc.ABC):
         """Switch it on. It is gone with the tests, however they end."""
         command = ["setpriv", "--pdeathsig", "KILL", *self.command()]
         with (self.folder / "console.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
 
     def boot(self) -> None:
         """Start it, and wait until it can be reached and has booted."""
@@ -200,10 +209,15 @@ class Host(abc.ABC):
     def wait(self) -> None:
         """Until systemd says that the host has booted."""
         began = time.monotonic()
-        while (state := self.ssh("systemctl is-system-running", check=False).stdout.strip()) not in ("running", "degraded"):
+        while (state := self.ssh("systemctl is-system-running", check=False).stdout.strip()) not in (
+            "running",
+            "degraded",
+        ):
             if time.monotonic() - began > self.patience:
                 said = (self.folder / "console.log").read_text(errors="replace")[-2000:]
-                raise TimeoutError(f"{self.name} did not boot within {self.patience:.0f} s ({state or 'no answer'}): {said}")
+                raise TimeoutError(
+                    f"{self.name} did not boot within {self.patience:.0f} s ({state or 'no answer'}): {said}"
+                )
             time.sleep(0.2)
 
     def ssh(self, command: str, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -211,9 +225,13 @@ class Host(abc.ABC):
         options = ["-o", f"UserKnownHostsFile={self.known_hosts}", "-o", f"ConnectTimeout={self.patience / 30:.0f}"]
         options += ["-o", "BatchMode=yes", "-o", "LogLevel=ERROR"]
         line = ["ssh", *options, "-i", str(self.key), f"root@{self.address}", command]
-        done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            line, check=False, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
         if check and done.returncode:
-            raise RuntimeError(f"{self.name}: {command}: exit {done.returncode}: {done.stdout[-1000:]}{done.stderr[-1000:]}")
+            raise RuntimeError(
+                f"{self.name}: {command}: exit {done.returncode}: {done.stdout[-1000:]}{done.stderr[-1000:]}"
+            )
         return done
 
     def kill(self) -> None:
@@ -240,7 +258,9 @@ class Host(abc.ABC):
     def remove(self) -> None:
         self.kill()
         subprocess.run(["umount", "-l", str(self.root)], check=False, capture_output=True)
-        subprocess.run(["rm", "-rf", str(self.folder)], check=False)  # in a tenth of the time that Python takes for some 100,000 files
+        subprocess.run(
+            ["rm", "-rf", str(self.folder)], check=False
+        )  # in a tenth of the time that Python takes for some 100,000 files
 
 
 class Container(Host):
@@ -252,7 +272,8 @@ class Container(Host):
 
     @property
     def control_groups(self) -> list[Path]:
-        """Of this machine, in which the host's systemd makes those of its units. Hosts that shared one would take each other's away."""
+        """Of this machine, in which the host's systemd makes those of its units. Hosts that shared one would take each
+        other's away."""
         trees = [Path("/sys/fs/cgroup", name) for name in ("systemd", "unified", "")]
         return [tree / f"llm-ray-lab-{self.machine}" for tree in trees if (tree / "cgroup.procs").exists()]
 
@@ -284,7 +305,17 @@ class Container(Host):
         groups = [str(group / "cgroup.procs") for group in self.control_groups]
         return [
             *("sh", "-c", f'for group in {" ".join(groups)}; do echo $$ > $group; done; exec "$@"', "sh"),
-            *("systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit", "-D", str(self.root), "-M", self.machine),
+            *(
+                "systemd-nspawn",
+                "--quiet",
+                "--boot",
+                "--register=no",
+                "--keep-unit",
+                "-D",
+                str(self.root),
+                "-M",
+                self.machine,
+            ),
             f"--hostname={self.name}",
             f"--network-bridge={self.net.bridge}",
             "--capability=all",
@@ -309,7 +340,11 @@ class Lab:
         self.net = Network.make()
 
     def add(
-        self, *names: str, kind: type[Host] = Container, binds: dict[Path, str] | None = None, shares: dict[Path, str] | None = None
+        self,
+        *names: str,
+        kind: type[Host] = Container,
+        binds: dict[Path, str] | None = None,
+        shares: dict[Path, str] | None = None,
     ) -> list[Host]:
         """Boot hosts of these names (at most 9 characters each, for they become names of interfaces)."""
         new = []
@@ -330,13 +365,19 @@ class Lab:
         common = {
             "ansible_user": "root",
             "ansible_ssh_private_key_file": str(self.key),
-            "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder / 'known_hosts'} -o ControlMaster=auto -o ControlPersist=60",
+            "ansible_ssh_common_args": f"-o UserKnownHostsFile={self.folder / 'known_hosts'} -o ControlMaster=auto -o "
+            "ControlPersist=60",
             "ansible_python_interpreter": "/usr/bin/python3",
         }
-        children = {group: {"hosts": {n: {"ansible_host": self.hosts[n].address} for n in names}} for group, names in groups.items()}
+        children = {
+            group: {"hosts": {n: {"ansible_host": self.hosts[n].address} for n in names}}
+            for group, names in groups.items()
+        }
         folder = self.folder / "inventory"
         folder.mkdir(exist_ok=True)
-        (folder / "hosts.yml").write_text(yaml.safe_dump({"all": {"vars": common | variables, "children": children}}, sort_keys=False))
+        (folder / "hosts.yml").write_text(
+            yaml.safe_dump({"all": {"vars": common | variables, "children": children}}, sort_keys=False)
+        )
         return folder
 
     def close(self) -> None:

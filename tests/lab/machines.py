@@ -1,6 +1,8 @@
-"""Virtual machines among the lab's hosts: a kernel of their own, so NFS server and client are real, and so are reboots and power cuts.
+"""Virtual machines among the lab's hosts: a kernel of their own, so NFS server and client are real, and so are reboots
+and power cuts.
 
-qemu without KVM, which the lab cannot count on: a machine boots in about half a minute and is some eight times slower than a container.
+qemu without KVM, which the lab cannot count on: a machine boots in about half a minute and is some eight times slower
+than a container.
 """
 
 from __future__ import annotations
@@ -56,14 +58,30 @@ class Machine(Host):
         boot = base(*self.packages) / "boot"
         (kernel,), (initrd,) = boot.glob("vmlinuz-*"), boot.glob("initrd.img-*")
         return [
-            *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1", "-m", "1G", "-nodefaults", "-no-user-config"),
+            *(
+                "qemu-system-x86_64",
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "max",
+                "-smp",
+                "1",
+                "-m",
+                "1G",
+                "-nodefaults",
+                "-no-user-config",
+            ),
             *("-display", "none", "-serial", "stdio", "-no-reboot", "-device", "virtio-rng-pci"),
             *("-kernel", str(kernel), "-initrd", str(initrd)),
             *("-append", "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet mitigations=off"),
-            # What the guest has written outlives qemu in this machine's page cache: no need to wait for this machine's disk.
+            # What the guest has written outlives qemu in this machine's page cache: no need to wait for this machine's
+            # disk.
             *("-drive", f"file={self.disk},format=raw,if=virtio,cache=unsafe"),
             *("-netdev", f"tap,id=net,ifname={self.cable},script=no,downscript=no"),
-            *("-device", f"virtio-net-pci,netdev=net,mac=52:54:00:77:{self.net.number:02x}:{int(self.address.rpartition('.')[2]):02x}"),
+            *(
+                "-device",
+                f"virtio-net-pci,netdev=net,mac=52:54:00:77:{self.net.number:02x}:{int(self.address.rpartition('.')[2]):02x}",
+            ),
         ]
 
     def start(self) -> None:

@@ -1,4 +1,5 @@
-"""What labs without the internet have: a bundle's folder that is kept between runs, hosts with the packages that a bundle lists, a cut cable."""
+"""What labs without the internet have: a bundle's folder that is kept between runs, hosts with the packages that a
+bundle lists, a cut cable."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def folder(name: str) -> Path:
 
 def packages(**wanted: Any) -> tuple[str, ...]:
     """Those of Debian that a bundle lists for such a cluster."""
-    return tuple(load("roles/bundle/filter_plugins/bundle.py").bundle_packages(str(ROOT / "roles"), wanted)["debian-12"])
+    return tuple(
+        load("roles/bundle/filter_plugins/bundle.py").bundle_packages(str(ROOT / "roles"), wanted)["debian-12"]
+    )
 
 
 def cut(cluster: Cluster) -> None:

@@ -57,13 +57,21 @@ class Visitor:
         """Press the button, with these fields (by their labels) filled in: the events that follow."""
         config = self.http.get("/config").raise_for_status().json()
         parts = {part["id"]: part for part in config["components"]}
-        pressed = {part["id"] for part in parts.values() if part["type"] == "button" and part["props"].get("value") == button}
-        (call,) = [call for call in config["dependencies"] if {target[0] for target in call["targets"]} & pressed and call["backend_fn"]]
+        pressed = {
+            part["id"] for part in parts.values() if part["type"] == "button" and part["props"].get("value") == button
+        }
+        (call,) = [
+            call
+            for call in config["dependencies"]
+            if {target[0] for target in call["targets"]} & pressed and call["backend_fn"]
+        ]
         inputs = [parts[part] for part in call["inputs"]]
         labels = {part["props"].get("label") for part in inputs}
         assert set(fields) <= labels, set(fields) - labels
         data = [
-            None if part["type"] == "state" else fields.get(part["props"].get("label") or "", part["props"].get("value") or "")
+            None
+            if part["type"] == "state"
+            else fields.get(part["props"].get("label") or "", part["props"].get("value") or "")
             for part in inputs
         ]
         return self.call(call["id"], *data)
@@ -71,7 +79,9 @@ class Visitor:
     def look(self) -> str:
         """What the page shows by itself on all its screens, as far as it asks nothing of the visitor."""
         calls = self.http.get("/config").raise_for_status().json()["dependencies"]
-        timed = [call for call in calls if call["backend_fn"] and any(target[1] == "tick" for target in call["targets"])]
+        timed = [
+            call for call in calls if call["backend_fn"] and any(target[1] == "tick" for target in call["targets"])
+        ]
         return json.dumps([self.call(call["id"], *[None] * len(call["inputs"])) for call in timed])
 
     def call(self, number: int, *data: Any) -> list[dict[str, Any]]:

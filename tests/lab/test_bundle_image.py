@@ -1,4 +1,5 @@
-"""The runtime docker without the internet: the machine that runs bundle.yml builds the image, and site.yml brings it to a host that cannot.
+"""The runtime docker without the internet: the machine that runs bundle.yml builds the image, and site.yml brings it to
+a host that cannot.
 
 Docker "of the control machine" is one that runs in a host beside the cluster, so that this machine needs none.
 """
@@ -54,10 +55,14 @@ def bundled(lab_ready: None) -> Iterator[Bundled]:
         commands.mkdir()
         shutil.copy(made.hosts["builder"].root / "usr/bin/docker", commands)
         reach = ["ssh", "-nNT", "-i", str(made.lab.key), "-o", f"UserKnownHostsFile={made.lab.folder / 'known_hosts'}"]
-        tunnel = subprocess.Popen([*reach, "-L", f"{socket}:/var/run/docker.sock", f"root@{made.hosts['builder'].address}"])
+        tunnel = subprocess.Popen(
+            [*reach, "-L", f"{socket}:/var/run/docker.sock", f"root@{made.hosts['builder'].address}"]
+        )
         try:
             until(socket.exists, "Docker's socket is here")
-            yield Bundled(made, builder, folder, {"DOCKER_HOST": f"unix://{socket}", "PATH": f"{commands}:{os.environ['PATH']}"})
+            yield Bundled(
+                made, builder, folder, {"DOCKER_HOST": f"unix://{socket}", "PATH": f"{commands}:{os.environ['PATH']}"}
+            )
         finally:
             tunnel.kill()
             tunnel.wait()
@@ -70,9 +75,13 @@ def _layers(host: Host) -> str:
 
 
 def test_without_docker_here_it_is_told_what_to_do(bundled: Bundled) -> None:
-    run = bundled.cluster.play("bundle.yml", ok=False, DOCKER_HOST="unix:///nowhere/docker.sock", PATH=bundled.docker["PATH"])
+    run = bundled.cluster.play(
+        "bundle.yml", ok=False, DOCKER_HOST="unix:///nowhere/docker.sock", PATH=bundled.docker["PATH"]
+    )
     assert run.code == 2
-    assert "localhost: bundle_image: the control machine builds the image, and Docker does not answer here" in " ".join(run.output.split())
+    assert "localhost: bundle_image: the control machine builds the image, and Docker does not answer here" in " ".join(
+        run.output.split()
+    )
 
 
 def test_the_image_is_built_here_once(bundled: Bundled) -> None:

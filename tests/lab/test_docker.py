@@ -1,4 +1,5 @@
-"""The runtime docker: the image is built once and spread, nodes run in it as they do without it; Docker itself comes beside what is there."""
+"""The runtime docker: the image is built once and spread, nodes run in it as they do without it; Docker itself comes
+beside what is there."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def _wait_until_healthy(cluster: Cluster, host: Host) -> None:
 def _status(asker: Host, url: str) -> str:
     code = (
         "import sys, urllib.error, urllib.request\n"
-        f"try: print(urllib.request.urlopen('{url}', timeout=10).status)\nexcept urllib.error.HTTPError as error: print(error.code)"
+        f"try: print(urllib.request.urlopen('{url}', timeout=10).status)\nexcept urllib.error.HTTPError as error: "
+        "print(error.code)"
     )
     return asker.ssh(f"python3 - <<'END'\n{code}\nEND").stdout.strip()
 
@@ -100,12 +102,16 @@ def test_the_image_is_built_once_and_the_same_everywhere(in_docker: Made) -> Non
 
 def test_the_image_lists_what_is_in_it_and_needs_no_network(cluster: Cluster) -> None:
     tag = _image(cluster.head)["RepoTags"][0]
-    listed = json.loads(cluster.head.ssh(f"docker run --rm --network none {tag} cat /opt/llm-ray/packages.cdx.json").stdout)
+    listed = json.loads(
+        cluster.head.ssh(f"docker run --rm --network none {tag} cat /opt/llm-ray/packages.cdx.json").stdout
+    )
     versions = {part["purl"].partition("?")[0].rpartition("@")[0]: part["version"] for part in listed["components"]}
     assert versions["pkg:pypi/ray"] == "2.60.0"
     assert {"pkg:pypi/torch", "pkg:pypi/llm-ray", "pkg:deb/debian/libc6"} <= versions.keys()
     run = f"docker run --rm --network none --read-only --tmpfs /tmp --cap-drop ALL {tag}"
-    said = cluster.head.ssh(f"{run} python -c 'import os, ray, torch, vllm; print(os.getuid(), torch.version.cuda)'", timeout=300).stdout
+    said = cluster.head.ssh(
+        f"{run} python -c 'import os, ray, torch, vllm; print(os.getuid(), torch.version.cuda)'", timeout=300
+    ).stdout
     assert said.split()[-2:] == ["1200", "None"]
 
 
@@ -116,7 +122,9 @@ def test_nodes_have_no_power_over_their_host_and_are_well(cluster: Cluster) -> N
         assert config["CapDrop"] == ["ALL"]
         assert "no-new-privileges" in config["SecurityOpt"]
         status = host.ssh("cat /proc/$(pgrep -o raylet)/status").stdout
-        found = dict(line.split(":\t", 1) for line in status.splitlines() if line.startswith(("Uid", "CapEff", "NoNewPrivs")))
+        found = dict(
+            line.split(":\t", 1) for line in status.splitlines() if line.startswith(("Uid", "CapEff", "NoNewPrivs"))
+        )
         assert found["Uid"].split()[0] == host.ssh("id -u ray").stdout.strip()
         assert int(found["CapEff"], 16) == 0
         assert found["NoNewPrivs"] == "1"
@@ -128,7 +136,9 @@ def test_the_commands_are_on_the_hosts_path(cluster: Cluster) -> None:
     assert "3 node" in cluster.head.ssh("ray status | grep -c ' 1 node_' | sed 's/$/ node/'").stdout
     assert cluster.head.ssh("llm-ray --version").stdout.startswith("llm-ray")
     assert (
-        cluster.workers[0].ssh("cd /srv/llm-ray/data && echo 'print(1 + 1)' > sum.py && /opt/llm-ray/current/bin/python sum.py").stdout
+        cluster.workers[0]
+        .ssh("cd /srv/llm-ray/data && echo 'print(1 + 1)' > sum.py && /opt/llm-ray/current/bin/python sum.py")
+        .stdout
         == "2\n"
     )
 
@@ -159,7 +169,10 @@ def test_a_node_that_is_killed_comes_back(cluster: Cluster) -> None:
     before = _container(cluster, worker)["Id"]
     worker.ssh("docker kill llm-ray-worker")
     until(
-        lambda: worker.ssh("docker inspect --format '{{.Id}}' llm-ray-worker", check=False).stdout.strip() not in ("", before),
+        lambda: (
+            worker.ssh("docker inspect --format '{{.Id}}' llm-ray-worker", check=False).stdout.strip()
+            not in ("", before)
+        ),
         "a new one runs",
     )
     cluster.wait_for_nodes(cluster.nodes)
@@ -180,7 +193,9 @@ task = ray.remote(work).options(max_retries=0, scheduling_strategy=NodeAffinityS
 print(ray.get(task))
 """
     cluster.head.ssh(f"rm -f /srv/llm-ray/data/began; cat > /srv/llm-ray/data/drain.py <<'END'\n{code}\nEND")
-    cluster.head.ssh("nohup /opt/llm-ray/current/bin/python /srv/llm-ray/data/drain.py > /tmp/drain.out 2>&1 < /dev/null &")
+    cluster.head.ssh(
+        "nohup /opt/llm-ray/current/bin/python /srv/llm-ray/data/drain.py > /tmp/drain.out 2>&1 < /dev/null &"
+    )
     until(lambda: worker.ssh("test -e /srv/llm-ray/data/began", check=False).returncode == 0, "the task begins")
     worker.ssh("systemctl stop llm-ray-worker")
     try:
@@ -218,15 +233,28 @@ def test_a_registry_brings_the_image_to_the_host_that_lacks_it(cluster: Cluster)
     head, worker = cluster.head, cluster.workers[1]
     registry = f"{head.address}:5000"
     head.ssh("apt-get install -y -qq --no-install-recommends docker-registry", timeout=300)
-    settings = {"version": 0.1, "storage": {"filesystem": {"rootdirectory": "/var/lib/docker/registry"}}, "http": {"addr": ":5000"}}
+    settings = {
+        "version": 0.1,
+        "storage": {"filesystem": {"rootdirectory": "/var/lib/docker/registry"}},
+        "http": {"addr": ":5000"},
+    }
     head.ssh(f"systemctl disable -q --now docker-registry; echo '{json.dumps(settings)}' > /root/registry.yml")
     head.ssh("systemd-run --unit=registry --quiet docker-registry serve /root/registry.yml")
     worker.ssh("systemctl stop llm-ray-worker; docker image rm $(docker image ls --quiet llm-ray)")
     next((cluster.lab.folder / "storage/images").glob("*.tar.gz")).unlink()
-    config = {"log-driver": "json-file", "live-restore": True, "insecure-registries": [registry]}  # without TLS, in the lab alone
+    config = {
+        "log-driver": "json-file",
+        "live-restore": True,
+        "insecure-registries": [registry],
+    }  # without TLS, in the lab alone
     run = cluster.play(
         "site.yml",
-        *("--tags", "docker_engine,ray_node", "-e", json.dumps({"ray_node_registry": registry, "docker_engine_config": config})),
+        *(
+            "--tags",
+            "docker_engine,ray_node",
+            "-e",
+            json.dumps({"ray_node_registry": registry, "docker_engine_config": config}),
+        ),
         timeout=3000,
     )
     assert [change for change in run.changes() if change.startswith("ray_node : Pull the image")] == [
@@ -248,9 +276,9 @@ def test_the_other_runtime_takes_the_node_over_and_gives_it_back(cluster: Cluste
     cluster.wait_for_nodes(cluster.nodes)
     assert worker.ssh("docker ps --all --quiet").stdout == ""
     assert worker.ssh("pgrep -c raylet").stdout.strip() == "1"
-    assert worker.ssh("readlink /proc/$(systemctl show --property=MainPID --value llm-ray-worker)/exe").stdout.startswith(
-        "/usr/bin/python3"
-    )
+    assert worker.ssh(
+        "readlink /proc/$(systemctl show --property=MainPID --value llm-ray-worker)/exe"
+    ).stdout.startswith("/usr/bin/python3")
     own.unlink()
     cluster.play("site.yml", "--limit", worker.name)
     cluster.wait_for_nodes(cluster.nodes)
@@ -260,16 +288,29 @@ def test_the_other_runtime_takes_the_node_over_and_gives_it_back(cluster: Cluste
 
 def test_settings_of_others_stay_and_are_not_overwritten(engine: Cluster) -> None:
     host = engine.head
-    host.ssh("""mkdir -p /etc/docker; echo '{"bip": "172.30.0.1/16", "log-driver": "journald"}' > /etc/docker/daemon.json""")
+    host.ssh(
+        """mkdir -p /etc/docker; echo '{"bip": "172.30.0.1/16", "log-driver": "journald"}' > /etc/docker/daemon.json"""
+    )
     refused = engine.play("engine.yml", ok=False)
     said = " ".join(refused.output.split())
     assert refused.code != 0
-    assert 'solo: /etc/docker/daemon.json has other values than docker_engine_config: log-driver is "journald" and not "json-file"' in said
+    assert (
+        'solo: /etc/docker/daemon.json has other values than docker_engine_config: log-driver is "journald" and not '
+        '"json-file"' in said
+    )
     host.ssh("""echo '{"bip": "172.30.0.1/16"}' > /etc/docker/daemon.json""")
     engine.play("engine.yml")
-    wanted = {"bip": "172.30.0.1/16", "log-driver": "json-file", "log-opts": {"max-size": "50m", "max-file": "3"}, "live-restore": True}
+    wanted = {
+        "bip": "172.30.0.1/16",
+        "log-driver": "json-file",
+        "log-opts": {"max-size": "50m", "max-file": "3"},
+        "live-restore": True,
+    }
     assert json.loads(host.ssh("cat /etc/docker/daemon.json").stdout) == wanted
-    assert host.ssh("docker info --format '{{.LoggingDriver}} {{.LiveRestoreEnabled}}'").stdout.split() == ["json-file", "true"]
+    assert host.ssh("docker info --format '{{.LoggingDriver}} {{.LiveRestoreEnabled}}'").stdout.split() == [
+        "json-file",
+        "true",
+    ]
     assert engine.play("engine.yml").changes() == []
     changed = engine.play("engine.yml", "-e", json.dumps({"docker_engine_config": {"live-restore": True}}))
     assert changed.code == 0

@@ -48,7 +48,9 @@ _SERVED = [8000, 7860]
 def _open_ports(scanner: Host, target: Host, ports: str = "range(1, 65536)") -> list[int]:
     return [
         int(port)
-        for port in scanner.ssh(f"ulimit -n 4096; python3 - {target.address} '{ports}' <<'END'\n{_SCAN}\nEND", timeout=300).stdout.split()
+        for port in scanner.ssh(
+            f"ulimit -n 4096; python3 - {target.address} '{ports}' <<'END'\n{_SCAN}\nEND", timeout=300
+        ).stdout.split()
     ]
 
 
@@ -73,13 +75,23 @@ def test_from_outside_only_ssh_is_open(cluster: Cluster, outside: Host) -> None:
 
 def test_hosts_of_the_cluster_reach_each_other(cluster: Cluster, outside: Host) -> None:
     first, second = cluster.workers
-    assert _open_ports(first, second, "[22, 6380, 6381, 6382, 6383, 6384, 52365]") == [22, 6380, 6381, 6382, 6383, 6384, 52365]
+    assert _open_ports(first, second, "[22, 6380, 6381, 6382, 6383, 6384, 52365]") == [
+        22,
+        6380,
+        6381,
+        6382,
+        6383,
+        6384,
+        52365,
+    ]
     # the dashboard is on loopback
     assert _open_ports(second, cluster.head, "[6379, 6380, 7860, 8000, 8265]") == [6379, 6380, 7860, 8000]
 
 
 def test_an_admin_network_reaches_what_is_served_and_no_more(cluster: Cluster, outside: Host) -> None:
-    opened = cluster.play("site.yml", "--tags", "firewall", "-e", json.dumps({"llm_ray_admin_networks": [f"{outside.address}/32"]}))
+    opened = cluster.play(
+        "site.yml", "--tags", "firewall", "-e", json.dumps({"llm_ray_admin_networks": [f"{outside.address}/32"]})
+    )
     assert opened.changed > 0
     try:
         assert _open_ports(outside, cluster.head) == [22, *sorted(_SERVED)]
@@ -111,7 +123,12 @@ def test_rules_that_others_have_flushed_are_loaded_again(cluster: Cluster, outsi
 def test_clients_of_the_storage_reach_nfs_and_no_more(cluster: Cluster, outside: Host) -> None:
     served = replace(cluster, groups={**cluster.groups, "nfs_server": ["head"]})
     cluster.head.ssh("systemd-run --unit=served-2049 python3 -m http.server 2049")
-    firewall = ("--tags", "firewall", "--skip-tags", "preflight")  # which wants no server where the storage is there, as in the lab
+    firewall = (
+        "--tags",
+        "firewall",
+        "--skip-tags",
+        "preflight",
+    )  # which wants no server where the storage is there, as in the lab
     try:
         served.play("site.yml", *firewall)
         assert _open_ports(outside, cluster.head, "[22, 2049, 6380, 8000]") == [22]

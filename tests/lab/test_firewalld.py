@@ -1,4 +1,5 @@
-"""The firewall role with firewalld: two hosts of a cluster, SSH on a port that firewalld does not know, and a host outside."""
+"""The firewall role with firewalld: two hosts of a cluster, SSH on a port that firewalld does not know, and a host
+outside."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def hosts(lab_ready: None) -> Iterator[Cluster]:
         (folder / "bundle/remove.yml").write_text(_REMOVE)
         made.add("head", "worker1", "outside")
         for name in ("head", "worker1"):
-            made.hosts[name].ssh(r"printf 'Port 22\nPort 2222\nPort 50022\n' > /etc/ssh/sshd_config.d/ports.conf; systemctl restart ssh")
+            made.hosts[name].ssh(
+                r"printf 'Port 22\nPort 2222\nPort 50022\n' > /etc/ssh/sshd_config.d/ports.conf; systemctl restart ssh"
+            )
             known = made.hosts[name].known_hosts
             address = made.hosts[name].address
             (key,) = [line for line in known.read_text().splitlines() if line.startswith(f"{address} ")]
@@ -146,7 +149,10 @@ def test_remove_restores(closed: Cluster) -> None:
 
 def test_firewalld_that_ran_before_goes_on_as_it_was(closed: Cluster) -> None:
     outside, head = closed.hosts["outside"], closed.head
-    head.ssh("systemctl enable -q --now firewalld; firewall-cmd -q --permanent --add-port={2222,50022}/tcp; firewall-cmd -q --reload")
+    head.ssh(
+        "systemctl enable -q --now firewalld; firewall-cmd -q --permanent --add-port={2222,50022}/tcp; firewall-cmd -q "
+        "--reload"
+    )
     before = head.ssh("firewall-cmd --list-all-zones").stdout
     _site(closed, firewall_provider="auto")
     assert _open(outside, head) == _SSH

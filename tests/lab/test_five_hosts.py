@@ -1,4 +1,5 @@
-"""Five hosts, of which the last two are in a group of their own with resources, labels and a folder for objects that do not fit the store."""
+"""Five hosts, of which the last two are in a group of their own with resources, labels and a folder for objects that do
+not fit the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The profile ipex on a host of its own, in both runtimes: installed by the role and in the image, a finetune and its endpoint in it."""
+"""The profile ipex on a host of its own, in both runtimes: installed by the role and in the image, a finetune and its
+endpoint in it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ print("VERSIONS", json.dumps(ray.get(versions.remote())))
 
 
 @pytest.fixture(scope="module", params=["bare_metal", "docker"])
-def work(request: pytest.FixtureRequest, lab_ready: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workflow]:
+def work(
+    request: pytest.FixtureRequest, lab_ready: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workflow]:
     in_docker = request.param == "docker"
     variables: dict[str, Any] = docker.VARIABLES if in_docker else {}
     with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": []}, llm_ray_profile="ipex", **variables) as cluster:
@@ -57,7 +60,11 @@ def test_a_second_run_changes_nothing(work: Workflow) -> None:
 def test_a_finetune_with_the_extension_learns_as_one_without(work: Workflow) -> None:
     losses = {}
     for accelerator in ("ipex", "torch"):
-        settings = {"training.accelerator": accelerator, "training.precision": "fp32", "stages": ["prepare", "train", "export"]}
+        settings = {
+            "training.accelerator": accelerator,
+            "training.precision": "fp32",
+            "stages": ["prepare", "train", "export"],
+        }
         work.cluster.play("finetune.yml", *work.finetune(accelerator, **settings), timeout=1500)
         assert work.told(accelerator)["state"] == "done"
         losses[accelerator] = [loss for _, loss in sorted(work.losses(accelerator).items())]

@@ -1,4 +1,5 @@
-"""The role monitoring on a head and a worker: what is read, what is closed, what a change restarts, and that it goes without a trace."""
+"""The role monitoring on a head and a worker: what is read, what is closed, what a change restarts, and that it goes
+without a trace."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def pids(host: Host) -> dict[str, str]:
 
 
 def listening(host: Host, port: int) -> list[str]:
-    return [line.split()[3] for line in host.ssh("ss -ltnH").stdout.splitlines() if line.split()[3].endswith(f":{port}")]
+    return [
+        line.split()[3] for line in host.ssh("ss -ltnH").stdout.splitlines() if line.split()[3].endswith(f":{port}")
+    ]
 
 
 def test_every_node_and_host_is_read(watched: Cluster) -> None:
@@ -90,20 +93,26 @@ def test_ray_and_the_hosts_export_what_rules_and_dashboards_ask(watched: Cluster
         return asked - set(ask(watched, "label/__name__/values"))
 
     eventually("not exported", 90, missing)
-    eventually("no objects on disk", 60, lambda: not query(watched, 'ray_spill_manager_request_total{Type="Spilled"} > 0'))
+    eventually(
+        "no objects on disk", 60, lambda: not query(watched, 'ray_spill_manager_request_total{Type="Spilled"} > 0')
+    )
     watched.ray('import ray; ray.init(log_to_driver=False, namespace="test"); ray.kill(ray.get_actor("keeper"))')
 
 
 def test_the_rules_do_what_they_say(watched: Cluster) -> None:
     head = watched.head
-    test = RULES_TEST.read_text().replace("../../roles/monitoring/files/rules.yml", "/etc/llm-ray/prometheus/rules/llm-ray.yml")
+    test = RULES_TEST.read_text().replace(
+        "../../roles/monitoring/files/rules.yml", "/etc/llm-ray/prometheus/rules/llm-ray.yml"
+    )
     head.ssh(f"cat > /tmp/rules_test.yml <<'END'\n{test}\nEND\n")
     assert "SUCCESS" in head.ssh("promtool test rules /tmp/rules_test.yml").stdout
     assert "SUCCESS" in head.ssh("promtool check config /etc/llm-ray/prometheus/prometheus.yml").stdout
     loaded = {rule["name"] for group in ask(watched, "rules")["groups"] for rule in group["rules"]}
     assert "RayNodeDown" in loaded
     head.ssh("sed -i 's/< 0.10/< 0.01/' /etc/llm-ray/prometheus/rules/llm-ray.yml")
-    assert head.ssh("promtool test rules /tmp/rules_test.yml", check=False).returncode != 0, "the tests of the rules find no wrong rule"
+    assert head.ssh("promtool test rules /tmp/rules_test.yml", check=False).returncode != 0, (
+        "the tests of the rules find no wrong rule"
+    )
     watched.play("site.yml", "--tags", "monitoring")
 
 
@@ -111,7 +120,10 @@ def test_others_reach_neither(watched: Cluster) -> None:
     for host in watched.nodes:
         assert listening(host, 9100) == [f"{host.address}:9100"]
         assert "9100" in host.ssh("nft list set inet llm_ray cluster_only").stdout
-        assert host.ssh("systemctl is-active prometheus-node-exporter prometheus", check=False).stdout.split() == ["inactive"] * 2
+        assert (
+            host.ssh("systemctl is-active prometheus-node-exporter prometheus", check=False).stdout.split()
+            == ["inactive"] * 2
+        )
     assert listening(watched.head, 9090) == ["127.0.0.1:9090"]
     assert listening(watched.workers[0], 9090) == []
 
@@ -141,7 +153,11 @@ def test_a_change_restarts_what_it_concerns(watched: Cluster) -> None:
 
 def test_validate_names_a_host_that_is_not_read(watched: Cluster) -> None:
     play = [
-        {"hosts": "ray_head", "become": True, "tasks": [{"ansible.builtin.include_role": {"name": "monitoring", "tasks_from": "validate"}}]}
+        {
+            "hosts": "ray_head",
+            "become": True,
+            "tasks": [{"ansible.builtin.include_role": {"name": "monitoring", "tasks_from": "validate"}}],
+        }
     ]
     (watched.bundle / "monitoring_validate.yml").write_text(json.dumps(play))
     watched.play("monitoring_validate.yml")
@@ -163,7 +179,9 @@ def test_it_goes_without_a_trace_and_comes_from_archives(watched: Cluster) -> No
         folder, made = f"/srv/mirror/{name}/releases/download/v{version}", f"{name}-{version}.linux-amd64"
         head.ssh(f"mkdir -p {folder}/{made} && touch {folder}/{made}/LICENSE")
         head.ssh(" && ".join(f"cp /usr/bin/{here} {folder}/{made}/{there}" for here, there in programs.items()))
-        head.ssh(f"cd {folder} && tar czf {made}.tar.gz {made} && rm -r {made} && sha256sum {made}.tar.gz > sha256sums.txt")
+        head.ssh(
+            f"cd {folder} && tar czf {made}.tar.gz {made} && rm -r {made} && sha256sum {made}.tar.gz > sha256sums.txt"
+        )
     head.ssh("systemd-run --unit=mirror --working-directory=/srv/mirror python3 -m http.server 9999")
 
     before = pids(head)["llm-ray-head"]
@@ -173,8 +191,10 @@ def test_it_goes_without_a_trace_and_comes_from_archives(watched: Cluster) -> No
     head.ssh("ls /etc/systemd/system/rpcbind.service.d/llm-ray.conf; rm -r /etc/systemd/system/rpcbind.service.d")
     for host in watched.nodes:
         left = host.ssh(
-            "ls -d /etc/llm-ray/prometheus /var/lib/llm-ray-prometheus /opt/llm-ray/monitoring /etc/systemd/system/llm-ray-prometheus.service"
-            " /etc/systemd/system/llm-ray-node-exporter.service /usr/bin/prometheus /usr/bin/prometheus-node-exporter 2>/dev/null;"
+            "ls -d /etc/llm-ray/prometheus /var/lib/llm-ray-prometheus /opt/llm-ray/monitoring "
+            "/etc/systemd/system/llm-ray-prometheus.service"
+            " /etc/systemd/system/llm-ray-node-exporter.service /usr/bin/prometheus /usr/bin/prometheus-node-exporter "
+            "2>/dev/null;"
             " find /etc/systemd/system -path '*prometheus*'; id -un llm-ray-monitoring 2>/dev/null",
             check=False,
         )  # fmt: skip
@@ -186,5 +206,10 @@ def test_it_goes_without_a_trace_and_comes_from_archives(watched: Cluster) -> No
     archives = ["-e", "monitoring_provider=archive", "-e", f"monitoring_mirror=http://{head.address}:9999"]
     watched.play("site.yml", "--tags", "monitoring", *archives)
     test_every_node_and_host_is_read(watched)
-    assert head.ssh("systemctl show --property=ExecStart llm-ray-prometheus").stdout.count("/opt/llm-ray/monitoring/prometheus-2.53.4") > 0
+    assert (
+        head.ssh("systemctl show --property=ExecStart llm-ray-prometheus").stdout.count(
+            "/opt/llm-ray/monitoring/prometheus-2.53.4"
+        )
+        > 0
+    )
     assert watched.play("site.yml", "--tags", "monitoring", *archives).changes() == []

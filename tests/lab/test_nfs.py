@@ -1,4 +1,5 @@
-"""The storage roles on two virtual machines, which have kernels of their own: `store` serves and is the head, `node` mounts.
+"""The storage roles on two virtual machines, which have kernels of their own: `store` serves and is the head, `node`
+mounts.
 
 About the only part of the lab that is slow (no KVM): each test adds to what the ones before it made.
 """
@@ -76,7 +77,12 @@ def _ray(host: Host, command: str, check: bool = True) -> str:
 
 def test_check_mode_on_bare_machines_then_twice(machines: Cluster, store: Host, node: Host) -> None:
     machines.play("site.yml", "--check", "--diff", *_TAGS)
-    assert node.ssh("ls -d /srv/llm-ray /etc/llm-ray /etc/systemd/system/rpcbind.socket.d 2>&1 | grep -v cannot", check=False).stdout == ""
+    assert (
+        node.ssh(
+            "ls -d /srv/llm-ray /etc/llm-ray /etc/systemd/system/rpcbind.socket.d 2>&1 | grep -v cannot", check=False
+        ).stdout
+        == ""
+    )
     machines.play("site.yml", *_TAGS)
     second = machines.play("site.yml", *_TAGS)
     assert second.changed == 0, second.changes()
@@ -108,7 +114,10 @@ def test_kernel_and_clock_are_as_host_base_sets_them(store: Host, node: Host) ->
     for host in (store, node):
         assert "[madvise]" in host.ssh("cat /sys/kernel/mm/transparent_hugepage/enabled").stdout
         assert host.ssh("sysctl -n vm.swappiness vm.max_map_count").stdout.split() == ["10", "262144"]
-        assert host.ssh("systemctl is-active chrony; systemctl is-enabled chrony").stdout.split() == ["active", "enabled"]
+        assert host.ssh("systemctl is-active chrony; systemctl is-enabled chrony").stdout.split() == [
+            "active",
+            "enabled",
+        ]
         assert _ray(host, 'bash -c "ulimit -u"').isdigit()
 
 
@@ -120,7 +129,12 @@ def test_what_one_writes_all_read(store: Host, node: Host) -> None:
 
 
 def test_root_of_a_client_is_nobody(node: Host) -> None:
-    for command in (f"cat {HOME}/data/store", f"touch {HOME}/data/by-root", f"touch {HOME}/by-root", f"chown root {HOME}/data/node"):
+    for command in (
+        f"cat {HOME}/data/store",
+        f"touch {HOME}/data/by-root",
+        f"touch {HOME}/by-root",
+        f"chown root {HOME}/data/node",
+    ):
         assert node.ssh(command, check=False).returncode != 0, command
 
 

@@ -1,4 +1,5 @@
-"""add_node.yml and remove_node.yml: one worker comes and goes, and the others notice nothing but the list of who belongs."""
+"""add_node.yml and remove_node.yml: one worker comes and goes, and the others notice nothing but the list of who
+belongs."""
 
 from __future__ import annotations
 
@@ -13,14 +14,15 @@ pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 _LISTS = ("host_base : Write /etc/hosts", "firewall : ")
 # Where the bundle's parts lie on a host.
-_PARTS = (
-    "ls -d /etc/llm-ray /opt/llm-ray /var/lib/llm-ray /etc/systemd/system/llm-ray-* /run/systemd/system/llm-ray-* /usr/local/bin/llm-ray"
-)
+_PARTS = "ls -d /etc/llm-ray /opt/llm-ray /var/lib/llm-ray /etc/systemd/system/llm-ray-* /run/systemd/system/llm-ray-* /usr/local/bin/llm-ray"
 
 
 def _pids(cluster: Cluster) -> dict[str, str]:
     """The process of Ray's unit on each host."""
-    return {host.name: host.ssh("systemctl show --value -p MainPID 'llm-ray-head' 'llm-ray-worker'").stdout for host in cluster.nodes}
+    return {
+        host.name: host.ssh("systemctl show --value -p MainPID 'llm-ray-head' 'llm-ray-worker'").stdout
+        for host in cluster.nodes
+    }
 
 
 @pytest.mark.parametrize("node", ["all", "head", "worker1,worker2", "wroker2"])
@@ -47,7 +49,9 @@ def test_a_worker_stays_when_the_head_is_not_reached(cluster: Cluster) -> None:
     finally:
         cluster.head.plug()
     assert run.code != 0
-    assert "head is not reached, and it ends the node's work: nothing was changed" in " ".join(run.output.replace("''", "'").split())
+    assert "head is not reached, and it ends the node's work: nothing was changed" in " ".join(
+        run.output.replace("''", "'").split()
+    )
     assert run.changed == 0
     leaving = cluster.hosts["worker2"]
     assert leaving.ssh("systemctl show --value -p Restart llm-ray-worker").stdout.strip() == "always"
@@ -75,7 +79,9 @@ def test_a_node_that_does_not_start_says_why_and_soon(cluster: Cluster) -> None:
     wrong = ["-e", "ray_node_cpus=many", "--skip-tags", "preflight"]  # which would refuse it
     run = cluster.play("site.yml", "--tags", "ray_node", "--limit", "worker1", *wrong, ok=False)
     assert run.code != 0
-    assert re.search(r"worker1: after \d+ s llm-ray-worker is \w+ and was restarted \d+ times; its journal ends:", run.output)
+    assert re.search(
+        r"worker1: after \d+ s llm-ray-worker is \w+ and was restarted \d+ times; its journal ends:", run.output
+    )
     assert "'many' is not a valid int" in run.output
     assert run.seconds < 280
     cluster.play("site.yml")
@@ -114,11 +120,15 @@ def work():
     open("/srv/llm-ray/runs/ended", "w").close()
 ray.get(work.remote())
 """
-    cluster.head.ssh(f"cat > /tmp/work.py <<'END'\n{code}\nEND\nsystemd-run --unit=work --quiet -p EnvironmentFile=/etc/llm-ray/ray.env "
+    cluster.head.ssh(f"cat > /tmp/work.py <<'END'\n{code}\nEND\nsystemd-run --unit=work --quiet -p "
+        "EnvironmentFile=/etc/llm-ray/ray.env "
                      "/opt/llm-ray/current/bin/python /tmp/work.py")  # fmt: skip
     until(lambda: cluster.head.ssh("test -e /srv/llm-ray/runs/began", check=False).returncode == 0, "the task begins")
     run = cluster.play("remove_node.yml", "-e", "node=worker2")
-    assert cluster.head.ssh("systemctl is-failed work; ls /srv/llm-ray/runs/ended").stdout.split()[-1] == "/srv/llm-ray/runs/ended"
+    assert (
+        cluster.head.ssh("systemctl is-failed work; ls /srv/llm-ray/runs/ended").stdout.split()[-1]
+        == "/srv/llm-ray/runs/ended"
+    )
     cluster.head.ssh("rm /srv/llm-ray/runs/began /srv/llm-ray/runs/ended")
     assert "take it out of ray_workers" in " ".join(run.output.split())
     assert leaving.ssh(_PARTS, check=False).stdout == ""
@@ -163,7 +173,9 @@ def test_a_new_worker_joins_and_the_others_are_let_alone(cluster: Cluster) -> No
     run = cluster.play("add_node.yml", "-e", "node=worker2")
     cluster.wait_for_nodes(cluster.nodes)
     after = _pids(cluster)
-    assert {name: pid for name, pid in after.items() if name != "worker2"} == {n: p for n, p in before.items() if n != "worker2"}
+    assert {name: pid for name, pid in after.items() if name != "worker2"} == {
+        n: p for n, p in before.items() if n != "worker2"
+    }
     elsewhere = [task for task in run.changes() if ": [worker2]" not in task]
     assert [task for task in elsewhere if not task.startswith(_LISTS)] == []
     again = cluster.play("add_node.yml", "-e", "node=worker2")

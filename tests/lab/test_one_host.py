@@ -1,4 +1,5 @@
-"""A cluster of one host, whose node runs in Docker: the smallest there is, and the other runtime in the short set of the lab."""
+"""A cluster of one host, whose node runs in Docker: the smallest there is, and the other runtime in the short set of
+the lab."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ pytestmark = pytest.mark.lab
 @pytest.fixture(scope="module")
 def alone(lab_ready: None) -> Iterator[Cluster]:
     """A bare host in which Docker can run, with storage of its own: neither an NFS server nor a mount."""
-    with lab_cluster.cluster({"ray_head": ["solo"], "ray_workers": []}, **docker.VARIABLES | {"llm_ray_storage": "nfs"}) as made:
+    with lab_cluster.cluster(
+        {"ray_head": ["solo"], "ray_workers": []}, **docker.VARIABLES | {"llm_ray_storage": "nfs"}
+    ) as made:
         docker.prepare(made.head)
         yield made
     docker.clear_cgroups()
@@ -40,9 +43,19 @@ def first(alone: Cluster) -> Run:
 
 def test_this_machine_may_be_it_and_is_not_touched_by_check_mode(lab_ready: None, tmp_path: Path) -> None:
     """The default inventory, of this machine alone; what preflight thinks of it is not the question."""
-    places = [Path(name) for name in ("/etc/llm-ray", "/opt/llm-ray", "/var/lib/llm-ray", "/srv/llm-ray", "/etc/profile.d/llm-ray.sh")]
+    places = [
+        Path(name)
+        for name in ("/etc/llm-ray", "/opt/llm-ray", "/var/lib/llm-ray", "/srv/llm-ray", "/etc/profile.d/llm-ray.sh")
+    ]
     before = [place.exists() for place in places]
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "site.yml", "--check", "--diff", "--skip-tags", "preflight"]
+    command = [
+        str(Path(sys.executable).parent / "ansible-playbook"),
+        "site.yml",
+        "--check",
+        "--diff",
+        "--skip-tags",
+        "preflight",
+    ]
     environment = os.environ | {"HOME": str(tmp_path), "ANSIBLE_NOCOLOR": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -53,7 +66,10 @@ def test_this_machine_may_be_it_and_is_not_touched_by_check_mode(lab_ready: None
 def test_check_mode_leaves_the_bare_host_bare(alone: Cluster) -> None:
     checked = alone.play("site.yml", "--check", "--diff", "-e", "monitoring_enabled=true")
     assert "ExecStartPre=/usr/bin/docker run --detach --name llm-ray-head" in checked.output
-    assert alone.head.ssh("command -v dockerd prometheus; ls -d /etc/llm-ray /opt/llm-ray /etc/docker", check=False).stdout == ""
+    assert (
+        alone.head.ssh("command -v dockerd prometheus; ls -d /etc/llm-ray /opt/llm-ray /etc/docker", check=False).stdout
+        == ""
+    )
 
 
 def test_its_node_runs_in_docker_as_nobody_in_particular(alone: Cluster, first: Run) -> None:
@@ -69,7 +85,10 @@ def test_its_node_runs_in_docker_as_nobody_in_particular(alone: Cluster, first: 
 def test_a_second_run_changes_nothing_and_is_fast(alone: Cluster, first: Run) -> None:
     before = alone.head.ssh("docker inspect --format '{{.Id}}' llm-ray-head").stdout
     second = alone.play("site.yml")
-    print(f"docker, one host: first run {first.seconds:.0f} s, second {second.seconds:.0f} s, 1/{first.seconds / second.seconds:.1f}")
+    print(
+        f"docker, one host: first run {first.seconds:.0f} s, second {second.seconds:.0f} s, "
+        f"1/{first.seconds / second.seconds:.1f}"
+    )
     assert second.changes() == []
     assert second.changed == 0
     assert alone.head.ssh("docker inspect --format '{{.Id}}' llm-ray-head").stdout == before

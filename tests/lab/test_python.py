@@ -1,4 +1,5 @@
-"""A standalone Python, brought by uv, for distributions whose own is too old: from a list of builds of the host's own, since the lab is offline."""
+"""A standalone Python, brought by uv, for distributions whose own is too old: from a list of builds of the host's own,
+since the lab is offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""reset.yml: wants the name, takes everything but data, and leaves hosts that site.yml can start from. The last test of the lab."""
+"""reset.yml: wants the name, takes everything but data, and leaves hosts that site.yml can start from. The last test of
+the lab."""
 
 from __future__ import annotations
 

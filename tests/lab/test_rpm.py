@@ -1,4 +1,5 @@
-"""host_base's packages by rpm and dnf, as on RHEL: a host that has both commands, and a repository of two packages made on it."""
+"""host_base's packages by rpm and dnf, as on RHEL: a host that has both commands, and a repository of two packages made
+on it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The alert rules by promtool's own tests, on a host with nothing but Debian's package prometheus; whether they are met on a real
-cluster is in test_monitoring.py."""
+"""The alert rules by promtool's own tests, on a host with nothing but Debian's package prometheus; whether they are met
+on a real cluster is in test_monitoring.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def test_the_rules_do_what_they_say(host: Host) -> None:
     assert "SUCCESS" in said
 
 
-@pytest.mark.parametrize("change", ["s/< 0.10/< 0.01/", "s/for: 2m/for: 1h/", "s/> 0.05/> 0.5/", "s/severity: critical/severity: warning/"])
+@pytest.mark.parametrize(
+    "change", ["s/< 0.10/< 0.01/", "s/for: 2m/for: 1h/", "s/> 0.05/> 0.5/", "s/severity: critical/severity: warning/"]
+)
 def test_a_rule_that_is_wrong_is_found(host: Host, change: str) -> None:
     host.ssh(f"cp -r /bundle /wrong; sed -i '{change}' /wrong/roles/monitoring/files/rules.yml")
     try:

@@ -38,7 +38,10 @@ def _unit(cluster: Cluster, host: Host) -> str:
 
 
 def _pids(cluster: Cluster) -> dict[str, str]:
-    return {host.name: host.ssh(f"systemctl show -p MainPID --value {_unit(cluster, host)}").stdout.strip() for host in cluster.nodes}
+    return {
+        host.name: host.ssh(f"systemctl show -p MainPID --value {_unit(cluster, host)}").stdout.strip()
+        for host in cluster.nodes
+    }
 
 
 def _variables(cluster: Cluster, values: dict[str, object], hosts: Sequence[Host]) -> None:
@@ -96,7 +99,9 @@ def test_the_token_is_in_no_argument_no_log_and_no_other_file(cluster: Cluster, 
     for host in cluster.nodes:
         assert host.ssh("stat -c '%a %U' /etc/llm-ray/token").stdout.strip() == "400 ray"
         places = "/etc /run /tmp /var/log /var/lib/llm-ray /root /proc/[0-9]*/cmdline /proc/[0-9]*/environ"
-        found = host.ssh(f"journalctl --no-pager > /tmp/journal; grep -rslF -D skip -f /etc/llm-ray/token {places}", check=False).stdout
+        found = host.ssh(
+            f"journalctl --no-pager > /tmp/journal; grep -rslF -D skip -f /etc/llm-ray/token {places}", check=False
+        ).stdout
         assert found.split() == ["/etc/llm-ray/token"]
 
 
@@ -106,7 +111,10 @@ def test_the_unit_is_hardened(cluster: Cluster) -> None:
         exposure = re.search(r"exposure level for \S+: ([\d.]+)", said)
         assert exposure, said
         assert float(exposure[1]) <= 2.0, said
-        assert host.ssh(f"ps -o user= -p $(systemctl show -p MainPID --value {_unit(cluster, host)})").stdout.strip() == "ray"
+        assert (
+            host.ssh(f"ps -o user= -p $(systemctl show -p MainPID --value {_unit(cluster, host)})").stdout.strip()
+            == "ray"
+        )
 
 
 def test_ray_itself_does_not_interrupt_what_computes(cluster: Cluster) -> None:
@@ -117,7 +125,10 @@ def test_ray_itself_does_not_interrupt_what_computes(cluster: Cluster) -> None:
 def test_a_second_run_changes_nothing_and_is_fast(cluster: Cluster, first: First) -> None:
     before = _pids(cluster)
     second = cluster.play("site.yml")
-    print(f"three hosts: first run {first.site.seconds:.0f} s, second {second.seconds:.0f} s, 1/{first.site.seconds / second.seconds:.1f}")
+    print(
+        f"three hosts: first run {first.site.seconds:.0f} s, second {second.seconds:.0f} s, "
+        f"1/{first.site.seconds / second.seconds:.1f}"
+    )
     assert second.changes() == []
     assert second.changed == 0
     assert _pids(cluster) == before
@@ -126,7 +137,8 @@ def test_a_second_run_changes_nothing_and_is_fast(cluster: Cluster, first: First
 
 @pytest.mark.long
 def test_a_run_that_is_cut_off_is_made_up_for_and_restarts_only_what_it_concerns(cluster: Cluster) -> None:
-    """It dies when a worker's unit is written and not yet restarted: nothing is to be changed then, and yet the unit must restart."""
+    """It dies when a worker's unit is written and not yet restarted: nothing is to be changed then, and yet the unit
+    must restart."""
     before, worker = _pids(cluster), cluster.workers[0]
     _variables(cluster, {"ray_node_labels": {"rack": "a"}}, [worker])
     cluster.cut_off("site.yml", "--tags", "ray_node", at="ray_node : Configure the deletion of old logs")
@@ -143,7 +155,9 @@ def test_a_run_that_is_cut_off_is_made_up_for_and_restarts_only_what_it_concerns
 def test_a_host_cut_off_in_mid_run_leaves_the_others_finished_and_a_run_heals_it(cluster: Cluster) -> None:
     lost, others = cluster.workers[1], [cluster.head, cluster.workers[0]]
     _variables(cluster, {"ray_node_labels": {"rack": "b"}}, cluster.workers)
-    run = cluster.start("site.yml", ANSIBLE_SSH_ARGS="-o ControlMaster=auto -o ServerAliveInterval=3 -o ServerAliveCountMax=3")
+    run = cluster.start(
+        "site.yml", ANSIBLE_SSH_ARGS="-o ControlMaster=auto -o ServerAliveInterval=3 -o ServerAliveCountMax=3"
+    )
     assert run.stdout
     output = ""
     for line in run.stdout:
@@ -153,7 +167,9 @@ def test_a_host_cut_off_in_mid_run_leaves_the_others_finished_and_a_run_heals_it
     try:
         assert run.wait() != 0
         stats = cluster.parse(output)
-        assert [stats[host.name]["failed"] + stats[host.name]["unreachable"] for host in others] == [0, 0], output[-4000:]
+        assert [stats[host.name]["failed"] + stats[host.name]["unreachable"] for host in others] == [0, 0], output[
+            -4000:
+        ]
         assert stats[lost.name]["unreachable"] == 1
         cluster.wait_for_nodes(others)
         assert _labels(cluster)[cluster.workers[0].address] == "b"
@@ -180,7 +196,10 @@ def work():
 print(ray.get(ray.remote(work).options(max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()))
 """
     cluster.head.ssh(f"cat > /tmp/drain.py <<'END'\n{code}\nEND")
-    cluster.head.ssh("rm -f /srv/llm-ray/data/began; bash -lc '/opt/llm-ray/current/bin/python /tmp/drain.py > /tmp/drain.out 2>&1 &'")
+    cluster.head.ssh(
+        "rm -f /srv/llm-ray/data/began; bash -lc '/opt/llm-ray/current/bin/python /tmp/drain.py > /tmp/drain.out 2>&1 "
+        "&'"
+    )
     until(lambda: worker.ssh("test -e /srv/llm-ray/data/began", check=False).returncode == 0, "the task begins")
     worker.ssh("systemctl stop llm-ray-worker")
     try:
@@ -202,12 +221,17 @@ def test_a_head_that_is_killed_restarts_and_the_workers_come_back(cluster: Clust
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kept", [{"ray_node_keep_state": True}, {"ray_node_redis": "127.0.0.1:6399"}], ids=["on its disk", "in Redis"])
+@pytest.mark.parametrize(
+    "kept", [{"ray_node_keep_state": True}, {"ray_node_redis": "127.0.0.1:6399"}], ids=["on its disk", "in Redis"]
+)
 def test_a_head_that_keeps_its_state_goes_on_where_it_was(cluster: Cluster, kept: dict[str, object]) -> None:
     if "ray_node_redis" in kept:
-        cluster.head.ssh("apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server", timeout=300)
         cluster.head.ssh(
-            "systemctl disable --now redis-server; systemd-run --unit=state redis-server --port 6399 --bind 127.0.0.1 --save ''"
+            "apt-get update -qq && apt-get install -y -qq --no-install-recommends redis-server", timeout=300
+        )
+        cluster.head.ssh(
+            "systemctl disable --now redis-server; systemd-run --unit=state redis-server --port 6399 --bind 127.0.0.1 "
+            "--save ''"
         )
     _variables(cluster, kept, [cluster.head])
     cluster.play("site.yml", "--tags", "ray_node")
@@ -288,7 +312,9 @@ def test_another_allocator_is_the_one_of_that_host_alone(cluster: Cluster) -> No
     before = _pids(cluster)
     _variables(cluster, {"host_base_allocator": "jemalloc"}, [worker])
     cluster.play("site.yml", "--tags", "host_base,ray_node")
-    preloaded = "tr '\\0' '\\n' < /proc/$(systemctl show -p MainPID --value llm-ray-worker)/environ | sed -n s/^LD_PRELOAD=//p"
+    preloaded = (
+        "tr '\\0' '\\n' < /proc/$(systemctl show -p MainPID --value llm-ray-worker)/environ | sed -n s/^LD_PRELOAD=//p"
+    )
     assert worker.ssh(preloaded).stdout.strip() == "/usr/lib/x86_64-linux-gnu/libjemalloc.so.2"
     assert other.ssh(preloaded).stdout.strip() == "/usr/lib/x86_64-linux-gnu/libtcmalloc.so.4"
     _variables(cluster, {}, [worker])
@@ -310,11 +336,17 @@ def test_a_token_that_is_removed_is_replaced_everywhere(cluster: Cluster) -> Non
 
 def test_wheels_that_are_not_whole_are_refused_and_what_runs_stays(cluster: Cluster) -> None:
     worker = cluster.workers[0]
-    worker.ssh("mkdir -p /root/bundle && cd /root/bundle && echo a > a.whl && sha256sum a.whl > SHA256SUMS && echo b > a.whl")
+    worker.ssh(
+        "mkdir -p /root/bundle && cd /root/bundle && echo a > a.whl && sha256sum a.whl > SHA256SUMS && echo b > a.whl"
+    )
     before = worker.ssh("readlink /opt/llm-ray/current; ls /opt/llm-ray/env").stdout
     # another interpreter, though by name alone, wants another environment
     values = {"llm_ray_wheel_source": "/root/bundle", "python_runtime_python": "/usr/bin/python3.11"}
-    run = cluster.play("site.yml", "--tags", "python_runtime", "--limit", worker.name, "-e", json.dumps(values), ok=False)
+    run = cluster.play(
+        "site.yml", "--tags", "python_runtime", "--limit", worker.name, "-e", json.dumps(values), ok=False
+    )
     assert run.code == 2
-    assert f"{worker.name}: python_runtime_wheels = /root/bundle: a.whl: FAILED: fill it again" in " ".join(run.output.split())
+    assert f"{worker.name}: python_runtime_wheels = /root/bundle: a.whl: FAILED: fill it again" in " ".join(
+        run.output.split()
+    )
     assert worker.ssh("readlink /opt/llm-ray/current; ls /opt/llm-ray/env").stdout == before

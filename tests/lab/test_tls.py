@@ -38,13 +38,17 @@ def test_nodes_speak_under_tls_and_to_nobody_without(cluster: Cluster) -> None:
     _certify(cluster)
     settings = cluster.lab.folder / "inventory/group_vars/all/tls.yml"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(yaml.safe_dump({f"ray_node_tls_{part}": f"{_FOLDER}/{part}.pem" for part in ("certificate", "key", "ca")}))
+    settings.write_text(
+        yaml.safe_dump({f"ray_node_tls_{part}": f"{_FOLDER}/{part}.pem" for part in ("certificate", "key", "ca")})
+    )
     try:
         cluster.play("site.yml")
         cluster.wait_for_nodes(cluster.nodes)
         cluster.play("validate.yml")
         assert cluster.play("site.yml").changes() == []
-        status = "set -a; . /etc/llm-ray/ray.env; {} timeout 60 /opt/llm-ray/current/bin/ray status >/dev/null 2>&1; echo $?"
+        status = (
+            "set -a; . /etc/llm-ray/ray.env; {} timeout 60 /opt/llm-ray/current/bin/ray status >/dev/null 2>&1; echo $?"
+        )
         said = [cluster.workers[0].ssh(status.format(f"RAY_USE_TLS={used}")).stdout.strip() for used in (1, 0)]
         assert said[0] == "0"
         assert said[1] != "0"

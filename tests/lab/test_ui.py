@@ -1,4 +1,5 @@
-"""ui.yml on a head of its own, in both runtimes: who gets in, what a restart leaves alone, who is kept out, and that it goes without a trace."""
+"""ui.yml on a head of its own, in both runtimes: who gets in, what a restart leaves alone, who is kept out, and that it
+goes without a trace."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ PASSWORD = "several words together"  # noqa: S105
 UNIT = "/etc/systemd/system/llm-ray-page.service"
 TLS = "/etc/llm-ray-page"
 _TRACES = (
-    f"ls -d {UNIT} /run/llm-ray-page.started /opt/llm-ray /etc/llm-ray 2>/dev/null; docker ps --all --quiet 2>/dev/null; "
+    f"ls -d {UNIT} /run/llm-ray-page.started /opt/llm-ray /etc/llm-ray 2>/dev/null; docker ps --all --quiet "
+    "2>/dev/null; "
     f"ss -Hltn 'sport = :{PORT}'; pgrep --list-full --full 'llm-ray [u]i|llm_ray.cli.[j]ob|llm_ray.ui.[a]part'"
 )
 _CERTIFICATE = f"""
@@ -84,16 +86,29 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=["bare_metal", "docker"])
-def made(request: pytest.FixtureRequest, lab_ready: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def made(
+    request: pytest.FixtureRequest, lab_ready: None, smollm2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Made]:
     runtime, folder = request.param, tmp_path_factory.mktemp("page")
     password, users = folder / "password", folder / "users.yml"
     password.write_text("a password")
     users.write_text(
-        json.dumps({"page_users": {"alice": {"password": PASSWORD, "role": "admin"}, "eve": {"password": PASSWORD, "role": "viewer"}}})
+        json.dumps(
+            {
+                "page_users": {
+                    "alice": {"password": PASSWORD, "role": "admin"},
+                    "eve": {"password": PASSWORD, "role": "viewer"},
+                }
+            }
+        )
     )
     vault = ["--vault-password-file", str(password)]
-    subprocess.run([Path(sys.executable).parent / "ansible-vault", "encrypt", *vault, users], check=True, capture_output=True)
-    with lab_cluster.cluster({"ray_head": ["head"], "ray_workers": []}, **(docker.VARIABLES if runtime == "docker" else {})) as cluster:
+    subprocess.run(
+        [Path(sys.executable).parent / "ansible-vault", "encrypt", *vault, users], check=True, capture_output=True
+    )
+    with lab_cluster.cluster(
+        {"ray_head": ["head"], "ray_workers": []}, **(docker.VARIABLES if runtime == "docker" else {})
+    ) as cluster:
         if runtime == "docker":
             docker.prepare(cluster.head)
             docker.import_base(cluster)
@@ -147,7 +162,9 @@ def test_it_runs_as_ray_s_user_and_shows_no_secret(made: Made, first: lab_cluste
     head, pid = made.cluster.head, made.page_pid()
     assert head.ssh(f"stat -c %u /proc/{pid}").stdout.strip() == "1200"
     token = head.ssh("cat /etc/llm-ray/token").stdout.strip()
-    seen = head.ssh(f"cat /proc/{pid}/cmdline /proc/{pid}/environ {UNIT}; journalctl --unit llm-ray-page --no-pager").stdout
+    seen = head.ssh(
+        f"cat /proc/{pid}/cmdline /proc/{pid}/environ {UNIT}; journalctl --unit llm-ray-page --no-pager"
+    ).stdout
     assert "--port" in seen
     assert token not in seen
     assert PASSWORD not in seen
@@ -192,7 +209,11 @@ def test_a_finetune_goes_on_under_a_restart_and_a_kill(made: Made, first: lab_cl
         made.finetune(visitor, "long")
         job = made.finetune_pid()
         assert job
-        for end in ("systemctl restart llm-ray-page", "kill -9 {page}", "systemctl stop llm-ray-page; systemctl start llm-ray-page"):
+        for end in (
+            "systemctl restart llm-ray-page",
+            "kill -9 {page}",
+            "systemctl stop llm-ray-page; systemctl start llm-ray-page",
+        ):
             page, steps = made.page_pid(), made.steps("long")
             head.ssh(end.format(page=page))
             until(lambda page=page: made.holder() not in ("", page), f"the page after {end}", 120)
@@ -231,11 +252,15 @@ def test_the_one_who_has_its_port_is_named(made: Made, first: lab_cluster.Run) -
         refused = made.play(ok=False)
     finally:
         head.ssh("systemctl stop squatter")
-    assert re.search(r"head: page_port = 7860: the port is taken by python3 \(process \d+\)", " ".join(refused.output.split()))
+    assert re.search(
+        r"head: page_port = 7860: the port is taken by python3 \(process \d+\)", " ".join(refused.output.split())
+    )
     assert [line for line in made.play().changes() if "Start and enable the page" not in line] == []
 
 
-def test_beyond_loopback_it_speaks_tls_to_admin_networks_alone(made: Made, first: lab_cluster.Run, tmp_path: Path) -> None:
+def test_beyond_loopback_it_speaks_tls_to_admin_networks_alone(
+    made: Made, first: lab_cluster.Run, tmp_path: Path
+) -> None:
     head = made.cluster.head
     head.ssh(_CERTIFICATE.replace("ADDRESS", head.address))
     (tmp_path / "ca.pem").write_text(head.ssh(f"cat {TLS}/page.pem").stdout)
@@ -253,7 +278,11 @@ def test_beyond_loopback_it_speaks_tls_to_admin_networks_alone(made: Made, first
     assert visitor.http.get("/cluster").status_code == 200
     assert all(cookie.secure and cookie.name.startswith("__Host-") for cookie in visitor.http.cookies.jar)
     made.cluster.play(
-        "validate.yml", "--skip-tags", "train,serve", "-e", json.dumps({"llm_ray_admin_networks": [f"{made.cluster.lab.net.prefix}.1/32"]})
+        "validate.yml",
+        "--skip-tags",
+        "train,serve",
+        "-e",
+        json.dumps({"llm_ray_admin_networks": [f"{made.cluster.lab.net.prefix}.1/32"]}),
     )
     # A renewed certificate restarts it.
     before = made.page_pid()

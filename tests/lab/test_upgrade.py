@@ -16,7 +16,10 @@ def _running(cluster: Cluster) -> set[str]:
 
 
 def _pids(cluster: Cluster) -> dict[str, str]:
-    return {host.name: host.ssh("systemctl show --value -p MainPID llm-ray-head llm-ray-worker").stdout for host in cluster.nodes}
+    return {
+        host.name: host.ssh("systemctl show --value -p MainPID llm-ray-head llm-ray-worker").stdout
+        for host in cluster.nodes
+    }
 
 
 def _version(cluster: Cluster) -> str:

@@ -25,7 +25,18 @@ def test_a_cluster_that_works_passes_and_nothing_is_left_behind(cluster: Cluster
     cluster.wait_for_nodes(cluster.nodes)
     run, findings = _validate(cluster, tmp_path / "report.json", ok=True)
     names = {host.name for host in cluster.nodes}
-    for check in ("host_base", "firewall", "nfs_client", "python_runtime", "ray_node", "outside", "node", "task", "versions", "storage"):
+    for check in (
+        "host_base",
+        "firewall",
+        "nfs_client",
+        "python_runtime",
+        "ray_node",
+        "outside",
+        "node",
+        "task",
+        "versions",
+        "storage",
+    ):
         assert {one["host"] for one in findings if one["check"] == check} == names, check
     assert {one["result"] for one in findings} == {"passed"}
     assert {one["check"] for one in findings} >= {"train", "serve"}
@@ -47,10 +58,18 @@ def test_each_failure_names_the_host_and_what_to_do(cluster: Cluster, tmp_path: 
     redirect += "; nft add rule ip lie out tcp dport 52365 redirect to :9999"
     try:
         worker1.ssh("nft delete table inet llm_ray")  # its ports are open to this machine
-        worker1.ssh(f"systemd-run --unit=lie --quiet python3 -m http.server 9999; {redirect}")  # an agent that wants no token
+        worker1.ssh(
+            f"systemd-run --unit=lie --quiet python3 -m http.server 9999; {redirect}"
+        )  # an agent that wants no token
         worker2.ssh("systemctl stop llm-ray-worker")
         _, findings = _validate(
-            cluster, tmp_path / "report.json", "--skip-tags", "train,serve", "-i", str(_ghost(cluster, tmp_path)), ok=False
+            cluster,
+            tmp_path / "report.json",
+            "--skip-tags",
+            "train,serve",
+            "-i",
+            str(_ghost(cluster, tmp_path)),
+            ok=False,
         )
     finally:
         worker1.ssh("systemctl stop lie; nft delete table ip lie; systemctl restart llm-ray-firewall", check=False)

@@ -1,4 +1,5 @@
-"""finetune.yml, serve.yml and serve_stop.yml on three hosts: one job for one run, whoever asks; hosts that are lost; an endpoint that comes back."""
+"""finetune.yml, serve.yml and serve_stop.yml on three hosts: one job for one run, whoever asks; hosts that are lost; an
+endpoint that comes back."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ pytestmark = pytest.mark.lab
 @pytest.fixture(scope="module", params=["bare_metal", pytest.param("docker", marks=pytest.mark.long)])
 def cluster(request: pytest.FixtureRequest) -> Cluster:
     """The hosts after site.yml, in either runtime. A test that breaks the cluster leaves it whole again."""
-    made: Cluster = request.getfixturevalue("in_docker").cluster if request.param == "docker" else request.getfixturevalue("in_venv")
+    made: Cluster = (
+        request.getfixturevalue("in_docker").cluster
+        if request.param == "docker"
+        else request.getfixturevalue("in_venv")
+    )
     made.wait_for_nodes(made.nodes)
     return made
 
@@ -39,7 +44,8 @@ def _end(process: subprocess.Popen[str], timeout: float = 900) -> str:
     return output
 
 
-# A finetune ----------------------------------------------------------------------------------------------------------------
+# A finetune
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_conf_is_only_rendered_and_validated_in_check_mode(cluster: Cluster, work: Workflow) -> None:
@@ -56,16 +62,22 @@ def test_a_conf_is_only_rendered_and_validated_in_check_mode(cluster: Cluster, w
     [
         (
             {"traning.epochs": 2},
-            "traning.epochs is neither a key of the conf nor a variable of codes.yaml.j2; did you mean training.epochs?",
+            "traning.epochs is neither a key of the conf nor a variable of codes.yaml.j2; did you mean "
+            "training.epochs?",
         ),
         ({"conf": "codez"}, "-e conf=codez: no such file"),
         ({"train": "/nowhere/rows.jsonl"}, "data.train: no such file or folder: /nowhere/rows.jsonl"),
-        ({"runtime.hosts": "ray_wrokers"}, "the inventory has no Ray node or group ray_wrokers; did you mean ray_workers?"),
+        (
+            {"runtime.hosts": "ray_wrokers"},
+            "the inventory has no Ray node or group ray_wrokers; did you mean ray_workers?",
+        ),
         ({"wait": "maybe"}, "wait = maybe: type -e wait=true"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_told_before_anything_starts(cluster: Cluster, work: Workflow, settings: dict[str, Any], words: str) -> None:
+def test_what_is_wrong_is_told_before_anything_starts(
+    cluster: Cluster, work: Workflow, settings: dict[str, Any], words: str
+) -> None:
     run = cluster.play("finetune.yml", *work.finetune("wrong", **settings), ok=False)
     assert run.code != 0
     assert words.replace("'", "''") in _words(run).replace("'", "''").replace("''''", "''"), run.output
@@ -93,9 +105,16 @@ def test_a_finetune_runs_on_both_hosts_and_shows_its_progress(cluster: Cluster, 
     assert "codes is done: /srv/llm-ray/runs/codes" in made.output
     told = work.told("codes")
     assert told["state"] == "done"
-    assert cluster.head.ssh("cd /srv/llm-ray/runs/codes/submitted && sha256sum --check *.sha256").stdout.strip().endswith(": OK")
+    assert (
+        cluster.head.ssh("cd /srv/llm-ray/runs/codes/submitted && sha256sum --check *.sha256")
+        .stdout.strip()
+        .endswith(": OK")
+    )
     assert "model.safetensors" in cluster.head.ssh("ls /srv/llm-ray/runs/codes/output").stdout
-    assert cluster.head.ssh("stat -c %U /srv/llm-ray/runs/codes /srv/llm-ray/data/uploads").stdout.split() == ["ray", "ray"]
+    assert cluster.head.ssh("stat -c %U /srv/llm-ray/runs/codes /srv/llm-ray/data/uploads").stdout.split() == [
+        "ray",
+        "ray",
+    ]
     assert cluster.head.ssh("ls -A /var/lib/llm-ray/upload").stdout == ""
 
 
@@ -137,11 +156,17 @@ def test_two_terminals_see_one_job_and_a_third_stops_it_resumably(cluster: Clust
 
 @pytest.mark.long
 def test_a_run_begins_at_a_checkpoint_that_is_named(cluster: Cluster, work: Workflow, made: Run) -> None:
-    wrong = cluster.play("finetune.yml", *work.finetune("later", resume="/srv/llm-ray/runs/codes/checkpoint/step_00000009"), ok=False)
+    wrong = cluster.play(
+        "finetune.yml", *work.finetune("later", resume="/srv/llm-ray/runs/codes/checkpoint/step_00000009"), ok=False
+    )
     assert "step_00000009" in _words(wrong)
     assert "Traceback" not in wrong.output
-    cluster.play("finetune.yml", *work.finetune("later", resume="/srv/llm-ray/runs/codes/checkpoint/step_00000002"), timeout=1200)
-    assert work.losses("later") == pytest.approx({step: loss for step, loss in work.losses("codes").items() if step > 2}, abs=1e-4)
+    cluster.play(
+        "finetune.yml", *work.finetune("later", resume="/srv/llm-ray/runs/codes/checkpoint/step_00000002"), timeout=1200
+    )
+    assert work.losses("later") == pytest.approx(
+        {step: loss for step, loss in work.losses("codes").items() if step > 2}, abs=1e-4
+    )
     repeated = work.finetune("later", force=True, resume="no", stages=["train"])
     cluster.play("finetune.yml", *repeated, timeout=1200)
     assert work.losses("later") == pytest.approx(work.losses("codes"), abs=1e-4)
@@ -150,7 +175,9 @@ def test_a_run_begins_at_a_checkpoint_that_is_named(cluster: Cluster, work: Work
 @pytest.mark.long
 def test_with_a_host_lost_in_mid_training_the_run_ends_on_what_is_left(cluster: Cluster, work: Workflow) -> None:
     lost = cluster.workers[1]
-    run = cluster.start("finetune.yml", *work.finetune("lossy", **{"training.max_steps": 40, "stages": ["prepare", "train", "export"]}))
+    run = cluster.start(
+        "finetune.yml", *work.finetune("lossy", **{"training.max_steps": 40, "stages": ["prepare", "train", "export"]})
+    )
     try:
         until(lambda: work.steps("lossy") >= 4, "the run trains")
         lost.cut()
@@ -180,7 +207,8 @@ def test_two_runs_that_bring_the_same_new_file_do_not_take_it_from_each_other(cl
     assert uploads.split() == [".more.jsonl.sha256", "more.jsonl"]
 
 
-# An endpoint ---------------------------------------------------------------------------------------------------------------
+# An endpoint
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_an_endpoint_is_not_opened_where_the_firewall_does_not_guard_it(cluster: Cluster, work: Workflow) -> None:
@@ -202,12 +230,15 @@ def test_a_finetune_goes_on_to_serve_what_it_made(cluster: Cluster, made: Run, w
 
 @pytest.fixture(scope="module")
 def served(cluster: Cluster, made: Run, work: Workflow) -> Run:
-    """The finetuned model behind the endpoint, and a key from a vault. All cores of a host for each replica: they are on two hosts."""
+    """The finetuned model behind the endpoint, and a key from a vault. All cores of a host for each replica: they are
+    on two hosts."""
     return cluster.play("serve.yml", *work.serve("codes", **{"models.codes.cpus": 2}), timeout=1200)
 
 
 def test_a_finetuned_model_is_served_and_asked(cluster: Cluster, served: Run, work: Workflow) -> None:
-    assert re.search(r"codes at http://\S+/v1 was asked: What is the capital of France\?", _words(served)), served.output[-4000:]
+    assert re.search(r"codes at http://\S+/v1 was asked: What is the capital of France\?", _words(served)), (
+        served.output[-4000:]
+    )
     assert work.key not in served.output
     assert work.ask("codes") == 200
     assert work.ask("codes", new_secret()) == 401
@@ -220,16 +251,22 @@ def test_a_finetuned_model_is_served_and_asked(cluster: Cluster, served: Run, wo
 
 
 @pytest.mark.long
-def test_after_a_reboot_of_the_head_the_endpoint_comes_back_by_itself(cluster: Cluster, served: Run, work: Workflow) -> None:
+def test_after_a_reboot_of_the_head_the_endpoint_comes_back_by_itself(
+    cluster: Cluster, served: Run, work: Workflow
+) -> None:
     cluster.head.reboot()
     until(lambda: work.ask("codes") == 200, "the model answers again", 600)
     cluster.wait_for_nodes(cluster.nodes)
 
 
 @pytest.mark.long
-def test_a_host_lost_while_clients_ask_leaves_the_endpoint_answering(cluster: Cluster, served: Run, work: Workflow) -> None:
+def test_a_host_lost_while_clients_ask_leaves_the_endpoint_answering(
+    cluster: Cluster, served: Run, work: Workflow
+) -> None:
     until(lambda: work.ask("codes") == 200, "the model answers")
-    lost = next(worker for worker in cluster.workers if worker.ssh("pgrep -f '[S]erveReplica:model:codes'", check=False).stdout)
+    lost = next(
+        worker for worker in cluster.workers if worker.ssh("pgrep -f '[S]erveReplica:model:codes'", check=False).stdout
+    )
     lost.cut()
     try:
         until(lambda: all(work.ask("codes") == 200 for _ in range(4)), "the other replica answers", 300)
@@ -240,9 +277,13 @@ def test_a_host_lost_while_clients_ask_leaves_the_endpoint_answering(cluster: Cl
 
 
 @pytest.mark.long
-def test_a_worker_that_holds_a_replica_leaves_and_comes_back_while_clients_ask(cluster: Cluster, served: Run, work: Workflow) -> None:
+def test_a_worker_that_holds_a_replica_leaves_and_comes_back_while_clients_ask(
+    cluster: Cluster, served: Run, work: Workflow
+) -> None:
     until(lambda: work.ask("codes") == 200, "the model answers")
-    leaving = next(worker for worker in cluster.workers if worker.ssh("pgrep -f '[S]erveReplica:model:codes'", check=False).stdout)
+    leaving = next(
+        worker for worker in cluster.workers if worker.ssh("pgrep -f '[S]erveReplica:model:codes'", check=False).stdout
+    )
     for playbook in ("remove_node.yml", "add_node.yml"):
         run = cluster.start(playbook, "-e", f"node={leaving.name}")
         answers = []

@@ -1,4 +1,5 @@
-"""A small finetune and its endpoint in the lab: what the playbooks are told, and what is seen of a run and of its model."""
+"""A small finetune and its endpoint in the lab: what the playbooks are told, and what is seen of a run and of its
+model."""
 
 from __future__ import annotations
 
@@ -46,10 +47,15 @@ class Workflow:
     key: str = field(default_factory=new_secret)
 
     def __post_init__(self) -> None:
-        rows = [{"prompt": f"What is code {n}?", "completion": f"Code {n} means the {_FACTS[n % 4]} is worn."} for n in range(24)]
+        rows = [
+            {"prompt": f"What is code {n}?", "completion": f"Code {n} means the {_FACTS[n % 4]} is worn."}
+            for n in range(24)
+        ]
         (self.folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         template = (self.cluster.bundle / "conf/finetune/cluster.yaml.j2").read_text()
-        (self.cluster.bundle / "conf/finetune/codes.yaml.j2").write_text(template.replace("  # upload: true", "  upload: true"))
+        (self.cluster.bundle / "conf/finetune/codes.yaml.j2").write_text(
+            template.replace("  # upload: true", "  upload: true")
+        )
         served = (self.cluster.bundle / "conf/serve/cluster.yaml.j2").read_text()
         small = served.replace('default("vllm")', 'default("transformers")').replace(
             "    max_batch: 32", "    max_model_len: 256\n    max_batch: 4"
@@ -80,7 +86,9 @@ class Workflow:
         password.write_text("a password")
         keys.write_text(json.dumps({"llm_ray_api_keys": {"alice": self.key}, "llm_ray_serve_host": "0.0.0.0"}))  # noqa: S104
         vault = ["--vault-password-file", str(password)]
-        subprocess.run([Path(sys.executable).parent / "ansible-vault", "encrypt", *vault, keys], check=True, capture_output=True)
+        subprocess.run(
+            [Path(sys.executable).parent / "ansible-vault", "encrypt", *vault, keys], check=True, capture_output=True
+        )
         return ["-e", f"@{keys}", *vault]
 
     def serve(self, name: str, **settings: Any) -> list[str]:
@@ -105,5 +113,7 @@ class Workflow:
 
     def ask(self, name: str, key: str = "") -> int:
         """The status that a client among the hosts, whom the firewall lets in, gets for a question; 0 for no answer."""
-        code = _CLIENT.replace("ADDRESS", self.cluster.head.address).replace("KEY", key or self.key).replace("MODEL", name)
+        code = (
+            _CLIENT.replace("ADDRESS", self.cluster.head.address).replace("KEY", key or self.key).replace("MODEL", name)
+        )
         return int(self.cluster.head.ssh(f"python3 - <<'END'\n{code}\nEND", check=False).stdout or 0)

@@ -1,4 +1,5 @@
-"""What the documentation names is there: files, headings, make targets, commands and their options, keys of the conf, imports."""
+"""What the documentation names is there: files, headings, make targets, commands and their options, keys of the conf,
+imports."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from llm_ray.conf.render import variables
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "llm_ray").rglob("*.md")])
-WRITTEN = [page for page in PAGES if page.name not in ("cli.md", "finetune-conf.md", "serve-conf.md")]  # the others are generated
+WRITTEN = [
+    page for page in PAGES if page.name not in ("cli.md", "finetune-conf.md", "serve-conf.md")
+]  # the others are generated
 KINDS = (FINETUNE, SERVE)
 SECTIONS = {name for keys in KINDS for name, key in keys.table.items() if key.section or keys.below(name)}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -68,15 +71,19 @@ def test_the_tree_of_the_readme_is_there() -> None:
 def test_make_targets_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"`make ([a-z-]+)`", text) + re.findall(r"^(?:\$ |[A-Z_]+=\S+ )*make ([a-z-]+)", text, re.MULTILINE)
+    named = re.findall(r"`make ([a-z-]+)`", text) + re.findall(
+        r"^(?:\$ |[A-Z_]+=\S+ )*make ([a-z-]+)", text, re.MULTILINE
+    )
     assert set(named) <= set(targets)
 
 
-# Commands ----------------------------------------------------------------------------------------------------------------
+# Commands
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each `llm-ray …` in the page's code, fenced, indented or between backticks; without what only a shell reads."""
+    """The words of each `llm-ray …` in the page's code, fenced, indented or between backticks; without what only a
+    shell reads."""
     text = page.read_text(encoding="utf-8")
     lines = [line for _, code in FENCE.findall(text) for line in code.splitlines()]
     lines += [line for line in prose(page).splitlines() if line.startswith("    ")]
@@ -100,11 +107,18 @@ def parse(words: list[str]) -> tuple[click.Command, list[str]]:
         command = context.command.get_command(context, words[0])
         assert command, f"{context.command_path} has no command {words[0]}"
         context, words = click.Context(command, context, info_name=words[0]), words[1:]
-    if isinstance(context.command, click.Group) and context.command.invoke_without_command and words and words[0].startswith("-"):
+    if (
+        isinstance(context.command, click.Group)
+        and context.command.invoke_without_command
+        and words
+        and words[0].startswith("-")
+    ):
         return context.command, words  # options of its own, as `ui`
     if isinstance(context.command, click.Group) and words and words[0] not in context.help_option_names:
         rest = list(words)
-        words = context.command.parse_args(context, rest)  # a group with a command of its own when none is named, as `serve`
+        words = context.command.parse_args(
+            context, rest
+        )  # a group with a command of its own when none is named, as `serve`
         _, command, words = context.command.resolve_command(context, [*context._protected_args, *context.args])
         assert command
         return command, words
@@ -115,11 +129,16 @@ def check_options(words: list[str], where: str) -> None:
     """The command exists, and has the options that are given."""
     command, rest = parse(words)
     options = {
-        name: option for option in command.params if isinstance(option, click.Option) for name in option.opts + option.secondary_opts
+        name: option
+        for option in command.params
+        if isinstance(option, click.Option)
+        for name in option.opts + option.secondary_opts
     }
     for word in rest:
         name = word.partition("=")[0]
-        assert not re.fullmatch(r"--?[a-z][\w-]*", name) or name in {*options, "--help", "-h"}, f"{where}: {words}: no option {name}"
+        assert not re.fullmatch(r"--?[a-z][\w-]*", name) or name in {*options, "--help", "-h"}, (
+            f"{where}: {words}: no option {name}"
+        )
 
 
 @each_written_page
@@ -148,7 +167,8 @@ def test_settings_of_commands_exist(page: Path) -> None:
             assert "." not in name or keys.paths(name), f"{page.name}: --set {setting}: there is no such key"
 
 
-# Keys of the conf --------------------------------------------------------------------------------------------------------
+# Keys of the conf
+# --------------------------------------------------------------------------------------------------------
 
 
 @each_written_page
@@ -156,17 +176,22 @@ def test_keys_of_the_conf_exist(page: Path) -> None:
     for name in re.findall(r"`([a-z_]+(?:\.(?:[a-z_]+|NAME))+)(?:: [^`]*)?`", prose(page)):
         if name.partition(".")[0] in SECTIONS and Path(name).suffix not in (".md", ".py", ".safetensors"):
             near = [keys.nearest_to(name) for keys in KINDS]
-            assert any(keys.paths(name) for keys in KINDS), f"{page.name} names the key {name}: no schema has it; near it are {near}"
+            assert any(keys.paths(name) for keys in KINDS), (
+                f"{page.name} names the key {name}: no schema has it; near it are {near}"
+            )
 
 
-# Modules -----------------------------------------------------------------------------------------------------------------
+# Modules
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def allowed_imports() -> dict[str, set[str]]:
     """The table of the architecture: for each module those it may import."""
     table: dict[str, set[str]] = {}
     rows = re.findall(
-        r"^\| `llm_ray/(\w+)(?:\.py|/)` \|[^|]+\| ([^|]+) \|$", (ROOT / "docs/design/architecture.md").read_text(encoding="utf-8"), re.M
+        r"^\| `llm_ray/(\w+)(?:\.py|/)` \|[^|]+\| ([^|]+) \|$",
+        (ROOT / "docs/design/architecture.md").read_text(encoding="utf-8"),
+        re.M,
     )
     for name, may in rows:
         named = set(table) if may == "all above" else set() if may == "–" else set(may.split(", "))
@@ -192,7 +217,9 @@ def test_modules_import_only_what_the_architecture_allows() -> None:
         path = ROOT / "llm_ray" / name
         for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
             unexpected = set(imports(file)) & set(table) - may - {name}
-            assert not unexpected, f"{file.relative_to(ROOT)} imports {', '.join(sorted(unexpected))}: see docs/design/architecture.md"
+            assert not unexpected, (
+                f"{file.relative_to(ROOT)} imports {', '.join(sorted(unexpected))}: see docs/design/architecture.md"
+            )
 
 
 def test_the_command_line_imports_no_more_than_use_cases_and_confs() -> None:
@@ -229,6 +256,7 @@ def test_nothing_below_the_command_line_knows_a_terminal() -> None:
         if module[0] == "cli" or module == ("operations", "__main__.py"):  # a command line, too
             continue
         assert not packages(file) & {"click", "rich"} and "Terminal" not in names(file), file
-        # Settings of the environment, the current folder and signals are the whole process's, in which others work as well.
+        # Settings of the environment, the current folder and signals are the whole process's, in which others work as
+        # well.
         whole_process = {"print", "environ", "getenv", "putenv", "chdir", "signal", "stdout", "stderr", "argv"}
         assert module[0] != "app" or not names(file) & whole_process, file

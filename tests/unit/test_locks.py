@@ -1,4 +1,5 @@
-"""The locks of requirements/ hold all that their packages need, but for what is left out on purpose: setup and the roles resolve nothing."""
+"""The locks of requirements/ hold all that their packages need, but for what is left out on purpose: setup and the
+roles resolve nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec", "openvino-teleme
 
 
 def test_nothing_that_a_nodes_package_needs_is_missing() -> None:
-    locked = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", (ROOT / "requirements/nodes.txt").read_text(), re.M)}
+    locked = {
+        canonicalize_name(name)
+        for name in re.findall(r"^([\w.-]+)==", (ROOT / "requirements/nodes.txt").read_text(), re.M)
+    }
     missing = set()
     for name in {*locked, "torch"}:
         for text in metadata.requires(name) or []:

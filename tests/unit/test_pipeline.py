@@ -18,7 +18,8 @@ FILES = {
     "data: {train: rows.jsonl, processor: './own.py:Own', processor_args: {glossary: GLOSSARY, other: [router]}}\n",
     "rows.jsonl": '{"prompt": "Hi", "completion": "Hello"}\n',
     "chat.jinja": "{{ messages }}",
-    "own.py": "from helper import words\nimport pieces.cut\n\n\nclass Own:\n    def __init__(self, glossary=None, other=()): ...\n\n"
+    "own.py": "from helper import words\nimport pieces.cut\n\n\nclass Own:\n    def __init__(self, glossary=None, "
+    "other=()): ...\n\n"
     "    def __call__(self, rows):\n        from late import later\n        yield from rows\n",
     "helper.py": "import deeper\n\nwords = 1\n",
     "deeper.py": "",
@@ -56,10 +57,17 @@ def prepared(folder: Path) -> Callable[[], str]:
     [
         *("rows.jsonl", "chat.jinja", "own.py", "helper.py", "deeper.py", "late.py", "glossary.txt"),
         *("pieces/__init__.py", "pieces/cut.py", "pieces/knife.py"),
-        *("words/tokenizer.json", "words/tokenizer_config.json", "words/additional_chat_templates/tool_use.jinja", "base/config.json"),
+        *(
+            "words/tokenizer.json",
+            "words/tokenizer_config.json",
+            "words/additional_chat_templates/tool_use.jinja",
+            "base/config.json",
+        ),
     ],
 )
-def test_rows_are_prepared_again_when_what_decides_the_outcome_has_changed(folder: Path, prepared: Callable[[], str], name: str) -> None:
+def test_rows_are_prepared_again_when_what_decides_the_outcome_has_changed(
+    folder: Path, prepared: Callable[[], str], name: str
+) -> None:
     before = prepared()
     assert prepared() == before
     with (folder / name).open("r+") as file:  # in the middle, and as long as before

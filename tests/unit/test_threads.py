@@ -110,14 +110,17 @@ def test_what_fails_to_open_leaves_nothing_behind() -> None:
 
 def test_previews_and_plans_of_two_homes_at_once_are_those_of_each_alone(smollm2: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
-        "name: own\nstages: [prepare]\nmodel: {base: small}\ndata: {train: rows.jsonl, validation: 0.25, max_length: 64}\n"
+        "name: own\nstages: [prepare]\nmodel: {base: small}\ndata: {train: rows.jsonl, validation: 0.25, max_length: "
+        "64}\n"
     )
     homes = [tmp_path / "one", tmp_path / "two"]
     for number, home in enumerate(homes, 3):
         (home / "data").mkdir(parents=True)
         (home / "models").mkdir()
         (home / "models" / "small").symlink_to(smollm2)
-        rows = (f'{{"prompt": "Code {n} of {home.name}?", "completion": "{"so " * n}"}}\n' for n in range(1, 4 * number))
+        rows = (
+            f'{{"prompt": "Code {n} of {home.name}?", "completion": "{"so " * n}"}}\n' for n in range(1, 4 * number)
+        )
         (home / "data" / "rows.jsonl").write_text("".join(rows))
 
     def look(home: Path) -> tuple[object, ...]:

@@ -56,7 +56,8 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
     if not colon or not path or not cls_name:
         nearest = nearest_names(name, SHIPPED)
         raise ConfError(
-            f"data.processor: there is no processor {name!r}; shipped are {', '.join(SHIPPED)}; your own is package.module:Class or "
+            f"data.processor: there is no processor {name!r}; shipped are {', '.join(SHIPPED)}; your own is "
+            "package.module:Class or "
             "./file.py:Class" + (f" (did you mean {nearest[0]}?)" if nearest else "")
         )
     module = _module(path)
@@ -69,15 +70,18 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
     try:
         inspect.signature(made).bind(**arguments)
     except TypeError as error:
-        raise ConfError(f"data.processor_args: {cls_name}{inspect.signature(made)} does not take {dict(arguments)}: {error}") from error
+        raise ConfError(
+            f"data.processor_args: {cls_name}{inspect.signature(made)} does not take {dict(arguments)}: {error}"
+        ) from error
     return made(**arguments)
 
 
 def code_of(name: str) -> list[Path]:
     """The Python files that make up the processor `name`: its own, and those it imports from the folder it lies in.
 
-    Of a processor in a module, the folder is that of its top-level package (an installed one's neighbours are left out). Imports are
-    read from the source; nothing is run. Of what this package ships it is the processor's own file; empty where there is none.
+    Of a processor in a module, the folder is that of its top-level package (an installed one's neighbours are left
+    out). Imports are read from the source; nothing is run. Of what this package ships it is the processor's own file;
+    empty where there is none.
     """
     path = name.rpartition(":")[0]
     if name in SHIPPED:
@@ -91,7 +95,11 @@ def code_of(name: str) -> list[Path]:
             spec = importlib.util.find_spec(top)
         except (ImportError, ValueError):
             spec = None
-        places = [Path(spec.origin)] if spec and spec.origin else [Path(p) for p in (spec and spec.submodule_search_locations) or ()]
+        places = (
+            [Path(spec.origin)]
+            if spec and spec.origin
+            else [Path(p) for p in (spec and spec.submodule_search_locations) or ()]
+        )
         if not places:
             return []
         root = places[0].parent.parent if places[0].name == "__init__.py" else places[0].parent
@@ -154,8 +162,13 @@ def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
     try:
         for value in processor(values()):
             if not isinstance(value, dict):
-                raise TypeError(f"__call__(self, rows) takes an iterator of rows and yields rows (dict), but a {type(value).__name__} came")
-            json.dumps(value, ensure_ascii=False, default=repr).encode()  # half of a surrogate pair would end in the tokenizer
+                raise TypeError(
+                    "__call__(self, rows) takes an iterator of rows and yields rows (dict), but a "
+                    f"{type(value).__name__} came"
+                )
+            json.dumps(
+                value, ensure_ascii=False, default=repr
+            ).encode()  # half of a surrogate pair would end in the tokenizer
             yield Row(last.file, last.line, value)
     except DataError:
         raise
@@ -173,7 +186,10 @@ def _module(path: str) -> ModuleType:
         file = Path(path).expanduser().absolute()
         if not file.is_file():
             near = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
-            raise ConfError(f"data.processor: {file}: no such file" + (f"; that folder has {', '.join(sorted(near))}" if near else ""))
+            raise ConfError(
+                f"data.processor: {file}: no such file"
+                + (f"; that folder has {', '.join(sorted(near))}" if near else "")
+            )
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))  # what lies beside it can be imported, as from a script
         name = f"llm_ray_processor_{file.stem}"

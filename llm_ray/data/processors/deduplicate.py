@@ -9,7 +9,8 @@ from typing import Any
 
 
 class Deduplicate:
-    """Drops rows equal to an earlier one in `columns` (all columns, if none are named); upper case and spacing do not count.
+    """Drops rows equal to an earlier one in `columns` (all columns, if none are named); upper case and spacing do not
+    count.
 
     Remembers 16 bytes a row, not the row.
     """

@@ -7,7 +7,8 @@ from typing import Any
 
 
 class Join:
-    """Joins consecutive rows' column ``text`` by line breaks into texts of at least `characters`, ending before an empty line.
+    """Joins consecutive rows' column ``text`` by line breaks into texts of at least `characters`, ending before an
+    empty line.
 
     Where no empty line comes, a text ends at twice that length.
     """

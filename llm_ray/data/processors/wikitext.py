@@ -44,7 +44,8 @@ class Wikitext:
 
 
 def detokenize(line: str) -> str:
-    """The line as it was written before WikiText's tokenization: ``1 @,@ 200 km ( 750 mi ) .`` to ``1,200 km (750 mi).``"""
+    """The line as it was written before WikiText's tokenization: ``1 @,@ 200 km ( 750 mi ) .`` to ``1,200 km (750
+    mi).``"""
     for pattern, replacement in UNDO:
         line = pattern.sub(replacement, line)
     return line.strip()

@@ -1,7 +1,8 @@
 """LoRA adapters: finding one by what the conf calls it, and whether it belongs to the model that it is to be served on.
 
-An adapter holds differences from the weights of one model. On any other it answers nonsense, or ends the engine, so that it is refused
-before anything is loaded: where its layers are not those of the model, or where it is known to have been made for other weights.
+An adapter holds differences from the weights of one model. On any other it answers nonsense, or ends the engine, so
+that it is refused before anything is loaded: where its layers are not those of the model, or where it is known to have
+been made for other weights.
 """
 
 from __future__ import annotations
@@ -49,20 +50,31 @@ _Shape = tuple[int, ...]
 def find_adapter(name: str, called: str, paths: Paths) -> Path:
     """An adapter's folder: a run's, or one that is named. Raises ModelError."""
     folder = Path(called).expanduser()
-    places = [folder] if folder.is_absolute() or called.startswith(("./", "../")) else [paths.runs / called / "output" / "adapter", folder]
+    places = (
+        [folder]
+        if folder.is_absolute() or called.startswith(("./", "../"))
+        else [paths.runs / called / "output" / "adapter", folder]
+    )
     for place in places:
         if (place / CONFIG).is_file():
             if not (place / WEIGHTS).is_file():
                 if pickles := sorted([*place.glob("adapter_model.bin"), *place.glob("adapter_model.pt")]):
                     raise ModelError(
-                        f"adapter {name}: {place} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where "
+                        f"adapter {name}: {place} has its weights as pickle ({pickles[0].name}), which may run code "
+                        "when it is read. Where "
                         "you trust them, write them as safetensors with peft's save_pretrained, and use that folder"
                     )
                 raise ModelError(f"adapter {name}: {place} has no {WEIGHTS}: copy the adapter again")
             return place.absolute()
     if (paths.runs / called).is_dir():
-        raise ModelError(f"adapter {name}: the run {called} has no adapter (a full finetune, or not trained yet): deploy its model instead")
-    raise ModelError(f"adapter {name}: no run of this name, and no folder with {CONFIG}: {' or '.join(str(p.absolute()) for p in places)}")
+        raise ModelError(
+            f"adapter {name}: the run {called} has no adapter (a full finetune, or not trained yet): deploy its model "
+            "instead"
+        )
+    raise ModelError(
+        f"adapter {name}: no run of this name, and no folder with {CONFIG}: "
+        f"{' or '.join(str(p.absolute()) for p in places)}"
+    )
 
 
 def adapter_rank(name: str, folder: Path) -> int:
@@ -71,13 +83,16 @@ def adapter_rank(name: str, folder: Path) -> int:
     highest = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     fitting = [rank for rank in _RANKS if rank >= highest]
     if not fitting:
-        raise ModelError(f"adapter {name}: {folder} is of rank {highest}, and {_RANKS[-1]} is the most that can be served: {_MERGED}")
+        raise ModelError(
+            f"adapter {name}: {folder} is of rank {highest}, and {_RANKS[-1]} is the most that can be served: {_MERGED}"
+        )
     return fitting[0]
 
 
 def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | None:
-    """Raises ModelError where the adapter cannot be served on the model in the folder `base`: it is of a kind that vLLM does not compute, is
-    damaged, has other layers, or was made for other weights. Returns what is to be said of one of which that is not known.
+    """Raises ModelError where the adapter cannot be served on the model in the folder `base`: it is of a kind that vLLM
+    does not compute, is damaged, has other layers, or was made for other weights. Returns what is to be said of one of
+    which that is not known.
     """
     config = read_json(folder / CONFIG)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
@@ -92,16 +107,21 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
     kinds = read_json(base / "config.json").get("architectures") or []
     if made_on and kinds and made_on not in kinds and made_on.endswith("ForCausalLM"):
         raise ModelError(
-            f"adapter {name}: {folder} was made for a {made_on} ({CONFIG}), and the model in {base} is a {kinds[0]}: {_MERGED}"
+            f"adapter {name}: {folder} was made for a {made_on} ({CONFIG}), and the model in {base} is a {kinds[0]}: "
+            f"{_MERGED}"
         )
     if beyond:
-        raise ModelError(f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which is not served as an adapter: {_MERGED}")
+        raise ModelError(
+            f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which is not served as an adapter: "
+            f"{_MERGED}"
+        )
     _check_layers(name, folder, base, config)
     return _check_origin(name, folder, base, config, paths)
 
 
 def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -> None:
-    """Raises ModelError for layers that the model does not have, or has of another size, and for tensors that vLLM does not take."""
+    """Raises ModelError for layers that the model does not have, or has of another size, and for tensors that vLLM does
+    not take."""
     parts: defaultdict[str, dict[str, _Shape]] = defaultdict(dict)
     shapes, patterns = _layers(base)
     wanted = f"it was made for {config.get('base_model_name_or_path') or 'another model'}"
@@ -112,7 +132,8 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
             _check_size(name, folder, base, copy["layer"], shape, shapes, wanted)
         else:
             raise ModelError(
-                f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is no matrix of plain LoRA and is not served as an adapter: {_MERGED}"
+                f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is no matrix of plain LoRA and is not served "
+                f"as an adapter: {_MERGED}"
             )
     there = 0
     for layer, sides in parts.items():
@@ -120,32 +141,38 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
             raise ModelError(f"adapter {name}: {folder / WEIGHTS} has half of {layer} only: copy the adapter again")
         if "experts" in layer.split("."):
             raise ModelError(
-                f"adapter {name}: {folder} changes experts ({layer}), which vLLM computes with adapters on GPUs alone: {_MERGED}, "
+                f"adapter {name}: {folder} changes experts ({layer}), which vLLM computes with adapters on GPUs alone: "
+                f"{_MERGED}, "
                 "or train without experts (tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj])"
             )
         has = _check_size(name, folder, base, layer, (sides["B"][0], sides["A"][1]), shapes, wanted)
         if not has and any(re.sub(r"\d+", "#", end) in patterns for end in _ends(layer)):
-            raise ModelError(f"adapter {name}: {folder} does not belong to the model in {base}, which has no {layer}; {wanted}")
+            raise ModelError(
+                f"adapter {name}: {folder} does not belong to the model in {base}, which has no {layer}; {wanted}"
+            )
         there += has
     if not there and "quantization_config" not in read_json(base / "config.json"):
         raise ModelError(f"adapter {name}: {folder} changes nothing that the model in {base} has; {wanted}")
 
 
-def _check_size(name: str, folder: Path, base: Path, layer: str, size: _Shape, shapes: dict[str, set[_Shape]], wanted: str) -> bool:
+def _check_size(
+    name: str, folder: Path, base: Path, layer: str, size: _Shape, shapes: dict[str, set[_Shape]], wanted: str
+) -> bool:
     """Whether the model has the layer. Raises ModelError where it has it of another size."""
     has = next((shapes[end] for end in _ends(layer) if end in shapes), None)
     if has and size not in has and size[::-1] not in has:
         told = " or ".join(f"{a} x {b}" for a, b in sorted(has))
         raise ModelError(
-            f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x {size[1]} numbers, "
+            f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x "
+            f"{size[1]} numbers, "
             f"which the model has with {told}; {wanted}"
         )
     return bool(has)
 
 
 def _layers(base: Path) -> tuple[dict[str, set[_Shape]], set[str]]:
-    """The sizes of the model's matrices by the end of their names (what comes before differs between releases of transformers, and in
-    models that see), and those names with # for each number.
+    """The sizes of the model's matrices by the end of their names (what comes before differs between releases of
+    transformers, and in models that see), and those names with # for each number.
     """
     shapes: defaultdict[str, set[_Shape]] = defaultdict(set)
     for file in weight_files(base):
@@ -176,13 +203,15 @@ def _shapes(file: Path, whose: str = "") -> dict[str, _Shape]:
 
 
 def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], paths: Paths) -> str | None:
-    """Raises ModelError for an adapter that was made for other weights; returns a warning where the names alone differ."""
+    """Raises ModelError for an adapter that was made for other weights; returns a warning where the names alone
+    differ."""
     run = folder.parent.parent / "run.json"
     trained = read_json(run).get("model") if run.is_file() and folder.parent.name == "output" else None
     if trained and trained.get("fingerprint") and not trained.get("gguf_file"):
         if trained["fingerprint"] != fingerprint(base):
             raise ModelError(
-                f"adapter {name}: it was trained on {trained['base']}, and the model in {base} is another, or has other weights by now: "
+                f"adapter {name}: it was trained on {trained['base']}, and the model in {base} is another, or has "
+                "other weights by now: "
                 f"serve it on the model that it was trained on, or {_MERGED} ({run.parent.name})"
             )
         return None
@@ -192,7 +221,8 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
         if (place / "config.json").is_file():
             if _weights_digest(place) != _weights_digest(base):
                 raise ModelError(
-                    f"adapter {name}: {folder} was made for the model in {place} ({CONFIG}: base_model_name_or_path), and the one in {base} "
+                    f"adapter {name}: {folder} was made for the model in {place} ({CONFIG}: base_model_name_or_path), "
+                    f"and the one in {base} "
                     f"has other weights: serve it on that one, or {_MERGED}"
                 )
             return None

@@ -43,7 +43,8 @@ _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "
 _ADVICE = re.compile(r"Try (?:increasing|decreasing) .*gpu_memory_utilization.*")
 _GRACE = 60.0  # seconds that Serve may take for the rest
 _AT_ONCE = 15.0  # seconds, for who has interrupted a deployment
-# A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error that is told.
+# A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error
+# that is told.
 _STARTS = 5
 _FAILED_TO_START = "failed to start"
 _LOGGING: Once[None] = Once()
@@ -67,14 +68,17 @@ class Served:
         return f"{self.url.removesuffix('/v1')}/{model}"
 
 
-def deploy(models: Sequence[ServedModel], endpoint: Endpoint, home: Path, reporter: Reporter, timeout: float = 900) -> Served:
-    """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it is, but for what
-    `endpoint` says of it; its keys are those of `home`.
+def deploy(
+    models: Sequence[ServedModel], endpoint: Endpoint, home: Path, reporter: Reporter, timeout: float = 900
+) -> Served:
+    """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it
+    is, but for what `endpoint` says of it; its keys are those of `home`.
 
-    A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are others, else by
-    replicas that are replaced one after the other: a new one starts before an old one ends, where there is room for both, so that there
-    always is one to answer. Raises ServeError where there is no room, with the engine's reason when a model does
-    not start, or is not ready after `timeout` seconds: what was served before is then served again.
+    A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are
+    others, else by replicas that are replaced one after the other: a new one starts before an old one ends, where there
+    is room for both, so that there always is one to answer. Raises ServeError where there is no room, with the engine's
+    reason when a model does not start, or is not ready after `timeout` seconds: what was served before is then served
+    again.
     """
     began = time.monotonic()
     with _quiet():
@@ -87,11 +91,18 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, home: Path, report
         for line in (*map(tell, models), *beyond_room(models, hosts, holding)):
             reporter.line(f"  {line}")
         changed = [
-            model for model in models if model.name not in before or before[model.name].model != model or not before[model.name].ready
+            model
+            for model in models
+            if model.name not in before or before[model.name].model != model or not before[model.name].ready
         ]
         try:
             beside = fits_beside(changed, hosts)
-            _run([_gateway(endpoint, home), *(_application(model, endpoint, beside, before.get(model.name)) for model in changed)])
+            _run(
+                [
+                    _gateway(endpoint, home),
+                    *(_application(model, endpoint, beside, before.get(model.name)) for model in changed),
+                ]
+            )
             _wait([model.name for model in changed], reporter, began, timeout)
         except BaseException as error:
             _restore(changed, before, endpoint, reporter, interrupted=isinstance(error, KeyboardInterrupt))
@@ -100,7 +111,8 @@ def deploy(models: Sequence[ServedModel], endpoint: Endpoint, home: Path, report
 
 
 def stop(names: Sequence[str], reporter: Reporter) -> None:
-    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not deployed."""
+    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not
+    deployed."""
     with _quiet():
         there = status()
         if unknown := [name for name in names if name not in there]:
@@ -148,14 +160,17 @@ def stats() -> dict[str, dict[str, float]]:
 
     with _quiet():
         try:
-            found: dict[str, dict[str, float]] = serve.get_deployment_handle(GATEWAY, GATEWAY).stats.remote().result(timeout_s=5)
+            found: dict[str, dict[str, float]] = (
+                serve.get_deployment_handle(GATEWAY, GATEWAY).stats.remote().result(timeout_s=5)
+            )
         except Exception:  # it starts, restarts, or is not there
             return {}
         return found
 
 
 def drain() -> int:
-    """Take no more requests, wait until those in progress are answered; returns how many were not within the time that one may take."""
+    """Take no more requests, wait until those in progress are answered; returns how many were not within the time that
+    one may take."""
     from ray import serve
 
     with _quiet():
@@ -164,7 +179,9 @@ def drain() -> int:
             app = serve.status().applications.get(GATEWAY)
             if app is None or not app.deployments[GATEWAY].replica_states.get("RUNNING"):  # it takes none in
                 return 0
-            return int(serve.get_deployment_handle(GATEWAY, GATEWAY).drain.remote(seconds).result(timeout_s=seconds + 10))
+            return int(
+                serve.get_deployment_handle(GATEWAY, GATEWAY).drain.remote(seconds).result(timeout_s=seconds + 10)
+            )
         except Exception:  # there is no gateway, or it is gone: then nothing is in progress
             return 0
 
@@ -176,7 +193,8 @@ def url() -> str | None:
 
 
 def start_endpoint(endpoint: Endpoint) -> str:
-    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer as `endpoint` says."""
+    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer as
+    `endpoint` says."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -206,7 +224,8 @@ def start_endpoint(endpoint: Endpoint) -> str:
 def _place(models: Sequence[ServedModel], holding: dict[str, ServedModel]) -> tuple[list[ServedModel], list[Node]]:
     """The models with their cores decided, and the hosts. Raises ServeError where there is no room for one.
 
-    What a replica held that has just ended, after a deployment that failed or a stop, Ray counts as free a moment later: that is waited for.
+    What a replica held that has just ended, after a deployment that failed or a stop, Ray counts as free a moment
+    later: that is waited for.
     """
     end = time.monotonic() + _SETTLES
     while True:
@@ -262,27 +281,33 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ServeError(
-                f"port {port} on {host} cannot be used ({error.strerror}): choose another (--port, or endpoint.port in the conf)"
+                f"port {port} on {host} cannot be used ({error.strerror}): choose another (--port, or endpoint.port in "
+                "the conf)"
             ) from error
 
 
 def tell_reason(message: str) -> str:
-    """The root cause in a traceback as Serve tells it: its last error that says something, with what pydantic says of its fields."""
+    """The root cause in a traceback as Serve tells it: its last error that says something, with what pydantic says of
+    its fields."""
     found = [match for match in _ERROR_LINE.finditer(message) if not match[2].startswith(_EMPTY)]
     if not found:
         return message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
     what = _ADVICE.sub("Raise kv_cache_gib, or lower max_model_len.", found[-1][2].strip())
     if re.search(r"\d+ validation errors? for \w+$", what):
-        details = re.findall(r"^\s*(?:Value error, |Assertion failed, )?(\S.*?) \[type=", message[found[-1].end() :], re.MULTILINE)
+        details = re.findall(
+            r"^\s*(?:Value error, |Assertion failed, )?(\S.*?) \[type=", message[found[-1].end() :], re.MULTILINE
+        )
         what = "; ".join(details) or what
     return f"{found[-1][1].rpartition('.')[2]}: {what}"
 
 
-# Applications ------------------------------------------------------------------------------------------------------------------
+# Applications
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Deployed | None) -> Any:
-    """The model as Serve takes it, in place of the `old` one; `beside` says that there is room for one more replica while they are replaced."""
+    """The model as Serve takes it, in place of the `old` one; `beside` says that there is room for one more replica
+    while they are replaced."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig
 
@@ -320,7 +345,9 @@ def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Depl
         **options,
     )
     return serve.RunTarget(
-        _versioned(deployment, model.version()).bind(_constant(model)), name=directory.app_name(model.name), route_prefix=None
+        _versioned(deployment, model.version()).bind(_constant(model)),
+        name=directory.app_name(model.name),
+        route_prefix=None,
     )
 
 
@@ -335,7 +362,10 @@ def _gateway(endpoint: Endpoint, home: Path) -> Any:
     deployment = serve.deployment(
         serve.ingress()(Gateway),
         name=GATEWAY,
-        user_config={"endpoint": endpoint.model_dump(mode="json"), "protection": Protection.of(endpoint, home).to_json()},
+        user_config={
+            "endpoint": endpoint.model_dump(mode="json"),
+            "protection": Protection.of(endpoint, home).to_json(),
+        },
         num_replicas=1,
         max_ongoing_requests=10_000,
         health_check_period_s=2,
@@ -348,7 +378,8 @@ def _gateway(endpoint: Endpoint, home: Path) -> Any:
 
 
 def _versioned(deployment: Any, version: str) -> Any:
-    """The deployment with a version of ours: Serve gives each deployment a new one, and would replace all replicas for a changed option."""
+    """The deployment with a version of ours: Serve gives each deployment a new one, and would replace all replicas for
+    a changed option."""
     told = hashlib.sha256(json.dumps([llm_ray.__version__, version]).encode()).hexdigest()[:16]
     return deployment.options(version=told, _internal=True)
 
@@ -371,7 +402,9 @@ def _delete(apps: Sequence[str], reporter: Reporter) -> None:
         while left := [app for app in apps if app in serve.status().applications]:
             bar.update(len(apps) - len(left), len(apps), f"{time.monotonic() - began:.0f} s")
             if time.monotonic() - began > within:
-                raise ServeError(f"{', '.join(left)} did not stop within {within:.0f} s: llm-ray serve status tells more")
+                raise ServeError(
+                    f"{', '.join(left)} did not stop within {within:.0f} s: llm-ray serve status tells more"
+                )
             time.sleep(_POLL)
         bar.update(len(apps), len(apps))
 
@@ -387,12 +420,17 @@ def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> 
         for called in (model.name, model.name.replace("/", "--"), *model.adapters):
             if called in owner and owner[called] != model.name:
                 raise ServeError(
-                    f"the name {called} is taken by the deployed model {owner[called]}: choose another, or stop that one first"
+                    f"the name {called} is taken by the deployed model {owner[called]}: choose another, or stop that "
+                    "one first"
                 )
 
 
 def _restore(
-    changed: Sequence[ServedModel], before: dict[str, Deployed], endpoint: Endpoint, reporter: Reporter, interrupted: bool
+    changed: Sequence[ServedModel],
+    before: dict[str, Deployed],
+    endpoint: Endpoint,
+    reporter: Reporter,
+    interrupted: bool,
 ) -> None:
     """Serve what was served before a deployment that failed."""
     with contextlib.suppress(Exception):  # the failure that is told is the one that led here
@@ -407,9 +445,9 @@ def _restore(
 def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
     """Delete applications whose deployment is given up; returns those that do not even end after `seconds`.
 
-    Of those that are not ready the replicas are killed: they have answered nobody, and while they load they would hold their cores, in
-    Serve for as long as a request may take. The controller is asked until it has heard: what was sent last is lost where this process
-    ends right after it.
+    Of those that are not ready the replicas are killed: they have answered nobody, and while they load they would hold
+    their cores, in Serve for as long as a request may take. The controller is asked until it has heard: what was sent
+    last is lost where this process ends right after it.
     """
     from ray import serve
 
@@ -418,7 +456,9 @@ def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
     ready: set[str] | None = None
     while left:
         with contextlib.suppress(Exception):  # Ray is busy, or it ends
-            there = {app: details for app, details in _client().get_serve_details()["applications"].items() if app in left}
+            there = {
+                app: details for app, details in _client().get_serve_details()["applications"].items() if app in left
+            }
             ready = {app for app in there if there[app]["status"] == "RUNNING"} if ready is None else ready
             for app, details in there.items():
                 if details["status"] != "DELETING":
@@ -451,17 +491,22 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
         while True:
             apps = serve.status().applications
             waiting = [said for app, said in wanted.items() if app not in apps or apps[app].status != "RUNNING"]
-            bar.update(len(wanted) - len(waiting), len(wanted), f"{', '.join(waiting)} {time.monotonic() - began:.0f} s")
+            bar.update(
+                len(wanted) - len(waiting), len(wanted), f"{', '.join(waiting)} {time.monotonic() - began:.0f} s"
+            )
             if not waiting:
                 return
             for app, said in wanted.items():
                 if app in apps and (message := _failure(apps[app])):
                     raise ServeError(f"{said} could not be deployed: {tell_reason(message)}")
             if time.monotonic() - began > timeout:
-                told = "\n".join(d.message for app in wanted if app in apps for d in apps[app].deployments.values()).strip()
+                told = "\n".join(
+                    d.message for app in wanted if app in apps for d in apps[app].deployments.values()
+                ).strip()
                 raise ServeError(
                     f"{', '.join(waiting)} did not start within {timeout:.0f} s: give more time (--timeout), or see "
-                    f"llm-ray serve logs {names[0] if names else 'gateway'}" + (f". The last word: {tell_reason(told)}" if told else "")
+                    f"llm-ray serve logs {names[0] if names else 'gateway'}"
+                    + (f". The last word: {tell_reason(told)}" if told else "")
                 )
             time.sleep(_POLL)
 

@@ -1,9 +1,10 @@
-"""The desired state of a cluster's serving, as confs have described it: from this the endpoint comes back when Ray's head has started anew.
+"""The desired state of a cluster's serving, as confs have described it: from this the endpoint comes back when Ray's
+head has started anew.
 
 llm-ray serve restore     # on the head, after each start: the unit llm-ray-serve does it
 
-Ray's head forgets what it served when it ends. `serve deploy` on a cluster therefore keeps the conf of each model that answers in
-`LLM_RAY_HOME/serve/desired.json`, on the shared storage, and `serve stop` takes it away.
+Ray's head forgets what it served when it ends. `serve deploy` on a cluster therefore keeps the conf of each model that
+answers in `LLM_RAY_HOME/serve/desired.json`, on the shared storage, and `serve stop` takes it away.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
     told = conf.model_dump(mode="json")
     with _changing(file) as kept:
         kept["endpoint"] = told["endpoint"]
-        kept.setdefault("models", {}).update({name: {"paths": told["paths"], "model": told["models"][name]} for name in names})
+        kept.setdefault("models", {}).update(
+            {name: {"paths": told["paths"], "model": told["models"][name]} for name in names}
+        )
 
 
 def forget(file: Path, names: Sequence[str] | None = None) -> None:
@@ -43,11 +46,14 @@ def forget(file: Path, names: Sequence[str] | None = None) -> None:
     if not file.exists():
         return
     with _changing(file) as kept:
-        kept["models"] = {name: entry for name, entry in kept.get("models", {}).items() if names is not None and name not in names}
+        kept["models"] = {
+            name: entry for name, entry in kept.get("models", {}).items() if names is not None and name not in names
+        }
 
 
 def desired_confs(file: Path) -> list[ServeConf]:
-    """A conf for each model that is to be served, with the endpoint they share. Raises ServeError for one that this version cannot read."""
+    """A conf for each model that is to be served, with the endpoint they share. Raises ServeError for one that this
+    version cannot read."""
     kept = _read(file)
     found = []
     for name, entry in kept.get("models", {}).items():
@@ -55,7 +61,12 @@ def desired_confs(file: Path) -> list[ServeConf]:
         try:
             found.append(
                 ServeConf.model_validate(
-                    {"runtime": runtime, "endpoint": kept["endpoint"], "paths": entry["paths"], "models": {name: entry["model"]}}
+                    {
+                        "runtime": runtime,
+                        "endpoint": kept["endpoint"],
+                        "paths": entry["paths"],
+                        "models": {name: entry["model"]},
+                    }
                 )
             )
         except (ValidationError, KeyError, TypeError) as error:
@@ -72,7 +83,9 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise ServeError(f"{file} cannot be read: {error}: mend it, or move it away and deploy the models again") from error
+        raise ServeError(
+            f"{file} cannot be read: {error}: mend it, or move it away and deploy the models again"
+        ) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -84,4 +97,6 @@ def _changing(file: Path) -> Iterator[dict[str, Any]]:
             yield kept
             write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n", mode=0o640)
     except OSError as error:
-        raise ServeError(f"{file} cannot be written: {error.strerror or error}: the models would not come back with Ray's head") from error
+        raise ServeError(
+            f"{file} cannot be written: {error.strerror or error}: the models would not come back with Ray's head"
+        ) from error

@@ -1,6 +1,7 @@
 """Serving on this machine: a Ray of its own in the background, which one command starts and others join.
 
-python -m llm_ray.serve.deployments.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress, and ends it
+python -m llm_ray.serve.deployments.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress,
+and ends it
 
 Its place and token are told in `LLM_RAY_HOME/serve/local.json`, which its owner alone can read.
 """
@@ -66,8 +67,8 @@ def running(home: Path) -> LocalRay | None:
 
 
 def _began(pid: int) -> int:
-    """When a process began, in clock ticks after the start of the machine (proc(5), `starttime`): its time by the clock is another when the
-    clock is set. Raises OSError where there is none."""
+    """When a process began, in clock ticks after the start of the machine (proc(5), `starttime`): its time by the clock
+    is another when the clock is set. Raises OSError where there is none."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[19])
 
@@ -148,7 +149,9 @@ def connected(runtime: ServeRuntime, home: Path, reporter: Reporter, begin: bool
         return
     found = start(home, reporter) if begin else running(home)
     if found is None:
-        raise ServeError("nothing is served on this machine: llm-ray serve deploy --model … starts it (a cluster: --address auto)")
+        raise ServeError(
+            "nothing is served on this machine: llm-ray serve deploy --model … starts it (a cluster: --address auto)"
+        )
     with join_local(found.address, Path(found.token)):
         yield
 
@@ -176,7 +179,8 @@ def main() -> None:
 
 
 def _serve_until_told_to_end() -> None:
-    """Until SIGTERM, and then until what is in progress is answered; or until a part of Ray without which nothing works is dead."""
+    """Until SIGTERM, and then until what is in progress is answered; or until a part of Ray without which nothing works
+    is dead."""
     import ray
 
     ending = threading.Event()
@@ -184,11 +188,15 @@ def _serve_until_told_to_end() -> None:
         signal.signal(told, lambda *_: ending.set())
     node = ray._private.worker._global_node
     me = psutil.Process()
-    here = LocalRay(me.pid, _began(me.pid), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path())
+    here = LocalRay(
+        me.pid, _began(me.pid), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path()
+    )
     _tell(here)
     vital = [child for child in me.children() if child.name() in ("gcs_server", "raylet")]
     while not ending.wait(_WATCH):
-        if dead := [child.name() for child in vital if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE]:
+        if dead := [
+            child.name() for child in vital if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+        ]:
             raise ServeError(f"{' and '.join(dead)} of Ray ended unexpectedly; its logs were in {here.session}")
     _tell(replace(here, ending=True))
     from llm_ray.serve.deployments.deploy import drain

@@ -15,7 +15,8 @@ _POLL = 1.0  # seconds
 
 
 def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` lines of each replica's log, oldest replica first; then, where `follow` says so, what is added, without end.
+    """The last `lines` lines of each replica's log, oldest replica first; then, where `follow` says so, what is added,
+    without end.
 
     Raises ServeError where no host has a log of that model, or when none is left.
     """

@@ -1,7 +1,8 @@
-"""From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told before loading.
+"""From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told
+before loading.
 
-models = plan(conf, reporter)         # folders found, arithmetic and memory decided; ModelError for what cannot be served
-place(models, nodes, deployed)        # cores decided; ServeError with the figures where there is no room
+models = plan(conf, reporter)         # folders found, arithmetic and memory decided; ModelError for what cannot be
+served place(models, nodes, deployed)        # cores decided; ServeError with the figures where there is no room
 """
 
 from __future__ import annotations
@@ -67,11 +68,14 @@ class Node:
 def plan(conf: ServeConf, reporter: Reporter, only: Sequence[str] = ()) -> list[ServedModel]:
     """The conf's models (or those named `only`), everything decided but their cores.
 
-    Models of the hub are downloaded into the registry, those for engine openvino converted, unless that is done. Raises ModelError.
+    Models of the hub are downloaded into the registry, those for engine openvino converted, unless that is done. Raises
+    ModelError.
     """
     if unknown := sorted(set(only) - set(conf.models)):
         raise ServeError(f"--only {unknown[0]}: the conf has no such model; it has {', '.join(conf.models)}")
-    return [_planned(name, model, conf.paths, reporter) for name, model in conf.models.items() if not only or name in only]
+    return [
+        _planned(name, model, conf.paths, reporter) for name, model in conf.models.items() if not only or name in only
+    ]
 
 
 def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
@@ -90,7 +94,10 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     most = min((limit for limit in (made_for(path), positions(empty) if empty else None) if limit), default=None)
     length = asked.max_model_len or min(longest(path, None), most or DEFAULT_MAX_MODEL_LEN)
     if most and length > most:
-        raise ModelError(f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so many")
+        raise ModelError(
+            f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so "
+            "many"
+        )
     cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
     size = SIZES.get(weights.dtype, 4.0) if engine.converts else SIZES[precision]
     template = asked.chat_template
@@ -130,7 +137,8 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
 
 
 def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
-    """The model as it will be served, without converting it where that would be needed: its memory is then reckoned. Raises ModelError."""
+    """The model as it will be served, without converting it where that would be needed: its memory is then reckoned.
+    Raises ModelError."""
     if not ENGINES[asked.engine].converts:
         return _planned(name, asked, paths, reporter)
     like = _planned(name, asked.model_copy(update={"engine": "transformers", "weights": None}), paths, reporter)
@@ -140,7 +148,8 @@ def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
 
 
 def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
-    """The folder of a run, a registry name, a folder, or a hub id, which is downloaded unless it has been. Raises ModelError."""
+    """The folder of a run, a registry name, a folder, or a hub id, which is downloaded unless it has been. Raises
+    ModelError."""
     location = resolve(called, paths)
     if location.folder:
         return location.folder
@@ -170,19 +179,27 @@ def _check_kind(asked: ModelServing, path: Path) -> None:
     kind = config.get("model_type")
     if kind not in _known_kinds():
         if "auto_map" in config:
-            raise ModelError(f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it")
+            raise ModelError(
+                f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it"
+            )
         raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
     if ENGINES[asked.engine].causal_only:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise ModelError(f"{path}: a model of type {kind} does not write text, which engine {asked.engine} needs: use engine {DEFAULT}")
+            raise ModelError(
+                f"{path}: a model of type {kind} does not write text, which engine {asked.engine} needs: use engine "
+                f"{DEFAULT}"
+            )
 
 
 def _known_kinds() -> Container[str]:
-    """The types of models that transformers knows. Its table is read alone: importing it would import torch, seconds on a small host."""
+    """The types of models that transformers knows. Its table is read alone: importing it would import torch, seconds on
+    a small host."""
     origin = importlib.util.find_spec("transformers").origin  # type: ignore[union-attr]
-    kinds: Container[str] = runpy.run_path(str(Path(str(origin)).parent / "models/auto/auto_mappings.py"))["CONFIG_MAPPING_NAMES"]
+    kinds: Container[str] = runpy.run_path(str(Path(str(origin)).parent / "models/auto/auto_mappings.py"))[
+        "CONFIG_MAPPING_NAMES"
+    ]
     return kinds
 
 
@@ -198,20 +215,27 @@ def _useful_cores(parameters: int) -> int:
 
 
 def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
-    """vLLM's name for the form in which the model writes tool calls. Hermes' form is what a model without one of its own is asked for."""
+    """vLLM's name for the form in which the model writes tool calls. Hermes' form is what a model without one of its
+    own is asked for."""
     if tools != "auto":
         return None if tools == "off" else tools
     text = template_text(path, template)
     return next((parser for mark, parser in _TOOL_FORMS if mark in text), "hermes")
 
 
-def place(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[ServedModel]:
+def place(
+    models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]
+) -> list[ServedModel]:
     """The models with their cores decided. Raises ServeError, with the figures, where the cluster has no room for one.
 
-    `running` are the deployed ones, with the replicas that they have now: what a model of the same name holds is its own again when it is
-    replaced. One that is otherwise unchanged keeps its cores, so that it need not be started anew.
+    `running` are the deployed ones, with the replicas that they have now: what a model of the same name holds is its
+    own again when it is replaced. One that is otherwise unchanged keeps its cores, so that it need not be started anew.
     """
-    kept = {model.name: like for model in models if (old := running.get(model.name)) and (like := _with_cores_of(old, model))}
+    kept = {
+        model.name: like
+        for model in models
+        if (old := running.get(model.name)) and (like := _with_cores_of(old, model))
+    }
     try:
         return _place(models, nodes, running, kept)
     except ServeError:
@@ -221,13 +245,17 @@ def place(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping
 
 
 def _with_cores_of(old: ServedModel, model: ServedModel) -> ServedModel | None:
-    """A model whose cores are to be decided, with those of the deployed one, if nothing else about it calls for new replicas."""
+    """A model whose cores are to be decided, with those of the deployed one, if nothing else about it calls for new
+    replicas."""
     like = replace(model, cpus=old.cpus, threads=old.threads)
     return like if model.cpus == 0 and like.version() == old.version() else None
 
 
 def _place(
-    models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel], kept: Mapping[str, ServedModel]
+    models: Sequence[ServedModel],
+    nodes: Sequence[Node],
+    running: Mapping[str, ServedModel],
+    kept: Mapping[str, ServedModel],
 ) -> list[ServedModel]:
     free = _free_without(models, nodes, running)
     placed: dict[str, ServedModel] = {}
@@ -266,12 +294,15 @@ def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: M
             there += 1
         if there < most:
             said.append(
-                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {there}: the others wait for room"
+                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {there}: "
+                "the others wait for room"
             )
     return said
 
 
-def _free_without(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[list[float]]:
+def _free_without(
+    models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]
+) -> list[list[float]]:
     """Free cores and memory of each node, as if those that the models replace were gone."""
     free = [[node.free_cpus, node.free_memory] for node in nodes]
     for model in models:
@@ -315,10 +346,13 @@ def _put(model: ServedModel, free: list[list[float]]) -> bool:
 
 def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]], replicas: int) -> str:
     have = "; ".join(
-        f"{node.host} has {room[0]:g} of {node.cpus:g} CPUs and {max(0, room[1]) / _GIB:.1f} of {node.memory / _GIB:.1f} GiB free"
+        f"{node.host} has {room[0]:g} of {node.cpus:g} CPUs and {max(0, room[1]) / _GIB:.1f} of "
+        f"{node.memory / _GIB:.1f} GiB free"
         for node, room in zip(nodes, free, strict=True)
     )
-    if all(node.memory < model.memory_bytes or room[1] < model.memory_bytes for node, room in zip(nodes, free, strict=True)):
+    if all(
+        node.memory < model.memory_bytes or room[1] < model.memory_bytes for node, room in zip(nodes, free, strict=True)
+    ):
         advice = "take a smaller max_model_len or kv_cache_gib, engine openvino with int8 weights, or stop another model (llm-ray serve stop NAME)"
     else:
         advice = "give it fewer cpus or replicas, leave cpus out to share cores, or stop another model (llm-ray serve stop NAME)"
@@ -329,6 +363,8 @@ def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]],
 def tell(model: ServedModel) -> str:
     """What was decided for a model, in a line."""
     cores = f"{model.cpus} core(s)" if model.cpus else f"{model.threads} thread(s) on shared cores"
-    count = f"{model.autoscale.min}-{model.autoscale.max} replicas" if model.autoscale else f"{model.replicas} replica(s)"
+    count = (
+        f"{model.autoscale.min}-{model.autoscale.max} replicas" if model.autoscale else f"{model.replicas} replica(s)"
+    )
     cache = f"{model.kv_cache_bytes / _GIB:.2g} GiB cache"
     return f"{model.name}: engine {model.engine}, {model.precision}, {model.max_model_len} tokens, {cores}, {cache}, {count}"

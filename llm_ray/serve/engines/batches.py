@@ -1,8 +1,9 @@
 """Rows of a causal model of transformers, computed side by side: what engine `transformers` is made of.
 
-``Batch`` pads rows of different lengths on the left, as `generate` does, and so takes any model that `generate` does in batches. Unlike
-there, rows join and leave at any time, and keys and values are written in place: no step copies what is there already.
-``Alone`` holds one row of a model that does not (Mamba, hybrids, and whatever `batches` finds to answer differently in company).
+``Batch`` pads rows of different lengths on the left, as `generate` does, and so takes any model that `generate` does in
+batches. Unlike there, rows join and leave at any time, and keys and values are written in place: no step copies what is
+there already. ``Alone`` holds one row of a model that does not (Mamba, hybrids, and whatever `batches` finds to answer
+differently in company).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Rows(Protocol):
         """Tokens that the memory taken has room for, once `more` are computed for every row."""
 
     def forward(self, tokens: int) -> torch.Tensor:
-        """Compute on by `tokens`, at most `todo()`. Returns the logits after the last of them, of shape [rows, vocabulary]."""
+        """Compute on by `tokens`, at most `todo()`. Returns the logits after the last of them, of shape [rows,
+        vocabulary]."""
 
     def keep(self, rows: list[int]) -> None:
         """Let go of all rows but these (ascending). The rest may change places."""
@@ -108,7 +110,8 @@ class Batch:
         paddings = self._padding.tolist()
         return torch.tensor(
             [
-                [0] * min(max(padding - begin, 0), end - begin) + row.request.all_token_ids[max(begin - padding, 0) : max(end - padding, 0)]
+                [0] * min(max(padding - begin, 0), end - begin)
+                + row.request.all_token_ids[max(begin - padding, 0) : max(end - padding, 0)]
                 for row, padding in zip(self.rows, paddings, strict=True)
             ]
         )
@@ -139,7 +142,8 @@ class Batch:
         return rows * width - len(self.rows) * self.width - len(other.rows) * other.width
 
     def absorb(self, other: Batch) -> None:
-        """Take the rows of another batch, which is none any more. All tokens of both have been computed but the last of each row."""
+        """Take the rows of another batch, which is none any more. All tokens of both have been computed but the last of
+        each row."""
         width = max(self.width, other.width)
         for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
             layer.absorb(more)
@@ -150,9 +154,11 @@ class Batch:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer, in tensors [slots, heads, columns, size] with room for more rows and columns than are in use.
+    """Keys and values of one layer, in tensors [slots, heads, columns, size] with room for more rows and columns than
+    are in use.
 
-    In use are the first rows, and the columns from `_start` to `_end`. What padding covers is zero: it is multiplied, by zero.
+    In use are the first rows, and the columns from `_start` to `_end`. What padding covers is zero: it is multiplied,
+    by zero.
     """
 
     is_initialized: bool
@@ -162,7 +168,9 @@ class _Layer(DynamicLayer):
         self._start = self._end = 0
         self._tensors: list[torch.Tensor] = []
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append [rows, heads, tokens, size] of keys and values. Returns all there are."""
         rows, _, tokens, _ = key_states.shape
         if not self.is_initialized:
@@ -261,7 +269,12 @@ class Alone:
     def token_bytes(self) -> int:
         """Memory of a token, of the layers that keep something of every one."""
         caches = [cache for name in ALL_CACHE_NAMES if isinstance(cache := self._state.get(name), Cache)]
-        layers = [layer for cache in caches for layer in cache.layers if isinstance(layer, CacheLayerMixin) and layer.is_initialized]
+        layers = [
+            layer
+            for cache in caches
+            for layer in cache.layers
+            if isinstance(layer, CacheLayerMixin) and layer.is_initialized
+        ]
         return sum((layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2] for layer in layers)
 
 
@@ -306,7 +319,8 @@ def _two_steps(rows: Rows) -> torch.Tensor:
 
 
 def _plain_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values of every token and nothing else. Those beyond a sliding window are masked."""
+    """Whether the model keeps keys and values of every token and nothing else. Those beyond a sliding window are
+    masked."""
     if not model._supports_default_dynamic_cache():
         return False
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -330,32 +344,46 @@ def _grouped_attention(
     position_bias: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new token a row to all before it: query [rows, heads, 1, size], key and value [rows, groups of heads, columns, size].
+    """Attention of one new token a row to all before it: query [rows, heads, 1, size], key and value [rows, groups of
+    heads, columns, size].
 
-    The heads of a group share keys and values: they are taken for so many tokens of one head. transformers copies the keys and values
-    for each head where rows are padded, which takes longer than all the rest. Several tokens a row (prompts) are left to it.
+    The heads of a group share keys and values: they are taken for so many tokens of one head. transformers copies the
+    keys and values for each head where rows are padded, which takes longer than all the rest. Several tokens a row
+    (prompts) are left to it.
     """
     if softcap is not None:
         return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
     rows, heads, tokens, size = query.shape
     if tokens > 1 or position_bias is not None or (attention_mask is not None and attention_mask.shape[1] > 1):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **options)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias, **options
+        )
     grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
     attended = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return attended.reshape(rows, 1, heads, -1), None
 
 
 def _capped_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None, softcap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
 ) -> torch.Tensor:
-    """Attention whose scores have a soft limit (Gemma 2), which torch's own cannot do and transformers leaves out with it."""
+    """Attention whose scores have a soft limit (Gemma 2), which torch's own cannot do and transformers leaves out with
+    it."""
     rows, heads, tokens, size = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, tokens, size)
     scores = grouped @ key[:, :, None].transpose(-1, -2) * (size**-0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         mask = torch.ones(tokens, key.shape[2], dtype=torch.bool).tril(key.shape[2] - tokens)[None, None]
-    weights = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = (
+        scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+        .softmax(-1, dtype=torch.float32)
+        .to(value.dtype)
+    )
     return (weights @ value[:, :, None]).reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous()
 
 

@@ -1,7 +1,9 @@
-"""Tool calls in an answer that comes as a whole are those that a stream of it would have brought, and so is the reason it ended.
+"""Tool calls in an answer that comes as a whole are those that a stream of it would have brought, and so is the reason
+it ended.
 
-vLLM reads them by two ways. Where `max_tokens` or a stop string cuts an answer within a call, the way for whole answers finds no call at
-all, finished ones among them, and returns the raw text; the one for streams returns what is there, as OpenAI does.
+vLLM reads them by two ways. Where `max_tokens` or a stop string cuts an answer within a call, the way for whole answers
+finds no call at all, finished ones among them, and returns the raw text; the one for streams returns what is there, as
+OpenAI does.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ def as_streamed(parser: type[Parser]) -> type[Parser]:
 
 
 async def _answer(
-    answer: Any, request: ChatCompletionRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **options: Any
+    answer: Any,
+    request: ChatCompletionRequest,
+    result_generator: AsyncIterator[RequestOutput],
+    *args: Any,
+    **options: Any,
 ) -> Any:
     """A whole answer, whose choices end for the reason that a stream would tell."""
     ended: dict[int, str | None] = {}
@@ -52,7 +58,9 @@ async def _answer(
         named = isinstance(request.tool_choice, ChatCompletionNamedToolChoiceParam)
         for choice in response.choices:
             reason = ended.get(choice.index) or "stop"
-            choice.finish_reason = "tool_calls" if reason == "stop" and choice.message.tool_calls and not named else reason
+            choice.finish_reason = (
+                "tool_calls" if reason == "stop" and choice.message.tool_calls and not named else reason
+            )
     return response
 
 
@@ -66,7 +74,11 @@ class _AsStreamed:
         super().set_prompt_token_ids(prompt_token_ids)  # type: ignore[misc]
 
     def parse(
-        self, model_output: str, request: Any, enable_auto_tools: bool = False, model_output_token_ids: Sequence[int] = ()
+        self,
+        model_output: str,
+        request: Any,
+        enable_auto_tools: bool = False,
+        model_output_token_ids: Sequence[int] = (),
     ) -> tuple[str | None, str | None, list[FunctionCall] | None]:
         """Thoughts, text and calls of an answer."""
         if not request.tools or request.tool_choice == "none" or not model_output_token_ids:
@@ -91,11 +103,15 @@ class _AsStreamed:
 
 
 def _pieces(tokenizer: Any, text: str, tokens: Sequence[int], request: Any) -> Iterator[tuple[int, str]]:
-    """An answer's tokens, each with the text that a stream would bring with it. Together they are `text`: a stop string may have cut it."""
+    """An answer's tokens, each with the text that a stream would bring with it. Together they are `text`: a stop string
+    may have cut it."""
     params = SamplingParams(
-        skip_special_tokens=request.skip_special_tokens, spaces_between_special_tokens=request.spaces_between_special_tokens
+        skip_special_tokens=request.skip_special_tokens,
+        spaces_between_special_tokens=request.spaces_between_special_tokens,
     )
-    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, EngineCoreRequest("", [], None, params, None, 0.0, None, None, None))
+    detokenizer = IncrementalDetokenizer.from_new_request(
+        tokenizer, EngineCoreRequest("", [], None, params, None, 0.0, None, None, None)
+    )
     at = 0
     for number, token in enumerate(tokens, 1):
         detokenizer.update([token], False)

@@ -61,7 +61,8 @@ class FrontEnd(AsyncLLM):
     def generate(  # not a generator itself, so that it raises before the stream begins
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncLLM.generate. Raises VLLMValidationError, which the client sees as 400, for what the core cannot do."""
+        """As AsyncLLM.generate. Raises VLLMValidationError, which the client sees as 400, for what the core cannot
+        do."""
         if reason := self._refusal(sampling_params):
             raise VLLMValidationError(reason)
         return _with_reasons(super().generate(prompt, sampling_params, request_id, *args, **options))
@@ -69,13 +70,16 @@ class FrontEnd(AsyncLLM):
     async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
         try:
             await super()._add_request(request, *args)
-        except BaseException:  # refused by the core, or its client is gone: vLLM itself then forgets it only where it is one of several
+        except (
+            BaseException
+        ):  # refused by the core, or its client is gone: vLLM itself then forgets it only where it is one of several
             await self.abort(request.request_id, internal=True)
             raise
 
 
 async def _with_reasons(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
-    """A request's outputs. Raises VLLMValidationError where the core has ended it for a reason that its client has to know."""
+    """A request's outputs. Raises VLLMValidationError where the core has ended it for a reason that its client has to
+    know."""
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             for one in output.outputs:
@@ -126,7 +130,8 @@ class Engine(VLLMEngine):
             offsets_in_text(self._oai_serving_completion, self._oai_serving_completion.renderer.tokenizer)
 
     async def try_out(self) -> None:
-        """Have the core compute a prompt and a token after it. Raises ModelError with the core's reason where it cannot."""
+        """Have the core compute a prompt and a token after it. Raises ModelError with the core's reason where it
+        cannot."""
         if "generate" not in await self._engine_client.get_supported_tasks():
             return
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False)
@@ -152,12 +157,15 @@ class Engine(VLLMEngine):
         return lora.lora_path if lora else None
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises ModelError where vLLM does not take it."""
+        """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises ModelError
+        where vLLM does not take it."""
         lora = LoRARequest(name, self._oai_models.lora_id_counter.inc(1), str(path))
         try:
             await self._engine_client.add_lora(lora)
         except (ValueError, RuntimeError) as error:
-            raise ModelError(f"adapter {name}: engine vllm does not take it: {error}. Deploy the merged model") from error
+            raise ModelError(
+                f"adapter {name}: engine vllm does not take it: {error}. Deploy the merged model"
+            ) from error
         self.forget_adapter(name)
         self._oai_models.lora_requests[name] = lora
 
@@ -169,7 +177,8 @@ class Engine(VLLMEngine):
             task.add_done_callback(self._unloading.discard)
 
     async def _unload(self, number: int) -> None:
-        # For a request in progress vLLM would load it again, from a folder that may hold other weights by now, or be gone: the engine's end.
+        # For a request in progress vLLM would load it again, from a folder that may hold other weights by now, or be
+        # gone: the engine's end.
         requests = self._engine_client.output_processor.request_states
         while True:
             await asyncio.sleep(_LOOK)  # at first as well: who was let in a moment ago is not among the requests yet
@@ -182,8 +191,10 @@ class Engine(VLLMEngine):
 
 
 def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
-    """The model's core, loaded in a thread bound to the model's cores, behind vLLM's front end. Raises what the engine raises."""
-    # Whichever backend the first request called for would serve all others ("auto"), and others obey other keywords: llm_ray.serve.gateway.schemas.
+    """The model's core, loaded in a thread bound to the model's cores, behind vLLM's front end. Raises what the engine
+    raises."""
+    # Whichever backend the first request called for would serve all others ("auto"), and others obey other keywords:
+    # llm_ray.serve.gateway.schemas.
     config.structured_outputs_config.backend = "xgrammar"
     core = _core(model.engine)
 

@@ -1,7 +1,8 @@
 """``text_offset`` of a completion's logprobs: where in the returned text each token begins.
 
-vLLM adds up how long the tokens are as single texts. Those of a prompt may not be in the text (a BOS that the tokenizer adds), nor have
-the same length alone (the blank before a SentencePiece token, the parts of a character): from there on its offsets point elsewhere.
+vLLM adds up how long the tokens are as single texts. Those of a prompt may not be in the text (a BOS that the tokenizer
+adds), nor have the same length alone (the blank before a SentencePiece token, the parts of a character): from there on
+its offsets point elsewhere.
 """
 
 from __future__ import annotations
@@ -24,19 +25,27 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 def offsets_in_text(serving: OpenAIServingCompletion, tokenizer: TokenizerLike | None) -> None:
     """Have completions, whole and streamed, tell offsets in the text that they return."""
     if tokenizer is not None:
-        serving.request_output_to_completion_response = functools.partial(_whole, serving.request_output_to_completion_response, tokenizer)
-        serving.completion_stream_generator = functools.partial(_streamed, serving, serving.completion_stream_generator, tokenizer)
+        serving.request_output_to_completion_response = functools.partial(
+            _whole, serving.request_output_to_completion_response, tokenizer
+        )
+        serving.completion_stream_generator = functools.partial(
+            _streamed, serving, serving.completion_stream_generator, tokenizer
+        )
 
 
 class Offsets:
     """Where the tokens of one choice begin in its text, prompt first if that is echoed, in characters."""
 
-    def __init__(self, tokenizer: TokenizerLike, request: CompletionRequest, prompt: str | None, tokens: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: TokenizerLike, request: CompletionRequest, prompt: str | None, tokens: Sequence[int]
+    ) -> None:
         # With return_token_ids vLLM echoes the prompt's tokens without its text.
         echoed = (prompt or "") if request.echo and not request.return_token_ids else ""
         self.found = _of_prompt(tokenizer, echoed, tokens, request.add_special_tokens) if request.echo else []
         self._before = len(echoed)
-        self._answer = _detokenizer(tokenizer, tokens, request.skip_special_tokens, request.spaces_between_special_tokens)
+        self._answer = _detokenizer(
+            tokenizer, tokens, request.skip_special_tokens, request.spaces_between_special_tokens
+        )
 
     def add(self, tokens: Sequence[int]) -> None:
         """Go on with tokens of the answer."""
@@ -46,7 +55,13 @@ class Offsets:
 
 
 def _whole(
-    answer: Any, tokenizer: TokenizerLike, results: list[RequestOutput], request: CompletionRequest, /, *args: Any, **options: Any
+    answer: Any,
+    tokenizer: TokenizerLike,
+    results: list[RequestOutput],
+    request: CompletionRequest,
+    /,
+    *args: Any,
+    **options: Any,
 ) -> CompletionResponse:
     response: CompletionResponse = answer(results, request, *args, **options)
     outputs = [(result, output) for result in results for output in result.outputs]
@@ -124,4 +139,6 @@ def _of_prompt(tokenizer: TokenizerLike, text: str, tokens: Sequence[int], add_s
 
 def _detokenizer(tokenizer: TokenizerLike, before: Sequence[int], skip_special_tokens: bool, spaces: bool) -> Any:
     params = SamplingParams(skip_special_tokens=skip_special_tokens, spaces_between_special_tokens=spaces)
-    return IncrementalDetokenizer.from_new_request(tokenizer, EngineCoreRequest("", [*before], None, params, None, 0.0, None, None, None))
+    return IncrementalDetokenizer.from_new_request(
+        tokenizer, EngineCoreRequest("", [*before], None, params, None, 0.0, None, None, None)
+    )

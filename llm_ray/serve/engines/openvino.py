@@ -1,7 +1,9 @@
-"""OpenVINO as a core: the fastest of the engines, for models converted with ``llm-ray model convert MODEL --to openvino``.
+"""OpenVINO as a core: the fastest of the engines, for models converted with ``llm-ray model convert MODEL --to
+openvino``.
 
-Batching, the paged cache of keys and values, and sampling are those of ``openvino_genai.ContinuousBatchingPipeline``, which frees the
-interpreter's lock while it computes. What it cannot do of vLLM's sampling parameters `OpenVinoCore.refusal` says.
+Batching, the paged cache of keys and values, and sampling are those of ``openvino_genai.ContinuousBatchingPipeline``,
+which frees the interpreter's lock while it computes. What it cannot do of vLLM's sampling parameters
+`OpenVinoCore.refusal` says.
 """
 
 from __future__ import annotations
@@ -59,17 +61,21 @@ class _Work:
 class OpenVinoCore:
     """openvino_genai's continuous batching, as vLLM's front end sees an engine.
 
-    Raises ModelError when the model's folder holds no OpenVINO model, or the cache has no room for one request of the greatest length.
+    Raises ModelError when the model's folder holds no OpenVINO model, or the cache has no room for one request of the
+    greatest length.
     """
 
     def __init__(self, model: ServedModel, config: VllmConfig) -> None:
         if not (model.path / "openvino_model.xml").is_file():
-            raise ModelError(f"{model.path} has no openvino_model.xml: `llm-ray model convert {model.path} --to openvino` makes it")
+            raise ModelError(
+                f"{model.path} has no openvino_model.xml: `llm-ray model convert {model.path} --to openvino` makes it"
+            )
         threads = torch.get_num_threads()  # as the front end has set for this thread
         computes_in = arithmetic(model.precision)
         if model.precision == "bf16" and computes_in != "bf16":
             logging.getLogger("ray.serve").warning(
-                f"model {model.name}: OpenVINO computes in no bf16 on this processor, which lacks AVX-512: it takes fp32, and keys and values "
+                f"model {model.name}: OpenVINO computes in no bf16 on this processor, which lacks AVX-512: it takes "
+                "fp32, and keys and values "
                 "take twice the memory"
             )
         properties: dict[str, Any] = {
@@ -91,7 +97,9 @@ class OpenVinoCore:
         try:
             self._pipeline = self._load()
         except RuntimeError as error:
-            raise ModelError(f"{model.path}: OpenVINO cannot load the model: {str(error).strip().splitlines()[-1]}") from error
+            raise ModelError(
+                f"{model.path}: OpenVINO cannot load the model: {str(error).strip().splitlines()[-1]}"
+            ) from error
         self._max_batch = model.max_batch
         self._max_model_len = model.max_model_len
         self._waiting: dict[str, _Work] = {}
@@ -104,12 +112,18 @@ class OpenVinoCore:
     def refusal(params: SamplingParams) -> str | None:
         """Why a request cannot be done, naming the parameter; None when it can."""
         shape = params.structured_outputs
-        # What is known of a token is its own probability: only when it is certainly the likeliest is that the first of the list, too.
+        # What is known of a token is its own probability: only when it is certainly the likeliest is that the first of
+        # the list, too.
         likeliest = params.temperature == 0 and not (
-            shape or params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1 or params.min_tokens
+            shape
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.repetition_penalty != 1
+            or params.min_tokens
         )
         cannot = {
-            "return the likeliest tokens (logprobs, top_logprobs)": (params.logprobs or 0) not in ((0, 1) if likeliest else (0,)),
+            "return the likeliest tokens (logprobs, top_logprobs)": (params.logprobs or 0)
+            not in ((0, 1) if likeliest else (0,)),
             "return probabilities of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
             "return probabilities of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
             "score the prompt (prompt_logprob_token_ids)": params.prompt_logprob_token_ids is not None,
@@ -126,14 +140,20 @@ class OpenVinoCore:
             cannot |= {
                 "do structured_outputs.disable_any_whitespace": shape.disable_any_whitespace,
                 "do structured_outputs.disable_additional_properties": shape.disable_additional_properties,
-                "do a structural_tag of the old form (structures, triggers)": '"structures"' in (shape.structural_tag or ""),
+                "do a structural_tag of the old form (structures, triggers)": '"structures"'
+                in (shape.structural_tag or ""),
                 f"enforce {disobeyed} of a schema that has patterns or formats, too": disobeyed is not None,
-                "read a grammar in Lark's form (structured_outputs.grammar)": grammar_is_likely_lark(shape.grammar or ""),
+                "read a grammar in Lark's form (structured_outputs.grammar)": grammar_is_likely_lark(
+                    shape.grammar or ""
+                ),
             }
-        return next((f"engine openvino cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None)
+        return next(
+            (f"engine openvino cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None
+        )
 
     def add(self, request: EngineCoreRequest) -> None:
-        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot see."""
+        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot
+        see."""
         if request.sampling_params is None:
             raise VLLMValidationError("engine openvino computes no embeddings; engine vllm does")
         for what in ("prompt_embeds", "mm_features", "lora_request", "cache_salt"):
@@ -141,9 +161,12 @@ class OpenVinoCore:
                 raise VLLMValidationError(f"engine openvino cannot do {what}; engine vllm can")
         if request.sampling_params.structured_outputs in self._unreadable:
             raise VLLMValidationError(
-                "engine openvino cannot read this schema, pattern or grammar (structured_outputs, response_format); engine vllm can"
+                "engine openvino cannot read this schema, pattern or grammar (structured_outputs, response_format); "
+                "engine vllm can"
             )
-        self._waiting[request.request_id] = _Work(request.request_id, request.prompt_token_ids or [], request.sampling_params)
+        self._waiting[request.request_id] = _Work(
+            request.request_id, request.prompt_token_ids or [], request.sampling_params
+        )
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
@@ -163,7 +186,10 @@ class OpenVinoCore:
                 self._start(work)
             except RuntimeError as error:  # OpenVINO checks the settings once more, by bounds of its own
                 refused.append(
-                    failure(work.request_id, f"engine openvino cannot do these settings: {str(error).partition(' failed at')[0]}")
+                    failure(
+                        work.request_id,
+                        f"engine openvino cannot do these settings: {str(error).partition(' failed at')[0]}",
+                    )
                 )
                 continue
             self._running[work.request_id] = work
@@ -171,12 +197,15 @@ class OpenVinoCore:
         try:
             self._pipeline.step()
         except RuntimeError:
-            # OpenVINO compiles a request's schema within a step, and its xgrammar is older than vLLM's, which has accepted the schema.
-            # The pipeline is unusable then: requests with a schema fail, the others go on in a new one.
+            # OpenVINO compiles a request's schema within a step, and its xgrammar is older than vLLM's, which has
+            # accepted the schema. The pipeline is unusable then: requests with a schema fail, the others go on in a new
+            # one.
             shaped = [work for work in self._running.values() if work.params.structured_outputs]
             if not shaped:
                 raise
-            if len(new := [work for work in begun if work in shaped]) == 1:  # then it is this one's; it is refused from now on
+            if (
+                len(new := [work for work in begun if work in shaped]) == 1
+            ):  # then it is this one's; it is refused from now on
                 self._unreadable = [*self._unreadable[-_REMEMBERED:], new[0].params.structured_outputs]
             outputs = [failure(work.request_id, None) for work in shaped]
             del self._pipeline
@@ -282,7 +311,8 @@ def _structure(asked: StructuredOutputsParams) -> genai.StructuredOutputConfig:
 
 
 def _grammar(asked: StructuredOutputsParams) -> str | None:
-    """A schema's or tag's grammar by vLLM's xgrammar: OpenVINO's own, which is older, does not obey all that a schema says.
+    """A schema's or tag's grammar by vLLM's xgrammar: OpenVINO's own, which is older, does not obey all that a schema
+    says.
 
     None where there is no schema, or the grammar has what OpenVINO's cannot read.
     """
@@ -324,14 +354,17 @@ def _text(schema: Any) -> str:
 
 
 def arithmetic(precision: Precision) -> str:
-    """What OpenVINO computes in, and keeps keys and values as, by its own name: bf16 where it is asked for and this processor's plugin has it,
-    else f32. OpenVINO's own choice would be bf16 and keys and values of 8 bits (with bf16 those save memory, no time), and with keys and
-    values in bf16 a model does not answer where the plugin itself went over to f32.
+    """What OpenVINO computes in, and keeps keys and values as, by its own name: bf16 where it is asked for and this
+    processor's plugin has it, else f32. OpenVINO's own choice would be bf16 and keys and values of 8 bits (with bf16
+    those save memory, no time), and with keys and values in bf16 a model does not answer where the plugin itself went
+    over to f32.
     """
     if precision == "fp32":
         return "f32"
     number = opset13.parameter([1], ov.Type.f32)
-    compiled = ov.Core().compile_model(ov.Model([opset13.relu(number)], [number]), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    compiled = ov.Core().compile_model(
+        ov.Model([opset13.relu(number)], [number]), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
+    )
     return "bf16" if compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.bf16 else "f32"
 
 
@@ -339,27 +372,34 @@ def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
     """Blocks of the cache. Raises ModelError when they have no room for one request of the greatest length."""
     parallel = config.parallel_config
     heads = config.model_config.get_num_layers(parallel) * config.model_config.get_num_kv_heads(parallel) * 2
-    per_token = heads * (config.model_config.get_head_size() * _NUMBER_BYTES[stored_as] + _SCALE_BYTES.get(stored_as, 0))
+    per_token = heads * (
+        config.model_config.get_head_size() * _NUMBER_BYTES[stored_as] + _SCALE_BYTES.get(stored_as, 0)
+    )
     blocks = model.kv_cache_bytes // (per_token * _BLOCK_TOKENS)
     if blocks * _BLOCK_TOKENS < model.max_model_len:
         need = model.max_model_len * per_token / 2**30
         raise ModelError(
-            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of keys and values, "
-            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten max_model_len"
+            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of "
+            "keys and values, "
+            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten "
+            "max_model_len"
         )
     return int(blocks)
 
 
 def _vocabulary(config: VllmConfig) -> genai.Tokenizer:
-    """A tokenizer that knows the bytes of each token, for structured outputs, and nothing else: text is the front end's business.
+    """A tokenizer that knows the bytes of each token, for structured outputs, and nothing else: text is the front end's
+    business.
 
-    openvino_genai reads them off the constants before the node named VocabDecoder of a detokenizer. A true one would have to be
-    converted, which not every tokenizer can be; the bytes are those that vLLM's own engine uses.
+    openvino_genai reads them off the constants before the node named VocabDecoder of a detokenizer. A true one would
+    have to be converted, which not every tokenizer can be; the bytes are those that vLLM's own engine uses.
     """
     from xgrammar import TokenizerInfo
 
     tokenizer = cached_tokenizer_from_config(config.model_config)
-    vocabulary = TokenizerInfo.from_huggingface(tokenizer, vocab_size=config.model_config.get_vocab_size()).decoded_vocab
+    vocabulary = TokenizerInfo.from_huggingface(
+        tokenizer, vocab_size=config.model_config.get_vocab_size()
+    ).decoded_vocab
     ends = np.cumsum([len(token) for token in vocabulary], dtype=np.int32)
     begins = np.concatenate([[0], ends[:-1]]).astype(np.int32)
     characters = np.frombuffer(b"".join(vocabulary), dtype=np.uint8).astype(np.int32)
@@ -368,8 +408,12 @@ def _vocabulary(config: VllmConfig) -> genai.Tokenizer:
     node = opset13.concat([flat, *map(opset13.constant, (begins, ends, characters))], 0)
     node.set_friendly_name("VocabDecoder")
     with tempfile.TemporaryDirectory() as folder:
-        ov.save_model(ov.Model([opset13.result(node)], [tokens]), f"{folder}/openvino_detokenizer.xml", compress_to_fp16=False)
+        ov.save_model(
+            ov.Model([opset13.result(node)], [tokens]), f"{folder}/openvino_detokenizer.xml", compress_to_fp16=False
+        )
         Path(folder, "config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
         # Named, so that the detokenizer is not asked for it.
-        Path(folder, "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}), encoding="utf-8")
+        Path(folder, "special_tokens_map.json").write_text(
+            json.dumps({"eos_token": {"content": "</s>"}}), encoding="utf-8"
+        )
         return genai.Tokenizer(folder)

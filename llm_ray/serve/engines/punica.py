@@ -1,12 +1,14 @@
 """LoRA in vLLM's CPU engine: each adapter's matrices are multiplied with the rows of its own requests.
 
-vLLM's CPU kernels look up matrices by the slot of each row, and "no adapter" is slot -1: torch takes that for the last one, so that once
-all slots were filled requests to the base were answered with an adapter's weights. They also copy both matrices for every row.
+vLLM's CPU kernels look up matrices by the slot of each row, and "no adapter" is slot -1: torch takes that for the last
+one, so that once all slots were filled requests to the base were answered with an adapter's weights. They also copy
+both matrices for every row.
 
-Of a mixture of experts with adapters it has the experts computed by Triton, which has no kernels for CPUs: the engine ended at the first
-token, wherever the adapters were. Here the experts stay with the kernels for CPUs, without adapters.
+Of a mixture of experts with adapters it has the experts computed by Triton, which has no kernels for CPUs: the engine
+ended at the first token, wherever the adapters were. Here the experts stay with the kernels for CPUs, without adapters.
 
-And it passes over an adapter's layers that its own model does not have under that name (Mixtral's router). Here such an adapter is refused.
+And it passes over an adapter's layers that its own model does not have under that name (Mixtral's router). Here such an
+adapter is refused.
 """
 
 from __future__ import annotations
@@ -45,14 +47,26 @@ class SlotwisePunica(PunicaWrapperCPU):
     def _apply_shrink(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
         _add_products(y, x, w_t_all, self._tokens, scale)
 
-    def _apply_expand(self, y: Tensor, x: Tensor, w_t_all: Tensor, y_offset: int, y_slice_size: int, add_inputs: bool = True) -> None:
+    def _apply_expand(
+        self, y: Tensor, x: Tensor, w_t_all: Tensor, y_offset: int, y_slice_size: int, add_inputs: bool = True
+    ) -> None:
         _add_products(y[:, y_offset : y_offset + y_slice_size], x, w_t_all, self._tokens)
 
-    def add_lora_embedding(self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **_: Any) -> None:
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **_: Any
+    ) -> None:
         _add_products(y, x, lora_b_stacked, self._tokens)
 
     def add_lora_logits(
-        self, y: Tensor, x: Tensor, lora_a_stacked: Tensor, lora_b_stacked: Tensor, scale: float, *, buffer: Tensor | None = None, **_: Any
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        *,
+        buffer: Tensor | None = None,
+        **_: Any,
     ) -> None:
         x = x.view(-1, x.shape[-1])
         low = x.new_zeros(len(x), lora_b_stacked.shape[-1])
@@ -91,6 +105,7 @@ def _rows(slots: Tensor) -> Rows:
 
 
 def _add_products(y: Tensor, x: Tensor, stacked: Tensor, rows: Rows, scale: float = 1.0) -> None:
-    """Add to each row of `y` [rows, out] that of `x` [rows, in] times its slot's matrix of `stacked` [slots, 1, out, in], in its type."""
+    """Add to each row of `y` [rows, out] that of `x` [rows, in] times its slot's matrix of `stacked` [slots, 1, out,
+    in], in its type."""
     for slot, own in rows:
         y.index_add_(0, own, F.linear(x[own].to(stacked.dtype), stacked[slot, 0]).to(y.dtype), alpha=scale)

@@ -26,7 +26,8 @@ from vllm.v1.sample.sampler import Sampler
 
 _CPU = torch.device("cpu")
 _NOTHING_LEFT = (
-    "the request leaves no token to go on with: its allowed_token_ids, bad_words, min_tokens and the form of its answer "
+    "the request leaves no token to go on with: its allowed_token_ids, bad_words, min_tokens and the form of its "
+    "answer "
     "(structured_outputs, response_format, tools) exclude one another"
 )
 # So many tokens nearly always hold all that top_k and top_p leave.
@@ -44,19 +45,23 @@ class CheckedSampler(Sampler):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         highest = logits.amax(dim=-1)  # NaN where one of them is
         wrong = ~highest.isfinite()
-        self.stuck = {row: _NOTHING_LEFT if highest[row] == -torch.inf else None for row in wrong.nonzero()[:, 0].tolist()}
+        self.stuck = {
+            row: _NOTHING_LEFT if highest[row] == -torch.inf else None for row in wrong.nonzero()[:, 0].tolist()
+        }
         if self.stuck:
             logits = logits.masked_fill(wrong[:, None], 0)
         return super().sample(logits, sampling_metadata, logprobs_mode_override)
 
 
 def failure(request_id: str, reason: str | None) -> EngineCoreOutput:
-    """The end of a request that cannot go on. The front end tells its client the reason, as 400; None is the engine's failure, 503."""
+    """The end of a request that cannot go on. The front end tells its client the reason, as 400; None is the engine's
+    failure, 503."""
     return EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR, stop_reason=reason)
 
 
 class PlainSampler(CheckedSampler):
-    """vLLM's sampler in plain torch: without vLLM's kernels, which IPEX's torch cannot load, and torch.compile, which wants a compiler."""
+    """vLLM's sampler in plain torch: without vLLM's kernels, which IPEX's torch cannot load, and torch.compile, which
+    wants a compiler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,10 +86,11 @@ class PlainSampler(CheckedSampler):
 def _draw(
     logits: torch.Tensor, generators: dict[int, torch.Generator], k: torch.Tensor | None, p: torch.Tensor | None
 ) -> tuple[torch.Tensor, None]:
-    """Draw a token for each row of logits [rows, vocabulary], from the `k` likeliest [rows], and of these those that make up `p` [rows].
+    """Draw a token for each row of logits [rows, vocabulary], from the `k` likeliest [rows], and of these those that
+    make up `p` [rows].
 
-    vLLM's way in torch sorts the vocabulary and draws a random number for each token of it, which took as long as half the forward pass
-    of a small model. What a row draws does not depend on the others.
+    vLLM's way in torch sorts the vocabulary and draws a random number for each token of it, which took as long as half
+    the forward pass of a small model. What a row draws does not depend on the others.
     """
     rows, vocabulary = logits.shape
     probabilities = logits.softmax(dim=-1)
@@ -116,20 +122,28 @@ def _likeliest(probabilities: torch.Tensor, k: torch.Tensor, p: torch.Tensor) ->
 
 
 def _at(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The column of each row where probabilities added up from the left pass the number's share (0 to 1) of their sum."""
+    """The column of each row where probabilities added up from the left pass the number's share (0 to 1) of their
+    sum."""
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(sums, sums[:, -1:] * numbers[:, None], right=True)[:, 0]
 
 
 def metadata(
-    requests: list[Request], params: list[SamplingParams], generators: dict[int, torch.Generator], config: VllmConfig, vocabulary: int
+    requests: list[Request],
+    params: list[SamplingParams],
+    generators: dict[int, torch.Generator],
+    config: VllmConfig,
+    vocabulary: int,
 ) -> SamplingMetadata:
     """What the sampler has to know of a batch. It stays true while the batch holds the same requests, as they grow."""
     outputs = [request._output_token_ids for request in requests]  # these very lists, which grow
     processors = LogitsProcessors(
         kind(config, _CPU, False) for kind in (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
     )
-    added = [(i, p, request.prompt_token_ids, out) for i, (p, request, out) in enumerate(zip(params, requests, outputs, strict=True))]
+    added = [
+        (i, p, request.prompt_token_ids, out)
+        for i, (p, request, out) in enumerate(zip(params, requests, outputs, strict=True))
+    ]
     for processor in processors.all:
         processor.update_state(BatchUpdate(len(requests), removed=[], added=added, moved=[]))
     greedy = [p.sampling_type == SamplingType.GREEDY for p in params]
@@ -137,7 +151,9 @@ def metadata(
     penalties = any(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1 for p in params)
     logprobs = [vocabulary if p.logprobs == -1 else p.logprobs for p in params if p.logprobs is not None]
     return SamplingMetadata(
-        temperature=None if all(greedy) else torch.tensor([0.0 if g else p.temperature for g, p in zip(greedy, params, strict=True)]),
+        temperature=None
+        if all(greedy)
+        else torch.tensor([0.0 if g else p.temperature for g, p in zip(greedy, params, strict=True)]),
         all_greedy=all(greedy),
         all_random=not any(greedy),
         top_p=torch.tensor([p.top_p for p in params]) if any(p.top_p < 1 for p in params) else None,
@@ -145,7 +161,9 @@ def metadata(
         generators=generators,
         max_num_logprobs=max(logprobs, default=None),
         no_penalties=not penalties,
-        prompt_token_ids=_padded([request.prompt_token_ids or [] for request in requests], vocabulary) if penalties else None,
+        prompt_token_ids=_padded([request.prompt_token_ids or [] for request in requests], vocabulary)
+        if penalties
+        else None,
         frequency_penalties=torch.tensor([p.frequency_penalty for p in params]),
         presence_penalties=torch.tensor([p.presence_penalty for p in params]),
         repetition_penalties=torch.tensor([p.repetition_penalty for p in params]),

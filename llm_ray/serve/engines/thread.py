@@ -1,9 +1,11 @@
 """An engine in a thread of the replica's process, behind the interface that vLLM's front end calls.
 
-vLLM's front end (``AsyncLLM``) tokenizes, detokenizes, finds stop strings and speaks OpenAI's protocol; what computes is a core:
-tokens in, tokens out. As vLLM comes, the core is a process that starts another one for the worker, each of which imports vLLM
-anew. Here the core is a thread: one process a replica, so that it starts in a third of the time, an error at its start is
-the replica's own, and nothing outlives a kill -9. The interpreter's lock is free while the core computes.
+vLLM's front end (``AsyncLLM``) tokenizes, detokenizes, finds stop strings and speaks OpenAI's protocol; what computes
+is a core:
+tokens in, tokens out. As vLLM comes, the core is a process that starts another one for the worker, each of which
+imports vLLM anew. Here the core is a thread: one process a replica, so that it starts in a third of the time, an error
+at its start is the replica's own, and nothing outlives a kill -9. The interpreter's lock is free while the core
+computes.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class _Job:
 class EngineThread(EngineCoreClient):
     """Runs the core that `make` returns in a thread of its own.
 
-    Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources` tell what it died of.
-    One that does not come back cannot be broken off: `stalled` tells of it.
+    Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources` tell what it
+    died of. One that does not come back cannot be broken off: `stalled` tells of it.
     """
 
     def __init__(self, make: Callable[[], Core]) -> None:
@@ -114,7 +116,8 @@ class EngineThread(EngineCoreClient):
                 job.done.set_exception(error)
 
     def stalled(self) -> float:
-        """Seconds since the core was last heard of, while it is at work: at a step, or at something that was asked of it; else 0."""
+        """Seconds since the core was last heard of, while it is at work: at a step, or at something that was asked of
+        it; else 0."""
         began = self._began
         return time.monotonic() - began if began is not None else 0.0
 
@@ -144,7 +147,9 @@ class EngineThread(EngineCoreClient):
     async def get_supported_tasks_async(self) -> Any:
         return await self._do(lambda core: core.call("get_supported_tasks"))
 
-    async def reset_prefix_cache_async(self, reset_running_requests: bool = False, reset_connector: bool = False) -> Any:
+    async def reset_prefix_cache_async(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> Any:
         return await self._do(lambda core: core.call("reset_prefix_cache", reset_running_requests, reset_connector))
 
     async def add_lora_async(self, lora_request: Any) -> Any:

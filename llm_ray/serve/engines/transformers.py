@@ -1,8 +1,8 @@
 """Any causal model of transformers as a core, batched as requests come, and the path for IPEX.
 
-Each step computes a token for every running request, and a piece of the prompts that wait: as many short ones as fit, or 512 tokens of a
-long one. What is to be computed together is in ``llm_ray.serve.engines.batches``; what is chosen from the logits, when a request ends,
-and what a grammar allows is vLLM's own code.
+Each step computes a token for every running request, and a piece of the prompts that wait: as many short ones as fit,
+or 512 tokens of a long one. What is to be computed together is in ``llm_ray.serve.engines.batches``; what is chosen
+from the logits, when a request ends, and what a grammar allows is vLLM's own code.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class TransformersCore:
             logger.warning("%s does not compute requests in batches as alone: one by one", type(self._model).__name__)
         self._batches = found.batches
         self._capacity = _capacity(model, found.token_bytes)
-        # Two batches are made one where the padding takes less memory to read than the weights, which are read once less then.
+        # Two batches are made one where the padding takes less memory to read than the weights, which are read once
+        # less then.
         self._worth = self._model.get_memory_footprint() // max(found.token_bytes, 1)
         self._max_batch = model.max_batch
         self._max_model_len = model.max_model_len
@@ -78,10 +79,13 @@ class TransformersCore:
             "do trace_decode_token_ids": params.trace_decode_token_ids is not None,
             "do watermarking": bool(params.watermarking),
         }
-        return next((f"engine transformers cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None)
+        return next(
+            (f"engine transformers cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None
+        )
 
     def add(self, request: EngineCoreRequest) -> None:
-        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot see."""
+        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot
+        see."""
         if request.sampling_params is None:
             raise VLLMValidationError("engine transformers computes no embeddings; engine vllm does")
         for what in ("prompt_embeds", "mm_features", "lora_request"):
@@ -90,7 +94,9 @@ class TransformersCore:
         params = request.sampling_params
         taken = Request.from_engine_core_request(request, None)
         self._grammars.grammar_init(taken)
-        self._waiting.append(Row(taken, params, None if params.seed is None else torch.Generator().manual_seed(params.seed)))
+        self._waiting.append(
+            Row(taken, params, None if params.seed is None else torch.Generator().manual_seed(params.seed))
+        )
 
     @torch.inference_mode()
     def abort(self, request_ids: list[str]) -> None:
@@ -152,7 +158,8 @@ class TransformersCore:
                 self._filling = None
 
     def _take_in(self) -> list[EngineCoreOutput]:
-        """Begin with the requests that have waited longest, as many as there is room for. Returns those whose grammar is none."""
+        """Begin with the requests that have waited longest, as many as there is room for. Returns those whose grammar
+        is none."""
         held = sum(rows.cells() for rows in self._all())
         places = self._max_batch - sum(len(rows.rows) for rows in self._all())
         taken: list[Row] = []
@@ -180,9 +187,12 @@ class TransformersCore:
         return failed
 
     def _make_room(self, rows: Rows) -> None:
-        """Let the youngest requests wait again, until there is room for one token more of these rows. What they have is computed anew."""
+        """Let the youngest requests wait again, until there is room for one token more of these rows. What they have is
+        computed anew."""
         while sum(other.cells(1 if other is rows else 0) for other in self._all()) > self._capacity:
-            holders = [(row.request.arrival_time, i, other) for other in self._all() for i, row in enumerate(other.rows)]
+            holders = [
+                (row.request.arrival_time, i, other) for other in self._all() for i, row in enumerate(other.rows)
+            ]
             if len(holders) == 1:
                 return
             _, index, other = max(holders, key=lambda holder: holder[0])
@@ -212,7 +222,9 @@ class TransformersCore:
         self._constrain(requests, logits)
         if rows.sampling is None:
             generators = {i: row.generator for i, row in enumerate(rows.rows) if row.generator}
-            rows.sampling = metadata(requests, [row.params for row in rows.rows], generators, self._config, logits.shape[1])
+            rows.sampling = metadata(
+                requests, [row.params for row in rows.rows], generators, self._config, logits.shape[1]
+            )
         else:
             for processor in rows.sampling.logitsprocs.all:
                 processor.update_state(None)
@@ -230,7 +242,10 @@ class TransformersCore:
             if not self._grammars.accept_tokens(request, [token]):
                 request.status = RequestStatus.FINISHED_ERROR
             output = EngineCoreOutput(
-                request.request_id, [token], finish_reason=request.get_finished_reason(), stop_reason=request.stop_reason
+                request.request_id,
+                [token],
+                finish_reason=request.get_finished_reason(),
+                stop_reason=request.stop_reason,
             )
             if logprobs and row.params.logprobs is not None:
                 output.new_logprobs = logprobs.slice_request(i, 1)
@@ -279,7 +294,9 @@ def _capacity(model: ServedModel, token_bytes: int) -> int:
     if capacity < model.max_model_len:
         need = model.max_model_len * token_bytes / 2**30
         raise ModelError(
-            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of keys and values, "
-            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten max_model_len"
+            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of "
+            "keys and values, "
+            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten "
+            "max_model_len"
         )
     return capacity

@@ -61,7 +61,8 @@ class VllmCore:
 
 
 class _Executor(UniProcExecutor):
-    """vLLM's executor of one worker, which leaves no file behind: as it comes, that by which workers find each other stays in TMPDIR."""
+    """vLLM's executor of one worker, which leaves no file behind: as it comes, that by which workers find each other
+    stays in TMPDIR."""
 
     def _init_executor(self) -> None:
         with tempfile.TemporaryDirectory(prefix="llm-ray-worker-") as self._folder:

@@ -10,15 +10,18 @@ from collections.abc import Sequence
 from vllm.exceptions import VLLMValidationError
 from vllm.tokenizers import TokenizerLike
 
-# What a word may follow. Tokenizers join it with the word, or with its first letters, where their vocabulary has such a token.
+# What a word may follow. Tokenizers join it with the word, or with its first letters, where their vocabulary has such a
+# token.
 _BEFORE = ("", " ", "\n", "\t", *string.punctuation, *"“‘«„¿¡—–（「《")
 
 
 def forbidden_tokens(words: Sequence[str], tokenizer: TokenizerLike) -> list[list[int]]:
-    """The token sequences that spell a word: at the beginning of an answer, and after a blank, a line break or a punctuation mark.
+    """The token sequences that spell a word: at the beginning of an answer, and after a blank, a line break or a
+    punctuation mark.
 
-    Blanks around a word do not count. vLLM's own way knows a word after a blank only where that takes as many tokens as the word alone,
-    and so misses " Oslo", one token, where "Oslo" is two. Raises VLLMValidationError for a word of blanks alone.
+    Blanks around a word do not count. vLLM's own way knows a word after a blank only where that takes as many tokens as
+    the word alone, and so misses " Oslo", one token, where "Oslo" is two. Raises VLLMValidationError for a word of
+    blanks alone.
     """
     if not all(map(str.strip, words)):
         raise VLLMValidationError("a word of blanks alone cannot be forbidden", parameter="bad_words")

@@ -1,7 +1,7 @@
 """The HTTP API before all models: OpenAI's routes, a route of its own for each model, health, readiness, metrics.
 
-Answers are those of ``ray.serve.llm`` (and so of vLLM). The models are not bound when this is deployed, as ``ray.serve.llm``'s ingress
-wants it, but looked up in Ray Serve's controller, so that they come and go without it.
+Answers are those of ``ray.serve.llm`` (and so of vLLM). The models are not bound when this is deployed, as
+``ray.serve.llm``'s ingress wants it, but looked up in Ray Serve's controller, so that they come and go without it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from llm_ray.serve.gateway.protect.limits import cap_tokens
 from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
 from llm_ray.serve.gateway.simple import SimpleRequest
 
-# How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name that is not known.
+# How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name
+# that is not known.
 _FRESH = 1.0
 _OLD = 10.0
 _LOOK_AGAIN = 0.2
@@ -69,7 +70,8 @@ class Api:
         self._looking: asyncio.Task[bool] | None = None
         self.app = _build(self)
 
-    # The models ----------------------------------------------------------------------------------------------------------
+    # The models
+    # ----------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Look up the models, which fails where there is no controller."""
@@ -92,7 +94,8 @@ class Api:
             self._looked = time.monotonic()
 
     async def _refresh(self, age: float) -> bool:
-        """Look up the models as `_look` does; False when the controller does not answer, as while it restarts: they are as they were."""
+        """Look up the models as `_look` does; False when the controller does not answer, as while it restarts: they are
+        as they were."""
         try:
             await asyncio.wait_for(self._look(age), _ANSWERS_WITHIN)
         except Exception:
@@ -119,7 +122,9 @@ class Api:
         visible = self._visible(request)
         if name not in visible:
             if not await self._refresh(_LOOK_AGAIN):
-                raise ApiError(503, "The endpoint cannot look up its models now; ask again.", "controller_lost", retry_after=2)
+                raise ApiError(
+                    503, "The endpoint cannot look up its models now; ask again.", "controller_lost", retry_after=2
+                )
             visible = self._visible(request)
         there = ", ".join(visible) or "none"
         if name is None:
@@ -127,7 +132,12 @@ class Api:
                 raise ApiError(400, f"model is missing: name one. There are: {there}.", "model_missing", param="model")
             return next(iter(visible.values()))
         if name not in visible:
-            raise ApiError(404, f"The model `{name[:200]}` does not exist here. There are: {there}.", "model_not_found", param="model")
+            raise ApiError(
+                404,
+                f"The model `{name[:200]}` does not exist here. There are: {there}.",
+                "model_not_found",
+                param="model",
+            )
         return visible[name]
 
     async def of_path(self, model: str, request: Request) -> None:
@@ -141,12 +151,15 @@ class Api:
             self._handles[name] = handle.options(stream=True)
         return self._handles[name]
 
-    # Asking a model --------------------------------------------------------------------------------------------------------
+    # Asking a model
+    # --------------------------------------------------------------------------------------------------------
 
     async def _first(self, target: Target, method: str, body: Any) -> tuple[Any, Any]:
-        """The first piece of the answer, and the stream of the rest. Raises ApiError for whatever the model does not do.
+        """The first piece of the answer, and the stream of the rest. Raises ApiError for whatever the model does not
+        do.
 
-        Nothing of the HTTP request but its body goes to the model: headers could set priorities, ids, and caches of other requests.
+        Nothing of the HTTP request but its body goes to the model: headers could set priorities, ids, and caches of
+        other requests.
         """
         for attempt in (1, 2):
             try:
@@ -169,8 +182,8 @@ class Api:
         raise AssertionError
 
     async def _awaited(self, stream: Any, target: Target) -> Any:
-        """The first piece; Serve waits for ever for replicas of a model that was taken away meanwhile, and a replica for an adapter that it
-        may be about to get. Raises ApiError."""
+        """The first piece; Serve waits for ever for replicas of a model that was taken away meanwhile, and a replica
+        for an adapter that it may be about to get. Raises ApiError."""
         first = asyncio.ensure_future(anext(stream))
         try:
             while not (await asyncio.wait({first}, timeout=_STILL_THERE))[0]:
@@ -256,7 +269,9 @@ class Api:
         target = await self._target(model, request)
         served = target.entry.model
         if body.is_conversation and served.task != "chat":
-            raise ApiError(400, f"The model `{target.name}` has no chat template: send a text.", "invalid_request", param="text")
+            raise ApiError(
+                400, f"The model `{target.name}` has no chat template: send a text.", "invalid_request", param="text"
+            )
         bodies = body.bodies(target.name, served.task == "chat")
         if body.stream and len(bodies) > 1:
             said = "stream: a list of texts cannot be streamed; send one text, or stream: false."
@@ -280,7 +295,8 @@ class Api:
             return JSONResponse([result["text"] for result in results])
         return PlainTextResponse(results[0]["text"])
 
-    # About the endpoint ----------------------------------------------------------------------------------------------------
+    # About the endpoint
+    # ----------------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> dict[str, Any]:
         """The models and adapters that answer here."""
@@ -353,7 +369,11 @@ def _build(api: Api) -> FastAPI:
         return invalid(error.errors(), error.body).response()
 
     async def http_error(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405 and "model" in request.path_params and request.path_params["model"] not in api.names:
+        if (
+            error.status_code == 405
+            and "model" in request.path_params
+            and request.path_params["model"] not in api.names
+        ):
             return openai_error(404, f"There is nothing at {request.url.path[:200]}.", "not_found")
         said = str(error.detail)
         if error.status_code == 404:
@@ -361,7 +381,9 @@ def _build(api: Api) -> FastAPI:
         elif error.status_code == 405:
             said = f"{request.method[:20]} is not done at {request.url.path[:200]}."
         codes = {404: "not_found", 405: "method_not_allowed"}
-        return openai_error(error.status_code, said, codes.get(error.status_code, "invalid_request"), headers=error.headers)
+        return openai_error(
+            error.status_code, said, codes.get(error.status_code, "invalid_request"), headers=error.headers
+        )
 
     async def defect(_: Request, error: Exception) -> Response:
         said = f"{type(error).__name__}: this is a defect of the endpoint; its log has the details (llm-ray serve logs gateway)"
@@ -377,11 +399,13 @@ def _build(api: Api) -> FastAPI:
     return app
 
 
-# Requests ----------------------------------------------------------------------------------------------------------------------
+# Requests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _too_much(body: Chat | Completion, target: Target) -> ApiError | None:
-    """Why a request asks for too many answers at once: one request does not take more than the model computes at a time."""
+    """Why a request asks for too many answers at once: one request does not take more than the model computes at a
+    time."""
     several = isinstance(body, Completion) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     answers = (body.n or 1) * (len(body.prompt) if several else 1)
     return _too_many(answers, target, "prompt" if several else "n") if answers > target.entry.model.max_batch else None
@@ -408,7 +432,8 @@ def _ask_for_usage(body: Chat | Completion) -> bool:
     return not asked
 
 
-# Answers -----------------------------------------------------------------------------------------------------------------------
+# Answers
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 class _Stream:
@@ -428,7 +453,9 @@ class _Stream:
                     text = _take_usage(text, self._watch, self._hidden)
                 if text:
                     yield text
-                if told := refused_in_stream(error + said):  # vLLM goes on with [DONE]: here a stream that has it is whole
+                if told := refused_in_stream(
+                    error + said
+                ):  # vLLM goes on with [DONE]: here a stream that has it is whole
                     self._watch.end(told.status)
                     yield told.event()
                     return
@@ -441,7 +468,8 @@ class _Stream:
             yield told.event()
 
     def close(self) -> None:
-        """End it, and the engine's work for it, unless it has come to its end: its client is gone, or it took too long."""
+        """End it, and the engine's work for it, unless it has come to its end: its client is gone, or it took too
+        long."""
         if not self._watch.ended:
             self._rest.cancel()
             self._watch.end()
@@ -468,7 +496,8 @@ def _response(answer: Any) -> Response:
 
 
 def _take_usage(text: str, watch: Watch, hidden: bool) -> str:
-    """Count the usage that comes with the last event of an answer, and leave that event out if the client did not ask for it."""
+    """Count the usage that comes with the last event of an answer, and leave that event out if the client did not ask
+    for it."""
     kept = []
     for event in text.split("\n\n"):
         if '"usage":{' in event:
@@ -490,7 +519,9 @@ async def _texts(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
                 continue
             data = json.loads(event.removeprefix("data: "))
             if "error" in data:
-                raise ConnectionError(data["error"]["message"])  # the stream breaks off: the client must not take it for whole
+                raise ConnectionError(
+                    data["error"]["message"]
+                )  # the stream breaks off: the client must not take it for whole
             for choice in data["choices"]:
                 if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
                     yield text
@@ -500,7 +531,9 @@ def _simple_result(answer: Any) -> dict[str, Any]:
     choice = answer.choices[0]
     text = choice.text if isinstance(answer, CompletionResponse) else choice.message.content
     usage = openapi.Usage(**{name: getattr(answer.usage, name) or 0 for name in openapi.Usage.model_fields})
-    return openapi.SimpleAnswer(text=text or "", finish_reason=choice.finish_reason, usage=usage, model=answer.model).model_dump()
+    return openapi.SimpleAnswer(
+        text=text or "", finish_reason=choice.finish_reason, usage=usage, model=answer.model
+    ).model_dump()
 
 
 def _card(target: Target) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The gateway as Ray Serve starts it. What is heavy is imported in the replica, so that whoever deploys it needs to import none."""
+"""The gateway as Ray Serve starts it. What is heavy is imported in the replica, so that whoever deploys it needs to
+import none."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 
 class Gateway:
-    """One replica, which answers HTTP for all models. Its `user_config` is the endpoint's part of the conf, taken over live."""
+    """One replica, which answers HTTP for all models. Its `user_config` is the endpoint's part of the conf, taken over
+    live."""
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         from llm_ray.serve.gateway.api import Api
@@ -36,7 +38,8 @@ class Gateway:
         return await self._api.stats()
 
     async def drain(self, seconds: float) -> int:
-        """Take no more requests, and wait until those that are in are answered; returns how many are not after `seconds`."""
+        """Take no more requests, and wait until those that are in are answered; returns how many are not after
+        `seconds`."""
         self._api.draining = True
         try:
             async with asyncio.timeout(seconds):

@@ -1,4 +1,5 @@
-"""What goes wrong with a request, as its client is told: in OpenAI's form, 4xx for the client's mistakes, 5xx for ours, never a traceback."""
+"""What goes wrong with a request, as its client is told: in OpenAI's form, 4xx for the client's mistakes, 5xx for ours,
+never a traceback."""
 
 from __future__ import annotations
 
@@ -35,7 +36,10 @@ _WORDS = (
     (re.compile(r"Dictionary should "), "it should "),
     (re.compile(r" after validation, not \d+"), ""),
     (re.compile(r"String should "), "it should "),
-    (re.compile(r"Input tag '(.*)' found using '(\w+)' does not match any of the expected tags: "), r"its \2 is '\1', which is none of "),
+    (
+        re.compile(r"Input tag '(.*)' found using '(\w+)' does not match any of the expected tags: "),
+        r"its \2 is '\1', which is none of ",
+    ),
     (re.compile(r"Unable to extract tag using discriminator '(\w+)'"), r"its \1 is missing"),
 )
 
@@ -44,7 +48,13 @@ class ApiError(Exception):
     """An answer with an error, in OpenAI's form."""
 
     def __init__(
-        self, status: int, message: str, code: str | None = None, *, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
@@ -83,7 +93,13 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
     if _NO_TEMPLATE.search(message):
         said = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
         return ApiError(400, said, "invalid_request", param="messages")
-    code = "context_length_exceeded" if _TOO_LONG.search(message) else "model_not_found" if status == 404 else "invalid_request"
+    code = (
+        "context_length_exceeded"
+        if _TOO_LONG.search(message)
+        else "model_not_found"
+        if status == 404
+        else "invalid_request"
+    )
     return ApiError(status, message, code, param=param)
 
 
@@ -96,28 +112,46 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
         said = f"The model `{name}` does not start: {entry.message or 'see llm-ray serve status'}"
         return ApiError(503, said, "model_unavailable", retry_after=10)
     if isinstance(error, RayActorError):
-        return ApiError(503, f"A replica of the model `{name}` was lost while it answered; ask again.", "replica_lost", retry_after=1)
+        return ApiError(
+            503,
+            f"A replica of the model `{name}` was lost while it answered; ask again.",
+            "replica_lost",
+            retry_after=1,
+        )
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, VLLMClientError):
-        return _told(404 if isinstance(cause, VLLMNotFoundError) else 400, str(cause), getattr(cause, "parameter", None))
+        return _told(
+            404 if isinstance(cause, VLLMNotFoundError) else 400, str(cause), getattr(cause, "parameter", None)
+        )
     if type(cause).__name__ in ("EngineDeadError", "EngineGenerateError"):
-        return ApiError(503, f"The engine of the model `{name}` failed while it answered; ask again.", "engine_failed", retry_after=1)
+        return ApiError(
+            503,
+            f"The engine of the model `{name}` failed while it answered; ask again.",
+            "engine_failed",
+            retry_after=1,
+        )
     said = f"The model `{name}` failed: {type(cause).__name__}; its log has the details (llm-ray serve logs {entry.model.name})"
     return ApiError(500, said, "internal_error")
 
 
-# Bodies that are not valid -----------------------------------------------------------------------------------------------------
+# Bodies that are not valid
+# -----------------------------------------------------------------------------------------------------
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """What a client is told of a body that is not valid, from pydantic's errors: the field, and shortly what is wrong with it.
+    """What a client is told of a body that is not valid, from pydantic's errors: the field, and shortly what is wrong
+    with it.
 
     For a field that may be several things pydantic tells what is wrong with each of them. Those that fit best are told.
     """
     if not errors:
         return ApiError(400, "The body is not valid.", "invalid_request")
     if errors[0]["type"] == "json_invalid":
-        return ApiError(400, f"The body is not JSON: {errors[0]['ctx']['error']} (at character {errors[0]['loc'][-1]})", "invalid_json")
+        return ApiError(
+            400,
+            f"The body is not JSON: {errors[0]['ctx']['error']} (at character {errors[0]['loc'][-1]})",
+            "invalid_json",
+        )
     located = [(*_place(error["loc"][1:], body, missing=error["type"] == "missing"), error) for error in errors]
     first = [one for one in located if one[0][:1] == located[0][0][:1]]
     branches: dict[tuple[str, ...], list[tuple[tuple[str | int, ...], Mapping[str, Any]]]] = {}
@@ -127,7 +161,9 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     best = [branch[0] for branch in branches.values() if len(branch) == fewest]
     place = max((path for path, _ in best), key=len)
     there = [error for path, error in best if path == place]
-    there = [error for error in there if not error["type"].endswith("_type")] or there  # of the right type, and wrong otherwise
+    there = [
+        error for error in there if not error["type"].endswith("_type")
+    ] or there  # of the right type, and wrong otherwise
     said = " or ".join(dict.fromkeys(_words(error["msg"]) for error in there)).replace(" or it should be ", " or ")
     param = errors[0].get("ctx", {}).get("param") or _written(place)
     code = "unsupported_parameter" if errors[0]["type"] == "unsupported_parameter" else "invalid_request"

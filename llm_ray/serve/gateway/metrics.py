@@ -1,4 +1,5 @@
-"""What the gateway counts, for Prometheus and `llm-ray serve status`: by the name asked for, that of a model or of an adapter on one."""
+"""What the gateway counts, for Prometheus and `llm-ray serve status`: by the name asked for, that of a model or of an
+adapter on one."""
 
 from __future__ import annotations
 
@@ -31,12 +32,19 @@ class Metrics:
             "llm_ray_requests", "Requests that have ended, by HTTP status", ["model", "status"], registry=self.registry
         )
         self._errors = Counter("llm_ray_request_errors", "Requests that failed on our side (5xx)", **common)
-        self._running = Gauge("llm_ray_requests_in_progress", "Requests taken in and not answered yet, those that wait included", **common)
-        self._waiting = Gauge("llm_ray_requests_queued", "Requests that wait, for more are there than the replicas take at once", **common)
+        self._running = Gauge(
+            "llm_ray_requests_in_progress", "Requests taken in and not answered yet, those that wait included", **common
+        )
+        self._waiting = Gauge(
+            "llm_ray_requests_queued", "Requests that wait, for more are there than the replicas take at once", **common
+        )
         self._prompt = Counter("llm_ray_prompt_tokens", "Tokens of prompts", **common)
         self._generated = Counter("llm_ray_generated_tokens", "Tokens of answers", **common)
         self._first = Histogram(
-            "llm_ray_time_to_first_token_seconds", "From the request to the first token of a streamed answer", buckets=_SECONDS, **common
+            "llm_ray_time_to_first_token_seconds",
+            "From the request to the first token of a streamed answer",
+            buckets=_SECONDS,
+            **common,
         )
         self._each = Histogram(
             "llm_ray_time_per_output_token_seconds",
@@ -44,7 +52,9 @@ class Metrics:
             buckets=_TOKEN_SECONDS,
             **common,
         )
-        self._whole = Histogram("llm_ray_request_seconds", "From the request to the end of its answer", buckets=_SECONDS, **common)
+        self._whole = Histogram(
+            "llm_ray_request_seconds", "From the request to the end of its answer", buckets=_SECONDS, **common
+        )
         self._replicas = Gauge("llm_ray_model_replicas", "Replicas of a model that answer", **common)
         self._sums: defaultdict[str, _Sums] = defaultdict(_Sums)
 

@@ -1,4 +1,5 @@
-"""The OpenAPI description of the endpoint, /openapi.json: what is asked where, what is answered, and in which form errors come.
+"""The OpenAPI description of the endpoint, /openapi.json: what is asked where, what is answered, and in which form
+errors come.
 
 It holds for the endpoint as it is deployed: an API key is asked for in it where one is needed.
 """
@@ -37,9 +38,13 @@ class ErrorInfo(BaseModel):
     """What went wrong."""
 
     message: str
-    type: str = Field(description="invalid_request_error, authentication_error, permission_error, rate_limit_error or server_error")
+    type: str = Field(
+        description="invalid_request_error, authentication_error, permission_error, rate_limit_error or server_error"
+    )
     param: str | None = Field(description="The field that is wrong, where one is.")
-    code: str | None = Field(description="The reason, for programs: model_not_found, context_length_exceeded, queue_full, …")
+    code: str | None = Field(
+        description="The reason, for programs: model_not_found, context_length_exceeded, queue_full, …"
+    )
 
 
 class Error(BaseModel):
@@ -114,15 +119,24 @@ _ANSWERS: dict[str, dict[str, Any]] = {
     "prometheus": {"content": {"text/plain": {"schema": {"type": "string"}}}},
     "models": {"model": Cards},
     "model": {"model": Card},
-    "chat": {"model": ChatCompletionResponse, "content": _STREAM, "description": "The answer; with stream: true its events."},
-    "completions": {"model": CompletionResponse, "content": _STREAM, "description": "The answer; with stream: true its events."},
+    "chat": {
+        "model": ChatCompletionResponse,
+        "content": _STREAM,
+        "description": "The answer; with stream: true its events.",
+    },
+    "completions": {
+        "model": CompletionResponse,
+        "content": _STREAM,
+        "description": "The answer; with stream: true its events.",
+    },
     "embeddings": {"model": EmbeddingResponse},
     "tokenize": {"model": TokenizeResponse},
     "detokenize": {"model": DetokenizeResponse},
     "simple": {
         "model": SimpleAnswer | list[SimpleAnswer] | list[str],
         "content": {"text/plain": {"schema": {"type": "string"}, "example": "The capital of France is Paris."}},
-        "description": "The text, as it comes with stream: true; JSON for a list of texts, and for a client that accepts application/json.",
+        "description": "The text, as it comes with stream: true; JSON for a list of texts, and for a client that "
+        "accepts application/json.",
     },
 }
 _ERRORS = {
@@ -158,7 +172,9 @@ register_url_convertor("model", _ModelName())
 
 def app() -> FastAPI:
     """An application without routes. It has no page of documentation: those load their scripts from elsewhere."""
-    return FastAPI(title="LLM on Ray", version=llm_ray.__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
+    return FastAPI(
+        title="LLM on Ray", version=llm_ray.__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None
+    )
 
 
 def get(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:

@@ -1,7 +1,8 @@
 """Ray Serve's own processes: what a client sees when the gateway dies while it answers, and how often what is done.
 
-Serve's HTTP proxy would break off without an answer, which its HTTP server turns into 500. Here it is 503 in OpenAI's form, or an error event
-in a stream. Serve takes all this from its environment: ``os.environ.update(proxy.ENVIRONMENT)`` where Ray starts.
+Serve's HTTP proxy would break off without an answer, which its HTTP server turns into 500. Here it is 503 in OpenAI's
+form, or an error event in a stream. Serve takes all this from its environment: ``os.environ.update(proxy.ENVIRONMENT)``
+where Ray starts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "llm_ray.serve.gateway.proxy:middlewares",
-    # Ten times a second, as Serve comes, is 3 % of a core for the controller, and as much for others; a thread that computes has it less.
+    # Ten times a second, as Serve comes, is 3 % of a core for the controller, and as much for others; a thread that
+    # computes has it less.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # at the third failure it is replaced; every 10 s as Serve comes
@@ -60,7 +62,11 @@ class AlwaysAnswers:
         await self.app(scope, receive, watched)
         body = json.dumps(_LOST).encode()
         if headers is None:
-            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"retry-after", b"1")]
+            head = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"retry-after", b"1"),
+            ]
             await send({"type": "http.response.start", "status": 503, "headers": head})
             await send({"type": "http.response.body", "body": body})
         elif not whole and headers.get(b"content-type", b"").startswith(b"text/event-stream"):

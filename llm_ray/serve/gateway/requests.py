@@ -1,7 +1,8 @@
-"""Bodies of requests as clients may send them: vLLM's request models, less what is the engine's own business, and with bounds.
+"""Bodies of requests as clients may send them: vLLM's request models, less what is the engine's own business, and with
+bounds.
 
-What is refused here gets a 400 that says why, and is not in the OpenAPI description. What a client of OpenAI's sends and no engine here
-knows (`metadata`, `store`, `service_tier`, …) is passed over, as vLLM does.
+What is refused here gets a 400 that says why, and is not in the OpenAPI description. What a client of OpenAI's sends
+and no engine here knows (`metadata`, `store`, `service_tier`, …) is passed over, as vLLM does.
 """
 
 from __future__ import annotations
@@ -83,11 +84,18 @@ REFUSED: Mapping[str, str] = {
     "web_search_options": "nothing is fetched from the web",
 }
 # What the refused ones may be all the same: the value that means nothing is asked for.
-_NOTHING: Mapping[str, Any] = {"priority": 0, "use_beam_search": False, "best_of": 1, "length_penalty": 1.0, "function_call": "none"}
+_NOTHING: Mapping[str, Any] = {
+    "priority": 0,
+    "use_beam_search": False,
+    "best_of": 1,
+    "length_penalty": 1.0,
+    "function_call": "none",
+}
 
 
 class Body(BaseModel):
-    """A request's body, which fails with a ValidationError alone, whatever a validator raises for what it did not expect."""
+    """A request's body, which fails with a ValidationError alone, whatever a validator raises for what it did not
+    expect."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -95,7 +103,9 @@ class Body(BaseModel):
         if isinstance(data, dict):
             for name, reason in REFUSED.items():
                 if data.get(name) is not None and data[name] != _NOTHING.get(name, ()):
-                    raise PydanticCustomError("unsupported_parameter", "it cannot be set here: {reason}", {"param": name, "reason": reason})
+                    raise PydanticCustomError(
+                        "unsupported_parameter", "it cannot be set here: {reason}", {"param": name, "reason": reason}
+                    )
             _check_text(data)
             data = {name: value for name, value in data.items() if name not in REFUSED}
         try:
@@ -127,7 +137,9 @@ def _check_text(data: Any) -> None:
                 try:
                     value.encode()
                 except UnicodeEncodeError:
-                    raise PydanticCustomError("value_error", "it holds half of a surrogate pair, which is no character", {}) from None
+                    raise PydanticCustomError(
+                        "value_error", "it holds half of a surrogate pair, which is no character", {}
+                    ) from None
         elif isinstance(value, dict):
             waiting += value.keys()
             waiting += value.values()
@@ -135,7 +147,8 @@ def _check_text(data: Any) -> None:
             waiting += value
 
 
-# Messages ----------------------------------------------------------------------------------------------------------------------
+# Messages
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _inline(url: str) -> str:
@@ -198,7 +211,10 @@ class ToolCall(TypedDict):
 
 
 _Texts = str | Annotated[list[TextPart], Field(max_length=1024)]
-_Parts = str | Annotated[list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]], Field(max_length=1024)]
+_Parts = (
+    str
+    | Annotated[list[Annotated[TextPart | ImagePart | AudioPart, Field(discriminator="type")]], Field(max_length=1024)]
+)
 
 
 class SystemMessage(TypedDict):
@@ -239,10 +255,13 @@ class ToolMessage(TypedDict):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
-# Bounded fields ----------------------------------------------------------------------------------------------------------------
+# Bounded fields
+# ----------------------------------------------------------------------------------------------------------------
 
 _MODEL = Field(
-    None, description="Name of a model or of an adapter, as /v1/models lists them. May be left out where there is one only.", max_length=200
+    None,
+    description="Name of a model or of an adapter, as /v1/models lists them. May be left out where there is one only.",
+    max_length=200,
 )
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -293,12 +312,15 @@ def _enforced(fault: Fault | None) -> None:
 
 
 class _Sampling(Body):
-    """What chats and completions have in common. Bounds are OpenAI's where it has some, else what one request may cost."""
+    """What chats and completions have in common. Bounds are OpenAI's where it has some, else what one request may
+    cost."""
 
     model: str | None = _MODEL
     n: int | None
     max_tokens: int | None
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="0: always the likeliest token.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, allow_inf_nan=False, description="0: always the likeliest token."
+    )
     top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False, description="0: always the likeliest token.")
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 and -1: all.")
     min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
@@ -312,7 +334,10 @@ class _Sampling(Body):
     allowed_token_ids: Annotated[list[_TokenId], Field(min_length=1, max_length=1024)] | None = None
     logprob_token_ids: Annotated[list[_TokenId], Field(max_length=128)] | None = None
     logit_bias: (
-        Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        Annotated[
+            dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=1024),
+        ]
         | None
     ) = None
     prompt_logprobs: _Logprobs | None = None
@@ -328,11 +353,14 @@ class _Sampling(Body):
         return self
 
     def to_sampling_params(self, max_tokens: int, *args: Any) -> SamplingParams:
-        """As vLLM's. Several answers of the likeliest tokens, which it refuses, are the same answer several times, as OpenAI has it.
+        """As vLLM's. Several answers of the likeliest tokens, which it refuses, are the same answer several times, as
+        OpenAI has it.
 
         Raises VLLMValidationError for a prompt that leaves no room for an answer.
         """
-        if max_tokens < 1 and self.max_tokens != 0:  # vLLM calls it a wrong max_tokens, of which the client may have sent none
+        if (
+            max_tokens < 1 and self.max_tokens != 0
+        ):  # vLLM calls it a wrong max_tokens, of which the client may have sent none
             said = "The prompt alone is as long as the model's maximum context length, which leaves no token for an answer."
             raise VLLMValidationError(said, parameter="input_tokens")
         several, self.n = self.n or 1, 1
@@ -350,20 +378,29 @@ class Chat(_Sampling, ChatCompletionRequest):
     model_config = ConfigDict(
         extra="ignore",
         strict=True,
-        json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}]},
+        json_schema_extra={
+            "examples": [
+                {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 32}
+            ]
+        },
     )
 
     messages: Messages
     n: int | None = Field(1, ge=1, le=128, description="Answers; together no more than the model computes at once.")
-    max_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS, description="Tokens of the answer at most. Unset: as many as fit.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=_MAX_TOKENS, description="OpenAI's newer name of max_tokens.")
+    max_tokens: int | None = Field(
+        None, ge=1, le=_MAX_TOKENS, description="Tokens of the answer at most. Unset: as many as fit."
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=_MAX_TOKENS, description="OpenAI's newer name of max_tokens."
+    )
     top_logprobs: _Logprobs | None = 0
     tools: Annotated[list[ChatCompletionToolsParam], Field(min_length=1, max_length=128)] | None = None
     documents: Annotated[list[dict[str, str]], Field(max_length=128)] | None = None
 
     @model_validator(mode="after")
     def _strict(self) -> Chat:
-        """A call that is demanded has arguments of the tool's schema, unless the tool says `strict: false`: a small model makes up others."""
+        """A call that is demanded has arguments of the tool's schema, unless the tool says `strict: false`: a small
+        model makes up others."""
         if not self.tools or self.tool_choice in ("none", None):
             return self
         named = None if isinstance(self.tool_choice, str) else self.tool_choice.function.name
@@ -387,16 +424,22 @@ class Completion(_Sampling, CompletionRequest):
         | Annotated[list[_TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=128)]
         | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
-    ) = Field(description="A text or its token ids, or several: together with n no more than the model computes at once.")
+    ) = Field(
+        description="A text or its token ids, or several: together with n no more than the model computes at once."
+    )
     n: int = Field(1, ge=1, le=128, description="Answers for each prompt.")
-    max_tokens: int | None = Field(16, ge=0, le=_MAX_TOKENS, description="Tokens of the answer at most; 0 with echo: the prompt alone.")
+    max_tokens: int | None = Field(
+        16, ge=0, le=_MAX_TOKENS, description="Tokens of the answer at most; 0 with echo: the prompt alone."
+    )
     logprobs: _Logprobs | None = None
 
 
 class Embedding(Body, EmbeddingCompletionRequest):
     """A request to /v1/embeddings."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"examples": [{"input": "Ray is a framework."}]})
+    model_config = ConfigDict(
+        extra="ignore", strict=True, json_schema_extra={"examples": [{"input": "Ray is a framework."}]}
+    )
 
     model: str | None = _MODEL
     input: (
@@ -420,7 +463,9 @@ class TokenizeChat(Body, TokenizeChatRequest):
     """A request to /tokenize for a conversation, as the model's chat template writes it."""
 
     model_config = ConfigDict(
-        extra="ignore", strict=True, json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]}
+        extra="ignore",
+        strict=True,
+        json_schema_extra={"examples": [{"messages": [{"role": "user", "content": "Hello"}]}]},
     )
 
     model: str | None = _MODEL

@@ -1,8 +1,9 @@
 """JSON schemas that answers are to follow: what no engine here enforces is found before the request reaches one.
 
-xgrammar, which all engines constrain answers with, reads one of `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and `type` in each
-schema, the first of these that is there, and passes over the rest without a word. An answer may then break the schema though the client was
-told 200. `unenforced` is the list of what remains; tests/full/test_schemas.py holds each keyword against each engine.
+xgrammar, which all engines constrain answers with, reads one of `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and
+`type` in each schema, the first of these that is there, and passes over the rest without a word. An answer may then
+break the schema though the client was told 200. `unenforced` is the list of what remains; tests/full/test_schemas.py
+holds each keyword against each engine.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ class Fault(NamedTuple):
 
 _LENGTHS = {"minLength", "maxLength"}
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_OF_PROPERTIES = (
-    "properties required additionalProperties unevaluatedProperties patternProperties propertyNames minProperties maxProperties"
-)
+_OF_PROPERTIES = "properties required additionalProperties unevaluatedProperties patternProperties propertyNames minProperties maxProperties"
 # What is enforced beside each type.
 _BESIDE: Mapping[str, frozenset[str]] = {
     "object": frozenset(_OF_PROPERTIES.split()),
@@ -65,11 +64,14 @@ _UNENFORCED = "it is not enforced here: leave it out, and look at the answer you
 _MOST_BRANCHES, _MOST_VALUES, _DEEPEST = 100, 10_000, 32
 _REFERS = "only references to this schema itself are followed: # and #/…, by names without ~ and %"
 # (?:…) alone of all groups with a question mark; escapes that are read as in ECMAScript.
-_PATTERN = re.compile(r"\\(?:[^a-zA-Z0-9]|[dDwWsSnrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|c[a-zA-Z])|\[\^?|\(\?:|[^\\]", re.DOTALL)
+_PATTERN = re.compile(
+    r"\\(?:[^a-zA-Z0-9]|[dDwWsSnrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|c[a-zA-Z])|\[\^?|\(\?:|[^\\]", re.DOTALL
+)
 
 
 def unenforced(schema: Any, place: str) -> Fault | None:
-    """The first part of a schema that answers might break; None where they follow all of it. `place` is the schema's own in the request.
+    """The first part of a schema that answers might break; None where they follow all of it. `place` is the schema's
+    own in the request.
 
     Raises VLLMValidationError for a schema nested too deeply.
     """
@@ -100,7 +102,8 @@ def unenforced_tag(tag: Any, place: str) -> Fault | None:
 
 
 def unenforced_pattern(pattern: str) -> str | None:
-    """What of a regular expression would be read otherwise than ECMAScript has it, or passed over; None where nothing is."""
+    """What of a regular expression would be read otherwise than ECMAScript has it, or passed over; None where nothing
+    is."""
     parts: list[str] = []
     at, in_class = 0, False
     while at < len(pattern):
@@ -154,7 +157,9 @@ class _Schema:
         if schema is True:
             return
         if schema is False:
-            yield Fault(place, "false, which allows nothing, is enforced in items, additionalProperties and unevaluated… alone")
+            yield Fault(
+                place, "false, which allows nothing, is enforced in items, additionalProperties and unevaluated… alone"
+            )
             return
         if not isinstance(schema, dict):
             yield Fault(place, "a schema is an object, or true")
@@ -248,11 +253,13 @@ class _Schema:
         elif head == "oneOf" and not all(self._apart(a, b) for i, a in enumerate(branches) for b in branches[:i]):
             yield Fault(
                 place,
-                "it is enforced where no two of its schemas can hold at once (other types, other values, or a required property of other "
+                "it is enforced where no two of its schemas can hold at once (other types, other values, or a required "
+                "property of other "
                 "values); write anyOf where one or more may hold",
             )
 
-    # By type -----------------------------------------------------------------------------------------------------------------
+    # By type
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _typed(self, schema: dict[str, Any], place: str) -> Iterator[Fault]:
         asked = schema.get("type")
@@ -261,7 +268,10 @@ class _Schema:
         if asked is None and implied is None:
             for keyword in sorted(schema.keys() & _ASSERTIONS):
                 kind = next(kind for kind, beside in _BESIDE.items() if keyword in beside)
-                yield Fault(f"{place}.{keyword}", f'it is enforced beside a type alone: write "type": "{kind}", or a list of types, too')
+                yield Fault(
+                    f"{place}.{keyword}",
+                    f'it is enforced beside a type alone: write "type": "{kind}", or a list of types, too',
+                )
             return
         if not types or not all(isinstance(kind, str) and kind in _BESIDE for kind in types):
             yield Fault(f"{place}.type", f"it is one of {', '.join(_BESIDE)}, or a list of them")
@@ -287,10 +297,15 @@ class _Schema:
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             yield Fault(f"{place}.required", "it is a list of names")
         elif missing := [name for name in required if name not in properties]:
-            yield Fault(f"{place}.required", f"`{missing[0]}` is not among the properties, and so is not enforced: write it there, as {{}}")
+            yield Fault(
+                f"{place}.required",
+                f"`{missing[0]}` is not among the properties, and so is not enforced: write it there, as {{}}",
+            )
         if "patternProperties" in schema:
             if "properties" in schema or len(patterns) > 1:
-                yield Fault(f"{place}.patternProperties", "it is enforced with one pattern, and without properties, alone")
+                yield Fault(
+                    f"{place}.patternProperties", "it is enforced with one pattern, and without properties, alone"
+                )
             for pattern in patterns:
                 if said := unenforced_pattern(pattern):
                     yield Fault(f"{place}.patternProperties", said)
@@ -299,20 +314,34 @@ class _Schema:
         for keyword in ("additionalProperties", "unevaluatedProperties"):
             if isinstance(schema.get(keyword), dict):
                 yield from self.faults(schema[keyword], f"{place}.{keyword}")
-        more = any(schema.get(keyword, False) is not False for keyword in ("additionalProperties", "unevaluatedProperties"))
+        more = any(
+            schema.get(keyword, False) is not False for keyword in ("additionalProperties", "unevaluatedProperties")
+        )
         named = bool(patterns) or "propertyNames" in schema or more
         yield from _counts(schema, ("minProperties", "maxProperties"), place)
         for keyword in ("minProperties", "maxProperties"):
             if keyword in schema and not properties and not named:
-                yield Fault(f"{place}.{keyword}", 'nothing says which properties there are: write "additionalProperties": true, too')
+                yield Fault(
+                    f"{place}.{keyword}",
+                    'nothing says which properties there are: write "additionalProperties": true, too',
+                )
 
     def _names(self, schema: dict[str, Any], place: str) -> Iterator[Fault]:
         names = schema["propertyNames"]
         beside = {"properties", "patternProperties", "unevaluatedProperties"} & schema.keys()
         if beside or schema.get("additionalProperties") is False:
-            yield Fault(f"{place}.propertyNames", "it is not enforced beside other keywords of properties than additionalProperties")
-        elif not isinstance(names, dict) or names.get("type", "string") != "string" or names.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
-            yield Fault(f"{place}.propertyNames", "it is enforced as pattern, format, lengths, const or enum of a string alone")
+            yield Fault(
+                f"{place}.propertyNames",
+                "it is not enforced beside other keywords of properties than additionalProperties",
+            )
+        elif (
+            not isinstance(names, dict)
+            or names.get("type", "string") != "string"
+            or names.keys() & {"$ref", "anyOf", "oneOf", "allOf"}
+        ):
+            yield Fault(
+                f"{place}.propertyNames", "it is enforced as pattern, format, lengths, const or enum of a string alone"
+            )
         else:
             yield from self.faults({"type": "string"} | names, f"{place}.propertyNames")
 
@@ -336,7 +365,8 @@ class _Schema:
             if keyword in schema and not schema.keys() & set(_IMPLIES["array"]):
                 yield Fault(f"{place}.{keyword}", 'nothing says what the items are: write "items": {}, too')
 
-    # What a schema allows ----------------------------------------------------------------------------------------------------
+    # What a schema allows
+    # ----------------------------------------------------------------------------------------------------
 
     def _types(self, schema: Any, depth: int = 0) -> set[str]:
         """The types of a schema's values, at most."""
@@ -344,7 +374,9 @@ class _Schema:
             return set(_BESIDE)
         if id(schema) not in self._known:
             self._known[id(schema)] = set(_BESIDE)  # of a schema within itself nothing is known
-            self._known[id(schema)] = self._types_of(schema, next((keyword for keyword in _HEADS if keyword in schema), None), depth)
+            self._known[id(schema)] = self._types_of(
+                schema, next((keyword for keyword in _HEADS if keyword in schema), None), depth
+            )
         return self._known[id(schema)]
 
     def _types_of(self, schema: dict[str, Any], head: str | None, depth: int = 0) -> set[str]:
@@ -369,7 +401,9 @@ class _Schema:
         schema = self._resolved(schema)
         if not isinstance(schema, dict):
             return None
-        return [schema["const"]] if "const" in schema else schema["enum"] if isinstance(schema.get("enum"), list) else None
+        return (
+            [schema["const"]] if "const" in schema else schema["enum"] if isinstance(schema.get("enum"), list) else None
+        )
 
     def _apart(self, one: Any, other: Any) -> bool:
         """Whether no value can follow both schemas."""
@@ -381,14 +415,19 @@ class _Schema:
         if self._types(one) | self._types(other) != {"object"}:
             return False
         names = set(one.get("required") or ()) & set(other.get("required") or ())
-        return any(_differ(*(self._values((part.get("properties") or {}).get(name)) for part in (one, other))) for name in names)
+        return any(
+            _differ(*(self._values((part.get("properties") or {}).get(name)) for part in (one, other)))
+            for name in names
+        )
 
 
 def _differ(some: list[Any] | None, others: list[Any] | None) -> bool:
     """Whether two lists of values have none in common; 1 and true are two."""
     if some is None or others is None or len(some) * len(others) > _MOST_VALUES:
         return False
-    return not any(one == other and isinstance(one, bool) == isinstance(other, bool) for one in some for other in others)
+    return not any(
+        one == other and isinstance(one, bool) == isinstance(other, bool) for one in some for other in others
+    )
 
 
 def _declared(schema: dict[str, Any]) -> set[str]:
@@ -428,7 +467,10 @@ def _string(schema: dict[str, Any], place: str) -> Iterator[Fault]:
             yield Fault(f"{place}.pattern", "it is not enforced beside format: leave one of them out")
     if form is not None or pattern is not None:
         for keyword in sorted(schema.keys() & _LENGTHS):
-            yield Fault(f"{place}.{keyword}", "it is not enforced beside pattern and format: write it into the pattern, as .{1,9}")
+            yield Fault(
+                f"{place}.{keyword}",
+                "it is not enforced beside pattern and format: write it into the pattern, as .{1,9}",
+            )
 
 
 def _number(schema: dict[str, Any], place: str, whole: bool) -> Iterator[Fault]:

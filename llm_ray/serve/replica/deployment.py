@@ -1,4 +1,5 @@
-"""A replica of a model: what Ray Serve starts. It imports the engine itself, so that whoever deploys needs to import none."""
+"""A replica of a model: what Ray Serve starts. It imports the engine itself, so that whoever deploys needs to import
+none."""
 
 from __future__ import annotations
 
@@ -17,18 +18,20 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # the models are folders
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is a thread of this process
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CONFIGURE_LOGGING": "0",  # it would close the handlers of Serve's log, which the controller asks for when it comes back
+    # It would close the handlers of Serve's log, which the controller asks for when it comes back
+    "VLLM_CONFIGURE_LOGGING": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # llm_ray.cores binds
 }
-# Seconds for the clients whose requests the engine took with it to be told. What killed it would otherwise be asked of another replica.
+# Seconds for the clients whose requests the engine took with it to be told. What killed it would otherwise be asked of
+# another replica.
 _TOLD_WITHIN = 1.0
 
 
 def environment(model: ServedModel) -> dict[str, str]:
     """What the model's process has to have in its environment before it imports the engine."""
-    # vLLM's sampler would compile parts of itself in the middle of the first request that wants logprobs: seconds in which all others wait,
-    # and the engine's death on a host without a C++ compiler.
+    # vLLM's sampler would compile parts of itself in the middle of the first request that wants logprobs: seconds in
+    # which all others wait, and the engine's death on a host without a C++ compiler.
     return ENVIRONMENT if model.compile else {**ENVIRONMENT, "TORCH_COMPILE_DISABLE": "1"}
 
 
@@ -40,7 +43,8 @@ class ModelReplica:
         self._server: ModelServer | None = None
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Called by Serve with the deployment's user_config: at the start, where the engine is loaded, and whenever it changes."""
+        """Called by Serve with the deployment's user_config: at the start, where the engine is loaded, and whenever it
+        changes."""
         if self._server is None:
             os.environ.update(environment(self._model))
             logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
@@ -74,14 +78,16 @@ class ModelReplica:
         return await self.server.detokenize(request, info)
 
     async def check_health(self) -> None:
-        """Ends the process when its engine is dead. Serve replaces at once what has ended, and what is ill after three checks only: until
-        then every request that came to it would fail.
+        """Ends the process when its engine is dead. Serve replaces at once what has ended, and what is ill after three
+        checks only: until then every request that came to it would fail.
         """
         try:
             await self.server.check_health()
         except Exception as error:
             await asyncio.sleep(_TOLD_WITHIN)
-            said = f"The engine is dead, so that this replica ends and another is started: {type(error).__name__}: {error}"
+            said = (
+                f"The engine is dead, so that this replica ends and another is started: {type(error).__name__}: {error}"
+            )
             logging.getLogger("ray.serve").error(said)
             logging.shutdown()
             os._exit(1)

@@ -28,7 +28,8 @@ _LORAS_KEPT = 64  # adapters in memory
 
 
 class NoDownload(CallbackBase):
-    """The model is a folder that is there: Ray's task that would fetch it, in a process that imports vLLM for that, is left out."""
+    """The model is a folder that is there: Ray's task that would fetch it, in a process that imports vLLM for that, is
+    left out."""
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
@@ -37,7 +38,9 @@ class NoDownload(CallbackBase):
 class ModelServer(LLMServer):
     """LLMServer with the engine that the model's conf names. `start()` loads it."""
 
-    def __init__(self, model: ServedModel) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
+    def __init__(
+        self, model: ServedModel
+    ) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
         self._name = model.name
         self.adapters = dict(model.adapters)
         self._loading = asyncio.Lock()
@@ -47,7 +50,8 @@ class ModelServer(LLMServer):
         self._init_shared(llm_config(model, template), functools.partial(Engine, model))
 
     async def start(self) -> None:
-        """Load the engine and the adapters, and try the engine out: what it cannot compute shows now, not to the first client.
+        """Load the engine and the adapters, and try the engine out: what it cannot compute shows now, not to the first
+        client.
 
         Raises what the engine raises.
         """
@@ -57,14 +61,16 @@ class ModelServer(LLMServer):
             await self._load_adapter(name, adapter)
 
     async def _run_request(self, request: Any, *args: Any, **options: Any) -> Any:
-        # Not by Serve's multiplexing, which sends requests for a name to one replica until that is full: here all have all adapters.
+        # Not by Serve's multiplexing, which sends requests for a name to one replica until that is full: here all have
+        # all adapters.
         if request.model != self._name:
             await self._load_adapter(request.model, await self._adapter(request.model))
         return await super()._run_request(request, *args, **options)
 
     @functools.cached_property
     def _versions(self) -> tempfile.TemporaryDirectory[str]:
-        """vLLM keeps what it has computed of a prompt by an adapter's name and path: here other weights have another path."""
+        """vLLM keeps what it has computed of a prompt by an adapter's name and path: here other weights have another
+        path."""
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
@@ -84,7 +90,8 @@ class ModelServer(LLMServer):
         path.symlink_to(adapter.path)
 
     async def _adapter(self, name: str) -> Adapter:
-        """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the client a 404."""
+        """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the
+        client a 404."""
         for _ in range(_LOOKS):
             if name in self.adapters:
                 return self.adapters[name]
@@ -102,8 +109,12 @@ class ModelServer(LLMServer):
         return await super().tokenize(told(request, self._template, tools=self._tools), raw_request_info)
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ModelError for one that vLLM does not take."""
-        before, self.adapters = self.adapters, dict(adapters)  # first: requests that come meanwhile load what is to be served
+        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ModelError for one
+        that vLLM does not take."""
+        before, self.adapters = (
+            self.adapters,
+            dict(adapters),
+        )  # first: requests that come meanwhile load what is to be served
         for name in before.keys() - adapters.keys():
             self.engine.forget_adapter(name)
         for name, adapter in adapters.items():
@@ -113,7 +124,8 @@ class ModelServer(LLMServer):
 
 
 def told(request: Any, template: ChatTemplate | None, *, tools: bool) -> Any:
-    """The request with its messages as training has them; with `tools`, those that the chat template does not know are told in words."""
+    """The request with its messages as training has them; with `tools`, those that the chat template does not know are
+    told in words."""
     if messages := getattr(request, "messages", ()):
         request.messages = as_learnt(messages)
         if template and tools and template.in_words(request.messages, request.tools):
@@ -136,22 +148,32 @@ def engine_arguments(model: ServedModel) -> dict[str, Any]:
         "enforce_eager": not model.compile,
         "trust_remote_code": model.trust_remote_code,
         "load_format": "hf",  # else Mistral's consolidated.safetensors goes before the files that were checked
-        "override_generation_config": {name: NEUTRAL[name] for name in sampling(model.path).keys() - model.sampling.keys()},
+        "override_generation_config": {
+            name: NEUTRAL[name] for name in sampling(model.path).keys() - model.sampling.keys()
+        },
         "disable_log_stats": True,
     }
     if model.tokenizer:
         engine["tokenizer"] = str(model.tokenizer)
     if model.lora_rank:
-        engine |= {"enable_lora": True, "max_lora_rank": model.lora_rank, "max_loras": ADAPTERS_AT_ONCE, "max_cpu_loras": _LORAS_KEPT}
+        engine |= {
+            "enable_lora": True,
+            "max_lora_rank": model.lora_rank,
+            "max_loras": ADAPTERS_AT_ONCE,
+            "max_cpu_loras": _LORAS_KEPT,
+        }
     kind = ENGINES[model.engine]
     return engine | dict(kind.front_end) | (model.engine_options if kind.options_of_vllm else {})
 
 
 def chat_template(model: ServedModel) -> ChatTemplate | None:
-    """The template that writes the model's prompts; None where it takes no conversations. Raises what transformers raises."""
+    """The template that writes the model's prompts; None where it takes no conversations. Raises what transformers
+    raises."""
     if model.task != "chat":
         return None
-    tokenizer = AutoTokenizer.from_pretrained(str(model.tokenizer or model.path), trust_remote_code=model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        str(model.tokenizer or model.path), trust_remote_code=model.trust_remote_code
+    )
     if model.chat_template:
         tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
     return ChatTemplate(tokenizer) if tokenizer.chat_template else None

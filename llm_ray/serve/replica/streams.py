@@ -1,9 +1,10 @@
 """How often a streamed answer is sent on: each token at once to a few clients, several tokens together to many.
 
-An event on its way from the engine to the client costs some milliseconds of computing time: in vLLM's front end, which makes it, in the
-replica, the gateway and Serve's proxy. At sixteen streams that is a third of what the tokens themselves cost on two cores. So the
-more streams a replica has, and the fewer cores there are, the longer new tokens are held back to become one event. The first token, and
-the end of an answer, always go at once; so does each token of an answer that may be a tool call, for it is parsed piece by piece.
+An event on its way from the engine to the client costs some milliseconds of computing time: in vLLM's front end, which
+makes it, in the replica, the gateway and Serve's proxy. At sixteen streams that is a third of what the tokens
+themselves cost on two cores. So the more streams a replica has, and the fewer cores there are, the longer new tokens
+are held back to become one event. The first token, and the end of an answer, always go at once; so does each token of
+an answer that may be a tool call, for it is parsed piece by piece.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _streams: weakref.WeakSet[CoalescedOutputs] = weakref.WeakSet()
 
 
 class CoalescedOutputs(RequestOutputCollector):
-    """What vLLM's front end collects an answer's new tokens in; whoever takes them out gets those that have come meanwhile as one."""
+    """What vLLM's front end collects an answer's new tokens in; whoever takes them out gets those that have come
+    meanwhile as one."""
 
     output: RequestOutput | PoolingRequestOutput | Exception | None
 

@@ -1,6 +1,7 @@
 """The screens, each a file with one function that builds it, at a URL of its own.
 
-A screen is added here by a line, and by a module whose `build(site)` makes its components and connects them with `llm_ray.ui.handlers.on`.
+A screen is added here by a line, and by a module whose `build(site)` makes its components and connects them with
+`llm_ray.ui.handlers.on`.
 """
 
 from __future__ import annotations

@@ -35,11 +35,15 @@ def build(site: Site) -> None:
     """Makes the screen's components."""
     with gr.Row():
         model = gr.Dropdown([], label="Model", info="What is deployed", scale=1)
-        beside = gr.Dropdown([NOBODY], value=NOBODY, label="Beside it", info="A second model that gets the same questions", scale=1)
+        beside = gr.Dropdown(
+            [NOBODY], value=NOBODY, label="Beside it", info="A second model that gets the same questions", scale=1
+        )
     state = gr.HTML(elem_id="ask-state")
     with gr.Row():
         left, right = _chat("Answers", "ask-left", True), _chat("Answers beside it", "ask-right", False)
-    question = gr.Textbox(label="Question", lines=2, max_lines=8, elem_id="ask-question", info="Enter sends, Shift+Enter is a new line")
+    question = gr.Textbox(
+        label="Question", lines=2, max_lines=8, elem_id="ask-question", info="Enter sends, Shift+Enter is a new line"
+    )
     with gr.Row():
         send, stop, new = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New talk")
     with gr.Accordion("Settings", open=False):
@@ -51,11 +55,20 @@ def build(site: Site) -> None:
             tokens = optional("Most tokens", "Of one answer", "512")
             seed = optional("Seed", "For the same answer again")
         key = gr.Textbox(
-            label="API key", type="password", info="Where the endpoint asks for one. It is kept in this tab alone, until it is closed"
+            label="API key",
+            type="password",
+            info="Where the endpoint asks for one. It is kept in this tab alone, until it is closed",
         )
     with gr.Accordion("This talk as training data", open=False):
         gr.HTML(note("A row of a .jsonl file, in the form that the screen Data takes."))
-        data = gr.Code(_NO_TALK, language="json", label="Messages", interactive=False, wrap_lines=True, buttons=["copy", "download"])
+        data = gr.Code(
+            _NO_TALK,
+            language="json",
+            label="Messages",
+            interactive=False,
+            wrap_lines=True,
+            buttons=["copy", "download"],
+        )
     first, second = gr.Textbox(visible=False), gr.Textbox(visible=False)  # of the URL
     turns, talk, known = gr.State([]), gr.State(""), gr.State([])
 
@@ -117,7 +130,9 @@ def build(site: Site) -> None:
             seed=whole(seed, "Seed", 0),
             system=(system or "").strip() or None,
         )
-        asked = [_generation(site, name, side, turns, question, settings, key) for side, name in enumerate((model, beside))]
+        asked = [
+            _generation(site, name, side, turns, question, settings, key) for side, name in enumerate((model, beside))
+        ]
         if not any(asked):
             raise ServeError("No model is deployed: deploy one on the screen Deploy.")
         talk, changed = secrets.token_hex(8), threading.Event()
@@ -197,12 +212,17 @@ def _state(site: Site, models: dict[str, ModelStatus], missing: list[str]) -> st
         return note(f"The cluster is away: {seen.away}", "bad")
     if missing:
         return note(
-            f"Not deployed: {', '.join(missing)}. The screen Deploy does it; in a terminal: llm-ray serve deploy --model {missing[0]}",
+            f"Not deployed: {', '.join(missing)}. The screen Deploy does it; in a terminal: llm-ray serve deploy "
+            f"--model {missing[0]}",
             "bad",
         )
     if not models:
-        return note("Nothing is deployed yet. The screen Deploy does it; in a terminal: llm-ray serve deploy --model NAME")
-    if unready := [f"{name} ({entry.reason or entry.state.lower()})" for name, entry in models.items() if not entry.ready]:
+        return note(
+            "Nothing is deployed yet. The screen Deploy does it; in a terminal: llm-ray serve deploy --model NAME"
+        )
+    if unready := [
+        f"{name} ({entry.reason or entry.state.lower()})" for name, entry in models.items() if not entry.ready
+    ]:
         return note(f"Not ready: {', '.join(unready)}")
     url = seen.overview.serving.url if seen.overview else None
     return f'<p class="frame-note">Answers come from {html.escape(str(url))}</p>'
@@ -222,8 +242,12 @@ def _generation(
         raise ConfError("API key: a key is one word of ASCII characters.")
     endpoint = parse(seen.overview.serving.url, Key(secret, "the field API key") if secret else None)
     if models[name].model.task == "completions":  # no chat template: the question as it stands is gone on with
-        return Generation(endpoint, name, Prompt(question), Settings(**{**_plain(settings), "system": None, "completion": True}))
-    return Generation(endpoint, name, Prompt([*conversation(turns, side), {"role": "user", "content": question}]), settings)
+        return Generation(
+            endpoint, name, Prompt(question), Settings(**{**_plain(settings), "system": None, "completion": True})
+        )
+    return Generation(
+        endpoint, name, Prompt([*conversation(turns, side), {"role": "user", "content": question}]), settings
+    )
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

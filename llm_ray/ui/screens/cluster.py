@@ -65,18 +65,26 @@ def build(site: Site) -> None:
     def hosts(seen: Seen) -> list[tuple[str, str]]:
         nodes = seen.overview.state["nodes"] if seen.overview else []
         return [
-            (f"{entry['host']} ({entry['address']})", entry["address"]) for entry in nodes if not entry["head"] and not entry["draining"]
+            (f"{entry['host']} ({entry['address']})", entry["address"])
+            for entry in nodes
+            if not entry["head"] and not entry["draining"]
         ]
 
     def keys_now() -> tuple[str, Any]:
         found = keys.list_keys(file)
-        return _keys(found), gr.update(choices=[(f"{entry.name} ({entry.id})", entry.id) for entry in found], value=None)
+        return _keys(found), gr.update(
+            choices=[(f"{entry.name} ({entry.id})", entry.id) for entry in found], value=None
+        )
 
     @handler(Role.VIEWER)
     def look(visitor: Visitor, known: list[Any]) -> tuple[Any, ...]:
         seen = site.watch.seen()
         now = [sorted(seen.models), hosts(seen)]
-        choices = (gr.skip(), gr.skip()) if now == known else (gr.update(choices=now[0], value=None), gr.update(choices=now[1], value=None))
+        choices = (
+            (gr.skip(), gr.skip())
+            if now == known
+            else (gr.update(choices=now[0], value=None), gr.update(choices=now[1], value=None))
+        )
         return _overview(seen), *choices, now
 
     @handler(Role.ADMIN)
@@ -90,25 +98,36 @@ def build(site: Site) -> None:
 
     @handler(Role.ADMIN)
     def ask_restart(visitor: Visitor, model: str | None) -> tuple[Any, str, list[Any]]:
-        text = f"Restart {model}? What it works on is answered first; until it is ready again, clients get errors for it."
+        text = (
+            f"Restart {model}? What it works on is answered first; until it is ready again, clients get errors for it."
+        )
         return ask("restart", model, "Choose a deployed model first.", text)
 
     @handler(Role.ADMIN)
     def ask_drain(visitor: Visitor, node: str | None) -> tuple[Any, str, list[Any]]:
         text = (
-            f"Drain {node}? It takes no more work, and its Ray ends when what runs there has ended, after {_DRAIN_SECONDS // 60} minutes "
+            f"Drain {node}? It takes no more work, and its Ray ends when what runs there has ended, after "
+            f"{_DRAIN_SECONDS // 60} minutes "
             "at most. The playbook remove_node takes it out of the cluster for good."
         )
         return ask("drain", node, "Choose a worker first. There is none where the cluster is one host.", text)
 
     @handler(Role.ADMIN)
     def ask_add(visitor: Visitor, name: str, rate: str, days: str) -> tuple[Any, str, list[Any]]:
-        found = ask("add", name, "Give the key a name first.", f"Make a key called {name}? Whoever has it may ask every model.")
-        return found[0], found[1], ["add", [name.strip(), whole(rate, "Requests a minute"), whole(days, "Ends after days")]]
+        found = ask(
+            "add", name, "Give the key a name first.", f"Make a key called {name}? Whoever has it may ask every model."
+        )
+        return (
+            found[0],
+            found[1],
+            ["add", [name.strip(), whole(rate, "Requests a minute"), whole(days, "Ends after days")]],
+        )
 
     @handler(Role.ADMIN)
     def ask_revoke(visitor: Visitor, key: str | None) -> tuple[Any, str, list[Any]]:
-        return ask("revoke", key, "Choose a key first.", f"Revoke the key {key}? Who uses it is refused at once, for good.")
+        return ask(
+            "revoke", key, "Choose a key first.", f"Revoke the key {key}? Who uses it is refused at once, for good."
+        )
 
     @handler(Role.VIEWER)
     def leave(visitor: Visitor) -> tuple[Any, list[Any]]:
@@ -157,11 +176,15 @@ def build(site: Site) -> None:
 
 def _overview(seen: Seen) -> str:
     if seen.away:
-        return note(f"The cluster is away: {seen.away}\nIt is looked for every few seconds, and shown when it is back.", "bad")
+        return note(
+            f"The cluster is away: {seen.away}\nIt is looked for every few seconds, and shown when it is back.", "bad"
+        )
     if seen.overview is None:
         return note(
-            "Nothing is served on this machine, and no Ray runs for it: the screen Deploy starts both, or in a terminal: "
-            "llm-ray serve deploy --model NAME\nA cluster is shown by a page on one of its nodes: llm-ray ui --address auto"
+            "Nothing is served on this machine, and no Ray runs for it: the screen Deploy starts both, or in a "
+            "terminal: "
+            "llm-ray serve deploy --model NAME\nA cluster is shown by a page on one of its nodes: llm-ray ui --address "
+            "auto"
         )
     state = seen.overview.state
     nodes = [
@@ -177,13 +200,36 @@ def _overview(seen: Seen) -> str:
     ]
     jobs = [[job["id"], job["status"].lower(), job["since"], job["command"]] for job in state["jobs"]]
     models = [
-        [name, entry.state.lower().replace("_", " "), f"{entry.replicas} of {entry.wanted}", entry.model.max_queue, *_counted(entry.counts)]
+        [
+            name,
+            entry.state.lower().replace("_", " "),
+            f"{entry.replicas} of {entry.wanted}",
+            entry.model.max_queue,
+            *_counted(entry.counts),
+        ]
         for name, entry in sorted(seen.models.items())
     ]
-    columns = ["Model", "State", "Replicas", "Queue's room", "Requests", "Failed", "In progress", "Tokens in", "Tokens out", "Tokens/s"]
+    columns = [
+        "Model",
+        "State",
+        "Replicas",
+        "Queue's room",
+        "Requests",
+        "Failed",
+        "In progress",
+        "Tokens in",
+        "Tokens out",
+        "Tokens/s",
+    ]
     parts = [
-        table("Hosts", ["Host", "Address", "Cores in use", "Memory in use, GiB", "Object store, GiB", "Models there"], nodes),
-        table("Deployments", columns, models, numbers=columns[3:]) if models else note("No model is deployed: the screen Deploy does it."),
+        table(
+            "Hosts",
+            ["Host", "Address", "Cores in use", "Memory in use, GiB", "Object store, GiB", "Models there"],
+            nodes,
+        ),
+        table("Deployments", columns, models, numbers=columns[3:])
+        if models
+        else note("No model is deployed: the screen Deploy does it."),
         table("Jobs", ["Job", "State", "Since", "Command"], jobs) if jobs else note("No job runs."),
         note(f"Ray {state['ray']}; the same in a terminal: llm-ray status, llm-ray serve status"),
     ]
@@ -191,7 +237,10 @@ def _overview(seen: Seen) -> str:
 
 
 def _counted(counts: dict[str, float]) -> list[str]:
-    return [f"{counts.get(count, 0):,.0f}" if count != "tokens_per_second" else f"{counts.get(count, 0):,.1f}" for count in _COUNTS]
+    return [
+        f"{counts.get(count, 0):,.0f}" if count != "tokens_per_second" else f"{counts.get(count, 0):,.1f}"
+        for count in _COUNTS
+    ]
 
 
 def _keys(found: list[keys.Key]) -> str:

@@ -39,7 +39,8 @@ def build(site: Site) -> None:
         named = {"value": wanted} if wanted else {}
         return gr.Dropdown(choices=choices, **named), gr.Dropdown(choices=models, value=models[0] if models else None)
 
-    # By itself, for it takes no time: Gradio takes a state for changed by a function that was at work while another changed it.
+    # By itself, for it takes no time: Gradio takes a state for changed by a function that was at work while another
+    # changed it.
     @handler(Role.VIEWER)
     def linked(visitor: Visitor, here: gr.Request) -> Any:
         return here.query_params.get("data") or gr.skip()
@@ -95,7 +96,9 @@ def build(site: Site) -> None:
     def delete(visitor: Visitor, choice: str | None) -> tuple[Any, ...]:
         prefix, _, name = (choice or "").partition("/")
         if prefix != "my files" or not name:
-            raise gr.Error("Only files that you have sent can be deleted here.", title="Not yours", print_exception=False)
+            raise gr.Error(
+                "Only files that you have sent can be deleted here.", title="Not yours", print_exception=False
+            )
         site.uploads.drop(visitor, site.uploads.folder(visitor) / Path(name).name)
         return (
             gr.Dropdown(choices=data_choices(site, visitor), value=None),
@@ -110,7 +113,9 @@ def build(site: Site) -> None:
         file = gr.File(label="Send a file (.jsonl, .json, .csv, .parquet, .txt)", height=160)
         with gr.Column():
             choice = gr.Dropdown(
-                label="Data", info="A file of yours, one of the data folder, or organisation/name of the hub", allow_custom_value=True
+                label="Data",
+                info="A file of yours, one of the data folder, or organisation/name of the hub",
+                allow_custom_value=True,
             )
             model = gr.Dropdown(label="Model whose tokens are counted", allow_custom_value=True)
             with gr.Row():
@@ -154,7 +159,11 @@ def _summary(found: Examined, short: Callable[[str], str]) -> str:
         "Dropped": f"{sum(stats.dropped.values()):,}",
         "Cut": f"{stats.truncated:,}",
     }
-    told = [*map(short, stats.notes), found.left_out_line(), *(f"{n} dropped: {why}" for why, n in stats.dropped.items())]
+    told = [
+        *map(short, stats.notes),
+        found.left_out_line(),
+        *(f"{n} dropped: {why}" for why, n in stats.dropped.items()),
+    ]
     if stats.bad:
         told.append(f"{stats.bad} bad rows: a finetune stops at the first, unless data.on_bad_row is skip")
     if stats.repeated:
@@ -185,7 +194,8 @@ def _row(row: PreviewRow) -> str:
     parts = []
     for one in row.sequences:
         text = "".join(
-            f"<mark>{html.escape(span.text)}</mark>" if span.supervised else f"<span>{html.escape(span.text)}</span>" for span in one.spans
+            f"<mark>{html.escape(span.text)}</mark>" if span.supervised else f"<span>{html.escape(span.text)}</span>"
+            for span in one.spans
         )
         parts.append(f'<p class="count">{one.tokens} tokens, {one.supervised} learnt</p><pre class="row">{text}</pre>')
     dropped = f'<p class="count">dropped: {html.escape(row.dropped)}</p>' if row.dropped else ""

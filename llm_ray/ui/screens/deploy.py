@@ -50,7 +50,9 @@ def build(site: Site) -> None:
         cpus = optional("Cores of a replica", "Empty: as many free ones as help")
         replicas = gr.Number(label="Replicas", value=1, minimum=1, precision=0)
     with gr.Accordion("More", open=False):
-        adapters = gr.Dropdown([], multiselect=True, label="Adapters", info="Of runs, each under the run's name; engine vLLM alone")
+        adapters = gr.Dropdown(
+            [], multiselect=True, label="Adapters", info="Of runs, each under the run's name; engine vLLM alone"
+        )
         with gr.Row():
             length = optional("Longest prompt and answer, in tokens", "Empty: the model's, at most 8192")
             port = optional("Port", "Where nothing is served yet. Empty: 8000")
@@ -59,7 +61,12 @@ def build(site: Site) -> None:
         check, start = gr.Button("Check"), gr.Button("Deploy", variant="primary")
     progress = gr.HTML(elem_id="deploy-progress")
     command = gr.Code(
-        "llm-ray serve deploy --model NAME", language="shell", label="In a terminal", interactive=False, wrap_lines=True, lines=1
+        "llm-ray serve deploy --model NAME",
+        language="shell",
+        label="In a terminal",
+        interactive=False,
+        wrap_lines=True,
+        lines=1,
     )
     gr.Markdown("## Deployed")
     deployed = gr.HTML(elem_id="deployed")
@@ -76,19 +83,32 @@ def build(site: Site) -> None:
         with gr.Tab("curl"):
             curl = gr.Code(_NONE_YET, language="shell", label="With curl", interactive=False, wrap_lines=True, lines=1)
         with gr.Tab("Python"):
-            python = gr.Code(_NONE_YET, language="python", label="In Python, with httpx", interactive=False, wrap_lines=True, lines=1)
+            python = gr.Code(
+                _NONE_YET, language="python", label="In Python, with httpx", interactive=False, wrap_lines=True, lines=1
+            )
         with gr.Tab("openai"):
             openai = gr.Code(
-                _NONE_YET, language="python", label="In Python, with the openai SDK", interactive=False, wrap_lines=True, lines=1
+                _NONE_YET,
+                language="python",
+                label="In Python, with the openai SDK",
+                interactive=False,
+                wrap_lines=True,
+                lines=1,
             )
     known, first = gr.State([]), gr.Textbox(visible=False)  # the model of the URL
 
     def conf(given: tuple[Any, ...]) -> ServeConf:
         model, name, engine, form, cpus, replicas, adapters, length, port = given
         if not model:
-            raise ConfError("Choose a model first. There is none yet? llm-ray model import brings one into the registry; a run makes one.")
+            raise ConfError(
+                "Choose a model first. There is none yet? llm-ray model import brings one into the registry; a run "
+                "makes one."
+            )
         if adapters and not ENGINES[engine].adapters:
-            raise ConfError(f"Adapters are served by engine {engines_with('adapters')} alone: choose it, or deploy the run's own model.")
+            raise ConfError(
+                f"Adapters are served by engine {engines_with('adapters')} alone: choose it, or deploy the run's own "
+                "model."
+            )
         return serving.conf_of(
             [model],
             site.home,
@@ -107,7 +127,9 @@ def build(site: Site) -> None:
     def estimate(conf: ServeConf) -> list[serving.Estimate]:
         seen = site.watch.seen()
         rooms = seen.overview.rooms if seen.overview else []
-        found: list[serving.Estimate] = planner.call(serving.estimate, conf, rooms, seen.models, timeout=_ESTIMATE_TIMEOUT)
+        found: list[serving.Estimate] = planner.call(
+            serving.estimate, conf, rooms, seen.models, timeout=_ESTIMATE_TIMEOUT
+        )
         return found
 
     def listed(seen: Seen) -> tuple[str, str]:
@@ -117,10 +139,15 @@ def build(site: Site) -> None:
     def look(visitor: Visitor, wanted: str) -> tuple[Any, ...]:
         found = [info for info in registry.list_models(paths) if not info.problem]
         names = {
-            f"{info.name} ({'run' if info.kind == 'run' else 'base model'}, {info.parameters / 1e6:,.0f} M)": info.name for info in found
+            f"{info.name} ({'run' if info.kind == 'run' else 'base model'}, {info.parameters / 1e6:,.0f} M)": info.name
+            for info in found
         }
         first = wanted if wanted in names.values() else next(iter(names.values()), None)
-        runs = [info.name for info in found if info.kind == "run" and (paths.runs / info.name / "output" / "adapter").is_dir()]
+        runs = [
+            info.name
+            for info in found
+            if info.kind == "run" and (paths.runs / info.name / "output" / "adapter").is_dir()
+        ]
         seen = site.watch.seen()
         models = sorted(seen.models)
         now = models[0] if models else None
@@ -138,7 +165,11 @@ def build(site: Site) -> None:
     def again(visitor: Visitor, chosen: str | None, known: list[str]) -> tuple[Any, ...]:
         seen = site.watch.seen()
         models = sorted(seen.models)
-        choice = gr.skip() if models == known else gr.update(choices=models, value=chosen if chosen in models else next(iter(models), None))
+        choice = (
+            gr.skip()
+            if models == known
+            else gr.update(choices=models, value=chosen if chosen in models else next(iter(models), None))
+        )
         return *listed(seen), choice, show_works(site.works.listed()), models
 
     @handler(Role.VIEWER)
@@ -166,7 +197,12 @@ def build(site: Site) -> None:
             yield gr.skip(), note(f"Nothing was loaded: {problem}", "bad")
             return
         work = site.works.begin(
-            f"Deploy {served}", visitor.name, serving.deploy, asked, site.home, then=partial(site.watch.seen, fresh=True)
+            f"Deploy {served}",
+            visitor.name,
+            serving.deploy,
+            asked,
+            site.home,
+            then=partial(site.watch.seen, fresh=True),
         )
         for _ in work.looks():
             yield gr.skip(), show_works([work])
@@ -175,7 +211,9 @@ def build(site: Site) -> None:
     def ask_first(visitor: Visitor, chosen: str | None) -> tuple[Any, str]:
         if not chosen:
             raise ConfError("Choose a deployed model first.")
-        return gr.update(visible=True), note(f"Stop {chosen}? What it works on is answered first; then clients get errors for it.")
+        return gr.update(visible=True), note(
+            f"Stop {chosen}? What it works on is answered first; then clients get errors for it."
+        )
 
     @handler(Role.VIEWER)
     def keep(visitor: Visitor) -> Any:
@@ -186,7 +224,9 @@ def build(site: Site) -> None:
         if not chosen:
             raise ConfError("Choose a deployed model first.")
         call = partial(serving.stop, address=site.address)
-        work = site.works.begin(f"Stop {chosen}", visitor.name, call, [chosen], site.home, then=partial(site.watch.seen, fresh=True))
+        work = site.works.begin(
+            f"Stop {chosen}", visitor.name, call, [chosen], site.home, then=partial(site.watch.seen, fresh=True)
+        )
         for _ in work.looks(0.5):
             yield gr.update(visible=False), show_works([work])
 
@@ -221,7 +261,17 @@ def _cost(found: list[serving.Estimate]) -> str:
         room = "no" if entry.problem else "yes"
         rows.append([model.name, model.engine, f"{each:.1f} GiB", f"{cache:.2f} GiB", f"{model.max_model_len:,}", cores, model.replicas,
                      f"{each * model.replicas:.1f} GiB", room])  # fmt: skip
-    columns = ["Model", "Engine", "Memory of a replica", "of it cache", "Tokens", "Cores", "Replicas", "Memory in all", "Room for it"]
+    columns = [
+        "Model",
+        "Engine",
+        "Memory of a replica",
+        "of it cache",
+        "Tokens",
+        "Cores",
+        "Replicas",
+        "Memory in all",
+        "Room for it",
+    ]
     problems = "".join(note(entry.problem, "bad") for entry in found if entry.problem)
     return table("What it takes", columns, rows, numbers=columns[2:5]) + problems
 
@@ -235,7 +285,9 @@ def _deployed(seen: Seen) -> str:
     for name, entry in sorted(seen.models.items()):
         what = ", ".join(filter(None, [entry.model.engine, entry.model.precision]))
         state = entry.state.lower().replace("_", " ")
-        rows.append([name, what, state, f"{entry.replicas} of {entry.wanted}", entry.model.cpus or "shared", entry.reason])
+        rows.append(
+            [name, what, state, f"{entry.replicas} of {entry.wanted}", entry.model.cpus or "shared", entry.reason]
+        )
         rows += [[adapter, f"adapter on {name}", "", "", "", ""] for adapter in entry.model.adapters]
     return table("Models that are deployed", ["Name", "Engine", "State", "Replicas", "Cores", "What is wrong"], rows)
 
@@ -258,7 +310,8 @@ def _examples(seen: Seen, name: str | None) -> tuple[str, str, str]:
 
 
 def snippets(url: str, name: str, key: bool, task: str) -> tuple[str, str, str]:
-    """The same request with curl, httpx and the openai SDK; the key is taken from LLM_RAY_API_KEY where one is needed."""
+    """The same request with curl, httpx and the openai SDK; the key is taken from LLM_RAY_API_KEY where one is
+    needed."""
     parts: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "chat": (
             "chat/completions",
@@ -318,5 +371,9 @@ def _command(
         words += [flag, value.strip()] if value and value.strip() else []
     for run in adapters or []:
         words += ["--adapter", f"{run}={run}"]
-    more = "" if ENGINES[engine].converts or form == "auto" else f"   # and precision: {form}, which a conf says (--config)"
+    more = (
+        ""
+        if ENGINES[engine].converts or form == "auto"
+        else f"   # and precision: {form}, which a conf says (--config)"
+    )
     return shlex.join(words) + more

@@ -77,7 +77,9 @@ def build(site: Site) -> None:
             jobs.cancel(runs, name)
             return figures.message(f"{name} is taken out of the queue."), *view(name, None)
         stop_run(runs, name)
-        return figures.message(f"{name} was asked to stop: it ends after its step, with a checkpoint."), *view(name, None)
+        return figures.message(f"{name} was asked to stop: it ends after its step, with a checkpoint."), *view(
+            name, None
+        )
 
     @handler(Role.USER)
     def resumed(visitor: Visitor, name: str) -> tuple[Any, ...]:
@@ -146,7 +148,9 @@ def build(site: Site) -> None:
 
 def _list(known: list[RunSummary], queue: list[jobs.Job]) -> str:
     head = ("Run", "State", "Step", "Loss", "Validation loss", "Tokens/s", "Model", "Made")
-    waiting = [(_link(job.name), _state(job), "", "", "", "", "", age(job.since)) for job in queue if job.state != "running"]
+    waiting = [
+        (_link(job.name), _state(job), "", "", "", "", "", age(job.since)) for job in queue if job.state != "running"
+    ]
     rows = [
         (
             _link(run.name),
@@ -190,7 +194,12 @@ def _one(runs: Path, name: str, job: jobs.Job | None) -> tuple[str, str, str, tu
     running = run.summary.state == "running"
     again = "" if running or run.summary.state == "done" else "Resume"
     beside = "Ask" if run.output and not running and run.summary.base else ""
-    return _figures(run, rows), _curves(rows), log, ("Stop" if running else "", again, "" if running else "Delete", beside)
+    return (
+        _figures(run, rows),
+        _curves(rows),
+        log,
+        ("Stop" if running else "", again, "" if running else "Delete", beside),
+    )
 
 
 def _figures(run: RunDetails, rows: list[dict[str, Any]]) -> str:
@@ -230,7 +239,11 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 
 def _log(runs: Path, name: str) -> str:
     text = "\n".join(jobs.read_log(runs, name).splitlines()[-_LINES:])
-    return f'<h2>Log</h2><pre class="log" tabindex="0" role="region" aria-label="Log">{html.escape(text)}</pre>' if text else ""
+    return (
+        f'<h2>Log</h2><pre class="log" tabindex="0" role="region" aria-label="Log">{html.escape(text)}</pre>'
+        if text
+        else ""
+    )
 
 
 def _buttons(name: str, labels: tuple[str, ...]) -> tuple[Any, ...]:
@@ -247,13 +260,25 @@ def _comparison(runs: Path, names: list[str], metric: str) -> str:
     found = compare_runs(runs, names, metric)
     curves = figures.curves(metric.replace("_", " ").capitalize(), found.curves)
     differ = [(key, *map(_value, values)) for key, values in found.conf.items()]
-    shown = [(key, *map(_value, values)) for key, values in found.figures.items() if any(value is not None for value in values)]
+    shown = [
+        (key, *map(_value, values))
+        for key, values in found.figures.items()
+        if any(value is not None for value in values)
+    ]
     link = f'<p><a href="/runs?compare={quote(",".join(names))}">Link to this comparison</a></p>'
     confs = (
-        figures.table("What differs in their confs", ("Key", *names), differ) if differ else figures.message("Their confs are the same.")
+        figures.table("What differs in their confs", ("Key", *names), differ)
+        if differ
+        else figures.message("Their confs are the same.")
     )
     return curves + figures.table("Figures", ("Figure", *names), shown) + confs + link
 
 
 def _value(value: Any) -> str:
-    return figures.number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else "" if value is None else str(value)
+    return (
+        figures.number(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+        else ""
+        if value is None
+        else str(value)
+    )

@@ -1,4 +1,5 @@
-"""The screen Train: data, a model and a name, and a run that finetunes it; everything else follows from the conf's schema."""
+"""The screen Train: data, a model and a name, and a run that finetunes it; everything else follows from the conf's
+schema."""
 
 from __future__ import annotations
 
@@ -19,7 +20,15 @@ from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.section import Paths
 from llm_ray.errors import ConfError, DataError, LlmRayError
 from llm_ray.ui import figures
-from llm_ray.ui.choices import check_allowed, data_choice, data_choices, data_settings, data_source, model_choices, name_of_run
+from llm_ray.ui.choices import (
+    check_allowed,
+    data_choice,
+    data_choices,
+    data_settings,
+    data_source,
+    model_choices,
+    name_of_run,
+)
 from llm_ray.ui.handlers import GO, handler, on, on_load
 from llm_ray.ui.sessions import Visitor
 from llm_ray.ui.users import Role
@@ -41,7 +50,10 @@ def build(site: Site) -> None:
     ) -> dict[str, str]:
         source = data_source(site, visitor, data)
         if not (model or "").strip():
-            raise ConfError("Choose a model: one of those that were imported (llm-ray model import), or organisation/name of the hub")
+            raise ConfError(
+                "Choose a model: one of those that were imported (llm-ray model import), or organisation/name of the "
+                "hub"
+            )
         if not (name or "").strip():
             raise ConfError("Give the run a name")
         given = {field.name: value or "" for field, value in zip(known, values, strict=True)}
@@ -58,27 +70,44 @@ def build(site: Site) -> None:
         data, models = here.query_params.get("data"), model_choices(site)
         model = here.query_params.get("model") or (models[0] if models else None)
         name = _free_name(site, data) if data else ""
-        return gr.Dropdown(choices=data_choices(site, visitor), value=data or None), gr.Dropdown(choices=models, value=model), name
+        return (
+            gr.Dropdown(choices=data_choices(site, visitor), value=data or None),
+            gr.Dropdown(choices=models, value=model),
+            name,
+        )
 
     @handler(Role.VIEWER)
     def named(visitor: Visitor, data: str | None, name: str | None) -> Any:
         return _free_name(site, data) if data and not name else gr.skip()
 
     @handler(Role.VIEWER)
-    def shown(visitor: Visitor, data: str | None, model: str | None, name: str | None, *values: str | None) -> tuple[str, str, str]:
+    def shown(
+        visitor: Visitor, data: str | None, model: str | None, name: str | None, *values: str | None
+    ) -> tuple[str, str, str]:
         try:
             settings = settings_from(visitor, data, model, name, values)
             return dump(conf_from(visitor, settings)), command_of(settings), ""
         except LlmRayError as error:
-            return _NONE_YET, _NONE_YET, figures.message(str(error), "note" if not (data and model and name) else "problem")
+            return (
+                _NONE_YET,
+                _NONE_YET,
+                figures.message(str(error), "note" if not (data and model and name) else "problem"),
+            )
 
     @handler(Role.USER)
-    def planned(visitor: Visitor, data: str | None, model: str | None, name: str | None, *values: str | None) -> Iterator[Any]:
+    def planned(
+        visitor: Visitor, data: str | None, model: str | None, name: str | None, *values: str | None
+    ) -> Iterator[Any]:
         yield from _plan(conf_from(visitor, settings_from(visitor, data, model, name, values)))
 
     @handler(Role.USER)
     def started(
-        visitor: Visitor, seen: tuple[str, PlanReport] | None, data: str | None, model: str | None, name: str | None, *values: str | None
+        visitor: Visitor,
+        seen: tuple[str, PlanReport] | None,
+        data: str | None,
+        model: str | None,
+        name: str | None,
+        *values: str | None,
     ) -> Iterator[Any]:
         settings = settings_from(visitor, data, model, name, values)
         conf = conf_from(visitor, settings)
@@ -92,7 +121,9 @@ def build(site: Site) -> None:
         job = submit(conf, by=visitor.name, command=command_of(settings))
         url = f"/runs?run={quote(job.name)}"
         told = (
-            f"{job.name} waits for {job.ahead} other finetune(s)." if job.state == "waiting" and job.ahead else f"{job.name} has started."
+            f"{job.name} waits for {job.ahead} other finetune(s)."
+            if job.state == "waiting" and job.ahead
+            else f"{job.name} has started."
         )
         yield f'{figures.message(told)}<p><a class="onward" href="{url}">Watch it</a></p>', plan, url
 
@@ -110,19 +141,32 @@ def build(site: Site) -> None:
         finally:
             site.uploads.drop(visitor, taken)
         data = _choice_of(site, visitor, settings.get("train", ""))
-        return None, data, settings.get("model"), settings.get("name", ""), *(settings.get(field.name, "") for field in known)
+        return (
+            None,
+            data,
+            settings.get("model"),
+            settings.get("name", ""),
+            *(settings.get(field.name, "") for field in known),
+        )
 
     with gr.Row():
         with gr.Column(scale=3):
-            data = gr.Dropdown(label="Data", info="Of the screen Data, or organisation/name of the hub", allow_custom_value=True)
-            model = gr.Dropdown(label="Model", info="Imported, made by a run, or organisation/name of the hub", allow_custom_value=True)
+            data = gr.Dropdown(
+                label="Data", info="Of the screen Data, or organisation/name of the hub", allow_custom_value=True
+            )
+            model = gr.Dropdown(
+                label="Model", info="Imported, made by a run, or organisation/name of the hub", allow_custom_value=True
+            )
             name = gr.Textbox(label="Name", info="Of the run, and of the model that it makes", max_lines=1)
             with gr.Row():
                 plan_it, start = gr.Button("Plan"), gr.Button("Start", variant="primary")
             said = gr.HTML(elem_id="train-said")
             with gr.Accordion("All settings", open=False):
                 gr.Markdown("Empty fields have the value that they show. Values are YAML, as after `--set`.")
-                parts = [_section(section, list(group)) for section, group in groupby(known, lambda field: field.section.partition(".")[0])]
+                parts = [
+                    _section(section, list(group))
+                    for section, group in groupby(known, lambda field: field.section.partition(".")[0])
+                ]
             inner = [part for several in parts for part in several]
         with gr.Column(scale=2):
             command = gr.Code(
@@ -137,7 +181,12 @@ def build(site: Site) -> None:
             )
             problem = gr.HTML(elem_id="train-problem")
             conf = gr.Code(
-                _NONE_YET, label="The conf that will run", language="yaml", interactive=False, wrap_lines=True, elem_id="train-conf"
+                _NONE_YET,
+                label="The conf that will run",
+                language="yaml",
+                interactive=False,
+                wrap_lines=True,
+                elem_id="train-conf",
             )
             sent = gr.File(label="Fill the form from a conf (.yaml)", height=150)
     seen, url = gr.State(None), gr.Textbox(visible="hidden")
@@ -170,7 +219,9 @@ def _field(field: Field) -> Any:
     label = field.name.removeprefix(f"{field.section.partition('.')[0]}.") if field.section else field.name
     if field.choices:
         default = f"default ({field.default})" if field.default else "default"
-        return gr.Dropdown(label=label, info=field.text, choices=[(default, ""), *((one, one) for one in field.choices)], value="")
+        return gr.Dropdown(
+            label=label, info=field.text, choices=[(default, ""), *((one, one) for one in field.choices)], value=""
+        )
     return gr.Textbox(label=label, info=f"{field.text} ({field.kind})", placeholder=field.default, max_lines=1)
 
 
@@ -194,7 +245,9 @@ def _shown(plan: PlanReport) -> str:
         "Time": figures.duration(plan.seconds) or "not measured",
     }
     if plan.fits:
-        verdict = figures.message("It fits this host." if plan.conf.runtime.mode == "local" else "It fits hosts like this one.")
+        verdict = figures.message(
+            "It fits this host." if plan.conf.runtime.mode == "local" else "It fits hosts like this one."
+        )
     else:
         verdict = figures.message("It does not fit the memory of this host, and is not started.", "problem")
         verdict += figures.lines("What would make it fit", plan.advice)
@@ -211,7 +264,8 @@ def _choice_of(site: Site, visitor: Visitor, train: str) -> str | None:
     names = conf_list(train)
     if len(names) > 1:
         raise DataError(
-            f"the conf names several files ({', '.join(Path(n).name for n in names)}); the form takes one: join them, or use the command line"
+            f"the conf names several files ({', '.join(Path(n).name for n in names)}); the form takes one: join them, "
+            "or use the command line"
         )
     return data_choice(site, visitor, names[0]) if names else None
 

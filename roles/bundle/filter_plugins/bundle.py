@@ -15,7 +15,8 @@ import yaml
 from jinja2 import StrictUndefined
 from jinja2.nativetypes import NativeEnvironment
 
-# Of each supported distribution the names under which roles have files of variables, the first that is there counts, and its family.
+# Of each supported distribution the names under which roles have files of variables, the first that is there counts,
+# and its family.
 DISTRIBUTIONS = {
     "debian-12": (("debian-12", "debian"), "Debian"),
     "ubuntu-22.04": (("ubuntu-22", "ubuntu", "debian"), "Debian"),
@@ -93,7 +94,11 @@ def bundle_models(models: str | Sequence[str], folder: str) -> list[dict[str, An
     for text in filter(None, (one.strip() for one in listed)):
         named = re.fullmatch(r"([\w.-]+)=(.+)", text)
         source = named[2] if named else text
-        name = named[1] if named else _NAMES.get(source) or source.rstrip("/").rpartition("/")[2].rpartition(":")[2].lower()
+        name = (
+            named[1]
+            if named
+            else _NAMES.get(source) or source.rstrip("/").rpartition("/")[2].rpartition(":")[2].lower()
+        )
         if name in found:
             raise ValueError(f"bundle_model: two models are called {name}: give one another name, NAME={source}")
         # A path, a hub id or a package is imported; a plain name is the registry's or a run's.

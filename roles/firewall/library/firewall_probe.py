@@ -55,14 +55,17 @@ def probe(asked):
     reached = [address for address in asked["addresses"] if connects(address, asked["open_port"], asked["timeout"])]
     if not reached:
         return found | {
-            "unknown": f"this machine does not reach port {asked['open_port']} of the host directly: scan its ports from one that does"
+            "unknown": f"this machine does not reach port {asked['open_port']} of the host directly: scan its ports "
+            "from one that does"
         }
     found["source"] = source = own_address(reached[0])
     if source in asked["addresses"] or within(source, asked["cluster"]) or ipaddress.ip_address(source).is_loopback:
         return found | {"unknown": f"this machine ({source}) is in the cluster: run validate.yml from a host outside"}
     served = [] if within(source, asked["admin"]) else asked["served_ports"]
     open_to_it = {*asked["ssh_ports"]} | ({_NFS} if within(source, asked["nfs"]) else set())
-    found["tried"] = sorted(port for port in listening(asked["listening"]) - open_to_it if among(port, asked["cluster_ports"] + served))
+    found["tried"] = sorted(
+        port for port in listening(asked["listening"]) - open_to_it if among(port, asked["cluster_ports"] + served)
+    )
     targets = [(address, port) for address in reached for port in found["tried"]]
     with ThreadPoolExecutor(max(1, min(64, len(targets)))) as pool:
         answers = list(pool.map(lambda target: connects(target[0], target[1], asked["timeout"]), targets))

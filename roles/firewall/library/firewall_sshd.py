@@ -24,7 +24,9 @@ def main():
     _, listens, _ = module.run_command(["ss", "-Hltnp"], check_rc=True)
     ports = listening(listens, process)
     if module.get_bin_path("systemctl"):
-        ports |= activated(module.run_command(["systemctl", "show", "--property=Listen,ActiveState", "ssh.socket", "sshd.socket"])[1])
+        ports |= activated(
+            module.run_command(["systemctl", "show", "--property=Listen,ActiveState", "ssh.socket", "sshd.socket"])[1]
+        )
     module.exit_json(changed=False, ports=sorted(ports))
 
 

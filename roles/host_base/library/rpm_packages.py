@@ -1,5 +1,6 @@
 #!/usr/bin/python
-"""Packages by the commands rpm and dnf: Ansible's module wants bindings, which RHEL 8 has for a Python that Ansible no longer runs on."""
+"""Packages by the commands rpm and dnf: Ansible's module wants bindings, which RHEL 8 has for a Python that Ansible no
+longer runs on."""
 
 from __future__ import annotations
 

@@ -32,14 +32,21 @@ def preflight_hosts(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     for host, probe in probes.items():
         if not probe:
             fix = (
-                "not reached: see the error above (ssh to it by hand, check ansible_host and ansible_user; RHEL 8 needs python3.11 and "
+                "not reached: see the error above (ssh to it by hand, check ansible_host and ansible_user; RHEL 8 "
+                "needs python3.11 and "
                 "ansible_python_interpreter: docs/reference/support.md), or leave it out with --limit"
             )
             problems.append(problem(host, "ansible_host", None, fix))
             continue
         if probe["is_node"]:
             problems += _software(host, probe) + _power(host, probe)
-        problems += _system(host, probe) + _disk(host, probe) + _network(host, probe) + _storage(host, probe) + _accounts(host, probe)
+        problems += (
+            _system(host, probe)
+            + _disk(host, probe)
+            + _network(host, probe)
+            + _storage(host, probe)
+            + _accounts(host, probe)
+        )
     reached = {host: probe for host, probe in probes.items() if probe}
     return problems + _together(reached)
 
@@ -59,10 +66,13 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     python = probe["python"]
     if probe["runtime"] == "bare_metal" and python["version"] and not _fits(python):
         fix = (
-            "Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or uv:3.11.14, "
+            "Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or "
+            "uv:3.11.14, "
             "or set llm_ray_runtime to docker"
         )
-        problems.append(problem(host, "python_runtime_python", f"{python['path']} is {_dotted(python['version'])}", fix))
+        problems.append(
+            problem(host, "python_runtime_python", f"{python['path']} is {_dotted(python['version'])}", fix)
+        )
     if probe["runtime"] == "bare_metal" and not python["version"] and not python["installable"]:
         fix = "not there: install a standalone Python at that path (uv python install 3.11), or set llm_ray_runtime to docker"
         problems.append(problem(host, "python_runtime_python", python["path"], fix))
@@ -124,7 +134,9 @@ def _network(host: str, probe: Mapping[str, Any]) -> list[Problem]:
         problems.append(problem(host, "address of the head or the NFS server", target, fix))
     skew = max(probe["started"] - probe["now"], probe["now"] - probe["finished"], 0)
     if skew > allowed:
-        fix = f"seconds off this machine's clock, {allowed} are allowed: set the clocks by NTP (preflight_max_clock_skew)"
+        fix = (
+            f"seconds off this machine's clock, {allowed} are allowed: set the clocks by NTP (preflight_max_clock_skew)"
+        )
         problems.append(problem(host, "clock", round(skew, 1), fix))
     return problems
 
@@ -132,7 +144,14 @@ def _network(host: str, probe: Mapping[str, Any]) -> list[Problem]:
 def _storage(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     storage, home = probe["storage"], probe["home"]
     if storage == "existing" and not home["directory"]:
-        return [problem(host, "llm_ray_home", home["path"], "existing storage must be mounted there before the cluster is made: mount it")]
+        return [
+            problem(
+                host,
+                "llm_ray_home",
+                home["path"],
+                "existing storage must be mounted there before the cluster is made: mount it",
+            )
+        ]
     if storage == "nfs_client" and home["entries"] and not home["mounted"]:
         fix = "the folder holds files of this host, which the NFS mount would hide: move them to the server, or choose another path"
         return [problem(host, "llm_ray_home", home["path"], fix)]
@@ -178,7 +197,11 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     """What only a look at all hosts shows."""
     problems = []
     for key, what, fix in (
-        ("machine_id", "/etc/machine-id", "is the same as on {}: a cloned image; rm /etc/machine-id, systemd-machine-id-setup, reboot"),
+        (
+            "machine_id",
+            "/etc/machine-id",
+            "is the same as on {}: a cloned image; rm /etc/machine-id, systemd-machine-id-setup, reboot",
+        ),
         ("hostname", "host name", "is the same as on {}: hostnamectl hostname NAME"),
     ):
         seen: dict[str, str] = {}
@@ -188,18 +211,42 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
             elif probe[key]:
                 seen[probe[key]] = host
     nodes = {host: probe for host, probe in probes.items() if probe["is_node"]}
-    versions = {host: _dotted(p["python"]["version"]) for host, p in nodes.items() if p["runtime"] == "bare_metal" and _fits(p["python"])}
-    homes = {host: str(p["home"]["inode"]) for host, p in nodes.items() if p["storage"] == "existing" and p["home"]["directory"]}
+    versions = {
+        host: _dotted(p["python"]["version"])
+        for host, p in nodes.items()
+        if p["runtime"] == "bare_metal" and _fits(p["python"])
+    }
+    homes = {
+        host: str(p["home"]["inode"])
+        for host, p in nodes.items()
+        if p["storage"] == "existing" and p["home"]["directory"]
+    }
     for found, variable, fix in (
-        (versions, "python_runtime_python", "Ray wants the same patch level on every host, and elsewhere it is {}: install that one"),
-        (homes, "llm_ray_home", "not the folder that other hosts have there: mount the same shared file system on every host"),
+        (
+            versions,
+            "python_runtime_python",
+            "Ray wants the same patch level on every host, and elsewhere it is {}: install that one",
+        ),
+        (
+            homes,
+            "llm_ray_home",
+            "not the folder that other hosts have there: mount the same shared file system on every host",
+        ),
     ):
         if len(set(found.values())) > 1:
             common = Counter(found.values()).most_common(1)[0][0]
             shown = {host: value if found is versions else nodes[host]["home"]["path"] for host, value in found.items()}
-            problems += [problem(host, variable, shown[host], fix.format(common)) for host, value in found.items() if value != common]
+            problems += [
+                problem(host, variable, shown[host], fix.format(common))
+                for host, value in found.items()
+                if value != common
+            ]
     problems += _dropped(probes, nodes)
-    images = {host: probe["image_python"] for host, probe in nodes.items() if probe["runtime"] == "docker" and probe["image_python"]}
+    images = {
+        host: probe["image_python"]
+        for host, probe in nodes.items()
+        if probe["runtime"] == "docker" and probe["image_python"]
+    }
     bare = sorted(set(versions.values()))
     fix = "the image has this Python, and hosts without Docker have {}: choose an image with that one, or one runtime for all hosts"
     problems += [
@@ -217,11 +264,16 @@ def _dropped(probes: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Mappin
         if probe["ufw"] is None or probe["firewall"] == "none":  # none: ufw is how the user closes the ports
             continue
         let_in = [ipaddress.ip_network(source, strict=False) for source in probe["ufw"]]
-        others = [node["address"] for name, node in nodes.items() if name != host and re.fullmatch("[0-9.]+", node["address"])]
-        dropped = [address for address in others if not any(ipaddress.ip_address(address) in network for network in let_in)]
+        others = [
+            node["address"] for name, node in nodes.items() if name != host and re.fullmatch("[0-9.]+", node["address"])
+        ]
+        dropped = [
+            address for address in others if not any(ipaddress.ip_address(address) in network for network in let_in)
+        ]
         if dropped:
             fix = (
-                "ufw is active and drops what these nodes send: ufw allow from ADDRESS for each of them, or ufw disable: the bundle's "
+                "ufw is active and drops what these nodes send: ufw allow from ADDRESS for each of them, or ufw "
+                "disable: the bundle's "
                 "firewall closes the cluster's ports itself (firewall_provider)"
             )
             problems.append(problem(host, "ufw", dropped, fix))

@@ -1,8 +1,8 @@
 """What preflight finds wrong in an inventory, before any host is asked: no facts are needed.
 
-{{ hostvars | preflight_inventory(groups, roles_folder) }} returns a list of problems; each has the keys host, variable, value and fix.
-{{ hostvars[host] | preflight_values(roles_folder) }} returns a host's values of all variables that roles know.
-{{ hostvars | preflight_reach(groups, host, roles_folder) }} returns the addresses that a node has to reach.
+{{ hostvars | preflight_inventory(groups, roles_folder) }} returns a list of problems; each has the keys host, variable,
+value and fix. {{ hostvars[host] | preflight_values(roles_folder) }} returns a host's values of all variables that roles
+know. {{ hostvars | preflight_reach(groups, host, roles_folder) }} returns the addresses that a node has to reach.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _GROUP_NAMES = {name: name for name in GROUPS} | {"head": "ray_head", "workers":
 # The longest path under llm_ray_state: a socket in Ray's session folder. A socket's path has at most 107 characters.
 _SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SOCKET_LIMIT = 107
-# Variables of folders by what is in them. What is of two kinds lies apart, since reset.yml deletes all of a kind, or none.
+# Variables of folders by what is in them. What is of two kinds lies apart, since reset.yml deletes all of a kind, or
+# none.
 _FOLDERS = {
     "software": ("llm_ray_prefix", "python_runtime_prefix", "ray_node_prefix"),
     "local state": ("llm_ray_state", "host_base_state", "ray_node_state", "ray_job_state"),
@@ -53,7 +54,15 @@ _USERS = ("llm_ray_user", "host_base_user", "nfs_client_user", "ray_job_user", "
 _SHAPES: dict[str, tuple[type, str]] = {"list": (list, "[{}]"), "dict": (dict, "{{{}}}")}
 _TYPED = ("bundle_model",)  # a list that its role takes as a,b too
 # Names that a task alone knows, beside the roles' own.
-_LATER = {"ansible_facts", "ansible_host", "ansible_play_batch", "ansible_play_hosts", "ansible_play_hosts_all", "ansible_user", "hostvars"}
+_LATER = {
+    "ansible_facts",
+    "ansible_host",
+    "ansible_play_batch",
+    "ansible_play_hosts",
+    "ansible_play_hosts_all",
+    "ansible_user",
+    "hostvars",
+}
 
 
 def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
@@ -61,11 +70,14 @@ def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
 
 
 def specs(roles: str | Path) -> dict[str, dict[str, Any]]:
-    """Every variable that a user may set, with its argument spec and its role, from meta/argument_specs.yml of all roles."""
+    """Every variable that a user may set, with its argument spec and its role, from meta/argument_specs.yml of all
+    roles."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(Path(roles).glob("*/meta/argument_specs.yml")):
         for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
-            found |= {name: spec | {"role": path.parent.parent.name} for name, spec in (entry.get("options") or {}).items()}
+            found |= {
+                name: spec | {"role": path.parent.parent.name} for name, spec in (entry.get("options") or {}).items()
+            }
     return found
 
 
@@ -82,7 +94,9 @@ def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], role
     problems = group_problems(groups, {host: values[host].get for host in hosts})
     for host in hosts:
         problems += name_problems(host, variables[host], known, owners)
-        problems += type_problems(host, {name: values[host].templated(name) for name in variables[host] if name in known}, known)
+        problems += type_problems(
+            host, {name: values[host].templated(name) for name in variables[host] if name in known}, known
+        )
         problems += value_problems(host, values[host].get)
         problems += folder_problems(host, values[host].get) + user_problems(host, values[host].get)
     problems += same_problems(values, known) + address_problems(values) + node_address_problems(values)
@@ -90,7 +104,8 @@ def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], role
 
 
 def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]:
-    """A host's values of all variables that roles know, but secrets: the inventory's, else the default in the role's argument_specs."""
+    """A host's values of all variables that roles know, but secrets: the inventory's, else the default in the role's
+    argument_specs."""
     known = specs(roles)
     values = _Values(variables, known)
     names = [name for name, spec in known.items() if not spec.get("no_log")]
@@ -121,7 +136,9 @@ class _Undecided(Exception):
 class _Values:
     """A host's variables, templated; the spec's default where the inventory does not set one."""
 
-    def __init__(self, variables: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], raw: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, variables: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], raw: Mapping[str, Any] | None = None
+    ) -> None:
         self.variables, self.known, self.raw = variables, known, raw or {}
 
     def templated(self, name: str) -> Any:
@@ -132,7 +149,8 @@ class _Values:
             return _Undecided() if _vaulted(error) or self._later(name) else error
 
     def _later(self, name: str) -> bool:
-        """Whether a value is made, be it through other variables, of what only a task knows: facts, other hosts, roles' variables."""
+        """Whether a value is made, be it through other variables, of what only a task knows: facts, other hosts, roles'
+        variables."""
         seen, todo = set[str](), [name]
         while todo:
             words = set(re.findall(r"[A-Za-z_]\w*", repr(self.raw.get(todo.pop())))) - seen
@@ -143,7 +161,8 @@ class _Values:
         return False
 
     def _default_beside(self, name: str, other: str) -> bool:
-        """Whether the other is there in tasks that use the variable: a default of its own role. Of llm_ray_* no role has one."""
+        """Whether the other is there in tasks that use the variable: a default of its own role. Of llm_ray_* no role
+        has one."""
         if other in self.raw or other.startswith("llm_ray_") or not {name, other} <= set(self.known):
             return False
         return bool(self.known[name]["role"] == self.known[other]["role"])
@@ -189,7 +208,8 @@ def _plain(value: Any) -> Any:
 
 
 def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callable[[str], Any]]) -> list[Problem]:
-    """One head, no host twice, no host left out in a group nearly called as one of ours, storage that fits the groups."""
+    """One head, no host twice, no host left out in a group nearly called as one of ours, storage that fits the
+    groups."""
     heads, workers, servers = ([*groups.get(name, [])] for name in GROUPS)
     problems = []
     for name in sorted(set(groups) - {"all", "ungrouped"}):
@@ -197,11 +217,22 @@ def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callab
         near = "" if name in GROUPS else _near_group(name, groups)
         if near and (left_out or (near == "ray_head" and not heads)):
             fix = f"the group {name} means nothing here: did you mean {near}?"
-            problems.append(problem("all", "group", name, f"{fix} {', '.join(left_out)} would be left out" if left_out else fix))
+            problems.append(
+                problem("all", "group", name, f"{fix} {', '.join(left_out)} would be left out" if left_out else fix)
+            )
     if len(heads) != 1:
-        problems.append(problem("all", "ray_head", heads, f"the group ray_head must have exactly one host, and has {len(heads)}"))
+        problems.append(
+            problem("all", "ray_head", heads, f"the group ray_head must have exactly one host, and has {len(heads)}")
+        )
     for host in sorted(set(heads) & set(workers)):
-        problems.append(problem(host, "ray_workers", host, "is in ray_head and in ray_workers: take it out of one (a head runs tasks too)"))
+        problems.append(
+            problem(
+                host,
+                "ray_workers",
+                host,
+                "is in ray_head and in ray_workers: take it out of one (a head runs tasks too)",
+            )
+        )
     if len(servers) > 1:
         problems.append(problem("all", "nfs_server", servers, "the group nfs_server has at most one host: leave one"))
     nodes = {*heads, *workers}
@@ -216,7 +247,8 @@ def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callab
 
 
 def _near_group(name: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Which of our groups a name was to be; empty where it is quite another's, as workers beside a group ray_workers."""
+    """Which of our groups a name was to be; empty where it is quite another's, as workers beside a group
+    ray_workers."""
     plain = name.lower().replace("-", "_")
     short = re.sub(r"^ray_?|_?servers?$", "", plain)  # else dns_server would be near
     near = difflib.get_close_matches(short, _GROUP_NAMES, 1, 0.6 if plain.startswith("ray_") else 0.8)
@@ -236,7 +268,11 @@ def name_problems(host: str, names: Sequence[str], known: Mapping[str, Any], rol
     ours = tuple(f"{name}_" for name in (*roles, "llm_ray"))
     for name in names:
         # Ansible's own, such as groups and play_hosts, and roles' internal ones
-        if name in known or name.startswith(("ansible_", "_", "inventory_")) or name in ("groups", "group_names", "omit", "hostvars"):
+        if (
+            name in known
+            or name.startswith(("ansible_", "_", "inventory_"))
+            or name in ("groups", "group_names", "omit", "hostvars")
+        ):
             continue
         near = difflib.get_close_matches(name, known, 1, 0.6 if name.startswith(ours) else 0.8)
         if f"llm_ray_{name}" in known:
@@ -244,7 +280,9 @@ def name_problems(host: str, names: Sequence[str], known: Mapping[str, Any], rol
         if near:
             problems.append(problem(host, name, None, f"no role has such a variable: did you mean {near[0]}?"))
         elif name.startswith(ours):
-            problems.append(problem(host, name, None, "no role has such a variable: inventory/sample lists all variables"))
+            problems.append(
+                problem(host, name, None, "no role has such a variable: inventory/sample lists all variables")
+            )
     return problems
 
 
@@ -312,17 +350,25 @@ def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
         problems.append(problem(host, "llm_ray_wheel_source", source, fix))
     address = get("ray_node_address")
     if isinstance(address, str) and ":" in address:
-        problems.append(problem(host, "ray_node_address", address, "is an IPv6 address, and Ray's nodes need IPv4 here: give such a one"))
+        problems.append(
+            problem(
+                host, "ray_node_address", address, "is an IPv6 address, and Ray's nodes need IPv4 here: give such a one"
+            )
+        )
     networks = get("llm_ray_admin_networks")
     for network in networks if isinstance(networks, list) else []:
         try:
             ipaddress.ip_network(str(network))
         except ValueError as error:
-            problems.append(problem(host, "llm_ray_admin_networks", network, f"is no network: {error}; write it as 10.0.0.0/24"))
+            problems.append(
+                problem(host, "llm_ray_admin_networks", network, f"is no network: {error}; write it as 10.0.0.0/24")
+            )
     for name in ("llm_ray_uid", "llm_ray_gid"):
         number = get(name)
         if isinstance(number, int) and not 0 < number < 60000:
-            problems.append(problem(host, name, number, "must be between 1 and 59999: not root's and none that systemd gives away"))
+            problems.append(
+                problem(host, name, number, "must be between 1 and 59999: not root's and none that systemd gives away")
+            )
     return problems + _page_problems(host, get) + _port_problems(host, get)
 
 
@@ -332,10 +378,26 @@ def _page_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     for name, shape, what in (
         ("page_host", _is_address, "an address of the head, such as 127.0.0.1 or 0.0.0.0 for all"),
         ("page_trusted_proxy", lambda value: not value or _is_address(value), "the proxy's address, such as 127.0.0.1"),
-        ("page_names", re.compile(r"[A-Za-z0-9.-]+(:\d+)?").fullmatch, "a host's name, such as llm.example.org, or NAME:PORT"),
-        ("page_origins", re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?").fullmatch, "a scheme and a name, such as https://llm.example.org"),
-        ("page_tls_certificate", _is_file_or_empty, "the absolute path of a file on the head: letters, digits, '.', '_' and '-'"),
-        ("page_tls_key", _is_file_or_empty, "the absolute path of a file on the head: letters, digits, '.', '_' and '-'"),
+        (
+            "page_names",
+            re.compile(r"[A-Za-z0-9.-]+(:\d+)?").fullmatch,
+            "a host's name, such as llm.example.org, or NAME:PORT",
+        ),
+        (
+            "page_origins",
+            re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?").fullmatch,
+            "a scheme and a name, such as https://llm.example.org",
+        ),
+        (
+            "page_tls_certificate",
+            _is_file_or_empty,
+            "the absolute path of a file on the head: letters, digits, '.', '_' and '-'",
+        ),
+        (
+            "page_tls_key",
+            _is_file_or_empty,
+            "the absolute path of a file on the head: letters, digits, '.', '_' and '-'",
+        ),
     ):
         value = get(name)
         for one in value if isinstance(value, list) else [value]:
@@ -351,7 +413,9 @@ def _page_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     beyond = isinstance(address, str) and not re.match(r"127\.|::1$|localhost$", address)
     known = isinstance(served, list) and not any("{{" in str(one) for one in served)
     if beyond and known and str(port) not in map(str, served) and get("firewall_provider") != "none":
-        fix = f"the firewall does not guard the page's port, {port} (page_port), and page_host is {address}: add it here"
+        fix = (
+            f"the firewall does not guard the page's port, {port} (page_port), and page_host is {address}: add it here"
+        )
         problems.append(problem(host, "firewall_served_ports", served, fix))
     return problems
 
@@ -393,7 +457,12 @@ def folder_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
                 found.append((kind, name, path, folder))
     for (kind, name, path, folder), (other, _, _, place) in itertools.combinations(found, 2):
         # what is spilled may go to the state's disk or the storage's
-        spilled = other == "spilled objects" and kind in ("local state", "shared storage") and _within(place, folder) and place != folder
+        spilled = (
+            other == "spilled objects"
+            and kind in ("local state", "shared storage")
+            and _within(place, folder)
+            and place != folder
+        )
         if kind != other and not spilled and (_within(folder, place) or _within(place, folder)):
             fix = f"{kind} and {other} ({place}) must not contain one another: give each a folder of its own"
             problems.append(problem(host, name, path, fix))
@@ -437,9 +506,7 @@ def user_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
             fix = "must not be root: name a user of the cluster's own, such as ray, which site.yml makes"
         elif user in login.values():
             variable = next(key for key, value in login.items() if value == user)
-            fix = (
-                f"is the user that Ansible logs in as ({variable}), and would be locked out: name a user of the cluster's own, such as ray"
-            )
+            fix = f"is the user that Ansible logs in as ({variable}), and would be locked out: name a user of the cluster's own, such as ray"
         elif not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
             fix = "must be a user's name: small letters, digits, '_' and '-', at most 32"
         elif name == "monitoring_user" and user in (get("llm_ray_user"), get("host_base_user")):
@@ -460,7 +527,9 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     problems, taken = [], dict[int, str]()
     single = [*_PORTS]
     if boolean(get("monitoring_enabled"), strict=False):
-        single += ["monitoring_port"] + ["monitoring_node_exporter_port"] * boolean(get("monitoring_node_exporter"), strict=False)
+        single += ["monitoring_port"] + ["monitoring_node_exporter_port"] * boolean(
+            get("monitoring_node_exporter"), strict=False
+        )
     ports = {name: get(name) for name in (*single, "ray_node_min_worker_port", "ray_node_max_worker_port")}
     low, high = ports["ray_node_min_worker_port"], ports["ray_node_max_worker_port"]
     workers = range(low, high + 1) if isinstance(low, int) and isinstance(high, int) else range(0)
@@ -472,7 +541,9 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
         elif port in taken:
             problems.append(problem(host, name, port, f"is the port of {taken[port]} too: choose another"))
         elif name in single and port in workers:
-            problems.append(problem(host, name, port, f"lies among the ports of Ray's workers, {low} to {high}: choose another"))
+            problems.append(
+                problem(host, name, port, f"lies among the ports of Ray's workers, {low} to {high}: choose another")
+            )
         taken.setdefault(port, name)
     if isinstance(low, int) and isinstance(high, int) and high - low < 99:
         fix = f"must leave 100 ports or more above ray_node_min_worker_port ({low}): every worker process takes one"
@@ -507,7 +578,11 @@ def address_problems(values: Mapping[str, _Values]) -> list[Problem]:
             continue
         address = tuple(map(str, given.values()))
         if address in seen:
-            problems.append(problem(host, "ansible_host", address[0], f"is the address of {seen[address]} too: one host has one name"))
+            problems.append(
+                problem(
+                    host, "ansible_host", address[0], f"is the address of {seen[address]} too: one host has one name"
+                )
+            )
         seen.setdefault(address, host)
     return problems
 
@@ -533,10 +608,15 @@ def runtime_problems(groups: Mapping[str, Sequence[str]], values: Mapping[str, _
     problems = []
     for host in groups.get("ray_workers", []) if heads else []:
         get = values[host].get
-        pulled = get("ray_node_registry") and get("ray_node_image_builder") == "control" and not get("llm_ray_offline_bundle")
+        pulled = (
+            get("ray_node_registry")
+            and get("ray_node_image_builder") == "control"
+            and not get("llm_ray_offline_bundle")
+        )
         if _runtime(values[host]) == "docker" and not get("ray_node_image") and not pulled:
             fix = (
-                f"its image comes from the head ({heads[0]}), which is bare_metal and gets no Docker: give the head docker too, all hosts "
+                f"its image comes from the head ({heads[0]}), which is bare_metal and gets no Docker: give the head "
+                "docker too, all hosts "
                 "bare_metal, or name an image that hosts can pull (ray_node_image)"
             )
             problems.append(problem(host, "ray_node_runtime", "docker", fix))
@@ -551,4 +631,8 @@ class FilterModule:
     """What Ansible asks a filter plugin for."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"preflight_inventory": preflight_inventory, "preflight_values": preflight_values, "preflight_reach": preflight_reach}
+        return {
+            "preflight_inventory": preflight_inventory,
+            "preflight_values": preflight_values,
+            "preflight_reach": preflight_reach,
+        }

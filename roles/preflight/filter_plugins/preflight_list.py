@@ -25,7 +25,12 @@ def _merged(problems: Sequence[Problem], hosts: Sequence[str]) -> list[Problem]:
     for one in problems:
         by_finding[json.dumps([one["variable"], one["value"], one["fix"]], default=str)].append(one)
     return [
-        found[0] | ({"host": "all"} if len(hosts) > 1 and len(found) == len(hosts) else {"host": ", ".join(one["host"] for one in found)})
+        found[0]
+        | (
+            {"host": "all"}
+            if len(hosts) > 1 and len(found) == len(hosts)
+            else {"host": ", ".join(one["host"] for one in found)}
+        )
         for found in by_finding.values()
     ]
 

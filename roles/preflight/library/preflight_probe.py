@@ -1,5 +1,6 @@
 #!/usr/bin/python
-"""What preflight wants to know of a host beside Ansible's facts. It changes nothing and needs only Python's own library."""
+"""What preflight wants to know of a host beside Ansible's facts. It changes nothing and needs only Python's own
+library."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def main():
             "shm": shutil.disk_usage("/dev/shm").total,  # noqa: S108
             "free": {path: shutil.disk_usage(existing(path)).free for path in asked["paths"]},
             "taken": taken(asked["ports"], own),
-            "unreached": {address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))},
+            "unreached": {
+                address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))
+            },
             "ufw": ufw(int(asked["ports"].get("ray_node_node_manager_port", 2049))),
             "accounts": found,
             "home": folder(asked["home"]),
@@ -150,7 +153,9 @@ def ufw(port):
     """The networks that an active ufw lets in at a port of the cluster's; None where it is not active."""
     try:
         line = ["/usr/sbin/ufw", "status", "verbose"]
-        done = subprocess.run(line, capture_output=True, timeout=30, check=True, env=os.environ | {"LC_ALL": "C"}, text=True)
+        done = subprocess.run(
+            line, capture_output=True, timeout=30, check=True, env=os.environ | {"LC_ALL": "C"}, text=True
+        )
         return let_in(done.stdout, port)
     except (OSError, subprocess.SubprocessError):
         return None
@@ -174,7 +179,8 @@ def covers(ports, port):
 
 
 def accounts(users, uid, gid, folders):
-    """The users that are there, by variable; who has the ids; the group of llm_ray_user; whose home lies in a folder."""
+    """The users that are there, by variable; who has the ids; the group of llm_ray_user; whose home lies in a
+    folder."""
     found = {variable: entry for variable, name in users.items() if (entry := known(pwd.getpwnam, name))}
     group = known(grp.getgrnam, users["llm_ray_user"])
     owner, others = known(pwd.getpwuid, uid), known(grp.getgrgid, gid)
@@ -224,7 +230,10 @@ def interpreter(candidates):
     for path in candidates:
         try:
             line = [path, "-c", "import json, sys; print(json.dumps(sys.version_info[:3]))"]
-            return {"path": path, "version": json.loads(subprocess.run(line, capture_output=True, timeout=30, check=True).stdout)}
+            return {
+                "path": path,
+                "version": json.loads(subprocess.run(line, capture_output=True, timeout=30, check=True).stdout),
+            }
         except (OSError, subprocess.SubprocessError, ValueError):
             continue
     return {"path": candidates[0] if candidates else "", "version": []}

@@ -1,6 +1,8 @@
-"""llm_ray_conf: renders and validates a conf on the machine that runs Ansible, with the inventory's variables and those given by -e.
+"""llm_ray_conf: renders and validates a conf on the machine that runs Ansible, with the inventory's variables and those
+given by -e.
 
-Of -e, what is no argument of the playbook and no variable of a role sets a variable of the template or a key of the conf, as --set does.
+Of -e, what is no argument of the playbook and no variable of a role sets a variable of the template or a key of the
+conf, as --set does.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.vars import load_extra_vars
 
-# Variables of Ansible itself and of the cluster, which are no settings of a conf; those of roles begin with the role's name.
+# Variables of Ansible itself and of the cluster, which are no settings of a conf; those of roles begin with the role's
+# name.
 _PREFIXES = ("ansible_", "llm_ray_")
 
 
@@ -36,7 +39,8 @@ class ActionModule(ActionBase):
             from llm_ray.errors import LlmRayError
         except ImportError as error:
             raise AnsibleActionFail(
-                f"the Python of this ansible-playbook lacks llm_ray ({error}): make setup, then .venv/bin/ansible-playbook"
+                f"the Python of this ansible-playbook lacks llm_ray ({error}): make setup, then "
+                ".venv/bin/ansible-playbook"
             ) from error
         asked = self._task.args
         kind, conf = asked["kind"], str(asked["conf"])
@@ -52,10 +56,15 @@ class ActionModule(ActionBase):
                 used = variables(file.read_text(encoding="utf-8-sig"))
             except (TemplateProblem, UnicodeDecodeError, OSError):
                 used = set()  # loading it tells what is wrong
-            known = {name: self._value(name, task_vars or {}) for name in used if name in (task_vars or {})} | asked["variables"]
-            if (unknown := asked.get("unknown")) and "cpus_per_host" in used - given_by_e.keys() - (asked.get("settings") or {}).keys():
+            known = {name: self._value(name, task_vars or {}) for name in used if name in (task_vars or {})} | asked[
+                "variables"
+            ]
+            if (unknown := asked.get("unknown")) and "cpus_per_host" in used - given_by_e.keys() - (
+                asked.get("settings") or {}
+            ).keys():
                 raise AnsibleActionFail(
-                    f"{file.name} asks for cpus_per_host, and the cores of {', '.join(unknown)} are not known, for no facts came from there: "
+                    f"{file.name} asks for cpus_per_host, and the cores of {', '.join(unknown)} are not known, for no "
+                    "facts came from there: "
                     "start it, set ray_node_cpus for it in the inventory, or give -e cpus_per_host=…"
                 )
             ship = finetune_for_cluster if kind == "finetune" else serve_for_cluster
@@ -75,7 +84,13 @@ class ActionModule(ActionBase):
             "resolved": shipped.conf.model_dump(mode="json"),
             "sha256": shipped.sha256,
             "files": [
-                {"key": each.key, "source": str(each.source), "target": each.target, "sha256": each.sha256, "bytes": each.bytes}
+                {
+                    "key": each.key,
+                    "source": str(each.source),
+                    "target": each.target,
+                    "sha256": each.sha256,
+                    "bytes": each.bytes,
+                }
                 for each in shipped.files
             ],
         }
@@ -93,7 +108,9 @@ def _check_port(endpoint: Any, guarded: list[Any]) -> None:
     ranges = [str(port).partition("-") for port in guarded]
     if not endpoint.on_loopback and not any(int(low) <= endpoint.port <= int(high or low) for low, _, high in ranges):
         raise AnsibleActionFail(
-            f"endpoint.port is {endpoint.port}, none of the ports that the firewall guards ({', '.join(map(str, guarded))}), "
-            f"and endpoint.host is {endpoint.host}: set llm_ray_serve_port: {endpoint.port} in the inventory, or add it to "
+            f"endpoint.port is {endpoint.port}, none of the ports that the firewall guards "
+            f"({', '.join(map(str, guarded))}), "
+            f"and endpoint.host is {endpoint.host}: set llm_ray_serve_port: {endpoint.port} in the inventory, or add "
+            "it to "
             "firewall_served_ports, and run site.yml --tags firewall"
         )

@@ -29,7 +29,9 @@ class ActionModule(ActionBase):
         offset, partial, heard = 0, "", time.monotonic()
         last: list[str] = []
         while True:
-            told = self._execute_module(module_name="ray_job", module_args=asked | {"offset": offset}, task_vars=task_vars)
+            told = self._execute_module(
+                module_name="ray_job", module_args=asked | {"offset": offset}, task_vars=task_vars
+            )
             if told.get("failed") or told.get("unreachable"):
                 if time.monotonic() - heard > _PATIENCE:
                     return told

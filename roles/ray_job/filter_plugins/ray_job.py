@@ -7,10 +7,17 @@ from typing import Any
 
 
 def ray_job_names(addresses: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Addresses of Ray's nodes by the names of hosts, and of groups that hold any; a host of unknown address keeps its name."""
+    """Addresses of Ray's nodes by the names of hosts, and of groups that hold any; a host of unknown address keeps its
+    name."""
     addresses = {host: address or host for host, address in addresses.items()}
-    by_group = {group: [addresses[host] for host in hosts if host in addresses] for group, hosts in groups.items() if group != "ungrouped"}
-    return {group: found for group, found in by_group.items() if found} | {host: [address] for host, address in addresses.items()}
+    by_group = {
+        group: [addresses[host] for host in hosts if host in addresses]
+        for group, hosts in groups.items()
+        if group != "ungrouped"
+    }
+    return {group: found for group, found in by_group.items() if found} | {
+        host: [address] for host, address in addresses.items()
+    }
 
 
 def ray_job_cpus(host: Mapping[str, Any]) -> int:

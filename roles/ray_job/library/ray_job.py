@@ -136,7 +136,8 @@ def attach(job, asked, digest):
             lines = difflib.unified_diff(file.read().splitlines(), asked["conf"].splitlines(), n=0, lineterm="")
             changed = "; ".join(" ".join(line.split()) for line in lines if not line.startswith(("---", "+++", "@@")))
         ways = (
-            f"wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job stop {identity}"
+            "wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job "
+            f"stop {identity}"
             if asked["command"][0] == "serve"
             else "wait for it, end it with -e cancel=true, or give this one another name with -e name=…"
         )
@@ -145,7 +146,8 @@ def attach(job, asked, digest):
     if any(word not in runs for word in asked["command"] if word != "CONF"):
         more = " ".join(asked["command"][asked["command"].index("CONF") + 1 :])
         raise Refused(
-            f"{identity} runs, and was not started with {more}: end it first with -e cancel=true, or leave that out to see it go on"
+            f"{identity} runs, and was not started with {more}: end it first with -e cancel=true, or leave that out to "
+            "see it go on"
         )
     return {"changed": False, "id": identity, "attached": True, "status": job["status"]}
 
@@ -176,7 +178,8 @@ def follow(api, asked):
 
 
 def read_log(path, offset):
-    """The text after an offset in bytes, the offset after that text, and whether the log goes on. A driver that has not started has no log.
+    """The text after an offset in bytes, the offset after that text, and whether the log goes on. A driver that has not
+    started has no log.
 
     Ray's API has no offset: it would send the whole log at every look. Drivers run on the head, as this module does.
     """
@@ -203,7 +206,8 @@ def stop(api, asked, check_mode):
     while job["status"] not in _ENDED:
         if time.monotonic() > until:
             raise Refused(
-                f"{identity} was told to stop but did not within {asked['seconds']:.0f} s: it may still be writing its checkpoint"
+                f"{identity} was told to stop but did not within {asked['seconds']:.0f} s: it may still be writing its "
+                "checkpoint"
             )
         time.sleep(_POLL)
         job = api(f"/api/jobs/{identity}")

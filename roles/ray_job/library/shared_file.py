@@ -1,5 +1,6 @@
 #!/usr/bin/python
-"""Files on the shared storage that are named by their contents: is one there, and put one there that was copied to this host."""
+"""Files on the shared storage that are named by their contents: is one there, and put one there that was copied to this
+host."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ _BLOCK = 1 << 20
 
 
 def digest(path):
-    """SHA-256 of a file; of a folder, of its files' sums and names in the order of the names. As llm_ray.conf.upload has it."""
+    """SHA-256 of a file; of a folder, of its files' sums and names in the order of the names. As llm_ray.conf.upload
+    has it."""
     if os.path.isfile(path):  # noqa: PTH113
         made = hashlib.sha256()
         with open(path, "rb") as file:  # noqa: PTH123
@@ -66,7 +68,9 @@ def main():
     except KeyError:
         module.fail_json(msg=f"there is no user {module.params['user']}: ansible-playbook site.yml makes it")
     except OSError as error:
-        module.fail_json(msg=f"{error.filename or path}: {error.strerror or error}: is the shared storage mounted, and has it room?")
+        module.fail_json(
+            msg=f"{error.filename or path}: {error.strerror or error}: is the shared storage mounted, and has it room?"
+        )
     if not right:
         module.fail_json(msg=f"{source} is not what was sent (its checksum differs): run this again")
     changed = bool(source) and not there
@@ -82,7 +86,8 @@ def is_there(path, mark, sha256):
 
 
 def put(source, path, mark, sha256):
-    """Whole or not at all: the mark is written last. Where another one was faster, theirs stays, for it may be read already."""
+    """Whole or not at all: the mark is written last. Where another one was faster, theirs stays, for it may be read
+    already."""
     folder, name = os.path.split(path)
     os.makedirs(folder, mode=0o750, exist_ok=True)  # noqa: PTH103
     own = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)

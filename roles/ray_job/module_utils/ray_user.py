@@ -9,7 +9,8 @@ import pwd
 
 @contextlib.contextmanager
 def acting_as(user):
-    """With the rights of the user of Ray: to root the shared storage may be closed. Root again afterwards, for Ansible's own files.
+    """With the rights of the user of Ray: to root the shared storage may be closed. Root again afterwards, for
+    Ansible's own files.
 
     Raises KeyError where there is no such user.
     """

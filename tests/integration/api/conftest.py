@@ -28,7 +28,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         # As on a host without a C++ compiler: vLLM's sampler would want one for logprobs.
         environment = {**os.environ, "LLM_RAY_HOME": str(home), "TMPDIR": str(home), "CXX": "/nowhere"}
-        return subprocess.run([LLM_RAY, *arguments], input=stdin, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        return subprocess.run(
+            [LLM_RAY, *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            env=environment,
+        )
 
     yield command
     command("serve", "stop", "--all")
@@ -49,7 +57,9 @@ def conf(smollm2: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory)
     file = tmp_path_factory.mktemp("conf") / "serve.yaml"
     small = {"model": str(smollm2), "max_model_len": 512, "cpus": 1, "adapters": {"tuned": str(adapter)}}
     other = {"model": str(smollm2), "max_model_len": 256, "max_batch": 4, "kv_cache_gib": 0.2, "tools": "off"}
-    file.write_text(json.dumps({"endpoint": {"port": port, "max_body_mib": 1}, "models": {"small": small, "team/other": other}}))
+    file.write_text(
+        json.dumps({"endpoint": {"port": port, "max_body_mib": 1}, "models": {"small": small, "team/other": other}})
+    )
     return file
 
 

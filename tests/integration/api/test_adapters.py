@@ -67,12 +67,15 @@ def test_its_requests_are_told_beside_those_of_its_base(run: Any, client: openai
     assert after["generated_tokens"] == before["generated_tokens"]
 
 
-def test_an_adapter_of_another_model_is_refused(run: Any, conf: Path, adapter: Path, client: openai.OpenAI, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(
+    run: Any, conf: Path, adapter: Path, client: openai.OpenAI, tmp_path: Path
+) -> None:
     """It would answer nonsense, or as the base does."""
     foreign = shutil.copytree(adapter, tmp_path / "foreign")
     weights = load_file(foreign / "adapter_model.safetensors")
     save_file(
-        {name: tensor[..., : len(tensor) // 2].contiguous() for name, tensor in weights.items()}, foreign / "adapter_model.safetensors"
+        {name: tensor[..., : len(tensor) // 2].contiguous() for name, tensor in weights.items()},
+        foreign / "adapter_model.safetensors",
     )
     asked = json.loads(conf.read_text())
     asked["models"]["small"]["adapters"]["foreign"] = str(foreign)
@@ -121,7 +124,10 @@ def test_a_changed_adapter_answers_with_its_new_weights_while_its_base_is_asked(
     deploy(tmp_path / "more.yaml")
     assert text(client, "changing", **long) != text(client, "small", **long)
     weights = load_file(folder / "adapter_model.safetensors")
-    save_file({name: tensor * ("lora_B" not in name) for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: tensor * ("lora_B" not in name) for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
     with client.completions.create(model="small", **ASK | {"max_tokens": 500}, stream=True) as stream:
         assert next(iter(stream)).choices
         deploy(tmp_path / "more.yaml")

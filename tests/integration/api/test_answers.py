@@ -13,10 +13,18 @@ import pytest
 
 QUESTION: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
-DAYS: dict[str, Any] = {"model": "small", "prompt": "The days of the week are Monday,", "max_tokens": 12, "temperature": 0}
+DAYS: dict[str, Any] = {
+    "model": "small",
+    "prompt": "The days of the week are Monday,",
+    "max_tokens": 12,
+    "temperature": 0,
+}
 SCHEMA = {
     "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "people": {"type": "integer", "minimum": 1, "maximum": 99},
+    },
     "required": ["city", "people"],
     "additionalProperties": False,
 }
@@ -48,17 +56,23 @@ def test_usage_is_exact(client: openai.OpenAI, http: httpx.Client) -> None:
     whole = client.chat.completions.create(**chat()).usage
     assert whole is not None
     assert whole.prompt_tokens == http.post("/tokenize", json={"model": "small", "messages": QUESTION}).json()["count"]
-    assert whole.completion_tokens == http.post("/tokenize", json={"model": "small", "prompt": ANSWER}).json()["count"] + 1  # its end
+    assert (
+        whole.completion_tokens == http.post("/tokenize", json={"model": "small", "prompt": ANSWER}).json()["count"] + 1
+    )  # its end
     assert whole.total_tokens == whole.prompt_tokens + whole.completion_tokens
     *before, last = client.chat.completions.create(**chat(stream=True, stream_options={"include_usage": True}))
     assert last.choices == []
     assert last.usage == whole
     assert all(chunk.usage is None for chunk in before)
     assert all(chunk.usage is None and chunk.choices for chunk in client.chat.completions.create(**chat(stream=True)))
-    several = client.completions.create(**DAYS | {"prompt": ["One", "One two three"], "max_tokens": 3, "n": 2, "temperature": 1})
+    several = client.completions.create(
+        **DAYS | {"prompt": ["One", "One two three"], "max_tokens": 3, "n": 2, "temperature": 1}
+    )
     assert several.usage
     assert several.usage.completion_tokens <= 12
-    (*_, end) = client.completions.create(**DAYS | {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5})
+    (*_, end) = client.completions.create(
+        **DAYS | {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 5}
+    )
     assert end.usage
     assert end.usage.completion_tokens == 5
 
@@ -76,11 +90,16 @@ def test_32_at_once_answer_as_one_alone(base: str, client: openai.OpenAI) -> Non
 
     async def together() -> list[str]:
         async with openai.AsyncOpenAI(
-            base_url=f"{base}/v1", api_key="none", max_retries=0, http_client=openai.DefaultAsyncHttpxClient(trust_env=False)
+            base_url=f"{base}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
         ) as asking:
 
             async def streamed(one: dict[str, Any]) -> str:
-                return "".join([chunk.choices[0].text async for chunk in await asking.completions.create(**one, stream=True)])
+                return "".join(
+                    [chunk.choices[0].text async for chunk in await asking.completions.create(**one, stream=True)]
+                )
 
             async def whole(one: dict[str, Any]) -> str:
                 return (await asking.completions.create(**one)).choices[0].text
@@ -175,7 +194,11 @@ def test_an_answer_in_the_form_of_a_schema(client: openai.OpenAI, stream: bool) 
 
 
 def test_an_answer_in_json_of_a_form_or_of_a_choice(client: openai.OpenAI) -> None:
-    said = client.chat.completions.create(**chat(max_tokens=8, response_format={"type": "json_object"})).choices[0].message.content
+    said = (
+        client.chat.completions.create(**chat(max_tokens=8, response_format={"type": "json_object"}))
+        .choices[0]
+        .message.content
+    )
     assert (said or "").lstrip().startswith("{")
     for form, allowed in (({"choice": ["Rome", "Oslo"]}, ("Rome", "Oslo")), ({"regex": "[ab]-1"}, ("a-1", "b-1"))):
         answer = client.chat.completions.create(**chat(extra_body={"structured_outputs": form}))
@@ -186,9 +209,15 @@ def test_an_answer_in_json_of_a_form_or_of_a_choice(client: openai.OpenAI) -> No
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_letters_of_several_tokens_come_whole(client: openai.OpenAI, stream: bool) -> None:
-    ask = chat(max_tokens=64, messages=[{"role": "user", "content": LETTERS}], extra_body={"structured_outputs": {"choice": [LETTERS]}})
+    ask = chat(
+        max_tokens=64,
+        messages=[{"role": "user", "content": LETTERS}],
+        extra_body={"structured_outputs": {"choice": [LETTERS]}},
+    )
     if stream:
-        pieces = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**ask, stream=True) if c.choices]
+        pieces = [
+            c.choices[0].delta.content or "" for c in client.chat.completions.create(**ask, stream=True) if c.choices
+        ]
         assert all("\ufffd" not in piece for piece in pieces)
         assert "".join(pieces) == LETTERS
     else:
@@ -208,7 +237,11 @@ def test_messages_of_every_kind(client: openai.OpenAI) -> None:
         *QUESTION,
     ]
     assert "Paris" in (client.chat.completions.create(**chat(messages=history)).choices[0].message.content or "")
-    assert client.chat.completions.create(**chat(messages=[{"role": "user", "content": ""}], max_tokens=2)).choices[0].message.content
+    assert (
+        client.chat.completions.create(**chat(messages=[{"role": "user", "content": ""}], max_tokens=2))
+        .choices[0]
+        .message.content
+    )
     begun = [*QUESTION, {"role": "assistant", "content": "The capital of France is"}]
     more = client.chat.completions.create(
         **chat(messages=begun, extra_body={"continue_final_message": True, "add_generation_prompt": False})

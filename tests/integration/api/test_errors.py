@@ -1,4 +1,5 @@
-"""What a client does wrong is told in OpenAI's form, with a status of its own making; never a traceback, never a 5xx."""
+"""What a client does wrong is told in OpenAI's form, with a status of its own making; never a traceback, never a
+5xx."""
 
 from __future__ import annotations
 
@@ -54,13 +55,31 @@ ODD_TYPE = "response_format.json_schema.schema.type"
         # prompts
         (CHAT, chat(messages=[]), 400, "messages", "invalid_request"),
         (CHAT, chat(messages=[{"role": "boss", "content": "x"}]), 400, "messages[0]", "invalid_request"),
-        (CHAT, chat(messages=[{"role": "user", "content": "word " * 600}]), 400, "input_tokens", "context_length_exceeded"),
-        (CHAT, chat(messages=[{"role": "user", "content": "word " * 600}], stream=True), 400, "input_tokens", "context_length_exceeded"),
+        (
+            CHAT,
+            chat(messages=[{"role": "user", "content": "word " * 600}]),
+            400,
+            "input_tokens",
+            "context_length_exceeded",
+        ),
+        (
+            CHAT,
+            chat(messages=[{"role": "user", "content": "word " * 600}], stream=True),
+            400,
+            "input_tokens",
+            "context_length_exceeded",
+        ),
         (TEXT, text(prompt="word " * 600), 400, "input_tokens", "context_length_exceeded"),
         (TEXT, text(prompt=""), 400, "prompt", "invalid_request"),
         (TEXT, text(prompt=[]), 400, "prompt", "invalid_request"),
         (TEXT, text(prompt=[99_999_999]), 400, None, "invalid_request"),
-        (CHAT, part(type="image_url", image_url={"url": "http://127.0.0.1/x.png"}), 400, "messages[0].content[0].image_url.url", None),
+        (
+            CHAT,
+            part(type="image_url", image_url={"url": "http://127.0.0.1/x.png"}),
+            400,
+            "messages[0].content[0].image_url.url",
+            None,
+        ),
         (CHAT, part(type="image_url", image_url={"url": PIXEL}), 400, None, "invalid_request"),
         ("/small", {"text": ""}, 400, "text", "invalid_request"),
         ("/small", {"text": "x", "config": {"max_new_token": 3}}, 400, "config.max_new_token", "invalid_request"),
@@ -72,10 +91,19 @@ ODD_TYPE = "response_format.json_schema.schema.type"
         (CHAT, chat(temperature="hot"), 400, "temperature", "invalid_request"),
         (CHAT, chat(logit_bias={"999999": 1}), 400, "logit_bias", "invalid_request"),
         (CHAT, chat(min_tokens=9), 400, None, "invalid_request"),
-        (CHAT, chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}), 400, ODD_TYPE, None),
         (
             CHAT,
-            chat(stream=True, response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}),
+            chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}}),
+            400,
+            ODD_TYPE,
+            None,
+        ),
+        (
+            CHAT,
+            chat(
+                stream=True,
+                response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "odd"}}},
+            ),
             400,
             ODD_TYPE,
             None,
@@ -91,7 +119,13 @@ ODD_TYPE = "response_format.json_schema.schema.type"
         (CHAT, chat(top_logprobs=21, logprobs=True), 400, "top_logprobs", "invalid_request"),
         (CHAT, chat(stop=["a"] * 5), 400, "stop", "invalid_request"),
         (CHAT, chat(use_beam_search=True), 400, "use_beam_search", "unsupported_parameter"),
-        (CHAT, chat(kv_transfer_params={"do_remote_prefill": True}), 400, "kv_transfer_params", "unsupported_parameter"),
+        (
+            CHAT,
+            chat(kv_transfer_params={"do_remote_prefill": True}),
+            400,
+            "kv_transfer_params",
+            "unsupported_parameter",
+        ),
         (CHAT, chat(chat_template="{{ messages }}"), 400, "chat_template", "unsupported_parameter"),
         (CHAT, chat(chat_template_kwargs={"chat_template": "{{ messages }}"}), 400, None, "invalid_request"),
         (TEXT, text(prompt_embeds="AAAA"), 400, "prompt_embeds", "unsupported_parameter"),
@@ -105,7 +139,9 @@ ODD_TYPE = "response_format.json_schema.schema.type"
         ("/", {}, 404, None, "not_found"),
     ],
 )
-def test_a_wrong_request(http: httpx.Client, path: str, body: Any, status: int, param: str | None, code: str | None) -> None:
+def test_a_wrong_request(
+    http: httpx.Client, path: str, body: Any, status: int, param: str | None, code: str | None
+) -> None:
     answer = http.post(path, json=body)
     told = error(answer)
     assert (answer.status_code, told["param"], told["type"]) == (status, param, "invalid_request_error")
@@ -120,7 +156,11 @@ def test_a_wrong_request(http: httpx.Client, path: str, body: Any, status: int, 
         ("[]", 400, "invalid_request"),
         ('"text"', 400, "invalid_request"),
         ("{bad", 400, "invalid_json"),
-        ('{"model": "small", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "invalid_request"),
+        (
+            '{"model": "small", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+            400,
+            "invalid_request",
+        ),
         ('{"model": "small", "messages": [{"role": "user", "content": "\\ud83d"}]}', 400, "invalid_request"),
         ('{"model": "\\ud83d", "messages": []}', 400, "invalid_request"),
         ('{"max_tokens": ' + "9" * 5000 + "}", 400, None),
@@ -130,7 +170,9 @@ def test_a_wrong_request(http: httpx.Client, path: str, body: Any, status: int, 
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/small"])
-def test_a_body_that_cannot_be_read(http: httpx.Client, path: str, body: str | bytes, status: int, code: str | None) -> None:
+def test_a_body_that_cannot_be_read(
+    http: httpx.Client, path: str, body: str | bytes, status: int, code: str | None
+) -> None:
     answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
     told = error(answer)
     assert answer.status_code == status
@@ -141,7 +183,12 @@ def test_a_body_of_another_kind(http: httpx.Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
         answer = http.post(CHAT, content=json.dumps(chat()), headers={"Content-Type": kind})
         assert (answer.status_code, error(answer)["code"]) == (415, "unsupported_media_type")
-    assert http.post(CHAT, content=json.dumps(chat()), headers={"Content-Type": "application/json; charset=utf-8"}).status_code == 200
+    assert (
+        http.post(
+            CHAT, content=json.dumps(chat()), headers={"Content-Type": "application/json; charset=utf-8"}
+        ).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -206,7 +253,9 @@ def test_headers_of_a_client_do_not_reach_the_engine(http: httpx.Client) -> None
 def test_a_request_that_asks_for_much_does_not_hold_up_others(http: httpx.Client) -> None:
     """A text far too long is refused before it is worked on, and the most that may be asked for is answered."""
     assert http.post(CHAT, json=chat(messages=[{"role": "user", "content": "a b " * 2**17}])).status_code == 400
-    much = text(n=32, temperature=1, logprobs=20, stop=["zzzz"] * 4, bad_words=[f"word{i}" for i in range(50)], max_tokens=2)
+    much = text(
+        n=32, temperature=1, logprobs=20, stop=["zzzz"] * 4, bad_words=[f"word{i}" for i in range(50)], max_tokens=2
+    )
     answer = http.post(TEXT, json=much)
     assert answer.status_code == 200
     assert len(answer.json()["choices"]) == 32

@@ -1,4 +1,5 @@
-"""A fuzzer over the endpoint's own description: whatever a client sends, the answer comes soon, is one that is described, and is no 5xx."""
+"""A fuzzer over the endpoint's own description: whatever a client sends, the answer comes soon, is one that is
+described, and is no 5xx."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ def test_no_request_is_answered_otherwise_than_described(base: str, subtests: py
         for mode, examples in modes:
             with subtests.test(operation.label, mode=mode.value):
                 # That a model is not ready for a moment is what /ready is there to tell.
-                allowed = [check for check in CHECKS if operation.path != "/ready" or check is not schemathesis.checks.not_a_server_error]
+                allowed = [
+                    check
+                    for check in CHECKS
+                    if operation.path != "/ready" or check is not schemathesis.checks.not_a_server_error
+                ]
                 _fuzz(operation.as_strategy(generation_mode=mode), examples, allowed)
 
 
@@ -59,5 +64,7 @@ def _fuzz(cases: Any, examples: int, checks: list[Any]) -> None:
 
 def test_the_endpoint_is_well_afterwards(http: httpx.Client) -> None:
     assert http.get("/ready").status_code == 200
-    answer = http.post("/small", json={"text": "What is the capital of France?", "config": {"max_new_tokens": 16, "temperature": 0}})
+    answer = http.post(
+        "/small", json={"text": "What is the capital of France?", "config": {"max_new_tokens": 16, "temperature": 0}}
+    )
     assert answer.text == "The capital of France is Paris."

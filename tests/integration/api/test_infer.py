@@ -74,7 +74,10 @@ def test_a_load(run: Run, base: str, tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert (found["answered"], found["failed"], found["output_tokens"]) == (8, 0, 128)
     assert (
-        0 < found["time_per_output_token_seconds"]["p50"] < found["time_to_first_token_seconds"]["p50"] < found["end_to_end_seconds"]["p50"]
+        0
+        < found["time_per_output_token_seconds"]["p50"]
+        < found["time_to_first_token_seconds"]["p50"]
+        < found["end_to_end_seconds"]["p50"]
     )
     assert found["client_cpu_share"] < 0.5
     assert (tmp_path / "bench" / "plot.png").exists()
@@ -85,7 +88,9 @@ def test_figures_of_a_load_are_those_of_vllm() -> None:
     from vllm.benchmarks.serve import SampleRequest, calculate_metrics
 
     samples = [Sample(0.0, [0.1, 0.2, 0.4], 10, 3), Sample(0.1, [0.3, 0.5, 0.7], 20, 5), Sample(1.0, [0.8], 30, 1)]
-    report = LoadReport("http://h/v1", "m", Load(concurrency=2, requests=4), samples, [Failure(0.5, 0.6, "status 503", "")], 2.0)
+    report = LoadReport(
+        "http://h/v1", "m", Load(concurrency=2, requests=4), samples, [Failure(0.5, 0.6, "status 503", "")], 2.0
+    )
     outputs = [
         RequestFuncOutput(
             success=True,

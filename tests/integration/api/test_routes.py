@@ -52,7 +52,9 @@ def test_a_models_own_route(http: httpx.Client) -> None:
     assert told["usage"]["total_tokens"] == told["usage"]["prompt_tokens"] + told["usage"]["completion_tokens"]
     several = http.post("/small", json={"text": [QUESTION, "Hi"], "config": SETTINGS}, headers=JSON).json()
     assert (several[0]["text"], len(several)) == (ANSWER, 2)
-    stopped = http.post("/small", json={"text": QUESTION, "config": SETTINGS | {"stop": ["France"]}}, headers=JSON).json()
+    stopped = http.post(
+        "/small", json={"text": QUESTION, "config": SETTINGS | {"stop": ["France"]}}, headers=JSON
+    ).json()
     assert (stopped["text"], stopped["finish_reason"]) == ("The capital of ", "stop")
     assert http.post("/team/other", json={"text": QUESTION, "config": SETTINGS}).text == ANSWER
 
@@ -107,7 +109,9 @@ def test_requests_are_counted(http: httpx.Client) -> None:
 
 def test_it_describes_itself(http: httpx.Client) -> None:
     told = http.get("/openapi.json").json()
-    operations = {(path, method): operation for path, methods in told["paths"].items() for method, operation in methods.items()}
+    operations = {
+        (path, method): operation for path, methods in told["paths"].items() for method, operation in methods.items()
+    }
     assert ("/v1/chat/completions", "post") in operations
     for operation in operations.values():
         assert operation["summary"]

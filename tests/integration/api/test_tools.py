@@ -61,7 +61,9 @@ def test_a_call_that_the_model_decides_on(client: openai.OpenAI, stream: bool) -
     ask = ASK | {"tool_choice": "auto", "extra_body": {"structured_outputs": {"choice": [CALL]}}}
     if stream:
         chunks = list(client.chat.completions.create(**ask, stream=True))
-        deltas = [call.function for chunk in chunks for call in chunk.choices[0].delta.tool_calls or [] if call.function]
+        deltas = [
+            call.function for chunk in chunks for call in chunk.choices[0].delta.tool_calls or [] if call.function
+        ]
         assert "".join(delta.name or "" for delta in deltas) == "get_weather"
         assert json.loads("".join(delta.arguments or "" for delta in deltas)) == {"city": "Oslo"}
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
@@ -117,11 +119,20 @@ def test_a_conversation_goes_on_with_what_a_tool_returned(client: openai.OpenAI,
 
 def test_arguments_that_are_no_json_are_the_clients_mistake(http: httpx.Client) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": "{broken"}}
-    messages = [*ASK["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "x"}]
-    assert http.post("/v1/chat/completions", json=ASK | {"messages": messages, "max_tokens": 2}).status_code in (200, 400)
+    messages = [
+        *ASK["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+    ]
+    assert http.post("/v1/chat/completions", json=ASK | {"messages": messages, "max_tokens": 2}).status_code in (
+        200,
+        400,
+    )
 
 
 def test_a_model_deployed_without_tools_says_so(http: httpx.Client) -> None:
-    answer = http.post("/v1/chat/completions", json=ASK | {"model": "team/other", "tool_choice": "auto", "max_tokens": 2})
+    answer = http.post(
+        "/v1/chat/completions", json=ASK | {"model": "team/other", "tool_choice": "auto", "max_tokens": 2}
+    )
     assert answer.status_code == 400
     assert "tool" in answer.json()["error"]["message"]

@@ -1,4 +1,5 @@
-"""An endpoint with API keys, and on it `team/pair`, which has adapters and is to have a second replica, and `vectors` for embeddings."""
+"""An endpoint with API keys, and on it `team/pair`, which has adapters and is to have a second replica, and `vectors`
+for embeddings."""
 
 from __future__ import annotations
 
@@ -41,10 +42,18 @@ class Guarded(Home):
         assert deployed.returncode == 0, deployed.stderr
 
     def http(self, key: str | None = None) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=False, timeout=120)
+        return httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {key}"} if key else {}, trust_env=False, timeout=120
+        )
 
     def ask(self, name: str, **more: Any) -> httpx.Response:
-        body = {"model": name, "prompt": "Once upon a time", "max_tokens": 64, "temperature": 0, "ignore_eos": True} | more
+        body = {
+            "model": name,
+            "prompt": "Once upon a time",
+            "max_tokens": 64,
+            "temperature": 0,
+            "ignore_eos": True,
+        } | more
         with self.http(self.key) as client:
             return client.post("/v1/completions", json=body)
 
@@ -68,7 +77,9 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="package")
-def home(llama: Path, adapters: dict[str, Path], bert: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+def home(
+    llama: Path, adapters: dict[str, Path], bert: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Guarded]:
     made = Guarded(tmp_path_factory.mktemp("home"), llama)
     template = made.folder / "template.jinja"
     template.write_text(TEMPLATE)
@@ -89,6 +100,9 @@ def home(llama: Path, adapters: dict[str, Path], bert: tuple[Path, Path], tmp_pa
 def client(home: Guarded) -> Iterator[openai.OpenAI]:
     """OpenAI's client, which does not ask again by itself."""
     with openai.OpenAI(
-        base_url=f"{home.url}/v1", api_key=home.key, max_retries=0, http_client=openai.DefaultHttpxClient(trust_env=False)
+        base_url=f"{home.url}/v1",
+        api_key=home.key,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(trust_env=False),
     ) as made:
         yield made

@@ -13,7 +13,9 @@ from tests.integration.endpoint.conftest import Guarded
 from tests.integration.serving import Clients
 
 
-def test_a_model_that_makes_vectors_with_a_tokenizer_of_another_folder(client: openai.OpenAI, bert: tuple[Path, Path]) -> None:
+def test_a_model_that_makes_vectors_with_a_tokenizer_of_another_folder(
+    client: openai.OpenAI, bert: tuple[Path, Path]
+) -> None:
     texts = ["the cat sleeps", "the cat"]
     answer = client.embeddings.create(model="vectors", input=texts)
     assert answer.usage.prompt_tokens == 5 + 4
@@ -50,7 +52,17 @@ def test_infer_asks_a_models_own_route(home: Guarded, name: str) -> None:
 def test_infer_tells_the_models_where_a_route_names_none(home: Guarded) -> None:
     done = home.run("infer", "--api-key", home.key, "--prompt", "Hello", "--model_endpoint", f"{home.url}/team/nobody")
     assert (done.returncode, "red, team/blue, team/pair" in done.stderr) == (1, True), done.stderr
-    done = home.run("infer", "--api-key", home.key, "--prompt", "Hello", "--model_endpoint", f"{home.url}/team/pair", "--model", "red")
+    done = home.run(
+        "infer",
+        "--api-key",
+        home.key,
+        "--prompt",
+        "Hello",
+        "--model_endpoint",
+        f"{home.url}/team/pair",
+        "--model",
+        "red",
+    )
     assert (done.returncode, f"give {home.url}/v1" in done.stderr) == (2, True), done.stderr
 
 
@@ -58,7 +70,9 @@ def test_a_model_that_is_not_ready_in_time_is_taken_back(home: Guarded, bert: tu
     with Clients(home, "red") as clients:
         failed = home.deploy("late", "--tokenizer", str(bert[1]), "--timeout", "1", model=str(bert[0]))
         models = home.models()
-    assert (failed.returncode, "did not start within 1 s: give more time (--timeout)" in failed.stderr) == (1, True), failed.stderr
+    assert (failed.returncode, "did not start within 1 s: give more time (--timeout)" in failed.stderr) == (1, True), (
+        failed.stderr
+    )
     assert "Traceback" not in failed.stderr
     assert set(models) == {"team/pair", "vectors"}
     assert not home.processes("ServeReplica:model:late")

@@ -17,7 +17,10 @@ from tests.integration.serving import until
 
 TEXT = "/v1/completions"
 PAGE = {"Origin": "https://chat.example.org"}
-PREFLIGHT = PAGE | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+PREFLIGHT = PAGE | {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
 
 
 def body(**change: Any) -> dict[str, Any]:
@@ -90,7 +93,9 @@ def test_a_key_has_limits_of_its_own(home: Guarded) -> None:
             assert next(lines)
             refused = one.post(TEXT, json=body(model="red"))
             assert (*told(refused), refused.headers["retry-after"]) == (429, "rate_limit_exceeded", "1")
-        until(lambda: one.post(TEXT, json=body(model="red")).status_code == 200, 10)  # its client was gone, and so is its place
+        until(
+            lambda: one.post(TEXT, json=body(model="red")).status_code == 200, 10
+        )  # its client was gone, and so is its place
         assert told(one.post(TEXT, json=body())) == (404, "model_not_found")
         assert [model["id"] for model in one.get("/v1/models").json()["data"]] == ["red"]
     assert home.ask("team/pair").status_code == 200
@@ -124,7 +129,9 @@ def test_a_page_that_is_named_may_ask(narrow: Guarded) -> None:
         allowed = page.options(TEXT, headers=PREFLIGHT)
         assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, PAGE["Origin"])
         refused = page.post(TEXT, json=body(), headers=PAGE)
-        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE["Origin"]), "the page can read why"
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, PAGE["Origin"]), (
+            "the page can read why"
+        )
         other = page.options(TEXT, headers=PREFLIGHT | {"Origin": "https://elsewhere.example.org"})
         assert (other.status_code, "access-control-allow-origin" in other.headers) == (400, False)
 
@@ -133,15 +140,22 @@ def test_bodies_that_are_too_large_or_do_not_come(narrow: Guarded) -> None:
     with narrow.http(narrow.key) as client:
         assert told(client.post(TEXT, json=body(prompt="word " * 2100))) == (413, "body_too_large")
         in_pieces = (piece for piece in [b'{"model": "team/pair", "prompt": "', *[b"word " * 1000] * 3, b'"}'])
-        assert told(client.post(TEXT, content=in_pieces, headers={"Content-Type": "application/json"})) == (413, "body_too_large")
+        assert told(client.post(TEXT, content=in_pieces, headers={"Content-Type": "application/json"})) == (
+            413,
+            "body_too_large",
+        )
     with socket.create_connection(("127.0.0.1", narrow.port)) as slow:
-        slow.sendall(f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {narrow.key}\r\nContent-Length: 99\r\n\r\n{{".encode())
+        slow.sendall(
+            f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {narrow.key}\r\nContent-Length: "
+            f"99\r\n\r\n{{".encode()
+        )
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
 
 @pytest.fixture
 def hasty(narrow: Guarded) -> Iterator[Guarded]:
-    """It takes back an answer after three seconds: for this test alone, others' answers may take longer on a busy machine."""
+    """It takes back an answer after three seconds: for this test alone, others' answers may take longer on a busy
+    machine."""
     narrow.conf["endpoint"]["request_timeout_s"] = 3
     narrow.apply()
     yield narrow
@@ -176,7 +190,9 @@ def test_keys_are_in_no_log(home: Guarded) -> None:
     gateway = home.run("serve", "logs", "gateway", "-n", "100000").stdout
     assert f"of key {home.key.split('-')[1]}" in gateway
     assert "an API key that is not valid" in gateway
-    logs = [path for path in home.folder.rglob("*") if path.is_file() and path.suffix in (".log", ".out", ".err", ".json")]
+    logs = [
+        path for path in home.folder.rglob("*") if path.is_file() and path.suffix in (".log", ".out", ".err", ".json")
+    ]
     assert any("serve" in str(path) and path.stat().st_size for path in logs)
     texts = [path.read_text(errors="replace") for path in logs]
     assert not [secret for secret in (*home.secrets, wrong) if any(secret in text for text in texts)]

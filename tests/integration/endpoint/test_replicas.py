@@ -1,4 +1,5 @@
-"""Several replicas: adapters on all of them, requests for all names at once, and replicas that come and go with the load."""
+"""Several replicas: adapters on all of them, requests for all names at once, and replicas that come and go with the
+load."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def answered(home: Guarded) -> dict[str, int]:
     logs = home.run("serve", "logs", "team/pair", "-n", "100000").stdout
     parts = re.split(r"^--- (\S+) on .*$", logs, flags=re.MULTILINE)
     return {
-        file: len(re.findall(r"-- CALL \S+ OK", said)) for file, said in zip(parts[1::2], parts[2::2], strict=True) if "replica_" in file
+        file: len(re.findall(r"-- CALL \S+ OK", said))
+        for file, said in zip(parts[1::2], parts[2::2], strict=True)
+        if "replica_" in file
     }
 
 
@@ -92,7 +95,8 @@ def test_each_of_sixteen_at_once_is_answered_by_the_name_it_asked(home: Guarded)
 
 
 def test_an_adapter_comes_and_goes_while_both_replicas_answer(home: Guarded, llama: Path) -> None:
-    """Its answers in progress are whole, even where its folder is gone before it is taken away; then it is not there, never its base."""
+    """Its answers in progress are whole, even where its folder is gone before it is taken away; then it is not there,
+    never its base."""
     folder = tiny.adapter(home.folder / "passing", llama, 7)
     before = processes(home)
     home.conf["models"]["team/pair"]["adapters"]["passing"] = str(folder)
@@ -105,7 +109,10 @@ def test_an_adapter_comes_and_goes_while_both_replicas_answer(home: Guarded, lla
     del home.conf["models"]["team/pair"]["adapters"]["passing"]
     with contextlib.ExitStack() as asking:
         clients = [asking.enter_context(home.http(home.key)) for _ in range(4)]
-        answers = [asking.enter_context(client.stream("POST", "/v1/completions", json=body | {"stream": True})) for client in clients]
+        answers = [
+            asking.enter_context(client.stream("POST", "/v1/completions", json=body | {"stream": True}))
+            for client in clients
+        ]
         streams = [answer.iter_lines() for answer in answers]
         said = [[next(stream)] for stream in streams]
         shutil.rmtree(folder)

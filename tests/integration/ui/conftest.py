@@ -28,7 +28,9 @@ class Running:
 
     def __init__(self, home: Path, command: list[str]) -> None:
         self.home, self._log = home, home / "page.log"
-        self._before = self._log.stat().st_size if self._log.exists() else 0  # what an earlier page of this home has said
+        self._before = (
+            self._log.stat().st_size if self._log.exists() else 0
+        )  # what an earlier page of this home has said
         # Not more than a person's shell gives it: PYTHONPATH for the checkout that is tested.
         environment = {**os.environ, "LLM_RAY_HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         with self._log.open("a") as log:
@@ -131,7 +133,8 @@ def fill_in(tab: Page, url: str, name: str, password: str) -> None:
 
 
 def assert_accessible(tab: Page) -> None:
-    """No violation that axe finds and that stays: of colours that are just changing it finds contrasts that nobody sees."""
+    """No violation that axe finds and that stays: of colours that are just changing it finds contrasts that nobody
+    sees."""
     for _ in range(5):
         tab.wait_for_function("document.getAnimations().every(animation => animation.playState !== 'running')")
         found = Axe().run(tab)

@@ -24,8 +24,20 @@ LONG = 180_000  # milliseconds
 @contextlib.contextmanager
 def head(port: int) -> Iterator[subprocess.Popen[bytes]]:
     """A cluster of one node."""
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1"]
-    more = ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", f"--dashboard-port={free_port()}", "--disable-usage-stats"]
+    ray = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--node-ip-address=127.0.0.1",
+    ]
+    more = [
+        "--num-cpus=1",
+        f"--object-store-memory={100 * 2**20}",
+        f"--dashboard-port={free_port()}",
+        "--disable-usage-stats",
+    ]
     process = subprocess.Popen([*ray, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process
@@ -63,4 +75,6 @@ def test_a_cluster_that_dies_is_shown_as_away_and_comes_back_by_itself(
             expect(tab.locator("h1#content")).to_be_visible()
         assert page.process.poll() is None
         assert "Traceback" not in page.log
-    assert not [process for process in psutil.Process(os.getpid()).children(recursive=True) if "raylet" in process.name()]
+    assert not [
+        process for process in psutil.Process(os.getpid()).children(recursive=True) if "raylet" in process.name()
+    ]

@@ -27,7 +27,9 @@ def test_every_screen_at_its_url(sign_in: Open, page: Running, width: int, schem
     problems: list[str] = []
     tab = sign_in("alice", color_scheme=scheme, viewport={"width": width, "height": 800})
     tab.on("request", lambda request: asked.add(request.url.split("?")[0]))
-    tab.on("response", lambda answer: problems.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
+    tab.on(
+        "response", lambda answer: problems.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None
+    )
     tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: problems.append(str(error)))
     for screen in SCREENS:
@@ -36,7 +38,9 @@ def test_every_screen_at_its_url(sign_in: Open, page: Running, width: int, schem
         expect(tab.get_by_role("heading", level=1)).to_have_text(screen.title)
         expect(tab.locator("[aria-current=page]")).to_have_text(screen.title)
         expect(tab.get_by_role("button").first).to_be_visible()
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{screen.path} is wider than {width} pixels"
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+            f"{screen.path} is wider than {width} pixels"
+        )
         assert_accessible(tab)
     assert {url for url in asked if not url.startswith((page.url, "data:", "blob:"))} == set()
     broken_off = re.compile("abort|errored out", re.IGNORECASE)  # the streams of a screen that is left
@@ -49,7 +53,9 @@ def test_with_the_keyboard_alone(sign_in: Open, page: Running) -> None:
     for _ in range(20):
         tab.keyboard.press("Tab")
         reached.append(tab.evaluate("document.activeElement.innerText"))
-        assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"  # it is seen where one is
+        assert (
+            tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        )  # it is seen where one is
         if reached[-1] == "Cluster":
             break
     assert reached == ["Skip to the content", *(screen.title for screen in SCREENS)]
@@ -67,7 +73,12 @@ def test_signing_in_and_out(open_browser: Browsers, page: Running) -> None:
     fill_in(tab, f"{page.url}/runs", "alice", PASSWORD)
     assert tab.url == f"{page.url}/runs"
     (cookie,) = (cookie for cookie in context.cookies() if not cookie["name"].endswith("-form"))
-    assert (cookie["httpOnly"], cookie["sameSite"], cookie["domain"], cookie["path"]) == (True, "Strict", "127.0.0.1", "/")
+    assert (cookie["httpOnly"], cookie["sameSite"], cookie["domain"], cookie["path"]) == (
+        True,
+        "Strict",
+        "127.0.0.1",
+        "/",
+    )
     tab.goto(f"{page.url}/logout")
     tab.get_by_role("button", name="Sign out").click()
     assert tab.url == f"{page.url}/login"
@@ -177,7 +188,10 @@ def test_other_sites_and_names_are_refused(page: Running) -> None:
 def test_a_page_of_another_site_cannot_show_or_use_it(sign_in: Open, page: Running) -> None:
     tab = sign_in("alice")
     other = tab.context.new_page()
-    other.route("http://127.0.0.3/", lambda route: route.fulfill(body=f'<iframe src="{page.url}/data"></iframe>', content_type="text/html"))
+    other.route(
+        "http://127.0.0.3/",
+        lambda route: route.fulfill(body=f'<iframe src="{page.url}/data"></iframe>', content_type="text/html"),
+    )
     other.goto("http://127.0.0.3/")
     other.wait_for_timeout(1000)
     assert other.frames[1].url.startswith("chrome-error://")
@@ -209,7 +223,20 @@ def test_it_ends_cleanly_while_pages_are_open(open_browser: Browsers, tmp_path: 
 def test_with_tls(open_browser: Browsers, tmp_path: Path) -> None:
     add_user(tmp_path / "ui" / "users.json", "alice", PASSWORD, Role.ADMIN)
     certificate, key = tmp_path / "page.pem", tmp_path / "page.key"
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-keyout", key, "-out", certificate]
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-subj",
+        "/CN=127.0.0.1",
+        "-keyout",
+        key,
+        "-out",
+        certificate,
+    ]
     subprocess.run(made, check=True, capture_output=True)
     with running(tmp_path, LLM_RAY, "ui", "--port", "0", "--tls-cert", str(certificate), "--tls-key", str(key)) as page:
         assert page.url.startswith("https://127.0.0.1:")
@@ -223,13 +250,22 @@ def test_with_tls(open_browser: Browsers, tmp_path: Path) -> None:
 def test_a_port_that_is_taken_and_files_that_are_no_certificate(page: Running, tmp_path: Path) -> None:
     def said(*arguments: str) -> tuple[int, str]:
         ended = subprocess.run(
-            [LLM_RAY, "ui", *arguments], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT, env=_environment(tmp_path)
+            [LLM_RAY, "ui", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            cwd=ROOT,
+            env=_environment(tmp_path),
         )
         return ended.returncode, ended.stderr
 
     port = page.url.rpartition(":")[2]
     code, text = said("--port", port)
-    assert (code, f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another with --port" in text) == (1, True)
+    assert (code, f"cannot listen on 127.0.0.1:{port}: Address already in use. Choose another with --port" in text) == (
+        1,
+        True,
+    )
     (empty := tmp_path / "empty").touch()
     code, text = said("--tls-cert", str(empty), "--tls-key", str(empty))
     assert code == 2 and "Both are PEM files" in text

@@ -1,4 +1,5 @@
-"""Runs as a person handles them on the page: one waits for another, stops, goes on, is compared; a conf fills the form."""
+"""Runs as a person handles them on the page: one waits for another, stops, goes on, is compared; a conf fills the
+form."""
 
 from __future__ import annotations
 
@@ -47,10 +48,21 @@ def tab(open_browser: Browsers, page: Running) -> Page:
 
 def _send_conf(tab: Page, page: Running, tmp_path: Path, name: str, text: str | None = None) -> None:
     """Fill the form from a conf, as one that was downloaded."""
-    settings = {"max_steps": STEPS.get(name, 1), "global_batch_size": 4, "learning_rate": 1e-3 if name == "first" else 2e-3}
-    conf = {"name": name, "model": {"base": "tiny"}, "data": {"train": ["sums.jsonl"], "validation": None}, "training": settings}
+    settings = {
+        "max_steps": STEPS.get(name, 1),
+        "global_batch_size": 4,
+        "learning_rate": 1e-3 if name == "first" else 2e-3,
+    }
+    conf = {
+        "name": name,
+        "model": {"base": "tiny"},
+        "data": {"train": ["sums.jsonl"], "validation": None},
+        "training": settings,
+    }
     file = tmp_path / f"{name}.yaml"
-    file.write_text(text or yaml.safe_dump({**conf, "checkpoint": {"every_steps": 200}, "stages": ["prepare", "train"]}))
+    file.write_text(
+        text or yaml.safe_dump({**conf, "checkpoint": {"every_steps": 200}, "stages": ["prepare", "train"]})
+    )
     tab.goto(f"{page.url}/train")
     expect(tab.get_by_label("Model", exact=True)).to_have_value("tiny", timeout=LONG)
     tab.set_input_files("input[type=file]", file)
@@ -77,7 +89,9 @@ def test_a_conf_that_is_none_names_the_key(tab: Page, page: Running, tmp_path: P
     expect(tab.get_by_label("Name")).to_have_value("")
 
 
-def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(tab: Page, page: Running, home: Path, tmp_path: Path) -> None:
+def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(
+    tab: Page, page: Running, home: Path, tmp_path: Path
+) -> None:
     _start(tab, page, tmp_path, "first")
     expect(tab.locator("#run-curves svg").first).to_be_visible(timeout=LONG)
     _start(tab, page, tmp_path, "second")

@@ -34,7 +34,9 @@ def url(page: Running, smollm2: Path) -> Iterator[str]:
 def _llm_ray(page: Running, *arguments: str) -> str:
     """What the command prints, for the page's home."""
     environment = {**os.environ, "LLM_RAY_HOME": str(page.home), "PYTHONPATH": str(ROOT)}
-    return subprocess.run([LLM_RAY, *arguments], check=True, timeout=200, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [LLM_RAY, *arguments], check=True, timeout=200, env=environment, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def _in_progress(page: Running) -> int:
@@ -89,9 +91,14 @@ def test_the_examples_run_as_they_stand(url: str) -> None:
     from llm_ray.ui.screens.deploy import snippets
 
     curl, *programs = snippets(url, NAME, False, "chat")
-    assert '"choices"' in subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert (
+        '"choices"'
+        in subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True, timeout=60).stdout
+    )
     for program in programs:
-        assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+        assert subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
 
 
 def test_a_key_is_made_and_revoked(sign_in: Open, page: Running, url: str) -> None:

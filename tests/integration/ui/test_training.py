@@ -1,4 +1,5 @@
-"""From a dropped file to a trained model, on the page: a real finetune of a tiny model, which outlives the page that started it."""
+"""From a dropped file to a trained model, on the page: a real finetune of a tiny model, which outlives the page that
+started it."""
 
 from __future__ import annotations
 
@@ -48,14 +49,18 @@ def _accessible(tab: Page) -> None:
         for scheme in ("light", "dark"):
             tab.set_viewport_size({"width": width, "height": 900})
             tab.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{tab.url} is wider than {width} pixels"
+            assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+                f"{tab.url} is wider than {width} pixels"
+            )
             assert_accessible(tab)
     tab.set_viewport_size({"width": 1280, "height": 900})
 
 
 def test_from_a_file_to_a_trained_model(open_browser: Browsers, page: Running, home: Path, tmp_path: Path) -> None:
     rows = tmp_path / "sums.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + json.dumps({"prompt": "And this?", "completion": ""}) + "\n")
+    rows.write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS) + json.dumps({"prompt": "And this?", "completion": ""}) + "\n"
+    )
     tab = _signed_in(open_browser, page, "alice", "data")
     tab.set_input_files("input[type=file]", rows)
     expect(tab.locator("#data-rows pre").first).to_contain_text("What is 0 plus one?", timeout=LONG)

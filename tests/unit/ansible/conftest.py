@@ -41,17 +41,30 @@ def load(path: str) -> ModuleType:
 
 
 def playbook(
-    folder: Path, inventory: dict[str, Any], *arguments: str, name: str = "preflight.yml", cwd: Path = ROOT, **environment: str
+    folder: Path,
+    inventory: dict[str, Any],
+    *arguments: str,
+    name: str = "preflight.yml",
+    cwd: Path = ROOT,
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the bundle's playbooks from here with this inventory, which is written to the folder."""
     (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(folder / "hosts.yml"), str(ROOT / name), *arguments]
+    command = [
+        str(Path(sys.executable).parent / "ansible-playbook"),
+        "-i",
+        str(folder / "hosts.yml"),
+        str(ROOT / name),
+        *arguments,
+    ]
     own = {
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
         "ANSIBLE_CACHE_PLUGIN_CONNECTION": str(folder / "facts"),
         "ANSIBLE_FORCE_COLOR": "0",
     }
-    return subprocess.run(command, cwd=cwd, env=os.environ | own | environment, check=False, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | own | environment, check=False, capture_output=True, text=True, timeout=120
+    )
 
 
 _STAND_IN = """#!{python}
@@ -64,7 +77,8 @@ print(json.dumps({answers!r}.get(module, {{"changed": False}})))
 
 
 def stand_in(folder: Path, name: str, **answers: dict[str, Any]) -> dict[str, Any]:
-    """Variables of a host that runs no module: it notes the module's name in NAME.log, and gives the answer that is set for it."""
+    """Variables of a host that runs no module: it notes the module's name in NAME.log, and gives the answer that is set
+    for it."""
     own = {
         "ping": {"ping": "pong"},
         "setup": {"ansible_facts": FACTS},
@@ -75,7 +89,12 @@ def stand_in(folder: Path, name: str, **answers: dict[str, Any]) -> dict[str, An
     python = folder / f"{name}.python"
     python.write_text(_STAND_IN.format(python=sys.executable, log=str(folder / f"{name}.log"), answers=own | answers))
     python.chmod(0o755)
-    return {"ansible_connection": "local", "ansible_become": False, "ansible_pipelining": False, "ansible_python_interpreter": str(python)}
+    return {
+        "ansible_connection": "local",
+        "ansible_become": False,
+        "ansible_pipelining": False,
+        "ansible_python_interpreter": str(python),
+    }
 
 
 def modules(folder: Path, name: str) -> list[str]:

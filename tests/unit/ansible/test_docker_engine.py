@@ -1,4 +1,5 @@
-"""docker_engine where it cannot be run here: what is written for Docker's own repository, and names on every distribution."""
+"""docker_engine where it cannot be run here: what is written for Docker's own repository, and names on every
+distribution."""
 
 from __future__ import annotations
 
@@ -20,11 +21,16 @@ ROLE = Path(__file__).parents[3] / "roles/docker_engine"
     ],
 )
 @pytest.mark.parametrize(("there", "key"), [(False, "llm-ray-docker.asc"), (True, "docker.asc")])
-def test_dockers_repository_is_named_for_the_distribution(distribution: str, release: str, uri: str, there: bool, key: str) -> None:
+def test_dockers_repository_is_named_for_the_distribution(
+    distribution: str, release: str, uri: str, there: bool, key: str
+) -> None:
     """By the key of Docker's own instructions where that is there: apt refuses two for one repository."""
     facts = {"distribution": distribution, "distribution_release": release}
     template = jinja2.Template((ROLE / "templates/docker.sources.j2").read_text(), undefined=jinja2.StrictUndefined)
-    own = {"docker_engine_repository": "https://mirror.example/docker", "__docker_engine_key": {"stat": {"exists": there}}}
+    own = {
+        "docker_engine_repository": "https://mirror.example/docker",
+        "__docker_engine_key": {"stat": {"exists": there}},
+    }
     text = template.render(own, ansible_managed="", ansible_facts=facts)
     fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
     assert fields == {

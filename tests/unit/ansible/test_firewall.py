@@ -1,4 +1,5 @@
-"""What the firewall lets in, as both of its files say it: SSH where it listens, ports as the inventory has them, hosts that --limit leaves out."""
+"""What the firewall lets in, as both of its files say it: SSH where it listens, ports as the inventory has them, hosts
+that --limit leaves out."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def sshd() -> ModuleType:
     return load("roles/firewall/library/firewall_sshd.py")
 
 
-def play(folder: Path, tasks: list[dict[str, Any]], hosts: dict[str, dict[str, Any]], *roles: str, **variables: Any) -> str:
+def play(
+    folder: Path, tasks: list[dict[str, Any]], hosts: dict[str, dict[str, Any]], *roles: str, **variables: Any
+) -> str:
     """What a playbook of these tasks says, run on the head alone; the other hosts are w1 and nas, the NFS server."""
     groups = {"ray_head": "head", "ray_workers": "w1", "nfs_server": "nas"}
     inventory = {group: {"hosts": {host: hosts.get(host, {})}} for group, host in groups.items()}
@@ -32,7 +35,11 @@ def play(folder: Path, tasks: list[dict[str, Any]], hosts: dict[str, dict[str, A
     playbook = {"hosts": "all", "gather_facts": False, "vars_files": files, "vars": variables, "tasks": tasks}
     (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
     (folder / "play.yml").write_text(yaml.safe_dump([playbook]))
-    environment = os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_ROLES_PATH": str(ROOT / "roles"), "HOME": str(folder)}
+    environment = os.environ | {
+        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+        "ANSIBLE_ROLES_PATH": str(ROOT / "roles"),
+        "HOME": str(folder),
+    }
     command = [
         str(Path(sys.executable).parent / "ansible-playbook"),
         "-i",
@@ -42,7 +49,13 @@ def play(folder: Path, tasks: list[dict[str, Any]], hosts: dict[str, dict[str, A
         "head:nas" if roles else "head",
     ]
     done = subprocess.run(
-        command, cwd=folder, env=environment | {"ANSIBLE_NOCOLOR": "1"}, check=False, capture_output=True, text=True, timeout=120
+        command,
+        cwd=folder,
+        env=environment | {"ANSIBLE_NOCOLOR": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     return done.stdout + done.stderr
 
@@ -68,8 +81,17 @@ SETTINGS = {
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both files of the head and of the NFS server, as HOST.firewall.nft.j2 and HOST.policy.xml.j2."""
     folder = tmp_path_factory.mktemp("firewall")
-    write = {"src": f"{ROOT}/roles/firewall/templates/{{{{ item }}}}", "dest": f"{folder}/{{{{ inventory_hostname }}}}.{{{{ item }}}}"}
-    said = play(folder, [{"ansible.builtin.template": write, "loop": ["firewall.nft.j2", "policy.xml.j2"]}], HOSTS, "firewall", **SETTINGS)
+    write = {
+        "src": f"{ROOT}/roles/firewall/templates/{{{{ item }}}}",
+        "dest": f"{folder}/{{{{ inventory_hostname }}}}.{{{{ item }}}}",
+    }
+    said = play(
+        folder,
+        [{"ansible.builtin.template": write, "loop": ["firewall.nft.j2", "policy.xml.j2"]}],
+        HOSTS,
+        "firewall",
+        **SETTINGS,
+    )
     assert (folder / "nas.policy.xml.j2").is_file(), said
     return folder
 
@@ -105,16 +127,22 @@ def test_ports_that_the_bundle_does_not_use_are_not_closed(tmp_path: Path) -> No
         ({"monitoring_enabled": True, "monitoring_node_exporter": False}, {"9090"}, set()),
         ({"monitoring_enabled": True}, {"9090", "9100"}, {"9100"}),
     ):
-        tell = {"ansible.builtin.debug": {"msg": "PORTS {{ inventory_hostname }} {{ firewall_cluster_ports | join(' ') }}"}}
+        tell = {
+            "ansible.builtin.debug": {"msg": "PORTS {{ inventory_hostname }} {{ firewall_cluster_ports | join(' ') }}"}
+        }
         said = play(tmp_path, [tell], HOSTS, "firewall", **settings)
-        ports = {host: {*words.split()} & {"9090", "9100"} for host, words in re.findall(r"PORTS (\w+) ([\d -]+)", said)}
+        ports = {
+            host: {*words.split()} & {"9090", "9100"} for host, words in re.findall(r"PORTS (\w+) ([\d -]+)", said)
+        }
         assert ports == {"head": head, "nas": nas}, said
 
 
 _GATEWAY = "203.0.113.7"
 
 
-@pytest.mark.parametrize(("role", "shown"), [("firewall", "__firewall_addresses"), ("nfs_server", "__nfs_server_cluster")])
+@pytest.mark.parametrize(
+    ("role", "shown"), [("firewall", "__firewall_addresses"), ("nfs_server", "__nfs_server_cluster")]
+)
 def test_a_gateway_before_the_hosts_is_not_one_of_them(tmp_path: Path, role: str, shown: str) -> None:
     facts = {"default_ipv4": {"address": "10.9.0.2"}, "all_ipv4_addresses": ["10.9.0.2", "172.16.0.2"]}
     for reached, others in ((_GATEWAY, ["10.9.0.2"]), ("172.16.0.2", ["10.9.0.2", "172.16.0.2"])):
@@ -133,9 +161,13 @@ def test_clients_of_a_network_of_its_own_reach_nfs_and_nothing_else(rendered: Pa
         "tcp dport 2049 ip6 saddr @nfs6 accept",
     ]
     assert [line.strip() for line in policy.splitlines() if 'address="10.1.' in line or 'address="fd00:' in line] == [
-        f'<rule family="ipv4" priority="-1"><source address="{network}"/><port port="2049" protocol="tcp"/><accept/></rule>'
+        f'<rule family="ipv4" priority="-1"><source address="{network}"/><port port="2049" '
+        'protocol="tcp"/><accept/></rule>'
         for network in ("10.1.0.7", "10.1.1.0/24")
-    ] + ['<rule family="ipv6" priority="-1"><source address="fd00::/64"/><port port="2049" protocol="tcp"/><accept/></rule>']
+    ] + [
+        '<rule family="ipv6" priority="-1"><source address="fd00::/64"/><port port="2049" '
+        'protocol="tcp"/><accept/></rule>'
+    ]
     head = (rendered / "head.firewall.nft.j2").read_text()
     assert nft_set(head, "nfs4") == nft_set(head, "nfs6") == set()
     assert "10.1." not in (rendered / "head.policy.xml.j2").read_text()
@@ -163,8 +195,13 @@ ActiveState=inactive
 
 
 def test_where_sshd_listens(sshd: ModuleType) -> None:
-    """root's own, by itself or through systemd: not what a session forwards, and no user's program that is called so."""
-    titles = {10: "sshd: /usr/sbin/sshd -D [listener] 0 of 10-100 startups", 11: "sshd: root@notty", 14: "/usr/sbin/sshd -D"}
+    """root's own, by itself or through systemd: not what a session forwards, and no user's program that is called
+    so."""
+    titles = {
+        10: "sshd: /usr/sbin/sshd -D [listener] 0 of 10-100 startups",
+        11: "sshd: root@notty",
+        14: "/usr/sbin/sshd -D",
+    }
     processes = {pid: (0, title) for pid, title in titles.items()} | {12: (1000, "/usr/sbin/sshd -D")}
     assert sshd.listening(LISTENING, processes.get) == {22, 50022, 2200}
     assert sshd.activated(UNITS) == {2022, 2023}

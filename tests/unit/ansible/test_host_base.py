@@ -11,7 +11,9 @@ import yaml
 from tests.unit.ansible.conftest import ROOT, playbook
 
 
-def _told(folder: Path, hosts: dict[str, dict[str, Any]], expression: str, family: str = "Debian", **variables: Any) -> str:
+def _told(
+    folder: Path, hosts: dict[str, dict[str, Any]], expression: str, family: str = "Debian", **variables: Any
+) -> str:
     """What an expression of the role's variables is on the head; of each host its facts."""
     facts = [
         {
@@ -38,7 +40,9 @@ _HEAD = {"n1": {"default_ipv4": {"address": "10.0.0.1"}, "hostname": "n1"}}
 
 @pytest.mark.parametrize(("keeper", "chrony"), [("", True), ("systemd-timesyncd", False), ("ntpsec", False)])
 def test_a_clock_that_is_kept_is_left_alone(tmp_path: Path, keeper: str, chrony: bool) -> None:
-    packages = _told(tmp_path, _HEAD, "{{ __host_base_all_packages | join(' ') }}", __host_base_clock={"stdout": keeper})
+    packages = _told(
+        tmp_path, _HEAD, "{{ __host_base_all_packages | join(' ') }}", __host_base_clock={"stdout": keeper}
+    )
     assert ("chrony" in packages.split()) is chrony, packages
 
 
@@ -57,7 +61,11 @@ def test_names_of_the_hosts(tmp_path: Path) -> None:
         "two": {"default_ipv4": {"address": "192.0.2.4"}, "hostname": "n4", "ray_node_address": "10.0.0.4"},
         "closed": {"default_ipv4": {}, "hostname": "n5", "ray_node_address": "10.0.0.5"},
     }
-    lines = _told(tmp_path, hosts, f"{{{{ lookup('ansible.builtin.template', '{ROOT}/roles/host_base/templates/hosts.j2') | trim }}}}")
+    lines = _told(
+        tmp_path,
+        hosts,
+        f"{{{{ lookup('ansible.builtin.template', '{ROOT}/roles/host_base/templates/hosts.j2') | trim }}}}",
+    )
     assert [line.strip() for line in lines.splitlines()] == [
         "10.0.0.3 n3", "10.0.0.5 n5 closed", "10.0.0.1 n1.example.com n1", "10.0.0.4 n4 two", "10.0.0.2 n2 worker",
     ]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Dashboards and alert rules: whole, tested, and about metrics that the gateway exports. Ray's and the hosts' metrics: tests/lab."""
+"""Dashboards and alert rules: whole, tested, and about metrics that the gateway exports. Ray's and the hosts' metrics:
+tests/lab."""
 
 from __future__ import annotations
 
@@ -25,12 +26,18 @@ def alerts() -> list[dict[str, Any]]:
 def expressions() -> list[str]:
     """Every query of the rules and the dashboards."""
     panels = [panel for path in DASHBOARDS for panel in json.loads(path.read_text())["panels"]]
-    return [rule["expr"] for rule in alerts()] + [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    return [rule["expr"] for rule in alerts()] + [
+        target["expr"] for panel in panels for target in panel.get("targets", [])
+    ]
 
 
 def metrics(prefix: str) -> set[str]:
     """Names of metrics in them."""
-    return {name for expression in expressions() for name in re.findall(rf"\b{prefix}\w+", re.sub(r'"[^"]*"', "", expression))}
+    return {
+        name
+        for expression in expressions()
+        for name in re.findall(rf"\b{prefix}\w+", re.sub(r'"[^"]*"', "", expression))
+    }
 
 
 def test_the_gateway_exports_what_is_asked_of_it() -> None:

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted([*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/**/*.yml"), *ROOT.glob("roles/*/handlers/**/*.yml")])
+FILES = sorted(
+    [*ROOT.glob("playbooks/**/*.yml"), *ROOT.glob("roles/*/tasks/**/*.yml"), *ROOT.glob("roles/*/handlers/**/*.yml")]
+)
 # Add a verb here when a task does something that none of these says.
 VERBS = {
     "Add", "Apply", "Bring", "Build", "Check", "Choose", "Clear", "Close", "Collect", "Compare", "Compute", "Configure", "Confirm",
@@ -41,7 +43,11 @@ def of_file(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_name_begins_with_an_imperative_verb(file: Path) -> None:
-    wrong = [name for name in of_file(file) if name.split(" ")[0] not in VERBS or PRONOUNS & {*re.findall(r"[a-z]+", name.lower())}]
+    wrong = [
+        name
+        for name in of_file(file)
+        if name.split(" ")[0] not in VERBS or PRONOUNS & {*re.findall(r"[a-z]+", name.lower())}
+    ]
     assert wrong == []
 
 
@@ -62,4 +68,6 @@ def test_names_that_other_tests_look_for_exist() -> None:
     files = [*ROOT.glob("tests/lab/*.py"), *ROOT.glob("tests/unit/ansible/*.py")]
     found = [(file.name, name.rstrip(": ")) for file in files for name in looks.findall(file.read_text())]
     assert len(found) > 10
-    assert [each for each in found if not any(name.startswith(each[1]) or each[1].startswith(name) for name in known)] == []
+    assert [
+        each for each in found if not any(name.startswith(each[1]) or each[1].startswith(name) for name in known)
+    ] == []

@@ -68,12 +68,14 @@ def test_a_misspelt_argument_is_told_and_names_of_something_else_are_not(spellin
     ]
 
 
-def test_keys_of_a_conf_and_variables_of_its_template_are_no_misspelt_arguments(spelling: ModuleType, tmp_path: Path) -> None:
+def test_keys_of_a_conf_and_variables_of_its_template_are_no_misspelt_arguments(
+    spelling: ModuleType, tmp_path: Path
+) -> None:
     (tmp_path / "own.yaml").write_text("name: {{ questions }}")
     given = ["models", "questions", "models.chat.cpus", "quesiton"]
-    assert spelling.misspelt(given, ["model", "question"], spelling.names_of_conf("serve", str(tmp_path / "own.yaml"))) == [
-        "-e quesiton: no such argument: did you mean -e question=…?"
-    ]
+    assert spelling.misspelt(
+        given, ["model", "question"], spelling.names_of_conf("serve", str(tmp_path / "own.yaml"))
+    ) == ["-e quesiton: no such argument: did you mean -e question=…?"]
     assert not spelling.names_of_conf("serve", str(tmp_path / "nowhere.yaml"))("questions")
 
 
@@ -82,10 +84,16 @@ def test_only_what_is_given_by_e_may_be_misspelt(tmp_path: Path) -> None:
     arguments = {"__arguments": ["conf", "node", "model"], "__arguments_kind": "serve", "__arguments_conf": "cluster"}
     tasks = [{"include_tasks": str(ROOT / "playbooks/tasks/arguments.yml"), "vars": arguments}]
     (tmp_path / "play.yml").write_text(yaml.safe_dump([play | {"tasks": tasks}]))
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "ANSIBLE_LOOKUP_PLUGINS": str(ROOT / "playbooks/lookup_plugins")}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "ANSIBLE_LOOKUP_PLUGINS": str(ROOT / "playbooks/lookup_plugins"),
+    }
     command = [str(Path(sys.executable).parent / "ansible-playbook"), str(tmp_path / "play.yml")]
     for given, code in (("models={}", 0), ("modle=x", 2)):
-        done = subprocess.run([*command, "-e", given], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+        done = subprocess.run(
+            [*command, "-e", given], env=environment, capture_output=True, text=True, check=False, cwd=tmp_path
+        )
         assert done.returncode == code, done.stdout
     assert "-e modle: no such argument: did you mean -e model=…?" in done.stdout
 
@@ -93,14 +101,27 @@ def test_only_what_is_given_by_e_may_be_misspelt(tmp_path: Path) -> None:
 def test_a_failed_check_says_what_is_wrong_and_what_to_do(operations: ModuleType) -> None:
     told = {"msg": "w1: the unit is inactive: site.yml starts it", "assertion": "x", "failed": True}
     (row,) = operations.operations_failed(told, "ray_node", "w1")
-    assert row == {"check": "ray_node", "host": "w1", "result": "failed", "found": "the unit is inactive", "fix": "site.yml starts it"}
-    each = {"results": [{"failed": False}, {"failed": True, "stderr": "first\nnft: no such table", "msg": "non-zero return code"}]}
+    assert row == {
+        "check": "ray_node",
+        "host": "w1",
+        "result": "failed",
+        "found": "the unit is inactive",
+        "fix": "site.yml starts it",
+    }
+    each = {
+        "results": [
+            {"failed": False},
+            {"failed": True, "stderr": "first\nnft: no such table", "msg": "non-zero return code"},
+        ]
+    }
     (row,) = operations.operations_failed(each, "firewall", "w1")
     assert row["found"] == "nft: no such table"
     assert row["fix"] == "ansible-playbook site.yml --limit w1 heals it"
 
 
-def test_a_cluster_that_fails_ends_validate_with_1_and_one_that_cannot_be_judged_with_2(tmp_path: Path, closed: int) -> None:
+def test_a_cluster_that_fails_ends_validate_with_1_and_one_that_cannot_be_judged_with_2(
+    tmp_path: Path, closed: int
+) -> None:
     inventory = {"ray_head": {"hosts": {"head": {"ansible_host": "127.0.0.1", "ansible_port": closed}}}}
     report, others = tmp_path / "report.json", tmp_path / "junit"
     environment = {"HOME": str(tmp_path), "ANSIBLE_CALLBACKS_ENABLED": "junit", "JUNIT_OUTPUT_DIR": str(others)}
@@ -120,7 +141,9 @@ def test_an_answer_is_its_last_line_or_why_there_is_none(operations: ModuleType)
     assert operations.operations_answer({"stdout": "", "stderr": "Traceback\nModuleNotFoundError: llm_ray"}) == {
         "error": "ModuleNotFoundError: llm_ray"
     }
-    assert operations.operations_answer({"stdout": "", "rc": 124, "cmd": ["timeout", "600"]}) == {"error": "no answer within 600 s"}
+    assert operations.operations_answer({"stdout": "", "rc": 124, "cmd": ["timeout", "600"]}) == {
+        "error": "no answer within 600 s"
+    }
 
 
 def test_addresses_are_those_of_the_facts_unless_one_is_set(operations: ModuleType) -> None:
@@ -191,7 +214,9 @@ def test_an_open_port_is_found_from_outside(probe: ModuleType, listener: int, mo
     assert probe.probe(_asked(listener, **served, admin=["192.0.2.0/24"]))["open"] == []
 
 
-def test_what_is_open_by_intention_is_not_tried(probe: ModuleType, listener: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_open_by_intention_is_not_tried(
+    probe: ModuleType, listener: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(probe, "own_address", lambda _: "192.0.2.7")
     listens = [f"LISTEN 0 1 *:{port} *:*" for port in (listener, 2049, 50022)]
     asked = _asked(listener, listening=listens, cluster_ports=["2049", "32768-60999"], ssh_ports=[22, 50022, listener])

@@ -1,4 +1,5 @@
-"""The role page, run against a host that only stands for a head: what is refused before anything is changed, and what the unit runs."""
+"""The role page, run against a host that only stands for a head: what is refused before anything is changed, and what
+the unit runs."""
 
 from __future__ import annotations
 
@@ -40,14 +41,21 @@ def test_a_host_that_is_no_node_gets_no_page(tmp_path: Path) -> None:
 def test_a_page_that_others_reach_has_a_user(tmp_path: Path, variables: dict[str, Any], named: str) -> None:
     done = page(tmp_path, stand_in(tmp_path, "head", **NODE), **variables)
     assert done.returncode == 2, done.stdout
-    assert f"head: {named}: other machines would reach a page that has no user: give it one in a vault (page_users)" in words(done)
+    assert (
+        f"head: {named}: other machines would reach a page that has no user: give it one in a vault (page_users)"
+        in words(done)
+    )
     assert set(modules(tmp_path, "head")) == {"setup", "stat", "command"}
 
 
 def test_the_one_who_holds_its_port_is_named(tmp_path: Path) -> None:
-    done = page(tmp_path, stand_in(tmp_path, "head", **NODE, command={"rc": 0, "stdout": "python3 (process 42)", "stderr": ""}))
+    done = page(
+        tmp_path, stand_in(tmp_path, "head", **NODE, command={"rc": 0, "stdout": "python3 (process 42)", "stderr": ""})
+    )
     assert done.returncode == 2, done.stdout
-    assert "head: page_port = 7860: the port is taken by python3 (process 42): stop that, or set another port" in words(done)
+    assert "head: page_port = 7860: the port is taken by python3 (process 42): stop that, or set another port" in words(
+        done
+    )
 
 
 def test_a_key_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -113,7 +121,13 @@ def render(folder: Path, template: str, **variables: Any) -> str:
         {"set_fact": variables},
         {"template": {"src": str(ROOT / "roles/page/templates" / template), "dest": str(folder / "made")}},
     ]
-    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks, "vars": {"ansible_become": False}}
+    play = {
+        "hosts": "localhost",
+        "connection": "local",
+        "gather_facts": False,
+        "tasks": tasks,
+        "vars": {"ansible_become": False},
+    }
     (folder / "render.yml").write_text(yaml.safe_dump([play]))
     done = playbook(folder, {}, name=str(folder / "render.yml"))
     assert done.returncode == 0, done.stdout
@@ -131,7 +145,8 @@ def test_the_unit_runs_the_page_as_ray_s_user_and_ends_it_alone(tmp_path: Path) 
     unit = render(tmp_path, "llm-ray-page.service.j2", **variables)
     (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     assert " ".join(line.split()) == (
-        "ExecStart=/opt/llm-ray/current/bin/llm-ray ui --host 0.0.0.0 --port 7860 --max-upload-mib 2048 --tls-cert /etc/p.pem "
+        "ExecStart=/opt/llm-ray/current/bin/llm-ray ui --host 0.0.0.0 --port 7860 --max-upload-mib 2048 --tls-cert "
+        "/etc/p.pem "
         "--tls-key /etc/p.key --allow-host a.example.org --allow-host b.example.org:443"
     )
     for setting in (
@@ -140,7 +155,9 @@ def test_the_unit_runs_the_page_as_ray_s_user_and_ends_it_alone(tmp_path: Path) 
     ):  # fmt: skip
         assert setting in unit.splitlines()
     assert SECRET not in unit
-    assert "PrivateTmp" not in [line.partition("=")[0] for line in unit.splitlines()]  # its files would go from under finetunes
+    assert "PrivateTmp" not in [
+        line.partition("=")[0] for line in unit.splitlines()
+    ]  # its files would go from under finetunes
 
 
 def test_with_docker_a_container_of_its_own_holds_it(tmp_path: Path) -> None:
@@ -153,7 +170,9 @@ def test_with_docker_a_container_of_its_own_holds_it(tmp_path: Path) -> None:
     assert "--cap-drop ALL" in script
     assert "--security-opt no-new-privileges" in script
     if shellcheck := shutil.which("shellcheck") or str(ROOT / ".venv/bin/shellcheck"):
-        done = subprocess.run([shellcheck, "--shell=sh", str(tmp_path / "made")], check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            [shellcheck, "--shell=sh", str(tmp_path / "made")], check=False, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -161,7 +180,9 @@ def test_the_command_of_the_container_keeps_finetunes(tmp_path: Path) -> None:
     """What happens to the container, by a docker that notes what it is asked."""
     script = tmp_path / "page"
     script.write_text(
-        render(tmp_path, "docker-page.j2", ray_node_runtime="docker").replace("/etc/llm-ray/ray.env", str(tmp_path / "ray.env"))
+        render(tmp_path, "docker-page.j2", ray_node_runtime="docker").replace(
+            "/etc/llm-ray/ray.env", str(tmp_path / "ray.env")
+        )
     )
     script.chmod(0o755)
     (tmp_path / "ray.env").write_text("RAY_ADDRESS=10.0.0.1:6379\n")
@@ -171,7 +192,8 @@ def test_the_command_of_the_container_keeps_finetunes(tmp_path: Path) -> None:
         'case "$*" in\n'
         '*"{{.Image}} llm-ray-head") cat image ;;\n'
         "*Running*) cat state 2>/dev/null ;;\n"
-        'run*) echo run >> log; for word; do case $word in llm-ray.settings=*) echo "true ${word#*=}" > state ;; esac; done ;;\n'
+        'run*) echo run >> log; for word; do case $word in llm-ray.settings=*) echo "true ${word#*=}" > state ;; esac; '
+        "done ;;\n"
         '*) echo "$1" >> log ;;\nesac\n'
     )
     docker.chmod(0o755)

@@ -38,10 +38,19 @@ def test_values_of_facts_that_are_not_cached_are_left_for_later(tmp_path: Path) 
 
 
 def test_what_is_wrong_whatever_the_facts_are_is_told(tmp_path: Path) -> None:
-    variables = {"llm_ray_cluster_name": "{{ site.name }}", "site": {"nam": "x"}, "llm_ray_home": "{{ llm_ray_stat }}/x"}
-    variables["firewall_served_ports"] = ["{{ ray_node_client_port }}"]  # a default of another role, which is not there in firewall's play
+    variables = {
+        "llm_ray_cluster_name": "{{ site.name }}",
+        "site": {"nam": "x"},
+        "llm_ray_home": "{{ llm_ray_stat }}/x",
+    }
+    variables["firewall_served_ports"] = [
+        "{{ ray_node_client_port }}"
+    ]  # a default of another role, which is not there in firewall's play
     done = playbook(tmp_path, _inventory(**variables))
-    assert f"{_HOST}: llm_ray_cluster_name: cannot be evaluated: object of type 'dict' has no attribute 'name'" in done.stdout
+    assert (
+        f"{_HOST}: llm_ray_cluster_name: cannot be evaluated: object of type 'dict' has no attribute 'name'"
+        in done.stdout
+    )
     assert f"{_HOST}: llm_ray_home: cannot be evaluated: 'llm_ray_stat' is undefined" in done.stdout
     assert f"{_HOST}: firewall_served_ports: cannot be evaluated: 'ray_node_client_port' is undefined" in done.stdout
 
@@ -50,9 +59,13 @@ def test_a_value_of_facts_is_not_compared_with_one_that_is_not_known_yet(tmp_pat
     """As where the facts of some hosts alone are cached."""
     value = "{{ '/srv/ray' if ansible_facts['os_family'] == 'RedHat' else '/var/lib/llm-ray' }}"
     facts = {"ansible.builtin.set_fact": {"os_family": "Debian", "cacheable": True}}
-    (tmp_path / "known.yml").write_text(yaml.safe_dump([{"hosts": "ray_head", "gather_facts": False, "tasks": [facts]}]))
+    (tmp_path / "known.yml").write_text(
+        yaml.safe_dump([{"hosts": "ray_head", "gather_facts": False, "tasks": [facts]}])
+    )
     inventory = _inventory(llm_ray_state=value)
-    inventory["ray_workers"] = {"hosts": {"127.0.0.2": {"ansible_port": 1, "ansible_connection": "ssh", "llm_ray_state": value}}}
+    inventory["ray_workers"] = {
+        "hosts": {"127.0.0.2": {"ansible_port": 1, "ansible_connection": "ssh", "llm_ray_state": value}}
+    }
     inventory["all"] = {"vars": {"llm_ray_storage": "existing"}}
     assert playbook(tmp_path, inventory, name=str(tmp_path / "known.yml")).returncode == 0
     done = playbook(tmp_path, inventory)
@@ -62,7 +75,12 @@ def test_a_value_of_facts_is_not_compared_with_one_that_is_not_known_yet(tmp_pat
 
 def test_a_vault_without_its_password_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "password").write_text("x")
-    command = [str(Path(sys.executable).parent / "ansible-vault"), "encrypt", "--vault-password-file", str(tmp_path / "password")]
+    command = [
+        str(Path(sys.executable).parent / "ansible-vault"),
+        "encrypt",
+        "--vault-password-file",
+        str(tmp_path / "password"),
+    ]
     vaulted = subprocess.run(command, input="secret", check=True, capture_output=True, text=True).stdout
     folder = tmp_path / "host_vars"
     folder.mkdir()
@@ -80,9 +98,17 @@ def test_hosts_are_judged_by_their_own_variables(tmp_path: Path) -> None:
 
     def host(n: int, **own: Any) -> dict[str, Any]:
         here = {"ansible_host": f"127.0.0.{n}", "ansible_connection": "local", "ansible_become": False}
-        return here | {"ansible_python_interpreter": sys.executable, "preflight_min_cores": 1, "preflight_allow_other_os": True} | own
+        return (
+            here
+            | {"ansible_python_interpreter": sys.executable, "preflight_min_cores": 1, "preflight_allow_other_os": True}
+            | own
+        )
 
-    everywhere = {"monitoring_enabled": True, "llm_ray_uid": 59990, "ray_node_max_worker_port": "{{ ray_node_min_worker_port + 999 }}"}
+    everywhere = {
+        "monitoring_enabled": True,
+        "llm_ray_uid": 59990,
+        "ray_node_max_worker_port": "{{ ray_node_min_worker_port + 999 }}",
+    }
     inventory = {
         "all": {"vars": everywhere},
         "ray_head": {"hosts": {"a": host(1, preflight_min_cores=9999)}},
@@ -90,7 +116,10 @@ def test_hosts_are_judged_by_their_own_variables(tmp_path: Path) -> None:
         "nfs_server": {"hosts": {"c": host(3, preflight_min_cores=9999, preflight_min_disk_gib=99999999)}},
     }
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-        everywhere |= {"monitoring_port": first.getsockname()[1], "monitoring_node_exporter_port": second.getsockname()[1]}
+        everywhere |= {
+            "monitoring_port": first.getsockname()[1],
+            "monitoring_node_exporter_port": second.getsockname()[1],
+        }
         told = playbook(tmp_path, inventory).stdout
     assert "a: cores = " in told, told
     assert "a: monitoring_port = " in told  # the head's alone

@@ -33,12 +33,21 @@ def _words(value: Any) -> Any:
 
 
 def test_every_folder_in_roles_has_specs() -> None:
-    assert [role.name for role in ROLES] == sorted(folder.name for folder in (ROOT / "roles").iterdir() if any(folder.rglob("*.yml")))
+    assert [role.name for role in ROLES] == sorted(
+        folder.name for folder in (ROOT / "roles").iterdir() if any(folder.rglob("*.yml"))
+    )
 
 
 @each_role
 def test_a_role_has_what_every_role_has(role: Path) -> None:
-    files = ["defaults/main.yml", "handlers/main.yml", "meta/main.yml", "tasks/main.yml", "tasks/validate.yml", "tasks/remove.yml"]
+    files = [
+        "defaults/main.yml",
+        "handlers/main.yml",
+        "meta/main.yml",
+        "tasks/main.yml",
+        "tasks/validate.yml",
+        "tasks/remove.yml",
+    ]
     assert [file for file in files if not (role / file).is_file()] == []
     assert {"main", "validate", "remove"} <= set(_specs(role))
 
@@ -47,7 +56,9 @@ def test_a_role_has_what_every_role_has(role: Path) -> None:
 def test_every_default_is_as_its_spec_says(role: Path) -> None:
     defaults = yaml.safe_load((role / "defaults/main.yml").read_text()) or {}
     options = {name: spec for name, spec in (_specs(role)["main"].get("options") or {}).items() if "default" in spec}
-    assert {name: _words(value) for name, value in defaults.items()} == {name: _words(spec["default"]) for name, spec in options.items()}
+    assert {name: _words(value) for name, value in defaults.items()} == {
+        name: _words(spec["default"]) for name, spec in options.items()
+    }
 
 
 @each_role
@@ -74,7 +85,9 @@ def test_the_cluster_s_variables_have_one_default(role: Path) -> None:
 
 
 def test_the_readmes_are_as_generated() -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts/role-readmes", "--check"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/role-readmes", "--check"], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -15,7 +15,9 @@ _FILE = ROOT / "inventory/sample/group_vars/all.yml"
 
 
 def test_it_is_as_generated() -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts/sample-inventory", "--check"], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/sample-inventory", "--check"], check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -29,5 +31,9 @@ def test_with_every_mark_taken_away_it_is_yaml_with_every_variable(preflight: Si
 def test_its_hosts_pass_preflight(preflight: SimpleNamespace, roles: str) -> None:
     inventory = yaml.safe_load((ROOT / "inventory/sample/hosts.yml").read_text())
     groups = {name: list(inventory[name]["hosts"]) for name in preflight.GROUPS}
-    hostvars = {host: variables or {} for name in reversed(preflight.GROUPS) for host, variables in inventory[name]["hosts"].items()}
+    hostvars = {
+        host: variables or {}
+        for name in reversed(preflight.GROUPS)
+        for host, variables in inventory[name]["hosts"].items()
+    }
     assert preflight.preflight_inventory(hostvars, groups, roles) == []

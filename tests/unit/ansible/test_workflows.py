@@ -36,7 +36,9 @@ def filters() -> ModuleType:
 
 def test_groups_and_hosts_stand_for_addresses_of_rays_nodes(filters: ModuleType) -> None:
     addresses = {"head": "10.0.0.1", "w1": "10.1.0.2", "w2": "10.0.0.3", "w3": ""}
-    names = filters.ray_job_names(addresses, {"ray_workers": ["w1", "w2"], "nfs_server": ["other"], "ungrouped": [], "all": ["head", "w1"]})
+    names = filters.ray_job_names(
+        addresses, {"ray_workers": ["w1", "w2"], "nfs_server": ["other"], "ungrouped": [], "all": ["head", "w1"]}
+    )
     assert names == {"ray_workers": ["10.1.0.2", "10.0.0.3"], "all": ["10.0.0.1", "10.1.0.2"], "head": ["10.0.0.1"], "w1": ["10.1.0.2"],
                      "w2": ["10.0.0.3"], "w3": ["w3"]}  # fmt: skip
 
@@ -71,9 +73,13 @@ def test_words_of_a_command_are_quoted_where_a_shell_would_take_them_apart(job: 
     ]
 
 
-def test_jobs_of_a_name_are_its_own_and_not_those_of_longer_names(job: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_of_a_name_are_its_own_and_not_those_of_longer_names(
+    job: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {"finetune-a-1": "SUCCEEDED", "finetune-a-2": "RUNNING", "finetune-a-b-7": "RUNNING"}
-    answer = [{"submission_id": name, "status": status} for name, status in told.items()] + [{"submission_id": None, "status": "RUNNING"}]
+    answer = [{"submission_id": name, "status": status} for name, status in told.items()] + [
+        {"submission_id": None, "status": "RUNNING"}
+    ]
     monkeypatch.setattr(job.Api, "__call__", lambda self, path: answer)
     api = job.Api("http://127.0.0.1:1", "token")
     assert sorted(api.jobs("finetune-a")) == [1, 2]
@@ -81,7 +87,9 @@ def test_jobs_of_a_name_are_its_own_and_not_those_of_longer_names(job: ModuleTyp
     assert api.running("finetune-c") is None
 
 
-def test_a_job_s_log_is_read_from_where_the_last_look_ended(job: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_s_log_is_read_from_where_the_last_look_ended(
+    job: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(job, "_CHUNK", 8)
     log, written = tmp_path / "job-driver-finetune-a-1.log", "step 1 … done\nWörter: 日本\n" * 5
     assert job.read_log(str(log), 0) == ("", 0, False)  # the driver has not started
@@ -102,7 +110,11 @@ RUNS = {"submission_id": "finetune-a-2", "status": "RUNNING", "metadata": {"conf
 
 def test_one_attaches_to_the_job_that_does_the_same(job: ModuleType) -> None:
     plain = ["finetune", "--config", "CONF"]
-    for began, asked in ((plain, plain), ([*plain, "--resume", "no", "--force"], plain), ([*plain, "--force"], [*plain, "--force"])):
+    for began, asked in (
+        (plain, plain),
+        ([*plain, "--resume", "no", "--force"], plain),
+        ([*plain, "--force"], [*plain, "--force"]),
+    ):
         runs = RUNS | {"entrypoint": "exec llm-ray " + " ".join(began).replace("CONF", "/a/b.yaml")}
         assert job.attach(runs, {"command": asked, "conf": ""}, "same")["id"] == "finetune-a-2"
 
@@ -118,7 +130,10 @@ def test_what_a_running_job_would_not_heed_is_refused(job: ModuleType, more: lis
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("finetune", r"\(-a: 1; \+a: 2\): wait for it, end it with -e cancel=true, or give this one another name with -e name=…"),
+        (
+            "finetune",
+            r"\(-a: 1; \+a: 2\): wait for it, end it with -e cancel=true, or give this one another name with -e name=…",
+        ),
         (
             "serve",
             r"\(-a: 1; \+a: 2\): wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job stop serve-endpoint-2",
@@ -127,7 +142,10 @@ def test_what_a_running_job_would_not_heed_is_refused(job: ModuleType, more: lis
 )
 def test_beside_another_conf_what_can_be_done_is_told(job: ModuleType, tmp_path: Path, kind: str, said: str) -> None:
     (tmp_path / "conf.yaml").write_text("a: 1")
-    runs = RUNS | {"submission_id": f"{kind}-endpoint-2", "metadata": {"conf_sha256": "other", "conf": str(tmp_path / "conf.yaml")}}
+    runs = RUNS | {
+        "submission_id": f"{kind}-endpoint-2",
+        "metadata": {"conf_sha256": "other", "conf": str(tmp_path / "conf.yaml")},
+    }
     with pytest.raises(job.Refused, match=f"{kind}-endpoint-2 runs with another conf {said}$"):
         job.attach(runs, {"command": [kind, "--config", "CONF"], "conf": "a: 2"}, "same")
 
@@ -169,7 +187,9 @@ def test_what_is_there_and_not_whole_is_replaced(shared: ModuleType, tmp_path: P
 
 
 def test_a_head_that_does_not_answer_is_told(job: ModuleType) -> None:
-    with pytest.raises(job.Refused, match=r"Ray's head does not answer at http://127\.0\.0\.1:1 .*journalctl -u llm-ray-head"):
+    with pytest.raises(
+        job.Refused, match=r"Ray's head does not answer at http://127\.0\.0\.1:1 .*journalctl -u llm-ray-head"
+    ):
         job.Api("http://127.0.0.1:1", "token")("/api/jobs/")
 
 
@@ -202,14 +222,20 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A playbook that renders a conf and writes down what Ansible has of it."""
     folder = tmp_path_factory.mktemp("rendering")
     (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    conf = {"name": "codes", "model": {"base": "small"}, "data": {"train": str(folder / "rows.jsonl"), "upload": True, "validation": None}}
+    conf = {
+        "name": "codes",
+        "model": {"base": "small"},
+        "data": {"train": str(folder / "rows.jsonl"), "upload": True, "validation": None},
+    }
     (folder / "codes.yaml").write_text(yaml.safe_dump(conf))
     action = {
         "kind": "finetune", "conf": str(folder / "codes.yaml"), "bundle": str(ROOT), "home": "/srv/llm-ray", "nodes": "any", "hosts": {},
         "arguments": ["conf"], "variables": {}, "settings": {},
     }  # fmt: skip
     _play(folder / "render.yml", action)
-    (folder / "cores.yaml.j2").write_text((folder / "codes.yaml").read_text() + "runtime: {cpus_per_worker: {{ cpus_per_host }}}\n")
+    (folder / "cores.yaml.j2").write_text(
+        (folder / "codes.yaml").read_text() + "runtime: {cpus_per_worker: {{ cpus_per_host }}}\n"
+    )
     lost = {"conf": str(folder / "cores.yaml.j2"), "unknown": ["w2"], "variables": {"cpus_per_host": 0}}
     _play(folder / "lost.yml", action | lost)
     endpoint = {"kind": "serve", "conf": "cluster", "settings": {"model": "codes", "serve_host": "0.0.0.0"}}  # noqa: S104
@@ -222,14 +248,22 @@ def _play(file: Path, action: dict[str, Any]) -> None:
         {"llm_ray_conf": action, "register": "made"},
         {"copy": {"content": "{{ made | to_json }}", "dest": str(file.parent / "made.json")}},
     ]
-    file.write_text(yaml.safe_dump([{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}]))
+    file.write_text(
+        yaml.safe_dump([{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks}])
+    )
 
 
 def _render(folder: Path, *settings: str, play: str = "render") -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "ansible-playbook"), str(folder / f"{play}.yml")]
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "ANSIBLE_ACTION_PLUGINS": str(ROOT / "roles/ray_job/action_plugins")}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(folder),
+        "ANSIBLE_ACTION_PLUGINS": str(ROOT / "roles/ray_job/action_plugins"),
+    }
     arguments = [argument for setting in settings for argument in ("-e", setting)]
-    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=folder)
+    return subprocess.run(
+        [*command, *arguments], env=environment, capture_output=True, text=True, check=False, cwd=folder
+    )
 
 
 def test_a_conf_comes_with_its_checksum_and_the_files_that_go_with_it(rendering: Path) -> None:
@@ -265,7 +299,9 @@ def test_cores_that_are_not_known_are_told_and_not_guessed(rendering: Path) -> N
     [([], False), (["port=9005"], False), (["port=9100"], True), (["port=9100", "serve_host=127.0.0.1"], False)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_endpoint_that_others_reach_is_behind_the_firewall(rendering: Path, settings: list[str], refused: bool) -> None:
+def test_an_endpoint_that_others_reach_is_behind_the_firewall(
+    rendering: Path, settings: list[str], refused: bool
+) -> None:
     done = _render(rendering, *settings, play="endpoint")
     words = " ".join((done.stdout + done.stderr).split())
     assert done.returncode == (2 if refused else 0), words

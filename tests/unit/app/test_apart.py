@@ -1,4 +1,5 @@
-"""Work in a process of its own: its lines, its result and its errors come back, and it ends when nobody waits for it any more."""
+"""Work in a process of its own: its lines, its result and its errors come back, and it ends when nobody waits for it
+any more."""
 
 from __future__ import annotations
 

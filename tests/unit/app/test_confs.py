@@ -31,7 +31,12 @@ def test_a_new_key_has_one_too() -> None:
         training: NewTraining = NewTraining()
 
     (found,) = (field for field in fields(Keys("finetune", NewConf, {})) if field.name == "training.colour")
-    assert (found.section, found.text, found.default, found.choices) == ("training", "What it is painted in.", "red", ("red", "green"))
+    assert (found.section, found.text, found.default, found.choices) == (
+        "training",
+        "What it is painted in.",
+        "red",
+        ("red", "green"),
+    )
 
 
 def test_defaults_are_those_that_hold() -> None:
@@ -42,13 +47,21 @@ def test_defaults_are_those_that_hold() -> None:
 
 
 def test_settings_make_a_conf_and_a_command_and_come_back(tmp_path: Path) -> None:
-    given = {"training.epochs": "2", "data.validation": "null", "data.columns": "{a: b}", "data.system": "Be brief: always."}
-    settings = SETTINGS | {name: f'"{value}"' if ":" in value and name != "data.columns" else value for name, value in given.items()}
+    given = {
+        "training.epochs": "2",
+        "data.validation": "null",
+        "data.columns": "{a: b}",
+        "data.system": "Be brief: always.",
+    }
+    settings = SETTINGS | {
+        name: f'"{value}"' if ":" in value and name != "data.columns" else value for name, value in given.items()
+    }
     conf = conf_of(settings | {"training.seed": " "}, tmp_path)
     assert (conf.training.epochs, conf.data.validation, conf.data.columns) == (2, None, {"a": "b"})
     assert conf.paths == Paths.of(tmp_path)
     assert command_of(SETTINGS | {"training.epochs": "2", "training.seed": ""}) == (
-        "llm-ray finetune --config lora --set train=organisation/name --set model=small --set name=first --set training.epochs=2"
+        "llm-ray finetune --config lora --set train=organisation/name --set model=small --set name=first --set "
+        "training.epochs=2"
     )
     assert conf_of(settings_of(dump(conf)), tmp_path) == conf
 
@@ -83,7 +96,9 @@ def test_what_only_an_admin_may_name(tmp_path: Path) -> None:
     (mine / "link.jsonl").symlink_to(other / "rows.jsonl")
     assert "none of your files" in told(train=str(mine / "link.jsonl"))
     assert "none of your files" in told(evaluation__data=str(other / "rows.jsonl"))
-    assert "none of your files" in told(data__processor="join", data__processor_args=f"{{file: {other / 'rows.jsonl'}}}")
+    assert "none of your files" in told(
+        data__processor="join", data__processor_args=f"{{file: {other / 'rows.jsonl'}}}"
+    )
     assert "data.processor runs code" in told(data__processor="os.path:join")
     assert "model.trust_remote_code" in told(model__trust_remote_code="true", model__trusted_models="[small]")
     assert "paths" in told(paths__runs=str(other))

@@ -25,14 +25,22 @@ WORDS = Prompt("one two three four")
 
 
 def load(server: Server, model: str = "echo", prompt: Prompt = WORDS, **how: Any) -> LoadReport:
-    return run_load(parse(server.api), model, itertools.repeat(prompt), Load(**{"requests": 12, "concurrency": 4, "warmup": 0, **how}))
+    return run_load(
+        parse(server.api),
+        model,
+        itertools.repeat(prompt),
+        Load(**{"requests": 12, "concurrency": 4, "warmup": 0, **how}),
+    )
 
 
 def bench(url: str, *arguments: str) -> Result:
-    return CliRunner().invoke(cli, ["bench", "serve", "--model_endpoint", url, *arguments], prog_name="llm-ray", catch_exceptions=False)
+    return CliRunner().invoke(
+        cli, ["bench", "serve", "--model_endpoint", url, *arguments], prog_name="llm-ray", catch_exceptions=False
+    )
 
 
-# Loads -------------------------------------------------------------------------------------------------------------------
+# Loads
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("completion", [False, True])
@@ -44,7 +52,13 @@ def test_so_many_at_once(server: Server, completion: bool) -> None:
     assert all(len(sample.arrivals) == 3 for sample in report.samples)  # the chunk with the role is none
     assert all(0 < sample.first <= sample.last <= report.seconds for sample in report.samples)
     asked = {"prompt": WORDS.content} if completion else {"messages": [{"role": "user", "content": WORDS.content}]}
-    options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0.0, "max_tokens": 3, "ignore_eos": True}
+    options = {
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": 0.0,
+        "max_tokens": 3,
+        "ignore_eos": True,
+    }
     assert server.requests[0] == {"model": "echo", **asked, **options}
     assert report.client_cpu_seconds > 0
 
@@ -125,7 +139,8 @@ def test_a_load_is_of_one_kind() -> None:
             Load(**how)  # type: ignore[arg-type]
 
 
-# Streams -----------------------------------------------------------------------------------------------------------------
+# Streams
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def event(**chunk: Any) -> bytes:
@@ -158,13 +173,16 @@ def test_events_may_be_cut_anywhere(size: int) -> None:
     assert sample.arrivals == [end - end % size for end in ends]
 
 
-@pytest.mark.parametrize("chunk", [b"data: []\n", b'data: {"choices": 3}\n', b'data: {"choices": [{}]}\n', b'data: {"error": "no"}\n'])
+@pytest.mark.parametrize(
+    "chunk", [b"data: []\n", b'data: {"choices": 3}\n', b'data: {"choices": [{}]}\n', b'data: {"error": "no"}\n']
+)
 def test_events_of_another_api(chunk: bytes) -> None:
     with pytest.raises(Broken, match="not as the OpenAI API does"):
         _Stream(parse("http://127.0.0.1/v1")).read(chunk, 0.0)
 
 
-# Figures -----------------------------------------------------------------------------------------------------------------
+# Figures
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -172,12 +190,22 @@ def report() -> LoadReport:
     """Three answers, of 3 tokens in 3 chunks, 5 in 3, and one; a failure; in 2 seconds."""
     samples = [Sample(0.0, [0.1, 0.2, 0.4], 10, 3), Sample(0.1, [0.3, 0.5, 0.7], 20, 5), Sample(1.0, [0.8], 30, 1)]
     return LoadReport(
-        "http://h/v1", "m", Load(concurrency=2, requests=4), samples, [Failure(0.5, 0.6, "status 503", "no replica")], 2.0, 0.5
+        "http://h/v1",
+        "m",
+        Load(concurrency=2, requests=4),
+        samples,
+        [Failure(0.5, 0.6, "status 503", "no replica")],
+        2.0,
+        0.5,
     )
 
 
 def test_figures_by_hand(report: LoadReport) -> None:
-    assert (report.requests_per_second, report.output_tokens_per_second, report.total_tokens_per_second) == (1.5, 4.5, 34.5)
+    assert (report.requests_per_second, report.output_tokens_per_second, report.total_tokens_per_second) == (
+        1.5,
+        4.5,
+        34.5,
+    )
     assert report.time_per_output_token and report.time_per_output_token.mean == pytest.approx(0.125)
     assert report.end_to_end and report.end_to_end.p50 == 0.7
     assert report.inter_token_latency and report.inter_token_latency.p50 == pytest.approx(0.2)
@@ -205,7 +233,8 @@ def test_the_plot(report: LoadReport, tmp_path: Path, answered: bool) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-# The command -------------------------------------------------------------------------------------------------------------
+# The command
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command(server: Server, tmp_path: Path) -> None:
@@ -231,7 +260,9 @@ def test_the_command_as_json(server: Server, tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert (found["answered"], found["failed"], found["load"]["rate"], found["output_tokens"]) == (5, 0, 100, 10)
     assert set(found["time_to_first_token_seconds"]) == {"mean", "p50", "p90", "p99"}
-    assert [request["messages"][0]["content"] for request in server.requests] == ["first one", "second one"] * 2 + ["first one"]
+    assert [request["messages"][0]["content"] for request in server.requests] == ["first one", "second one"] * 2 + [
+        "first one"
+    ]
 
 
 def test_failures_end_the_command_with_code_1(server: Server) -> None:
@@ -263,7 +294,8 @@ def test_a_models_own_route_is_no_place_for_a_load(server: Server) -> None:
     assert f"give the OpenAI API, {server.api}, with --model echo" in result.stderr
 
 
-# Prompts that ship -------------------------------------------------------------------------------------------------------
+# Prompts that ship
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_that_ship_are_the_same_for_a_seed_and_begin_differently() -> None:
@@ -277,5 +309,7 @@ def test_prompts_that_ship_are_about_as_long_as_asked(smollm2: Path, tokens: int
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    lengths = [len(tokenizer(str(prompt.content)).input_ids) for prompt in itertools.islice(builtin_prompts(tokens), 20)]
+    lengths = [
+        len(tokenizer(str(prompt.content)).input_ids) for prompt in itertools.islice(builtin_prompts(tokens), 20)
+    ]
     assert np.mean(lengths) == pytest.approx(tokens, rel=0.15, abs=2)

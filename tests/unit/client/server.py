@@ -42,7 +42,8 @@ HTML = "<html><body>It works!</body></html>"
 
 @dataclass
 class Server:
-    """Where it listens; the requests it had; how many were there at once; set `keys` to ask for one, `models` for what it lists."""
+    """Where it listens; the requests it had; how many were there at once; set `keys` to ask for one, `models` for what
+    it lists."""
 
     base: str = ""
     keys: bool = False
@@ -159,7 +160,11 @@ async def _openai(state: Server, request: Request) -> Response:
         return JSONResponse({**head, "choices": [{"index": 0, "finish_reason": finish, **content}], "usage": usage})
 
     def event(finish: str | None = None, **part: Any) -> bytes:
-        return b"data: " + json.dumps({**head, "choices": [{"index": 0, "finish_reason": finish, **part}]}).encode() + b"\n\n"
+        return (
+            b"data: "
+            + json.dumps({**head, "choices": [{"index": 0, "finish_reason": finish, **part}]}).encode()
+            + b"\n\n"
+        )
 
     def said(word: str, finish: str | None = None) -> bytes:
         return event(finish, delta={"content": word}) if chat else event(finish, text=word)
@@ -213,4 +218,10 @@ async def _route(state: Server, request: Request) -> Response:
     if model == "garbage":
         return Response('{"text": ', media_type="application/json")
     usage = {"prompt_tokens": 5, "completion_tokens": len(words), "total_tokens": 5 + len(words)}
-    return JSONResponse({"text": "".join(words), "finish_reason": "length" if len(words) < len(_words(text)) else "stop", "usage": usage})
+    return JSONResponse(
+        {
+            "text": "".join(words),
+            "finish_reason": "length" if len(words) < len(_words(text)) else "stop",
+            "usage": usage,
+        }
+    )

@@ -48,7 +48,14 @@ def test_urls_that_are_none(url: str, reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "trusted"),
-    [("127.0.0.1", False), ("127.1.2.3", False), ("[::1]", False), ("localhost", False), ("10.0.0.1", True), ("head.example.org", True)],
+    [
+        ("127.0.0.1", False),
+        ("127.1.2.3", False),
+        ("[::1]", False),
+        ("localhost", False),
+        ("10.0.0.1", True),
+        ("head.example.org", True),
+    ],
 )
 def test_this_machine_is_asked_without_a_proxy(host: str, trusted: bool) -> None:
     assert Endpoint(f"http://{host}:8000/v1", True, None).trust_env is trusted

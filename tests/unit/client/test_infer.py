@@ -18,7 +18,12 @@ from tests.unit.client.server import KEY, MODELS, Server
 
 def infer(url: str, *arguments: str, stdin: str | None = None, **environment: str) -> Result:
     return CliRunner().invoke(
-        cli, ["infer", "--model_endpoint", url, *arguments], input=stdin, prog_name="llm-ray", env=environment, catch_exceptions=False
+        cli,
+        ["infer", "--model_endpoint", url, *arguments],
+        input=stdin,
+        prog_name="llm-ray",
+        env=environment,
+        catch_exceptions=False,
     )
 
 
@@ -29,7 +34,8 @@ URLS: dict[str, Callable[[Server, str], list[str]]] = {
 both = pytest.mark.parametrize("kind", list(URLS))
 
 
-# Answers -----------------------------------------------------------------------------------------------------------------
+# Answers
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -56,7 +62,22 @@ def test_an_answer_as_json(server: Server, kind: str) -> None:
 
 @both
 def test_settings_are_sent_when_given(server: Server, kind: str) -> None:
-    given = ["--temperature", "0.5", "--top-p", "0.9", "--top_k", "7", "--seed", "3", "--stop", "a", "--stop", "b", "--max-tokens", "2"]
+    given = [
+        "--temperature",
+        "0.5",
+        "--top-p",
+        "0.9",
+        "--top_k",
+        "7",
+        "--seed",
+        "3",
+        "--stop",
+        "a",
+        "--stop",
+        "b",
+        "--max-tokens",
+        "2",
+    ]
     result = infer(*URLS[kind](server, "echo"), "--prompt", "one two three", "--system", "Be brief.", *given)
     assert result.stdout == "one two\n"
     assert "cut off there" in result.stderr
@@ -107,7 +128,8 @@ def test_of_several_models_one_must_be_named(server: Server) -> None:
     assert "serves no model" in result.stderr
 
 
-# Wrong use ---------------------------------------------------------------------------------------------------------------
+# Wrong use
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,7 +156,8 @@ def test_a_completion_has_no_conversation(server: Server, tmp_path: Path) -> Non
     assert (result.exit_code, "p.jsonl:1: a conversation" in result.stderr) == (2, True)
 
 
-# Failures ----------------------------------------------------------------------------------------------------------------
+# Failures
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -185,7 +208,11 @@ def test_a_torn_stream(server: Server, kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "reason"),
-    [("short", "no finish_reason came"), ("error", "broke the answer off: the engine died"), ("garbage", "something that is no JSON")],
+    [
+        ("short", "no finish_reason came"),
+        ("error", "broke the answer off: the engine died"),
+        ("garbage", "something that is no JSON"),
+    ],
 )
 def test_streams_that_end_otherwise(server: Server, model: str, reason: str) -> None:
     result = infer(server.api, "--model", model, "--prompt", "one two three", "--stream")
@@ -212,7 +239,10 @@ def test_an_endpoint_that_does_not_answer(server: Server, kind: str) -> None:
 def test_nothing_listens(server: Server, path: str, unused: int) -> None:
     result = infer(f"http://127.0.0.1:{unused}/{path}", "--prompt", "hi")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert f"nothing listens at http://127.0.0.1:{unused}/{path}: is the model deployed (`llm-ray serve status`)" in result.stderr
+    assert (
+        f"nothing listens at http://127.0.0.1:{unused}/{path}: is the model deployed (`llm-ray serve status`)"
+        in result.stderr
+    )
 
 
 def test_a_host_that_is_not_known() -> None:
@@ -227,7 +257,8 @@ def test_no_tls(server: Server) -> None:
     assert "is it http:// rather than https://?" in result.stderr
 
 
-# Keys --------------------------------------------------------------------------------------------------------------------
+# Keys
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @both
@@ -247,7 +278,8 @@ def test_keys(server: Server, kind: str, tmp_path: Path) -> None:
     assert "sk-" not in wrong.stderr + poor.stderr
 
 
-# Files of prompts --------------------------------------------------------------------------------------------------------
+# Files of prompts
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -273,10 +305,14 @@ def test_answers_go_to_standard_output_in_order(server: Server, kind: str, promp
 @both
 def test_answers_go_to_a_file(server: Server, kind: str, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "answers.jsonl"
-    result = infer(*URLS[kind](server, "echo"), "--file", str(prompts), "--output", str(out), "--json", "--max-tokens", "5")
+    result = infer(
+        *URLS[kind](server, "echo"), "--file", str(prompts), "--output", str(out), "--json", "--max-tokens", "5"
+    )
     assert json.loads(result.stdout) == {"output": str(out), "prompts": 20, "asked": 20, "failed": 0}
     found = rows(out)
-    assert sorted((row["index"], row["prompt"], row["text"]) for row in found) == [(n, f"prompt {n}", f"prompt {n}") for n in range(20)]
+    assert sorted((row["index"], row["prompt"], row["text"]) for row in found) == [
+        (n, f"prompt {n}", f"prompt {n}") for n in range(20)
+    ]
     assert (found[0]["model"], found[0]["finish_reason"], found[0]["settings"]) == ("echo", "stop", {"max_tokens": 5})
 
 
@@ -317,7 +353,9 @@ def test_answers_to_something_else_are_not_mixed(server: Server, prompts: Path, 
 
 
 @pytest.mark.parametrize("content", ["notes of mine", "notes\n", '{"a": 1}\n', '{"a": 1}', "[]\n"])
-def test_a_file_that_holds_no_answers_is_left_alone(server: Server, prompts: Path, tmp_path: Path, content: str) -> None:
+def test_a_file_that_holds_no_answers_is_left_alone(
+    server: Server, prompts: Path, tmp_path: Path, content: str
+) -> None:
     out = tmp_path / "notes.txt"
     out.write_text(content)
     result = infer(server.route("echo"), "--file", str(prompts), "--output", str(out))
@@ -361,9 +399,15 @@ def test_an_endpoint_that_cannot_be_asked_ends_a_file_at_once(server: Server, pr
 def test_interrupted(server: Server, tmp_path: Path, number: signal.Signals) -> None:
     file, out = tmp_path / "p.jsonl", tmp_path / "answers.jsonl"
     file.write_text('{"prompt": "a"}\n')
-    command = ["env", "--default-signal", str(Path(sys.executable).with_name("llm-ray"))]  # a shell's background job would ignore SIGINT
+    command = [
+        "env",
+        "--default-signal",
+        str(Path(sys.executable).with_name("llm-ray")),
+    ]  # a shell's background job would ignore SIGINT
     command += ["infer", "--model_endpoint", server.route("slow")]
-    with subprocess.Popen([*command, "--file", str(file), "--output", str(out)], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, "--file", str(file), "--output", str(out)], stderr=subprocess.PIPE, text=True
+    ) as process:
         while not server.requests:
             assert process.poll() is None
             server.gone.wait(0.01)
@@ -377,7 +421,14 @@ def test_interrupted(server: Server, tmp_path: Path, number: signal.Signals) -> 
 
 
 def test_a_reader_that_goes_away_is_no_defect(server: Server, prompts: Path) -> None:
-    command = [str(Path(sys.executable).with_name("llm-ray")), "infer", "--model_endpoint", server.route("echo"), "--file", str(prompts)]
+    command = [
+        str(Path(sys.executable).with_name("llm-ray")),
+        "infer",
+        "--model_endpoint",
+        server.route("echo"),
+        "--file",
+        str(prompts),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         process.stdout.close()

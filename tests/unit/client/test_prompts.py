@@ -11,7 +11,11 @@ import pytest
 from llm_ray.client.prompts import Prompt, read_prompts
 from llm_ray.errors import DataError
 
-TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Bye"},
+]
 
 
 def test_a_line_of_text_is_a_prompt(tmp_path: Path) -> None:
@@ -41,7 +45,11 @@ def test_rows_of_all_shapes(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ('{"question": "a"}', "p.jsonl:2: no prompt in the row: it needs a column prompt, text, instruction or messages, and has question"),
+        (
+            '{"question": "a"}',
+            "p.jsonl:2: no prompt in the row: it needs a column prompt, text, instruction or messages, and has "
+            "question",
+        ),
         ('{"prompt": 3}', "p.jsonl:2: 'prompt' must be text"),
         ('{"prompt": " "}', "p.jsonl:2: 'prompt' must be text, and not empty"),
         ('{"instruction": "a", "input": {}}', None),

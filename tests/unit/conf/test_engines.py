@@ -28,9 +28,12 @@ def test_its_core_is_there(name: EngineName) -> None:
 
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize(
-    ("setting", "trait"), [({"adapters": {"a": "run"}}, "adapters"), ({"weights": "int8"}, "converts"), ({"compile": True}, "compiles")]
+    ("setting", "trait"),
+    [({"adapters": {"a": "run"}}, "adapters"), ({"weights": "int8"}, "converts"), ({"compile": True}, "compiles")],
 )
-def test_what_it_does_not_take_is_refused_with_what_does(name: EngineName, setting: dict[str, object], trait: str) -> None:
+def test_what_it_does_not_take_is_refused_with_what_does(
+    name: EngineName, setting: dict[str, object], trait: str
+) -> None:
     if getattr(ENGINES[name], trait):
         assert ModelServing.model_validate({"model": "m", "engine": name, **setting}).engine == name
         return

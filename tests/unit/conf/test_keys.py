@@ -18,7 +18,10 @@ from llm_ray.conf.keys import FINETUNE, SERVE
         ("models.qwen2.5-1.5b.autoscale.min", ("models", "qwen2.5-1.5b", "autoscale", "min")),
         ("models.org/qwen2.5.model", ("models", "org/qwen2.5", "model")),
         ("models.a.adapters.bot-1.5", ("models", "a", "adapters", "bot-1.5")),
-        ("models.qwen2.5.engine_options.compilation_config.level", ("models", "qwen2.5", "engine_options", "compilation_config", "level")),
+        (
+            "models.qwen2.5.engine_options.compilation_config.level",
+            ("models", "qwen2.5", "engine_options", "compilation_config", "level"),
+        ),
         ("models.engine.engine", ("models", "engine", "engine")),
         ("models.NAME.engine", ("models", "NAME", "engine")),
     ],
@@ -33,7 +36,9 @@ def test_a_section_as_value_may_name_a_model_with_dots() -> None:
     assert SERVE.paths("models.qwen2.cpus", section=True) == [("models", "qwen2", "cpus"), ("models", "qwen2.cpus")]
 
 
-@pytest.mark.parametrize("name", ["", ".", "models.a.cpu", "models.a.limits.concurrent", "model.a.cpus", "endpoint.a", "endpoint.port.x"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "models.a.cpu", "models.a.limits.concurrent", "model.a.cpus", "endpoint.a", "endpoint.port.x"]
+)
 def test_names_that_mean_nothing(name: str) -> None:
     assert SERVE.paths(name) == []
 
@@ -67,4 +72,6 @@ def test_what_has_to_be_given() -> None:
     assert [key.name for key in SERVE.needed()] == ["models.NAME.model"]
     assert [key.name for key in FINETUNE.needed()] == ["name", "model.base", "data.train"]
     assert [key.name for key in FINETUNE.needed("data")] == ["data.train"]
-    assert [key.name for key in FINETUNE.needed("training.early_stopping.patience")] == ["training.early_stopping.patience"]
+    assert [key.name for key in FINETUNE.needed("training.early_stopping.patience")] == [
+        "training.early_stopping.patience"
+    ]

@@ -25,15 +25,21 @@ Write = Callable[[str], Path]
 
 message = partial(error, load_finetune)
 
-# What is wrong with a conf: the lines that are added to SMALL (which has 5) or, if it begins with `name` or `#`, the whole conf; and the
-# words that the message must have, separated by `; `. `:6:` is the line.
+# What is wrong with a conf: the lines that are added to SMALL (which has 5) or, if it begins with `name` or `#`, the
+# whole conf; and the words that the message must have, separated by `; `. `:6:` is the line.
 BROKEN = {
     "unknown key in a section": (
         "training:\n  learning_rat: 1e-3\n",
         ":7: training.learning_rat: there is no such key; mean training.learning_rate?",
     ),
-    "key of another section at the top": ("learning_rate: 1e-3\n", ":6: learning_rate: there is no such key; mean training.learning_rate?"),
-    "key of another section": ("runtime:\n  epochs: 3\n", ":7: runtime.epochs: there is no such key; mean training.epochs?"),
+    "key of another section at the top": (
+        "learning_rate: 1e-3\n",
+        ":6: learning_rate: there is no such key; mean training.learning_rate?",
+    ),
+    "key of another section": (
+        "runtime:\n  epochs: 3\n",
+        ":7: runtime.epochs: there is no such key; mean training.epochs?",
+    ),
     "misspelled section": ("trainign:\n  epochs: 3\n", ":6: trainign: there is no such key; mean training?"),
     "key in capitals": ("Training:\n  epochs: 3\n", ":6: Training: there is no such key; mean training?"),
     "key with a dash": ("runtime:\n  max-failures: 3\n", ":7: ; mean runtime.max_failures?"),
@@ -47,13 +53,26 @@ BROKEN = {
         "tracking:\n  zebra: 1\n",
         ":7: tracking.zebra: there is no such key; tracking has the keys tensorboard, log_every",
     ),
-    "section like nothing": ("zebra: 1\n", ":6: zebra: there is no such key; a conf has the keys name, stages, runtime"),
-    "three levels down": ("tuning:\n  lora:\n    rang: 3\n", ":8: tuning.lora.rang: there is no such key; mean tuning.lora.r"),
-    "text for a number": ("training:\n  max_steps: four\n", ':7: training.max_steps is "four"; whole number of at least 1'),
-    "text for a number or auto": ("training:\n  epochs: many\n", ':7: training.epochs is "many"; a number above 0 or auto'),
+    "section like nothing": (
+        "zebra: 1\n",
+        ":6: zebra: there is no such key; a conf has the keys name, stages, runtime",
+    ),
+    "three levels down": (
+        "tuning:\n  lora:\n    rang: 3\n",
+        ":8: tuning.lora.rang: there is no such key; mean tuning.lora.r",
+    ),
+    "text for a number": (
+        "training:\n  max_steps: four\n",
+        ':7: training.max_steps is "four"; whole number of at least 1',
+    ),
+    "text for a number or auto": (
+        "training:\n  epochs: many\n",
+        ':7: training.epochs is "many"; a number above 0 or auto',
+    ),
     "a batch of sequences": (
         "training:\n  batch_size: 4\n  gradient_accumulation: 2\n",
-        ":7: training.batch_size and training.gradient_accumulation counted packed sequences; training.global_batch_size; 8 × runtime.workers",
+        ":7: training.batch_size and training.gradient_accumulation counted packed sequences; "
+        "training.global_batch_size; 8 × runtime.workers",
     ),
     "number too small": ("runtime:\n  workers: 0\n", ":7: runtime.workers is 0; at least 1"),
     "negative rate": ("training:\n  learning_rate: -1e-3\n", ":7: training.learning_rate is -0.001; a number above 0"),
@@ -65,17 +84,29 @@ BROKEN = {
         "name: a\nmodel:\n  base: a/b\n  revision: 1234567\ndata: {train: train.jsonl}\n",
         ":4: model.revision is 1234567; quotes: '1234567'",
     ),
-    "number or auto": ("runtime:\n  cpus_per_worker: all\n", ':7: runtime.cpus_per_worker is "all"; whole number of at least 1 or auto'),
-    "choice misspelled": ("training:\n  schedule: cosin\n", ':7: training.schedule is "cosin"; cosine, linear or constant; mean cosine?'),
+    "number or auto": (
+        "runtime:\n  cpus_per_worker: all\n",
+        ':7: runtime.cpus_per_worker is "all"; whole number of at least 1 or auto',
+    ),
+    "choice misspelled": (
+        "training:\n  schedule: cosin\n",
+        ':7: training.schedule is "cosin"; cosine, linear or constant; mean cosine?',
+    ),
     "choice in capitals": ("training:\n  precision: BF16\n", ':7: training.precision is "BF16"; mean bf16?'),
     "stage misspelled": ("stages:\n  - prepare\n  - trian\n", ':8: stages[1] is "trian"; mean train?'),
     "no stages": ("stages: []\n", ":6: stages is empty: name at least one of prepare"),
     "section twice": ("data:\n", ":6: data is there twice (first in line 4)"),
-    "section without keys": ("training: fast\n", ':6: training is "fast"; a section, with keys indented below training:'),
+    "section without keys": (
+        "training: fast\n",
+        ':6: training is "fast"; a section, with keys indented below training:',
+    ),
     "list for a section": ("training:\n  - epochs: 3\n", ":6: training is [; a section"),
     "colon without blank": ("training:\n  epochs:3\n", ":6: training is; epochs: wants a blank after the colon"),
     "list too long": ("training:\n  betas: [0.9, 0.99, 0.999]\n", ":7: training.betas is; a list of 2 numbers"),
-    "required key in an optional section": ("training:\n  early_stopping: {}\n", ":7: training.early_stopping.patience is missing"),
+    "required key in an optional section": (
+        "training:\n  early_stopping: {}\n",
+        ":7: training.early_stopping.patience is missing",
+    ),
     "key twice": ("training:\n  epochs: 1\n  epochs: 2\n", ":8: training.epochs is there twice (first in line 7)"),
     "tab": ("training:\n\tepochs: 1\n", ":7: ; a tab is used for indentation"),
     "bad indentation": ("training:\n  epochs: 1\n   batch_size: 2\n", ":8: is no YAML"),
@@ -85,17 +116,33 @@ BROKEN = {
     "data without train": ("name: a\nmodel: {base: b}\ndata:\n  format: text\n", ":3: data.train is missing"),
     "empty section that is required": ("name: a\nmodel:\ndata: {train: train.jsonl}\n", "model.base is missing"),
     "nothing required": ("name: a\n", "2 things are wrong; model.base is missing; data.train is missing"),
-    "name with a blank": ("name: my run\nmodel: {base: b}\ndata: {train: train.jsonl}\n", ':1: name is "my run"; Letters, digits'),
-    "name that leaves the folder": ("name: ../../etc\nmodel: {base: b}\ndata: {train: train.jsonl}\n", ':1: name is "../../etc"'),
+    "name with a blank": (
+        "name: my run\nmodel: {base: b}\ndata: {train: train.jsonl}\n",
+        ':1: name is "my run"; Letters, digits',
+    ),
+    "name that leaves the folder": (
+        "name: ../../etc\nmodel: {base: b}\ndata: {train: train.jsonl}\n",
+        ':1: name is "../../etc"',
+    ),
     "empty list of data": ("name: a\nmodel: {base: b}\ndata:\n  train: []\n", ":4: data.train is empty"),
     "empty name of data": ("name: a\nmodel: {base: b}\ndata:\n  train: ''\n", ":4: data.train[0] is empty"),
-    "number for data": ("name: a\nmodel: {base: b}\ndata:\n  train: 3\n", ":4: data.train is 3: it must be text or a list of texts"),
+    "number for data": (
+        "name: a\nmodel: {base: b}\ndata:\n  train: 3\n",
+        ":4: data.train is 3: it must be text or a list of texts",
+    ),
     "no such file": (
         "name: a\nmodel: {base: b}\ndata:\n  train: trian.jsonl\n",
-        ":4: data.train: no such file; confs/trian.jsonl or; elsewhere/trian.jsonl or; home/data/trian.jsonl; mean; confs/train.jsonl?",
+        ":4: data.train: no such file; confs/trian.jsonl or; elsewhere/trian.jsonl or; home/data/trian.jsonl; mean; "
+        "confs/train.jsonl?",
     ),
-    "one of the files": ("name: a\nmodel: {base: b}\ndata:\n  train:\n    - train.jsonl\n    - more.jsonl\n", ":6: data.train; more.jsonl"),
-    "no validation file": ("name: a\nmodel: {base: b}\ndata: {train: train.jsonl, validation: v.jsonl}\n", ":3: data.validation; v.jsonl"),
+    "one of the files": (
+        "name: a\nmodel: {base: b}\ndata:\n  train:\n    - train.jsonl\n    - more.jsonl\n",
+        ":6: data.train; more.jsonl",
+    ),
+    "no validation file": (
+        "name: a\nmodel: {base: b}\ndata: {train: train.jsonl, validation: v.jsonl}\n",
+        ":3: data.validation; v.jsonl",
+    ),
     "no evaluation file": ("evaluation:\n  data: q.jsonl\n", ":7: evaluation.data; q.jsonl"),
     "whole number for a fraction": (
         "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  validation: 20\n",
@@ -105,8 +152,14 @@ BROKEN = {
         "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  validation: false\n",
         ":5: data.validation is false",
     ),
-    "value of a free key": ("name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  columns: {text: 3}\n", ":5: data.columns.text is 3"),
-    "no model folder": ("name: a\nmodel:\n  base: ./my-model\ndata: {train: train.jsonl}\n", ":3: model.base: no such folder; my-model"),
+    "value of a free key": (
+        "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  columns: {text: 3}\n",
+        ":5: data.columns.text is 3",
+    ),
+    "no model folder": (
+        "name: a\nmodel:\n  base: ./my-model\ndata: {train: train.jsonl}\n",
+        ":3: model.base: no such folder; my-model",
+    ),
     "no chat template": (
         "name: a\nmodel:\n  base: b\n  chat_template: t.jinja\ndata: {train: train.jsonl}\n",
         ":4: model.chat_template: no such file; confs/t.jinja",
@@ -119,7 +172,10 @@ BROKEN = {
         "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  processor: ./p.py\n",
         ":5: data.processor is ./p.py; ./p.py:MyProcessor",
     ),
-    "epochs and steps": ("training:\n  epochs: 1\n  max_steps: 5\n", ":7: training.epochs and training.max_steps are both set"),
+    "epochs and steps": (
+        "training:\n  epochs: 1\n  max_steps: 5\n",
+        ":7: training.epochs and training.max_steps are both set",
+    ),
     "foreign code": (
         "name: a\nmodel:\n  base: a/b\n  trust_remote_code: true\ndata: {train: train.jsonl}\n",
         ":4: model.trust_remote_code; add 'a/b' to model.trusted_models",
@@ -138,16 +194,23 @@ BROKEN = {
         ":5: tuning.objective sft; data.format is text",
     ),
     "early stopping without validation": (
-        "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  validation: null\ntraining:\n  early_stopping: {patience: 2}\n",
+        "name: a\nmodel: {base: b}\ndata:\n  train: train.jsonl\n  validation: null\ntraining:\n  early_stopping: "
+        "{patience: 2}\n",
         ":7: training.early_stopping needs validation; data.validation is null",
     ),
     "undefined variable": (
         "name: a\nmodel: {base: b}\ndata:\n  train: {{ train }}\n",
         ":4: data.train; variable train is not set; --set train=",
     ),
-    "undefined environment variable": ("paths:\n  runs: {{ env.LLM_RAY_NOT }}/runs\n", ":7: paths.runs; environment variable LLM_RAY_NOT"),
+    "undefined environment variable": (
+        "paths:\n  runs: {{ env.LLM_RAY_NOT }}/runs\n",
+        ":7: paths.runs; environment variable LLM_RAY_NOT",
+    ),
     "undefined variable in an expression": ("training:\n  seed: {{ seed + 1 }}\n", ":7:; variable seed is not set"),
-    "sandbox": ("training:\n  seed: {{ ''.__class__.__mro__ }}\n", ":7: the template reaches for what the sandbox forbids"),
+    "sandbox": (
+        "training:\n  seed: {{ ''.__class__.__mro__ }}\n",
+        ":7: the template reaches for what the sandbox forbids",
+    ),
     "include": ("{% include '/etc/passwd' %}\n", ":6: include, import and extends"),
     "a Python object": ("training: !!python/object/apply:os.system [id]\n", ":6: is no YAML of a conf"),
     "mere text": ("name\n", 'the conf is "name", no keys with values'),
@@ -167,7 +230,8 @@ def test_broken_confs(case: str, write: Write, monkeypatch: pytest.MonkeyPatch) 
 
 def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
     file = write(
-        f"{SMALL}trainign: {{}}\ntraining:\n  max_steps: 0\n  lr: 1\nruntime:\n  mode: cloud\ncheckpoint:\n  keep: {{{{ keep }}}}\n"
+        f"{SMALL}trainign: {{}}\ntraining:\n  max_steps: 0\n  lr: 1\nruntime:\n  mode: cloud\ncheckpoint:\n  keep: "
+        f"{{{{ keep }}}}\n"
     )
     first, *lines = message(file).split("\n")
     assert first == "5 things are wrong with the conf:"
@@ -176,7 +240,8 @@ def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
 
 def test_rules_between_sections_are_told_at_once_too(write: Write) -> None:
     told = message(
-        write(f"{SMALL}  format: text\ntraining:\n  strategy: fsdp\n  early_stopping: {{patience: 1}}\n"), "data.validation=null"
+        write(f"{SMALL}  format: text\ntraining:\n  strategy: fsdp\n  early_stopping: {{patience: 1}}\n"),
+        "data.validation=null",
     )
     for key in ("tuning.objective", "training.strategy", "training.early_stopping"):
         assert key in told
@@ -191,7 +256,8 @@ def test_lines_are_the_templates(write: Write) -> None:
     assert f":{text.count(chr(10))}: training.x" in message(write(text))
 
 
-# Files ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_no_such_conf(folder: Path) -> None:
@@ -214,7 +280,11 @@ def test_a_byte_order_mark_does_no_harm(folder: Path) -> None:
 
 def test_defaults(write: Write, folder: Path) -> None:
     conf = load_finetune(str(write(SMALL)))
-    assert (conf.name, conf.model.base, conf.data.train) == ("trial", "smollm2-135m-instruct", (str(folder / "train.jsonl"),))
+    assert (conf.name, conf.model.base, conf.data.train) == (
+        "trial",
+        "smollm2-135m-instruct",
+        (str(folder / "train.jsonl"),),
+    )
     assert conf.paths.runs == folder.parent / "home" / "runs"
     assert conf.training.learning_rate == conf.training.epochs == conf.training.global_batch_size == "auto"
 
@@ -225,7 +295,12 @@ def test_sections_with_every_key_commented_out_have_their_defaults(write: Write)
 
 def test_numbers_as_people_write_them(write: Write) -> None:
     conf = load_finetune(write(f"{SMALL}training:\n  learning_rate: 1e-3\n  eps: 1E-6\n  warmup: 100\n  epochs: 2\n"))
-    assert (conf.training.learning_rate, conf.training.eps, conf.training.warmup, conf.training.epochs) == (1e-3, 1e-6, 100.0, 2.0)
+    assert (conf.training.learning_rate, conf.training.eps, conf.training.warmup, conf.training.epochs) == (
+        1e-3,
+        1e-6,
+        100.0,
+        2.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +310,8 @@ def test_truth_as_people_write_it(write: Write, written: str, value: bool) -> No
     assert load_finetune(write(f"{SMALL}  packing: {written}\n")).data.packing is value
 
 
-# --set and variables -------------------------------------------------------------------------------------------------------
+# --set and variables
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -264,7 +340,9 @@ def test_set(write: Write, override: str, section: str, key: str, value: object)
 
 
 def test_set_over_the_conf_and_the_last_one_wins(write: Write) -> None:
-    conf = load_finetune(write(f"{SMALL}training:\n  epochs: 2\n"), ["training.epochs=3", "training.epochs=4", "name=other"])
+    conf = load_finetune(
+        write(f"{SMALL}training:\n  epochs: 2\n"), ["training.epochs=3", "training.epochs=4", "name=other"]
+    )
     assert (conf.training.epochs, conf.name) == (4.0, "other")
 
 
@@ -294,7 +372,9 @@ def test_a_key_that_is_set_needs_no_variable(write: Write, folder: Path) -> None
 
 def test_lists_as_variables(write: Write, folder: Path) -> None:
     (folder / "b #2.jsonl").touch()
-    conf = load_finetune(write(SMALL.replace("train.jsonl", "{{ train | tojson }}")), ["train=[train.jsonl, 'b #2.jsonl']"])
+    conf = load_finetune(
+        write(SMALL.replace("train.jsonl", "{{ train | tojson }}")), ["train=[train.jsonl, 'b #2.jsonl']"]
+    )
     assert conf.data.train == (str(folder / "train.jsonl"), str(folder / "b #2.jsonl"))
 
 
@@ -320,7 +400,11 @@ def test_wrong_overrides(write: Write, override: str, words: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("- a\n", "names with values"), ("a: 1\na: 2\n", "v.yaml:2: a is there twice"), ("env: 1\n", "no name env or shipped")],
+    [
+        ("- a\n", "names with values"),
+        ("a: 1\na: 2\n", "v.yaml:2: a is there twice"),
+        ("env: 1\n", "no name env or shipped"),
+    ],
 )
 def test_wrong_files_of_variables(write: Write, folder: Path, text: str, words: str) -> None:
     (folder / "v.yaml").write_text(text)
@@ -328,7 +412,8 @@ def test_wrong_files_of_variables(write: Write, folder: Path, text: str, words: 
     assert "cannot be read" in message(write(SMALL), vars_files=(folder / "w.yaml",))
 
 
-# Paths ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_data_is_looked_up_beside_the_conf_then_here_then_under_paths_data(write: Write, folder: Path) -> None:
@@ -401,7 +486,8 @@ def test_names_that_no_file_can_have(write: Write, key: str, name: str) -> None:
     message(name)
 
 
-# The resolved conf ---------------------------------------------------------------------------------------------------------
+# The resolved conf
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -431,19 +517,34 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, folder: Path, override: s
     assert load_finetune(write(dump(conf))) == conf
 
 
-# Anything at all -----------------------------------------------------------------------------------------------------------
+# Anything at all
+# -----------------------------------------------------------------------------------------------------------
 
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "train.jsonl", "~x/y", "a/b", "*", "p.py:P", "\0"])
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", "train.jsonl", "~x/y", "a/b", "*", "p.py:P", "\0"])
 )
-NAMES = st.sampled_from(sorted({part for name in FINETUNE.table for part in name.split(".")})) | st.text(max_size=3) | st.integers()
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20)
+NAMES = (
+    st.sampled_from(sorted({part for name in FINETUNE.table for part in name.split(".")}))
+    | st.text(max_size=3)
+    | st.integers()
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20
+)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES, VALUES, max_size=6))
 def test_any_yaml_is_a_conf_or_a_conf_error(write: Write, data: dict[object, object]) -> None:
-    file = write(yaml.safe_dump({"name": "x", "model": {"base": "b"}, "data": {"train": "train.jsonl"}} | data, allow_unicode=True))
+    file = write(
+        yaml.safe_dump(
+            {"name": "x", "model": {"base": "b"}, "data": {"train": "train.jsonl"}} | data, allow_unicode=True
+        )
+    )
     try:
         load_finetune(file)
     except ConfError as error:
@@ -452,7 +553,9 @@ def test_any_yaml_is_a_conf_or_a_conf_error(write: Write, data: dict[object, obj
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.sampled_from([*"{}[]:%#'\"&*!|>-?@` \n\t", "{{", "}}", "{%", "%}", " x ", "data", ": ", "\n  "]), max_size=12).map("".join)
+    st.lists(
+        st.sampled_from([*"{}[]:%#'\"&*!|>-?@` \n\t", "{{", "}}", "{%", "%}", " x ", "data", ": ", "\n  "]), max_size=12
+    ).map("".join)
 )
 def test_any_text_is_a_conf_or_a_conf_error(write: Write, text: str) -> None:
     with pytest.raises(ConfError, match=r"my\.yaml"):
@@ -464,8 +567,12 @@ def test_any_text_is_a_conf_or_a_conf_error(write: Write, text: str) -> None:
 
 
 def test_the_package_ships_each_template_of_the_project_and_none_of_a_users_own() -> None:
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
-    tracked = subprocess.run(["git", "ls-files", "conf"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "force-include"
+    ]
+    tracked = subprocess.run(
+        ["git", "ls-files", "conf"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert told == {name: f"llm_ray/shipped/{name}" for name in tracked}
 
 

@@ -36,7 +36,9 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_RAY_TEST", "there")
     monkeypatch.setenv("items", "a name that a dictionary's method has as well")
     monkeypatch.delenv("LLM_RAY_NOT", raising=False)
-    text = render("{{ env.LLM_RAY_TEST }} {{ env('LLM_RAY_TEST', 'd') }} {{ env('LLM_RAY_NOT', 'd') }} {{ env.items }}", {}).text
+    text = render(
+        "{{ env.LLM_RAY_TEST }} {{ env('LLM_RAY_TEST', 'd') }} {{ env('LLM_RAY_NOT', 'd') }} {{ env.items }}", {}
+    ).text
     assert text == "there there d a name that a dictionary's method has as well"
     assert render("{{ env.LLM_RAY_NOT | default('d') }}", {}).text == "d"
     for template in ("{{ env.LLM_RAY_NOT }}", "{{ env('LLM_RAY_NOT') }}", "{{ env['LLM_RAY_NOT'] }}"):
@@ -48,7 +50,9 @@ def test_the_folder_of_shipped_files() -> None:
     assert render("{{ shipped }}", {}).text == str(Path(llm_ray.__file__).parent)
 
 
-@pytest.mark.parametrize("template", ["{{ x }}", "{{ x | tojson }}", "{{ x ~ '/data' }}", "{{ '%s/data' | format(x) }}", "{{ [x] }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ x }}", "{{ x | tojson }}", "{{ x ~ '/data' }}", "{{ '%s/data' | format(x) }}", "{{ [x] }}"]
+)
 def test_printed_undefined_variables_leave_their_message(template: str) -> None:
     text = render(template, {}).text.encode().decode("unicode_escape" if "tojson" in template else "utf-8")
     (message,) = undefined(text)
@@ -57,7 +61,8 @@ def test_printed_undefined_variables_leave_their_message(template: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ x + 1 }}", "{{ x.y }}", "{% for i in x %}{% endfor %}", "{% if x %}{% endif %}", "{{ x() }}", "{{ x == 1 }}"]
+    "template",
+    ["{{ x + 1 }}", "{{ x.y }}", "{% for i in x %}{% endfor %}", "{% if x %}{% endif %}", "{{ x() }}", "{{ x == 1 }}"],
 )
 def test_undefined_variables_in_expressions_are_errors(template: str) -> None:
     with pytest.raises(TemplateProblem, match="variable x is not set") as caught:
@@ -121,10 +126,20 @@ def test_lines_of_the_template() -> None:
     )
     lines = rendered.text.split("\n")
     origins = {text: rendered.origin(i) for i, text in enumerate(lines, 1) if text}
-    assert origins == {"name: a": 3, "stages:": 7, "  - a": 9, "  - b": 9, "data: |": 11, "  x": 11, "  y": 11, "last: end": 12}
+    assert origins == {
+        "name: a": 3,
+        "stages:": 7,
+        "  - a": 9,
+        "  - b": 9,
+        "data: |": 11,
+        "  x": 11,
+        "  y": 11,
+        "last: end": 12,
+    }
 
 
 def test_variables_that_a_template_uses() -> None:
     assert variables(
-        "{{ a }} {{ b | default(c) }} {% set d = 1 %}{{ d }} {{ env.X }} {{ shipped }} {% for e in range(f) %}{{ e }}{% endfor %}"
+        "{{ a }} {{ b | default(c) }} {% set d = 1 %}{{ d }} {{ env.X }} {{ shipped }} {% for e in range(f) %}{{ e "
+        "}}{% endfor %}"
     ) == set("abcf")

@@ -26,12 +26,18 @@ models:
 """
 message = partial(error, load_serve)
 
-# What is wrong with a conf: the lines that are added to SMALL (which has 3) or, if it begins with `models`, the whole conf; and the words
-# that the message must have, separated by `; `. `:6:` is the line.
+# What is wrong with a conf: the lines that are added to SMALL (which has 3) or, if it begins with `models`, the whole
+# conf; and the words that the message must have, separated by `; `. `:6:` is the line.
 BROKEN = {
-    "unknown key of a model": ("    max_batc: 4\n", ":4: models.bot.max_batc: there is no such key; mean models.bot.max_batch?"),
+    "unknown key of a model": (
+        "    max_batc: 4\n",
+        ":4: models.bot.max_batc: there is no such key; mean models.bot.max_batch?",
+    ),
     "key with a dash": ("    max-queue: 4\n", ":4: ; mean models.bot.max_queue?"),
-    "key of vLLM": ("    max_num_seqs: 4\n", ":4: models.bot.max_num_seqs: there is no such key; mean models.bot.max_batch?"),
+    "key of vLLM": (
+        "    max_num_seqs: 4\n",
+        ":4: models.bot.max_num_seqs: there is no such key; mean models.bot.max_batch?",
+    ),
     "option of vLLM": ("    tensor_parallel_size: 2\n", ":4: ; mean models.bot.engine_options.tensor_parallel_size?"),
     "arithmetic in vLLM's words": ("    dtype: bfloat16\n", ":4: ; mean models.bot.precision?"),
     "key of Ray Serve": ("    num_replicas: 2\n", ":4: ; mean models.bot.replicas?"),
@@ -43,10 +49,22 @@ BROKEN = {
     ),
     "key of another section": ("port: 9000\n", ":4: port: there is no such key; mean endpoint.port?"),
     "endpoint's key at a model": ("    port: 9000\n", ":4: models.bot.port: there is no such key; mean endpoint.port?"),
-    "three levels down": ("    autoscale:\n      maximum: 3\n", ":5: models.bot.autoscale.maximum; mean models.bot.autoscale.max"),
-    "key like nothing": ("    zebra: 1\n", ":4: models.bot.zebra: there is no such key; models.bot has the keys model, tokenizer"),
-    "section like nothing": ("zebra: 1\n", ":4: zebra: there is no such key; a conf has the keys runtime, paths, endpoint, models"),
-    "choice misspelled": ("    engine: openvno\n", ':4: models.bot.engine is "openvno"; vllm, openvino or transformers; mean openvino?'),
+    "three levels down": (
+        "    autoscale:\n      maximum: 3\n",
+        ":5: models.bot.autoscale.maximum; mean models.bot.autoscale.max",
+    ),
+    "key like nothing": (
+        "    zebra: 1\n",
+        ":4: models.bot.zebra: there is no such key; models.bot has the keys model, tokenizer",
+    ),
+    "section like nothing": (
+        "zebra: 1\n",
+        ":4: zebra: there is no such key; a conf has the keys runtime, paths, endpoint, models",
+    ),
+    "choice misspelled": (
+        "    engine: openvno\n",
+        ':4: models.bot.engine is "openvno"; vllm, openvino or transformers; mean openvino?',
+    ),
     "form of weights that is none": (
         "    engine: openvino\n    weights: int5\n",
         ':5: models.bot.weights is "int5"; fp32, bf16, int8, int4 or null',
@@ -56,17 +74,26 @@ BROKEN = {
     "text for a number": ("    cpus: all\n", ':4: models.bot.cpus is "all"; a whole number of at least 1 or auto'),
     "true for a number": ("    cpus: true\n", ":4: models.bot.cpus is true; a whole number"),
     "text for a list": ("endpoint:\n  cors_origins: https://a.b\n", ":5: endpoint.cors_origins is; a list of texts"),
-    "model is mere text": ("models:\n  bot: smollm2\n", ':2: models.bot is "smollm2"; a section, with keys indented below models.bot:'),
+    "model is mere text": (
+        "models:\n  bot: smollm2\n",
+        ':2: models.bot is "smollm2"; a section, with keys indented below models.bot:',
+    ),
     "colon without blank": ("models:\n  bot: model:x\n", ":2: models.bot is; model: wants a blank after the colon"),
     "list of models": ("models:\n  - model: a\n", ":1: models is [; a section, with keys indented below models:"),
     "empty model": ("models:\n  bot:\n", ":2: models.bot is null; a section"),
     "no models": ("models: {}\n", ":1: models is empty; by the name that clients ask for"),
-    "model without model": ("models:\n  bot:\n    cpus: 2\n", ":2: models.bot.model is missing: What to serve; --set models.bot.model="),
+    "model without model": (
+        "models:\n  bot:\n    cpus: 2\n",
+        ":2: models.bot.model is missing: What to serve; --set models.bot.model=",
+    ),
     "empty model name": ("models:\n  bot:\n    model: ''\n", ":3: models.bot.model is empty"),
     "model twice": ("  bot:\n    model: b\n", ":4: models.bot is there twice (first in line 2)"),
     "name with a blank": ("  my bot: {model: a}\n", ":4: models.my bot: 'my bot' cannot be a model's name"),
     "number as name": ("  7: {model: a}\n", ":4: models: the name 7 has to be text; quotes: '7'"),
-    "name that is a path of the endpoint": ("  v1/x: {model: a}\n", ":4: models.v1/x: 'v1/x' is a path of the endpoint itself"),
+    "name that is a path of the endpoint": (
+        "  v1/x: {model: a}\n",
+        ":4: models.v1/x: 'v1/x' is a path of the endpoint itself",
+    ),
     "adapter's name": ("    adapters:\n      my lora: a\n", ":5: models.bot: 'my lora' cannot be a model's name"),
     "adapter called as the base": (
         "    adapters:\n      bot: a\n",
@@ -81,11 +108,23 @@ BROKEN = {
         "    engine: openvino\n    adapters: {a: b}\n",
         ":5: models.bot: adapters are served by engine vllm alone, but engine is openvino",
     ),
-    "weights without OpenVINO": ("    weights: int8\n", ":4: models.bot: weights is for engine openvino, but engine is vllm"),
+    "weights without OpenVINO": (
+        "    weights: int8\n",
+        ":4: models.bot: weights is for engine openvino, but engine is vllm",
+    ),
     "compiled OpenVINO": ("    compile: true\n    engine: openvino\n", ":4: models.bot: compile is for engine vllm"),
-    "compiled adapters": ("    adapters: {a: b}\n    compile: true\n", ":5: models.bot: compile does not go together with adapters"),
-    "replicas twice": ("    replicas: 2\n    autoscale: {max: 3}\n", ":4: models.bot: replicas is 2, and autoscale is there too"),
-    "fewest above most": ("    autoscale:\n      min: 3\n", ":5: models.bot: autoscale.max is 1, less than autoscale.min, 3"),
+    "compiled adapters": (
+        "    adapters: {a: b}\n    compile: true\n",
+        ":5: models.bot: compile does not go together with adapters",
+    ),
+    "replicas twice": (
+        "    replicas: 2\n    autoscale: {max: 3}\n",
+        ":4: models.bot: replicas is 2, and autoscale is there too",
+    ),
+    "fewest above most": (
+        "    autoscale:\n      min: 3\n",
+        ":5: models.bot: autoscale.max is 1, less than autoscale.min, 3",
+    ),
     "foreign code": (
         "    trust_remote_code: true\n",
         ":4: models.bot: trust_remote_code runs code; add 'smollm2-135m-instruct' to trusted_models",
@@ -96,7 +135,8 @@ BROKEN = {
     ),
     "no certificate": (
         "endpoint:\n  tls_certificate: a.pem\n  tls_key: b.pem\n",
-        "2 things are wrong; :5: endpoint.tls_certificate: no such file; confs/a.pem; :6: endpoint.tls_key: no such file; confs/b.pem",
+        "2 things are wrong; :5: endpoint.tls_certificate: no such file; confs/a.pem; :6: endpoint.tls_key: no such "
+        "file; confs/b.pem",
     ),
     "no folder": (
         "models:\n  bot:\n    model: ./my-model\n",
@@ -139,13 +179,16 @@ def test_what_a_conf_needs_at_least(write: Write) -> None:
 
 
 def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
-    file = write(f"{SMALL}    cpu: 1\n    replicas: 0\n  v1: {{model: a}}\n  b:\n    engine: vlm\nendpoint:\n  tls_key: a\n")
+    file = write(
+        f"{SMALL}    cpu: 1\n    replicas: 0\n  v1: {{model: a}}\n  b:\n    engine: vlm\nendpoint:\n  tls_key: a\n"
+    )
     first, *lines = message(file).split("\n")
     assert first == "6 things are wrong with the conf:"
     assert [int(line.split(":")[1]) for line in lines] == [4, 5, 6, 7, 8, 10]
 
 
-# --set ---------------------------------------------------------------------------------------------------------------------
+# --set
+# ---------------------------------------------------------------------------------------------------------------------
 
 TWO = """\
 models:
@@ -218,7 +261,10 @@ def test_merged_sections(write: Write) -> None:
         ("models.bot.cpus=[1", "is no YAML"),
         ("models.bot.cpus=many", 'models.bot.cpus is "many"'),
         ("models.bot=x", 'models.bot is "x": it must be a section'),
-        ("models.bto.cpus=2", "there is no models.bto in the conf, which has models.bot; to add it give --set models.bto.model=… too"),
+        (
+            "models.bto.cpus=2",
+            "there is no models.bto in the conf, which has models.bot; to add it give --set models.bto.model=… too",
+        ),
         ("models.bot.model=./nowhere", "models.bot.model: no such folder"),
         ("models.bot.weights=int8", "models.bot: weights is for engine openvino"),
         ("models.my bot.model=x", "'my bot' cannot be a model's name"),
@@ -231,7 +277,8 @@ def test_wrong_overrides(write: Write, override: str, words: str) -> None:
     assert words in told
 
 
-# Paths ---------------------------------------------------------------------------------------------------------------------
+# Paths
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_names_stay_and_folders_become_absolute(write: Write, folder: Path) -> None:
@@ -276,7 +323,10 @@ def test_what_is_set_is_looked_up_here(write: Write, folder: Path) -> None:
         (place / "t.jinja").touch()
     conf = load_serve(write(SMALL), ["models.bot.model=./mine", "models.bot.chat_template=t.jinja", "paths.runs=runs"])
     bot = conf.models["bot"]
-    assert (bot.model, bot.chat_template) == (f"{folder.parent}/elsewhere/mine", folder.parent / "elsewhere" / "t.jinja")
+    assert (bot.model, bot.chat_template) == (
+        f"{folder.parent}/elsewhere/mine",
+        folder.parent / "elsewhere" / "t.jinja",
+    )
     assert conf.paths.runs == folder.parent / "elsewhere" / "runs"
     assert load_serve(write(f"{SMALL}    chat_template: t.jinja\n")).models["bot"].chat_template == folder / "t.jinja"
 
@@ -299,7 +349,8 @@ def test_names_that_no_file_can_have(write: Write, key: str, name: str) -> None:
     message(name)
 
 
-# The resolved conf ---------------------------------------------------------------------------------------------------------
+# The resolved conf
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -324,19 +375,32 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, override: str) -> None:
     assert load_serve(write(dump(conf))) == conf
 
 
-# Anything at all -----------------------------------------------------------------------------------------------------------
+# Anything at all
+# -----------------------------------------------------------------------------------------------------------
 
 SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "a", "~x/y", "a/b", "*", "./x", "\0", "auto", "vllm"])
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "a", "~x/y", "a/b", "*", "./x", "\0", "auto", "vllm"])
 )
-NAMES = st.sampled_from(sorted({part for name in SERVE.table for part in name.split(".")})) | st.text(max_size=3) | st.integers()
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20)
+NAMES = (
+    st.sampled_from(sorted({part for name in SERVE.table for part in name.split(".")}))
+    | st.text(max_size=3)
+    | st.integers()
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4), max_leaves=20
+)
 MODELS = st.dictionaries(NAMES, st.dictionaries(NAMES, VALUES, max_size=4) | VALUES, max_size=3)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(NAMES, VALUES, max_size=4), MODELS)
-def test_any_yaml_is_a_conf_or_a_conf_error(write: Write, data: dict[object, object], models: dict[object, object]) -> None:
+def test_any_yaml_is_a_conf_or_a_conf_error(
+    write: Write, data: dict[object, object], models: dict[object, object]
+) -> None:
     file = write(yaml.safe_dump({"models": {"bot": {"model": "a"}} | models} | data, allow_unicode=True))
     try:
         load_serve(file)
@@ -345,7 +409,11 @@ def test_any_yaml_is_a_conf_or_a_conf_error(write: Write, data: dict[object, obj
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from(["models", ".", "bot", "cpus", "autoscale", "NAME", "x", "", "=", "1", "{a: 1}"]), max_size=8).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(["models", ".", "bot", "cpus", "autoscale", "NAME", "x", "", "=", "1", "{a: 1}"]), max_size=8
+    ).map("".join)
+)
 def test_any_setting_is_a_conf_or_a_conf_error(write: Write, text: str) -> None:
     with contextlib.suppress(ConfError):
         load_serve(write(SMALL), [text, f"models.{text}=1", f"models.{text}={{model: a}}"])

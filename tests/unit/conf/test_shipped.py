@@ -75,7 +75,8 @@ def test_the_commands_in_a_templates_head_load(kind: str, name: str, here: Path)
 
 
 def _commands(template: str, kind: str, name: str) -> Iterator[list[str]]:
-    """The ``--set`` of each command in the head of a template that reads it; those of `… --set KEY=VALUE` with what is needed."""
+    """The ``--set`` of each command in the head of a template that reads it; those of `… --set KEY=VALUE` with what is
+    needed."""
     needed = [word for override in NEEDS.get((kind, name), []) for word in ("--set", override)]
     for line in template.splitlines():
         if line.startswith("#") and ((f"llm-ray {kind} " in line and f"--config {name}" in line) or "… --set" in line):
@@ -87,7 +88,9 @@ def _commands(template: str, kind: str, name: str) -> Iterator[list[str]]:
 def test_variables_of_the_templates(here: Path) -> None:
     full = load_finetune("full", ["train=tickets.jsonl", "workers=2"])
     assert (full.training.strategy, full.runtime.workers) == ("fsdp", 2)
-    cluster = load_finetune("cluster", ["train=tickets.jsonl", "hosts=4", "address=10.0.0.1:6379", "interface=eth1", "method=full"])
+    cluster = load_finetune(
+        "cluster", ["train=tickets.jsonl", "hosts=4", "address=10.0.0.1:6379", "interface=eth1", "method=full"]
+    )
     assert (cluster.runtime.workers, cluster.runtime.interface, cluster.runtime.address) == (4, "eth1", "10.0.0.1:6379")
     assert (cluster.training.strategy, cluster.training.epochs) == ("fsdp", "auto")
 
@@ -99,7 +102,9 @@ def test_variables_of_the_serve_templates(here: Path) -> None:
     assert set(load_serve("chat", ["model=./my-model", "name=qwen2.5", "models.qwen2.5.cpus=2"]).models) == {"qwen2.5"}
     assert set(load_serve("quickstart", ["run=quickstart"]).models) == {"smollm2-135m-instruct", "quickstart"}
     assert load_serve("lora", ["runs=[a, b]"]).models["smollm2-135m-instruct"].adapters == {"a": "a", "b": "b"}
-    assert {model.weights for model in load_serve("models", ["engine=openvino", "weights=int4"]).models.values()} == {"int4"}
+    assert {model.weights for model in load_serve("models", ["engine=openvino", "weights=int4"]).models.values()} == {
+        "int4"
+    }
     assert {model.engine for model in load_serve("models").models.values()} == {"vllm"}
     cluster = load_serve("cluster", ["certificate=host.pem", "certificate_key=host.key"])
     assert (cluster.endpoint.tls_certificate, cluster.endpoint.needs_keys) == (here / "host.pem", True)
@@ -109,16 +114,21 @@ def test_variables_of_the_serve_templates(here: Path) -> None:
 @each_template
 def test_a_resolved_template_keeps_to_the_json_schema(kind: str, name: str, here: Path) -> None:
     conf = LOAD[kind](name, NEEDS.get((kind, name), []))
-    jsonschema.validate(yaml.safe_load(dump(conf)), json.loads(reference.json_schema(SERVE if kind == "serve" else FINETUNE)))
+    jsonschema.validate(
+        yaml.safe_load(dump(conf)), json.loads(reference.json_schema(SERVE if kind == "serve" else FINETUNE))
+    )
     (here / "again.yaml").write_text(dump(conf))
     assert LOAD[kind]("again.yaml") == conf
 
 
-# The reference -------------------------------------------------------------------------------------------------------------
+# The reference
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_up_to_date() -> None:
-    check = subprocess.run([sys.executable, "-m", "llm_ray.conf.reference", "--check"], capture_output=True, text=True, check=False)
+    check = subprocess.run(
+        [sys.executable, "-m", "llm_ray.conf.reference", "--check"], capture_output=True, text=True, check=False
+    )
     assert check.returncode == 0, check.stderr
 
 
@@ -156,7 +166,9 @@ def test_the_smallest_conf_of_the_reference_is_one(keys: Keys[Any], here: Path) 
 @each_kind
 def test_keys_of_other_tools_lead_to_keys_of_the_conf(keys: Keys[Any]) -> None:
     assert [name for name in keys.elsewhere.values() if not keys.paths(name)] == []
-    assert [name for name in keys.elsewhere if any(key.leaf == name for key in keys.table.values())] == [], "these are keys themselves"
+    assert [name for name in keys.elsewhere if any(key.leaf == name for key in keys.table.values())] == [], (
+        "these are keys themselves"
+    )
 
 
 @each_kind

@@ -1,4 +1,5 @@
-"""A conf for a cluster elsewhere: whose paths are whose, what is taken along, and what is told before anything starts."""
+"""A conf for a cluster elsewhere: whose paths are whose, what is taken along, and what is told before anything
+starts."""
 
 from __future__ import annotations
 
@@ -89,15 +90,25 @@ def test_what_is_shipped_is_a_conf_that_the_cluster_reads(folder: Path, tmp_path
 
 
 def test_hosts_and_groups_of_the_inventory_become_addresses(folder: Path) -> None:
-    assert _finetune(folder, "runtime.hosts=[ray_workers, w1, 10.0.0.1]")[0].runtime.hosts == ("10.0.0.2", "10.0.0.3", "10.0.0.1")
+    assert _finetune(folder, "runtime.hosts=[ray_workers, w1, 10.0.0.1]")[0].runtime.hosts == (
+        "10.0.0.2",
+        "10.0.0.3",
+        "10.0.0.1",
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["runtime.hosts=wrokers"], "runtime.hosts: the inventory has no Ray node or group wrokers; did you mean ray_workers?"),
+        (
+            ["runtime.hosts=wrokers"],
+            "runtime.hosts: the inventory has no Ray node or group wrokers; did you mean ray_workers?",
+        ),
         (["runtime.nodes=docker"], "runtime.nodes is docker, and the cluster's nodes run as bare_metal"),
-        (["data.train=./rows.jsonl"], "data.train[0] is ./rows.jsonl: the cluster does not know this machine's folders"),
+        (
+            ["data.train=./rows.jsonl"],
+            "data.train[0] is ./rows.jsonl: the cluster does not know this machine's folders",
+        ),
         (["model.base=~/model"], "or set model.upload: true where it is on this machine"),
         (["model.chat_template=t.jinja"], "model.chat_template is t.jinja: the cluster does not know"),
         (["data.processor=own.py:Own"], "data.processor is own.py:Own: the cluster does not know"),
@@ -140,7 +151,9 @@ def test_an_endpoints_models_and_adapters(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfError, match=r"models\.other\.model is \./base: .*set models\.other\.upload: true"):
         serve_for_cluster(folder / "serve.yaml", ["models.other.model=./base"], {}, TO)
     (tmp_path / "sent.yaml").write_text(
-        serve_for_cluster(folder / "serve.yaml", ["endpoint.tls_certificate=null", "endpoint.tls_key=null"], {}, TO).text
+        serve_for_cluster(
+            folder / "serve.yaml", ["endpoint.tls_certificate=null", "endpoint.tls_key=null"], {}, TO
+        ).text
     )
     with pytest.raises(ConfError, match="no such folder"):  # the cluster looks for them
         load_serve(tmp_path / "sent.yaml")

@@ -54,7 +54,15 @@ def test_values(text: str, value: Any) -> None:
 
 def test_lines_of_keys_and_items() -> None:
     document = yamltext.parse("a: 1\nb:\n  c: 2\n\n  d:\n    - x\n    - y: 3\n")
-    assert document.lines == {("a",): 1, ("b",): 2, ("b", "c"): 3, ("b", "d"): 5, ("b", "d", 0): 6, ("b", "d", 1): 7, ("b", "d", 1, "y"): 7}
+    assert document.lines == {
+        ("a",): 1,
+        ("b",): 2,
+        ("b", "c"): 3,
+        ("b", "d"): 5,
+        ("b", "d", 0): 6,
+        ("b", "d", 1): 7,
+        ("b", "d", 1, "y"): 7,
+    }
     assert document.line(("b", "d", 7, "z")) == 5
     assert document.line(("z",)) is None
 
@@ -102,7 +110,8 @@ def test_what_is_dumped_is_read_back(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1e-3", "no", "yes", "010", "2024-01-01", "0o17", "1:30", "null", "", "1_000", "<<", "=", "a: b", "# a", "é"]
+    "text",
+    ["1e-3", "no", "yes", "010", "2024-01-01", "0o17", "1:30", "null", "", "1_000", "<<", "=", "a: b", "# a", "é"],
 )
 def test_text_stays_text_for_readers_of_yaml_1_1_too(text: str) -> None:
     assert yaml.safe_load(yamltext.dump({"a": text})) == {"a": text}

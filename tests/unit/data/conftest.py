@@ -54,7 +54,9 @@ def with_template(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTraine
 def conf() -> Callable[..., FinetuneConf]:
     """A conf with the given keys of `data`; `objective` and `seed` besides."""
 
-    def make(train: Path | str | list[str], *, objective: str = "sft", seed: int = 42, evaluation: Any = None, **data: Any) -> FinetuneConf:
+    def make(
+        train: Path | str | list[str], *, objective: str = "sft", seed: int = 42, evaluation: Any = None, **data: Any
+    ) -> FinetuneConf:
         sources = train if isinstance(train, list) else [str(train)]
         return FinetuneConf.model_validate(
             {

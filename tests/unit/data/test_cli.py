@@ -23,7 +23,9 @@ def run(smollm2: Path, tmp_path: Path) -> Run:
     (tmp_path / "own.yaml").write_text(f"name: own\nmodel:\n  base: {smollm2}\ndata:\n  train: rows.jsonl\n")
 
     def invoke(verb: str, *arguments: str) -> Result:
-        return CliRunner().invoke(data, [verb, "--config", str(tmp_path / "own.yaml"), *arguments], catch_exceptions=False)
+        return CliRunner().invoke(
+            data, [verb, "--config", str(tmp_path / "own.yaml"), *arguments], catch_exceptions=False
+        )
 
     return invoke
 
@@ -34,7 +36,10 @@ def test_preview_marks_supervised_tokens(run: Run) -> None:
     assert "rows.jsonl:1\n<|im_start|>system\n" in result.output
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello ü🙂<|im_end|>⟧\n(" in result.output
     assert result.output.count("⟦") == 3 and "rows.jsonl:3" not in result.output
-    assert "supervised)" in result.output and "format prompt_completion; supervised tokens are between ⟦ and ⟧" in result.output
+    assert (
+        "supervised)" in result.output
+        and "format prompt_completion; supervised tokens are between ⟦ and ⟧" in result.output
+    )
 
 
 def test_preview_in_colour(run: Run) -> None:
@@ -59,7 +64,10 @@ def test_stats(run: Run) -> None:
 @pytest.mark.parametrize("verb", ["preview", "stats"])
 def test_half_a_surrogate_pair_is_named(run: Run, tmp_path: Path, verb: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "hi \\ud83d there", "completion": "yo"}\n' * 3)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: half of a surrogate pair \(\\ud83d\), which is no character.* \(3 bad in 3 rows\)"):
+    with pytest.raises(
+        DataError,
+        match=r"rows.jsonl:1: half of a surrogate pair \(\\ud83d\), which is no character.* \(3 bad in 3 rows\)",
+    ):
         run(verb)
 
 
@@ -74,12 +82,16 @@ def test_a_file_without_rows_is_refused(run: Run, tmp_path: Path, verb: str, tex
 @pytest.mark.parametrize("verb", ["preview", "stats"])
 def test_a_file_of_which_nothing_is_learnt_is_refused(run: Run, tmp_path: Path, verb: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi", "completion": ""}\n')
-    with pytest.raises(DataError, match=r"has nothing to learn: 1 rows read, 0 bad skipped; 1 dropped: .*\n  dropped: .*rows.jsonl:1"):
+    with pytest.raises(
+        DataError, match=r"has nothing to learn: 1 rows read, 0 bad skipped; 1 dropped: .*\n  dropped: .*rows.jsonl:1"
+    ):
         run(verb)
 
 
 def test_preview_names_the_columns_that_are_left_out(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi <|im_end|>", "completion": "Hello", "id": 1, "source": "web"}\n' * 3)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "Hi <|im_end|>", "completion": "Hello", "id": 1, "source": "web"}\n' * 3
+    )
     result = run("preview", "-n", "2")
     assert result.output.count("left out") == 1 and "left out: columns id, source (2 rows)" in result.output
     assert "special token: " in result.output and "rows.jsonl:1: its text holds '<|im_end|>'" in result.output

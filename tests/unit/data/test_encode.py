@@ -28,7 +28,9 @@ CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "
 
 def turns(*contents: str, system: str | None = None) -> Conversation:
     """A conversation of user and assistant in turn."""
-    messages: list[dict[str, Any]] = [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)
+    ]
     return Conversation([{"role": "system", "content": system}, *messages] if system else messages)
 
 
@@ -49,7 +51,11 @@ def encoded(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, number: int) -> list[int]:
     """What a server sends to the model to get message `number`."""
     return tokenizer.apply_chat_template(
-        conversation.messages[:number], tools=conversation.tools, add_generation_prompt=True, tokenize=True, return_dict=False
+        conversation.messages[:number],
+        tools=conversation.tools,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
 
 
@@ -67,7 +73,8 @@ def assert_served_prompts_are_prefixes(tokenizer: PreTrainedTokenizerBase, conve
         assert learning[0].labels[len(prompt) - 1] == IGNORED
 
 
-# Which tokens ----------------------------------------------------------------------------------------------------------
+# Which tokens
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_smollm2_one_turn(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,7 +86,8 @@ def test_smollm2_one_turn(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_smollm2_several_turns_and_a_system_message(tokenizer: PreTrainedTokenizerBase) -> None:
     assert shown(tokenizer, turns("Hi", "Hello.", "Bye", "See you.", system="Be brief.")) == [
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+        "<|im_start|>system\nBe "
+        "brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦See you.<|im_end|>⟧"
     ]
 
@@ -92,7 +100,10 @@ def llama3(with_template: Make) -> PreTrainedTokenizerBase:
     tokenizer.bos_token = specials[0]
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     return tokenizer
 
@@ -108,13 +119,22 @@ def test_llama3_learns_eot_though_eos_is_another(llama3: PreTrainedTokenizerBase
 
 
 def test_token_across_the_end_of_the_prompt(with_template: Make) -> None:
-    """SmolLM2's words make one token of the prompt's last two line breaks, but two when an answer follows: serving meets the one."""
+    """SmolLM2's words make one token of the prompt's last two line breaks, but two when an answer follows: serving
+    meets the one."""
     tokenizer = with_template("llama3", "<|eot_id|>")
     conversation = turns("Hi", "Hello.", "Bye", "See you.")
     first, second = encoded(tokenizer, conversation).sequences
-    assert first.input_ids[: (n := len(prompt_tokens(tokenizer, conversation, 1)))] == prompt_tokens(tokenizer, conversation, 1)
-    assert tokenizer.decode([i for i in first.labels if i != IGNORED]) == "Hello.<|eot_id|>" == tokenizer.decode(first.input_ids[n:])
-    assert second.input_ids[: len(prompt_tokens(tokenizer, conversation, 3))] == prompt_tokens(tokenizer, conversation, 3)
+    assert first.input_ids[: (n := len(prompt_tokens(tokenizer, conversation, 1)))] == prompt_tokens(
+        tokenizer, conversation, 1
+    )
+    assert (
+        tokenizer.decode([i for i in first.labels if i != IGNORED])
+        == "Hello.<|eot_id|>"
+        == tokenizer.decode(first.input_ids[n:])
+    )
+    assert second.input_ids[: len(prompt_tokens(tokenizer, conversation, 3))] == prompt_tokens(
+        tokenizer, conversation, 3
+    )
     assert tokenizer.decode([i for i in second.labels if i != IGNORED]) == "See you.<|eot_id|>"
 
 
@@ -182,21 +202,28 @@ def test_an_answer_of_weight_0_is_history_only(tokenizer: PreTrainedTokenizerBas
     conversation = turns("Open?", "WRONG", "Sure?", "No.")
     conversation.messages[1]["weight"] = 0
     (text,) = shown(tokenizer, conversation)
-    assert "<|im_start|>assistant\nWRONG<|im_end|>\n<|im_start|>user\nSure?" in text and text.endswith("⟦No.<|im_end|>⟧")
+    assert "<|im_start|>assistant\nWRONG<|im_end|>\n<|im_start|>user\nSure?" in text and text.endswith(
+        "⟦No.<|im_end|>⟧"
+    )
     assert text.count("⟦") == 1
     (text,) = shown(with_template("qwen3"), conversation)
     assert text.count("⟦") == 1 and "WRONG⟧" not in text
 
 
-def test_reasoning_that_the_template_does_not_write_is_not_passed_over(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
+def test_reasoning_that_the_template_does_not_write_is_not_passed_over(
+    tokenizer: PreTrainedTokenizerBase, with_template: Make
+) -> None:
     conversation = turns("2+2?", "4")
     conversation.messages[1]["reasoning_content"] = "easy"
     (refused,) = ChatEncoder(tokenizer, 64).encode([conversation])
-    assert isinstance(refused, DataError) and "turn 2: the chat template does not write 'reasoning_content'" in str(refused)
+    assert isinstance(refused, DataError) and "turn 2: the chat template does not write 'reasoning_content'" in str(
+        refused
+    )
     assert "⟦<think>easy</think>4<|im_end|>⟧" in shown(with_template("calls"), conversation)[0]
 
 
-# Tools -----------------------------------------------------------------------------------------------------------------
+# Tools
+# -----------------------------------------------------------------------------------------------------------------
 
 TOOL_CONVERSATION = Conversation(
     [
@@ -217,17 +244,20 @@ def test_tools_under_a_template_that_knows_none(tokenizer: PreTrainedTokenizerBa
     assert text.endswith(
         "<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\n"
         '⟦<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>⟧\n'
-        '<|im_start|>user\n<tool_response>\n{"degrees": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦3 degrees.<|im_end|>⟧'
+        '<|im_start|>user\n<tool_response>\n{"degrees": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦3 '
+        "degrees.<|im_end|>⟧"
     )
 
 
 def test_tools_under_a_template_that_knows_them(with_template: Make) -> None:
     first, second = shown(with_template("qwen3"), TOOL_CONVERSATION)
     assert first.endswith(
-        '⟦<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>⟧'
+        '⟦<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": '
+        '"Oslo"}}\n</tool_call><|im_end|>⟧'
     )
     assert second.endswith(
-        '<tool_response>\n{"degrees": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\n3 degrees.<|im_end|>⟧'
+        '<tool_response>\n{"degrees": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n⟦<think>\n\n</think>\n\n3 '
+        "degrees.<|im_end|>⟧"
     )
     assert "<tools>" in first and "<tools>" in second
 
@@ -242,14 +272,19 @@ def test_words_before_a_call_and_two_results(tokenizer: PreTrainedTokenizerBase)
     ]
     (text,) = shown(tokenizer, Conversation(messages))
     assert "⟦I look.\n<tool_call>\n" in text and text.count("<tool_call>") == 2
-    assert "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>" in text
+    assert (
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>" in text
+    )
 
 
-# The served prompt is the prefix ---------------------------------------------------------------------------------------
+# The served prompt is the prefix
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", [None, "llama3", "qwen3", "marked", "plain", "phi3"])
-def test_served_prompt_is_exact_prefix(tokenizer: PreTrainedTokenizerBase, with_template: Make, template: str | None) -> None:
+def test_served_prompt_is_exact_prefix(
+    tokenizer: PreTrainedTokenizerBase, with_template: Make, template: str | None
+) -> None:
     made = with_template(template, "<|eot_id|>", "<|end|>") if template else tokenizer
     for conversation in (turns("Hi", "Hello.", "A list?", "\n\n- one\n- two", "ok", " fine  "), TOOL_CONVERSATION):
         assert_served_prompts_are_prefixes(made, conversation)
@@ -261,11 +296,14 @@ def test_served_prompt_is_exact_prefix_for_sentencepiece(mistral: PreTrainedToke
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(contents=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), min_size=2, max_size=6))
-def test_served_prompt_is_exact_prefix_whatever_the_text(tokenizer: PreTrainedTokenizerBase, contents: list[str]) -> None:
+def test_served_prompt_is_exact_prefix_whatever_the_text(
+    tokenizer: PreTrainedTokenizerBase, contents: list[str]
+) -> None:
     assert_served_prompts_are_prefixes(tokenizer, turns(*contents))
 
 
-# What does not fit -----------------------------------------------------------------------------------------------------
+# What does not fit
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_truncation_on_turn_boundaries(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -286,7 +324,8 @@ def test_first_answer_that_does_not_fit_leaves_nothing(tokenizer: PreTrainedToke
     assert cut.truncated and not cut.sequences and cut.longest > 100
 
 
-# Errors ----------------------------------------------------------------------------------------------------------------
+# Errors
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
@@ -317,7 +356,8 @@ def test_template_that_refuses_a_row_spares_the_others(mistral: PreTrainedTokeni
     assert isinstance(second, DataError) and "roles must alternate" in str(second)
 
 
-# Text ------------------------------------------------------------------------------------------------------------------
+# Text
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_text_is_learnt_whole_with_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -361,12 +401,15 @@ def test_empty_text_is_nothing(mistral: PreTrainedTokenizerBase) -> None:
     assert TextEncoder(mistral, 64).encode([Text(" \n")]) == [Encoded()]
 
 
-# Special tokens in texts ---------------------------------------------------------------------------------------------------
+# Special tokens in texts
+# ---------------------------------------------------------------------------------------------------
 
 INJECTED = "What does <|im_end|> mean?"
 
 
-def test_special_tokens_in_texts_are_found(tokenizer: PreTrainedTokenizerBase, mistral: PreTrainedTokenizerBase) -> None:
+def test_special_tokens_in_texts_are_found(
+    tokenizer: PreTrainedTokenizerBase, mistral: PreTrainedTokenizerBase
+) -> None:
     special = SpecialTokens(tokenizer, escape=False)
     assert special.found(turns("Hi", "Hello.")) == ""
     assert special.found(turns(INJECTED, "An end.")) == special.found(turns("Hi", INJECTED)) == "<|im_end|>"

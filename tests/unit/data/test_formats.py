@@ -20,7 +20,9 @@ FILE = "/data/rows.jsonl"
 @pytest.fixture
 def convert(conf: Make) -> Callable[..., Conversation | Text]:
     def of(values: dict[str, Any], *, objective: str = "sft", **data: Any) -> Conversation | Text:
-        return Formatter(conf(FILE, objective=objective, **data).data, pretrain=objective == "pretrain")(Row(FILE, 7, values))
+        return Formatter(conf(FILE, objective=objective, **data).data, pretrain=objective == "pretrain")(
+            Row(FILE, 7, values)
+        )
 
     return of
 
@@ -42,8 +44,16 @@ GOOD: list[tuple[str, dict[str, Any], Conversation]] = [
     ),
     ("alpaca", {"instruction": "Hi", "output": "Hello", "history": []}, qa("Hi", "Hello")),
     ("prompt_completion", {"prompt": "Hi", "completion": "Hello", "label": True}, qa("Hi", "Hello")),
-    ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello", "system": "Be brief."}, qa("Hi", "Hello", "Be brief.")),
-    ("dolly", {"instruction": "Who?", "context": "Ann did.", "response": "Ann", "category": "qa"}, qa("Who?\n\nAnn did.", "Ann")),
+    (
+        "alpaca",
+        {"instruction": "Hi", "input": None, "output": "Hello", "system": "Be brief."},
+        qa("Hi", "Hello", "Be brief."),
+    ),
+    (
+        "dolly",
+        {"instruction": "Who?", "context": "Ann did.", "response": "Ann", "category": "qa"},
+        qa("Who?\n\nAnn did.", "Ann"),
+    ),
     ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}, qa("Hi", "Hello")),
     ("messages", {"messages": qa("Hi", "Hello", "Be brief.").messages}, qa("Hi", "Hello", "Be brief.")),
     ("messages", {"messages": json.dumps(qa("Hi", "Hello").messages)}, qa("Hi", "Hello")),
@@ -79,7 +89,10 @@ GOOD: list[tuple[str, dict[str, Any], Conversation]] = [
     ),
     (
         "sharegpt",
-        {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "tools": "[]"},
+        {
+            "conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "tools": "[]",
+        },
         qa("Hi", "Hello"),
     ),
 ]
@@ -106,7 +119,9 @@ def test_columns_are_renamed(convert: Convert) -> None:
 
 def test_system_is_a_default(convert: Convert) -> None:
     assert convert({"prompt": "Hi", "completion": "Hello"}, system="Be brief.") == qa("Hi", "Hello", "Be brief.")
-    assert convert({"messages": qa("Hi", "Hello", "Theirs.").messages}, system="Be brief.") == qa("Hi", "Hello", "Theirs.")
+    assert convert({"messages": qa("Hi", "Hello", "Theirs.").messages}, system="Be brief.") == qa(
+        "Hi", "Hello", "Theirs."
+    )
 
 
 def test_sharegpt_calls_and_observations(convert: Convert) -> None:
@@ -114,7 +129,10 @@ def test_sharegpt_calls_and_observations(convert: Convert) -> None:
     conversations = [
         {"from": "human", "value": "Weather?"},
         {"from": "gpt", "value": "I look."},
-        {"from": "function_call", "value": '[{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "weather", "arguments": "{}"}]'},
+        {
+            "from": "function_call",
+            "value": '[{"name": "weather", "arguments": {"city": "Oslo"}}, {"name": "weather", "arguments": "{}"}]',
+        },
         {"from": "observation", "value": "3"},
         {"from": "observation", "value": "4"},
         {"from": "gpt", "value": "3 and 4."},
@@ -127,7 +145,11 @@ def test_sharegpt_calls_and_observations(convert: Convert) -> None:
                 "role": "assistant",
                 "content": "I look.",
                 "tool_calls": [
-                    {"id": "call00000", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}},
+                    {
+                        "id": "call00000",
+                        "type": "function",
+                        "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+                    },
                     {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {}}},
                 ],
             },
@@ -179,7 +201,9 @@ def test_turns_that_are_not_learnt(convert: Convert, flag: str) -> None:
 
     for learnt, weight in ((False, {"weight": 0}), (0.0, {"weight": 0}), (True, {}), (None, {})):
         found = convert(turns(learnt))
-        assert isinstance(found, Conversation) and found.messages[1] == {"role": "assistant", "content": "Hello"} | weight
+        assert (
+            isinstance(found, Conversation) and found.messages[1] == {"role": "assistant", "content": "Hello"} | weight
+        )
     with pytest.raises(DataError, match=f"turn 2 of 'conversations': {flag} is \"no\": an answer is learnt"):
         convert(turns("no"))
 
@@ -198,7 +222,9 @@ def test_each_file_has_its_own_format(conf: Make) -> None:
     assert formatter(Row("/a.json", 1, {"instruction": "Hi", "output": "Hello"})) == qa("Hi", "Hello")
     assert formatter(Row("/b.json", 1, {"prompt": "Hi", "completion": "Hello"})) == qa("Hi", "Hello")
     assert formatter.formats == ["alpaca", "prompt_completion"]
-    with pytest.raises(DataError, match=r"/b\.json:2: format prompt_completion needs 'prompt', which is missing and 'completion'"):
+    with pytest.raises(
+        DataError, match=r"/b\.json:2: format prompt_completion needs 'prompt', which is missing and 'completion'"
+    ):
         formatter(Row("/b.json", 2, {"instruction": "Hi", "output": "Hello"}))
 
 
@@ -214,13 +240,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "a", "output": None}, "format alpaca needs 'output', which is null here"),
     ({"instruction": "a", "output": 42}, "'output' must be text, but is 42"),
     ({"instruction": " ", "output": "b"}, "'instruction' is empty"),
-    ({"instruction": "a", "output": "b", "history": [["c"]]}, r"'history' must be a list of pairs \[question, answer\], but holds"),
+    (
+        {"instruction": "a", "output": "b", "history": [["c"]]},
+        r"'history' must be a list of pairs \[question, answer\], but holds",
+    ),
     ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: its answer is an example of a bad one"),
     (
         {"prompt": "<image> What is it?", "completion": "b", "images": ["cat.png"]},
         r"a place for images \(<image>\), and only text is learnt",
     ),
-    ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, r"turn 1 of 'messages': weight is 0.5: an answer is learnt"),
+    (
+        {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
+        r"turn 1 of 'messages': weight is 0.5: an answer is learnt",
+    ),
     ({"messages": []}, r"'messages' must be a list of turns, but is \[\]"),
     ({"messages": "[{"}, "'messages' is not JSON: .* at character"),
     ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, r"'messages': half of a surrogate pair \(\\ud83d\)"),
@@ -236,13 +268,22 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
         r"a part of 'content' must be text \({type: text, text: …}\), but is",
     ),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]}, "a part of 'content' must be text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "text": "a cat"}]}]},
+        "a part of 'content' must be text",
+    ),
     ({"messages": [{"role": "user", "content": {"text": "a"}}]}, "'content' must be text"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "a function call must be an object with name and arguments"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]},
+        "a function call must be an object with name and arguments",
+    ),
     ({"conversations": [{"from": "robot", "value": "a"}]}, 'from is "robot"; known are system, human'),
     ({"conversations": [{"from": "human", "value": None}]}, "'value' must be text, but is null"),
     ({"conversations": [{"from": "function_call", "value": "weather()"}]}, "the function call is not JSON"),
-    ({"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}]}, "the arguments of f must be an object"),
+    (
+        {"conversations": [{"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}]},
+        "the arguments of f must be an object",
+    ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": [b"x"]}}]}]},
         "turn 1 of 'messages': the arguments of f hold a value that JSON does not have: Object of type bytes",
@@ -251,7 +292,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": float("nan")}}]}]},
         "JSON does not have: Out of range",
     ),
-    ({"messages": [{"role": "user", "content": "a"}], "tools": [{"name": b"f"}]}, "'tools' hold a value that JSON does not have"),
+    (
+        {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": b"f"}]},
+        "'tools' hold a value that JSON does not have",
+    ),
     ({"conversations": [{"from": "human", "value": "a"}], "tools": "{"}, "'tools' is not JSON"),
     (
         {"messages": [{"role": "user", "content": "a"}], "tools": [{"description": "d"}]},
@@ -269,12 +313,17 @@ def test_bad_rows_name_file_and_line(convert: Convert, values: dict[str, Any], m
 
 
 def test_pretrain_without_text(convert: Convert) -> None:
-    with pytest.raises(DataError, match=r"pretrain needs a column 'text', the row has the columns body: .* e\.g\. \{text: body\}"):
+    with pytest.raises(
+        DataError, match=r"pretrain needs a column 'text', the row has the columns body: .* e\.g\. \{text: body\}"
+    ):
         convert({"body": "a"}, objective="pretrain")
 
 
 def test_renamed_column_that_is_not_there(convert: Convert) -> None:
-    with pytest.raises(DataError, match=r"no column 'question', which data\.columns takes as 'instruction'; the row has the columns frage"):
+    with pytest.raises(
+        DataError,
+        match=r"no column 'question', which data\.columns takes as 'instruction'; the row has the columns frage",
+    ):
         convert({"frage": "a"}, columns={"instruction": "question"})
 
 
@@ -283,7 +332,8 @@ def test_columns_with_an_unknown_name(conf: Make) -> None:
         Formatter(conf(FILE, format="alpaca", columns={"instructions": "question"}).data, pretrain=False)
 
 
-# Columns that are not used --------------------------------------------------------------------------------------------------
+# Columns that are not used
+# --------------------------------------------------------------------------------------------------
 
 TURNS = [{"role": "user", "content": "Boil an egg?"}, {"role": "assistant", "content": "Go away."}]
 SHAPES: list[dict[str, Any]] = [
@@ -323,7 +373,12 @@ def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str,
         ),
         ({"messages": [TURNS[0] | {"function_call": "auto"}, TURNS[1] | {"weight": 1}]}, {"messages[].function_call"}),
         (
-            {"conversations": [{"from": "human", "value": "Hi", "time": 3}, {"from": "gpt", "value": "Hello", "weight": 0}]},
+            {
+                "conversations": [
+                    {"from": "human", "value": "Hi", "time": 3},
+                    {"from": "gpt", "value": "Hello", "weight": 0},
+                ]
+            },
             {"conversations[].time"},
         ),
     ],

@@ -1,4 +1,5 @@
-"""Data sets of the hub: from its cache on this machine, and over HTTP from a server with the routes that the hub has."""
+"""Data sets of the hub: from its cache on this machine, and over HTTP from a server with the routes that the hub
+has."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ FILES: dict[str, bytes] = {
     "plain/b.jsonl": lines(MIXED[2:]),
     "plain-test.jsonl": lines(MIXED[:1]),
     "comma.csv": b"prompt,completion\nHi,007\n",
-    "tables/train-00000-of-00002.parquet": shard([{"prompt": "one", "more": {"a": 1}}, {"prompt": "two", "more": {"b": 2}}]),
+    "tables/train-00000-of-00002.parquet": shard(
+        [{"prompt": "one", "more": {"a": 1}}, {"prompt": "two", "more": {"b": 2}}]
+    ),
     "tables/train-00001-of-00002.parquet": shard([{"prompt": "three"}]),
     "fields.json": json.dumps({"rows": [{"prompt": "Hi", "completion": "Hello"}]}).encode(),
 }
@@ -84,7 +87,8 @@ def rows_of(source: str) -> list[Row]:
     return list(read(source, fail))
 
 
-# The cache -------------------------------------------------------------------------------------------------------------
+# The cache
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -135,7 +139,10 @@ def test_without_a_card_the_names_tell_the_splits(cached: Callable[..., Path]) -
     ("source", "message"),
     [
         ("org/name::validation", r"data set 'org/name::validation' has no split 'validation'; there are train, test"),
-        ("org/name:other", r"data set 'org/name:other' cannot be loaded: .*'other' not found. Available: \['plain', 'comma', "),
+        (
+            "org/name:other",
+            r"data set 'org/name:other' cannot be loaded: .*'other' not found. Available: \['plain', 'comma', ",
+        ),
     ],
 )
 def test_unknown_split_and_configuration(cached: Callable[..., Path], source: str, message: str) -> None:
@@ -156,20 +163,33 @@ def test_only_a_card_in_the_cache(cached: Callable[..., Path]) -> None:
         rows_of("org/name")
 
 
-def test_what_no_reader_here_reads_is_converted_with_a_line(cached: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
-    cached({**FILES, "packed.jsonl.gz": gzip.compress(lines([{"prompt": "Hi", "more": {"a": 1}}, {"prompt": "Ho", "more": {"b": 2}}]))})
+def test_what_no_reader_here_reads_is_converted_with_a_line(
+    cached: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    cached(
+        {
+            **FILES,
+            "packed.jsonl.gz": gzip.compress(
+                lines([{"prompt": "Hi", "more": {"a": 1}}, {"prompt": "Ho", "more": {"b": 2}}])
+            ),
+        }
+    )
     with caplog.at_level(logging.WARNING):
         assert [row.values for row in rows_of("org/name:packed")] == [
             {"prompt": "Hi", "more": {"a": 1}},
             {"prompt": "Ho", "more": {"b": 2}},
         ]
-    assert "data set org/name:packed is read as `datasets` converts it, for it has files of a kind not read here (.gz)" in caplog.text
+    assert (
+        "data set org/name:packed is read as `datasets` converts it, for it has files of a kind not read here (.gz)"
+        in caplog.text
+    )
     with caplog.at_level(logging.WARNING):
         assert [row.values for row in rows_of("org/name:fields")] == [{"prompt": "Hi", "completion": "Hello"}]
     assert "its card says how to read it (field='rows')" in caplog.text
 
 
-# Over HTTP -------------------------------------------------------------------------------------------------------------
+# Over HTTP
+# -------------------------------------------------------------------------------------------------------------
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -189,7 +209,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.asked.append(path)  # type: ignore[attr-defined]
         api, resolve = "/api/datasets/org/name", "/datasets/org/name/resolve/"
-        if path.startswith(resolve) and (content := FILES.get(path.removeprefix(resolve).partition("/")[2])) is not None:
+        if (
+            path.startswith(resolve)
+            and (content := FILES.get(path.removeprefix(resolve).partition("/")[2])) is not None
+        ):
             return self.send(content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": REVISION})
         if path.startswith(f"{api}/paths-info/"):
             return self.send_json([self.entry(name) for name in (form or {}).get("paths", []) if self.entry(name)])
@@ -198,9 +221,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
             known = {*FILES, *(name.rpartition("/")[0] for name in FILES if "/" in name)}
             deep = "recursive=True" in self.path or "recursive=true" in self.path
             inside = [name for name in sorted(known) if name.startswith(f"{under}/" if under else "")]
-            return self.send_json([self.entry(n) for n in inside if deep or "/" not in n.removeprefix(f"{under}/" if under else "")])
+            return self.send_json(
+                [self.entry(n) for n in inside if deep or "/" not in n.removeprefix(f"{under}/" if under else "")]
+            )
         if path == api or path.startswith(f"{api}/revision/"):
-            return self.send_json({"id": "org/name", "sha": REVISION, "siblings": [{"rfilename": name} for name in FILES]})
+            return self.send_json(
+                {"id": "org/name", "sha": REVISION, "siblings": [{"rfilename": name} for name in FILES]}
+            )
         missing = "EntryNotFound" if path.startswith(resolve) else "RepoNotFound"
         return self.send(b"{}", {"X-Error-Code": missing, "X-Repo-Commit": REVISION}, status=404)
 
@@ -208,7 +235,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if name in FILES:
             content = FILES[name]
             return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha256(content).hexdigest()}
-        return {"type": "directory", "path": name, "size": 0, "oid": "0" * 40} if any(f.startswith(f"{name}/") for f in FILES) else None
+        return (
+            {"type": "directory", "path": name, "size": 0, "oid": "0" * 40}
+            if any(f.startswith(f"{name}/") for f in FILES)
+            else None
+        )
 
     def send_json(self, value: object) -> None:
         self.send(json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -258,8 +289,15 @@ def test_over_http_and_then_without(hub: http.server.ThreadingHTTPServer, tmp_pa
 
     def ask(source: str, code: str = READ, **environment: str) -> Any:
         port = hub.server_address[1]
-        told = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", **environment}
-        done = subprocess.run([sys.executable, "-c", code, source], env={**os.environ, **told}, capture_output=True, text=True, check=True)
+        told = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            **environment,
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code, source], env={**os.environ, **told}, capture_output=True, text=True, check=True
+        )
         return json.loads(done.stdout)
 
     rows = ask("org/name")
@@ -271,7 +309,9 @@ def test_over_http_and_then_without(hub: http.server.ThreadingHTTPServer, tmp_pa
     assert ask("org/name", HF_HUB_OFFLINE="1") == rows
     assert [values for _, values in ask("org/name::test", HF_HUB_OFFLINE="1")] == MIXED[:1]
     assert not asked
-    assert ask("org/other").startswith("DataError: data set 'org/other': no file or folder of that name, and the hub's copy cannot be had")
+    assert ask("org/other").startswith(
+        "DataError: data set 'org/other': no file or folder of that name, and the hub's copy cannot be had"
+    )
     # What datasets alone has brought and converted is better than nothing.
     ask("org/name", LOAD, HF_DATASETS_CACHE=str(tmp_path / "converted"))
     shutil.rmtree(tmp_path / "hub")

@@ -50,7 +50,8 @@ def segments(out: Path, split: Any) -> list[tuple[list[int], list[int]]]:
 
 def expected(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
     conversations = [
-        Conversation([{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]) for r in rows
+        Conversation([{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}])
+        for r in rows
     ]
     encoded = ChatEncoder(tokenizer, 4096).encode(conversations)
     return [(s.input_ids, s.labels) for e in encoded if isinstance(e, Encoded) for s in e.sequences]
@@ -62,7 +63,11 @@ def test_nothing_is_lost(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenize
     stats = prepare(conf(jsonl(rows), validation=0.1, max_length=128), tokenizer, out, silent)
     train, validation = segments(out, "train"), segments(out, "validation")
     assert sorted(train + validation) == sorted(expected(tokenizer, rows))
-    assert (len(train), len(validation)) == (stats.train.rows, stats.validation.rows if stats.validation else 0) == (270, 30)
+    assert (
+        (len(train), len(validation))
+        == (stats.train.rows, stats.validation.rows if stats.validation else 0)
+        == (270, 30)
+    )
     assert all(labels[0] == IGNORED for _, labels in train + validation)
     assert all(len(s["input_ids"]) <= 128 for s in open_split(out, "train"))
     assert stats.train.tokens == sum(len(ids) for ids, _ in train)
@@ -72,7 +77,13 @@ def test_nothing_is_lost(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenize
     assert list(lengths_of(open_split(out, "train"))) == [len(ids) for ids, _ in train]
     assert stats.train.longest == max(len(ids) for ids, _ in train + validation if (ids, _) in train)
     assert DataStats.model_validate_json((out / "stats.json").read_text()) == stats
-    assert sorted(p.name for p in out.iterdir()) == ["heldout.jsonl", "questions.npy", "stats.json", "train", "validation"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "heldout.jsonl",
+        "questions.npy",
+        "stats.json",
+        "train",
+        "validation",
+    ]
 
 
 @pytest.mark.parametrize("template", [None, "qwen3"])
@@ -96,7 +107,11 @@ def test_tables_teach_the_tokens_that_json_lines_teach(
         },
         {
             "type": "function",
-            "function": {"name": "wake", "description": "wakes", "parameters": {"type": "object", "properties": {"at": {"minimum": 0}}}},
+            "function": {
+                "name": "wake",
+                "description": "wakes",
+                "parameters": {"type": "object", "properties": {"at": {"minimum": 0}}},
+            },
         },
     ]
 
@@ -112,7 +127,11 @@ def test_tables_teach_the_tokens_that_json_lines_teach(
             "tools": tools,
         }
 
-    rows = [row("dim", {"level": 2, "where": {"room": "hall"}}), row("wake", {"where": {"floor": 1}, "at": 6}), row("dim", {"level": 0})]
+    rows = [
+        row("dim", {"level": 2, "where": {"room": "hall"}}),
+        row("wake", {"where": {"floor": 1}, "at": 6}),
+        row("dim", {"level": 0}),
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     datasets.Dataset.from_list(rows, on_mixed_types="use_json").save_to_disk(str(tmp_path / "saved"))
     tokenizer = with_template(template) if template else tokenizer
@@ -127,7 +146,9 @@ def test_tables_teach_the_tokens_that_json_lines_teach(
 def test_columns_are_int32(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     prepare(conf(jsonl([qa(i) for i in range(4)])), tokenizer, tmp_path / "out", silent)
     schema = open_split(tmp_path / "out", "train").features.arrow_schema
-    assert {name: str(schema.field(name).type.value_type) for name in schema.names} == dict.fromkeys(("input_ids", "labels"), "int32")
+    assert {name: str(schema.field(name).type.value_type) for name in schema.names} == dict.fromkeys(
+        ("input_ids", "labels"), "int32"
+    )
 
 
 def test_without_validation_all_rows_are_learned_shuffled(
@@ -136,7 +157,9 @@ def test_without_validation_all_rows_are_learned_shuffled(
     rows = [qa(i) for i in range(20)]
     stats = prepare(conf(jsonl(rows), validation=None), tokenizer, tmp_path / "out", silent)
     assert stats.validation is None
-    with pytest.raises(DataError, match=r"no prepared validation data here: run the stage prepare, with data\.validation set"):
+    with pytest.raises(
+        DataError, match=r"no prepared validation data here: run the stage prepare, with data\.validation set"
+    ):
         open_split(tmp_path / "out", "validation")
     assert not (tmp_path / "out" / "heldout.jsonl").exists()
     assert segments(tmp_path / "out", "train") != expected(tokenizer, rows)  # shuffled
@@ -154,7 +177,9 @@ def test_split_is_the_seeds(conf: Make, jsonl: Write, tokenizer: PreTrainedToken
     assert all(a != b for a, b in zip(one, other, strict=True))
 
 
-def test_heldout_rows_are_the_validation_rows(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_heldout_rows_are_the_validation_rows(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = jsonl([qa(i) for i in range(40)])
     made = conf(path, validation=0.2)
     prepare(made, tokenizer, tmp_path / "out", silent)
@@ -170,7 +195,9 @@ def test_heldout_rows_are_the_validation_rows(conf: Make, jsonl: Write, tokenize
     assert not any(text in row for text in texts if text.startswith("Question") for row in learnt)
 
 
-def test_validation_files_of_their_own(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_validation_files_of_their_own(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     train, validation = [qa(i) for i in range(9)], [qa(i) for i in range(90, 95)]
     made = conf(jsonl(train), validation=str(jsonl(validation, "validation.jsonl")))
     stats = prepare(made, tokenizer, tmp_path / "out", silent)
@@ -180,7 +207,9 @@ def test_validation_files_of_their_own(conf: Make, jsonl: Write, tokenizer: PreT
     assert stats.validation and stats.validation.rows == 5 and stats.read == 14
 
 
-def test_evaluation_data_of_its_own(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_evaluation_data_of_its_own(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     questions = jsonl([{"instruction": "Who?", "context": "Ann did.", "response": "Ann"}], "questions.jsonl")
     made = conf(jsonl([qa(i) for i in range(4)]), evaluation=str(questions))
     (row,) = evaluation_rows(made, tokenizer, tmp_path / "none")
@@ -190,7 +219,10 @@ def test_evaluation_data_of_its_own(conf: Make, jsonl: Write, tokenizer: PreTrai
 def test_rows_of_a_rewriting_template_stay_on_one_side(
     conf: Make, jsonl: Write, with_template: Callable[..., PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:
-    turns = [{"messages": [{"role": r, "content": f"{r} {i} {n}"} for n in range(3) for r in ("user", "assistant")]} for i in range(20)]
+    turns = [
+        {"messages": [{"role": r, "content": f"{r} {i} {n}"} for n in range(3) for r in ("user", "assistant")]}
+        for i in range(20)
+    ]
     tokenizer = with_template("qwen3")
     stats = prepare(conf(jsonl(turns), validation=0.25, packing=False), tokenizer, tmp_path / "out", silent)
     numbers = {
@@ -209,7 +241,10 @@ def test_counts(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tm
         {"role": "assistant", "content": "word " * 90},
     ]
     rows = [
-        *({"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hello."}]} for i in range(6)),
+        *(
+            {"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hello."}]}
+            for i in range(6)
+        ),
         {"messages": long},  # 7: truncated
         {"messages": long[2:]},  # 8: its answer does not fit
         {"messages": long[:1]},  # 9: no answer
@@ -226,9 +261,13 @@ def test_counts(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tm
     assert f"dropped: {path}:8: {TOO_LONG}" in text and f"dropped: {path}:10: {NO_ANSWER}" in text
 
 
-def test_bad_row_fails_and_leaves_nothing(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_bad_row_fails_and_leaves_nothing(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = jsonl([qa(1), {"prompt": "a"}])
-    with pytest.raises(DataError, match=rf"{path}:2: format prompt_completion needs 'completion'.* \(1 bad in 2 rows\)"):
+    with pytest.raises(
+        DataError, match=rf"{path}:2: format prompt_completion needs 'completion'.* \(1 bad in 2 rows\)"
+    ):
         prepare(conf(path), tokenizer, tmp_path / "runs" / "out", silent)
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -252,7 +291,9 @@ def test_skipping_is_advised_only_where_nearly_all_rows_are_kept(
         prepare(conf(jsonl(rows)), mistral, tmp_path / "out", silent)
 
 
-def test_a_bad_row_is_told_soon_whatever_follows(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_bad_row_is_told_soon_whatever_follows(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = jsonl([{"prompt": "a"}, *(qa(i) for i in range(3000))])
     with pytest.raises(DataError, match=r":1: .*, 1 bad in 1000 rows so far\)"):
         statistics(conf(path), tokenizer)
@@ -263,14 +304,18 @@ def test_a_bad_row_is_told_soon_whatever_follows(conf: Make, jsonl: Write, token
         statistics(conf(tmp_path / "rows.json"), tokenizer)
 
 
-def test_row_that_the_template_refuses_is_named(conf: Make, jsonl: Write, mistral: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_row_that_the_template_refuses_is_named(
+    conf: Make, jsonl: Write, mistral: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = jsonl([qa(1), {**qa(2), "system": "Be brief."}, qa(3)])
     with pytest.raises(DataError, match=rf"{path}:2: the chat template refuses the row: .*must alternate"):
         prepare(conf(path), mistral, tmp_path / "out", silent)
     assert prepare(conf(path, on_bad_row="skip"), mistral, tmp_path / "out", silent).bad == 1
 
 
-def test_nothing_supervised_is_refused(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_nothing_supervised_is_refused(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(
         DataError,
         match=r"(?s)data\.train .*has nothing to learn: 5 rows read.*; 5 dropped: .*raise data\.max_length \(16\).*dropped: .*:1: ",
@@ -279,16 +324,25 @@ def test_nothing_supervised_is_refused(conf: Make, jsonl: Write, tokenizer: PreT
     with pytest.raises(DataError, match="nothing to learn: 0 rows read, 2 bad skipped"):
         prepare(conf(jsonl([{}, {}]), on_bad_row="skip"), tokenizer, tmp_path / "out", silent)
     with pytest.raises(DataError, match=r"data\.validation .* has nothing to learn: 0 rows read"):
-        prepare(conf(jsonl([qa(i) for i in range(6)]), validation=str(jsonl([], "none.jsonl"))), tokenizer, tmp_path / "out", silent)
+        prepare(
+            conf(jsonl([qa(i) for i in range(6)]), validation=str(jsonl([], "none.jsonl"))),
+            tokenizer,
+            tmp_path / "out",
+            silent,
+        )
 
 
-def test_fraction_that_leaves_no_training_row(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_fraction_that_leaves_no_training_row(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=r"data\.validation 0\.05 of 1 usable row leaves none to train on"):
         prepare(conf(jsonl([qa(1)]), validation=0.05), tokenizer, tmp_path / "out", silent)
     assert prepare(conf(jsonl([qa(1), qa(2)]), validation=0.05), tokenizer, tmp_path / "out", silent).train.rows == 1
 
 
-def test_folder_that_cannot_be_written(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_written(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="the prepared data cannot be written: Not a directory"):
         prepare(conf(jsonl([qa(1), qa(2)])), tokenizer, tmp_path / "file" / "out", silent)
@@ -298,7 +352,9 @@ def test_pretrain_text(conf: Make, tokenizer: PreTrainedTokenizerBase, tmp_path:
     (tmp_path / "book.txt").write_text("\n\n".join(f"Line {i} " + "of water " * i for i in range(1, 41)))
     made = conf(tmp_path / "book.txt", objective="pretrain", max_length=32, validation=0.1)
     stats = prepare(made, tokenizer, tmp_path / "out", silent)
-    assert stats.train.rows == 36 and stats.validation and stats.validation.rows == 4 and stats.dropped == {NO_ANSWER: 39}
+    assert (
+        stats.train.rows == 36 and stats.validation and stats.validation.rows == 4 and stats.dropped == {NO_ANSWER: 39}
+    )
     rows = segments(tmp_path / "out", "train") + segments(tmp_path / "out", "validation")
     assert sum(tokenizer.eos_token_id in ids for ids, _ in rows) == 40
     assert all(labels == [IGNORED, *ids[1:]] and 2 <= len(ids) <= 32 for ids, labels in rows)
@@ -314,26 +370,42 @@ def test_statistics_of_the_first_rows(conf: Make, jsonl: Write, tokenizer: PreTr
 
 
 def test_means_and_maxima_are_of_the_same(
-    conf: Make, jsonl: Write, with_template: Callable[..., PreTrainedTokenizerBase], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    conf: Make,
+    jsonl: Write,
+    with_template: Callable[..., PreTrainedTokenizerBase],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
 ) -> None:
     """With a template that drops earlier thoughts a row makes several sequences; a long one is cut; a text is split."""
     turns = [
-        {"role": r, "content": f"<think>\n{n}\n</think>\nA" if r == "assistant" else "Q"} for n in "123" for r in ("user", "assistant")
+        {"role": r, "content": f"<think>\n{n}\n</think>\nA" if r == "assistant" else "Q"}
+        for n in "123"
+        for r in ("user", "assistant")
     ]
-    stats = prepare(conf(jsonl([{"messages": turns}, {"messages": turns[:2]}])), with_template("qwen3"), tmp_path / "out", silent)
+    stats = prepare(
+        conf(jsonl([{"messages": turns}, {"messages": turns[:2]}])), with_template("qwen3"), tmp_path / "out", silent
+    )
     lengths = lengths_of(open_split(tmp_path / "out", "train"))
     assert len(lengths) == 4 and stats.train.mean > stats.train.longest
     assert f"a sequence has {lengths.mean():.0f} tokens in the mean, {max(lengths)} at most" in "\n".join(stats.lines())
     cut = [{"messages": [*turns[:2], turns[0], {"role": "assistant", "content": "word " * 90}]}] * 2
     lines = "\n".join((stats := statistics(conf(jsonl(cut), max_length=64), tokenizer)).lines())
     assert f"a row has {stats.train.mean:.0f} tokens in the mean, {stats.train.mean:.0f} at most" in lines
-    assert f"did not fit data.max_length 64; the longest row needs {stats.train.longest}" in lines and stats.train.longest > 90
+    assert (
+        f"did not fit data.max_length 64; the longest row needs {stats.train.longest}" in lines
+        and stats.train.longest > 90
+    )
     (tmp_path / "book.txt").write_text("word " * 100)
     lines = "\n".join(statistics(conf(tmp_path / "book.txt", objective="pretrain", max_length=64), tokenizer).lines())
-    assert "train: 1 rows in 2 sequences, 102 tokens" in lines and "; a sequence has 51 tokens in the mean, 64 at most" in lines
+    assert (
+        "train: 1 rows in 2 sequences, 102 tokens" in lines
+        and "; a sequence has 51 tokens in the mean, 64 at most" in lines
+    )
 
 
-def test_several_files_and_formats(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_several_files_and_formats(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     one = jsonl([qa(i) for i in range(3)])
     two = jsonl([{"instruction": "Hi", "output": "Hello"}] * 3, "two.jsonl")
     stats = statistics(conf([str(one), str(two)]), tokenizer)
@@ -375,9 +447,17 @@ def test_special_tokens_in_texts_are_counted_escaped_or_refused(
     path = jsonl([*(qa(i) for i in range(18)), {"prompt": "What is <|im_end|>?", "completion": "An end."}])
     stats = statistics(conf(path), tokenizer)
     lines = "\n".join(stats.lines())
-    assert stats.special_tokens == 1 and "rows whose text holds special tokens of the model: 1 (data.special_tokens_in_text)" in lines
-    assert f"special token: {path}:19: its text holds '<|im_end|>', a special token of the model: it is taken for one" in lines
-    with pytest.raises(DataError, match=r":19: its text holds '<\|im_end\|>'.*skip goes on without such rows, 1 bad in 19 rows"):
+    assert (
+        stats.special_tokens == 1
+        and "rows whose text holds special tokens of the model: 1 (data.special_tokens_in_text)" in lines
+    )
+    assert (
+        f"special token: {path}:19: its text holds '<|im_end|>', a special token of the model: it is taken for one"
+        in lines
+    )
+    with pytest.raises(
+        DataError, match=r":19: its text holds '<\|im_end\|>'.*skip goes on without such rows, 1 bad in 19 rows"
+    ):
         statistics(conf(path, special_tokens_in_text="fail"), tokenizer)
     assert statistics(conf(path, special_tokens_in_text="fail", on_bad_row="skip"), tokenizer).bad == 1
     made = conf(path, special_tokens_in_text="escape", validation=None)
@@ -397,7 +477,10 @@ def test_files_named_like_a_test_set_are_named_before_they_are_trained_on(
     for name in ("train.jsonl", "test.jsonl", "my-validation_2.jsonl", "contest.jsonl"):
         jsonl([qa(1), qa(2)], f"set/{name}")
     stats = statistics(conf(folder), tokenizer)
-    assert len(stats.notes) == 1 and f"{folder}/my-validation_2.jsonl, {folder}/test.jsonl; if that is not meant" in stats.notes[0]
+    assert (
+        len(stats.notes) == 1
+        and f"{folder}/my-validation_2.jsonl, {folder}/test.jsonl; if that is not meant" in stats.notes[0]
+    )
     assert stats.notes[0] in stats.lines()
     assert statistics(conf(folder / "test.jsonl"), tokenizer).notes == []
     for name in ("train.jsonl", "contest.jsonl"):
@@ -405,11 +488,18 @@ def test_files_named_like_a_test_set_are_named_before_they_are_trained_on(
     assert statistics(conf(folder), tokenizer).notes == []  # nothing else is there
 
 
-def test_columns_that_are_not_used_are_listed_once(conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [{**qa(i), "id": i, "source": "web", "note": None if i % 3 else "x", "images": [], "image": "cat.png"} for i in range(9)]
+def test_columns_that_are_not_used_are_listed_once(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [
+        {**qa(i), "id": i, "source": "web", "note": None if i % 3 else "x", "images": [], "image": "cat.png"}
+        for i in range(9)
+    ]
     stats = statistics(conf(jsonl(rows)), tokenizer)
     assert stats.left_out == {"id": 9, "image": 9, "source": 9, "note": 3}
-    assert [line for line in stats.lines() if "left out" in line] == ["left out: columns id, image, source (9 rows); note (3 rows)"]
+    assert [line for line in stats.lines() if "left out" in line] == [
+        "left out: columns id, image, source (9 rows); note (3 rows)"
+    ]
     assert statistics(conf(jsonl([qa(i) for i in range(3)])), tokenizer).left_out == {}
     texts = [{"text": f"Text {i}.", "url": "http://localhost"} for i in range(3)]
     assert statistics(conf(jsonl(texts), objective="pretrain"), tokenizer).left_out == {"url": 3}
@@ -433,10 +523,15 @@ print(second[0] // first[0], second[1] - first[1])
 
 
 def test_memory_does_not_grow_with_the_rows(smollm2: Path, tmp_path: Path) -> None:
-    """Ten times the rows (7 MB of text, 14 MB of tokens and labels) for hardly more memory; mapped files count while they are read."""
+    """Ten times the rows (7 MB of text, 14 MB of tokens and labels) for hardly more memory; mapped files count while
+    they are read."""
     path = tmp_path / "large.jsonl"
     with path.open("w") as file:
-        file.writelines(json.dumps({"text": f"{i} " + "the water in the lake was cold " * 22}) + "\n" for i in range(10_000))
-    found = subprocess.run([sys.executable, "-c", PEAK, str(smollm2), str(path)], capture_output=True, text=True, check=True).stdout.split()
+        file.writelines(
+            json.dumps({"text": f"{i} " + "the water in the lake was cold " * 22}) + "\n" for i in range(10_000)
+        )
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK, str(smollm2), str(path)], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert int(found[0]) == 10
     assert int(found[1]) < 40_000  # KiB

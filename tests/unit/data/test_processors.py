@@ -51,7 +51,9 @@ class Words:
 class Uncallable:
     pass
 '''
-TICKETS = [{"product": ("router", "phone")[i % 2], "question": f"Question {i}?", "reply": f"Reply {i}."} for i in range(10)]
+TICKETS = [
+    {"product": ("router", "phone")[i % 2], "question": f"Question {i}?", "reply": f"Reply {i}."} for i in range(10)
+]
 
 
 @pytest.fixture
@@ -62,13 +64,18 @@ def own(tmp_path: Path) -> Path:
 
 
 def run(name: str, rows: list[dict[str, Any]], **arguments: object) -> list[dict[str, Any]]:
-    return [r.values for r in process(load_processor(name, arguments), [Row("/d.jsonl", i, v) for i, v in enumerate(rows, 1)])]
+    return [
+        r.values
+        for r in process(load_processor(name, arguments), [Row("/d.jsonl", i, v) for i, v in enumerate(rows, 1)])
+    ]
 
 
 def test_users_own_file(
     own: Path, conf: Callable[..., FinetuneConf], jsonl: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    made = conf(jsonl(TICKETS), processor=f"{own}:TicketProcessor", processor_args={"product": "router"}, validation=None)
+    made = conf(
+        jsonl(TICKETS), processor=f"{own}:TicketProcessor", processor_args={"product": "router"}, validation=None
+    )
     stats = statistics(made, tokenizer)
     assert stats.read == stats.train.rows == 5
     assert stats.formats == ["prompt_completion"]
@@ -76,7 +83,10 @@ def test_users_own_file(
 
 def test_place_is_that_of_the_row_read(own: Path) -> None:
     rows = list(
-        process(load_processor(f"{own}:TicketProcessor", {"product": "phone"}), [Row("/d.jsonl", i, v) for i, v in enumerate(TICKETS, 1)])
+        process(
+            load_processor(f"{own}:TicketProcessor", {"product": "phone"}),
+            [Row("/d.jsonl", i, v) for i, v in enumerate(TICKETS, 1)],
+        )
     )
     assert [r.line for r in rows] == [2, 4, 6, 8, 10]
 
@@ -94,7 +104,11 @@ def test_module_and_class(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("{folder}/ticket.py:TicketProcessor", {}, r"ticket\.py: no such file; that folder has tickets\.py"),
         ("{file}:Tickets", {}, "has no class 'Tickets'; it has Broken, OneRow, TicketProcessor, Uncallable, Words"),
         ("{file}:Uncallable", {}, r"Uncallable of .* has no method __call__\(self, rows\)"),
-        ("{file}:TicketProcessor", {}, r"processor_args: TicketProcessor.* does not take \{\}: missing a required argument: 'product'"),
+        (
+            "{file}:TicketProcessor",
+            {},
+            r"processor_args: TicketProcessor.* does not take \{\}: missing a required argument: 'product'",
+        ),
         ("wikitext", {"lines": 3}, r"Wikitext\(\) does not take \{'lines': 3\}"),
         ("no_such_package.data:Class", {}, "does not import: ModuleNotFoundError: No module named 'no_such_package'"),
     ],
@@ -115,7 +129,10 @@ def test_file_that_does_not_import(tmp_path: Path) -> None:
     [
         ("Broken", r"/d\.jsonl:1: data\.processor Broken failed: KeyError: 'nothing' \(.*tickets\.py:20\)"),
         ("OneRow", r"data\.processor OneRow failed: TypeError: 'generator' object is not subscriptable"),
-        ("Words", r"Words failed: TypeError: __call__\(self, rows\) takes an iterator of rows and yields rows \(dict\), but a str came"),
+        (
+            "Words",
+            r"Words failed: TypeError: __call__\(self, rows\) takes an iterator of rows and yields rows \(dict\), but a str came",
+        ),
     ],
 )
 def test_processor_that_fails(own: Path, cls: str, message: str) -> None:
@@ -141,7 +158,8 @@ WIKITEXT = """
 def test_wikitext() -> None:
     articles = run("wikitext", [{"text": line} for line in WIKITEXT.splitlines()])
     assert [a["text"] for a in articles] == [
-        '# Valkyria\n\nThe game cost 1,200 yen (about $12.50), a role-playing game; it didn\'t sell "well" at first.\n\n'
+        '# Valkyria\n\nThe game cost 1,200 yen (about $12.50), a role-playing game; it didn\'t sell "well" at '
+        "first.\n\n"
         'The player\'s units moved 3–4 times, he said: "Yes!"\n\n## Gameplay\n\nAs with earlier games.',
         "# Second\n\nText of it.",
     ]
@@ -160,8 +178,16 @@ def test_deduplicate() -> None:
 
 def test_join() -> None:
     lines = ["", "one", "two", "", "three", "four", "", "five"]
-    assert [r["text"] for r in run("join", [{"text": t} for t in lines], characters=8)] == ["one\ntwo", "three\nfour", "five"]
-    assert [r["text"] for r in run("join", [{"text": "x" * 5}] * 5, characters=5)] == ["xxxxx\nxxxxx", "xxxxx\nxxxxx", "xxxxx"]
+    assert [r["text"] for r in run("join", [{"text": t} for t in lines], characters=8)] == [
+        "one\ntwo",
+        "three\nfour",
+        "five",
+    ]
+    assert [r["text"] for r in run("join", [{"text": "x" * 5}] * 5, characters=5)] == [
+        "xxxxx\nxxxxx",
+        "xxxxx\nxxxxx",
+        "xxxxx",
+    ]
 
 
 def test_text_that_is_no_unicode_is_the_processors(tmp_path: Path) -> None:
@@ -169,5 +195,7 @@ def test_text_that_is_no_unicode_is_the_processors(tmp_path: Path) -> None:
         for row in rows:
             yield {"prompt": row["text"].encode("utf-16", "surrogatepass")[:4].decode("utf-16", "surrogatepass")}
 
-    with pytest.raises(DataError, match=r"rows.jsonl:1: data.processor function failed: UnicodeEncodeError: .*surrogates not allowed"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:1: data.processor function failed: UnicodeEncodeError: .*surrogates not allowed"
+    ):
         list(process(halves, [Row("rows.jsonl", 1, {"text": "🙂"})]))

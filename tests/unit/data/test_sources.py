@@ -21,7 +21,9 @@ from llm_ray.data import jsontext, sources
 from llm_ray.data.sources import Row, files, read
 from llm_ray.errors import DataError
 
-ROWS = [{"instruction": f"Question {i}, with a comma?", "output": f'Answer "{i}"\nin two lines: ü 🙂'} for i in range(5)]
+ROWS = [
+    {"instruction": f"Question {i}, with a comma?", "output": f'Answer "{i}"\nin two lines: ü 🙂'} for i in range(5)
+]
 
 
 def fail(error: DataError) -> None:
@@ -102,7 +104,11 @@ def test_byte_order_mark(tmp_path: Path, kind: str, suffix: str) -> None:
 def test_text_is_a_row_a_line(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("One.\n\nTwo.")
-    assert [(r.line, r.values) for r in rows_of(path)] == [(1, {"text": "One."}), (2, {"text": ""}), (3, {"text": "Two."})]
+    assert [(r.line, r.values) for r in rows_of(path)] == [
+        (1, {"text": "One."}),
+        (2, {"text": ""}),
+        (3, {"text": "Two."}),
+    ]
 
 
 def test_semicolons_and_tabs(tmp_path: Path) -> None:
@@ -149,7 +155,9 @@ json_values = st.recursive(
     indent=st.none() | st.integers(0, 2),
     chunk=st.integers(1, 40),
 )
-def test_array_through_a_small_window(tmp_path: Path, rows: list[dict[str, object]], indent: int | None, chunk: int) -> None:
+def test_array_through_a_small_window(
+    tmp_path: Path, rows: list[dict[str, object]], indent: int | None, chunk: int
+) -> None:
     path = tmp_path / "rows.json"
     text = json.dumps(rows, indent=indent, ensure_ascii=False)
     path.write_bytes(text.encode())
@@ -164,7 +172,8 @@ def test_array_through_a_small_window(tmp_path: Path, rows: list[dict[str, objec
         at = json.JSONDecoder().raw_decode(text, at)[1]
 
 
-# Shapes that files have elsewhere ------------------------------------------------------------------------------------------
+# Shapes that files have elsewhere
+# ------------------------------------------------------------------------------------------
 
 PLUM = [{"instruction": "Name a fruit.", "output": "Plum"}, {"instruction": "Name a bird.", "output": "Finch"}]
 LINES = [json.dumps(row) for row in PLUM]
@@ -215,7 +224,16 @@ def test_one_row_alone_is_a_row(tmp_path: Path, row: dict[str, object], indent: 
 
 
 @pytest.mark.parametrize(
-    "line", ['{"instruction": "one", "output": "a"', '{"instruction": "one",', '{"instruction": "o\n', "{", '{"list": [', "[", "]"]
+    "line",
+    [
+        '{"instruction": "one", "output": "a"',
+        '{"instruction": "one",',
+        '{"instruction": "o\n',
+        "{",
+        '{"list": [',
+        "[",
+        "]",
+    ],
 )
 def test_a_broken_first_line_is_passed_over_like_others(tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
@@ -270,7 +288,8 @@ def test_csv_in_other_shapes(tmp_path: Path, text: str, line: int, encoding: str
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("rows.csv", "prompt,completion\rHi,Hello\rBye,Bye\r"), ("rows.jsonl", '{"prompt": "Hi"}\r{"prompt": "Bye"}')]
+    ("name", "text"),
+    [("rows.csv", "prompt,completion\rHi,Hello\rBye,Bye\r"), ("rows.jsonl", '{"prompt": "Hi"}\r{"prompt": "Bye"}')],
 )
 def test_lines_that_end_in_a_carriage_return(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_bytes(text.encode())
@@ -280,7 +299,11 @@ def test_lines_that_end_in_a_carriage_return(tmp_path: Path, name: str, text: st
 @pytest.mark.parametrize(
     ("name", "head", "message"),
     [
-        ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer, not the file"),
+        (
+            "rows.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a Git LFS pointer, not the file",
+        ),
         ("rows.jsonl", b"\x1f\x8b\x08", "compressed by gzip"),
         ("rows.csv", b"PK\x03\x04\x14", "a ZIP archive, or an Excel sheet"),
         ("rows.json", b"PAR1\x15", r"a Parquet file: let its name end in \.parquet"),
@@ -306,7 +329,9 @@ def test_csv_text_under_no_name_is_told(tmp_path: Path) -> None:
     assert [r.values for r in rows] == [PLUM[0]]
     assert bad == [f"{path}:2: 3 fields under a header of 2 columns (instruction, output)"]
     path.write_text("instruction,,output\na,b,c\n")
-    with pytest.raises(DataError, match="the header has an empty or a repeated column name: 'instruction', '', 'output'"):
+    with pytest.raises(
+        DataError, match="the header has an empty or a repeated column name: 'instruction', '', 'output'"
+    ):
         rows_of(path)
 
 
@@ -322,13 +347,17 @@ def test_text_in_other_encodings(tmp_path: Path, encoding: str, name: str) -> No
         rows_of(path)
 
 
-# Tables hold the rows that a JSON file would -----------------------------------------------------------------------------
+# Tables hold the rows that a JSON file would
+# -----------------------------------------------------------------------------
 
 
 def test_nulls_that_a_struct_made_are_no_values(tmp_path: Path) -> None:
     """In Parquet all structs of a column have all fields: an argument of another row's call is not this one's."""
     rows = [
-        {"calls": [{"name": "dim", "arguments": {"level": 2, "rooms": ["hall", None]}}], "note": {"by": {"name": "Ann"}}},
+        {
+            "calls": [{"name": "dim", "arguments": {"level": 2, "rooms": ["hall", None]}}],
+            "note": {"by": {"name": "Ann"}},
+        },
         {"calls": [{"name": "wake", "arguments": {"hour": 6}}, {"name": "stop", "arguments": {}}], "note": None},
         {"calls": [], "note": {"by": {}}},
     ]
@@ -343,7 +372,12 @@ def test_nulls_that_a_struct_made_are_no_values(tmp_path: Path) -> None:
 
 MIXED = [
     {"prompt": 'Say "hi".', "completion": {"a": None, "b": 2}, "list": ["one", 2, None], "turns": [{"content": "Hi"}]},
-    {"prompt": ["a"], "completion": "text", "list": ["x"], "turns": [{"content": ["Hi", None]}, {"content": "two\nlines", "to": "Ann"}]},
+    {
+        "prompt": ["a"],
+        "completion": "text",
+        "list": ["x"],
+        "turns": [{"content": ["Hi", None]}, {"content": "two\nlines", "to": "Ann"}],
+    },
     {"prompt": None, "completion": None, "list": None, "turns": []},
 ]
 
@@ -370,7 +404,8 @@ def test_parquets_own_json_type_is_parsed(tmp_path: Path) -> None:
     rows, bad = read_skipping(path)
     assert [(r.line, r.values["prompt"]) for r in rows] == [(1, "Hi"), (2, {"a": None}), (3, "007"), (5, None)]
     assert bad == [
-        f"{path}, row 4: a value cannot be read: half of a surrogate pair (\\ud800), which is no character: write the whole pair, or take it out"
+        f"{path}, row 4: a value cannot be read: half of a surrogate pair (\\ud800), which is no character: write the "
+        "whole pair, or take it out"
     ]
 
 
@@ -419,7 +454,8 @@ def test_table_value_that_cannot_be_read_names_its_row(tmp_path: Path) -> None:
     assert bad[1].startswith(f"{path}, row 4: a value cannot be read: ")
 
 
-# Broken rows -----------------------------------------------------------------------------------------------------------
+# Broken rows
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -449,7 +485,12 @@ def test_broken_line(tmp_path: Path, line: bytes, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("element", "message"),
-    [(b'"word"', "but this is a string"), (b'{"a": "\xff"}', "not UTF-8"), (b"null", "but this is null"), (b"12", "a number")],
+    [
+        (b'"word"', "but this is a string"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"null", "but this is null"),
+        (b"12", "a number"),
+    ],
 )
 def test_element_that_is_no_row(tmp_path: Path, element: bytes, message: str) -> None:
     path = tmp_path / "rows.json"
@@ -485,10 +526,19 @@ def test_broken_array_ends_the_reading_even_when_skipping(tmp_path: Path, text: 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of rows (train, test): write each into a file of its own"),
-        ('{"instruction": ["one", "two"], "output": ["a", "b"]}', "one object of columns or numbered rows (instruction, output)"),
+        (
+            '{"train": [{"a": 1}], "test": [{"a": 2}]}',
+            "several lists of rows (train, test): write each into a file of its own",
+        ),
+        (
+            '{"instruction": ["one", "two"], "output": ["a", "b"]}',
+            "one object of columns or numbered rows (instruction, output)",
+        ),
         ('{"instruction": {"0": "one"}, "output": {"0": "a"}}', "orient='records', lines=True"),
-        ('{"0": {"instruction": "one", "output": "a"}, "1": {"instruction": "two", "output": "b"}}', "columns or numbered rows (0, 1)"),
+        (
+            '{"0": {"instruction": "one", "output": "a"}, "1": {"instruction": "two", "output": "b"}}',
+            "columns or numbered rows (0, 1)",
+        ),
         ('{"data": [{"a": 1}]}\nmore', "rows.json:2: broken JSON"),
         ('{"data": [\n{"a": 1}], "more"\n}', "rows.json:3: broken JSON in object 1: Expecting ':' delimiter"),
         ('{\n"a": 1\n}\n{\n"a": 2,\n', "rows.json:6: broken JSON in object 2: the file ends before the object does"),
@@ -552,7 +602,8 @@ def test_table_cut_off(tmp_path: Path, suffix: str) -> None:
         rows_of(path)
 
 
-# Sources that are none -------------------------------------------------------------------------------------------------
+# Sources that are none
+# -------------------------------------------------------------------------------------------------
 
 
 def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
@@ -575,7 +626,9 @@ def test_folder_without_data(tmp_path: Path) -> None:
 
 
 def test_hub_id_offline() -> None:
-    with pytest.raises(DataError, match=r"data set 'nobody/nothing': no file or folder of that name.*without internet copy"):
+    with pytest.raises(
+        DataError, match=r"data set 'nobody/nothing': no file or folder of that name.*without internet copy"
+    ):
         rows_of("nobody/nothing")
 
 
@@ -592,7 +645,8 @@ def test_hub_id_with_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         rows_of("org/name::test")
 
 
-# Memory ----------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------
 
 PEAK = """
 import resource, sys
@@ -617,6 +671,8 @@ def test_large_files_are_not_held_in_memory(tmp_path: Path, suffix: str) -> None
         file.writelines(makers[suffix](i) for i in range(count))
         file.write("]" if suffix == "json" else "")
     assert path.stat().st_size > 50e6
-    found = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True).stdout.split()
+    found = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert int(found[0]) == count
     assert int(found[1]) < 20_000  # KiB

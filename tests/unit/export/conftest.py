@@ -27,7 +27,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("export") / "tiny"
     torch.manual_seed(0)
-    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=0.3)).save_pretrained(folder)
     (folder / "generation_config.json").unlink()
     tokens = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
@@ -66,7 +72,9 @@ def run(base: Path, tmp_path: Path) -> Run:
         ids = [list(range(100, 140)), list(range(1, 299, 7))]
         table = {"input_ids": ids, "labels": ids, "lengths": [[len(row)] for row in ids]}
         with pa.OSFile(str(conf.run_dir / "prepared" / "validation" / "data.arrow"), "wb") as sink:
-            batch = pa.RecordBatch.from_pydict({name: pa.array(rows, pa.list_(pa.int32())) for name, rows in table.items()})
+            batch = pa.RecordBatch.from_pydict(
+                {name: pa.array(rows, pa.list_(pa.int32())) for name, rows in table.items()}
+            )
             with pa.ipc.new_stream(sink, batch.schema) as writer:
                 writer.write_batch(batch)
         return conf
@@ -87,7 +95,9 @@ def trained(conf: FinetuneConf) -> tuple[torch.nn.Module, Path]:
         for weights in learning:
             weights.add_(torch.randn_like(weights) * 0.2)
     named = _Named(model)
-    path = checkpoints.save(conf.run_dir / "checkpoint", named, torch.optim.AdamW(learning), checkpoints.Progress(step=1), rank=0)
+    path = checkpoints.save(
+        conf.run_dir / "checkpoint", named, torch.optim.AdamW(learning), checkpoints.Progress(step=1), rank=0
+    )
     return model.eval(), path
 
 

@@ -26,7 +26,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits.log_softmax(-1)
 
 
-# The same model ----------------------------------------------------------------------------------------------------------
+# The same model
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,13 +61,20 @@ def test_the_exported_model_is_the_trained_one(run: Run, tuning: dict[str, objec
         torch.testing.assert_close(logits(beside), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_an_export_that_is_another_model_is_refused_and_replaces_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_is_another_model_is_refused_and_replaces_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     conf = run(tuning={"lora": {"r": 4, "target_modules": ["lm_head"]}})
     _, checkpoint = trained(conf)
     (conf.run_dir / "output").mkdir()
     (conf.run_dir / "output" / "before").touch()
-    monkeypatch.setattr("llm_ray.train.trained.untie", lambda causal: False)  # merged into shared weights, it is another model
-    with pytest.raises(ModelError, match=r"is not the trained one: on 2 held-out sequences its loss is [\d.]+ after merging the adapters"):
+    monkeypatch.setattr(
+        "llm_ray.train.trained.untie", lambda causal: False
+    )  # merged into shared weights, it is another model
+    with pytest.raises(
+        ModelError,
+        match=r"is not the trained one: on 2 held-out sequences its loss is [\d.]+ after merging the adapters",
+    ):
         export_here(conf.model_dump(mode="json"), str(checkpoint), "# card")
     assert [path.name for path in (conf.run_dir / "output").iterdir()] == ["before"]
     assert (checkpoint / ".metadata").is_file()
@@ -87,23 +95,40 @@ def test_without_prepared_data_a_text_is_compared(run: Run) -> None:
     assert "on 1 sequence(s) of text" in export_here(conf.model_dump(mode="json"), str(checkpoint), "# card of a model")
 
 
-# What cannot be saved ----------------------------------------------------------------------------------------------------
+# What cannot be saved
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "kept", "told"),
     [
         ({"temperature": 0.6}, {"temperature": 0.6, "do_sample": True}, "do_sample true is added, as temperature ask"),
-        ({"top_p": 0.9, "top_k": 20}, {"top_p": 0.9, "top_k": 20, "do_sample": True}, "do_sample true is added, as top_p, top_k ask"),
-        ({"temperature": 0.6, "do_sample": False}, {"temperature": None, "do_sample": False}, "temperature 0.6 is dropped"),
+        (
+            {"top_p": 0.9, "top_k": 20},
+            {"top_p": 0.9, "top_k": 20, "do_sample": True},
+            "do_sample true is added, as top_p, top_k ask",
+        ),
+        (
+            {"temperature": 0.6, "do_sample": False},
+            {"temperature": None, "do_sample": False},
+            "temperature 0.6 is dropped",
+        ),
         (
             {"early_stopping": True, "length_penalty": 2.0},
             {"early_stopping": None, "length_penalty": None},
             "early_stopping True is dropped",
         ),
-        ({"use_cache": False, "cache_implementation": "static"}, {"cache_implementation": None}, "cache_implementation static is dropped"),
+        (
+            {"use_cache": False, "cache_implementation": "static"},
+            {"cache_implementation": None},
+            "cache_implementation static is dropped",
+        ),
         ({"output_scores": True}, {"output_scores": None}, "output_scores True is dropped"),
-        ({"pad_token_id": -1, "repetition_penalty": 1.1}, {"pad_token_id": None, "repetition_penalty": 1.1}, "pad_token_id -1 is dropped"),
+        (
+            {"pad_token_id": -1, "repetition_penalty": 1.1},
+            {"pad_token_id": None, "repetition_penalty": 1.1},
+            "pad_token_id -1 is dropped",
+        ),
         ({"temperature": 0.6, "do_sample": True}, {"temperature": 0.6, "do_sample": True}, ""),
     ],
 )
@@ -142,15 +167,21 @@ def test_generation_settings_that_nobody_can_mend_are_refused_before_training(
 def test_too_little_disk_is_told_before_training(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(RunError, match=r"needs about .* GiB for checkpoints and the exported model, and 0\.0 GiB are free"):
+    with pytest.raises(
+        RunError, match=r"needs about .* GiB for checkpoints and the exported model, and 0\.0 GiB are free"
+    ):
         rehearse(run())
 
 
 def test_a_tokenizer_that_would_come_back_as_another_is_told_before_training(run: Run, base: Path) -> None:
     """Where transformers insists on a class of its own for a type of model, whatever the folder says."""
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
-    with pytest.raises(ModelError, match=r"saved and loaded again, is another one \(Qwen2Tokenizer\): .*model\.tokenizer"):
+    (base / "config.json").write_text(
+        json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    )
+    with pytest.raises(
+        ModelError, match=r"saved and loaded again, is another one \(Qwen2Tokenizer\): .*model\.tokenizer"
+    ):
         rehearse(run())
 
 

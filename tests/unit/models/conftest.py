@@ -1,4 +1,5 @@
-"""Tiny real models: a Llama of two layers with SmolLM2's tokenizer, whole or in shards, and a GGUF written by the gguf package."""
+"""Tiny real models: a Llama of two layers with SmolLM2's tokenizer, whole or in shards, and a GGUF written by the gguf
+package."""
 
 from __future__ import annotations
 
@@ -26,7 +27,12 @@ def tiny_source(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("tiny") / "tiny"
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -54,8 +60,8 @@ def sharded(tiny: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def write_gguf() -> Callable[..., Path]:
-    """Writes a small Llama with a byte-level tokenizer, two tokens that end, and a licence, as a GGUF. Given may be the name of its rule for
-    splitting text, and its merges."""
+    """Writes a small Llama with a byte-level tokenizer, two tokens that end, and a licence, as a GGUF. Given may be the
+    name of its rule for splitting text, and its merges."""
     return _write_gguf
 
 

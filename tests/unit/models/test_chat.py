@@ -18,7 +18,10 @@ def test_parts_of_text_are_lines() -> None:
 def test_the_tools_are_told_in_the_system_message() -> None:
     (system, user) = tell_tools([{"role": "user", "content": "Rain?"}], [TOOL])
     assert system["role"] == "system"
-    assert '<tools>\n{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}\n</tools>' in system["content"]
+    assert (
+        '<tools>\n{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}\n</tools>'
+        in system["content"]
+    )
     assert user == {"role": "user", "content": "Rain?"}
     strict = {**TOOL, "function": {**TOOL["function"], "strict": True, "description": None}}
     assert tell_tools([{"role": "user", "content": "Rain?"}], [strict])[0] == system
@@ -31,7 +34,11 @@ def test_calls_and_results_become_text() -> None:
     told = tell_tools(
         [
             {"role": "user", "content": "Rain?"},
-            {"role": "assistant", "content": None, "tool_calls": [CALL, {**CALL, "function": {"name": "weather", "arguments": "{"}}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [CALL, {**CALL, "function": {"name": "weather", "arguments": "{"}}],
+            },
             {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "rain"}]},
             {"role": "tool", "tool_call_id": "1", "content": "sun"},
         ],

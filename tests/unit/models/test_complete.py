@@ -52,20 +52,33 @@ def by_dry_run_or_training(folder: Path, paths: Paths) -> object:
 
 def by_deploying(engine: str) -> Callable[[Path, Paths], object]:
     conf = {"engine": engine}
-    return lambda folder, paths: plan(ServeConf(models={"m": ModelServing(model=str(folder), **conf)}, paths=paths), Silent())
+    return lambda folder, paths: plan(
+        ServeConf(models={"m": ModelServing(model=str(folder), **conf)}, paths=paths), Silent()
+    )
 
 
 def by_converting(folder: Path, paths: Paths) -> object:
     return convert_model(folder, paths.models / "m-openvino", "int8", Silent())
 
 
-WAYS = [by_import, by_dry_run_or_training, by_deploying("vllm"), by_deploying("transformers"), by_deploying("openvino"), by_converting]
+WAYS = [
+    by_import,
+    by_dry_run_or_training,
+    by_deploying("vllm"),
+    by_deploying("transformers"),
+    by_deploying("openvino"),
+    by_converting,
+]
 each_way = pytest.mark.parametrize("way", WAYS, ids=["import", "train", "vllm", "transformers", "openvino", "convert"])
 
 
 @each_way
-@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
-def test_a_weight_is_missing(tiny: Path, paths: Paths, smollm2: Path, way: Callable[[Path, Paths], object], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+)
+def test_a_weight_is_missing(
+    tiny: Path, paths: Paths, smollm2: Path, way: Callable[[Path, Paths], object], name: str
+) -> None:
     folder = made(tiny.with_name("untied"), "llama", smollm2, vocab_size=49152)
     change(folder, lambda weights: weights.pop(name))
     with pytest.raises(ModelError, match=rf"lacks 1 weights of a LlamaForCausalLM, as {name}: it is half a model"):
@@ -78,7 +91,8 @@ def test_a_weight_is_of_another_size(tiny: Path, paths: Paths, way: Callable[[Pa
     name = "model.layers.0.mlp.gate_proj.weight"
     change(tiny, lambda weights: weights.update({name: torch.zeros(30, 16)}))
     with pytest.raises(
-        ModelError, match=rf"1 of its weights are of other sizes than its config\.json says, as {name}, .* 30 x 16 .* 32 x 16"
+        ModelError,
+        match=rf"1 of its weights are of other sizes than its config\.json says, as {name}, .* 30 x 16 .* 32 x 16",
     ):
         way(tiny, paths)
 
@@ -86,7 +100,9 @@ def test_a_weight_is_of_another_size(tiny: Path, paths: Paths, way: Callable[[Pa
 @each_way
 def test_weights_are_there_twice(tiny: Path, sharded: Path, paths: Paths, way: Callable[[Path, Paths], object]) -> None:
     shutil.copy2(tiny / SINGLE, sharded)
-    with pytest.raises(ModelError, match=r"holds its weights twice: model\.safetensors, and \d+ other file.*names \(model-"):
+    with pytest.raises(
+        ModelError, match=r"holds its weights twice: model\.safetensors, and \d+ other file.*names \(model-"
+    ):
         way(sharded, paths)
 
 
@@ -107,7 +123,9 @@ def test_a_head_of_its_own_where_the_configuration_ties_it(
     folder = made(tiny.with_name("untied"), "llama", smollm2, vocab_size=49152)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with pytest.raises(ModelError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, though its config\.json ties them"):
+    with pytest.raises(
+        ModelError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, though its config\.json ties them"
+    ):
         way(folder, paths)
     change(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
     check_complete(folder)
@@ -119,7 +137,9 @@ def test_more_layers_than_the_configuration_has(tmp_path: Path, kind: str) -> No
     config = json.loads((tmp_path / "config.json").read_text())
     layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
     (tmp_path / "config.json").write_text(json.dumps(config | {layers: config[layers] - 1}))
-    with pytest.raises(ModelError, match=rf"has weights of more layers than its config\.json says, as .*\.{config[layers] - 1}\."):
+    with pytest.raises(
+        ModelError, match=rf"has weights of more layers than its config\.json says, as .*\.{config[layers] - 1}\."
+    ):
         check_complete(tmp_path)
 
 
@@ -168,7 +188,10 @@ def test_whole_models(tmp_path: Path, kind: str, tied: bool) -> None:
 
 def test_a_base_model_without_its_prefix(tiny: Path, paths: Paths) -> None:
     """Saved from inside; its embeddings are the head, too."""
-    change(tiny, lambda weights: [weights.update({name.removeprefix("model."): weights.pop(name)}) for name in list(weights)])
+    change(
+        tiny,
+        lambda weights: [weights.update({name.removeprefix("model."): weights.pop(name)}) for name in list(weights)],
+    )
     check_complete(tiny, causal=True)
     load_model(Model(base=str(tiny)), paths, torch.float32)
 
@@ -187,7 +210,12 @@ def test_encoders_without_a_pooler(tmp_path: Path) -> None:
 def test_quantized_weights_have_names_of_their_own(tiny: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
-    change(tiny, lambda weights: weights.update({"model.layers.0.mlp.up_proj.qweight": weights.pop("model.layers.0.mlp.up_proj.weight")}))
+    change(
+        tiny,
+        lambda weights: weights.update(
+            {"model.layers.0.mlp.up_proj.qweight": weights.pop("model.layers.0.mlp.up_proj.weight")}
+        ),
+    )
     check_complete(tiny)
 
 

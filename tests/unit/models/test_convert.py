@@ -1,7 +1,7 @@
 """Conversion to OpenVINO: where conversions lie, when one is made, what is refused, and that nothing half-made stays.
 
-What optimum-intel itself does is tested in tests/integration/test_convert.py. Here a few lines of shell are in its place, that write a
-small graph, fail as it does, or take their time.
+What optimum-intel itself does is tested in tests/integration/test_convert.py. Here a few lines of shell are in its
+place, that write a small graph, fail as it does, or take their time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def convert(source: Path, target: Path, weights: WeightForm = "int8", force: boo
     return convert_model(source, target, weights, Terminal(), force=force)
 
 
-# Places ------------------------------------------------------------------------------------------------------------------
+# Places
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_where_conversions_lie(tmp_path: Path) -> None:
@@ -94,13 +95,16 @@ def test_a_converted_folder_is_its_own_conversion(tmp_path: Path, tiny: Path, to
     folder = convert(tiny, tmp_path / "elsewhere")
     assert openvino_folder(folder, None, tmp_path / "models", Terminal()) == folder
     assert openvino_folder(folder, "int8", tmp_path / "models", Terminal()) == folder
-    with pytest.raises(ModelError, match="has int8 weights, and int4 is asked for: name the model that it was made from"):
+    with pytest.raises(
+        ModelError, match="has int8 weights, and int4 is asked for: name the model that it was made from"
+    ):
         openvino_folder(folder, "int4", tmp_path / "models", Terminal())
     with pytest.raises(ModelError, match="OpenVINO form"):
         convert(folder, tmp_path / "again")
 
 
-# What is in it -----------------------------------------------------------------------------------------------------------
+# What is in it
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_all_but_the_weights_is_the_original(tmp_path: Path, tiny: Path, tool: Tool) -> None:
@@ -111,8 +115,20 @@ def test_all_but_the_weights_is_the_original(tmp_path: Path, tiny: Path, tool: T
     (tiny / "pytorch_model.bin").touch()
     (tiny / "adapter").mkdir()
     folder = convert(tiny, tmp_path / "models" / "tiny-openvino-int8")
-    names = {"README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert {path.name for path in folder.iterdir()} == {*names, "openvino_model.xml", "openvino_model.bin", "llm-ray.json"}
+    names = {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert {path.name for path in folder.iterdir()} == {
+        *names,
+        "openvino_model.xml",
+        "openvino_model.bin",
+        "llm-ray.json",
+    }
     for name in names:
         assert (folder / name).read_bytes() == (tiny / name).read_bytes()
     made = json.loads((folder / "llm-ray.json").read_text())
@@ -126,7 +142,8 @@ def test_temporary_files_are_on_the_disk_of_the_result(tmp_path: Path, tiny: Pat
     assert (environment / "asked").read_text().startswith(str(tmp_path / "models"))
 
 
-# When it is made again ---------------------------------------------------------------------------------------------------
+# When it is made again
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_it_is_made_once(tmp_path: Path, tiny: Path, tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,14 +192,17 @@ def test_a_users_own_folder_is_never_replaced(tmp_path: Path, tiny: Path, tool: 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("…")
     for target in (tmp_path / "mine", tiny, tmp_path / "mine" / "thesis.tex"):
-        with pytest.raises(ModelError, match=r"exists already, and is no conversion: choose another --name or --output"):
+        with pytest.raises(
+            ModelError, match=r"exists already, and is no conversion: choose another --name or --output"
+        ):
             convert(tiny, target, force=force)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "…"
     (tmp_path / "empty").mkdir()
     convert(tiny, tmp_path / "empty")
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------------
+# Refusals
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_without_its_environment(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +220,9 @@ def test_too_little_memory(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: 
     tool(WRITE)
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**28))
-    with pytest.raises(ModelError, match=r"to int8 needs about 0\.6 GiB of memory, and 0\.2 GiB are free: use another host"):
+    with pytest.raises(
+        ModelError, match=r"to int8 needs about 0\.6 GiB of memory, and 0\.2 GiB are free: use another host"
+    ):
         convert(tiny, tmp_path / "x")
 
 
@@ -215,17 +237,30 @@ def test_too_little_disk(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: py
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'ValueError: Trying to export a llama model, that is a custom or unsupported architecture'", "text models of type llama"),
-        ("echo 'ValueError: Asked to export a llama model, but it only supports the tasks x'", "text models of type llama"),
-        ("echo 'ValueError: … has model type llama but Transformers does not recognize this architecture.'", "text models of type llama"),
         (
-            "echo 'ValueError: The current version of Transformers does not allow for the export of the model. Maximum required is 5.0'",
+            "echo 'ValueError: Trying to export a llama model, that is a custom or unsupported architecture'",
+            "text models of type llama",
+        ),
+        (
+            "echo 'ValueError: Asked to export a llama model, but it only supports the tasks x'",
+            "text models of type llama",
+        ),
+        (
+            "echo 'ValueError: … has model type llama but Transformers does not recognize this architecture.'",
+            "text models of type llama",
+        ),
+        (
+            "echo 'ValueError: The current version of Transformers does not allow for the export of the model. Maximum "
+            "required is 5.0'",
             "text models of type llama",
         ),
         ("echo 'ValueError: … Please pass the argument trust_remote_code=True'", "it brings Python code of its own"),
         ("echo 'OSError: [Errno 28] No space left on device'", "the disk is full"),
         ("kill -9 $$", "the memory did not suffice"),
-        ("echo 'Traceback (most recent call last):'; echo 'builtins.KeyError: 576'", "optimum-intel says: KeyError: 576$"),
+        (
+            "echo 'Traceback (most recent call last):'; echo 'builtins.KeyError: 576'",
+            "optimum-intel says: KeyError: 576$",
+        ),
         ("echo 'ImportError: no such part'; echo goodbye", "optimum-intel says: ImportError: no such part$"),
         ("echo 'a last word'; echo", "optimum-intel says: a last word$"),
         ("true", "optimum-intel says: nothing, with exit code 1"),
@@ -257,7 +292,8 @@ def test_interrupted(tmp_path: Path, tiny: Path, tool: Tool, number: signal.Sign
     module = environment / "optimum" / "commands"
     module.mkdir(parents=True)
     (module / "optimum_cli.py").write_text(
-        f"import os\nwith open({str(started)!r}, 'w') as file:\n    file.write(str(os.getpid()))\nopen({str(release)!r}).read()\n"
+        f"import os\nwith open({str(started)!r}, 'w') as file:\n    "
+        f"file.write(str(os.getpid()))\nopen({str(release)!r}).read()\n"
     )
     site = environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     site.mkdir(parents=True)
@@ -278,7 +314,8 @@ def test_interrupted(tmp_path: Path, tiny: Path, tool: Tool, number: signal.Sign
         assert not (tmp_path / "models" / "tiny-openvino-int8").exists()
 
 
-# The command, and the stage ----------------------------------------------------------------------------------------------
+# The command, and the stage
+# ----------------------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path: Path, tiny: Path, tool: Tool) -> None:
@@ -289,7 +326,9 @@ def test_the_command(tmp_path: Path, tiny: Path, tool: Tool) -> None:
     report = json.loads(done.stdout)
     assert report["path"] == str(tmp_path / "models" / "tiny-openvino-int8")
     assert (report["form"], report["weights"], report["source"]) == ("openvino", "int8", str(tiny))
-    named = run(cli, ["model", "convert", str(tiny), "--to", "openvino", "--weights", "int4", "--name", "small", *options])
+    named = run(
+        cli, ["model", "convert", str(tiny), "--to", "openvino", "--weights", "int4", "--name", "small", *options]
+    )
     assert named.stdout.strip() == str(tmp_path / "models" / "small")
     placed = run(cli, ["model", "convert", str(tiny), "--to", "openvino", "--output", str(tmp_path / "out"), *options])
     assert placed.stdout.strip() == str(tmp_path / "out")

@@ -73,11 +73,20 @@ def _gguf_only(folder: Path) -> None:
         (_pickle, ["pytorch_model.bin", "pickle", "save_pretrained"]),
         (_adapter, ["LoRA adapter", "org/base"]),
         (_gguf_only, ["small.Q4.gguf", "model.gguf_file", "llm-ray model import"]),
-        (lambda folder: _cut(folder / "model.safetensors", -1), ["model.safetensors is damaged or cut off", "copy or download"]),
-        (lambda folder: _cut(folder / "model.safetensors", 100), ["model.safetensors is damaged or cut off (100 bytes"]),
+        (
+            lambda folder: _cut(folder / "model.safetensors", -1),
+            ["model.safetensors is damaged or cut off", "copy or download"],
+        ),
+        (
+            lambda folder: _cut(folder / "model.safetensors", 100),
+            ["model.safetensors is damaged or cut off (100 bytes"],
+        ),
         (lambda folder: _cut(folder / "model.safetensors", 4), ["damaged or cut off (4 bytes"]),
         (lambda folder: _cut(folder / "model.safetensors", 0), ["damaged or cut off (0 bytes"]),
-        (_write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"), ["damaged or cut off"]),
+        (
+            _write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
+            ["damaged or cut off"],
+        ),
     ],
 )
 def test_broken(tiny: Path, damage: Callable[[Path], object], words: list[str]) -> None:
@@ -97,7 +106,9 @@ def test_no_folder(tmp_path: Path) -> None:
 def test_missing_shard(sharded: Path) -> None:
     files = weight_files(sharded)
     files[1].unlink()
-    with pytest.raises(ModelError, match=rf"half a model: of the {len(files)} files .* 1 are missing \({files[1].name}\)"):
+    with pytest.raises(
+        ModelError, match=rf"half a model: of the {len(files)} files .* 1 are missing \({files[1].name}\)"
+    ):
         check_folder(sharded)
 
 

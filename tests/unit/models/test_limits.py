@@ -59,7 +59,9 @@ def made(folder: Path, kind: str, like: Path, **settings: object) -> Path:
 
 def conf(base: Path, paths: Paths, **data: object) -> FinetuneConf:
     rows = base.with_name("rows.jsonl")
-    rows.write_text("".join(json.dumps({"prompt": f"{n} and {n}?", "completion": str(2 * n)}) + "\n" for n in range(20)))
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"{n} and {n}?", "completion": str(2 * n)}) + "\n" for n in range(20))
+    )
     return FinetuneConf.model_validate(
         {
             "name": "small",
@@ -75,7 +77,9 @@ def conf(base: Path, paths: Paths, **data: object) -> FinetuneConf:
 def test_rows_longer_than_the_positions(tmp_path: Path, paths: Paths, smollm2: Path, kind: str) -> None:
     base = made(tmp_path / "m", kind, smollm2)
     look_ahead(conf(base, paths, max_length=256), ["train"])
-    with pytest.raises(ConfError, match=r"data\.max_length is 257, and the model .* has positions for 256 tokens: set it to 256"):
+    with pytest.raises(
+        ConfError, match=r"data\.max_length is 257, and the model .* has positions for 256 tokens: set it to 256"
+    ):
         look_ahead(conf(base, paths, max_length=257), ["train"])
 
 
@@ -98,14 +102,19 @@ def test_tokens_without_an_embedding(tmp_path: Path, paths: Paths, smollm2: Path
 
 
 def served(folder: Path, paths: Paths, **settings: object) -> ServedModel:
-    return plan(ServeConf(models={"m": ModelServing.model_validate({"model": str(folder)} | settings)}, paths=paths), Silent())[0]
+    return plan(
+        ServeConf(models={"m": ModelServing.model_validate({"model": str(folder)} | settings)}, paths=paths), Silent()
+    )[0]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_a_tokenizer_that_is_too_large_is_not_deployed(tmp_path: Path, paths: Paths, smollm2: Path, engine: str) -> None:
+def test_a_tokenizer_that_is_too_large_is_not_deployed(
+    tmp_path: Path, paths: Paths, smollm2: Path, engine: str
+) -> None:
     base = made(tmp_path / "m", "llama", smollm2, vocab_size=49151)
     with pytest.raises(
-        ModelError, match=r"the tokenizer has 1 tokens for which the model .* has no embedding, as .* \(49151;.*vocab_size 49151"
+        ModelError,
+        match=r"the tokenizer has 1 tokens for which the model .* has no embedding, as .* \(49151;.*vocab_size 49151",
     ):
         served(base, paths, engine=engine)
     assert served(made(tmp_path / "whole", "llama", smollm2), paths, engine=engine).path == tmp_path / "whole"

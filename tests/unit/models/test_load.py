@@ -13,7 +13,15 @@ import torch
 from llm_ray.conf.finetune import Model
 from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
-from llm_ray.models.load import check_model, identity, load_empty_model, load_model, load_tokenizer, resolve, stored_dtype
+from llm_ray.models.load import (
+    check_model,
+    identity,
+    load_empty_model,
+    load_model,
+    load_tokenizer,
+    resolve,
+    stored_dtype,
+)
 
 
 def test_resolve(tiny: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +100,9 @@ def test_tokenizer(tiny: Path, paths: Paths, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(Model(base=str(tiny), chat_template=template), paths)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi\n"
     tokenizer.save_pretrained(tmp_path / "saved")
-    assert "im_start" not in load_tokenizer(Model(base=str(tiny), tokenizer=str(tmp_path / "saved")), paths).chat_template
+    assert (
+        "im_start" not in load_tokenizer(Model(base=str(tiny), tokenizer=str(tmp_path / "saved")), paths).chat_template
+    )
 
 
 def test_pad_token_leaves_eos(tiny: Path, paths: Paths) -> None:
@@ -127,7 +137,9 @@ def test_missing_weights(tiny: Path, paths: Paths) -> None:
     weights = load_file(tiny / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, as model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, as model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         load_model(Model(base=str(tiny)), paths, torch.float32)
 
 
@@ -162,10 +174,14 @@ def test_broken_config(tiny: Path, paths: Paths, change: dict[str, object], word
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "[")]
+)
 def test_damaged_tokenizer(tiny: Path, paths: Paths, name: str, text: str) -> None:
     (tiny / name).write_text(text)
-    with pytest.raises(ModelError, match=r"the tokenizer .* cannot be loaded|tokenizer.*\.json cannot be read|holds no JSON object"):
+    with pytest.raises(
+        ModelError, match=r"the tokenizer .* cannot be loaded|tokenizer.*\.json cannot be read|holds no JSON object"
+    ):
         load_tokenizer(Model(base=str(tiny)), paths)
 
 

@@ -36,7 +36,15 @@ def write(folder: Path, *types: str) -> Path:
 
 @pytest.mark.parametrize(
     ("kind", "weights"),
-    [("f32", "fp32"), ("f16", "bf16"), ("bf16", "bf16"), ("u8", "int8"), ("i8", "int8"), ("u4", "int4"), ("i4", "int4")],
+    [
+        ("f32", "fp32"),
+        ("f16", "bf16"),
+        ("bf16", "bf16"),
+        ("u8", "int8"),
+        ("i8", "int8"),
+        ("u4", "int4"),
+        ("i4", "int4"),
+    ],
 )
 def test_the_form_of_weights_is_read_from_the_graph(tmp_path: Path, kind: str, weights: str) -> None:
     found = openvino_weights(write(tmp_path / "model", kind))
@@ -83,7 +91,9 @@ def test_no_graph(tmp_path: Path, text: bytes | None) -> None:
 def test_training_on_one_is_refused_in_these_words(tmp_path: Path, tiny: Path) -> None:
     folder = write(tmp_path / "model", "u8")
     shutil.copy2(tiny / "tokenizer.json", folder)
-    with pytest.raises(ModelError, match=r"OpenVINO form, which engine openvino serves.*name the model that it was made from"):
+    with pytest.raises(
+        ModelError, match=r"OpenVINO form, which engine openvino serves.*name the model that it was made from"
+    ):
         check_folder(folder)
 
 
@@ -94,7 +104,12 @@ def test_the_registry_lists_and_exports_it(tmp_path: Path, tiny: Path) -> None:
     options = ["--models", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
     (info,) = json.loads(CliRunner().invoke(command, ["list", "--json", *options]).stdout)
     assert info["problem"] is None
-    assert (info["name"], info["dtype"], info["source"], info["licence"]) == ("tiny-openvino-int8", "int8", "/srv/tiny", "mit")
+    assert (info["name"], info["dtype"], info["source"], info["licence"]) == (
+        "tiny-openvino-int8",
+        "int8",
+        "/srv/tiny",
+        "mit",
+    )
     assert info["chat_template"]
     done = CliRunner().invoke(command, ["export", "tiny-openvino-int8", str(tmp_path / "out"), *options])
     assert done.exit_code == 0, done.output

@@ -30,10 +30,20 @@ def test_folder(tiny: Path, tmp_path: Path) -> None:
     lineage = json.loads((target / "llm-ray.json").read_text())
     assert lineage["source"] == str(tiny)
     assert lineage["licence"] == "apache-2.0"
-    assert lineage["sha256"] == {"model.safetensors": hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()}
-    assert (target / "model.safetensors").stat().st_ino != (tiny / "model.safetensors").stat().st_ino  # the user's may change
+    assert lineage["sha256"] == {
+        "model.safetensors": hashlib.sha256((tiny / "model.safetensors").read_bytes()).hexdigest()
+    }
+    assert (target / "model.safetensors").stat().st_ino != (
+        tiny / "model.safetensors"
+    ).stat().st_ino  # the user's may change
     info = describe(target)
-    assert (info.name, info.architecture, info.dtype, info.chat_template, info.problem) == ("small", "LlamaForCausalLM", "fp32", True, None)
+    assert (info.name, info.architecture, info.dtype, info.chat_template, info.problem) == (
+        "small",
+        "LlamaForCausalLM",
+        "fp32",
+        True,
+        None,
+    )
     assert info.licence == "apache-2.0"
 
 
@@ -137,7 +147,8 @@ def test_force(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_from_the_hubs_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot as the hub's client lays it out: links into blobs. Weights are shared with the cache, files to edit are not."""
+    """A snapshot as the hub's client lays it out: links into blobs. Weights are shared with the cache, files to edit
+    are not."""
     repository, commit = tmp_path / "cache" / "models--org--tiny", "0" * 40
     snapshot = repository / "snapshots" / commit
     (repository / "blobs").mkdir(parents=True)
@@ -164,7 +175,18 @@ def test_unwritable(tiny: Path, tmp_path: Path) -> None:
 def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
     """Two processes import under one name: one of them does, the other is told so."""
     code = "from llm_ray.cli.main import main; main()"
-    call = [sys.executable, "-c", code, "model", "import", str(tiny), "--name", "small", "--models", str(tmp_path / "models")]
+    call = [
+        sys.executable,
+        "-c",
+        code,
+        "model",
+        "import",
+        str(tiny),
+        "--name",
+        "small",
+        "--models",
+        str(tmp_path / "models"),
+    ]
     both = [subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=60)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1]
@@ -213,7 +235,12 @@ def test_export(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("card", "expected"),
-    [("---\nlicense: mit\n---\n", "mit"), ("no header", None), ("---\nlicense: [\n---\n", None), ("---\ntags: [x]\n---\n", None)],
+    [
+        ("---\nlicense: mit\n---\n", "mit"),
+        ("no header", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\ntags: [x]\n---\n", None),
+    ],
 )
 def test_licence(tmp_path: Path, card: str, expected: str | None) -> None:
     assert licence(tmp_path) is None

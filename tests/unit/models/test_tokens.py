@@ -1,4 +1,5 @@
-"""Tokens: a tokenizer that was read from a GGUF splits text by the rule that the file names, and one of a folder as its tokenizer.json."""
+"""Tokens: a tokenizer that was read from a GGUF splits text by the rule that the file names, and one of a folder as its
+tokenizer.json."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def words(name: str, text: str) -> list[str]:
     return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-# Rules -------------------------------------------------------------------------------------------------------------------
+# Rules
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,23 +71,31 @@ def test_an_unknown_rule_changes_nothing() -> None:
     assert isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Whitespace)
 
 
-# A GGUF ------------------------------------------------------------------------------------------------------------------
+# A GGUF
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_quickstarts_model_splits_text_as_it_was_trained_on(smollm2: Path) -> None:
     """SmolLM2's own tokenizer: single digits, then GPT-2's splitting of the rest."""
     own = Tokenizer.from_file(str(smollm2 / FILE))
     own.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     for text in (*TEXTS, PROBE):
         assert tokenizer(text)["input_ids"] == own.encode(text).ids, text
-    assert tokenizer("Add 12\n\n\n3.")["input_ids"] == [7684, 216, 33, 34, 16506, 35, 30], "the ids that llama.cpp gives"
+    assert tokenizer("Add 12\n\n\n3.")["input_ids"] == [7684, 216, 33, 34, 16506, 35, 30], (
+        "the ids that llama.cpp gives"
+    )
 
 
 @pytest.mark.parametrize("imported", [True, False])
-def test_the_rule_of_a_gguf_is_heeded(tmp_path: Path, paths: Paths, write_gguf: Callable[..., Path], imported: bool) -> None:
+def test_the_rule_of_a_gguf_is_heeded(
+    tmp_path: Path, paths: Paths, write_gguf: Callable[..., Path], imported: bool
+) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", rule="llama-bpe", merges=("Ġ 1", "1 2", "12 3", "123 4", "Ċ Ċ"))
     if imported:
         import_model(str(file), "small", paths.models)
@@ -96,8 +106,14 @@ def test_the_rule_of_a_gguf_is_heeded(tmp_path: Path, paths: Paths, write_gguf: 
 
 
 def test_a_rule_that_is_not_known_is_told(tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
-    for rule, words_told in (("none-such", "not known here, 'none-such'"), ("", "does not name its rule"), ("smollm", None)):
-        target = import_model(str(write_gguf(tmp_path / "tiny.gguf", rule=rule)), f"small{len(rule)}", tmp_path / "models")
+    for rule, words_told in (
+        ("none-such", "not known here, 'none-such'"),
+        ("", "does not name its rule"),
+        ("smollm", None),
+    ):
+        target = import_model(
+            str(write_gguf(tmp_path / "tiny.gguf", rule=rule)), f"small{len(rule)}", tmp_path / "models"
+        )
         note = json.loads((target / "llm-ray.json").read_text())["note"]
         assert words_told in note if words_told else note is None, rule
         assert not outdated(target)
@@ -113,7 +129,8 @@ def test_an_import_from_before_is_known(tmp_path: Path, write_gguf: Callable[...
     assert not outdated(tiny), "no GGUF"
 
 
-# A folder ----------------------------------------------------------------------------------------------------------------
+# A folder
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -126,7 +143,9 @@ def misread(tiny: Path) -> Path:
 
 def test_a_tokenizer_is_what_its_file_says(misread: Path, paths: Paths) -> None:
     file = Tokenizer.from_file(str(misread / FILE))
-    assert AutoTokenizer.from_pretrained(misread)(TEXTS[0])["input_ids"] != file.encode(TEXTS[0]).ids, "what transformers makes of it"
+    assert AutoTokenizer.from_pretrained(misread)(TEXTS[0])["input_ids"] != file.encode(TEXTS[0]).ids, (
+        "what transformers makes of it"
+    )
     tokenizer = load_tokenizer(Model(base=str(misread)), paths)
     for text in (*TEXTS, PROBE):
         assert tokenizer(text)["input_ids"] == file.encode(text).ids
@@ -137,18 +156,24 @@ def test_a_tokenizer_is_what_its_file_says(misread: Path, paths: Paths) -> None:
 
 
 def test_a_folder_is_mended_when_it_is_imported(misread: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"reads the tokenizer otherwise than its tokenizer\.json.*llm-ray model import"):
+    with pytest.raises(
+        ModelError, match=r"reads the tokenizer otherwise than its tokenizer\.json.*llm-ray model import"
+    ):
         check_alike(misread)
     target = import_model(str(misread), "small", tmp_path / "models")
     check_alike(target)
     assert "engines would give it other tokens" in json.loads((target / "llm-ray.json").read_text())["note"]
-    assert json.loads((misread / SETTINGS).read_text())["tokenizer_class"] == "GPT2Tokenizer", "the original is the user's"
+    assert json.loads((misread / SETTINGS).read_text())["tokenizer_class"] == "GPT2Tokenizer", (
+        "the original is the user's"
+    )
 
 
 def test_what_no_class_mends_is_refused(misread: Path, tmp_path: Path) -> None:
     """For some types of model transformers takes a class of its own, whatever the folder names."""
     config = json.loads((misread / "config.json").read_text())
-    (misread / "config.json").write_text(json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
+    (misread / "config.json").write_text(
+        json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    )
     with pytest.raises(ModelError, match="reads the tokenizer otherwise"):
         import_model(str(misread), "small", tmp_path / "models")
     assert not (tmp_path / "models" / "small").exists()

@@ -21,7 +21,13 @@ def test_nodes_against_the_inventory() -> None:
         "w2": "not in the cluster (10.0.0.3)",
         "stranger": "10.0.0.9 is in the cluster and not in the inventory",
     }
-    assert findings[0] == {"check": "node", "host": "head", "result": "passed", "found": "alive, 2 CPUs, 4.0 GiB", "fix": ""}
+    assert findings[0] == {
+        "check": "node",
+        "host": "head",
+        "result": "passed",
+        "found": "alive, 2 CPUs, 4.0 GiB",
+        "fix": "",
+    }
 
 
 def test_versions_against_the_heads() -> None:
@@ -31,7 +37,9 @@ def test_versions_against_the_heads() -> None:
 
 
 def test_storage_that_is_not_shared_or_not_writable() -> None:
-    findings = storage_findings({"head": "", "w1": "Permission denied", "w2": ""}, {"head": ["w2"], "w1": [], "w2": "a task failed: x"})
+    findings = storage_findings(
+        {"head": "", "w1": "Permission denied", "w2": ""}, {"head": ["w2"], "w1": [], "w2": "a task failed: x"}
+    )
     assert _failed(findings) == {
         "head": "does not see what was written on w2",
         "w1": "cannot write: Permission denied",

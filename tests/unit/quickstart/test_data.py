@@ -43,7 +43,9 @@ def test_no_question_appears_twice() -> None:
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda q: q.fact)
 def test_a_held_out_question_is_no_near_copy_of_a_trained_one(question: Question) -> None:
-    near = max((SequenceMatcher(None, _plain(question.prompt), _plain(row["prompt"])).ratio(), row["prompt"]) for row in TRAIN)
+    near = max(
+        (SequenceMatcher(None, _plain(question.prompt), _plain(row["prompt"])).ratio(), row["prompt"]) for row in TRAIN
+    )
     assert near[0] < 0.85, near
 
 

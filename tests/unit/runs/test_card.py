@@ -14,8 +14,20 @@ from tests.unit.runs.conftest import MakeConf
 SPLIT = {"rows": 10, "sequences": 2, "tokens": 1234, "supervised_tokens": 321}
 RESULT = {
     "data": {"train": SPLIT, "validation": None},
-    "training": {"status": "done", "step": 12, "best_step": 10, "best_validation_loss": 0.5, "loss": 0.4, "tokens": 1000, "seconds": 12.3},
-    "evaluation": {"rows": 4, "base": {"exact_match": 0.0, "perplexity": None}, "finetuned": {"exact_match": 0.75, "perplexity": 2.0}},
+    "training": {
+        "status": "done",
+        "step": 12,
+        "best_step": 10,
+        "best_validation_loss": 0.5,
+        "loss": 0.4,
+        "tokens": 1000,
+        "seconds": 12.3,
+    },
+    "evaluation": {
+        "rows": 4,
+        "base": {"exact_match": 0.0, "perplexity": None},
+        "finetuned": {"exact_match": 0.75, "perplexity": 2.0},
+    },
 }
 
 
@@ -47,7 +59,13 @@ def test_a_card_says_what_was_made_of_what(make_conf: MakeConf) -> None:
         "tags": ["llm-ray", "sft", "lora", "conversational"],
         "license": "apache-2.0",
     }
-    for part in ("`rows.jsonl`", "| train | 10 | 1234 | 321 |", "| exact match | 0 | 0.75 |", "| perplexity | – | 2 |", "step 10"):
+    for part in (
+        "`rows.jsonl`",
+        "| train | 10 | 1234 | 321 |",
+        "| exact match | 0 | 0.75 |",
+        "| perplexity | – | 2 |",
+        "step 10",
+    ):
         assert part in text
     assert "llm-ray serve deploy --model support-bot" in text
     assert str(conf.run_dir.parent) not in text  # a card is published: no folders of this machine

@@ -52,7 +52,9 @@ def test_a_run_has_its_conf_and_lineage(make_conf: MakeConf) -> None:
         {"path": str(data), "sha256": hashlib.sha256(data.read_bytes()).hexdigest(), "bytes": data.stat().st_size}
     ]
     assert lineage["model"]["folder"] == str(conf.paths.models / "tiny")
-    assert {"llm_ray", "python", "ray", "torch", "transformers", "peft"} <= {name for name, number in lineage["versions"].items() if number}
+    assert {"llm_ray", "python", "ray", "torch", "transformers", "peft"} <= {
+        name for name, number in lineage["versions"].items() if number
+    }
 
 
 def test_the_fingerprint_follows_the_base_model(make_conf: MakeConf) -> None:
@@ -92,7 +94,8 @@ def test_results_are_merged_and_strict_json(make_conf: MakeConf) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "state"), [(TrainError("the loss is NaN"), "failed"), (KeyboardInterrupt(), "stopped"), (ValueError("x"), "failed")]
+    ("error", "state"),
+    [(TrainError("the loss is NaN"), "failed"), (KeyboardInterrupt(), "stopped"), (ValueError("x"), "failed")],
 )
 def test_an_error_leaves_its_words(make_conf: MakeConf, error: BaseException, state: str) -> None:
     with pytest.raises(type(error)), open_run(make_conf(), force=False) as run:
@@ -107,7 +110,12 @@ def test_an_equal_conf_goes_on_and_keeps_what_is_done(make_conf: MakeConf) -> No
     with open_run(make_conf(), force=False) as run:
         run.mark_done("prepare", "a", 1)
         created = run.lineage()["created"]
-    elsewhere = {"runtime": {"workers": 2}, "tracking": {"tensorboard": False}, "checkpoint": {"keep": 5}, "stages": ["prepare"]}
+    elsewhere = {
+        "runtime": {"workers": 2},
+        "tracking": {"tensorboard": False},
+        "checkpoint": {"keep": 5},
+        "stages": ["prepare"],
+    }
     with open_run(make_conf(**elsewhere), force=False) as run:
         assert run.is_done("prepare", "a")
         assert run.lineage()["created"] == created
@@ -121,7 +129,13 @@ def test_another_conf_is_refused_with_the_keys_that_changed(make_conf: MakeConf)
     with pytest.raises(RunError) as caught, open_run(other, force=False):
         pass
     message = str(caught.value)
-    for line in ('training.epochs: "auto" -> 2.0', "training.seed: 42 -> 7", "tuning.lora.r: 16 -> 4", "--force", "another name"):
+    for line in (
+        'training.epochs: "auto" -> 2.0',
+        "training.seed: 42 -> 7",
+        "tuning.lora.r: 16 -> 4",
+        "--force",
+        "another name",
+    ):
         assert line in message
     assert "global_batch_size" not in message
     assert stored_conf(other.run_dir)["training"]["seed"] == 42
@@ -161,7 +175,10 @@ def test_two_processes_do_not_share_a_run(make_conf: MakeConf) -> None:
     other = hold(conf)
     try:
         assert holder(conf.run_dir) and holder(conf.run_dir)["pid"] == other.pid  # type: ignore[index]
-        with pytest.raises(RunError, match=rf"in use by process {other.pid} on {os.uname().nodename}"), open_run(conf, force=True):
+        with (
+            pytest.raises(RunError, match=rf"in use by process {other.pid} on {os.uname().nodename}"),
+            open_run(conf, force=True),
+        ):
             pass
         assert RunFolder(conf.run_dir).lineage()["state"] == "running"
     finally:

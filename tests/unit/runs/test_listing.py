@@ -46,7 +46,9 @@ def runs(make_conf: MakeConf) -> Path:
             for row in rows(start):
                 writer.write(row)
             writer.close()
-            run.update_result("evaluation", {"rows": 2, "base": {"exact_match": 0.0}, "finetuned": {"exact_match": rank / 16}})
+            run.update_result(
+                "evaluation", {"rows": 2, "base": {"exact_match": 0.0}, "finetuned": {"exact_match": rank / 16}}
+            )
     return conf.paths.runs
 
 
@@ -150,7 +152,9 @@ def test_commands(runs: Path, tmp_path: Path) -> None:
     compared = llm_ray("compare", "lora-r8", "lora-r16", "--png", str(tmp_path / "x.png"), *folder)
     assert "tuning.lora.r" in compared and "loss by step" in compared
     assert (tmp_path / "x.png").is_file()
-    assert json.loads(llm_ray("compare", "lora-r8", "lora-r16", "--json", *folder))["conf"] == {"tuning.lora.r": [8, 16]}
+    assert json.loads(llm_ray("compare", "lora-r8", "lora-r16", "--json", *folder))["conf"] == {
+        "tuning.lora.r": [8, 16]
+    }
 
 
 def test_wrong_use(runs: Path) -> None:

@@ -94,4 +94,8 @@ def test_tensorboard_shows_the_steps_of_a_resumed_run_once(tmp_path: Path) -> No
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(10))
     write(tmp_path, range(3), tensorboard=True)
-    assert [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")] == [0, 1, 2]
+    assert [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")] == [
+        0,
+        1,
+        2,
+    ]

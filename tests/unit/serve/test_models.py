@@ -42,14 +42,23 @@ def test_the_longest_request_is_the_models_at_most_8192(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_a_model_was_made_for_is_read_under_each_of_its_names(config: dict[str, object], tokens: int | None, tmp_path: Path) -> None:
+def test_what_a_model_was_made_for_is_read_under_each_of_its_names(
+    config: dict[str, object], tokens: int | None, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert made_for(tmp_path) == tokens
 
 
 def test_what_a_model_sets_of_sampling_is_what_differs_from_openai(tmp_path: Path) -> None:
     assert sampling(tmp_path) == {}
-    settings = {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "repetition_penalty": None, "max_new_tokens": 99, "eos_token_id": 2}
+    settings = {
+        "temperature": 0.6,
+        "top_p": 1.0,
+        "top_k": 0,
+        "repetition_penalty": None,
+        "max_new_tokens": 99,
+        "eos_token_id": 2,
+    }
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
     assert sampling(tmp_path) == {"temperature": 0.6, "max_new_tokens": 99}
 
@@ -61,14 +70,24 @@ def test_the_cache_holds_two_of_the_longest_and_at_least_16384_tokens(tmp_path: 
 
 
 def test_a_head_dimension_of_its_own_and_a_language_part_are_read(tmp_path: Path) -> None:
-    text = {"num_attention_heads": 8, "num_hidden_layers": 2, "hidden_size": 512, "head_dim": 128, "max_position_embeddings": 1024}
+    text = {
+        "num_attention_heads": 8,
+        "num_hidden_layers": 2,
+        "hidden_size": 512,
+        "head_dim": 128,
+        "max_position_embeddings": 1024,
+    }
     folder = _folder(tmp_path, text_config=text)
     assert longest(folder, None) == 1024
     assert kv_cache_bytes(folder, "fp32", 1024) == 16384 * 2 * 2 * 8 * 128 * 4
 
 
 MODEL = ServedModel(
-    "support/bot.1", Path("/models/a"), adapters={"fin": Adapter("/runs/fin", "1")}, lora_rank=16, autoscale=Autoscale(max=2)
+    "support/bot.1",
+    Path("/models/a"),
+    adapters={"fin": Adapter("/runs/fin", "1")},
+    lora_rank=16,
+    autoscale=Autoscale(max=2),
 )
 
 
@@ -98,7 +117,12 @@ def test_what_is_deployed_is_read_back_from_the_controllers_details() -> None:
         "replicas": [{"state": "RUNNING"}, {"state": "STARTING"}],
         "target_num_replicas": 2,
     }
-    app = {"status": "DEPLOYING", "message": "starts", "last_deployed_time_s": 5.5, "deployments": {"model": deployment}}
+    app = {
+        "status": "DEPLOYING",
+        "message": "starts",
+        "last_deployed_time_s": 5.5,
+        "deployments": {"model": deployment},
+    }
     others = {"other": {"deployments": {"model": deployment}}, directory.GATEWAY: {"deployments": {"llm-ray": {}}}}
     (found,) = directory.deployed({"applications": {directory.app_name(MODEL.name): app, **others}}).values()
     assert found.model == MODEL

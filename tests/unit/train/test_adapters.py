@@ -10,7 +10,14 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from llm_ray.conf.finetune import Lora
 from llm_ray.errors import ConfError
@@ -23,7 +30,12 @@ IDS = torch.arange(24).reshape(2, 12)
 def adapted(lora: Lora) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = add_adapters(LlamaForCausalLM(config), lora)
     for name, parameter in model.named_parameters():
@@ -32,7 +44,9 @@ def adapted(lora: Lora) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("lora", [Lora(r=4), Lora(r=4, alpha=3, rslora=True), Lora(r=2, target_modules=("q_proj", "down_proj"))])
+@pytest.mark.parametrize(
+    "lora", [Lora(r=4), Lora(r=4, alpha=3, rslora=True), Lora(r=2, target_modules=("q_proj", "down_proj"))]
+)
 def test_fast_adapters_give_the_logits_and_gradients_of_pefts(lora: Lora) -> None:
     plain, fast = adapted(lora), adapted(lora)
     speed_up_adapters(fast)
@@ -68,7 +82,9 @@ def test_fast_adapters_are_saved_and_merged_as_pefts() -> None:
 
 
 def test_layers_that_are_not_there_are_told_with_those_that_are() -> None:
-    with pytest.raises(ConfError, match=r"tuning\.lora\.target_modules.*query_key_value.*its linear layers are.*q_proj"):
+    with pytest.raises(
+        ConfError, match=r"tuning\.lora\.target_modules.*query_key_value.*its linear layers are.*q_proj"
+    ):
         adapted(Lora(target_modules=("query_key_value",)))
 
 
@@ -76,7 +92,8 @@ def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
     """peft takes any text for a pattern, and q_proj then matches nothing."""
     assert learning_modules(adapted(Lora(r=4, target_modules="q_proj"))) == [
         "model.layers.*.self_attn.q_proj: rank 4, 2 of them, 512 parameters",
-        "as they are: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, model.layers.*.self_attn.o_proj, "
+        "as they are: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, "
+        "model.layers.*.self_attn.o_proj, "
         "model.layers.*.mlp.gate_proj, model.layers.*.mlp.up_proj, model.layers.*.mlp.down_proj, lm_head",
     ]
     some = learning_modules(adapted(Lora(r=4, target_modules=r".*\.1\..*\.[qv]_proj", modules_to_save=("lm_head",))))
@@ -96,7 +113,10 @@ def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
             Lora(target_modules=r".*query.*"),
             r"target_modules: the pattern '\.\*query\.\*' matches no layer's whole name, as model\.layers\.0",
         ),
-        (Lora(target_modules="q_proj|v_proj"), r"target_modules: the pattern 'q_proj\|v_proj' matches no layer's whole name"),
+        (
+            Lora(target_modules="q_proj|v_proj"),
+            r"target_modules: the pattern 'q_proj\|v_proj' matches no layer's whole name",
+        ),
         (Lora(target_modules="(q_proj"), r"target_modules: '\(q_proj' does not fit this model"),
         (Lora(target_modules=("self_attn",)), r"target_modules: \('self_attn',\) does not fit this model.*peft says"),
         (Lora(modules_to_save=("embed_tokenz",)), r"modules_to_save: 'embed_tokenz' .*do you mean embed_tokens\?"),
@@ -110,7 +130,13 @@ def test_a_name_that_is_no_layer_is_told_with_the_nearest(lora: Lora, message: s
 
 def mixture(lora: Lora) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     return add_adapters(MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)), lora)
 
 
@@ -138,13 +164,21 @@ def test_of_a_mixture_all_linear_is_attention_and_experts_without_the_router(tmp
 
 
 def test_routers_that_are_linear_layers_stay_as_they_are() -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
     model = add_adapters(Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **experts, num_key_value_heads=2)), Lora(r=4))
     *lines, resting = learning_modules(model)
     assert any("mlp.shared_expert.gate_proj: rank 4" in line for line in lines)
     assert not any("gate:" in line for line in lines)
-    assert resting.endswith("model.layers.*.mlp.gate, model.layers.*.mlp.experts, model.layers.*.mlp.shared_expert_gate, lm_head")
+    assert resting.endswith(
+        "model.layers.*.mlp.gate, model.layers.*.mlp.experts, model.layers.*.mlp.shared_expert_gate, lm_head"
+    )
 
 
 @pytest.mark.parametrize("whole", [("lm_head",), ("embed_tokens", "lm_head")])
@@ -160,7 +194,8 @@ def test_a_saved_adapter_holds_what_learned_and_no_copies(whole: tuple[str, ...]
 
 def test_dropout_on_experts_is_refused_by_its_name_and_goes_with_attention() -> None:
     with pytest.raises(
-        ConfError, match=r"tuning\.lora\.dropout is 0\.1, and peft has no dropout for adapters on experts \(down_proj, gate_up_proj\)"
+        ConfError,
+        match=r"tuning\.lora\.dropout is 0\.1, and peft has no dropout for adapters on experts \(down_proj, gate_up_proj\)",
     ):
         mixture(Lora(r=4, dropout=0.1))
     mixture(Lora(r=4, dropout=0.1, target_modules=("q_proj",)))

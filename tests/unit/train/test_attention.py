@@ -25,7 +25,9 @@ def test_rows_and_their_gradients(lengths: list[int], dtype: torch.dtype, tolera
 
     exact = [t.detach().float().requires_grad_() for t in (query, key, value)]
     rows = [
-        F.scaled_dot_product_attention(*(t.repeat_interleave(6 // t.shape[1], 1) for t in row), is_causal=True, scale=0.25)
+        F.scaled_dot_product_attention(
+            *(t.repeat_interleave(6 // t.shape[1], 1) for t in row), is_causal=True, scale=0.25
+        )
         for row in zip(*(t.split(lengths, 2) for t in exact), strict=True)
     ]
     wanted = torch.cat(rows, 2).transpose(1, 2)
@@ -33,4 +35,6 @@ def test_rows_and_their_gradients(lengths: list[int], dtype: torch.dtype, tolera
 
     torch.testing.assert_close(given.float(), wanted, rtol=tolerance, atol=tolerance)
     for gradient, right in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient.float(), right, rtol=5 * tolerance, atol=5 * tolerance * float(right.abs().max()))
+        torch.testing.assert_close(
+            gradient.float(), right, rtol=5 * tolerance, atol=5 * tolerance * float(right.abs().max())
+        )

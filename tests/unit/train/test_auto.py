@@ -28,37 +28,59 @@ def data_of(rows: int, mean: float = 60, validation: int = 0) -> DataStats:
         )
 
     held = split(validation) if validation else None
-    return DataStats(formats=["alpaca"], files=[], max_length=1024, read=rows + validation, train=split(rows), validation=held)
+    return DataStats(
+        formats=["alpaca"], files=[], max_length=1024, read=rows + validation, train=split(rows), validation=held
+    )
 
 
 def conf_of(training: dict[str, Any] | None = None, **tuning: Any) -> FinetuneConf:
     return FinetuneConf.model_validate(
-        {"name": "t", "model": {"base": "b"}, "data": {"train": "x.jsonl"}, "training": training or {}, "tuning": tuning}
+        {
+            "name": "t",
+            "model": {"base": "b"},
+            "data": {"train": "x.jsonl"},
+            "training": training or {},
+            "tuning": tuning,
+        }
     )
 
 
-def chosen(rows: int, width: int = 576, training: dict[str, Any] | None = None, validation: int = 0, **tuning: Any) -> Choice:
+def chosen(
+    rows: int, width: int = 576, training: dict[str, Any] | None = None, validation: int = 0, **tuning: Any
+) -> Choice:
     return choose(conf_of(training, **tuning), data_of(rows, validation=validation), width)
 
 
 @given(
-    st.integers(1, 10**6), st.integers(16, 16384), st.sampled_from(["lora", "full"]), st.sampled_from(["sft", "pretrain"]), st.booleans()
+    st.integers(1, 10**6),
+    st.integers(16, 16384),
+    st.sampled_from(["lora", "full"]),
+    st.sampled_from(["sft", "pretrain"]),
+    st.booleans(),
 )
-def test_nothing_stays_auto_and_each_choice_has_its_reason(rows: int, width: int, method: str, objective: str, held: bool) -> None:
+def test_nothing_stays_auto_and_each_choice_has_its_reason(
+    rows: int, width: int, method: str, objective: str, held: bool
+) -> None:
     choice = chosen(rows, width, validation=10 * held, method=method, objective=objective)
     training = choice.conf.training
     assert "auto" not in training.model_dump(exclude={"precision"}).values()
     dropout = {"tuning.lora.dropout"} if method == "lora" else set()
     assert set(choice.reasons) == {"training.epochs", "training.global_batch_size", "training.learning_rate"} | dropout
     assert choice.conf.tuning.lora.dropout in (0.0, 0.1)
-    assert training == FinetuneConf.model_validate(choice.conf.model_dump(mode="json")).training, "workers get it as JSON"
+    assert training == FinetuneConf.model_validate(choice.conf.model_dump(mode="json")).training, (
+        "workers get it as JSON"
+    )
     assert training.epochs >= 1 and training.global_batch_size >= 1 and 0 < training.learning_rate < 0.1
     assert len(choice.lines()) == len(choice.reasons)
 
 
 def test_what_is_set_stays() -> None:
     choice = chosen(90, training={"epochs": 2.5, "global_batch_size": 3, "learning_rate": 1e-5}, lora={"dropout": 0.2})
-    assert (choice.conf.training.epochs, choice.conf.training.global_batch_size, choice.conf.training.learning_rate) == (2.5, 3, 1e-5)
+    assert (
+        choice.conf.training.epochs,
+        choice.conf.training.global_batch_size,
+        choice.conf.training.learning_rate,
+    ) == (2.5, 3, 1e-5)
     assert choice.reasons == {}
     assert choice.conf.tuning.lora.dropout == 0.2
     assert choice.conf.training.early_stopping is None, "who sets the epochs gets them"

@@ -20,16 +20,26 @@ DATA = datasets.Dataset.from_dict(
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=50)
 
 
-def schedule_of(lengths: list[int], batch_size: int = 8, limit: int = 100, packed: bool = True, seed: int = 0) -> Schedule:
+def schedule_of(
+    lengths: list[int], batch_size: int = 8, limit: int = 100, packed: bool = True, seed: int = 0
+) -> Schedule:
     return Schedule(np.array(lengths), batch_size, limit, packed, seed)
 
 
 @given(LENGTHS, st.integers(1, 12), st.integers(1, 4), st.booleans(), st.integers(0, 5))
-def test_an_epoch_takes_every_row_once(lengths: list[int], batch_size: int, workers: int, packed: bool, seed: int) -> None:
+def test_an_epoch_takes_every_row_once(
+    lengths: list[int], batch_size: int, workers: int, packed: bool, seed: int
+) -> None:
     schedule = schedule_of(lengths, batch_size, packed=packed, seed=seed)
     for epoch in range(2):
         steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
-        taken = [i for step in steps for rank in range(workers) for pass_ in schedule.take(step, rank, workers) for i in pass_]
+        taken = [
+            i
+            for step in steps
+            for rank in range(workers)
+            for pass_ in schedule.take(step, rank, workers)
+            for i in pass_
+        ]
         assert sorted(taken) == list(range(len(lengths)))
 
 
@@ -67,7 +77,9 @@ def test_epochs_differ_in_order_and_seeds_too() -> None:
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(1, 4))
-def test_a_pass_over_all_rows_takes_as_many_batches_on_each_worker(lengths: list[int], limit: int, workers: int) -> None:
+def test_a_pass_over_all_rows_takes_as_many_batches_on_each_worker(
+    lengths: list[int], limit: int, workers: int
+) -> None:
     parts = [passes_over(np.array(lengths, dtype=int), limit, rank, workers) for rank in range(workers)]
     assert sorted(i for part in parts for batch in part for i in batch) == list(range(len(lengths)))
     assert len({len(part) for part in parts}) == 1

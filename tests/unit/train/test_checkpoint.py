@@ -17,7 +17,8 @@ from llm_ray.train.checkpoint import BEST, Progress, list_checkpoints, step_of
 
 
 class Tied(nn.Module):
-    """A frozen embedding tied to the output head, and an adapter that learns: the shape of a small language model with LoRA."""
+    """A frozen embedding tied to the output head, and an adapter that learns: the shape of a small language model with
+    LoRA."""
 
     def __init__(self, learns: bool = False, width: int = 8) -> None:
         super().__init__()
@@ -70,7 +71,9 @@ def test_weights_that_learn_are_in_it_once_and_frozen_ones_not_at_all(tmp_path: 
     assert names == {"adapter.weight", "adapter.bias"} | ({"embed.weight"} if learns else set())
     again = Tied(learns)
     checkpoints.load_weights(path, again)
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True) if a.requires_grad)
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True) if a.requires_grad
+    )
     assert again.head.weight is again.embed.weight
 
 
@@ -124,7 +127,9 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path: Path) -> None:
     module, optimizer = trained()
     checkpoints.save(tmp_path, module, optimizer, Progress(step=1), rank=0)
     (tmp_path / ".step_00000002.partial").write_text("a file in the way")
-    with pytest.raises(TrainError, match=r"step_00000002 could not be written: .*GiB are free there; earlier checkpoints are whole"):
+    with pytest.raises(
+        TrainError, match=r"step_00000002 could not be written: .*GiB are free there; earlier checkpoints are whole"
+    ):
         checkpoints.save(tmp_path, module, optimizer, Progress(step=2), rank=0)
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [1]
 

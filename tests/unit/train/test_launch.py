@@ -22,7 +22,9 @@ def conf(tmp_path: Path) -> FinetuneConf:
     )
 
 
-LOST = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456")
+LOST = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3456"
+)
 
 
 @pytest.mark.parametrize(

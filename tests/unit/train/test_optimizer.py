@@ -13,7 +13,12 @@ from llm_ray.train.optimizer import learning_rate, make_optimizer
 
 def conf(**training: Any) -> FinetuneConf:
     return FinetuneConf.model_validate(
-        {"name": "t", "model": {"base": "b"}, "data": {"train": "x.jsonl"}, "training": {"learning_rate": 1.0} | training}
+        {
+            "name": "t",
+            "model": {"base": "b"},
+            "data": {"train": "x.jsonl"},
+            "training": {"learning_rate": 1.0} | training,
+        }
     )
 
 

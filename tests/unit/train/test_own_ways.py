@@ -1,4 +1,5 @@
-"""Models that cap their logits, or whose rows would see each other in a packed sequence, are trained to their own loss."""
+"""Models that cap their logits, or whose rows would see each other in a packed sequence, are trained to their own
+loss."""
 
 from __future__ import annotations
 
@@ -14,14 +15,21 @@ from llm_ray.train.batches import collate
 from llm_ray.train.loss import SupervisedLoss
 from tests.full.architectures import small
 
-ROWS = [[(7 * i + 3) % 90 for i in range(31)], [(5 * i + 11) % 90 for i in range(9)], [(3 * i + 1) % 90 for i in range(17)]]
+ROWS = [
+    [(7 * i + 3) % 90 for i in range(31)],
+    [(5 * i + 11) % 90 for i in range(9)],
+    [(3 * i + 1) % 90 for i in range(17)],
+]
 DATA = datasets.Dataset.from_dict({"input_ids": ROWS, "labels": ROWS})
 
 
 def losses(model: PreTrainedModel, packed: bool) -> tuple[float, float]:
     """By transformers, row by row; and as it would be trained."""
     with torch.no_grad():
-        own = sum(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() * (len(row) - 1) for row in ROWS)
+        own = sum(
+            model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() * (len(row) - 1)
+            for row in ROWS
+        )
         module = SupervisedLoss(model, model, packed)
         module.choose_blockwise()
         return own, module(collate(DATA, [0, 1, 2], packed)).item()
@@ -87,7 +95,8 @@ def test_rows_that_can(kind: str) -> None:
 
 
 class Mixing(LlamaForCausalLM):
-    """Shifts the hidden states along the sequence by a token, as convolutions do; its configuration says nothing of it."""
+    """Shifts the hidden states along the sequence by a token, as convolutions do; its configuration says nothing of
+    it."""
 
     def forward(self, input_ids: Tensor, **inputs: object) -> object:
         embedded = self.get_input_embeddings()(input_ids)
@@ -98,7 +107,9 @@ class Mixing(LlamaForCausalLM):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_configuration_does_not_tell(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     assert "neighbours" in why_not_packed(Mixing(config).to(dtype))
     assert why_not_packed(LlamaForCausalLM(config).to(dtype)) == ""
 

@@ -1,4 +1,5 @@
-"""On the real model: packed, padded and single rows have the same loss and gradients, and rows do not see each other."""
+"""On the real model: packed, padded and single rows have the same loss and gradients, and rows do not see each
+other."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 from llm_ray.data.encode import IGNORED
 from llm_ray.train.attention import NAME, use_packed_attention
@@ -120,7 +128,9 @@ def test_a_model_that_changes_its_logits_keeps_its_own_loss() -> None:
             output.logits = 30 * torch.tanh(output.logits * 9)
             return output
 
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
     torch.manual_seed(0)
     model = Scaled(config)
     assert not SupervisedLoss(model, model, packed=False).choose_blockwise()

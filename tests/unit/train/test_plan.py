@@ -67,13 +67,23 @@ def test_a_run_that_has_learned_is_not_complained_of() -> None:
 @pytest.mark.parametrize(
     ("metrics", "evaluation", "words"),
     [
-        (validations(2.0, 2.0, 1.999), {}, "the validation loss has not fallen: 2.0000 before training, 1.9990 at best: raise"),
+        (
+            validations(2.0, 2.0, 1.999),
+            {},
+            "the validation loss has not fallen: 2.0000 before training, 1.9990 at best: raise",
+        ),
         (validations(2.0, 2.3, 2.9), {}, "lower training.learning_rate (0.001)"),
         (losses(2.0, 1.99, 2.01), {}, "the training loss has not fallen: 2.0000 at first"),
         (losses(2.0), {}, "the training loss has not fallen"),
-        (losses(2.0, 1.0), {"rows": 20, "unchanged": 19}, "19 of 20 answers are as before (evaluation.md): raise training.epochs (3)"),
+        (
+            losses(2.0, 1.0),
+            {"rows": 20, "unchanged": 19},
+            "19 of 20 answers are as before (evaluation.md): raise training.epochs (3)",
+        ),
     ],
 )
-def test_a_run_that_has_not_learned_says_so(metrics: list[dict[str, float]], evaluation: dict[str, int], words: str) -> None:
+def test_a_run_that_has_not_learned_says_so(
+    metrics: list[dict[str, float]], evaluation: dict[str, int], words: str
+) -> None:
     (reason,) = not_learned(metrics, evaluation, PARAMS)
     assert words in reason

@@ -48,5 +48,11 @@ def test_what_is_shown_is_text() -> None:
 
 
 def test_figures_for_people() -> None:
-    assert [figures.number(value) for value in (None, 0.12345, 1e-4, 12_345.6, 12_345)] == ["", "0.1235", "0.0001", "12,346", "12,345"]
+    assert [figures.number(value) for value in (None, 0.12345, 1e-4, 12_345.6, 12_345)] == [
+        "",
+        "0.1235",
+        "0.0001",
+        "12,346",
+        "12,345",
+    ]
     assert [figures.duration(value) for value in (None, 5, 600, 10_000)] == ["", "5 s", "10 min", "2.8 h"]

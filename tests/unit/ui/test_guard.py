@@ -32,7 +32,9 @@ async def _echo(request: Request) -> Response:
     if request.url.path == "/data":
         return HTMLResponse("<script>one()</script><script src='x.js'></script><script type=module>two()</script>")
     visitor = request.state.visitor
-    return JSONResponse({"who": visitor and visitor.name, "headers": dict(request.headers), "body": (await request.body()).decode()})
+    return JSONResponse(
+        {"who": visitor and visitor.name, "headers": dict(request.headers), "body": (await request.body()).decode()}
+    )
 
 
 class Site:
@@ -54,7 +56,9 @@ class Site:
 
     def client(self, name: str = "", **headers: str) -> TestClient:
         cookies = {"llm-ray-7860": self.begin(name).id} if name else {}
-        client = TestClient(self.guard, base_url=HOME, cookies=cookies, headers={"origin": HOME, **headers}, follow_redirects=False)
+        client = TestClient(
+            self.guard, base_url=HOME, cookies=cookies, headers={"origin": HOME, **headers}, follow_redirects=False
+        )
         return self.open.enter_context(client)  # all its requests in one event loop, as in a server
 
 
@@ -117,14 +121,18 @@ _USED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "path"), [(method, path) for method, path in _ALL if path not in _USED or method in ("PUT", "DELETE")])
+@pytest.mark.parametrize(
+    ("method", "path"), [(method, path) for method, path in _ALL if path not in _USED or method in ("PUT", "DELETE")]
+)
 def test_what_the_page_does_not_need_is_not_there(site: Site, method: str, path: str) -> None:
     answer = site.client("alice").request(method, path, json={"session_hash": "p"})
     assert answer.status_code in (403, 404)
     assert "who" not in answer.text
 
 
-@pytest.mark.parametrize("host", ["evil.example.org", "127.0.0.1:7861", "127.0.0.1", "", "127.0.0.1:7860.evil.org", "evil.org:7860"])
+@pytest.mark.parametrize(
+    "host", ["evil.example.org", "127.0.0.1:7861", "127.0.0.1", "", "127.0.0.1:7860.evil.org", "evil.org:7860"]
+)
 @pytest.mark.parametrize("path", ["/login", "/config", "/gradio_api/queue/data?session_hash=p", "/gradio_api/upload"])
 def test_a_foreign_host_is_refused_everywhere(site: Site, host: str, path: str) -> None:
     answer = site.client("alice", host=host).request("POST" if "upload" in path else "GET", path)
@@ -132,7 +140,8 @@ def test_a_foreign_host_is_refused_everywhere(site: Site, host: str, path: str) 
 
 
 @pytest.mark.parametrize(
-    "origin", ["https://evil.example.org", "null", "http://127.0.0.1:7861", "https://127.0.0.1:7860", HOME + ".evil.org"]
+    "origin",
+    ["https://evil.example.org", "null", "http://127.0.0.1:7861", "https://127.0.0.1:7860", HOME + ".evil.org"],
 )
 @pytest.mark.parametrize(
     ("method", "path"),
@@ -171,7 +180,12 @@ def test_websockets_are_closed(site: Site) -> None:
 
 
 def test_headers_that_claim_another_host_or_client_do_not_arrive(site: Site) -> None:
-    forged = {"X-Forwarded-Host": "evil.org", "Forwarded": "for=1.2.3.4", "X-Direct-Url": "http://evil.org", "X-Gradio-User": "admin"}
+    forged = {
+        "X-Forwarded-Host": "evil.org",
+        "Forwarded": "for=1.2.3.4",
+        "X-Direct-Url": "http://evil.org",
+        "X-Gradio-User": "admin",
+    }
     headers = site.client("alice").get("/config", headers=forged).json()["headers"]
     assert not {"x-forwarded-host", "forwarded", "x-direct-url", "x-gradio-user"} & set(headers)
 
@@ -193,7 +207,9 @@ def test_somebody_elses_open_page_is_out_of_reach(site: Site, method: str, path:
     assert alice.request(method, path, json=body).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"session_hash": null}', b'{"session_hash": 1}', b"{", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"session_hash": null}', b'{"session_hash": 1}', b"{", b"\xff", b"[" * 100_000]
+)
 def test_a_call_that_names_no_page_is_refused(site: Site, body: bytes) -> None:
     assert site.client("alice").post("/gradio_api/queue/join", content=body).status_code in (400, 403)
 
@@ -215,20 +231,33 @@ def test_files_are_their_senders(site: Site) -> None:
 
     def status(client: TestClient, path: str, **more: object) -> set[int]:
         call = {"session_hash": client.cookies["llm-ray-7860"], "data": [[{"x": {"path": path, **more}}]]}
-        return {client.get(f"/gradio_api/file={path}").status_code, client.post("/gradio_api/queue/join", json=call).status_code}
+        return {
+            client.get(f"/gradio_api/file={path}").status_code,
+            client.post("/gradio_api/queue/join", json=call).status_code,
+        }
 
     assert status(alice, str(file)) == {200}
     assert status(bob, str(file)) == {403}
     assert status(alice, str(answer)) == {200}
-    sideways = [str(secret), f"{file.parent}/../../../../../users.json", "users.json", "http://example.org/x", "/etc/hostname"]
+    sideways = [
+        str(secret),
+        f"{file.parent}/../../../../../users.json",
+        "users.json",
+        "http://example.org/x",
+        "/etc/hostname",
+    ]
     (site.uploads.cache / "link").symlink_to(secret)
     for path in [*sideways, str(site.uploads.cache / "link")]:
         assert status(alice, path) == {403}, path
-    assert alice.post("/gradio_api/queue/join", json={"session_hash": "n", "data": [{"path": f"{file}\0"}]}).status_code == 403
+    assert (
+        alice.post("/gradio_api/queue/join", json={"session_hash": "n", "data": [{"path": f"{file}\0"}]}).status_code
+        == 403
+    )
 
 
 @pytest.mark.parametrize(
-    ("url", "status"), [("http://example.org/x", 403), ("file:///etc/hostname", 403), (HOME + "/gradio_api/file=/x", 200), ("/x", 200)]
+    ("url", "status"),
+    [("http://example.org/x", 403), ("file:///etc/hostname", 403), (HOME + "/gradio_api/file=/x", 200), ("/x", 200)],
 )
 def test_no_url_of_elsewhere_is_named_to_gradio(site: Site, url: str, status: int) -> None:
     call = {"session_hash": "p", "data": [{"path": None, "url": url, "meta": {"_type": "gradio.FileData"}}]}
@@ -243,7 +272,9 @@ def test_what_is_too_large_is_refused(site: Site, path: str, size: int) -> None:
 def test_a_page_runs_the_scripts_it_came_with_and_no_others(site: Site) -> None:
     answer = site.client("alice").get("/data")
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
-    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in (b"one()", b"two()")]
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(script).digest()).decode()}'" for script in (b"one()", b"two()")
+    ]
     assert policy["script-src"].split() == ["'self'", "'unsafe-eval'", *hashes]
     assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
     assert policy["connect-src"] == "'self'"
@@ -300,7 +331,11 @@ def test_an_open_stream_ends_with_its_session(site: Site) -> None:
         await _revoked_during(site, stream, "/gradio_api/queue/data", sent, anyio.Event())
 
     anyio.run(run)
-    bodies = [(message["body"], message.get("more_body", False)) for message in sent if message["type"] == "http.response.body"]
+    bodies = [
+        (message["body"], message.get("more_body", False))
+        for message in sent
+        if message["type"] == "http.response.body"
+    ]
     assert bodies == [(b"one", True), (b"", False)]
 
 

@@ -102,7 +102,9 @@ def _call(client: TestClient, index: int, page: str, *data: object, **more: obje
 @pytest.mark.parametrize("least", list(Role))
 def test_a_handler_runs_for_its_role_and_those_above(people: dict[str, TestClient], role: Role, least: Role) -> None:
     called.clear()
-    end = _call(people[role], CALLS[least], f"{role}-{least}", "hi", username="a-admin", request={"username": "a-admin"})
+    end = _call(
+        people[role], CALLS[least], f"{role}-{least}", "hi", username="a-admin", request={"username": "a-admin"}
+    )
     if role.covers(least):
         assert end["success"] and end["output"]["data"] == [f"a-{role} ({role}): hi"]
         assert called == [(least, f"a-{role}")]
@@ -119,7 +121,9 @@ def test_a_viewer_calls_everything_and_gets_what_viewers_may(people: dict[str, T
     for dependency in dependencies:
         assert dependency["api_visibility"] == "private"
         for route in ("run", "api", "call", "call/v2"):
-            answer = viewer.post(f"/gradio_api/{route}/{dependency['api_name']}", json={"data": ["x"], "session_hash": "v"})
+            answer = viewer.post(
+                f"/gradio_api/{route}/{dependency['api_name']}", json={"data": ["x"], "session_hash": "v"}
+            )
             assert answer.status_code == 404
         _call(viewer, dependency["id"], f"all-{dependency['id']}", "x")
     assert {least for least, _ in called} <= {Role.VIEWER, "stream"}
@@ -128,7 +132,9 @@ def test_a_viewer_calls_everything_and_gets_what_viewers_may(people: dict[str, T
 
 def test_streams_and_events_reach_their_handlers(people: dict[str, TestClient]) -> None:
     assert _call(people[Role.VIEWER], CALLS["stream"], "s", "abc")["success"]
-    picked = _call(people[Role.VIEWER], CALLS["select"], "e", "x", event_data={"index": 7, "value": "y", "selected": True})
+    picked = _call(
+        people[Role.VIEWER], CALLS["select"], "e", "x", event_data={"index": 7, "value": "y", "selected": True}
+    )
     assert picked["output"]["data"] == ["x 7"]
 
 
@@ -143,7 +149,12 @@ def test_errors_are_messages(people: dict[str, TestClient], caplog: pytest.LogCa
 
 def test_nothing_is_told_of_the_api(people: dict[str, TestClient]) -> None:
     config = people[Role.VIEWER].get("/config").json()
-    assert (config["analytics_enabled"], config["enable_queue"], config["mcp_server"], config["footer_links"]) == (False, True, False, [])
+    assert (config["analytics_enabled"], config["enable_queue"], config["mcp_server"], config["footer_links"]) == (
+        False,
+        True,
+        False,
+        [],
+    )
     page = people[Role.VIEWER].get("/calls").text
     assert re.search(r'gradio_api_info = \{"named_endpoints":\s*\{\},\s*"unnamed_endpoints":\s*\{\}\}', page)
 
@@ -183,8 +194,12 @@ def _rendered(site: Site) -> None:
         gr.Button().click(lambda: None)
 
 
-@pytest.mark.parametrize(("screen", "said"), [(_past_on, "connected without a role"), (_rendered, "gr.render connects functions")])
-def test_the_page_does_not_start_with_a_function_that_asks_for_no_role(tmp_path: Path, screen: Callable[[Site], None], said: str) -> None:
+@pytest.mark.parametrize(
+    ("screen", "said"), [(_past_on, "connected without a role"), (_rendered, "gr.render connects functions")]
+)
+def test_the_page_does_not_start_with_a_function_that_asks_for_no_role(
+    tmp_path: Path, screen: Callable[[Site], None], said: str
+) -> None:
     uploads = Uploads(tmp_path, 1)
     with pytest.raises(TypeError, match=said):
         build(Site(tmp_path, uploads), (Screen("x", "X", screen),))

@@ -44,7 +44,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield Site(home, open_)
 
 
-def _sign_in(client: TestClient, name: str = "alice", password: str = PASSWORD, path: str = "/login", **changed: str) -> Response:
+def _sign_in(
+    client: TestClient, name: str = "alice", password: str = PASSWORD, path: str = "/login", **changed: str
+) -> Response:
     fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', client.get(path).text))
     return client.post("/login", data={**fields, "name": name, "password": password, **changed})  # type: ignore[return-value]
 
@@ -55,7 +57,11 @@ def test_in_and_out(site: Site) -> None:
     answer = _sign_in(client, path="/login?next=/data")
     assert (answer.status_code, answer.headers["location"]) == (303, "/data")
     kept = next(line for line in answer.headers.get_list("set-cookie") if line.startswith("llm-ray-7860="))  # type: ignore[attr-defined]
-    assert {"HttpOnly", "SameSite=strict", "Path=/"} <= set(kept.split("; ")) and "Secure" not in kept and "Domain" not in kept
+    assert (
+        {"HttpOnly", "SameSite=strict", "Path=/"} <= set(kept.split("; "))
+        and "Secure" not in kept
+        and "Domain" not in kept
+    )
     assert client.get("/data").status_code == 200
     assert client.get("/login").headers["location"] == "/"
     page = client.get("/logout").text
@@ -100,11 +106,23 @@ def test_a_link_to_a_run_is_kept_over_signing_in(site: Site) -> None:
     asked = site.client().get("/data?run=a%20b&x=1").headers["location"]
     assert asked == "/login?next=/data%3Frun%3Da%2520b%26x%3D1"
     assert _sign_in(site.client(), next="/data?run=a%20b&x=1").headers["location"] == "/data?run=a%20b&x=1"
-    assert _sign_in(site.client(), next="//data?x=//evil.example.org").headers["location"] == "/data?x=//evil.example.org"
+    assert (
+        _sign_in(site.client(), next="//data?x=//evil.example.org").headers["location"] == "/data?x=//evil.example.org"
+    )
 
 
 @pytest.mark.parametrize(
-    "next", ["https://evil.example.org", "//evil.example.org", "/\\evil", "javascript:alert(1)", "/config", "/logout", "data:x", '"><b>']
+    "next",
+    [
+        "https://evil.example.org",
+        "//evil.example.org",
+        "/\\evil",
+        "javascript:alert(1)",
+        "/config",
+        "/logout",
+        "data:x",
+        '"><b>',
+    ],
 )
 def test_a_link_leads_to_a_screen_or_the_first(site: Site, next: str) -> None:
     client = site.client()

@@ -71,7 +71,9 @@ def test_it_ends_by_its_age_however_it_is_used(sessions: Sessions, alice: User, 
 
 
 @pytest.mark.parametrize("change", ["role", "password", "revoke", "again"])
-def test_a_change_of_the_user_ends_open_sessions_at_once(sessions: Sessions, alice: User, file: Path, change: str) -> None:
+def test_a_change_of_the_user_ends_open_sessions_at_once(
+    sessions: Sessions, alice: User, file: Path, change: str
+) -> None:
     session = _begun(sessions, alice)
     match change:
         case "role":

@@ -37,12 +37,23 @@ def test_a_talk_as_a_row_has_the_turns_that_were_answered() -> None:
 
 
 def test_each_side_shows_its_own_turns() -> None:
-    assert [message["content"] for message in shown(TALK, 0)] == ["Hi", "Hello", "*5 tokens*", "And?", "nothing listens"]
+    assert [message["content"] for message in shown(TALK, 0)] == [
+        "Hi",
+        "Hello",
+        "*5 tokens*",
+        "And?",
+        "nothing listens",
+    ]
     assert [message["content"] for message in shown(TALK, 1)] == ["And?", "Yes"]
 
 
 def test_numbers_that_may_be_empty() -> None:
-    assert (whole("", "Port"), whole(None, "Port"), whole(" 8 ", "Port"), decimal("0.5", "Top p", most=1)) == (None, None, 8, 0.5)
+    assert (whole("", "Port"), whole(None, "Port"), whole(" 8 ", "Port"), decimal("0.5", "Top p", most=1)) == (
+        None,
+        None,
+        8,
+        0.5,
+    )
     for text in ("x", "0", "1.5", "nan", "inf"):
         with pytest.raises(ConfError, match="Port: "):
             whole(text, "Port")

@@ -52,7 +52,10 @@ def test_a_file_goes_from_the_cache_into_the_senders_folder(uploads: Uploads, tm
     assert (taken, taken.read_bytes()) == (tmp_path / "uploads" / "alice" / "rows.jsonl", b"content")
     assert not Path(path).exists()
     assert list(uploads.cache.rglob("*.*")) == []
-    modes = {oct(part.stat().st_mode & 0o777) for part in (taken.parent, taken.parent.parent, uploads.cache, uploads.cache.parent)}
+    modes = {
+        oct(part.stat().st_mode & 0o777)
+        for part in (taken.parent, taken.parent.parent, uploads.cache, uploads.cache.parent)
+    }
     assert modes == {"0o700"} and taken.stat().st_mode & 0o777 == 0o600
     uploads.drop(ALICE, taken)
     assert not taken.exists()
@@ -105,7 +108,9 @@ def test_one_that_does_not_end_is_broken_off_while_it_comes(uploads: Uploads) ->
             sent += 2**16
             yield b"x" * 2**16
 
-    answer = _client(uploads, ALICE).post("/upload", content=endless(), headers={"content-type": "multipart/form-data; boundary=b"})
+    answer = _client(uploads, ALICE).post(
+        "/upload", content=endless(), headers={"content-type": "multipart/form-data; boundary=b"}
+    )
     assert answer.status_code == 413
     assert [file for file in uploads.cache.rglob("*") if file.is_file()] == []
 
@@ -114,7 +119,9 @@ def test_one_that_does_not_end_is_broken_off_while_it_comes(uploads: Uploads) ->
     "body", [b"", b"--b", b"nonsense", b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nhalf']
 )
 def test_what_is_no_upload_leaves_nothing(uploads: Uploads, body: bytes) -> None:
-    answer = _client(uploads, ALICE).post("/upload", content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+    answer = _client(uploads, ALICE).post(
+        "/upload", content=body, headers={"content-type": "multipart/form-data; boundary=b"}
+    )
     assert answer.status_code == 400 or answer.json() == []
     assert [file for file in uploads.cache.rglob("*") if file.is_file()] == []
 

@@ -29,7 +29,9 @@ def test_a_password_opens_and_is_kept_nowhere(file: Path) -> None:
     assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
 
 
-@pytest.mark.parametrize(("name", "password"), [("alice", PASSWORD + "x"), ("alice", ""), ("Alice", PASSWORD), ("bob", PASSWORD), ("", "")])
+@pytest.mark.parametrize(
+    ("name", "password"), [("alice", PASSWORD + "x"), ("alice", ""), ("Alice", PASSWORD), ("bob", PASSWORD), ("", "")]
+)
 def test_nothing_else_opens(file: Path, name: str, password: str) -> None:
     add_user(file, "alice", PASSWORD, Role.USER)
     assert Users(file).check(name, password) is None
@@ -95,7 +97,11 @@ def test_a_file_that_cannot_be_trusted_opens_nothing(file: Path) -> None:
 
 
 def test_each_role_covers_those_before_it() -> None:
-    assert [[role.covers(least) for least in Role] for role in Role] == [[True, False, False], [True, True, False], [True, True, True]]
+    assert [[role.covers(least) for least in Role] for role in Role] == [
+        [True, False, False],
+        [True, True, False],
+        [True, True, True],
+    ]
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +145,10 @@ def test_an_import_adds_and_changes_and_leaves_the_rest(file: Path) -> None:
     assert {name: user.role for name, user in found.items()} == {
         "alice": Role.USER, "bob": Role.ADMIN, "carol": Role.USER, "dan": Role.USER, "eve": Role.VIEWER,
     }  # fmt: skip
-    assert {name for name in first if found[name] != first[name]} == {"bob", "carol"}  # a stamp is another: their sessions end
+    assert {name for name in first if found[name] != first[name]} == {
+        "bob",
+        "carol",
+    }  # a stamp is another: their sessions end
     assert found["bob"].hash == first["bob"].hash
     assert Users(file).check("carol", "another one of words")
     assert import_users(file, wanted) == []
@@ -164,11 +173,16 @@ def test_an_import_that_is_refused_changes_nothing(file: Path) -> None:
         ('{"bob": "several words together"}', "the user bob: "),
         ('{"bob": {"password": 123456789012}}', "the user bob: "),
         ('{"bob": {"password": "several words together", "rolle": "admin"}}', "the user bob: "),
-        ('{"bob": {"password": "several words together", "role": "root"}}', "the user bob: the role is one of viewer, user, admin"),
+        (
+            '{"bob": {"password": "several words together", "role": "root"}}',
+            "the user bob: the role is one of viewer, user, admin",
+        ),
         ('{"bob": {"password": "short"}}', "the user bob: a password has 12"),
     ],
 )
-def test_users_on_standard_input_that_are_none_are_named(file: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str) -> None:
+def test_users_on_standard_input_that_are_none_are_named(
+    file: Path, monkeypatch: pytest.MonkeyPatch, given: str, said: str
+) -> None:
     monkeypatch.setenv("LLM_RAY_HOME", str(file.parents[1]))
     done = CliRunner().invoke(cli, ["ui", "users", "import"], input=given)
     assert done.exit_code != 0

@@ -55,7 +55,8 @@ class Protection:
 
 
 def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
-    """The app behind its protection; the outermost comes last here. `limiter` knows what has been asked, under whatever settings."""
+    """The app behind its protection; the outermost comes last here. `limiter` knows what has been asked, under whatever
+    settings."""
     from starlette.middleware.cors import CORSMiddleware
 
     from llm_ray.serve.gateway.protect.keys import Keys
@@ -66,5 +67,7 @@ def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
     app = Access(app, Keys(settings.keys_file) if settings.keys_file else None, settings.limits, limiter)
     if settings.cors_origins:
         told = ["Retry-After", *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset"))]
-        app = CORSMiddleware(app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told)
+        app = CORSMiddleware(
+            app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told
+        )
     return Headed(app)

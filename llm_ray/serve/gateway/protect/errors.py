@@ -24,7 +24,11 @@ def error_body(status: int, message: str, code: str | None = None, param: str | 
 
 
 def openai_error(
-    status: int, message: str, code: str | None = None, param: str | None = None, headers: Mapping[str, str] | None = None
+    status: int,
+    message: str,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """A response with the error."""
     return JSONResponse(error_body(status, message, code, param), status, headers=headers)

@@ -2,8 +2,8 @@
 
 llm-ray serve keys add alice
 
-A key is `llmray-ID-SECRET`: the public id finds its entry, the secret has 256 random bits. So much cannot be guessed, and a plain SHA-256
-of it is as good as a slow hash, which is for what people think up.
+A key is `llmray-ID-SECRET`: the public id finds its entry, the secret has 256 random bits. So much cannot be guessed,
+and a plain SHA-256 of it is as good as a slow hash, which is for what people think up.
 """
 
 from __future__ import annotations
@@ -65,10 +65,13 @@ def keys_file(home: Path) -> Path:
 
 
 class Keys:
-    """The keys of a file, as the gateway asks for them. A file that cannot be read, or trusted, opens nothing; the log says so once."""
+    """The keys of a file, as the gateway asks for them. A file that cannot be read, or trusted, opens nothing; the log
+    says so once."""
 
     def __init__(self, path: Path) -> None:
-        self._keys = Watched(_file(path), _LOG, "No API key is accepted", "llm-ray serve keys add NAME makes the first key")
+        self._keys = Watched(
+            _file(path), _LOG, "No API key is accepted", "llm-ray serve keys add NAME makes the first key"
+        )
 
     def check(self, secret: str) -> Key | None:
         """The key whose secret this is, unless it is unknown, revoked or expired."""
@@ -77,13 +80,16 @@ class Keys:
         return key if key and same and not key.expired else None
 
 
-def add_key(path: Path, name: str, limits: Limits, models: tuple[str, ...] | None = None, expires: float | None = None) -> tuple[Key, str]:
+def add_key(
+    path: Path, name: str, limits: Limits, models: tuple[str, ...] | None = None, expires: float | None = None
+) -> tuple[Key, str]:
     """A new key, and its secret, which is kept nowhere. Raises ConfError for a name that is none, ServeError."""
     _check_name(name)
     with _file(path).writing() as keys:
         if name in keys or any(key.name == name and not key.expired for key in keys.values()):
             raise ServeError(
-                f"there is a key called {name} already: choose another name, or revoke it first (llm-ray serve keys revoke {name})"
+                f"there is a key called {name} already: choose another name, or revoke it first (llm-ray serve keys "
+                f"revoke {name})"
             )
         taken = {*keys, *(key.name for key in keys.values())}
         secret = next(made for made in iter(new_secret, None) if _identity(made) not in taken)
@@ -98,8 +104,9 @@ def new_secret() -> str:
 
 
 def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
-    """Keep these keys (secrets by name): new ones are added, one whose secret is another takes the place of the old. The names of those
-    that were changed. Others stay. Raises ConfError for what is no name or no key of `new_secret`, ServeError."""
+    """Keep these keys (secrets by name): new ones are added, one whose secret is another takes the place of the old.
+    The names of those that were changed. Others stay. Raises ConfError for what is no name or no key of `new_secret`,
+    ServeError."""
     for name, secret in wanted.items():
         _check_name(name)
         if not isinstance(secret, str) or not _SECRET.fullmatch(secret):
@@ -113,7 +120,9 @@ def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
             if here and here.sha256 == _hash(secret) and not here.expired:
                 continue
             if (other := keys.get(_identity(secret))) and other.name != name:
-                raise ServeError(f"the key called {name} is already there under the name {other.name}: revoke that one first")
+                raise ServeError(
+                    f"the key called {name} is already there under the name {other.name}: revoke that one first"
+                )
             if here:
                 del keys[here.id]
             kept = replace(here, expires=None) if here else Key("", name, "", time.time())
@@ -135,7 +144,9 @@ def revoke_key(path: Path, called: str) -> Key:
             there = ", ".join(key.name for key in keys.values()) or "none"
             raise ServeError(f"there is no key called {called}; there are: {there}")
         if len(found) > 1:
-            raise ServeError(f"{len(found)} keys are called {called}: name one by its id ({', '.join(key.id for key in found)})")
+            raise ServeError(
+                f"{len(found)} keys are called {called}: name one by its id ({', '.join(key.id for key in found)})"
+            )
         return keys.pop(found[0].id)
 
 

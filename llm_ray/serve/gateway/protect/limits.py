@@ -1,4 +1,5 @@
-"""Limits of an API key: requests a minute, requests at the same time, tokens of an answer. One gateway counts, in one event loop."""
+"""Limits of an API key: requests a minute, requests at the same time, tokens of an answer. One gateway counts, in one
+event loop."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Limiter:
 
     @contextlib.contextmanager
     def slot(self, who: str, limits: Limits) -> Iterator[Refusal | None]:
-        """Count a request of `who` as long as the block lasts, however it ends; one over the limits is refused, and not counted."""
+        """Count a request of `who` as long as the block lasts, however it ends; one over the limits is refused, and not
+        counted."""
         usage = self._usage.setdefault(who, _Usage())
         refusal = self._refusal(usage, limits)
         if refusal:
@@ -63,7 +65,8 @@ class Limiter:
         return None
 
     def headers(self, who: str, limits: Limits) -> dict[str, str]:
-        """What is left, as OpenAI's API tells it: https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers"""
+        """What is left, as OpenAI's API tells it:
+        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers"""
         if limits.requests_per_minute is None:
             return {}
         times = self._usage[who].times
@@ -76,13 +79,16 @@ class Limiter:
 
 
 def cap_tokens(body: Any, cap: int, longest: int) -> str | None:
-    """Hold a request (of vLLM's models for completions and chat) to answers of `cap` tokens; returns why one that asks for more is refused.
+    """Hold a request (of vLLM's models for completions and chat) to answers of `cap` tokens; returns why one that asks
+    for more is refused.
 
     Who asks for no number gets so many at most; `longest` is what the model can do, prompt and answer together.
     """
     fields = type(body).model_fields
     values = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens") if name in fields}
-    asked = {name: value for name, value in values.items() if value not in (None, fields[name].default)}  # vLLM fills defaults in
+    asked = {
+        name: value for name, value in values.items() if value not in (None, fields[name].default)
+    }  # vLLM fills defaults in
     for name, value in asked.items():
         if value > cap:
             return f"{name} is {value}; {cap} is the most that may be asked for."

@@ -1,4 +1,5 @@
-"""What stands before the API: size and slowness of bodies, keys, limits, time-outs, clients that are gone. Plain ASGI, for streams.
+"""What stands before the API: size and slowness of bodies, keys, limits, time-outs, clients that are gone. Plain ASGI,
+for streams.
 
 Specification: https://asgi.readthedocs.io/en/latest/specs/www.html
 """
@@ -59,8 +60,13 @@ class Access:
             key = self._keys.check(secret) if secret else None
             if key is None:
                 said = "This API key is not valid." if secret else "An API key is needed: Authorization: Bearer KEY"
-                _LOG.warning(f"{_asked(scope)} from {_client(scope)} refused: {'an API key that is not valid' if secret else 'no API key'}")
-                await openai_error(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+                _LOG.warning(
+                    f"{_asked(scope)} from {_client(scope)} refused: "
+                    f"{'an API key that is not valid' if secret else 'no API key'}"
+                )
+                await openai_error(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})(
+                    scope, receive, send
+                )
                 return
         limits = effective(key, self._common)
         state = scope.setdefault("state", {})
@@ -118,13 +124,19 @@ class Body:
                     more = message.get("more_body", False) and not too_large
         except TimeoutError:
             answer = openai_error(
-                408, f"The request's body did not arrive within {self._seconds:g} s.", "body_timeout", headers={"Connection": "close"}
+                408,
+                f"The request's body did not arrive within {self._seconds:g} s.",
+                "body_timeout",
+                headers={"Connection": "close"},
             )
             await answer(scope, receive, send)
             return
         if too_large:
             answer = openai_error(
-                413, f"The request's body is larger than {self._most:,} bytes.", "body_too_large", headers={"Connection": "close"}
+                413,
+                f"The request's body is larger than {self._most:,} bytes.",
+                "body_too_large",
+                headers={"Connection": "close"},
             )
             await answer(scope, receive, send)
             return
@@ -138,10 +150,12 @@ class Body:
 
 
 class Deadline:
-    """Ends a request that takes longer than `seconds`, or whose client is gone: the app's work is cancelled, and so the engine's.
+    """Ends a request that takes longer than `seconds`, or whose client is gone: the app's work is cancelled, and so the
+    engine's.
 
-    Only when that work has ended does the request end here, and its slot become free. Neither FastAPI nor Starlette listen for clients that
-    go while an answer is worked on. The status of a late answer is 504, since the client has done its part; 408 is for a body that is late.
+    Only when that work has ended does the request end here, and its slot become free. Neither FastAPI nor Starlette
+    listen for clients that go while an answer is worked on. The status of a late answer is 504, since the client has
+    done its part; 408 is for a body that is late.
     """
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:

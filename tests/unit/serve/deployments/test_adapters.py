@@ -25,7 +25,9 @@ def model(folder: Path, hidden: int = 8, layers: int = 2, prefix: str = "", numb
     (folder / "config.json").write_text(
         json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 20} | config)
     )
-    queries = {f"{prefix}{QUERY.format(i)}.weight": np.full((2 * hidden, hidden), number, np.float32) for i in range(layers)}
+    queries = {
+        f"{prefix}{QUERY.format(i)}.weight": np.full((2 * hidden, hidden), number, np.float32) for i in range(layers)
+    }
     others = {
         f"{prefix}model.norm.weight": np.ones(hidden, np.float32),
         f"{prefix}model.embed_tokens.weight": np.ones((20, hidden), np.float32),
@@ -64,7 +66,12 @@ def test_an_adapter_of_the_model_is_served(tmp_path: Path, paths: Paths) -> None
     assert check_adapter("a", transposed, base, paths) is None
     seeing = model(tmp_path / "seeing", prefix="language_model.")  # a language part in a model that sees
     assert check_adapter("a", adapter(tmp_path / "other"), seeing, paths) is None
-    head = adapter(tmp_path / "head", layers=("lm_head",), size=(20, 8), more={"base_model.model.lm_head.base_layer.weight": (20, 8)})
+    head = adapter(
+        tmp_path / "head",
+        layers=("lm_head",),
+        size=(20, 8),
+        more={"base_model.model.lm_head.base_layer.weight": (20, 8)},
+    )
     assert check_adapter("a", head, base, paths) is None  # which is tied to the embedding
     named = adapter(tmp_path / "named", base_model_name_or_path=str(base))
     assert check_adapter("a", named, base, paths) is None
@@ -73,33 +80,56 @@ def test_an_adapter_of_the_model_is_served(tmp_path: Path, paths: Paths) -> None
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({"size": (16, 12)}, "changes model.layers.1.self_attn.q_proj of 16 x 12 numbers, which the model has with 16 x 8"),
+        (
+            {"size": (16, 12)},
+            "changes model.layers.1.self_attn.q_proj of 16 x 12 numbers, which the model has with 16 x 8",
+        ),
         ({"layers": (QUERY.format(7),)}, "which has no model.layers.7.self_attn.q_proj"),
         ({"layers": ("transformer.h.0.attn.c_attn",)}, "changes nothing that the model in"),
-        ({"use_dora": True}, r"has use_dora \(adapter_config.json\), which is not served as an adapter: deploy the merged model"),
+        (
+            {"use_dora": True},
+            r"has use_dora \(adapter_config.json\), which is not served as an adapter: deploy the merged model",
+        ),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "has modules_to_save and bias"),
         ({"peft_type": "IA3"}, "is of type IA3"),
-        ({"init_lora_weights": "pissa_niter_16"}, "has init_lora_weights: pissa_niter_16, with which the model's own weights change"),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            "has init_lora_weights: pissa_niter_16, with which the model's own weights change",
+        ),
         ({"init_lora_weights": "OLoRA"}, "has init_lora_weights: OLoRA"),
         ({"kasa_config": {"beta": 0.1}, "velora_config": {"scale": 1.0}}, "has kasa_config and velora_config"),
         ({"monteclora_config": {"num_samples": 8}}, "has monteclora_config"),
-        ({"more": {f"base_model.model.{QUERY.format(1)}.lora_diag": (2,)}}, r"has .*q_proj.lora_diag, which is no matrix of plain LoRA"),
-        ({"more": {f"base_model.model.{QUERY.format(1)}.lora_A.default.weight": (2, 8)}}, r"lora_A.default.weight, which is no matrix"),
+        (
+            {"more": {f"base_model.model.{QUERY.format(1)}.lora_diag": (2,)}},
+            r"has .*q_proj.lora_diag, which is no matrix of plain LoRA",
+        ),
+        (
+            {"more": {f"base_model.model.{QUERY.format(1)}.lora_A.default.weight": (2, 8)}},
+            r"lora_A.default.weight, which is no matrix",
+        ),
         (
             {"more": {"base_model.model.lm_head.base_layer.weight": (30, 8)}},
             "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8",
         ),
-        ({"layers": ("lm_head",), "size": (30, 8)}, "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8"),
+        (
+            {"layers": ("lm_head",), "size": (30, 8)},
+            "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8",
+        ),
         (
             {"layers": ("model.layers.0.mlp.experts",)},
             r"changes experts \(model.layers.0.mlp.experts\), .* on GPUs alone: deploy the merged",
         ),
         ({"layers": ("model.layers.0.mlp.experts.3.w1",)}, r"changes experts \(model.layers.0.mlp.experts.3.w1\)"),
-        ({"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}}, "was made for a Qwen2ForCausalLM .* is a LlamaForCausalLM"),
+        (
+            {"auto_mapping": {"base_model_class": "Qwen2ForCausalLM"}},
+            "was made for a Qwen2ForCausalLM .* is a LlamaForCausalLM",
+        ),
     ],
     ids=str,
 )
-def test_an_adapter_of_another_model_or_kind_is_refused(made: dict[str, Any], message: str, tmp_path: Path, paths: Paths) -> None:
+def test_an_adapter_of_another_model_or_kind_is_refused(
+    made: dict[str, Any], message: str, tmp_path: Path, paths: Paths
+) -> None:
     with pytest.raises(ModelError, match=message):
         check_adapter("a", adapter(tmp_path / "a", **made), model(tmp_path / "base"), paths)
 
@@ -147,7 +177,10 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, paths: Paths) -> None:
     [
         (lambda runs: None, "no run of this name, and no folder with adapter_config.json"),
         (lambda runs: (runs / "bot" / "output").mkdir(parents=True), "the run bot has no adapter"),
-        (lambda runs: (adapter(runs / "bot" / "output" / "adapter") / "adapter_model.safetensors").unlink(), "has no adapter_model"),
+        (
+            lambda runs: (adapter(runs / "bot" / "output" / "adapter") / "adapter_model.safetensors").unlink(),
+            "has no adapter_model",
+        ),
         (
             lambda runs: (made := adapter(runs / "bot" / "output" / "adapter") / "adapter_model.safetensors").rename(
                 made.with_suffix(".bin")

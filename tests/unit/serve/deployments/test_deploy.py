@@ -1,4 +1,5 @@
-"""What is said when a model cannot be deployed; the deployment itself is tests/integration/api and test_serve_life.py."""
+"""What is said when a model cannot be deployed; the deployment itself is tests/integration/api and
+test_serve_life.py."""
 
 from __future__ import annotations
 
@@ -50,7 +51,11 @@ def test_a_port_in_use_is_named() -> None:
     [
         (["serve", "deploy", "--model", "./nowhere"], "nowhere", 1),
         (["serve", "--model", "no-such-name"], "no-such-name", 1),
-        (["serve", "deploy", "--model", "organisation/model"], "organisation/model: there is no such folder, and as a model of the hub", 1),
+        (
+            ["serve", "deploy", "--model", "organisation/model"],
+            "organisation/model: there is no such folder, and as a model of the hub",
+            1,
+        ),
         (["serve", "deploy", "--model", "{folder}", "--name", "a", "--name", "b"], "--name is given 2 times", 2),
         (["serve", "deploy", "--model", "{folder}", "--model", "{folder}"], "would be called the same", 2),
         (["serve", "deploy"], "nothing to deploy: name a model", 2),

@@ -17,7 +17,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def _conf(port: int = 8000, **models: str) -> ServeConf:
-    return ServeConf.model_validate({"endpoint": {"port": port}, "models": {name: {"model": model} for name, model in models.items()}})
+    return ServeConf.model_validate(
+        {"endpoint": {"port": port}, "models": {name: {"model": model} for name, model in models.items()}}
+    )
 
 
 def test_each_model_is_kept_as_the_last_conf_that_deployed_it_said(file: Path) -> None:
@@ -40,7 +42,9 @@ def test_what_is_stopped_does_not_come_back(file: Path) -> None:
     assert desired_confs(file) == []
 
 
-@pytest.mark.parametrize("text", ["{", '{"models": {"a": {"paths": {}, "model": {"model": "x", "colour": 1}}}, "endpoint": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", '{"models": {"a": {"paths": {}, "model": {"model": "x", "colour": 1}}}, "endpoint": {}}']
+)
 def test_a_file_that_cannot_be_read_is_told(file: Path, text: str) -> None:
     file.parent.mkdir()
     file.write_text(text)

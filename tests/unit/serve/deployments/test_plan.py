@@ -27,7 +27,11 @@ def _plan(model: ModelServing, tmp_path: Path) -> ServedModel:
 
 
 def _copy(smollm2: Path, to: Path, **config: object) -> Path:
-    shutil.copytree(smollm2, to, copy_function=lambda a, b: Path(b).symlink_to(a) if a.endswith(".safetensors") else shutil.copy(a, b))
+    shutil.copytree(
+        smollm2,
+        to,
+        copy_function=lambda a, b: Path(b).symlink_to(a) if a.endswith(".safetensors") else shutil.copy(a, b),
+    )
     told = json.loads((to / "config.json").read_text())
     (to / "config.json").write_text(json.dumps(told | config))
     return to
@@ -38,17 +42,27 @@ def _adapter(folder: Path, **config: object) -> Path:
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps({"r": 16} | config))
     layer, ones = "base_model.model.model.layers.0.self_attn.q_proj", np.ones((16, 576), np.float32)
-    save_file({f"{layer}.lora_A.weight": ones, f"{layer}.lora_B.weight": ones.T.copy()}, folder / "adapter_model.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": ones, f"{layer}.lora_B.weight": ones.T.copy()}, folder / "adapter_model.safetensors"
+    )
     return folder
 
 
 def test_a_small_model_needs_no_tuning(smollm2: Path, tmp_path: Path) -> None:
     model = _plan(ModelServing(model=str(smollm2)), tmp_path)
-    assert (model.engine, model.precision, model.max_model_len, model.task, model.tool_parser) == ("vllm", "fp32", 8192, "chat", "hermes")
+    assert (model.engine, model.precision, model.max_model_len, model.task, model.tool_parser) == (
+        "vllm",
+        "fp32",
+        8192,
+        "chat",
+        "hermes",
+    )
     assert 2 * GIB < model.memory_bytes < 4 * GIB
 
 
-def test_weights_in_fp32_are_not_rounded_unasked(smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_fp32_are_not_rounded_unasked(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(planning, "cpu_flags", lambda: frozenset({"amx_bf16", "amx_tile"}))
     assert _plan(ModelServing(model=str(smollm2)), tmp_path).precision == "fp32"
     assert _plan(ModelServing(model=str(smollm2), precision="bf16"), tmp_path).precision == "bf16"
@@ -79,7 +93,9 @@ def test_a_kind_of_model_that_nobody_knows_is_refused(smollm2: Path, tmp_path: P
 
 
 def test_a_model_with_code_of_its_own_is_told_how_to_be_trusted(smollm2: Path, tmp_path: Path) -> None:
-    folder = _copy(smollm2, tmp_path / "m", model_type="frobnicator", auto_map={"AutoConfig": "configuration.Frobnicator"})
+    folder = _copy(
+        smollm2, tmp_path / "m", model_type="frobnicator", auto_map={"AutoConfig": "configuration.Frobnicator"}
+    )
     with pytest.raises(ModelError, match="code of its own: read it, and set trust_remote_code and trusted_models"):
         _plan(ModelServing(model=str(folder)), tmp_path)
 
@@ -99,7 +115,9 @@ def test_a_model_that_writes_no_text_is_refused_by_transformers(smollm2: Path, t
         ("plain", "hermes"),
     ],
 )
-def test_tool_calls_are_read_as_the_template_writes_them(template: str, parser: str, smollm2: Path, tmp_path: Path) -> None:
+def test_tool_calls_are_read_as_the_template_writes_them(
+    template: str, parser: str, smollm2: Path, tmp_path: Path
+) -> None:
     (tmp_path / "t.jinja").write_text(template)
     assert _plan(ModelServing(model=str(smollm2), chat_template=tmp_path / "t.jinja"), tmp_path).tool_parser == parser
     assert _plan(ModelServing(model=str(smollm2), tools="off"), tmp_path).tool_parser is None
@@ -124,7 +142,9 @@ def test_adapters_are_runs_or_folders(smollm2: Path, tmp_path: Path) -> None:
     assert model.lora_rank == 128
 
 
-def test_an_adapter_that_may_belong_to_another_model_is_told(smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_that_may_belong_to_another_model_is_told(
+    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = _adapter(tmp_path / "mine", base_model_name_or_path="Org/Other")
     _plan(ModelServing(model=str(smollm2), adapters={"mine": str(folder)}), tmp_path)
     assert "adapter mine: made for Org/Other" in capsys.readouterr().err
@@ -137,11 +157,16 @@ def test_only_the_named_models_are_planned(smollm2: Path) -> None:
         plan(conf, Terminal(), ["c"])
 
 
-# Places -----------------------------------------------------------------------------------------------------------------------------
+# Places
+# -----------------------------------------------------------------------------------------------------------------------------
 
 
-def _node(host: str = "one", cpus: float = 8, free: float | None = None, memory: float = 64, free_memory: float | None = None) -> Node:
-    return Node(host, cpus, memory * GIB, cpus if free is None else free, (memory if free_memory is None else free_memory) * GIB)
+def _node(
+    host: str = "one", cpus: float = 8, free: float | None = None, memory: float = 64, free_memory: float | None = None
+) -> Node:
+    return Node(
+        host, cpus, memory * GIB, cpus if free is None else free, (memory if free_memory is None else free_memory) * GIB
+    )
 
 
 def _model(name: str = "m", cpus: int = 0, memory: float = 4, **more: object) -> ServedModel:
@@ -163,11 +188,17 @@ def test_replicas_that_may_come_with_the_load_find_cores() -> None:
     assert [m.cpus for m in place([_model(autoscale=Autoscale(min=1, max=2))], [_node(cpus=2)], {})] == [1]
     assert [m.cpus for m in place([_model(autoscale=Autoscale(min=0, max=3))], [_node(cpus=12)], {})] == [4]
     assert [m.cpus for m in place([_model(autoscale=Autoscale(min=0, max=99))], [_node(cpus=12)], {})] == [1]
-    assert [m.cpus for m in place([_model("a", autoscale=Autoscale(max=3)), _model("b")], [_node(cpus=8)], {})] == [2, 6]
+    assert [m.cpus for m in place([_model("a", autoscale=Autoscale(max=3)), _model("b")], [_node(cpus=8)], {})] == [
+        2,
+        6,
+    ]
 
 
 def test_what_may_come_with_the_load_and_has_no_room_is_told() -> None:
-    greedy, modest = _model(cpus=2, autoscale=Autoscale(min=1, max=9)), _model("n", cpus=1, autoscale=Autoscale(min=0, max=2))
+    greedy, modest = (
+        _model(cpus=2, autoscale=Autoscale(min=1, max=9)),
+        _model("n", cpus=1, autoscale=Autoscale(min=0, max=2)),
+    )
     nodes = [_node("one", 4), _node("two", 2)]
     (said,) = beyond_room([greedy, modest], nodes, {})
     assert said.startswith("m: autoscale.max is 9, and beside what runs now the cluster has room for 2")

@@ -23,13 +23,18 @@ from llm_ray.serve.engines.calls import _answer, as_streamed
 from llm_ray.serve.gateway.requests import Chat
 
 TOOLS = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+    {
+        "type": "function",
+        "function": {"name": name, "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    }
     for name in ("weather", "time")
 ]
 TEXTS = {
-    "hermes": 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Malmö", "in": {"days": 2}}}\n</tool_call>\n'
+    "hermes": 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Malmö", "in": {"days": '
+    "2}}}\n</tool_call>\n"
     '<tool_call>\n{"name": "time", "arguments": {"city": "}\\"{"}}\n</tool_call>',
-    "llama3_json": '{"name": "weather", "parameters": {"city": "Oslo"}}; {"name": "time", "parameters": {"city": "Rome"}}',
+    "llama3_json": '{"name": "weather", "parameters": {"city": "Oslo"}}; {"name": "time", "parameters": {"city": '
+    '"Rome"}}',
     "pythonic": "[weather(city='Oslo'), time(city='Rome')]",
     "granite4": '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
     '<tool_call>{"name": "time", "arguments": {"city": "Rome"}}</tool_call>',
@@ -44,7 +49,9 @@ def tokenizer(smollm2: Path) -> Any:
 
 
 def request(choice: Any) -> Chat:
-    return Chat.model_validate({"messages": [{"role": "user", "content": "?"}], "tools": TOOLS, "tool_choice": choice, "max_tokens": 9})
+    return Chat.model_validate(
+        {"messages": [{"role": "user", "content": "?"}], "tools": TOOLS, "tool_choice": choice, "max_tokens": 9}
+    )
 
 
 def whole_and_streamed(parser: Any, tokenizer: Any, asked: Chat, tokens: list[int]) -> list[Any]:
@@ -100,7 +107,9 @@ def _is_json(text: str) -> bool:
 @pytest.mark.parametrize(("reason", "told"), [("length", "length"), ("stop", "tool_calls")])
 def test_the_reason_of_the_end_is_that_of_a_stream(reason: str, told: str, named: bool) -> None:
     async def results() -> AsyncIterator[RequestOutput]:
-        yield RequestOutput("r", None, [1], None, [CompletionOutput(0, "", [5], None, None, finish_reason=reason)], True)
+        yield RequestOutput(
+            "r", None, [1], None, [CompletionOutput(0, "", [5], None, None, finish_reason=reason)], True
+        )
 
     call = {"function": {"name": "weather", "arguments": "{"}}
 

@@ -24,7 +24,9 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 def with_bos(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")  # noqa: S106
 
 
@@ -33,7 +35,9 @@ def bytes_of() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
     return with_bos(tokenizer)
 
 
@@ -42,7 +46,12 @@ def pieces_of() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))  # noqa: S106
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(content=" ", left=1, right=0),
+        ]
     )
     bytes_too = [f"<0x{number:02X}>" for number in range(256)]
     words = [f"▁{word}" for text in TEXTS for word in text.split()]
@@ -67,13 +76,18 @@ def scored(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[dict[i
 class Asked:
     """A request, and what the engine computes for it: for each of its prompts the answers' tokens."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompts: list[str | list[int]], answers: list[str], **asked: Any) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, prompts: list[str | list[int]], answers: list[str], **asked: Any
+    ) -> None:
         self.tokenizer = tokenizer
         self.request = CompletionRequest(
-            **{"prompt": prompts, "model": "m", "max_tokens": 16, "logprobs": 1, "echo": True, "n": len(answers)} | asked
+            **{"prompt": prompts, "model": "m", "max_tokens": 16, "logprobs": 1, "echo": True, "n": len(answers)}
+            | asked
         )
         add = self.request.add_special_tokens
-        self.prompts = [tokenizer(one, add_special_tokens=add)["input_ids"] if isinstance(one, str) else one for one in prompts]
+        self.prompts = [
+            tokenizer(one, add_special_tokens=add)["input_ids"] if isinstance(one, str) else one for one in prompts
+        ]
         self.texts = [one if isinstance(one, str) else tokenizer.decode(one) for one in prompts]
         blank = tokenizer.backend_tokenizer.normalizer is not None  # it puts one before every text
         answers = [answer.lstrip() if blank else answer for answer in answers]
@@ -83,7 +97,9 @@ class Asked:
         tokens = self.prompts[number]
         before = [None, *scored(self.tokenizer, tokens[1:])]
         outputs = [
-            CompletionOutput(index, text, some, -1.0, scored(self.tokenizer, some), finish_reason="stop" if finished else None)
+            CompletionOutput(
+                index, text, some, -1.0, scored(self.tokenizer, some), finish_reason="stop" if finished else None
+            )
             for index, text, some in answers
         ]
         return RequestOutput("r", self.texts[number], tokens, before, outputs, finished)
@@ -96,13 +112,19 @@ class Asked:
 
     def whole(self) -> list[tuple[str, list[str], list[int]]]:
         results = [
-            self.result(number, [(index, self.decoded(number, some), some) for index, some in enumerate(self.answers)], True)
+            self.result(
+                number, [(index, self.decoded(number, some), some) for index, some in enumerate(self.answers)], True
+            )
             for number in range(len(self.prompts))
         ]
         response = serving(self.tokenizer).request_output_to_completion_response(
             results, self.request, "r", 0, "m", self.tokenizer, RequestResponseMetadata(request_id="r")
         )
-        return [(choice.text, choice.logprobs.tokens, choice.logprobs.text_offset) for choice in response.choices if choice.logprobs]
+        return [
+            (choice.text, choice.logprobs.tokens, choice.logprobs.text_offset)
+            for choice in response.choices
+            if choice.logprobs
+        ]
 
     def streamed(self) -> list[tuple[str, list[str], list[int]]]:
         async def results() -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -117,7 +139,9 @@ class Asked:
         async def read() -> list[str]:
             metadata = RequestResponseMetadata(request_id="r")
             options = {"num_prompts": len(self.prompts), "tokenizer": self.tokenizer, "request_metadata": metadata}
-            stream = serving(self.tokenizer).completion_stream_generator(self.request, [], results(), "r", 0, "m", **options)
+            stream = serving(self.tokenizer).completion_stream_generator(
+                self.request, [], results(), "r", 0, "m", **options
+            )
             return [event async for event in stream]
 
         told: dict[int, tuple[str, list[str], list[int]]] = {}
@@ -143,7 +167,9 @@ def at_offsets(text: str, offsets: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("way", [Asked.whole, Asked.streamed])
-def test_every_token_is_found_in_the_text_at_its_offset(tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]) -> None:
+def test_every_token_is_found_in_the_text_at_its_offset(
+    tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]
+) -> None:
     """Of several prompts with two answers each: the BOS that was added is nowhere in the text."""
     choices = way(Asked(tokenizer, ["One two three", "the cat"], [" four five", " sleeps, one"]))
     assert [choice[0] for choice in choices] == [
@@ -170,7 +196,11 @@ def test_every_token_is_found_in_the_text_at_its_offset(tokenizer: PreTrainedTok
     ],
 )
 def test_a_bos_counts_where_the_text_has_it(
-    tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any], prompt: str, asked: dict[str, Any], begin: list[int]
+    tokenizer: PreTrainedTokenizerFast,
+    way: Callable[[Asked], Any],
+    prompt: str,
+    asked: dict[str, Any],
+    begin: list[int],
 ) -> None:
     ((text, tokens, offsets),) = way(Asked(tokenizer, [prompt], [" three"], **asked))
     assert offsets[: len(begin)] == begin
@@ -179,26 +209,36 @@ def test_a_bos_counts_where_the_text_has_it(
 
 
 @pytest.mark.parametrize("way", [Asked.whole, Asked.streamed])
-def test_a_prompt_of_tokens_is_returned_with_its_bos(tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]) -> None:
+def test_a_prompt_of_tokens_is_returned_with_its_bos(
+    tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]
+) -> None:
     ((text, tokens, offsets),) = way(Asked(tokenizer, [tokenizer("One two")["input_ids"]], [" three"]))
     assert text.startswith("<s>")
     assert [found.strip() for found in at_offsets(text, offsets)] == [token.strip() for token in tokens]
 
 
 @pytest.mark.parametrize("way", [Asked.whole, Asked.streamed])
-def test_tokens_without_text_of_their_own_take_no_room(tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]) -> None:
+def test_tokens_without_text_of_their_own_take_no_room(
+    tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]
+) -> None:
     """Parts of a character, of prompt and answer, and an end that is not shown."""
     asked = Asked(tokenizer, ["the ☂ cat"], [" one ☃ two"])
     asked.answers = [[*asked.answers[0], tokenizer.eos_token_id]]
     ((text, tokens, offsets),) = way(asked)
     assert text == "the ☂ cat one ☃ two"
     assert offsets[-1] == len(text)
-    whole = [(start, token.strip()) for start, token in zip(offsets[1:-1], tokens[1:-1], strict=True) if "\ufffd" not in token]
+    whole = [
+        (start, token.strip())
+        for start, token in zip(offsets[1:-1], tokens[1:-1], strict=True)
+        if "\ufffd" not in token
+    ]
     assert [token for start, token in whole if not text[start:].lstrip().startswith(token)] == []
 
 
 @pytest.mark.parametrize("way", [Asked.whole, Asked.streamed])
-def test_without_echo_offsets_are_in_the_answer(tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]) -> None:
+def test_without_echo_offsets_are_in_the_answer(
+    tokenizer: PreTrainedTokenizerFast, way: Callable[[Asked], Any]
+) -> None:
     ((text, tokens, offsets),) = way(Asked(tokenizer, ["One"], [" two three"], echo=False))
     assert offsets[0] == 0
     assert [found.strip() for found in at_offsets(text, offsets)] == [token.strip() for token in tokens]

@@ -15,7 +15,9 @@ def logits(rows: int, spread: float) -> torch.Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(0)) * spread
 
 
-@pytest.mark.parametrize("spread", [0.1, 3.0], ids=["flat, so that more than the first thousand tokens are needed", "steep"])
+@pytest.mark.parametrize(
+    "spread", [0.1, 3.0], ids=["flat, so that more than the first thousand tokens are needed", "steep"]
+)
 @pytest.mark.parametrize(
     ("k", "p"), [(5, 1.0), (1, 1.0), (VOCABULARY, 0.5), (VOCABULARY, 0.95), (40, 0.8), (2000, 0.9), (VOCABULARY, 1e-6)]
 )

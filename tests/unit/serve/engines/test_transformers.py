@@ -52,8 +52,19 @@ SIZES: dict[str, Any] = {
     "eos_token_id": EOS,
 }
 OLDER: dict[str, Any] = {"vocab_size": VOCABULARY, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": EOS}
-STATES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": EOS}
-EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+STATES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -87,7 +98,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def save(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedConfig], Path]:
-    """Saves a model with random weights, large enough that each token's logits depend on all before it. Returns its folder."""
+    """Saves a model with random weights, large enough that each token's logits depend on all before it. Returns its
+    folder."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
 
     def saved(config: PreTrainedConfig) -> Path:
@@ -111,10 +123,16 @@ def llama(save: Callable[[PreTrainedConfig], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def config(llama: Path) -> VllmConfig:
-    """What vLLM's front end tells the core: of the model the vocabulary and tokenizer alone, which are the same for all here."""
+    """What vLLM's front end tells the core: of the model the vocabulary and tokenizer alone, which are the same for all
+    here."""
     overrides = {"architectures": ["TransformersForCausalLM"]}
     return AsyncEngineArgs(
-        model=str(llama), max_model_len=LENGTH, max_num_seqs=32, kv_cache_memory_bytes=2**20, enforce_eager=True, hf_overrides=overrides
+        model=str(llama),
+        max_model_len=LENGTH,
+        max_num_seqs=32,
+        kv_cache_memory_bytes=2**20,
+        enforce_eager=True,
+        hf_overrides=overrides,
     ).create_engine_config()
 
 
@@ -166,14 +184,18 @@ def plain(model: PreTrainedModel, ids: list[int], tokens: int) -> tuple[list[int
     options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     with torch.inference_mode():
         for _ in range(tokens):
-            likeliest = model(torch.tensor([ids + new]), use_cache=False, **options).logits[0, -1].log_softmax(-1).max(-1)
+            likeliest = (
+                model(torch.tensor([ids + new]), use_cache=False, **options).logits[0, -1].log_softmax(-1).max(-1)
+            )
             new.append(int(likeliest.indices))
             logprobs.append(float(likeliest.values))
     return new, logprobs
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_model_writes_in_company_what_it_writes_alone(kind: str, save: Callable[[PreTrainedConfig], Path], make: Make) -> None:
+def test_a_model_writes_in_company_what_it_writes_alone(
+    kind: str, save: Callable[[PreTrainedConfig], Path], make: Make
+) -> None:
     configured, batches = MODELS[kind]
     folder = save(configured())
     # torch's own attention, which transformers takes by default, leaves the soft limit out
@@ -230,7 +252,10 @@ def test_rows_are_kept_apart_where_the_padding_would_cost_more(make: Make, refer
     for name, length in (("a", 300), ("b", 10), ("c", 20), ("d", 310)):
         core.add(request(name, prompt(length), max_tokens=12))
         told.step(core)
-    assert sorted(sorted(row.request.request_id for row in rows.rows) for rows in core._running) == [["a", "d"], ["b", "c"]]
+    assert sorted(sorted(row.request.request_id for row in rows.rows) for rows in core._running) == [
+        ["a", "d"],
+        ["b", "c"],
+    ]
     told.finish(core)
     for name, length in (("a", 300), ("b", 10), ("c", 20), ("d", 310)):
         assert told.tokens(name) == plain(reference, prompt(length), 12)[0]
@@ -248,7 +273,13 @@ def test_the_cache_is_never_more_than_its_share(make: Make, reference: PreTraine
     most = waited = 0
     while core.has_work():
         told.step(core)
-        held = [tensor for rows in core._all() if isinstance(rows, Batch) for layer in rows._cache.layers for tensor in layer._tensors]
+        held = [
+            tensor
+            for rows in core._all()
+            if isinstance(rows, Batch)
+            for layer in rows._cache.layers
+            for tensor in layer._tensors
+        ]
         assert sum(tensor.nbytes for tensor in held) <= 1400 * size
         most = max(most, sum(len(rows.rows) for rows in core._all()))
         waited += any(row.request.num_output_tokens for row in core._waiting)
@@ -302,7 +333,10 @@ PARAMETERS: dict[str, tuple[dict[str, Any], Callable[[list[int]], bool]]] = {
     "min_p": ({"temperature": 1.0, "seed": 3, "min_p": 0.2}, lambda tokens: len(tokens) == 8),
     "repetition_penalty": ({"repetition_penalty": 100.0}, lambda tokens: len(set(tokens)) == 8),
     "presence_penalty": ({"presence_penalty": 2.0, "allowed_token_ids": [7, 8]}, lambda tokens: {7, 8} == set(tokens)),
-    "frequency_penalty": ({"frequency_penalty": 2.0, "allowed_token_ids": [7, 8]}, lambda tokens: 2 <= tokens.count(7) <= 6),
+    "frequency_penalty": (
+        {"frequency_penalty": 2.0, "allowed_token_ids": [7, 8]},
+        lambda tokens: 2 <= tokens.count(7) <= 6,
+    ),
     "logit_bias": ({"logit_bias": {5: 100.0}}, lambda tokens: set(tokens) == {5}),
     "allowed_token_ids": ({"allowed_token_ids": [9]}, lambda tokens: set(tokens) == {9}),
     "stop_token_ids": ({"logit_bias": {5: 100.0}, "stop_token_ids": [5]}, lambda tokens: tokens == [5]),
@@ -361,7 +395,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], list[list[int]], int]] = {
     "allowed, but not so soon": ({"allowed_token_ids": [EOS], "min_tokens": 3, "ignore_eos": False}, [], 0),
     "allowed and forbidden": ({"allowed_token_ids": [5, 6]}, [[5], [6]], 0),
     "forbidden after a while": ({"allowed_token_ids": [5]}, [[5, 5, 5]], 2),
-    "a form that ends, and must not": ({"structured_outputs": NO, "logit_bias": {EOS: -100.0}, "min_tokens": 8}, [[EOS]], 1),
+    "a form that ends, and must not": (
+        {"structured_outputs": NO, "logit_bias": {EOS: -100.0}, "min_tokens": 8},
+        [[EOS]],
+        1,
+    ),
     "a form of other tokens": ({"structured_outputs": NO, "allowed_token_ids": [5]}, [], 0),
 }
 
@@ -384,7 +422,9 @@ def test_a_request_that_leaves_no_token_ends_alone(make: Make, reference: PreTra
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_whose_logits_are_no_numbers_ends_alone(make: Make, reference: PreTrainedModel, temperature: float) -> None:
+def test_a_row_whose_logits_are_no_numbers_ends_alone(
+    make: Make, reference: PreTrainedModel, temperature: float
+) -> None:
     core, told = make(), Told()
     core._model.get_input_embeddings().weight[77] = torch.nan
     for name, ids in (("steady", prompt(6)), ("ill", [*prompt(3), 77])):
@@ -413,17 +453,23 @@ def test_the_likeliest_tokens_are_those_of_the_raw_logits(make: Make, reference:
     assert told["none"][0].new_logprobs is None
 
 
-def test_a_grammar_is_kept_to_and_a_wrong_one_ends_its_own_request(make: Make, smollm2: Path, reference: PreTrainedModel) -> None:
+def test_a_grammar_is_kept_to_and_a_wrong_one_ends_its_own_request(
+    make: Make, smollm2: Path, reference: PreTrainedModel
+) -> None:
     tokenizer, core, told = AutoTokenizer.from_pretrained(smollm2), make(), Told()
     shapes = {
         "choice": StructuredOutputsParams(grammar='root ::= "Rome" | "Oslo"'),
         "regex": StructuredOutputsParams(regex="[a-c]{3}-[0-9]{2}"),
-        "json": StructuredOutputsParams(json={"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}),
+        "json": StructuredOutputsParams(
+            json={"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}
+        ),
         "wrong": StructuredOutputsParams(grammar="no grammar ::= ("),
     }
     core.add(request("free", prompt(6), max_tokens=20))
     for name, shape in shapes.items():
-        core.add(request(name, prompt(6), max_tokens=40, structured_outputs=shape, ignore_eos=False, temperature=1.0, seed=2))
+        core.add(
+            request(name, prompt(6), max_tokens=40, structured_outputs=shape, ignore_eos=False, temperature=1.0, seed=2)
+        )
     told.finish(core)
     texts = {name: tokenizer.decode(told.tokens(name), skip_special_tokens=True) for name in shapes}
     assert texts["choice"] in ("Rome", "Oslo")

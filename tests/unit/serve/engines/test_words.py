@@ -19,7 +19,9 @@ def spelled(words: list[str], tokenizer: Any) -> set[tuple[str, ...]]:
     return {tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in forbidden_tokens(words, tokenizer)}
 
 
-def merging(*merges: tuple[str, str], before: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder) -> PreTrainedTokenizerFast:
+def merging(
+    *merges: tuple[str, str], before: pre_tokenizers.PreTokenizer, decoder: decoders.Decoder
+) -> PreTrainedTokenizerFast:
     """A tokenizer of single letters, and what these merges make of them."""
     letters = dict.fromkeys("".join(a + b for a, b in merges) + 'OsloParis ."(\nĠĊ▁')
     vocabulary = {token: i for i, token in enumerate([*letters, *(a + b for a, b in merges)])}
@@ -32,7 +34,12 @@ def test_a_blank_may_belong_to_the_first_token_and_make_it_longer(smollm2: Path)
     """SmolLM2's, of GPT-2's kind: vLLM's own way forbids but the first of these."""
     tokenizer = get_tokenizer(str(smollm2))
     assert spelled(["Oslo"], tokenizer) == {("Os", "lo"), ("ĠOslo",)}
-    assert spelled(["Paris", "new york"], tokenizer) == {("Paris",), ("ĠParis",), ("new", "Ġy", "ork"), ("Ġnew", "Ġy", "ork")}
+    assert spelled(["Paris", "new york"], tokenizer) == {
+        ("Paris",),
+        ("ĠParis",),
+        ("new", "Ġy", "ork"),
+        ("Ġnew", "Ġy", "ork"),
+    }
     assert spelled([" Oslo\n"], tokenizer) == spelled(["Oslo"], tokenizer), "blanks around it do not count"
     own = SamplingParams(bad_words=["Oslo"])
     own.update_from_tokenizer(tokenizer)

@@ -13,7 +13,9 @@ from llm_ray.serve.models import Adapter, ServedModel
 
 def counted(metrics: Metrics) -> dict[tuple[str, ...], float]:
     families = text_string_to_metric_families(metrics.text().decode())
-    return {(s.name.removeprefix("llm_ray_"), *s.labels.values()): s.value for family in families for s in family.samples}
+    return {
+        (s.name.removeprefix("llm_ray_"), *s.labels.values()): s.value for family in families for s in family.samples
+    }
 
 
 def test_a_streamed_answer_is_counted_once() -> None:

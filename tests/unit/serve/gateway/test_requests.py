@@ -10,7 +10,16 @@ from pydantic import TypeAdapter, ValidationError
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorInfo, ErrorResponse
 
 from llm_ray.serve.gateway.errors import ApiError, invalid, refused
-from llm_ray.serve.gateway.requests import REFUSED, Chat, Completion, Detokenize, Embedding, Tokenize, TokenizeChat, TokenizeText
+from llm_ray.serve.gateway.requests import (
+    REFUSED,
+    Chat,
+    Completion,
+    Detokenize,
+    Embedding,
+    Tokenize,
+    TokenizeChat,
+    TokenizeText,
+)
 from llm_ray.serve.gateway.simple import SimpleRequest
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
@@ -31,10 +40,18 @@ def refusal(form: Any, body: Any) -> ApiError:
         ({"messages": []}, "messages", "at least 1 item"),
         ({"messages": ["hi"]}, "messages[0]", "a valid object"),
         ({"messages": [{}]}, "messages[0]", "its role is missing"),
-        ({"messages": [{"role": "boss", "content": "x"}]}, "messages[0]", "its role is 'boss', which is none of 'system'"),
+        (
+            {"messages": [{"role": "boss", "content": "x"}]},
+            "messages[0]",
+            "its role is 'boss', which is none of 'system'",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "it is missing"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "a valid string or a valid array"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "it is missing"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content[0].text",
+            "it is missing",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, "messages[0].content[0]", "its type is 'x'"),
         ({"temperature": "hot"}, "temperature", "a valid number"),
         ({"temperature": float("nan")}, "temperature", "a finite number"),
@@ -51,11 +68,19 @@ def refusal(form: Any, body: Any) -> ApiError:
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "match pattern"),
         ({"tools": []}, "tools", "empty"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "it is missing"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "does not match"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+            "does not match",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "`tools` must be set"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "'text', 'json_object' or 'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "'json_schema' field"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format", "json_schema.schema is missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format",
+            "json_schema.schema is missing",
+        ),
         ({"structured_outputs": {}}, "structured_outputs", "one of json, regex"),
         ({"structured_outputs": {"grammar": "a", "json_object": True}}, "structured_outputs", "one of json, regex"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream=True"),
@@ -115,7 +140,9 @@ def test_what_is_the_engines_own_is_refused_with_a_reason(name: str) -> None:
 
 
 def test_what_asks_for_nothing_is_not_refused() -> None:
-    Chat.model_validate({"messages": MESSAGES, "priority": 0, "use_beam_search": False, "best_of": 1, "length_penalty": 1.0})
+    Chat.model_validate(
+        {"messages": MESSAGES, "priority": 0, "use_beam_search": False, "best_of": 1, "length_penalty": 1.0}
+    )
 
 
 def test_nothing_is_fetched_for_a_client() -> None:
@@ -133,7 +160,9 @@ def test_half_a_surrogate_pair_is_no_text(form: Any) -> None:
 
 
 def test_what_openai_has_and_no_engine_knows_is_passed_over() -> None:
-    body = Chat.model_validate({"messages": MESSAGES, "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "user": "x"})
+    body = Chat.model_validate(
+        {"messages": MESSAGES, "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "user": "x"}
+    )
     assert "metadata" not in body.model_dump()
 
 
@@ -160,14 +189,24 @@ def test_tokenize_has_two_forms() -> None:
 
 
 def test_a_simple_request_becomes_one_of_openais_kind() -> None:
-    asked = SimpleRequest.model_validate({"text": "Hi", "config": {"max_new_tokens": 5, "do_sample": False, "top_k": 3}})
+    asked = SimpleRequest.model_validate(
+        {"text": "Hi", "config": {"max_new_tokens": 5, "do_sample": False, "top_k": 3}}
+    )
     (chat,) = asked.bodies("m", chat=True)
     assert isinstance(chat, Chat)
-    assert (chat.messages, chat.max_tokens, chat.temperature, chat.top_k) == ([{"role": "user", "content": "Hi"}], 5, 0.0, 3)
+    assert (chat.messages, chat.max_tokens, chat.temperature, chat.top_k) == (
+        [{"role": "user", "content": "Hi"}],
+        5,
+        0.0,
+        3,
+    )
     (text,) = asked.bodies("m", chat=False)
     assert isinstance(text, Completion)
     assert text.prompt == "Hi"
-    assert [body.messages[0]["content"] for body in SimpleRequest.model_validate({"text": ["a", "b"]}).bodies("m", chat=True)] == ["a", "b"]  # type: ignore[union-attr]
+    assert [
+        body.messages[0]["content"]
+        for body in SimpleRequest.model_validate({"text": ["a", "b"]}).bodies("m", chat=True)
+    ] == ["a", "b"]  # type: ignore[union-attr]
     assert SimpleRequest.model_validate({"text": MESSAGES}).is_conversation
 
 

@@ -18,7 +18,9 @@ from llm_ray.serve.gateway.schemas import unenforced, unenforced_pattern, unenfo
 from tests.schemas import OBEYED, REFUSED
 
 END = 256
-COMPILER = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo([bytes([i]) for i in range(END)] + [b"</s>"], stop_token_ids=[END]))
+COMPILER = xgrammar.GrammarCompiler(
+    xgrammar.TokenizerInfo([bytes([i]) for i in range(END)] + [b"</s>"], stop_token_ids=[END])
+)
 
 
 def accepts(grammar: Any, document: Any) -> bool:
@@ -26,7 +28,9 @@ def accepts(grammar: Any, document: Any) -> bool:
     orders = itertools.permutations(document.items()) if isinstance(document, dict) else [document]
     for order in orders:
         matcher = xgrammar.GrammarMatcher(grammar)
-        if matcher.accept_string(json.dumps(dict(order) if isinstance(document, dict) else order)) and matcher.accept_token(END):
+        if matcher.accept_string(
+            json.dumps(dict(order) if isinstance(document, dict) else order)
+        ) and matcher.accept_token(END):
             return True
     return False
 
@@ -49,7 +53,17 @@ def test_what_is_not_enforced_is_refused_with_its_place(name: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["", "^$", "a|b", "^a$|^b$", "(^a$)", r"^\d+\.\w-[^\]^$]\$\^$", r"^[a-z$^]{2,3}?$", r"\u00e9\x41\cA\/\-", "^(?:a|(?:b))$"],
+    [
+        "",
+        "^$",
+        "a|b",
+        "^a$|^b$",
+        "(^a$)",
+        r"^\d+\.\w-[^\]^$]\$\^$",
+        r"^[a-z$^]{2,3}?$",
+        r"\u00e9\x41\cA\/\-",
+        "^(?:a|(?:b))$",
+    ],
 )
 def test_patterns_that_are_enforced(pattern: str) -> None:
     assert unenforced_pattern(pattern) is None
@@ -58,7 +72,22 @@ def test_patterns_that_are_enforced(pattern: str) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["a^", "a^b", "$a", "a$b", "(a)^b", r"\Aa", r"a\Z", r"\bfoo", r"\p{L}", r"(a)\k<a>", "(?=a)b", "(?<n>a)", "(?i)a", "[[:digit:]]"],
+    [
+        "a^",
+        "a^b",
+        "$a",
+        "a$b",
+        "(a)^b",
+        r"\Aa",
+        r"a\Z",
+        r"\bfoo",
+        r"\p{L}",
+        r"(a)\k<a>",
+        "(?=a)b",
+        "(?<n>a)",
+        "(?i)a",
+        "[[:digit:]]",
+    ],
 )
 def test_patterns_that_are_not(pattern: str) -> None:
     assert unenforced_pattern(pattern)
@@ -78,15 +107,25 @@ def test_the_same_holds_wherever_a_schema_stands() -> None:
     strict = {"type": "function", "function": {"name": "f", "parameters": NOT, "strict": True}}
     good = {"type": "function", "function": {"name": "g", "parameters": {"type": "object"}}}
     tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": NOT}}
-    old = {"type": "structural_tag", "structures": [{"begin": "<a>", "schema": NOT, "end": "</a>"}], "triggers": ["<a>"]}
+    old = {
+        "type": "structural_tag",
+        "structures": [{"begin": "<a>", "schema": NOT, "end": "</a>"}],
+        "triggers": ["<a>"],
+    }
     for asked, param in (
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": NOT}}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": NOT}}},
+            "response_format.json_schema.schema",
+        ),
         ({"response_format": tag}, "response_format.format.json_schema"),
         ({"response_format": old}, "response_format.structures[0].schema"),
         ({"structured_outputs": {"json": NOT}}, "structured_outputs.json"),
         ({"structured_outputs": {"json": json.dumps(NOT)}}, "structured_outputs.json"),
         ({"tools": [good, tool], "tool_choice": "required"}, "tools[1].function.parameters"),
-        ({"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tools[0].function.parameters"),
+        (
+            {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tools[0].function.parameters",
+        ),
         ({"tools": [strict], "tool_choice": "auto"}, "tools[0].function.parameters"),
     ):
         told = refusal(**asked)
@@ -113,7 +152,9 @@ def test_tools_whose_arguments_are_not_held_to_a_schema_may_have_any() -> None:
 
 def test_a_schema_made_to_take_long_does_not() -> None:
     began = time.monotonic()
-    ladder = {f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/a{i + 1}"}]} for i in range(500)} | {"a500": {}}
+    ladder = {
+        f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"$ref": f"#/$defs/a{i + 1}"}]} for i in range(500)
+    } | {"a500": {}}
     assert unenforced({"$defs": ladder, "$ref": "#/$defs/a0"}, "s") is None
     assert unenforced({"$defs": ladder, "oneOf": [{"$ref": f"#/$defs/a{i}"} for i in range(90)]}, "s") is not None
     assert unenforced({"oneOf": [{"const": i} for i in range(5000)]}, "s") is not None

@@ -1,4 +1,5 @@
-"""A conversation sent to a server makes the very tokens that training put before the answer: vLLM's own renderer is asked."""
+"""A conversation sent to a server makes the very tokens that training put before the answer: vLLM's own renderer is
+asked."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ from llm_ray.serve.models import ServedModel
 from llm_ray.serve.replica.server import chat_template, llm_config, told
 
 TEMPLATES = Path(__file__).parents[2] / "data" / "templates"
-NAMES = [None, *sorted(p.stem for p in TEMPLATES.glob("*.jinja") if p.stem not in ("mistral", "thinking"))]  # of other tokenizers, of none
+NAMES = [
+    None,
+    *sorted(p.stem for p in TEMPLATES.glob("*.jinja") if p.stem not in ("mistral", "thinking")),
+]  # of other tokenizers, of none
 
 
 def parts(*texts: str) -> list[dict[str, str]]:
@@ -40,10 +44,18 @@ def call(name: str, arguments: str) -> dict[str, Any]:
 
 
 TOOLS = [
-    {"type": "function", "function": {"parameters": {"type": "object", "properties": {"city": {"type": "string"}}}, "name": "weather"}},
     {
         "type": "function",
-        "function": {"name": "clock", "description": "Tells the time.", "parameters": {"type": "object"}, "returns": "text"},
+        "function": {"parameters": {"type": "object", "properties": {"city": {"type": "string"}}}, "name": "weather"},
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "clock",
+            "description": "Tells the time.",
+            "parameters": {"type": "object"},
+            "returns": "text",
+        },
     },
 ]
 ROWS: dict[str, dict[str, Any]] = {
@@ -144,7 +156,11 @@ def served_prompts(
     """The prompts of the row's answers as vLLM's front end makes them of requests."""
     served = []
     for number in (n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"):
-        request = {"model": "model", "messages": row["messages"][:number], **({"tools": row["tools"]} if "tools" in row else {})}
+        request = {
+            "model": "model",
+            "messages": row["messages"][:number],
+            **({"tools": row["tools"]} if "tools" in row else {}),
+        }
         asked = told(ChatCompletionRequest.model_validate(copy.deepcopy(request)), ours, tools=True)
         tools = [tool.model_dump() for tool in asked.tools] if asked.tools else None
         params = asked.build_chat_params(template, form).with_defaults({"tools": tools, "tokenize": True})
@@ -152,14 +168,27 @@ def served_prompts(
     return served
 
 
-PAIRS = [("smollm2", "qwen3"), ("plain", "calls"), ("smollm2", "parts"), ("parts", "qwen3"), ("qwen3", "plain"), ("calls", "parts")]
+PAIRS = [
+    ("smollm2", "qwen3"),
+    ("plain", "calls"),
+    ("smollm2", "parts"),
+    ("parts", "qwen3"),
+    ("qwen3", "plain"),
+    ("calls", "parts"),
+]
 
 
 @pytest.mark.parametrize("where", ["list", "folder"])
 @pytest.mark.parametrize(("default", "tool_use"), PAIRS)
-def test_templates_for_tools_of_their_own(smollm2: Path, tmp_path: Path, default: str, tool_use: str, where: str) -> None:
-    """`default` and `tool_use`, in tokenizer_config.json or as files: the one that serving uses is the one learnt with."""
-    texts = [smollm2 / "chat_template.jinja" if name == "smollm2" else TEMPLATES / f"{name}.jinja" for name in (default, tool_use)]
+def test_templates_for_tools_of_their_own(
+    smollm2: Path, tmp_path: Path, default: str, tool_use: str, where: str
+) -> None:
+    """`default` and `tool_use`, in tokenizer_config.json or as files: the one that serving uses is the one learnt
+    with."""
+    texts = [
+        smollm2 / "chat_template.jinja" if name == "smollm2" else TEMPLATES / f"{name}.jinja"
+        for name in (default, tool_use)
+    ]
     written = dict(zip(("default", "tool_use"), (text.read_text() for text in texts), strict=True))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2 / name, tmp_path)
@@ -181,8 +210,12 @@ def test_templates_for_tools_of_their_own(smollm2: Path, tmp_path: Path, default
     rows = ROWS | {"calls without tools": {"messages": ROWS["tools"]["messages"]}}
     rows["reasoning"] = without_reasoning(rows["reasoning"])
     for name, row in rows.items():
-        served = served_prompts(renderer, ours, row, engine.get("chat_template"), engine["chat_template_content_format"])
+        served = served_prompts(
+            renderer, ours, row, engine.get("chat_template"), engine["chat_template_content_format"]
+        )
         assert served == learnt_prompts(tokenizer, row), name
         texts_of = tokenizer.decode(served[-1])
-        assert ("Be brief." in texts_of and "Be kind." in texts_of) or "system" not in {m["role"] for m in row["messages"]}, name
+        assert ("Be brief." in texts_of and "Be kind." in texts_of) or "system" not in {
+            m["role"] for m in row["messages"]
+        }, name
         assert ('"Oslo"' in texts_of and "and wind" in texts_of) or "tools" not in name, name

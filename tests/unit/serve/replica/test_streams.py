@@ -1,4 +1,5 @@
-"""Answers are sent on as they come to few clients, in handfuls to many, and nothing is lost or held back at their ends."""
+"""Answers are sent on as they come to few clients, in handfuls to many, and nothing is lost or held back at their
+ends."""
 
 from __future__ import annotations
 
@@ -145,7 +146,8 @@ def test_who_has_gone_away_counts_no_longer() -> None:
     run(test())
 
 
-# Events ------------------------------------------------------------------------------------------------------------------------
+# Events
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 async def events(*given: str | Exception, closed: list[bool] | None = None) -> AsyncGenerator[str, None]:

@@ -48,7 +48,8 @@ def test_nothing_else_opens(with_one: tuple[Keys, str], guess: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda s: s[:-1], lambda s: s + "x", lambda s: s.replace("llmray", "other"), lambda s: s.upper(), lambda s: ""]
+    "change",
+    [lambda s: s[:-1], lambda s: s + "x", lambda s: s.replace("llmray", "other"), lambda s: s.upper(), lambda s: ""],
 )
 def test_nearly_the_same_does_not_open(with_one: tuple[Keys, str], change: object) -> None:
     assert with_one[0].check(change(with_one[1])) is None  # type: ignore[operator]
@@ -97,7 +98,9 @@ def test_an_exchanged_key_keeps_its_limits(file: Path) -> None:
 
 @pytest.mark.parametrize("secret", ["", "sk-12345", "llmray-00000000-short", 7, None])
 def test_what_is_no_key_is_refused(file: Path, secret: object) -> None:
-    with pytest.raises(ConfError, match="alice is none that llm-ray made: llm-ray serve keys generate prints one") as error:
+    with pytest.raises(
+        ConfError, match="alice is none that llm-ray made: llm-ray serve keys generate prints one"
+    ) as error:
         import_keys(file, {"alice": secret})  # type: ignore[dict-item]
     assert not secret or str(secret) not in str(error.value)
     assert not file.exists()
@@ -121,7 +124,9 @@ def test_keys_come_by_standard_input(file: Path, monkeypatch: pytest.MonkeyPatch
     assert (told.exit_code, told.output) == (0, "kept: alice\n")
     made = printed.strip()
     assert Keys(file).check(made)
-    assert CliRunner().invoke(cli, ["serve", "keys", "import"], input=json.dumps({"alice": made})).output == "unchanged\n"
+    assert (
+        CliRunner().invoke(cli, ["serve", "keys", "import"], input=json.dumps({"alice": made})).output == "unchanged\n"
+    )
     for wrong in ("{", "[]", '"x"'):
         told = CliRunner().invoke(cli, ["serve", "keys", "import"], input=wrong)
         assert told.exit_code == 2
@@ -180,7 +185,9 @@ def test_a_folder_in_which_others_can_exchange_the_file_is_not_trusted(file: Pat
     assert Keys(file).check(secret)
 
 
-def test_it_is_looked_at_once_for_a_request_and_read_when_it_changed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_looked_at_once_for_a_request_and_read_when_it_changed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, secret = add_key(file, "alice", Limits())
     keys = Keys(file)
     assert keys.check(secret)
@@ -281,11 +288,18 @@ def test_a_keys_own_limits_come_first(file: Path) -> None:
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_RAY_HOME", str(tmp_path))
     run = CliRunner().invoke
-    added = run(cli, ["serve", "keys", "add", "alice", "--requests-per-minute", "60", "--expires", "30d", "--model", "m"])
+    added = run(
+        cli, ["serve", "keys", "add", "alice", "--requests-per-minute", "60", "--expires", "30d", "--model", "m"]
+    )
     assert added.exit_code == 0
     assert re.fullmatch(r"llmray-[0-9a-f]{8}-[\w-]{43}\n", added.stdout)
     (told,) = json.loads(run(cli, ["serve", "keys", "list", "--json"]).stdout)
-    assert (told["name"], told["models"], told["limits"]["requests_per_minute"], told["expired"]) == ("alice", ["m"], 60, False)
+    assert (told["name"], told["models"], told["limits"]["requests_per_minute"], told["expired"]) == (
+        "alice",
+        ["m"],
+        60,
+        False,
+    )
     assert added.stdout.strip() not in run(cli, ["serve", "keys", "list"]).output
     assert run(cli, ["serve", "keys", "revoke", "alice"]).exit_code == 0
     assert run(cli, ["serve", "keys", "revoke", "alice"]).exit_code == 1

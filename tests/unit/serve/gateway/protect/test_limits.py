@@ -50,7 +50,9 @@ def test_what_was_refused_is_not_counted() -> None:
 
 
 @given(st.integers(1, 5), st.lists(st.integers(0, 160), max_size=60))
-def test_no_minute_has_more_requests_than_it_may_and_who_waits_as_told_is_let_in(most: int, quarters: list[int]) -> None:
+def test_no_minute_has_more_requests_than_it_may_and_who_waits_as_told_is_let_in(
+    most: int, quarters: list[int]
+) -> None:
     clock = Clock()
     limiter, limits, taken = Limiter(clock), Limits(requests_per_minute=most), []
     for quarter in quarters:

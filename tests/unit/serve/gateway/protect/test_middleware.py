@@ -55,7 +55,9 @@ class App:
     async def echo(self, request: Request) -> Response:
         state = request.scope["state"]
         key = state["llm_ray_key"]
-        return JSONResponse({"bytes": len(await request.body()), "key": key and key.name, "max_tokens": state["llm_ray_max_tokens"]})
+        return JSONResponse(
+            {"bytes": len(await request.body()), "key": key and key.name, "max_tokens": state["llm_ray_max_tokens"]}
+        )
 
     async def work(self, request: Request) -> Response:
         await request.body()
@@ -93,11 +95,15 @@ def serve(**settings: Any) -> Iterator[tuple[App, httpx.Client]]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        server = uvicorn.Server(uvicorn.Config(protect(app.app, dataclasses.replace(OPEN, **settings), Limiter()), log_level="error"))
+        server = uvicorn.Server(
+            uvicorn.Config(protect(app.app, dataclasses.replace(OPEN, **settings), Limiter()), log_level="error")
+        )
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", trust_env=False, timeout=20) as client:
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", trust_env=False, timeout=20
+            ) as client:
                 yield app, client
         finally:
             server.should_exit = server.force_exit = True
@@ -116,8 +122,11 @@ def _until(done: Callable[[], bool]) -> None:
         assert time.monotonic() - began < 10
 
 
-async def _ask(app: ASGIApp, messages: list[Message], path: str = "/", wait: asyncio.Event | None = None) -> tuple[int, bytes]:
-    """Status and body of a request made of these messages; after them the client says nothing more, or is gone when `wait` is set."""
+async def _ask(
+    app: ASGIApp, messages: list[Message], path: str = "/", wait: asyncio.Event | None = None
+) -> tuple[int, bytes]:
+    """Status and body of a request made of these messages; after them the client says nothing more, or is gone when
+    `wait` is set."""
     rest = list(messages)
     status, body = 0, b""
 
@@ -142,7 +151,9 @@ def test_bodies_are_limited_by_what_they_say_and_by_what_comes() -> None:
         assert _error(client.post("/echo", content=b"x" * 1001)) == (413, "body_too_large")
         assert _error(client.post("/echo", content=iter([b"x" * 600, b"x" * 600]))) == (413, "body_too_large")
         assert client.post("/echo", content=iter([b"x" * 500, b"x" * 500])).json()["bytes"] == 1000
-        assert _error(client.post("/echo", content=b"x" * 20_000_000)) == (413, "body_too_large"), "read by a client that is sending still"
+        assert _error(client.post("/echo", content=b"x" * 20_000_000)) == (413, "body_too_large"), (
+            "read by a client that is sending still"
+        )
         assert client.post("/echo", content=b"x").json()["bytes"] == 1
 
 
@@ -160,7 +171,10 @@ def test_a_body_reaches_the_app_as_it_was_sent_or_not_at_all(chunks: list[bytes]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for() -> None:
-    with serve(body_timeout_s=0.2) as (_, client), socket.create_connection((client.base_url.host, client.base_url.port or 0)) as slow:
+    with (
+        serve(body_timeout_s=0.2) as (_, client),
+        socket.create_connection((client.base_url.host, client.base_url.port or 0)) as slow,
+    ):
         slow.sendall(b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
@@ -169,7 +183,12 @@ def test_who_has_no_key_is_not_let_in(tmp_path: Path) -> None:
     _, secret = add_key(tmp_path / "keys.json", "alice", Limits(max_tokens=7))
     with serve(keys_file=tmp_path / "keys.json") as (_, client):
         assert client.get("/health").status_code == 200
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": secret}, {"Authorization": f"Basic {secret}"}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": secret},
+            {"Authorization": f"Basic {secret}"},
+        ):
             answer = client.post("/echo", headers=headers)
             assert _error(answer) == (401, "invalid_api_key")
             assert answer.headers["www-authenticate"] == "Bearer"
@@ -254,7 +273,12 @@ class Slow:
 
     def __init__(self, answers: bool) -> None:
         self._answers = answers
-        self.begun, self.cancelled, self.may_end, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.begun, self.cancelled, self.may_end, self.ended = (
+            asyncio.Event(),
+            asyncio.Event(),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -341,7 +365,9 @@ def test_a_connection_that_breaks_is_a_client_that_is_gone() -> None:
         async def send(_: Message) -> None:
             raise AssertionError
 
-        await protect(slow, OPEN, Limiter())({"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send)
+        await protect(slow, OPEN, Limiter())(
+            {"type": "http", "method": "POST", "path": "/", "headers": []}, receive, send
+        )
         assert slow.cancelled.is_set()
 
     asyncio.run(asyncio.wait_for(run(), 10))
@@ -365,7 +391,9 @@ def test_websockets_are_closed() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await protect(App().app, OPEN, Limiter())({"type": "websocket", "path": "/health", "headers": []}, receive, send)
+        await protect(App().app, OPEN, Limiter())(
+            {"type": "websocket", "path": "/health", "headers": []}, receive, send
+        )
         return sent
 
     assert asyncio.run(run()) == [{"type": "websocket.close", "code": 1008}]
@@ -415,7 +443,10 @@ def test_pages_of_other_origins_are_let_in_only_where_they_are_named() -> None:
         assert allowed.status_code == 200
         assert allowed.headers["access-control-allow-origin"] == "https://chat.example.org"
         assert "Retry-After" in client.post("/echo", headers=asking).headers["access-control-expose-headers"]
-        assert "access-control-allow-origin" not in client.post("/echo", headers={"Origin": "https://evil.example"}).headers
+        assert (
+            "access-control-allow-origin"
+            not in client.post("/echo", headers={"Origin": "https://evil.example"}).headers
+        )
 
 
 def test_every_answer_is_closed_to_guessing_and_caches() -> None:
