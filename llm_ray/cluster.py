@@ -60,8 +60,7 @@ class Cluster:
         if missing := [host for host in hosts if not any(host in names for names in self.names.values())]:
             raise ClusterError(
                 f"runtime.hosts names {', '.join(missing)}, and Ray has no such node; it has "
-                f"{', '.join(self.hosts) or 'none'}: "
-                "correct the name, or start the host"
+                f"{', '.join(self.hosts) or 'none'}: correct the name, or start the host"
             )
         return self.among(hosts)
 
@@ -259,8 +258,8 @@ def check_resources(runtime: Runtime, cluster: Cluster) -> int:
     if (room := room_for(runtime, cluster, wanted)) < fewest:
         raise ClusterError(
             f"{_wanted(runtime)} with {wanted} CPU(s) each, but Ray has {', '.join(map(str, nodes))} CPU(s) on its "
-            f"{len(nodes)} node(s), "
-            f"room for {room}: lower runtime.{'min_' if runtime.min_workers else ''}workers or runtime.cpus_per_worker"
+            f"{len(nodes)} node(s), room for {room}: lower runtime.{'min_' if runtime.min_workers else ''}workers or "
+            "runtime.cpus_per_worker"
         )
     return wanted
 

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     "--dry-run",
     is_flag=True,
     help="Make no run: show the resolved conf, figures of the data, what auto chooses, memory and time measured over "
-    "some steps, and "
-    "what speaks against the plan.",
+    "some steps, and what speaks against the plan.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
 def finetune(

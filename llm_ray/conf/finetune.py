@@ -93,8 +93,7 @@ class Model(Section):
         if self.trust_remote_code and self.base not in self.trusted_models:
             raise ValueError(
                 "model.trust_remote_code runs code that comes with the model: to allow it, read that code and add "
-                f"{self.base!r} "
-                "to model.trusted_models"
+                f"{self.base!r} to model.trusted_models"
             )
         return self
 
@@ -266,9 +265,8 @@ class Training(Section):
             raise ValueError(
                 f"training.{' and training.'.join(old)} counted packed sequences; a batch counts rows now. Write "
                 "training.global_batch_size instead: auto, or the rows of an optimizer step over all workers (without "
-                f"packing: {sequences} × "
-                "runtime.workers; with packing as many times that as rows fit data.max_length). For memory: "
-                "training.micro_batch_tokens"
+                f"packing: {sequences} × runtime.workers; with packing as many times that as rows fit "
+                "data.max_length). For memory: training.micro_batch_tokens"
             )
         return values
 
@@ -276,8 +274,8 @@ class Training(Section):
     def _length(self) -> Training:
         if self.epochs != "auto" and self.max_steps is not None:
             raise ValueError(
-                "training.epochs and training.max_steps are both set: keep one of them "
-                "(--set training.epochs=auto takes the conf's away for once)"
+                "training.epochs and training.max_steps are both set: keep one of them (--set training.epochs=auto "
+                "takes the conf's away for once)"
             )
         return self
 
@@ -375,8 +373,8 @@ class FinetuneConf(Section):
         if self.training.accelerator == "ipex" and (self.tuning.method != "lora" or self.training.strategy != "ddp"):
             wrong.append(
                 "training.accelerator ipex lays the base model's weights out for its kernels, which only weights that "
-                "neither learn nor are "
-                "sharded can stay in: use tuning.method lora and training.strategy ddp, or accelerator torch"
+                "neither learn nor are sharded can stay in: use tuning.method lora and training.strategy ddp, or "
+                "accelerator torch"
             )
         if wrong:
             raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line

@@ -173,10 +173,8 @@ class ChatEncoder:
         if not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template, so that a conversation cannot be "
-                "written for it: set "
-                "model.chat_template to a Jinja file with one (an instruct model's tokenizer has one of its own), or "
-                "learn plain text with "
-                "tuning.objective pretrain"
+                "written for it: set model.chat_template to a Jinja file with one (an instruct model's tokenizer has "
+                "one of its own), or learn plain text with tuning.objective pretrain"
             )
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
             tokenizer.all_special_ids
@@ -222,8 +220,8 @@ class ChatEncoder:
             if (message.get("reasoning_content") or "").strip() not in whole[len(prompt) :]:
                 return DataError(
                     f"turn {number + 1}: the chat template does not write 'reasoning_content', so that it would not be "
-                    "learnt: set "
-                    "model.chat_template to one that does, write it into 'content', or take it out of the data"
+                    "learnt: set model.chat_template to one that does, write it into 'content', or take it out of the "
+                    "data"
                 )
             answers.append(
                 _Answer(prompt, whole.removesuffix(self.ending), True) if self.ending else _Answer(prompt, whole, False)
@@ -299,8 +297,7 @@ class ChatEncoder:
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 f"neither the chat template nor the tokenizer of {self.tokenizer.name_or_path} has a token that ends a "
-                "turn: set "
-                "model.chat_template to one that does"
+                "turn: set model.chat_template to one that does"
             )
         return self.tokenizer.eos_token_id, ending
 
@@ -310,10 +307,8 @@ def _not_a_prefix(prompt: str, whole: str) -> str:
     here = slice(max(0, same - 20), same + 40)
     return (
         f"the template's prompt for an answer ends in {prompt[here]!r}, but the conversation with the answer goes on "
-        f"as {whole[here]!r} "
-        "there, so that serving would not meet what was learnt; set model.chat_template to a template in which the "
-        "prompt is the beginning "
-        "of the answered conversation"
+        f"as {whole[here]!r} there, so that serving would not meet what was learnt; set model.chat_template to a "
+        "template in which the prompt is the beginning of the answered conversation"
     )
 
 
@@ -325,8 +320,7 @@ class TextEncoder:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token) by which to learn "
-                "where a text "
-                "ends: name another in model.tokenizer"
+                "where a text ends: name another in model.tokenizer"
             )
         self.tokenizer, self.max_length, self.end = tokenizer, max_length, tokenizer.eos_token_id
 

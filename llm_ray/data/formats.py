@@ -119,8 +119,8 @@ class Formatter:
                 nearest = nearest_names(name, known)
                 raise ConfError(
                     f"data.columns: {name!r} is no column of format {self.data.format}; write {{name in the format: "
-                    f"name in your data}}, "
-                    f"with the names {', '.join(sorted(known))}" + (f" (nearest: {nearest[0]})" if nearest else "")
+                    f"name in your data}}, with the names "
+                    f"{', '.join(sorted(known))}" + (f" (nearest: {nearest[0]})" if nearest else "")
                 )
 
     def _rename(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -141,8 +141,7 @@ class Formatter:
                 return "text"
             raise _Bad(
                 f"tuning.objective pretrain needs a column 'text', the row has {_names(values)}: name yours in "
-                "data.columns, "
-                f"e.g. {{text: {next(iter(values), 'body')}}}"
+                f"data.columns, e.g. {{text: {next(iter(values), 'body')}}}"
             )
         if "chosen" in values and "rejected" in values:
             raise _Bad(

@@ -122,8 +122,7 @@ def _check_shards(name: str, splits: dict[str, list[str]]) -> None:
         if missing := set(range(int(count))) - numbers:
             raise DataError(
                 f"data set {name!r}: the hub's copy cannot be had, and its cache lacks {len(missing)} of {int(count)} "
-                "files, as "
-                f"{Path(prefix).name}-{min(missing):05d}-of-{count}: download them once with a connection"
+                f"files, as {Path(prefix).name}-{min(missing):05d}-of-{count}: download them once with a connection"
             )
 
 
@@ -138,8 +137,8 @@ def _explained(source: str) -> Iterator[None]:
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise DataError(
             f"data set {source!r}: no file or folder of that name, and the hub's copy cannot be had "
-            f"({_first_line(error)}). "
-            "On a machine without internet copy the data set's files there and name their folder"
+            f"({_first_line(error)}). On a machine without internet copy the data set's files there and name their "
+            "folder"
         ) from error
     except (
         ValueError,

@@ -131,8 +131,7 @@ class DataStats(BaseModel):
         if self.truncated:
             text.append(
                 f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}; "
-                "the longest row needs "
-                f"{max(split.longest for split in (self.train, self.validation) if split)}"
+                f"the longest row needs {max(split.longest for split in (self.train, self.validation) if split)}"
             )
         if self.repeated:
             text.append(f"training rows that repeat another one: {self.repeated}")
@@ -150,8 +149,7 @@ class DataStats(BaseModel):
                 text.append(
                     f"{name}: {split.rows} rows{several}, {split.tokens} tokens, {split.supervised_tokens} supervised "
                     f"({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has "
-                    f"{split.tokens / split.sequences:.0f} tokens "
-                    f"in the mean, {split.longest_sequence} at most"
+                    f"{split.tokens / split.sequences:.0f} tokens in the mean, {split.longest_sequence} at most"
                 )
         if self.validation_reason:
             text.append(f"validation: {self.validation_reason}")
@@ -175,8 +173,7 @@ def notes_on(sources: tuple[str, ...]) -> list[str]:
         return []
     return [
         f"warning: files named like a test set are trained on with the rest of their folder: {', '.join(named)}; if "
-        "that is not meant, name "
-        "the files to learn from in data.train"
+        "that is not meant, name the files to learn from in data.train"
     ]
 
 

@@ -243,8 +243,7 @@ def _rows_key(path: Path, whole: dict[str, Any]) -> str:
     if values and (columns or numbered):
         raise DataError(
             f"{path}: one object of columns or numbered rows ({', '.join(list(whole)[:5])}), not a list of rows: write "
-            "an array of objects, "
-            "or one object a line (pandas: to_json(…, orient='records', lines=True))"
+            "an array of objects, or one object a line (pandas: to_json(…, orient='records', lines=True))"
         )
     if any(name in whole for name in ROW_COLUMNS):
         return ""

@@ -71,8 +71,8 @@ def _rehearse(conf: FinetuneConf) -> list[str]:
     if (pad := tokenizer.pad_token_id) is not None and pad >= (size := model.get_input_embeddings().weight.shape[0]):
         raise ModelError(
             f"the tokenizer of {location} pads with {tokenizer.pad_token!r} (token {pad}), and the model has "
-            f"embeddings for {size} tokens: name another "
-            "pad_token in its tokenizer_config.json, or give the model its own tokenizer"
+            f"embeddings for {size} tokens: name another pad_token in its tokenizer_config.json, or give the model its "
+            "own tokenizer"
         )
     notes = _doubts(conf, location)
     if settings := load_generation(conf.model, conf.paths):
@@ -111,8 +111,7 @@ def _doubts(conf: FinetuneConf, location: Location) -> list[str]:
     if outdated(location.folder):
         return [
             f"{location.name} was imported by an older llm-ray, which did not split numbers and blank lines into "
-            "tokens as the model was "
-            "trained to: import it again with --force, then finetune it"
+            "tokens as the model was trained to: import it again with --force, then finetune it"
         ]
     told = lineage(location.folder).get("note")
     return [str(told)] if told else []
@@ -129,9 +128,8 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trus
     ):
         raise ModelError(
             f"the tokenizer of {tokenizer.name_or_path}, saved and loaded again, is another one "
-            f"({type(saved).__name__}): with the finetuned "
-            "model it would give tokens that were not trained on. Set model.tokenizer to a folder whose tokenizer is "
-            "read as it is written"
+            f"({type(saved).__name__}): with the finetuned model it would give tokens that were not trained on. Set "
+            "model.tokenizer to a folder whose tokenizer is read as it is written"
         )
 
 
@@ -173,10 +171,8 @@ class Comparison:
         if not abs(now - before) <= tolerance * max(abs(before), 1.0):
             raise ModelError(
                 f"the exported model is not the trained one: on {len(self.rows)} {self.which} its loss is {now:.4f} "
-                f"after {after}, and was "
-                f"{before:.4f} before. Nothing was written to output/, and the checkpoint is as it was: please report "
-                "this, with the model's "
-                "name and the conf's section tuning"
+                f"after {after}, and was {before:.4f} before. Nothing was written to output/, and the checkpoint is as "
+                "it was: please report this, with the model's name and the conf's section tuning"
             )
 
     def __str__(self) -> str:
@@ -211,6 +207,5 @@ def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
     if needed > free:
         raise RunError(
             f"{run} needs about {needed / 2**30:.1f} GiB for checkpoints and the exported model, and "
-            f"{free / 2**30:.1f} GiB are free there: "
-            "make room, or set paths.runs to another disk"
+            f"{free / 2**30:.1f} GiB are free there: make room, or set paths.runs to another disk"
         )

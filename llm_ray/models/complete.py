@@ -67,8 +67,7 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
         name, has, wants = wrong[0]
         raise ModelError(
             f"the model {path}: {len(wrong)} of its weights are of other sizes than its {CONFIG} says, as {name}, "
-            f"which is {_size(has)} and should "
-            f"be {_size(wants)}: one of them is another model's"
+            f"which is {_size(has)} and should be {_size(wants)}: one of them is another model's"
         )
     _refuse_more_layers(path, model, report["unexpected_keys"])
     _refuse_untied(path, model)
@@ -99,8 +98,7 @@ def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
         if len(stored) == 2 and not stored[0].equal(stored[1]):
             raise ModelError(
                 f"the model {path}: {name} is not {source}, though its {CONFIG} ties them, and engines differ in which "
-                "they read: set "
-                f"tie_word_embeddings to false there, or take {name} out of the weights"
+                f"they read: set tie_word_embeddings to false there, or take {name} out of the weights"
             )
 
 
@@ -118,8 +116,7 @@ def refuse_missing(called: str, model: object, missing: Collection[str]) -> None
     if missing:
         raise ModelError(
             f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, as {sorted(missing)[0]}: it "
-            "is half a model, or "
-            f"none that writes text; {_AGAIN}"
+            f"is half a model, or none that writes text; {_AGAIN}"
         )
 
 

@@ -164,8 +164,8 @@ def check_environment() -> Path:
     if not (folder / "bin" / "optimum-cli").is_file():
         raise ModelError(
             f"conversion to OpenVINO runs in an environment of its own, and {folder} is none: `make setup-convert` "
-            "makes it. Elsewhere, "
-            "install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to its folder"
+            "makes it. Elsewhere, install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to "
+            "its folder"
         )
     return folder / "bin" / "python"
 
@@ -195,8 +195,7 @@ def _refuse_to_lose(target: Path, source: Path, weights: WeightForm, force: bool
     if not force and (made.get("source"), made.get("weights")) != (str(source), weights):
         raise ModelError(
             f"{target} holds another conversion, of {made.get('source')} with {made.get('weights')} weights: choose "
-            "another --name or "
-            "--output, or --force to replace it"
+            "another --name or --output, or --force to replace it"
         )
 
 
@@ -217,8 +216,7 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
     if disk > _free(target):
         raise ModelError(
             f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, and "
-            f"{_gib(_free(target))} are free: make "
-            "room, or choose another place with --output"
+            f"{_gib(_free(target))} are free: make room, or choose another place with --output"
         )
 
 

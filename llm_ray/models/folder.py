@@ -67,8 +67,7 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
         if twice := sorted(name for name in tensors if places.get(name, file) != file):
             raise ModelError(
                 f"{file} holds {twice[0]} too, which {INDEX} names in {places[twice[0]].name}: it may be another "
-                "model's; copy or download "
-                "the model again"
+                "model's; copy or download the model again"
             )
         for size, dtype in tensors.values():
             counts[dtype] += size
@@ -134,8 +133,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         if elsewhere := sorted({str(name) for name in weight_map.values() if Path(str(name)).name != str(name)}):
             raise ModelError(
                 f"{path / INDEX} names {elsewhere[0]}, which is in another folder, where some engines do not look: "
-                f"move it into {path}, and "
-                "name it so"
+                f"move it into {path}, and name it so"
             )
         if (path / SINGLE).is_file():
             _check_alone(path, map(str, weight_map.values()), f", which {INDEX} names")
@@ -157,8 +155,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
     if pickles := sorted(path.glob("*.bin")):
         raise ModelError(
             f"{path} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where you "
-            "trust them, write them "
-            "as safetensors with transformers' save_pretrained, and use that folder"
+            "trust them, write them as safetensors with transformers' save_pretrained, and use that folder"
         )
     raise ModelError(f"{path} has no weights ({SINGLE}, or {INDEX} and its files): copy or download the model again")
 
@@ -169,8 +166,7 @@ def _check_alone(path: Path, names: Iterable[str], told: str = "") -> None:
     if others := sorted(set(names) - {SINGLE}):
         raise ModelError(
             f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){told} ({others[0]}). Engines "
-            "differ in which they read: "
-            "take away those that are not the model's"
+            "differ in which they read: take away those that are not the model's"
         )
 
 

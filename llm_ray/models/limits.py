@@ -61,7 +61,6 @@ def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
     if beyond := sorted((number, token) for token, number in ids.items() if number >= most):
         raise ModelError(
             f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, as "
-            f"{beyond[0][1]!r} ({beyond[0][0]}; "
-            f"{CONFIG}: vocab_size {most}): a request with one would end the engine. Give the model its own tokenizer, "
-            "or take them out"
+            f"{beyond[0][1]!r} ({beyond[0][0]}; {CONFIG}: vocab_size {most}): a request with one would end the engine. "
+            "Give the model its own tokenizer, or take them out"
         )

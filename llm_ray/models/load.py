@@ -75,8 +75,7 @@ def resolve(base: str, paths: Paths) -> Location:
     hint = f"Did you mean {' or '.join(near)}? " if near else f"There are: {', '.join(known[:5])}. " if known else ""
     raise ModelError(
         f"model {base}: no model of this name is in the registry ({paths.models}), and no run ({paths.runs}). {hint}To "
-        "add one: "
-        f"llm-ray model import SOURCE --name {Path(base).name}; a model of the hub is named organisation/model"
+        f"add one: llm-ray model import SOURCE --name {Path(base).name}; a model of the hub is named organisation/model"
     )
 
 
@@ -127,8 +126,7 @@ def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedMode
     if getattr(loaded, "hf_quantizer", None):  # which would show when they are to be merged or saved
         raise ModelError(
             f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so that it cannot be "
-            "finetuned and exported: "
-            "name the model that it was quantized from"
+            "finetuned and exported: name the model that it was quantized from"
         )
     mend_generation(loaded.generation_config, location)
     return loaded
@@ -338,15 +336,13 @@ def _reason(error: Exception, location: Location) -> str:
     if "trust_remote_code" in text:
         return (
             "it brings Python code of its own. Read that code; if you trust it, set model.trust_remote_code: true and "
-            f"add {location} to "
-            "model.trusted_models"
+            f"add {location} to model.trusted_models"
         )
     if location.folder is None:
         if constants.HF_HUB_OFFLINE:
             return (
                 "there is no such folder, and as a model of the hub it is not in the local cache, while HF_HUB_OFFLINE "
-                "forbids asking "
-                "the hub: bring its folder here and name that"
+                "forbids asking the hub: bring its folder here and name that"
             )
         return f"{short}. (There is no such folder either.) Without internet, bring its folder here and name that"
     kind = read_json(location.folder / CONFIG).get("model_type") if (location.folder / CONFIG).is_file() else None

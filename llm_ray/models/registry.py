@@ -234,8 +234,7 @@ def _fill(new: Path, found: _Source) -> None:
         if mend_class(new):
             note = (
                 "Its tokenizer_config.json names a class that does not read its tokenizer.json as it is, and with "
-                "which engines would give it "
-                "other tokens than it was trained on: here it names one that does"
+                "which engines would give it other tokens than it was trained on: here it names one that does"
             )
     check_folder(new)
     check_complete(new if found.gguf else found.folder)
@@ -320,8 +319,7 @@ def _download(hub_id: str, revision: str | None, gguf_file: str | None) -> Path:
             reason = "it is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub"
         raise ModelError(
             f"{hub_id}: there is no such folder, and as a model of the hub it could not be downloaded: {reason}. "
-            "Without internet, "
-            "bring the model's folder here and import that"
+            "Without internet, bring the model's folder here and import that"
         ) from error
 
 

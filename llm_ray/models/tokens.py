@@ -56,8 +56,8 @@ def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     if not agrees(whole, file):
         raise ModelError(
             f"the tokenizer of {source}: neither {type(tokenizer).__name__}, which its tokenizer_config.json asks for, "
-            "nor transformers' general "
-            f"one gives the ids of its {FILE}: set model.tokenizer to a folder in which they agree"
+            f"nor transformers' general one gives the ids of its {FILE}: set model.tokenizer to a folder in which they "
+            "agree"
         )
     return whole
 
@@ -94,8 +94,7 @@ def doubt(gguf: Path) -> str | None:
     )
     return (
         f"{gguf.name} {told}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or "
-        "give the model's "
-        "original tokenizer with model.tokenizer"
+        "give the model's original tokenizer with model.tokenizer"
     )
 
 
@@ -133,9 +132,8 @@ def check_alike(folder: Path) -> None:
     if not read_alike(folder):
         raise ModelError(
             f"{folder}: transformers, and with it every engine, reads the tokenizer otherwise than its {FILE} has it: "
-            "the model would get other "
-            "tokens than it was trained on. Importing it mends that where it can be mended: llm-ray model import "
-            f"{folder}"
+            "the model would get other tokens than it was trained on. Importing it mends that where it can be mended: "
+            f"llm-ray model import {folder}"
         )
 
 

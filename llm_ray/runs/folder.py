@@ -206,8 +206,7 @@ def stored_conf(path: Path) -> dict[str, Any]:
         made_by = _read_json(path / RUN).get("versions", {}).get("llm_ray", "unknown")
         raise RunError(
             f"{path / CONF} cannot be read by llm-ray {llm_ray.__version__} (it was written by version {made_by}): use "
-            "another name, or "
-            f"--force to begin anew. ({str(error).splitlines()[0]})"
+            f"another name, or --force to begin anew. ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -382,8 +381,7 @@ def _told(path: Path) -> Iterator[None]:
         if error.errno in _NOT_ALLOWED and about and (about.is_relative_to(path) or path.is_relative_to(about)):
             raise RunError(
                 f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): mend its "
-                "permissions, or set "
-                "paths.runs to another folder"
+                "permissions, or set paths.runs to another folder"
             ) from error
         raise
 

@@ -139,8 +139,7 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
         if waited > _HOST_SECONDS:
             raise TrainError(
                 f"training of {conf.name} wants {fewest} worker(s) with {cpus} CPU(s) each, and the hosts that are "
-                "left "
-                f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
+                f"left ({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
                 f"runtime.min_workers. {_goes_on(conf)}"
             )
         if room < fewest and time.monotonic() - said > _SAY_SECONDS:
@@ -275,9 +274,8 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     if _recurs(cause):
         return Recurring(
             f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. Another try would fail the same way, so that "
-            "none is made: its cause lies in the "
-            "model, the data or the conf, or is a defect here. What is done is kept, and gone on from once that is "
-            "mended"
+            "none is made: its cause lies in the model, the data or the conf, or is a defect here. What is done is "
+            "kept, and gone on from once that is mended"
         )
     return TrainError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. {resume}")
 

@@ -139,9 +139,8 @@ def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> Non
     if lora.dropped and config.target_parameters:
         raise ConfError(
             f"tuning.lora.dropout is {lora.dropped:g}, and peft has no dropout for adapters on experts "
-            f"({', '.join(sorted(config.target_parameters))}): "
-            "set it to 0, or name layers beside the experts, as tuning.lora.target_modules: [q_proj, k_proj, v_proj, "
-            "o_proj]"
+            f"({', '.join(sorted(config.target_parameters))}): set it to 0, or name layers beside the experts, as "
+            "tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
         )
 
 

@@ -74,21 +74,18 @@ def warnings(
     if steps < FEW_STEPS:
         found.append(
             f"{_count(steps, 'optimizer step')} will hardly move a model: raise training.epochs or training.max_steps, "
-            "or lower training.global_batch_size "
-            f"({training.global_batch_size})"
+            f"or lower training.global_batch_size ({training.global_batch_size})"
         )
     rate, usual = as_run(training.learning_rate), rate_for(conf, width, data.train.sequences)
     if rate > HIGH_RATE * usual:
         found.append(
             f"training.learning_rate {rate:g} is {rate / usual:.0f} times what method {conf.tuning.method} bears on a "
-            "model of this width "
-            f"({usual:g}): the loss may rise or become nan; lower it, or leave it to auto"
+            f"model of this width ({usual:g}): the loss may rise or become nan; lower it, or leave it to auto"
         )
     if rate < usual / LOW_RATE:
         found.append(
             f"training.learning_rate {rate:g} is a {usual / rate:.0f}th of what method {conf.tuning.method} takes on a "
-            "model of this width "
-            f"({usual:g}): little will be learned; raise it, or leave it to auto"
+            f"model of this width ({usual:g}): little will be learned; raise it, or leave it to auto"
         )
     cut = data.truncated + sum(count for why, count in data.dropped.items() if why == TOO_LONG)
     if cut * 2 > data.read:
@@ -97,8 +94,7 @@ def warnings(
     if data.validation and data.validation.rows < FEW_VALIDATION_ROWS and guards:
         found.append(
             f"a validation split of {_count(data.validation.rows, 'row')} tells little, and chooses the weights that "
-            "are exported: "
-            "give data.validation more rows, or set it to null, so that all are learned from"
+            "are exported: give data.validation more rows, or set it to null, so that all are learned from"
         )
     rows = data.train.rows
     if data.repeated * 50 > rows:
@@ -109,14 +105,12 @@ def warnings(
     if data.contradicting:
         found.append(
             f"training rows that ask what another one asks, and answer otherwise: {data.contradicting} of {rows}. The "
-            "model cannot learn both: "
-            "correct them (the first are named with the data)"
+            "model cannot learn both: correct them (the first are named with the data)"
         )
     if data.leaked and data.validation:
         found.append(
             f"validation rows that ask what a training row asks: {data.leaked} of {data.validation.rows}. Their loss "
-            "says nothing of questions "
-            "that were not trained on: take them out of one of the two"
+            "says nothing of questions that were not trained on: take them out of one of the two"
         )
     if prepared and (known := asked_in_training(prepared, asked)):
         found.append(

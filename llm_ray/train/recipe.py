@@ -189,9 +189,8 @@ def train(task: Task) -> Outcome:
                 kept = f"the checkpoint of step {saved_at} is intact" if saved_at else "there is no checkpoint yet"
                 raise TrainError(
                     f"the loss at step {progress.step + 1} is {mean_loss:.3g} (gradient norm {norm:.3g}): {kept}. "
-                    "Lower training.learning_rate "
-                    f"({as_run(training.learning_rate):g}), lengthen training.warmup, or use training.precision fp32; "
-                    "then start under another name, or with --force"
+                    f"Lower training.learning_rate ({as_run(training.learning_rate):g}), lengthen training.warmup, or "
+                    "use training.precision fp32; then start under another name, or with --force"
                 )
             update(setup, norm, training.max_grad_norm)
             progress.step += 1

@@ -86,8 +86,7 @@ def _result(workers: list[Any], results: Any) -> Cost:
             if died and results.empty():
                 raise TrainError(
                     f"a trial of some steps ended with code {died[0].exitcode}, most often for want of memory: lower "
-                    "training.micro_batch_tokens "
-                    "or data.max_length, or set training.gradient_checkpointing"
+                    "training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing"
                 ) from None
             if time.monotonic() - began > DEADLINE:
                 raise TrainError(f"a trial of some steps took more than {DEADLINE / 60:.0f} minutes") from None

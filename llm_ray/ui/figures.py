@@ -77,8 +77,8 @@ def bars(title: str, unit: str, columns: Sequence[tuple[str, int]]) -> str:
         height = (_HEIGHT - _TOP - _BOTTOM) * count / most
         drawn.append(
             f'<rect class="bar" x="{_LEFT + n * step:.1f}" y="{_HEIGHT - _BOTTOM - height:.1f}" '
-            f'width="{max(1, step - 1):.1f}" '
-            f'height="{height:.1f}"><title>{escape(name)} {escape(unit)}: {count}</title></rect>'
+            f'width="{max(1, step - 1):.1f}" height="{height:.1f}"><title>{escape(name)} {escape(unit)}: '
+            f"{count}</title></rect>"
         )
     ends = _text(_LEFT, _HEIGHT - 8, columns[0][0], "start") + _text(
         _WIDTH - _RIGHT, _HEIGHT - 8, f"{columns[-1][0]} {unit}", "end"
@@ -175,6 +175,5 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 def _figure(title: str, said: str, inner: str, below: str = "") -> str:
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        'role="img" '
-        f'aria-label="{escape(title)}: {escape(said)}">{inner}</svg>{below}</figure>'
+        f'role="img" aria-label="{escape(title)}: {escape(said)}">{inner}</svg>{below}</figure>'
     )

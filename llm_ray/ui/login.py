@@ -143,11 +143,9 @@ class Login:
             )
         else:
             asked = (
-                '<label for="name">Name</label>'
-                f'<input id="name" name="name" value="{html.escape(name)}" autocomplete="username" '
-                'autocapitalize="none" required>'
-                '<label for="password">Password</label>'
-                '<input id="password" name="password" type="password" autocomplete="current-password" required>'
+                f'<label for="name">Name</label><input id="name" name="name" value="{html.escape(name)}" '
+                'autocomplete="username" autocapitalize="none" required><label for="password">Password</label><input '
+                'id="password" name="password" type="password" autocomplete="current-password" required>'
             )
         alert = f'<p role="alert">{html.escape(problem)}</p>' if problem else ""
         button = '<button type="submit">Sign in</button>' if fields else ""

@@ -245,8 +245,7 @@ def _context(settings: Settings) -> ssl.SSLContext | None:
     except (OSError, ssl.SSLError) as error:
         raise ConfError(
             f"--tls-cert {settings.certificate}, --tls-key {settings.key}: "
-            f"{getattr(error, 'strerror', None) or error}. "
-            "Both are PEM files, the key without a password"
+            f"{getattr(error, 'strerror', None) or error}. Both are PEM files, the key without a password"
         ) from error
     return context
 

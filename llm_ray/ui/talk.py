@@ -177,7 +177,6 @@ def _problem(error: LlmRayError) -> str:
     if getattr(error, "status", None) == 401:
         return (
             "The endpoint asks for an API key, or does not take this one. Type one in the field API key under "
-            "Settings; "
-            "an admin makes one on the screen Cluster."
+            "Settings; an admin makes one on the screen Cluster."
         )
     return str(error)

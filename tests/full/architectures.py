@@ -15,29 +15,24 @@ _SIZES: dict[int, str] = {
     96: "vocab_size decoder_vocab_size",
     256: "max_position_embeddings n_positions max_seq_len n_ctx",
     64: "hidden_size d_model n_embd dim lru_width emb_dim embedding_dim embedding_size input_embedding_size "
-    "word_embed_proj_dim "
-    "output_embedding_size attention_hidden_size dim_model_base backbone_hidden_size",
+    "word_embed_proj_dim output_embedding_size attention_hidden_size dim_model_base backbone_hidden_size",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_attention_heads n_head "
-    "n_heads num_heads "
-    "decoder_attention_heads attention_heads num_decoder_attention_heads num_experts n_routed_experts "
-    "num_local_experts "
-    "moe_num_experts linear_num_value_heads num_experts_per_layer zero_expert_num index_n_heads "
-    "swa_num_attention_heads linear_num_heads "
-    "num_layers_per_stack num_blocks mamba_num_heads index_topk_blocks o_groups",
+    "n_heads num_heads decoder_attention_heads attention_heads num_decoder_attention_heads num_experts "
+    "n_routed_experts num_local_experts moe_num_experts linear_num_value_heads num_experts_per_layer zero_expert_num "
+    "index_n_heads swa_num_attention_heads linear_num_heads num_layers_per_stack num_blocks mamba_num_heads "
+    "index_topk_blocks o_groups",
     2: "num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk "
-    "moe_k "
-    "linear_num_key_heads n_group topk_group encoder_layers num_encoder_layers num_query_groups",
+    "moe_k linear_num_key_heads n_group topk_group encoder_layers num_encoder_layers num_query_groups",
     16: "head_dim v_head_dim qk_nope_head_dim linear_key_head_dim linear_value_head_dim index_head_dim d_head dim_head "
     "kv_channels attention_head_dim swa_head_dim linear_head_dim kv_lora_rank q_lora_rank o_lora_rank "
-    "hidden_size_per_layer_input "
-    "laurel_rank mamba_d_state state_size ssm_state_size rotary_dim moe_shared_expert_intermediate_size "
-    "router_hidden_size "
-    "ple_embed_dim hc_lowrank query_pre_attn_scalar global_head_dim",
+    "hidden_size_per_layer_input laurel_rank mamba_d_state state_size ssm_state_size rotary_dim "
+    "moe_shared_expert_intermediate_size router_hidden_size ple_embed_dim hc_lowrank query_pre_attn_scalar "
+    "global_head_dim",
     8: "qk_rope_head_dim index_topk index_block_size keep_window_size attention_chunk_size",
     24: "qk_head_dim",
     128: "intermediate_size d_inner dff dim_ff ffn_dim decoder_ffn_dim encoder_ffn_dim ffn_hidden_size "
-    "intermediate_size_mlp moe_intermediate_size "
-    "expert_ffn_hidden_size shared_expert_intermediate_size shared_intermediate_size dense_intermediate_size",
+    "intermediate_size_mlp moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size "
+    "shared_intermediate_size dense_intermediate_size",
     1: "first_k_dense_replace num_dense_layers moe_num_shared_experts n_shared_experts mamba_n_groups n_groups",
     7: "sliding_window sliding_window_size window_size attention_window_size local_attention",
     1000: "ngram_vocab_size_base",

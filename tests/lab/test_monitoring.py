@@ -192,10 +192,9 @@ def test_it_goes_without_a_trace_and_comes_from_archives(watched: Cluster) -> No
     for host in watched.nodes:
         left = host.ssh(
             "ls -d /etc/llm-ray/prometheus /var/lib/llm-ray-prometheus /opt/llm-ray/monitoring "
-            "/etc/systemd/system/llm-ray-prometheus.service"
-            " /etc/systemd/system/llm-ray-node-exporter.service /usr/bin/prometheus /usr/bin/prometheus-node-exporter "
-            "2>/dev/null;"
-            " find /etc/systemd/system -path '*prometheus*'; id -un llm-ray-monitoring 2>/dev/null",
+            "/etc/systemd/system/llm-ray-prometheus.service /etc/systemd/system/llm-ray-node-exporter.service "
+            "/usr/bin/prometheus /usr/bin/prometheus-node-exporter 2>/dev/null; find /etc/systemd/system -path "
+            "'*prometheus*'; id -un llm-ray-monitoring 2>/dev/null",
             check=False,
         )  # fmt: skip
         assert left.stdout == ""

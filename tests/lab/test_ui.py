@@ -30,8 +30,8 @@ UNIT = "/etc/systemd/system/llm-ray-page.service"
 TLS = "/etc/llm-ray-page"
 _TRACES = (
     f"ls -d {UNIT} /run/llm-ray-page.started /opt/llm-ray /etc/llm-ray 2>/dev/null; docker ps --all --quiet "
-    "2>/dev/null; "
-    f"ss -Hltn 'sport = :{PORT}'; pgrep --list-full --full 'llm-ray [u]i|llm_ray.cli.[j]ob|llm_ray.ui.[a]part'"
+    f"2>/dev/null; ss -Hltn 'sport = :{PORT}'; pgrep --list-full --full 'llm-ray "
+    "[u]i|llm_ray.cli.[j]ob|llm_ray.ui.[a]part'"
 )
 _CERTIFICATE = f"""
 umask 077; install --directory --owner=ray --mode=0700 {TLS}; cd {TLS}

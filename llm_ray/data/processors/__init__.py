@@ -57,8 +57,7 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
         nearest = nearest_names(name, SHIPPED)
         raise ConfError(
             f"data.processor: there is no processor {name!r}; shipped are {', '.join(SHIPPED)}; your own is "
-            "package.module:Class or "
-            "./file.py:Class" + (f" (did you mean {nearest[0]}?)" if nearest else "")
+            "package.module:Class or ./file.py:Class" + (f" (did you mean {nearest[0]}?)" if nearest else "")
         )
     module = _module(path)
     if not inspect.isclass(getattr(module, cls_name, None)):

@@ -61,8 +61,8 @@ def find_adapter(name: str, called: str, paths: Paths) -> Path:
                 if pickles := sorted([*place.glob("adapter_model.bin"), *place.glob("adapter_model.pt")]):
                     raise ModelError(
                         f"adapter {name}: {place} has its weights as pickle ({pickles[0].name}), which may run code "
-                        "when it is read. Where "
-                        "you trust them, write them as safetensors with peft's save_pretrained, and use that folder"
+                        "when it is read. Where you trust them, write them as safetensors with peft's save_pretrained, "
+                        "and use that folder"
                     )
                 raise ModelError(f"adapter {name}: {place} has no {WEIGHTS}: copy the adapter again")
             return place.absolute()
@@ -142,8 +142,7 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
         if "experts" in layer.split("."):
             raise ModelError(
                 f"adapter {name}: {folder} changes experts ({layer}), which vLLM computes with adapters on GPUs alone: "
-                f"{_MERGED}, "
-                "or train without experts (tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj])"
+                f"{_MERGED}, or train without experts (tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj])"
             )
         has = _check_size(name, folder, base, layer, (sides["B"][0], sides["A"][1]), shapes, wanted)
         if not has and any(re.sub(r"\d+", "#", end) in patterns for end in _ends(layer)):
@@ -164,8 +163,7 @@ def _check_size(
         told = " or ".join(f"{a} x {b}" for a, b in sorted(has))
         raise ModelError(
             f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x "
-            f"{size[1]} numbers, "
-            f"which the model has with {told}; {wanted}"
+            f"{size[1]} numbers, which the model has with {told}; {wanted}"
         )
     return bool(has)
 
@@ -211,8 +209,7 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
         if trained["fingerprint"] != fingerprint(base):
             raise ModelError(
                 f"adapter {name}: it was trained on {trained['base']}, and the model in {base} is another, or has "
-                "other weights by now: "
-                f"serve it on the model that it was trained on, or {_MERGED} ({run.parent.name})"
+                f"other weights by now: serve it on the model that it was trained on, or {_MERGED} ({run.parent.name})"
             )
         return None
     origin = str(config.get("base_model_name_or_path") or "")
@@ -222,8 +219,7 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
             if _weights_digest(place) != _weights_digest(base):
                 raise ModelError(
                     f"adapter {name}: {folder} was made for the model in {place} ({CONFIG}: base_model_name_or_path), "
-                    f"and the one in {base} "
-                    f"has other weights: serve it on that one, or {_MERGED}"
+                    f"and the one in {base} has other weights: serve it on that one, or {_MERGED}"
                 )
             return None
     if origin and origin.replace("/", "--") != base.name and named.name != base.name.rpartition("--")[2]:

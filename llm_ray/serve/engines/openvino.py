@@ -75,8 +75,7 @@ class OpenVinoCore:
         if model.precision == "bf16" and computes_in != "bf16":
             logging.getLogger("ray.serve").warning(
                 f"model {model.name}: OpenVINO computes in no bf16 on this processor, which lacks AVX-512: it takes "
-                "fp32, and keys and values "
-                "take twice the memory"
+                "fp32, and keys and values take twice the memory"
             )
         properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": computes_in,
@@ -380,9 +379,8 @@ def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
         need = model.max_model_len * per_token / 2**30
         raise ModelError(
             f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of "
-            "keys and values, "
-            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten "
-            "max_model_len"
+            f"keys and values, and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or "
+            "shorten max_model_len"
         )
     return int(blocks)
 

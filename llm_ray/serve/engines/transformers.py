@@ -295,8 +295,7 @@ def _capacity(model: ServedModel, token_bytes: int) -> int:
         need = model.max_model_len * token_bytes / 2**30
         raise ModelError(
             f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of "
-            "keys and values, "
-            f"and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or shorten "
-            "max_model_len"
+            f"keys and values, and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or "
+            "shorten max_model_len"
         )
     return capacity

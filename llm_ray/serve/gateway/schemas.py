@@ -254,8 +254,7 @@ class _Schema:
             yield Fault(
                 place,
                 "it is enforced where no two of its schemas can hold at once (other types, other values, or a required "
-                "property of other "
-                "values); write anyOf where one or more may hold",
+                "property of other values); write anyOf where one or more may hold",
             )
 
     # By type

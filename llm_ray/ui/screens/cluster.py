@@ -107,8 +107,7 @@ def build(site: Site) -> None:
     def ask_drain(visitor: Visitor, node: str | None) -> tuple[Any, str, list[Any]]:
         text = (
             f"Drain {node}? It takes no more work, and its Ray ends when what runs there has ended, after "
-            f"{_DRAIN_SECONDS // 60} minutes "
-            "at most. The playbook remove_node takes it out of the cluster for good."
+            f"{_DRAIN_SECONDS // 60} minutes at most. The playbook remove_node takes it out of the cluster for good."
         )
         return ask("drain", node, "Choose a worker first. There is none where the cluster is one host.", text)
 
@@ -182,9 +181,8 @@ def _overview(seen: Seen) -> str:
     if seen.overview is None:
         return note(
             "Nothing is served on this machine, and no Ray runs for it: the screen Deploy starts both, or in a "
-            "terminal: "
-            "llm-ray serve deploy --model NAME\nA cluster is shown by a page on one of its nodes: llm-ray ui --address "
-            "auto"
+            "terminal: llm-ray serve deploy --model NAME\nA cluster is shown by a page on one of its nodes: llm-ray ui "
+            "--address auto"
         )
     state = seen.overview.state
     nodes = [

@@ -33,8 +33,8 @@ def preflight_hosts(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
         if not probe:
             fix = (
                 "not reached: see the error above (ssh to it by hand, check ansible_host and ansible_user; RHEL 8 "
-                "needs python3.11 and "
-                "ansible_python_interpreter: docs/reference/support.md), or leave it out with --limit"
+                "needs python3.11 and ansible_python_interpreter: docs/reference/support.md), or leave it out with "
+                "--limit"
             )
             problems.append(problem(host, "ansible_host", None, fix))
             continue
@@ -67,8 +67,7 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     if probe["runtime"] == "bare_metal" and python["version"] and not _fits(python):
         fix = (
             "Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or "
-            "uv:3.11.14, "
-            "or set llm_ray_runtime to docker"
+            "uv:3.11.14, or set llm_ray_runtime to docker"
         )
         problems.append(
             problem(host, "python_runtime_python", f"{python['path']} is {_dotted(python['version'])}", fix)
@@ -273,8 +272,7 @@ def _dropped(probes: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Mappin
         if dropped:
             fix = (
                 "ufw is active and drops what these nodes send: ufw allow from ADDRESS for each of them, or ufw "
-                "disable: the bundle's "
-                "firewall closes the cluster's ports itself (firewall_provider)"
+                "disable: the bundle's firewall closes the cluster's ports itself (firewall_provider)"
             )
             problems.append(problem(host, "ufw", dropped, fix))
     return problems

@@ -616,8 +616,7 @@ def runtime_problems(groups: Mapping[str, Sequence[str]], values: Mapping[str, _
         if _runtime(values[host]) == "docker" and not get("ray_node_image") and not pulled:
             fix = (
                 f"its image comes from the head ({heads[0]}), which is bare_metal and gets no Docker: give the head "
-                "docker too, all hosts "
-                "bare_metal, or name an image that hosts can pull (ray_node_image)"
+                "docker too, all hosts bare_metal, or name an image that hosts can pull (ray_node_image)"
             )
             problems.append(problem(host, "ray_node_runtime", "docker", fix))
     return problems

@@ -64,8 +64,8 @@ class ActionModule(ActionBase):
             ).keys():
                 raise AnsibleActionFail(
                     f"{file.name} asks for cpus_per_host, and the cores of {', '.join(unknown)} are not known, for no "
-                    "facts came from there: "
-                    "start it, set ray_node_cpus for it in the inventory, or give -e cpus_per_host=…"
+                    "facts came from there: start it, set ray_node_cpus for it in the inventory, or give -e "
+                    "cpus_per_host=…"
                 )
             ship = finetune_for_cluster if kind == "finetune" else serve_for_cluster
             shipped = ship(file, settings, known, destination)
@@ -109,8 +109,6 @@ def _check_port(endpoint: Any, guarded: list[Any]) -> None:
     if not endpoint.on_loopback and not any(int(low) <= endpoint.port <= int(high or low) for low, _, high in ranges):
         raise AnsibleActionFail(
             f"endpoint.port is {endpoint.port}, none of the ports that the firewall guards "
-            f"({', '.join(map(str, guarded))}), "
-            f"and endpoint.host is {endpoint.host}: set llm_ray_serve_port: {endpoint.port} in the inventory, or add "
-            "it to "
-            "firewall_served_ports, and run site.yml --tags firewall"
+            f"({', '.join(map(str, guarded))}), and endpoint.host is {endpoint.host}: set llm_ray_serve_port: "
+            f"{endpoint.port} in the inventory, or add it to firewall_served_ports, and run site.yml --tags firewall"
         )

@@ -146,8 +146,7 @@ def test_the_unit_runs_the_page_as_ray_s_user_and_ends_it_alone(tmp_path: Path) 
     (line,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     assert " ".join(line.split()) == (
         "ExecStart=/opt/llm-ray/current/bin/llm-ray ui --host 0.0.0.0 --port 7860 --max-upload-mib 2048 --tls-cert "
-        "/etc/p.pem "
-        "--tls-key /etc/p.key --allow-host a.example.org --allow-host b.example.org:443"
+        "/etc/p.pem --tls-key /etc/p.key --allow-host a.example.org --allow-host b.example.org:443"
     )
     for setting in (
         "User=ray", "EnvironmentFile=/etc/llm-ray/ray.env", "KillMode=process", "OOMPolicy=continue", "Restart=on-failure",

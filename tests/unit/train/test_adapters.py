@@ -93,8 +93,8 @@ def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
     assert learning_modules(adapted(Lora(r=4, target_modules="q_proj"))) == [
         "model.layers.*.self_attn.q_proj: rank 4, 2 of them, 512 parameters",
         "as they are: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, "
-        "model.layers.*.self_attn.o_proj, "
-        "model.layers.*.mlp.gate_proj, model.layers.*.mlp.up_proj, model.layers.*.mlp.down_proj, lm_head",
+        "model.layers.*.self_attn.o_proj, model.layers.*.mlp.gate_proj, model.layers.*.mlp.up_proj, "
+        "model.layers.*.mlp.down_proj, lm_head",
     ]
     some = learning_modules(adapted(Lora(r=4, target_modules=r".*\.1\..*\.[qv]_proj", modules_to_save=("lm_head",))))
     assert some[:-1] == [
