@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.data.formats import Conversation, Text
@@ -168,8 +169,13 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 class ChatEncoder:
     """Encodes conversations; see the module's text for how."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, template_file: Path | None = None) -> None:
+        """`template_file`: where the tokenizer's chat template comes from, if not from its own folder; errors name it.
+
+        Raises ModelError for a template that cannot be trained on.
+        """
         self.tokenizer, self.max_length = tokenizer, max_length
+        self._called = f"the chat template {template_file or f'of {tokenizer.name_or_path}'}"
         if not tokenizer.chat_template:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path} has no chat template, so that a conversation cannot be "
@@ -279,14 +285,9 @@ class ChatEncoder:
                 self.template.render([question, answer], None, prompt=False),
             )
         except Exception as error:
-            raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path} fails on a question and an answer: {error}"
-            ) from error
+            raise ModelError(f"{self._called} fails on a question and an answer: {error}") from error
         if not whole.startswith(prompt) or "answer" not in whole[len(prompt) :]:
-            raise ModelError(
-                f"the chat template of {self.tokenizer.name_or_path} cannot be trained on: "
-                f"{_not_a_prefix(prompt, whole)}"
-            )
+            raise ModelError(f"{self._called} cannot be trained on: {_not_a_prefix(prompt, whole)}")
         ending = whole[len(prompt) :].rpartition("answer")[2]
         added = self.tokenizer.added_tokens_decoder
         ids = self._tokens([ending])[0]
@@ -296,7 +297,7 @@ class ChatEncoder:
                 return found, ""
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
-                f"neither the chat template nor the tokenizer of {self.tokenizer.name_or_path} has a token that ends a "
+                f"neither {self._called} nor the tokenizer of {self.tokenizer.name_or_path} has a token that ends a "
                 "turn: set model.chat_template to one that does"
             )
         return self.tokenizer.eos_token_id, ending

@@ -232,7 +232,11 @@ def encode_rows(
 ) -> Iterator[Prepared]:
     """Every sound row of `sources` with its tokens, in order, those of which nothing is left included."""
     pretrain = conf.tuning.objective == "pretrain"
-    encoder = TextEncoder(tokenizer, conf.data.max_length) if pretrain else ChatEncoder(tokenizer, conf.data.max_length)
+    encoder = (
+        TextEncoder(tokenizer, conf.data.max_length)
+        if pretrain
+        else ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
+    )
     formatter = Formatter(conf.data, pretrain=pretrain)
     tally.formats, tally.left_out = formatter.formats, formatter.left_out
     special = SpecialTokens(tokenizer, conf.data.special_tokens_in_text == "escape")
@@ -431,7 +435,7 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
                     row = json.loads(line)
                     yield Conversation(row["messages"], row["tools"])
         return
-    encoder = ChatEncoder(tokenizer, conf.data.max_length)
+    encoder = ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
     tally = Tally(fail=conf.data.on_bad_row == "fail")
     for _, content in _formatted(
         _processed(conf, conf.evaluation.data, tally), Formatter(conf.data, pretrain=False), tally, None
@@ -527,7 +531,11 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
     import numpy as np
 
     tallies: list[Tally] = []
-    adapt = ChatEncoder(tokenizer, conf.data.max_length).adapt if conf.tuning.objective == "sft" else None
+    adapt = (
+        ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template).adapt
+        if conf.tuning.objective == "sft"
+        else None
+    )
 
     def written(sources: tuple[str, ...], name: str, keep: bool) -> _Rows:
         rows, tally = _Rows(folder / f"{name}.rows.arrow"), Tally(fail=conf.data.on_bad_row == "fail")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -342,6 +343,14 @@ def test_no_end_anywhere(with_template: Make) -> None:
         ChatEncoder(plain, 64)
     with pytest.raises(ModelError, match="has no end-of-text token"):
         TextEncoder(plain, 64)
+
+
+def test_an_error_names_the_file_that_the_template_is_from(with_template: Make) -> None:
+    broken = with_template("thinking")
+    with pytest.raises(ModelError, match=r"the chat template of .* cannot be trained on"):
+        ChatEncoder(broken, 64)
+    with pytest.raises(ModelError, match=r"the chat template /confs/own\.jinja cannot be trained on"):
+        ChatEncoder(broken, 64, Path("/confs/own.jinja"))
 
 
 def test_template_whose_prompt_is_no_prefix(with_template: Make) -> None:
