@@ -16,7 +16,9 @@ from llm_ray.progress import Reporter
 from llm_ray.ui.apart import Apart
 
 _LOG = logging.getLogger("llm_ray.ui")
-_LOOK_EVERY = 4.0  # seconds
+LOOK_AGAIN = 10
+"""Seconds between two looks of a screen that is open; what somebody does there is shown at once."""
+_LOOK_EVERY = 5.0  # seconds
 _LOOK_TIMEOUT = 40.0
 _UNWATCHED = 30.0  # seconds after which nobody looks any more
 

@@ -20,6 +20,7 @@ from llm_ray.ui.handlers import handler, on, on_load
 from llm_ray.ui.sessions import Visitor
 from llm_ray.ui.talk import Generation, Turn, conversation, row, shown
 from llm_ray.ui.users import Role
+from llm_ray.ui.watch import LOOK_AGAIN
 
 if TYPE_CHECKING:
     from llm_ray.ui.screens import Site
@@ -172,7 +173,7 @@ def build(site: Site) -> None:
 
     wanted = "() => ['model', 'beside'].map(name => new URLSearchParams(location.search).get(name) || '')"
     on(on_load(), look, [first, second], [model, beside, state, right, known], js=wanted, show_progress="hidden")
-    on(gr.Timer(10).tick, again, [model, beside, known], [model, beside, state, known], show_progress="hidden")
+    on(gr.Timer(LOOK_AGAIN).tick, again, [model, beside, known], [model, beside, state, known], show_progress="hidden")
     on(beside.change, side_by_side, beside, right, show_progress="hidden")
     inputs = [turns, question, model, beside, system, temperature, top_p, top_k, tokens, seed, key]
     for event in (send.click, question.submit):

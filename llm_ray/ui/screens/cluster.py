@@ -16,7 +16,7 @@ from llm_ray.ui.figures import note, table
 from llm_ray.ui.handlers import handler, on, on_load
 from llm_ray.ui.sessions import Visitor
 from llm_ray.ui.users import Role
-from llm_ray.ui.watch import Seen
+from llm_ray.ui.watch import LOOK_AGAIN, Seen
 
 if TYPE_CHECKING:
     from llm_ray.ui.screens import Site
@@ -162,7 +162,7 @@ def build(site: Site) -> None:
             yield away, [], note(lines, "bad" if work.problem else ""), same, same, same
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    for event in (on_load(), gr.Timer(5).tick):
+    for event in (on_load(), gr.Timer(LOOK_AGAIN).tick):
         on(event, look, known, [overview, model, node, known], **quiet)
     on(show.click, show_keys, None, [listed, key], **quiet)
     on(restart.click, ask_restart, model, [sure, really, asked], **quiet)

@@ -21,7 +21,7 @@ from llm_ray.ui.figures import note, table
 from llm_ray.ui.handlers import handler, on, on_load
 from llm_ray.ui.sessions import Visitor
 from llm_ray.ui.users import Role
-from llm_ray.ui.watch import Seen
+from llm_ray.ui.watch import LOOK_AGAIN, Seen
 from llm_ray.ui.work import show_works
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ def build(site: Site) -> None:
     wanted = "() => [new URLSearchParams(location.search).get('model') || '']"
     outputs = [model, adapters, deployed, endpoint, chosen, *snippets, progress, known]
     on(on_load(), look, first, outputs, js=wanted, **quiet)
-    on(gr.Timer(5).tick, again, [chosen, known], [deployed, endpoint, chosen, progress, known], **quiet)
+    on(gr.Timer(LOOK_AGAIN).tick, again, [chosen, known], [deployed, endpoint, chosen, progress, known], **quiet)
     on(engine.change, forms, engine, form, **quiet)
     for part in given:
         on(part.change, told, given, command, **quiet)
