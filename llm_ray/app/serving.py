@@ -172,8 +172,8 @@ def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str 
     if details.output is None or not details.summary.base:
         raise RunError(f"the run {run} has no model yet: its stage export is not done")
     base = resolve(details.summary.base, paths)
-    there = {*running, *(adapter for entry in running.values() for adapter in entry.model.adapters)}
-    models = {name: model for name, model in ((base.name, details.summary.base), (run, run)) if name not in there}
+    served = {*running, *(adapter for entry in running.values() for adapter in entry.model.adapters)}
+    models = {name: model for name, model in ((base.name, details.summary.base), (run, run)) if name not in served}
     adapters = {}
     if len(models) == 2 and base.folder and _serves_as_adapter(run, details.output / "adapter", base.folder, paths):
         adapters[run] = models.pop(run)

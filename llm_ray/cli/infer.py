@@ -159,6 +159,6 @@ def _ask_all(
         on_answer=shown.keep,
     )
     if output and as_json:
-        told = {"output": str(output), "prompts": batch.prompts, "asked": batch.asked, "failed": len(batch.failures)}
-        click.echo(json.dumps(told, indent=2))
+        summary = {"output": str(output), "prompts": batch.prompts, "asked": batch.asked, "failed": len(batch.failures)}
+        click.echo(json.dumps(summary, indent=2))
     batch.check()

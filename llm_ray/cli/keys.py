@@ -83,7 +83,7 @@ def list_(as_json: bool) -> None:
 
     found = list_keys(keys_file(home()))
     if as_json:
-        told = [
+        listed = [
             {
                 "id": key.id,
                 "name": key.name,
@@ -95,7 +95,7 @@ def list_(as_json: bool) -> None:
             }
             for key in found
         ]
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(listed, indent=2))
         return
     if not found:
         click.echo("There are no keys: llm-ray serve keys add NAME")

@@ -158,8 +158,8 @@ def convert(
     from llm_ray.app.models import convert as convert_model
 
     made = convert_model(source, weights, _paths(models, runs), Terminal(), name=name, output=output, force=force)
-    told = {"path": str(made.path), "form": form} | made.lineage
-    click.echo(json.dumps(told, indent=2, ensure_ascii=False) if as_json else made.path)
+    result = {"path": str(made.path), "form": form} | made.lineage
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False) if as_json else made.path)
 
 
 @model.command()

@@ -234,7 +234,7 @@ def status(as_json: bool, address: str | None) -> None:
 
     found = status_of(home(), Terminal(), address)
     if as_json:
-        told = {
+        document = {
             name: {
                 "state": entry.state,
                 "ready": entry.ready,
@@ -247,7 +247,7 @@ def status(as_json: bool, address: str | None) -> None:
             }
             for name, entry in found.models.items()
         }
-        click.echo(json.dumps({"url": found.url, "models": told}, default=str, indent=2))
+        click.echo(json.dumps({"url": found.url, "models": document}, default=str, indent=2))
         return
     if found.url is None and not address:
         click.echo("Nothing is served on this machine.")

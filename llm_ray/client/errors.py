@@ -56,23 +56,25 @@ class Refused(Failed):
 
 def refused(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: str) -> Refused:
     """The error for an answer with `status` (4xx or 5xx); `headers` compare without case."""
-    said = _message(body)
+    reason = _message(body)
     key, url = endpoint.key, endpoint.url
     if status == 401 and key is None:
-        told = f"{url} asks for an API key (401: {said}): set LLM_RAY_API_KEY, or give --api-key-file FILE"
+        message = f"{url} asks for an API key (401: {reason}): set LLM_RAY_API_KEY, or give --api-key-file FILE"
     elif status == 401 and key is not None:
-        told = f"{url} does not take the API key of {key.source} (401: {said}): is it revoked, or another endpoint's?"
+        message = (
+            f"{url} does not take the API key of {key.source} (401: {reason}): is it revoked, or another endpoint's?"
+        )
     elif status == 403:
-        told = f"{url}: {f'the API key of {key.source}' if key else 'a request without an API key'} may not do this (403: {said})"
+        message = f"{url}: {f'the API key of {key.source}' if key else 'a request without an API key'} may not do this (403: {reason})"
     elif status == 404:
-        told = f"{url}: not found (404: {said})"
+        message = f"{url}: not found (404: {reason})"
     elif status == 429:
-        told = f"{url} is busy, or the API key's limit is reached (429: {said}): ask fewer at once, or later"
+        message = f"{url} is busy, or the API key's limit is reached (429: {reason}): ask fewer at once, or later"
     elif status < 500:
-        told = f"{url} refused the request ({status}: {said})"
+        message = f"{url} refused the request ({status}: {reason})"
     else:
-        told = f"{url} failed ({status}: {said}): `llm-ray serve status` and `llm-ray serve logs NAME` tell more"
-    return Refused(told, status, _retry_after(headers))
+        message = f"{url} failed ({status}: {reason}): `llm-ray serve status` and `llm-ray serve logs NAME` tell more"
+    return Refused(message, status, _retry_after(headers))
 
 
 def failed(endpoint: Endpoint, error: BaseException, timeout: float) -> Failed:

@@ -100,10 +100,10 @@ def dump(conf: Section) -> str:
 
     Of an endpoint, those alone that were given: what a conf does not say stays as the running endpoint has it.
     """
-    told = conf.model_dump(mode="json")
+    values = conf.model_dump(mode="json")
     if isinstance(conf, ServeConf):
-        told["endpoint"] = conf.endpoint.model_dump(mode="json", exclude_unset=True)
-    text = yamltext.dump(told)
+        values["endpoint"] = conf.endpoint.model_dump(mode="json", exclude_unset=True)
+    text = yamltext.dump(values)
     return f"# {{% raw %}}\n{text}# {{% endraw %}}\n" if re.search(r"\{[{%#]", text) else text
 
 

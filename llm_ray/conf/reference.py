@@ -198,8 +198,8 @@ def update(pages: dict[str, str], command: str, check: bool) -> None:
     """Writes the pages (by file name) into docs/reference; with `check` only compares, and exits 1 on a difference."""
     for name, text in pages.items():
         file = FOLDER / name
-        there = file.read_text(encoding="utf-8") if file.exists() else None
-        if there == text:
+        current = file.read_text(encoding="utf-8") if file.exists() else None
+        if current == text:
             continue
         if check:
             sys.exit(f"docs/reference/{name} is not what the code says: run `{command}` and commit the file")

@@ -45,8 +45,10 @@ class HubSplit:
         if unknown := {Path(file).suffix.lower() or file for file in self._files()} - set(suffixes):
             return f"it has files of a kind not read here ({', '.join(sorted(unknown))})"
         usual, config = vars(type(self.builder.config)()), vars(self.builder.config)
-        told = [f"{key}={value!r}" for key, value in config.items() if key not in NEUTRAL and value != usual.get(key)]
-        return f"its card says how to read it ({', '.join(told)})" if told else None
+        settings = [
+            f"{key}={value!r}" for key, value in config.items() if key not in NEUTRAL and value != usual.get(key)
+        ]
+        return f"its card says how to read it ({', '.join(settings)})" if settings else None
 
     def download(self) -> list[Path]:
         """The split's files in order. All of the configuration are downloaded, unless the cache has them, so that it is

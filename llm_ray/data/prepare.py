@@ -272,16 +272,16 @@ def _without_special(
     for row, content in batch:
         changed = content
         if token := special.found(content):
-            told = f"{row.place}: its text holds {token!r}, a special token of the model"
+            message = f"{row.place}: its text holds {token!r}, a special token of the model"
             if conf.data.special_tokens_in_text == "fail":
                 tally.sound -= 1
-                tally.on_bad_row(DataError(f"{told} (data.special_tokens_in_text: fail)"))
+                tally.on_bad_row(DataError(f"{message} (data.special_tokens_in_text: fail)"))
                 continue
             tally.special += 1
             if conf.data.special_tokens_in_text == "escape":
                 changed = special.escaped(content)
             elif tally.special <= NAMED:
-                tally.examples.append(f"special token: {told}: it is taken for one")
+                tally.examples.append(f"special token: {message}: it is taken for one")
         passed.append((row, content))
         contents.append(changed)
     return passed, contents

@@ -425,8 +425,8 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         while header and not header.strip(SEPARATORS + " \r\n"):
             before, header = before + 1, file.readline()
         separator = max(SEPARATORS, key=header.count)
-        if told := SEP_LINE.fullmatch(header):
-            separator = told["separator"]
+        if separator_line := SEP_LINE.fullmatch(header):
+            separator = separator_line["separator"]
             before, header = before + 1, file.readline()
         reader = csv.reader(chain([header], file), delimiter=separator, strict=True)
         columns = next(reader, [])

@@ -107,14 +107,14 @@ def _doubts(conf: FinetuneConf, location: Location) -> list[str]:
     if location.folder is None or conf.model.tokenizer:
         return []
     if conf.model.gguf_file:
-        return [told] if (told := doubt(location.folder / conf.model.gguf_file)) else []
+        return [note] if (note := doubt(location.folder / conf.model.gguf_file)) else []
     if outdated(location.folder):
         return [
             f"{location.name} was imported by an older llm-ray, which did not split numbers and blank lines into "
             "tokens as the model was trained to: import it again with --force, then finetune it"
         ]
-    told = lineage(location.folder).get("note")
-    return [str(told)] if told else []
+    note = lineage(location.folder).get("note")
+    return [str(note)] if note else []
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
@@ -197,8 +197,8 @@ def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
 
     run = conf.run_dir
     checkpoints = learning * (_STATE_BYTES * conf.checkpoint.keep + _STATE_BYTES // 3)  # and the best weights
-    there = sum(path.stat().st_size for path in (run / "checkpoint").rglob("*") if path.is_file())
-    needed = max(0, checkpoints - there)
+    existing = sum(path.stat().st_size for path in (run / "checkpoint").rglob("*") if path.is_file())
+    needed = max(0, checkpoints - existing)
     if "export" in conf.stages:
         needed += parameters * stored_dtype(conf.model, conf.paths).itemsize
     if "convert" in conf.stages:

@@ -174,32 +174,34 @@ def tell_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
     The tools are described in the system message, calls become the assistant's words, and results the user's.
     """
-    told: list[Message] = []
+    rewritten: list[Message] = []
     rest = list(messages)
     if tools:
         system = TOOLS.format(tools="\n".join(json.dumps(_described(tool), ensure_ascii=False) for tool in tools))
         if rest and rest[0]["role"] == "system":
             system = f"{text_of(rest.pop(0).get('content'))}\n\n{system}"
-        told.append({"role": "system", "content": system})
+        rewritten.append({"role": "system", "content": system})
     before = None
     for message in rest:
         role = message["role"]
         if role == "tool":
             content = TOOL_RESPONSE.format(content=text_of(message.get("content")))
             if before == "tool":
-                told[-1]["content"] += "\n" + content
+                rewritten[-1]["content"] += "\n" + content
             else:
-                told.append({"role": "user", "content": content})
+                rewritten.append({"role": "user", "content": content})
         elif calls := message.get("tool_calls"):
             written = [
                 TOOL_CALL.format(call=json.dumps(_called(call["function"]), ensure_ascii=False)) for call in calls
             ]
             content = "\n".join(part for part in (text_of(message.get("content")), *written) if part)
-            told.append({key: value for key, value in message.items() if key != "tool_calls"} | {"content": content})
+            rewritten.append(
+                {key: value for key, value in message.items() if key != "tool_calls"} | {"content": content}
+            )
         else:
-            told.append(message)
+            rewritten.append(message)
         before = role
-    return told
+    return rewritten
 
 
 def as_learnt(messages: Sequence[Message]) -> list[Message]:

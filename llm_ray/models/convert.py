@@ -275,8 +275,8 @@ def _follow(lines: Iterable[str], last: deque[str], bar: Bar) -> None:
     bar.update(part, len(_PARTS) + 1, words)
     for line in lines:
         last.append(line.rstrip())
-        for number, (said, meaning) in enumerate(_PARTS, 1):
-            if said in line and number > part:
+        for number, (mark, meaning) in enumerate(_PARTS, 1):
+            if mark in line and number > part:
                 part, words = number, meaning
         bar.update(part, len(_PARTS) + 1, words)
 
@@ -293,7 +293,7 @@ def _reason(code: int, output: list[str], source: Path) -> str:
         return (
             "it brings Python code of its own, which conversion does not run: serve it with engine vllm or transformers"
         )
-    if any(said in text for said in _NOT_EXPORTED):
+    if any(phrase in text for phrase in _NOT_EXPORTED):
         return f"optimum-intel does not export text models of type {kind} ({CONFIG}: model_type): serve it with engine vllm or transformers"
     errors = [found[1] for line in output if (found := _ERROR.match(line))]
     return f"optimum-intel says: {errors[-1] if errors else next(filter(None, reversed(output)), f'nothing, with exit code {code}')}"

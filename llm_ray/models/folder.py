@@ -160,12 +160,12 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
     raise ModelError(f"{path} has no weights ({SINGLE}, or {INDEX} and its files): copy or download the model again")
 
 
-def _check_alone(path: Path, names: Iterable[str], told: str = "") -> None:
+def _check_alone(path: Path, names: Iterable[str], hint: str = "") -> None:
     """Raise ModelError for other weights beside the file that holds all of them: some engines would read that one, some
     the others."""
     if others := sorted(set(names) - {SINGLE}):
         raise ModelError(
-            f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){told} ({others[0]}). Engines "
+            f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){hint} ({others[0]}). Engines "
             "differ in which they read: take away those that are not the model's"
         )
 

@@ -52,12 +52,12 @@ def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
     most = vocabulary(path)
     if most is None or not (tokenizer / "tokenizer.json").is_file():
         return
-    told = read_json(tokenizer / "tokenizer.json")
-    known = (told.get("model") or {}).get("vocab") or {}
+    definition = read_json(tokenizer / "tokenizer.json")
+    known = (definition.get("model") or {}).get("vocab") or {}
     ids: dict[str, int] = (
         {**known} if isinstance(known, dict) else {str(entry[0]): number for number, entry in enumerate(known)}
     )
-    ids |= {token["content"]: token["id"] for token in told.get("added_tokens") or []}
+    ids |= {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
     if beyond := sorted((number, token) for token, number in ids.items() if number >= most):
         raise ModelError(
             f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, as "

@@ -279,11 +279,11 @@ def file_digest(path: Path) -> bytes:
     """Name, size, and first and last MiB of a file: weights are large, and those tell one training's from another's."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        told = f"{path.name}\0{size}\0".encode()
+        sample = f"{path.name}\0{size}\0".encode()
         for start in (0, max(0, size - _BLOCK)):
             file.seek(start)
-            told += file.read(_BLOCK)
-    return told
+            sample += file.read(_BLOCK)
+    return sample
 
 
 @contextlib.contextmanager

@@ -87,13 +87,13 @@ def doubt(gguf: Path) -> str | None:
     name = rule_name(gguf)
     if name is None or name in RULES:
         return None
-    told = (
+    message = (
         f"names a rule for splitting text that is not known here, {name!r}"
         if name
         else "does not name its rule for splitting text"
     )
     return (
-        f"{gguf.name} {told}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or "
+        f"{gguf.name} {message}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or "
         "give the model's original tokenizer with model.tokenizer"
     )
 

@@ -35,7 +35,7 @@ def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
     removed."""
     alive = {node["address"]: node for node in nodes()}
     findings = node_findings(inventory, alive)
-    there = {
+    present = {
         host: alive[address]["id"]
         for host, address in inventory.items()
         if address in alive and not alive[address]["draining"]
@@ -48,16 +48,16 @@ def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
             f"{shared} on the head: {error.strerror}: is the shared storage mounted, and of the user that Ray runs as?"
         ) from error
     try:
-        answers = _run({host: (node, (str(folder), host)) for host, node in there.items()}, _write)
+        answers = _run({host: (node, (str(folder), host)) for host, node in present.items()}, _write)
         findings += [
-            finding("task", host, "a task ran") if isinstance(said, dict) else finding("task", host, said, _HEAL)
-            for host, said in answers.items()
+            finding("task", host, "a task ran") if isinstance(answer, dict) else finding("task", host, answer, _HEAL)
+            for host, answer in answers.items()
         ]
-        told = {host: said for host, said in answers.items() if isinstance(said, dict)}
-        findings += version_findings({host: said["versions"] for host, said in told.items()})
-        wrote = [host for host, said in told.items() if not said["error"]]
-        reads = _run({host: (there[host], (str(folder), wrote)) for host in told}, _read)
-        findings += storage_findings({host: said["error"] for host, said in told.items()}, reads)
+        results = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
+        findings += version_findings({host: answer["versions"] for host, answer in results.items()})
+        wrote = [host for host, answer in results.items() if not answer["error"]]
+        reads = _run({host: (present[host], (str(folder), wrote)) for host in results}, _read)
+        findings += storage_findings({host: answer["error"] for host, answer in results.items()}, reads)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return findings
@@ -97,10 +97,13 @@ def version_findings(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]
             for name, version in wanted.items()
             if found.get(name) != version
         ]
-        told = ", ".join(other) or ", ".join(f"{name} {version}" for name, version in found.items())
+        summary = ", ".join(other) or ", ".join(f"{name} {version}" for name, version in found.items())
         findings.append(
             finding(
-                "versions", host, told, "ansible-playbook upgrade.yml brings all hosts to one version" if other else ""
+                "versions",
+                host,
+                summary,
+                "ansible-playbook upgrade.yml brings all hosts to one version" if other else "",
             )
         )
     return findings

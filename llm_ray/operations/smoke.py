@@ -41,9 +41,9 @@ def train(workers: int, shared: Path) -> list[Finding]:
         hosts = _within(_SECONDS, lambda: trainer.fit().return_value)
     except Exception as error:  # whatever training met
         failures = getattr(error, "worker_failures", {})
-        told = _last_line(next(iter(failures.values()), error))
+        reason = _last_line(next(iter(failures.values()), error))
         fix = "hosts must reach each other at all ports above 32768 (firewall) on the interface of their Ray address (ray_node_interface)"
-        return [finding("train", "all", told, fix)]
+        return [finding("train", "all", reason, fix)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return [
@@ -65,11 +65,11 @@ def _step() -> list[str]:
     rank, world = dist.get_rank(), dist.get_world_size()
     model(torch.full((2, 4), float(rank + 1))).sum().backward()
     torch.optim.SGD(model.parameters(), 0.1).step()
-    told: list[Any] = [None] * world
-    dist.all_gather_object(told, (os.uname().nodename, [p.tolist() for p in model.parameters()]))
-    if any(weights != told[0][1] for _, weights in told):
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, (os.uname().nodename, [p.tolist() for p in model.parameters()]))
+    if any(weights != gathered[0][1] for _, weights in gathered):
         raise RuntimeError("workers have different weights after a step")
-    return [host for host, _ in told]
+    return [host for host, _ in gathered]
 
 
 def serve(host: str, port: int) -> list[Finding]:

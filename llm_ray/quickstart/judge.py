@@ -23,12 +23,12 @@ def is_right(answer: str, expect: Sequence[str]) -> bool:
     Strict: whole words and numbers only, nothing negated; and where numbers (or an address) are expected, an answer
     that names any other is wrong, so that guessing several at once does not help.
     """
-    said = _tokens(answer)
+    words = _tokens(answer)
     wanted = [[_tokens(alternative) for alternative in item.split("|")] for item in expect]
     values = {token for item in wanted for alternative in item for token in alternative if _is_value(token)}
-    if values and any(_is_value(token) and token not in values for token in said):
+    if values and any(_is_value(token) and token not in values for token in words):
         return False
-    return all(any(_contains(said, alternative) for alternative in item) for item in wanted)
+    return all(any(_contains(words, alternative) for alternative in item) for item in wanted)
 
 
 def _tokens(text: str) -> list[str]:
@@ -39,9 +39,9 @@ def _is_value(token: str) -> bool:
     return token[0].isdigit() or "@" in token
 
 
-def _contains(said: list[str], key: list[str]) -> bool:
+def _contains(words: list[str], key: list[str]) -> bool:
     return any(
-        said[at : at + len(key)] == key
-        and not any(word in ("not", "never") or word.endswith("n't") for word in said[max(0, at - _REACH) : at])
-        for at in range(len(said) - len(key) + 1)
+        words[at : at + len(key)] == key
+        and not any(word in ("not", "never") or word.endswith("n't") for word in words[max(0, at - _REACH) : at])
+        for at in range(len(words) - len(key) + 1)
     )

@@ -101,8 +101,8 @@ class ServedModel:
 
     def version(self) -> str:
         """Hash of all that a replica has to be started anew for."""
-        told = asdict(self) | {"autoscale": None, "replicas": None, "adapters": None}
-        return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        fields = asdict(self) | {"autoscale": None, "replicas": None, "adapters": None}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def sampling(path: Path) -> dict[str, float]:
@@ -120,14 +120,14 @@ def longest(path: Path, asked: int | None) -> int:
 def made_for(path: Path) -> int | None:
     """Most tokens that the model was made for, as vLLM reads it from config.json; None where that does not say."""
     config = text_config(path)
-    told = [int(config[key]) for key in _LENGTHS if isinstance(config.get(key), int | float)]
-    if not told:
+    lengths = [int(config[key]) for key in _LENGTHS if isinstance(config.get(key), int | float)]
+    if not lengths:
         return None
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic") and not str(
         config.get("model_type")
     ).startswith("gemma3")
-    return int(min(told) * ((rope.get("factor") or 1) if stretched else 1))
+    return int(min(lengths) * ((rope.get("factor") or 1) if stretched else 1))
 
 
 def writes(path: Path, engine_options: Mapping[str, Any]) -> bool:

@@ -127,7 +127,7 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
     Raises TrainError when they do not come back.
     """
     fewest = conf.runtime.min_workers or conf.runtime.workers
-    began, said = time.monotonic(), 0.0
+    began, reported_at = time.monotonic(), 0.0
     while True:
         now = describe()
         room = room_for(conf.runtime, now, cpus)
@@ -142,8 +142,8 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
                 f"left ({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
                 f"runtime.min_workers. {_goes_on(conf)}"
             )
-        if room < fewest and time.monotonic() - said > _SAY_SECONDS:
-            said = time.monotonic()
+        if room < fewest and time.monotonic() - reported_at > _SAY_SECONDS:
+            reported_at = time.monotonic()
             reporter.line(
                 f"  waiting for hosts: {fewest} worker(s) are wanted, there is room for {room} on "
                 f"{', '.join(now.hosts) or 'none'}"

@@ -128,8 +128,8 @@ def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> Non
         for target in () if isinstance(called, str) else sorted(called):
             if not any(f".{name}".endswith(f".{target}") for name in names):
                 near = nearest_names(target, {name.rpartition(".")[2] for name in modules})
-                told = f": do you mean {near[0]}?" if near else _layers(causal)
-                raise ConfError(f"tuning.lora.{key}: {target!r} names no layer of this model{told}")
+                hint = f": do you mean {near[0]}?" if near else _layers(causal)
+                raise ConfError(f"tuning.lora.{key}: {target!r} names no layer of this model{hint}")
     pattern = config.target_modules
     if isinstance(pattern, str) and pattern != _ALL and not any(re.fullmatch(pattern, name) for name in modules):
         raise ConfError(

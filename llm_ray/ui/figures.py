@@ -51,8 +51,8 @@ def pairs(values: Mapping[str, str]) -> str:
 
 def lines(title: str, items: Iterable[str]) -> str:
     """A list with a heading; nothing where there are none."""
-    told = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f"<h2>{escape(title)}</h2><ul class='lines'>{told}</ul>" if told else ""
+    rendered = "".join(f"<li>{escape(item)}</li>" for item in items)
+    return f"<h2>{escape(title)}</h2><ul class='lines'>{rendered}</ul>" if rendered else ""
 
 
 def message(text: str, kind: str = "note") -> str:
@@ -83,8 +83,8 @@ def bars(title: str, unit: str, columns: Sequence[tuple[str, int]]) -> str:
     ends = _text(_LEFT, _HEIGHT - 8, columns[0][0], "start") + _text(
         _WIDTH - _RIGHT, _HEIGHT - 8, f"{columns[-1][0]} {unit}", "end"
     )
-    said = "; ".join(f"{name}: {count}" for name, count in columns)
-    return _figure(title, said, _axes(0, most) + "".join(drawn) + ends)
+    description = "; ".join(f"{name}: {count}" for name, count in columns)
+    return _figure(title, description, _axes(0, most) + "".join(drawn) + ends)
 
 
 def curves(title: str, series: Mapping[str, Points]) -> str:
@@ -102,7 +102,7 @@ def curves(title: str, series: Mapping[str, Points]) -> str:
         across = (x - left) / (right - left) if right > left else 0.5
         return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    body, legend, said = [], [], []
+    body, legend, descriptions = [], [], []
     for n, (name, points) in enumerate(drawn.items()):
         kind = f"curve-{n % KINDS}"
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in points))
@@ -116,14 +116,17 @@ def curves(title: str, series: Mapping[str, Points]) -> str:
             )
         swatch = f'<svg width="28" height="10" aria-hidden="true"><line class="curve {kind}" x1="0" y1="5" x2="28" y2="5"/></svg>'
         legend.append(f"<li>{swatch} {escape(name)}</li>")
-        said.append(
+        descriptions.append(
             f"{name}: {points[0][1]:.6g} at step {points[0][0]:g}, {points[-1][1]:.6g} at step {points[-1][0]:g}"
         )
     ends = _text(_LEFT, _HEIGHT - 8, f"{left:g}", "start") + _text(
         _WIDTH - _RIGHT, _HEIGHT - 8, f"step {right:g}", "end"
     )
     return _figure(
-        title, "; ".join(said), _axes(low, high) + "".join(body) + ends, f'<ul class="legend">{"".join(legend)}</ul>'
+        title,
+        "; ".join(descriptions),
+        _axes(low, high) + "".join(body) + ends,
+        f'<ul class="legend">{"".join(legend)}</ul>',
     )
 
 
@@ -172,8 +175,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _figure(title: str, said: str, inner: str, below: str = "") -> str:
+def _figure(title: str, description: str, inner: str, below: str = "") -> str:
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
-        f'role="img" aria-label="{escape(title)}: {escape(said)}">{inner}</svg>{below}</figure>'
+        f'role="img" aria-label="{escape(title)}: {escape(description)}">{inner}</svg>{below}</figure>'
     )

@@ -83,8 +83,8 @@ class Login:
             message = "This link has been used. llm-ray ui has printed a new one."
         else:
             if wait := self._lockout.attempt(name, client):
-                told = f"Too many wrong passwords: try again in {wait} seconds."
-                return self._form(told, 429, {"retry-after": str(wait)}, next=next, name=name)
+                text = f"Too many wrong passwords: try again in {wait} seconds."
+                return self._form(text, 429, {"retry-after": str(wait)}, next=next, name=name)
             user = await anyio.to_thread.run_sync(self._users.check, name, password, limiter=self._hashing)
             if user:
                 self._lockout.succeeded(name, client)

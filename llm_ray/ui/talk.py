@@ -44,8 +44,8 @@ def conversation(turns: list[Turn], side: int) -> list[Message]:
     """The talk with one model as it is sent: turns that it has answered."""
     found: list[Message] = []
     for turn in turns:
-        if (said := turn.said[side]) and said.whole:
-            found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": said.text}]
+        if (answer := turn.said[side]) and answer.whole:
+            found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": answer.text}]
     return found
 
 
@@ -60,13 +60,13 @@ def shown(turns: list[Turn], side: int) -> list[Message]:
     """The talk with one model as Gradio's Chatbot shows it."""
     found: list[Message] = []
     for turn in turns:
-        if (said := turn.said[side]) is None:
+        if (answer := turn.said[side]) is None:
             continue
         found.append({"role": "user", "content": turn.question})
-        for title, text in parts(said.text):
+        for title, text in parts(answer.text):
             found.append({"role": "assistant", "content": text, **({"metadata": {"title": title}} if title else {})})
-        if said.note:
-            found.append({"role": "assistant", "content": f"*{said.note}*" if said.whole else said.note})
+        if answer.note:
+            found.append({"role": "assistant", "content": f"*{answer.note}*" if answer.whole else answer.note})
     return found
 
 

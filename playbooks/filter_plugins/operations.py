@@ -42,14 +42,14 @@ def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -
         return f"node = {name}: one host alone is {verb}: {wanted}"
     if name not in workers:
         near = difflib.get_close_matches(name, workers, 1, 0.6)
-        told = (
+        state = (
             f"did you mean {near[0]}?"
             if near
             else "put it there first"
             if verb == "added"
             else f"the workers are {', '.join(workers)}"
         )
-        return f"node = {name}: not in the group ray_workers of the inventory: {told}"
+        return f"node = {name}: not in the group ray_workers of the inventory: {state}"
     if verb == "removed" and name in groups.get("nfs_server", []):
         return f"node = {name}: it holds the shared storage: move nfs_server to another host first"
     return ""
@@ -129,8 +129,8 @@ def operations_answer(run: Mapping[str, Any]) -> Any:
     except (IndexError, ValueError):
         if run.get("rc") == 124:  # of the command timeout
             return {"error": f"no answer within {run['cmd'][1]} s"}
-        said = str(run.get("stderr") or run.get("msg") or "no answer").strip().splitlines()
-        return {"error": said[-1] if said else "no answer"}
+        answer_lines = str(run.get("stderr") or run.get("msg") or "no answer").strip().splitlines()
+        return {"error": answer_lines[-1] if answer_lines else "no answer"}
 
 
 def operations_failed(result: Mapping[str, Any], check: str, host: str) -> list[Finding]:
@@ -138,10 +138,10 @@ def operations_failed(result: Mapping[str, Any], check: str, host: str) -> list[
     failed = [one for one in result.get("results", []) if one.get("failed")] or [result]
     findings = []
     for one in failed:
-        said = str(one.get("stderr") or one.get("msg") or "failed").strip().splitlines()[-1].removeprefix(f"{host}: ")
-        found, _, fix = said.rpartition(": ") if one.get("assertion") else (said, "", "")
+        reason = str(one.get("stderr") or one.get("msg") or "failed").strip().splitlines()[-1].removeprefix(f"{host}: ")
+        found, _, fix = reason.rpartition(": ") if one.get("assertion") else (reason, "", "")
         fix = fix if found and fix else f"ansible-playbook site.yml --limit {host} heals it"
-        findings.append({"check": check, "host": host, "result": "failed", "found": found or said, "fix": fix})
+        findings.append({"check": check, "host": host, "result": "failed", "found": found or reason, "fix": fix})
     return findings
 
 

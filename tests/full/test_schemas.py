@@ -23,11 +23,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llm_ray.cluster import local_ray
+from llm_ray.conf.engines import EngineName
 from llm_ray.progress import Silent
-from llm_ray.serve.models import Engine, ServedModel
+from llm_ray.serve.models import ServedModel
 from tests.schemas import OBEYED
 
-ENGINES: tuple[Engine, ...] = ("vllm", "openvino", "transformers")
+ENGINES: tuple[EngineName, ...] = ("vllm", "openvino", "transformers")
 END = "<|end|>"
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 

@@ -25,11 +25,12 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
 from llm_ray.cluster import local_ray
+from llm_ray.conf.engines import EngineName
 from llm_ray.progress import Silent
-from llm_ray.serve.models import Engine, ServedModel
+from llm_ray.serve.models import ServedModel
 from tests.integration import tiny
 
-ENGINES: tuple[Engine, ...] = ("vllm", "openvino", "transformers")
+ENGINES: tuple[EngineName, ...] = ("vllm", "openvino", "transformers")
 QUESTIONS = (
     "What is the capital of France?",
     "Explain gravity in two sentences.",

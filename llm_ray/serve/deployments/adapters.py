@@ -135,7 +135,7 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
                 f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is no matrix of plain LoRA and is not served "
                 f"as an adapter: {_MERGED}"
             )
-    there = 0
+    matching = 0
     for layer, sides in parts.items():
         if not {"A", "B"} <= sides.keys():
             raise ModelError(f"adapter {name}: {folder / WEIGHTS} has half of {layer} only: copy the adapter again")
@@ -149,8 +149,8 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
             raise ModelError(
                 f"adapter {name}: {folder} does not belong to the model in {base}, which has no {layer}; {wanted}"
             )
-        there += has
-    if not there and "quantization_config" not in read_json(base / "config.json"):
+        matching += has
+    if not matching and "quantization_config" not in read_json(base / "config.json"):
         raise ModelError(f"adapter {name}: {folder} changes nothing that the model in {base} has; {wanted}")
 
 
@@ -160,10 +160,10 @@ def _check_size(
     """Whether the model has the layer. Raises ModelError where it has it of another size."""
     has = next((shapes[end] for end in _ends(layer) if end in shapes), None)
     if has and size not in has and size[::-1] not in has:
-        told = " or ".join(f"{a} x {b}" for a, b in sorted(has))
+        sizes = " or ".join(f"{a} x {b}" for a, b in sorted(has))
         raise ModelError(
             f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x "
-            f"{size[1]} numbers, which the model has with {told}; {wanted}"
+            f"{size[1]} numbers, which the model has with {sizes}; {wanted}"
         )
     return bool(has)
 

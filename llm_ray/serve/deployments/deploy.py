@@ -114,12 +114,12 @@ def stop(names: Sequence[str], reporter: Reporter) -> None:
     """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not
     deployed."""
     with _quiet():
-        there = status()
-        if unknown := [name for name in names if name not in there]:
-            adapters = {adapter: name for name, entry in there.items() for adapter in entry.model.adapters}
+        deployed_now = status()
+        if unknown := [name for name in names if name not in deployed_now]:
+            adapters = {adapter: name for name, entry in deployed_now.items() for adapter in entry.model.adapters}
             if unknown[0] in adapters:
                 raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that without it")
-            raise ServeError(f"no model {unknown[0]} is served here; there are: {', '.join(there) or 'none'}")
+            raise ServeError(f"no model {unknown[0]} is served here; there are: {', '.join(deployed_now) or 'none'}")
         reporter.line(f"Stopping {', '.join(names)}.")
         _delete([directory.app_name(name) for name in names], reporter)
 
@@ -380,8 +380,8 @@ def _gateway(endpoint: Endpoint, home: Path) -> Any:
 def _versioned(deployment: Any, version: str) -> Any:
     """The deployment with a version of ours: Serve gives each deployment a new one, and would replace all replicas for
     a changed option."""
-    told = hashlib.sha256(json.dumps([llm_ray.__version__, version]).encode()).hexdigest()[:16]
-    return deployment.options(version=told, _internal=True)
+    digest = hashlib.sha256(json.dumps([llm_ray.__version__, version]).encode()).hexdigest()[:16]
+    return deployment.options(version=digest, _internal=True)
 
 
 def _run(targets: list[Any]) -> None:
@@ -456,16 +456,16 @@ def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
     ready: set[str] | None = None
     while left:
         with contextlib.suppress(Exception):  # Ray is busy, or it ends
-            there = {
+            present = {
                 app: details for app, details in _client().get_serve_details()["applications"].items() if app in left
             }
-            ready = {app for app in there if there[app]["status"] == "RUNNING"} if ready is None else ready
-            for app, details in there.items():
+            ready = {app for app in present if present[app]["status"] == "RUNNING"} if ready is None else ready
+            for app, details in present.items():
                 if details["status"] != "DELETING":
                     serve.delete(app, _blocking=False)
                 if app not in ready:
                     _kill_replicas(details)
-            left = [app for app in there if not (app in ready and there[app]["status"] == "DELETING")]
+            left = [app for app in present if not (app in ready and present[app]["status"] == "DELETING")]
         if time.monotonic() > end:
             break
         time.sleep(_POLL)
@@ -490,23 +490,23 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
     with reporter.bar("starting", total=len(wanted)) as bar:
         while True:
             apps = serve.status().applications
-            waiting = [said for app, said in wanted.items() if app not in apps or apps[app].status != "RUNNING"]
+            waiting = [called for app, called in wanted.items() if app not in apps or apps[app].status != "RUNNING"]
             bar.update(
                 len(wanted) - len(waiting), len(wanted), f"{', '.join(waiting)} {time.monotonic() - began:.0f} s"
             )
             if not waiting:
                 return
-            for app, said in wanted.items():
+            for app, called in wanted.items():
                 if app in apps and (message := _failure(apps[app])):
-                    raise ServeError(f"{said} could not be deployed: {tell_reason(message)}")
+                    raise ServeError(f"{called} could not be deployed: {tell_reason(message)}")
             if time.monotonic() - began > timeout:
-                told = "\n".join(
+                reasons = "\n".join(
                     d.message for app in wanted if app in apps for d in apps[app].deployments.values()
                 ).strip()
                 raise ServeError(
                     f"{', '.join(waiting)} did not start within {timeout:.0f} s: give more time (--timeout), or see "
                     f"llm-ray serve logs {names[0] if names else 'gateway'}"
-                    + (f". The last word: {tell_reason(told)}" if told else "")
+                    + (f". The last word: {tell_reason(reasons)}" if reasons else "")
                 )
             time.sleep(_POLL)
 
@@ -518,9 +518,9 @@ def _longest() -> float:
 
 def _failure(app: Any) -> str | None:
     """What Serve tells of a deployment that will not do: the constructor's error, at its first occurrence."""
-    told = "\n".join([app.message, *(d.message for d in app.deployments.values())])
-    broken = _FAILED_TO_START in told and "ActorDiedError" not in told
-    return told if broken or app.status == "DEPLOY_FAILED" else None
+    messages = "\n".join([app.message, *(d.message for d in app.deployments.values())])
+    broken = _FAILED_TO_START in messages and "ActorDiedError" not in messages
+    return messages if broken or app.status == "DEPLOY_FAILED" else None
 
 
 def _client() -> Any:

@@ -33,11 +33,11 @@ def desired_file(home: Path) -> Path:
 
 def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
     """Keep these models of the conf in `file`, in place of others of their names. Raises ServeError."""
-    told = conf.model_dump(mode="json")
+    document = conf.model_dump(mode="json")
     with _changing(file) as kept:
-        kept["endpoint"] = told["endpoint"]
+        kept["endpoint"] = document["endpoint"]
         kept.setdefault("models", {}).update(
-            {name: {"paths": told["paths"], "model": told["models"][name]} for name in names}
+            {name: {"paths": document["paths"], "model": document["models"][name]} for name in names}
         )
 
 

@@ -112,8 +112,8 @@ def _started(process: subprocess.Popen[bytes], home: Path, log: Path, timeout: f
         if process.poll() is not None:
             if found := running(home):  # another command was faster
                 return found
-            said = log.read_text(errors="replace").strip().splitlines()
-            raise ServeError(f"Ray did not start on this machine: {said[-1] if said else 'no reason given'} ({log})")
+            lines = log.read_text(errors="replace").strip().splitlines()
+            raise ServeError(f"Ray did not start on this machine: {lines[-1] if lines else 'no reason given'} ({log})")
         if time.monotonic() - began > timeout:
             raise ServeError(f"Ray did not start on this machine within {timeout:.0f} s ({log})")
         time.sleep(_POLL)
@@ -184,8 +184,8 @@ def _serve_until_told_to_end() -> None:
     import ray
 
     ending = threading.Event()
-    for told in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(told, lambda *_: ending.set())
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: ending.set())
     node = ray._private.worker._global_node
     me = psutil.Process()
     here = LocalRay(
@@ -209,10 +209,10 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _tell(told: LocalRay) -> None:
+def _tell(local_ray: LocalRay) -> None:
     state = state_file(home())
     state.touch(mode=0o600)
-    write_json(state, asdict(told))
+    write_json(state, asdict(local_ray))
 
 
 if __name__ == "__main__":

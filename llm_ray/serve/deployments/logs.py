@@ -31,31 +31,31 @@ def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
     while True:
         found = {}
         for node in list(nodes):
-            there = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-            asked = there.remote(
+            on_node = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+            asked = on_node.remote(
                 re.sub(r"[^\w.-]", "_", f"{app}_{deployment}"),
                 {k: v for k, v in offsets.items() if k.startswith(node["NodeID"])},
                 node["NodeID"],
             )
             try:
-                told = ray.get(asked)
+                texts = ray.get(asked)
             except RayTaskError:
                 raise
             except RayError:  # the host is lost, or all of Ray has ended
                 nodes.remove(node)
                 continue
-            found.update({key: (node["NodeManagerHostname"], *value) for key, value in told.items()})
+            found.update({key: (node["NodeManagerHostname"], *value) for key, value in texts.items()})
         if not nodes:
             raise ServeError(f"there is nothing more to read of {name}: its Ray has ended")
         if not found and not offsets:
             raise ServeError(f"{name} has no logs here: llm-ray serve status shows what is deployed")
         for key, (host, offset, text) in found.items():
-            said = text.splitlines()
+            log_lines = text.splitlines()
             if key not in offsets:
                 yield f"--- {key.rpartition('/')[2]} on {host}"
-                said = said[-lines:]
+                log_lines = log_lines[-lines:]
             offsets[key] = offset
-            yield from said
+            yield from log_lines
         if not follow:
             return
         time.sleep(_POLL)
@@ -68,13 +68,13 @@ def _read(mark: str, offsets: dict[str, int], node: str) -> dict[str, tuple[int,
     folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     files = sorted((folder / "serve").glob(f"replica_{mark}_*.log"), key=lambda f: f.stat().st_mtime)
     workers = {file: _workers(folder, file) for file in files}
-    told = {}
+    texts = {}
     for file in [f for serve_log in files for f in (serve_log, *workers[serve_log])]:
         key = f"{node}/{file.name}"
         data = file.read_bytes()
         if len(data) > offsets.get(key, 0) or key not in offsets:
-            told[key] = (len(data), data[offsets.get(key, 0) :].decode(errors="replace"))
-    return told
+            texts[key] = (len(data), data[offsets.get(key, 0) :].decode(errors="replace"))
+    return texts
 
 
 def _workers(folder: Path, serve_log: Path) -> list[Path]:

@@ -287,17 +287,17 @@ def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: M
     for model in models:
         for _ in range(_replicas(model)):
             _put(model, free)
-    said = []
+    messages = []
     for model in models:
-        left, there, most = [room.copy() for room in free], _replicas(model), _most_replicas(model)
-        while there < most and _put(model, left):
-            there += 1
-        if there < most:
-            said.append(
-                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {there}: "
+        left, fitting, most = [room.copy() for room in free], _replicas(model), _most_replicas(model)
+        while fitting < most and _put(model, left):
+            fitting += 1
+        if fitting < most:
+            messages.append(
+                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {fitting}: "
                 "the others wait for room"
             )
-    return said
+    return messages
 
 
 def _free_without(

@@ -82,8 +82,8 @@ class _AsStreamed:
     ) -> tuple[str | None, str | None, list[FunctionCall] | None]:
         """Thoughts, text and calls of an answer."""
         if not request.tools or request.tool_choice == "none" or not model_output_token_ids:
-            told: Any = super().parse(model_output, request, enable_auto_tools, model_output_token_ids)  # type: ignore[misc]
-            return told
+            parsed: Any = super().parse(model_output, request, enable_auto_tools, model_output_token_ids)  # type: ignore[misc]
+            return parsed
         thoughts, text = "", ""
         calls: dict[int, FunctionCall] = {}
         pieces = [*_pieces(self.model_tokenizer, model_output, model_output_token_ids, request)]  # type: ignore[attr-defined]

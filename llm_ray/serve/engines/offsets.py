@@ -104,12 +104,12 @@ async def _streamed(
         if '"text_offset":' not in event:
             yield event
             continue
-        told = json.loads(event.removeprefix("data: "))
-        for choice in told["choices"]:
+        chunk = json.loads(event.removeprefix("data: "))
+        for choice in chunk["choices"]:
             if logprobs := choice.get("logprobs"):
                 found, count = choices[choice["index"]].found, len(logprobs["tokens"])
                 logprobs["text_offset"], found[:count] = found[:count], []
-        yield f"data: {json.dumps(told, ensure_ascii=False, separators=(',', ':'))}\n\n"
+        yield f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def _of_prompt(tokenizer: TokenizerLike, text: str, tokens: Sequence[int], add_special_tokens: bool) -> list[int]:

@@ -45,13 +45,13 @@ class VllmCore:
         self._sampler.stuck = {}
         outputs, executed = self._core.step_fn()
         self._core.post_step(model_executed=executed)
-        told = (outputs or {}).get(0) or EngineCoreOutputs()
+        result = (outputs or {}).get(0) or EngineCoreOutputs()
         if self._sampler.stuck:
             stuck = {self._runner.input_batch.req_ids[row]: reason for row, reason in self._sampler.stuck.items()}
             self._core.abort_requests([*stuck])
-            told.outputs = [output for output in told.outputs if output.request_id not in stuck]
-            told.outputs += [failure(request_id, reason) for request_id, reason in stuck.items()]
-        return told
+            result.outputs = [output for output in result.outputs if output.request_id not in stuck]
+            result.outputs += [failure(request_id, reason) for request_id, reason in stuck.items()]
+        return result
 
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._core, method)(*args)

@@ -126,15 +126,17 @@ class Api:
                     503, "The endpoint cannot look up its models now; ask again.", "controller_lost", retry_after=2
                 )
             visible = self._visible(request)
-        there = ", ".join(visible) or "none"
+        available = ", ".join(visible) or "none"
         if name is None:
             if len(visible) != 1:
-                raise ApiError(400, f"model is missing: name one. There are: {there}.", "model_missing", param="model")
+                raise ApiError(
+                    400, f"model is missing: name one. There are: {available}.", "model_missing", param="model"
+                )
             return next(iter(visible.values()))
         if name not in visible:
             raise ApiError(
                 404,
-                f"The model `{name[:200]}` does not exist here. There are: {there}.",
+                f"The model `{name[:200]}` does not exist here. There are: {available}.",
                 "model_not_found",
                 param="model",
             )
@@ -274,8 +276,8 @@ class Api:
             )
         bodies = body.bodies(target.name, served.task == "chat")
         if body.stream and len(bodies) > 1:
-            said = "stream: a list of texts cannot be streamed; send one text, or stream: false."
-            raise ApiError(400, said, "invalid_request", param="stream")
+            message = "stream: a list of texts cannot be streamed; send one text, or stream: false."
+            raise ApiError(400, message, "invalid_request", param="stream")
         if len(bodies) > served.max_batch:
             raise _too_many(len(bodies), target, "text")
         method = "chat" if served.task == "chat" else "completions"
@@ -364,8 +366,8 @@ def _build(api: Api) -> FastAPI:
     async def not_valid(request: Request, error: RequestValidationError) -> Response:
         kind = request.headers.get("content-type", "none")
         if isinstance(error.body, bytes) and not kind.partition(";")[0].strip().endswith("json"):
-            said = f"The body's Content-Type is {kind[:100]}; it has to be application/json."
-            return openai_error(415, said, "unsupported_media_type")
+            message = f"The body's Content-Type is {kind[:100]}; it has to be application/json."
+            return openai_error(415, message, "unsupported_media_type")
         return invalid(error.errors(), error.body).response()
 
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -375,19 +377,19 @@ def _build(api: Api) -> FastAPI:
             and request.path_params["model"] not in api.names
         ):
             return openai_error(404, f"There is nothing at {request.url.path[:200]}.", "not_found")
-        said = str(error.detail)
+        message = str(error.detail)
         if error.status_code == 404:
-            said = f"There is nothing at {request.url.path[:200]}."
+            message = f"There is nothing at {request.url.path[:200]}."
         elif error.status_code == 405:
-            said = f"{request.method[:20]} is not done at {request.url.path[:200]}."
+            message = f"{request.method[:20]} is not done at {request.url.path[:200]}."
         codes = {404: "not_found", 405: "method_not_allowed"}
         return openai_error(
-            error.status_code, said, codes.get(error.status_code, "invalid_request"), headers=error.headers
+            error.status_code, message, codes.get(error.status_code, "invalid_request"), headers=error.headers
         )
 
     async def defect(_: Request, error: Exception) -> Response:
-        said = f"{type(error).__name__}: this is a defect of the endpoint; its log has the details (llm-ray serve logs gateway)"
-        return openai_error(500, said, "internal_error")
+        message = f"{type(error).__name__}: this is a defect of the endpoint; its log has the details (llm-ray serve logs gateway)"
+        return openai_error(500, message, "internal_error")
 
     async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
@@ -413,8 +415,8 @@ def _too_much(body: Chat | Completion, target: Target) -> ApiError | None:
 
 def _too_many(answers: int, target: Target, param: str) -> ApiError:
     most = target.entry.model.max_batch
-    said = f"{param}: the request asks for {answers} answers, and `{target.name}` computes {most} at a time: ask in several requests."
-    return ApiError(400, said, "too_many_answers", param=param)
+    message = f"{param}: the request asks for {answers} answers, and `{target.name}` computes {most} at a time: ask in several requests."
+    return ApiError(400, message, "too_many_answers", param=param)
 
 
 def _over_key(body: Chat | Completion, target: Target, request: Request) -> ApiError | None:
@@ -447,25 +449,25 @@ class _Stream:
         try:
             piece = self._first
             while True:
-                text, error, said = "".join(piece).partition(STREAM_ERROR)
+                text, error, reason = "".join(piece).partition(STREAM_ERROR)
                 self._watch.token()
                 if '"usage":{' in text:
                     text = _take_usage(text, self._watch, self._hidden)
                 if text:
                     yield text
-                if told := refused_in_stream(
-                    error + said
+                if refusal := refused_in_stream(
+                    error + reason
                 ):  # vLLM goes on with [DONE]: here a stream that has it is whole
-                    self._watch.end(told.status)
-                    yield told.event()
+                    self._watch.end(refusal.status)
+                    yield refusal.event()
                     return
                 piece = await anext(self._rest)
         except StopAsyncIteration:
             self._watch.end(200)
         except Exception as error:
-            told = failed(error, self._target.name, self._target.entry)
-            self._watch.end(told.status)
-            yield told.event()
+            refusal = failed(error, self._target.name, self._target.entry)
+            self._watch.end(refusal.status)
+            yield refusal.event()
 
     def close(self) -> None:
         """End it, and the engine's work for it, unless it has come to its end: its client is gone, or it took too

@@ -88,11 +88,11 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
     if not isinstance(status, int) or not 400 <= status < 600:
         return ApiError(500, f"The engine says: {message}", "internal_error")
     if status >= 500:
-        said = "" if _DEAD in message else f" It says: {message}"
-        return ApiError(503, f"The engine failed while it answered; ask again.{said}", "engine_failed", retry_after=1)
+        detail = "" if _DEAD in message else f" It says: {message}"
+        return ApiError(503, f"The engine failed while it answered; ask again.{detail}", "engine_failed", retry_after=1)
     if _NO_TEMPLATE.search(message):
-        said = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
-        return ApiError(400, said, "invalid_request", param="messages")
+        detail = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
+        return ApiError(400, detail, "invalid_request", param="messages")
     code = (
         "context_length_exceeded"
         if _TOO_LONG.search(message)
@@ -106,11 +106,11 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
 def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
     """What a client is told of an exception that Ray or the engine raised while the model `name` answered."""
     if isinstance(error, BackPressureError):
-        said = f"The model `{name}` has as many requests waiting as it may (max_queue {entry.model.max_queue})."
-        return ApiError(429, said, "queue_full", retry_after=1)
+        text = f"The model `{name}` has as many requests waiting as it may (max_queue {entry.model.max_queue})."
+        return ApiError(429, text, "queue_full", retry_after=1)
     if isinstance(error, DeploymentUnavailableError):
-        said = f"The model `{name}` does not start: {entry.message or 'see llm-ray serve status'}"
-        return ApiError(503, said, "model_unavailable", retry_after=10)
+        text = f"The model `{name}` does not start: {entry.message or 'see llm-ray serve status'}"
+        return ApiError(503, text, "model_unavailable", retry_after=10)
     if isinstance(error, RayActorError):
         return ApiError(
             503,
@@ -130,8 +130,8 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
             "engine_failed",
             retry_after=1,
         )
-    said = f"The model `{name}` failed: {type(cause).__name__}; its log has the details (llm-ray serve logs {entry.model.name})"
-    return ApiError(500, said, "internal_error")
+    text = f"The model `{name}` failed: {type(cause).__name__}; its log has the details (llm-ray serve logs {entry.model.name})"
+    return ApiError(500, text, "internal_error")
 
 
 # Bodies that are not valid
@@ -160,14 +160,14 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     fewest = min(len(branch) for branch in branches.values())
     best = [branch[0] for branch in branches.values() if len(branch) == fewest]
     place = max((path for path, _ in best), key=len)
-    there = [error for path, error in best if path == place]
-    there = [
-        error for error in there if not error["type"].endswith("_type")
-    ] or there  # of the right type, and wrong otherwise
-    said = " or ".join(dict.fromkeys(_words(error["msg"]) for error in there)).replace(" or it should be ", " or ")
+    matching = [error for path, error in best if path == place]
+    matching = [
+        error for error in matching if not error["type"].endswith("_type")
+    ] or matching  # of the right type, and wrong otherwise
+    text = " or ".join(dict.fromkeys(_words(error["msg"]) for error in matching)).replace(" or it should be ", " or ")
     param = errors[0].get("ctx", {}).get("param") or _written(place)
     code = "unsupported_parameter" if errors[0]["type"] == "unsupported_parameter" else "invalid_request"
-    return ApiError(400, f"{param or 'the body'}: {said}", code, param=param)
+    return ApiError(400, f"{param or 'the body'}: {text}", code, param=param)
 
 
 def _place(loc: Sequence[str | int], body: Any, missing: bool) -> tuple[tuple[str | int, ...], tuple[str, ...]]:

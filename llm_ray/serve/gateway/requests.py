@@ -113,18 +113,18 @@ class Body(BaseModel):
         except ValidationError:
             raise
         except VLLMClientError as error:
-            told = {"told": str(error.args[0]), "param": getattr(error, "parameter", None)}
-            raise PydanticCustomError("value_error", "{told}", told) from error
+            detail = {"told": str(error.args[0]), "param": getattr(error, "parameter", None)}
+            raise PydanticCustomError("value_error", "{told}", detail) from error
         except Exception as error:  # vLLM's validators look into values before their types are checked
             raise PydanticCustomError("value_error", "one of its values is of the wrong type", {}) from error
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
-        told = handler(core_schema)
-        properties = handler.resolve_ref_schema(told)["properties"]
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
         for name in REFUSED.keys() & properties.keys():
             del properties[name]
-        return told
+        return schema
 
 
 def _check_text(data: Any) -> None:
@@ -290,8 +290,8 @@ def _structured(asked: StructuredOutputs | None) -> StructuredOutputsParams | No
         except ValueError as error:
             raise ValueError(f"json is neither an object nor the text of one: {error}") from None
         _enforced(unenforced(schema, "structured_outputs.json"))
-    if "regex" in given and (said := unenforced_pattern(str(given["regex"]))):
-        _enforced(Fault("structured_outputs.regex", said))
+    if "regex" in given and (reason := unenforced_pattern(str(given["regex"]))):
+        _enforced(Fault("structured_outputs.regex", reason))
     return StructuredOutputsParams(**given) if given else None
 
 
@@ -361,8 +361,8 @@ class _Sampling(Body):
         if (
             max_tokens < 1 and self.max_tokens != 0
         ):  # vLLM calls it a wrong max_tokens, of which the client may have sent none
-            said = "The prompt alone is as long as the model's maximum context length, which leaves no token for an answer."
-            raise VLLMValidationError(said, parameter="input_tokens")
+            text = "The prompt alone is as long as the model's maximum context length, which leaves no token for an answer."
+            raise VLLMValidationError(text, parameter="input_tokens")
         several, self.n = self.n or 1, 1
         try:
             params: SamplingParams = super().to_sampling_params(max_tokens, *args)  # type: ignore[misc]

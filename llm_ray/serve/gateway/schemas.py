@@ -94,8 +94,8 @@ def unenforced_tag(tag: Any, place: str) -> Fault | None:
                 if fault := unenforced(value, here):
                     return fault
             elif name == "pattern" and isinstance(value, str):
-                if said := unenforced_pattern(value):
-                    return Fault(here, said)
+                if reason := unenforced_pattern(value):
+                    return Fault(here, reason)
             else:
                 waiting.append((value, here))
     return None
@@ -306,8 +306,8 @@ class _Schema:
                     f"{place}.patternProperties", "it is enforced with one pattern, and without properties, alone"
                 )
             for pattern in patterns:
-                if said := unenforced_pattern(pattern):
-                    yield Fault(f"{place}.patternProperties", said)
+                if reason := unenforced_pattern(pattern):
+                    yield Fault(f"{place}.patternProperties", reason)
         if "propertyNames" in schema:
             yield from self._names(schema, place)
         for keyword in ("additionalProperties", "unevaluatedProperties"):
@@ -460,8 +460,8 @@ def _string(schema: dict[str, Any], place: str) -> Iterator[Fault]:
     if pattern is not None:
         if not isinstance(pattern, str):
             yield Fault(f"{place}.pattern", "it is a regular expression")
-        elif said := unenforced_pattern(pattern):
-            yield Fault(f"{place}.pattern", said)
+        elif reason := unenforced_pattern(pattern):
+            yield Fault(f"{place}.pattern", reason)
         if form is not None:
             yield Fault(f"{place}.pattern", "it is not enforced beside format: leave one of them out")
     if form is not None or pattern is not None:

@@ -145,8 +145,8 @@ def build(site: Site) -> None:
             began = False  # to answer: the first word is shown at once, those that follow some at a time
             while True:
                 done = all(generation.done for generation in running)
-                said = [generation.said() if generation else None for generation in asked]
-                now = [*turns, Turn(question, (said[0], said[1]))]
+                answers = [generation.said() if generation else None for generation in asked]
+                now = [*turns, Turn(question, (answers[0], answers[1]))]
                 yield shown(now, 0), shown(now, 1), now, talk, "" if done else gr.skip(), row(now, 0, settings.system)
                 if done:
                     return

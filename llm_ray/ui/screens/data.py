@@ -121,7 +121,7 @@ def build(site: Site) -> None:
             with gr.Row():
                 show = gr.Button("Look at it", variant="primary")
                 drop = gr.Button("Delete the file")
-    said = gr.HTML(elem_id="data-said")
+    notice = gr.HTML(elem_id="data-said")
     with gr.Row():
         with gr.Column(min_width=320):
             summary = gr.HTML(elem_id="data-summary")
@@ -133,7 +133,7 @@ def build(site: Site) -> None:
     seen, at = gr.State(None), gr.State(0)
     asked = gr.State("")  # the choice that is looked at without a click
     pager = [rows, buttons, at]
-    shown = [said, summary, chart, seen, *pager]
+    shown = [notice, summary, chart, seen, *pager]
     on(on_load(), opened, outputs=[choice, model], show_progress="hidden")
     on(on_load(), linked, outputs=asked, show_progress="hidden")
     on(file.upload, sent, inputs=file, outputs=[file, choice, asked])
@@ -159,19 +159,19 @@ def _summary(found: Examined, short: Callable[[str], str]) -> str:
         "Dropped": f"{sum(stats.dropped.values()):,}",
         "Cut": f"{stats.truncated:,}",
     }
-    told = [
+    facts = [
         *map(short, stats.notes),
         found.left_out_line(),
         *(f"{n} dropped: {why}" for why, n in stats.dropped.items()),
     ]
     if stats.bad:
-        told.append(f"{stats.bad} bad rows: a finetune stops at the first, unless data.on_bad_row is skip")
+        facts.append(f"{stats.bad} bad rows: a finetune stops at the first, unless data.on_bad_row is skip")
     if stats.repeated:
-        told.append(f"{stats.repeated} rows repeat another one")
+        facts.append(f"{stats.repeated} rows repeat another one")
     if stats.contradicting:
-        told.append(f"{stats.contradicting} rows contradict another one")
-    told += [*map(short, stats.examples), f"validation: {stats.validation_reason}" if stats.validation_reason else ""]
-    return "<h2>What it is</h2>" + figures.pairs(known) + figures.lines("What to know", filter(None, told))
+        facts.append(f"{stats.contradicting} rows contradict another one")
+    facts += [*map(short, stats.examples), f"validation: {stats.validation_reason}" if stats.validation_reason else ""]
+    return "<h2>What it is</h2>" + figures.pairs(known) + figures.lines("What to know", filter(None, facts))
 
 
 def _histogram(found: Examined) -> str:

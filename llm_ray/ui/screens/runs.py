@@ -116,7 +116,7 @@ def build(site: Site) -> None:
 
     seen, name, url = gr.State(None), gr.State(""), gr.Textbox(visible="hidden")
     timer = gr.Timer(_IDLE)
-    said = gr.HTML(elem_id="runs-said")
+    notice = gr.HTML(elem_id="runs-said")
     state = gr.HTML(elem_id="run-state")
     with gr.Row():
         stop = gr.Button("Stop", visible=False)
@@ -137,11 +137,11 @@ def build(site: Site) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     on(on_load(), opened, outputs=[name, several, *shown], show_progress="hidden")
     on(timer.tick, ticked, inputs=[name, seen], outputs=shown, trigger_mode="once", **quiet)
-    on(stop.click, stopped, inputs=name, outputs=[said, *shown])
-    on(go_on.click, resumed, inputs=name, outputs=[said, *shown])
-    on(beside.click, beside_base, inputs=name, outputs=[said, url], show_progress="hidden")
+    on(stop.click, stopped, inputs=name, outputs=[notice, *shown])
+    on(go_on.click, resumed, inputs=name, outputs=[notice, *shown])
+    on(beside.click, beside_base, inputs=name, outputs=[notice, url], show_progress="hidden")
     url.change(None, inputs=url, js=GO)
-    on(delete.click, deleted, inputs=[name, sure], outputs=[said, name, *shown])
+    on(delete.click, deleted, inputs=[name, sure], outputs=[notice, name, *shown])
     for part in (several, metric):
         on(part.change, compared, inputs=[several, metric], outputs=comparison, **quiet)
 
@@ -182,10 +182,15 @@ def _one(runs: Path, name: str, job: jobs.Job | None) -> tuple[str, str, str, tu
     """State, curves, log, and the buttons that make sense, of one run."""
     log = _log(runs, name)
     if job and job.state != "running":
-        told = job.reason or f"asked for by {job.by or 'somebody'} {age(job.since)} ago"
+        status = job.reason or f"asked for by {job.by or 'somebody'} {age(job.since)} ago"
         kind = "problem" if job.state == "failed" else "note"
         stop = "" if job.state == "starting" else "Cancel" if job.state == "waiting" else "Take it off the list"
-        return f"<h2>{html.escape(name)}: {_state(job)}</h2>{figures.message(told, kind)}", "", log, (stop, "", "", "")
+        return (
+            f"<h2>{html.escape(name)}: {_state(job)}</h2>{figures.message(status, kind)}",
+            "",
+            log,
+            (stop, "", "", ""),
+        )
     try:
         run = show_run(runs, name)
     except RunError as error:
@@ -219,9 +224,9 @@ def _figures(run: RunDetails, rows: list[dict[str, Any]]) -> str:
     shown = figures.pairs({key: value for key, value in known.items() if value})
     verdict = run.result.get("verdict", {})
     warned = figures.lines("It has not learned", [] if verdict.get("learned", True) else verdict.get("reasons", []))
-    told = figures.message(summary.reason, "problem" if summary.state in ("failed", "damaged") else "note")
+    status = figures.message(summary.reason, "problem" if summary.state in ("failed", "damaged") else "note")
     onward = f'<p><a class="onward" href="/deploy?model={quote(summary.name)}">Deploy it</a></p>' if run.output else ""
-    return f"<h2>{html.escape(summary.name)}: {summary.state}</h2>{told}{shown}{warned}{onward}"
+    return f"<h2>{html.escape(summary.name)}: {summary.state}</h2>{status}{shown}{warned}{onward}"
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:

@@ -113,19 +113,19 @@ def build(site: Site) -> None:
         conf = conf_from(visitor, settings)
         plan = seen
         if plan is None or plan[0] != dump(conf):
-            for told, plan in _plan(conf):
-                yield told, plan, gr.skip()
+            for summary, plan in _plan(conf):
+                yield summary, plan, gr.skip()
         if plan is None or not plan[1].fits:
             yield gr.skip(), plan, ""
             return
         job = submit(conf, by=visitor.name, command=command_of(settings))
         url = f"/runs?run={quote(job.name)}"
-        told = (
+        summary = (
             f"{job.name} waits for {job.ahead} other finetune(s)."
             if job.state == "waiting" and job.ahead
             else f"{job.name} has started."
         )
-        yield f'{figures.message(told)}<p><a class="onward" href="{url}">Watch it</a></p>', plan, url
+        yield f'{figures.message(summary)}<p><a class="onward" href="{url}">Watch it</a></p>', plan, url
 
     @handler(Role.USER)
     def uploaded(visitor: Visitor, path: str) -> tuple[Any, ...]:
@@ -160,7 +160,7 @@ def build(site: Site) -> None:
             name = gr.Textbox(label="Name", info="Of the run, and of the model that it makes", max_lines=1)
             with gr.Row():
                 plan_it, start = gr.Button("Plan"), gr.Button("Start", variant="primary")
-            said = gr.HTML(elem_id="train-said")
+            notice = gr.HTML(elem_id="train-said")
             with gr.Accordion("All settings", open=False):
                 gr.Markdown("Empty fields have the value that they show. Values are YAML, as after `--set`.")
                 parts = [
@@ -201,8 +201,15 @@ def build(site: Site) -> None:
         outputs=[conf, command, problem],
         **quiet,
     )
-    on(plan_it.click, planned, inputs=every, outputs=[said, seen], show_progress="hidden", at_once=_AT_ONCE)
-    on(start.click, started, inputs=[seen, *every], outputs=[said, seen, url], show_progress="hidden", at_once=_AT_ONCE)
+    on(plan_it.click, planned, inputs=every, outputs=[notice, seen], show_progress="hidden", at_once=_AT_ONCE)
+    on(
+        start.click,
+        started,
+        inputs=[seen, *every],
+        outputs=[notice, seen, url],
+        show_progress="hidden",
+        at_once=_AT_ONCE,
+    )
     on(sent.upload, uploaded, inputs=sent, outputs=[sent, *every])
     url.change(None, inputs=url, js=GO)
 
@@ -252,7 +259,7 @@ def _shown(plan: PlanReport) -> str:
         verdict = figures.message("It does not fit the memory of this host, and is not started.", "problem")
         verdict += figures.lines("What would make it fit", plan.advice)
     warned = figures.lines("Warnings", plan.sections["Warnings"])
-    rest = "".join(figures.lines(title, told) for title, told in plan.sections.items() if title != "Warnings")
+    rest = "".join(figures.lines(title, entries) for title, entries in plan.sections.items() if title != "Warnings")
     return f"{verdict}{figures.pairs(known)}{warned}<details><summary>The whole plan</summary>{rest}</details>"
 
 

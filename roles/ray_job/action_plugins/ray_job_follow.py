@@ -29,22 +29,22 @@ class ActionModule(ActionBase):
         offset, partial, heard = 0, "", time.monotonic()
         last: list[str] = []
         while True:
-            told = self._execute_module(
+            result = self._execute_module(
                 module_name="ray_job", module_args=asked | {"offset": offset}, task_vars=task_vars
             )
-            if told.get("failed") or told.get("unreachable"):
+            if result.get("failed") or result.get("unreachable"):
                 if time.monotonic() - heard > _PATIENCE:
-                    return told
-                display.display(f"  ({str(told.get('msg', 'no answer')).strip()[-200:]}; asked again)")
+                    return result
+                display.display(f"  ({str(result.get('msg', 'no answer')).strip()[-200:]}; asked again)")
                 time.sleep(_PAUSE)
                 continue
-            heard, offset = time.monotonic(), told["offset"]
-            *lines, partial = (partial + told["text"]).split("\n")
-            ended = told["status"] not in ("PENDING", "RUNNING") and not told["more"]
+            heard, offset = time.monotonic(), result["offset"]
+            *lines, partial = (partial + result["text"]).split("\n")
+            ended = result["status"] not in ("PENDING", "RUNNING") and not result["more"]
             if ended and partial:
                 lines.append(partial)
             for line in lines:
                 display.display(f"  {line.rstrip()}")
             last = (last + [line.rstrip() for line in lines if line.strip()])[-_KEPT:]
             if ended:
-                return told | {"text": "\n".join(last), "changed": False}
+                return result | {"text": "\n".join(last), "changed": False}

@@ -76,8 +76,8 @@ class Api:
             with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace").strip()
-            raise Refused(f"{self.url}{path}: {error.code} {said[-500:] or error.reason}") from error
+            text = error.read().decode(errors="replace").strip()
+            raise Refused(f"{self.url}{path}: {error.code} {text[-500:] or error.reason}") from error
         except OSError as error:
             raise Refused(
                 f"Ray's head does not answer at {self.url} ({getattr(error, 'reason', error)}): "
@@ -129,10 +129,10 @@ def submit(api, asked, check_mode):
 
 def attach(job, asked, digest):
     """To the running job, where it is the same work."""
-    told, identity = job.get("metadata") or {}, job["submission_id"]
-    if told.get("conf_sha256") != digest:
+    metadata, identity = job.get("metadata") or {}, job["submission_id"]
+    if metadata.get("conf_sha256") != digest:
         changed = ""
-        with contextlib.suppress(OSError), open(told.get("conf", "")) as file:  # noqa: PTH123
+        with contextlib.suppress(OSError), open(metadata.get("conf", "")) as file:  # noqa: PTH123
             lines = difflib.unified_diff(file.read().splitlines(), asked["conf"].splitlines(), n=0, lineterm="")
             changed = "; ".join(" ".join(line.split()) for line in lines if not line.startswith(("---", "+++", "@@")))
         ways = (

@@ -61,9 +61,9 @@ def main():
     mark = f"{os.path.dirname(path)}/.{os.path.basename(path)}.sha256"  # noqa: PTH119, PTH120
     try:
         with acting_as(module.params["user"]):
-            there = is_there(path, mark, sha256)
-            right = there or not source or digest(source) == sha256
-            if source and right and not there and not module.check_mode:
+            present = is_there(path, mark, sha256)
+            right = present or not source or digest(source) == sha256
+            if source and right and not present and not module.check_mode:
                 put(source, path, mark, sha256)
     except KeyError:
         module.fail_json(msg=f"there is no user {module.params['user']}: ansible-playbook site.yml makes it")
@@ -73,8 +73,8 @@ def main():
         )
     if not right:
         module.fail_json(msg=f"{source} is not what was sent (its checksum differs): run this again")
-    changed = bool(source) and not there
-    module.exit_json(changed=changed, there=there or (changed and not module.check_mode))
+    changed = bool(source) and not present
+    module.exit_json(changed=changed, there=present or (changed and not module.check_mode))
 
 
 def is_there(path, mark, sha256):

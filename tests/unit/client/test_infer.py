@@ -193,9 +193,10 @@ def test_a_busy_endpoint_is_asked_again(server: Server, kind: str) -> None:
 
 @both
 def test_an_endpoint_that_stays_busy(server: Server, kind: str) -> None:
-    result = infer(*URLS[kind](server, "full"), "--prompt", "hi", "--timeout", "2")
+    result = infer(*URLS[kind](server, "full"), "--prompt", "hi", "--timeout", "4")
     assert result.exit_code == 1
-    assert len(server.requests) == 2  # after 1 s; 2 s more would be too late
+    # At once, after 1 s, and after 2 s more unless the machine is slow; 4 s more would be too late.
+    assert len(server.requests) in {2, 3}
     assert "is busy, or the API key's limit is reached (429: too many requests)" in result.stderr
 
 

@@ -46,12 +46,12 @@ class Protection:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, for a deployment's user_config."""
-        told: dict[str, Any] = TypeAdapter(Protection).dump_python(self, mode="json")
-        return told
+        document: dict[str, Any] = TypeAdapter(Protection).dump_python(self, mode="json")
+        return document
 
     @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Protection:
-        return TypeAdapter(Protection).validate_python(told)
+    def from_json(cls, document: dict[str, Any]) -> Protection:
+        return TypeAdapter(Protection).validate_python(document)
 
 
 def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
@@ -66,8 +66,8 @@ def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
     app = Body(app, settings.max_body_bytes, settings.body_timeout_s)
     app = Access(app, Keys(settings.keys_file) if settings.keys_file else None, settings.limits, limiter)
     if settings.cors_origins:
-        told = ["Retry-After", *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset"))]
+        exposed = ["Retry-After", *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset"))]
         app = CORSMiddleware(
-            app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told
+            app, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=exposed
         )
     return Headed(app)

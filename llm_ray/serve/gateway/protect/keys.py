@@ -141,8 +141,8 @@ def revoke_key(path: Path, called: str) -> Key:
     with _file(path).writing() as keys:
         found = [key for key in keys.values() if called in (key.id, key.name)]
         if not found:
-            there = ", ".join(key.name for key in keys.values()) or "none"
-            raise ServeError(f"there is no key called {called}; there are: {there}")
+            names = ", ".join(key.name for key in keys.values()) or "none"
+            raise ServeError(f"there is no key called {called}; there are: {names}")
         if len(found) > 1:
             raise ServeError(
                 f"{len(found)} keys are called {called}: name one by its id ({', '.join(key.id for key in found)})"

@@ -59,12 +59,12 @@ class Access:
             secret = _secret(Headers(scope=scope))
             key = self._keys.check(secret) if secret else None
             if key is None:
-                said = "This API key is not valid." if secret else "An API key is needed: Authorization: Bearer KEY"
+                text = "This API key is not valid." if secret else "An API key is needed: Authorization: Bearer KEY"
                 _LOG.warning(
                     f"{_asked(scope)} from {_client(scope)} refused: "
                     f"{'an API key that is not valid' if secret else 'no API key'}"
                 )
-                await openai_error(401, said, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})(
+                await openai_error(401, text, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})(
                     scope, receive, send
                 )
                 return
@@ -245,10 +245,10 @@ def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
 
     async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":
-            there = MutableHeaders(raw=list(message["headers"]))
+            existing = MutableHeaders(raw=list(message["headers"]))
             for name, value in headers.items():
-                there.setdefault(name, value)
-            message = {**message, "headers": there.raw}
+                existing.setdefault(name, value)
+            message = {**message, "headers": existing.raw}
         await send(message)
 
     return sent

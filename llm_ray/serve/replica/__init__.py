@@ -1,0 +1,1 @@
+"""A replica: the process in which one model answers, with Ray's LLMServer before an engine."""
