@@ -116,7 +116,7 @@ _WATCH = """() => {
 
 def _asked(tab: Page, number: int) -> float:
     """Seconds from the click on Send, as the page gets it, to the first letter of the answer, in a talk that is new."""
-    tab.get_by_label("Question").fill(_question(number))
+    tab.locator("#ask-question textarea").fill(_question(number))
     tab.get_by_role("button", name="Send").click()
     tab.locator("#ask-left").get_by_text(re.compile("tokens/s")).wait_for()
     milliseconds: float = tab.evaluate("() => window.answered - window.asked")

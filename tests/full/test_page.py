@@ -121,7 +121,7 @@ def test_from_a_dropped_file_to_an_answer_that_the_base_does_not_give(
     right: dict[str, list[bool]] = {"#ask-left": [], "#ask-right": []}
     facts = [json.loads(line) for line in (DATA / "heldout.jsonl").read_text().splitlines()][:ASKED]
     for number, fact in enumerate(facts):
-        tab.get_by_label("Question").fill(fact["prompt"])
+        tab.locator("#ask-question textarea").fill(fact["prompt"])
         tab.get_by_role("button", name="Send").click()
         for side, found in right.items():
             expect(tab.locator(side).get_by_text(re.compile("tokens/s"))).to_have_count(number + 1, timeout=2 * MINUTE)

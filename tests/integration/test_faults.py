@@ -29,7 +29,7 @@ from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints
 
 LLM_RAY = Path(sys.executable).parent / "llm-ray"
-PATIENCE = 240.0
+PATIENCE = 420.0  # seconds: what serves beside it comes first
 """Seconds after which what is waited for does not come any more."""
 
 

@@ -72,13 +72,13 @@ def test_answers_stream_side_by_side_and_stop(sign_in: Open, page: Running, url:
     expect(tab.get_by_label("Beside it")).to_have_value(NAME, timeout=30_000)
     tab.get_by_role("button", name="Settings").click()
     tab.get_by_label("Most tokens").fill("40")
-    tab.get_by_label("Question").fill("Hello")
+    tab.locator("#ask-question textarea").fill("Hello")
     tab.get_by_role("button", name="Send").click()
     for side in ("#ask-left", "#ask-right"):
         expect(tab.locator(side)).to_contain_text("tokens/s", timeout=60_000)
     assert_accessible(tab)
     tab.get_by_label("Most tokens").fill("8000")  # a minute, at least
-    tab.get_by_label("Question").fill("Again")
+    tab.locator("#ask-question textarea").fill("Again")
     tab.get_by_role("button", name="Send").click()
     expect(tab.locator("#ask-left .message").last).to_be_visible()
     until(lambda: _in_progress(page) == 2)
