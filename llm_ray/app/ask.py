@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,7 @@ class Batch:
 
 def prepare_to_ask() -> None:
     """Load now what the first question would wait for."""
-    from openai.resources import chat  # noqa: F401 -- which the SDK imports at its first use
-
+    importlib.import_module("openai.resources.chat")  # the SDK imports it at its first use
     certificates(False)
     certificates(True)
 

@@ -18,6 +18,7 @@ from llm_ray.data.prepare import DataStats, lengths_of, open_split
 from llm_ray.errors import ConfError
 from llm_ray.hardware import choose_precision, cpu_flags
 from llm_ray.models.load import load_empty_model
+from llm_ray.progress import duration
 from llm_ray.train.batches import micro_batch_tokens, plan_steps
 from llm_ray.train.model import add_adapters, learning_modules, weight_dtype
 from llm_ray.train.trial import measure
@@ -73,18 +74,8 @@ class Estimate:
             return [*lines, f"how long it takes was not measured: {self.unmeasured}"]
         like = "here" if conf.runtime.mode == "local" else "on hosts like this one, without what the network costs"
         validation = self.seconds - self.step_seconds
-        parts = f", {_duration(validation)} of it validation" if validation > 1 else ""
-        return [*lines, *self.notes, f"training about {_duration(self.seconds)} {like}{parts} (from some real steps)"]
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+        parts = f", {duration(validation)} of it validation" if validation > 1 else ""
+        return [*lines, *self.notes, f"training about {duration(self.seconds)} {like}{parts} (from some real steps)"]
 
 
 def estimate(conf: FinetuneConf, data: DataStats, prepared: Path, cpus: int) -> Estimate:

@@ -143,19 +143,6 @@ def number(value: float | None, digits: int = 4) -> str:
     )
 
 
-def duration(seconds: float | None) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds is None:
-        return ""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
 def _thinned(points: Points) -> list[tuple[float, float]]:
     known = [(x, y) for x, y in zip(*points, strict=True) if y is not None and math.isfinite(y)]
     step = -(-len(known) // _MOST_POINTS) or 1

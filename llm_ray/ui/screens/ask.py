@@ -142,7 +142,6 @@ def build(site: Site) -> None:
         try:
             for generation in running:
                 generation.begin(changed)
-            began = False  # to answer: the first word is shown at once, those that follow some at a time
             while True:
                 done = all(generation.done for generation in running)
                 answers = [generation.said() if generation else None for generation in asked]
@@ -152,9 +151,8 @@ def build(site: Site) -> None:
                     return
                 changed.wait(1.0)
                 changed.clear()
-                if began:
+                if any(answer and answer.text for answer in answers):  # the first word is shown at once
                     time.sleep(_SHOW_EVERY)
-                began = began or any(generation.said().text for generation in running)
         finally:
             for generation in running:
                 generation.stop()

@@ -28,6 +28,7 @@ from llm_ray.app.runs import (
 )
 from llm_ray.conf.section import Paths
 from llm_ray.errors import RunError
+from llm_ray.progress import duration
 from llm_ray.ui import figures
 from llm_ray.ui.handlers import GO, handler, on, on_load
 from llm_ray.ui.sessions import Visitor
@@ -217,7 +218,7 @@ def _figures(run: RunDetails, rows: list[dict[str, Any]]) -> str:
         "Validation loss": figures.number(summary.validation_loss),
         "Learning rate": figures.number(last.get("learning_rate")),
         "Tokens/s": figures.number(rate(steps[-20:])),
-        "Time left": figures.duration(seconds_left(rows)) if summary.state == "running" else "",
+        "Time left": duration(seconds_left(rows)) if summary.state == "running" else "",
         "Model": Path(summary.base or "").name,
         "Method": f"{summary.method}, {summary.objective}",
     }

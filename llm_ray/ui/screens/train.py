@@ -19,6 +19,7 @@ from llm_ray.app.runs import watch_runs
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.section import Paths
 from llm_ray.errors import ConfError, DataError, LlmRayError
+from llm_ray.progress import duration
 from llm_ray.ui import figures
 from llm_ray.ui.choices import (
     check_allowed,
@@ -249,7 +250,7 @@ def _plan(conf: FinetuneConf) -> Iterator[tuple[str, tuple[str, PlanReport] | No
 def _shown(plan: PlanReport) -> str:
     known = {
         "Memory": f"{plan.memory / 2**30:.1f} of {plan.memory_here / 2**30:.1f} GiB",
-        "Time": figures.duration(plan.seconds) or "not measured",
+        "Time": duration(plan.seconds) or "not measured",
     }
     if plan.fits:
         verdict = figures.message(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from llm_ray.progress import duration
 from llm_ray.ui import figures
 
 
@@ -55,4 +56,4 @@ def test_figures_for_people() -> None:
         "12,346",
         "12,345",
     ]
-    assert [figures.duration(value) for value in (None, 5, 600, 10_000)] == ["", "5 s", "10 min", "2.8 h"]
+    assert [duration(value) for value in (None, 5, 600, 10_000)] == ["", "5 s", "10 min", "2.8 h"]

@@ -113,6 +113,7 @@ class Body:
         declared = Headers(scope=scope).get("content-length", "0")
         too_large = declared.isdecimal() and int(declared) > self._most
         more = not too_large
+        refusal: tuple[int, str, str] | None = None
         try:
             async with asyncio.timeout(self._seconds):
                 while more:
@@ -123,22 +124,11 @@ class Body:
                     too_large = len(body) > self._most
                     more = message.get("more_body", False) and not too_large
         except TimeoutError:
-            answer = openai_error(
-                408,
-                f"The request's body did not arrive within {self._seconds:g} s.",
-                "body_timeout",
-                headers={"Connection": "close"},
-            )
-            await answer(scope, receive, send)
-            return
+            refusal = 408, f"The request's body did not arrive within {self._seconds:g} s.", "body_timeout"
         if too_large:
-            answer = openai_error(
-                413,
-                f"The request's body is larger than {self._most:,} bytes.",
-                "body_too_large",
-                headers={"Connection": "close"},
-            )
-            await answer(scope, receive, send)
+            refusal = 413, f"The request's body is larger than {self._most:,} bytes.", "body_too_large"
+        if refusal:
+            await openai_error(*refusal, headers={"Connection": "close"})(scope, receive, send)
             return
         rest: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
         body.clear()
