@@ -21,14 +21,13 @@ from llm_ray.conf.serve import ServeConf
 from llm_ray.errors import ServeError
 from llm_ray.files import locked, write_text
 
+_EARLIER = "declared.json"
+"""What the file was called by earlier versions."""
+
 
 def desired_file(home: Path) -> Path:
-    """Where it is kept; from where earlier versions kept it, it is brought there."""
-    file = home / "serve" / "desired.json"
-    old = file.with_name("declared.json")
-    if old.exists() and not file.exists():
-        old.rename(file)
-    return file
+    """Where it is kept."""
+    return home / "serve" / "desired.json"
 
 
 def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
@@ -43,7 +42,7 @@ def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
 
 def forget(file: Path, names: Sequence[str] | None = None) -> None:
     """Keep these models no more; all of them where none are named. Raises ServeError."""
-    if not file.exists():
+    if not _kept_in(file).exists():
         return
     with _changing(file) as kept:
         kept["models"] = {
@@ -77,7 +76,13 @@ def desired_confs(file: Path) -> list[ServeConf]:
     return found
 
 
+def _kept_in(file: Path) -> Path:
+    """`file`, or until it is first written the one in which earlier versions kept it."""
+    return file if file.exists() else file.with_name(_EARLIER)
+
+
 def _read(file: Path) -> dict[str, Any]:
+    file = _kept_in(file)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -96,6 +101,7 @@ def _changing(file: Path) -> Iterator[dict[str, Any]]:
             kept = _read(file)
             yield kept
             write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n", mode=0o640)
+            file.with_name(_EARLIER).unlink(missing_ok=True)
     except OSError as error:
         raise ServeError(
             f"{file} cannot be written: {error.strerror or error}: the models would not come back with Ray's head"

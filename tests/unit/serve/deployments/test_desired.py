@@ -42,6 +42,15 @@ def test_what_is_stopped_does_not_come_back(file: Path) -> None:
     assert desired_confs(file) == []
 
 
+def test_what_an_earlier_version_kept_comes_back_until_it_is_stopped(file: Path) -> None:
+    remember(file, _conf(a="one", b="two"), ["a", "b"])
+    file.rename(earlier := file.with_name("declared.json"))
+    assert [next(iter(conf.models)) for conf in desired_confs(file)] == ["a", "b"]
+    forget(file, ["a"])
+    assert [next(iter(conf.models)) for conf in desired_confs(file)] == ["b"]
+    assert not earlier.exists()
+
+
 @pytest.mark.parametrize(
     "text", ["{", '{"models": {"a": {"paths": {}, "model": {"model": "x", "colour": 1}}}, "endpoint": {}}']
 )
