@@ -1,8 +1,8 @@
 """Made-up facts: rows to learn from, and the same facts asked in words that no row has.
 
-    rows, questions = facts(seed=3, number=30, wordings=3)
+    rows, questions = facts(seed=3, number=30)
 
-Each fact is one of `_RELATIONS` about a name of its own; three of its wordings are taught, another is asked.
+A fact is one of `_RELATIONS` about one of a few names; three of its wordings are taught, the fourth is asked.
 """
 
 from __future__ import annotations

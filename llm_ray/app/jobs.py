@@ -215,8 +215,7 @@ def _held(file: Path) -> bool:
     return False
 
 
-# In the process of a finetune (llm_ray/cli/job.py)
-# ----------------------------------------------------------------------
+# In the process of a finetune (llm_ray/cli/job.py) --------------------------------------------------------------------
 
 
 def wait_for_turn(runs: Path, name: str) -> str | None:

@@ -127,8 +127,7 @@ def conf_of(
 ) -> ServeConf:
     """The conf that serves these models (runs, names of the registry, folders, hub ids), under their own names or
     `names`, all with the same settings; what is None is left to the conf's defaults. `adapters`: run or folder by name.
-    `overrides`:
-    ``key=value`` as after ``--set``, over all of it. Raises ConfError, ModelError.
+    `overrides`: ``key=value`` as after ``--set``, over all of it. Raises ConfError, ModelError.
     """
     paths = Paths.of(home)
     called = tuple(names) or tuple(resolve(model, paths).name for model in models)

@@ -69,13 +69,13 @@ def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path
 
 def load(
     keys: Keys[C],
-    loading: Callable[..., Validation[C]],
+    validation: Callable[..., Validation[C]],
     config: str | Path,
     overrides: Sequence[str],
     variables_given: Mapping[str, Any],
     home: Path,
 ) -> C:
-    """A conf of the kind of `keys`: `loading` is where its files lie. Raises :class:`ConfError`."""
+    """A conf of the kind of `keys`: `validation` knows where its files lie. Raises :class:`ConfError`."""
     file = find(config, keys.kind)
     template = _read(file)
     try:
@@ -92,7 +92,7 @@ def load(
         found = "empty" if document.data is None else f"{show(document.data)}, no keys with values"
         needed = ", ".join(key.name for key in keys.needed())
         raise ConfError(f"{file}: the conf is {found}: it needs at least {needed}")
-    return loading(keys, file, file in shipped(keys.kind).values(), rendered, document, settings, home).conf()
+    return validation(keys, file, file in shipped(keys.kind).values(), rendered, document, settings, home).conf()
 
 
 def dump(conf: Section) -> str:
@@ -128,8 +128,7 @@ def find(config: str | Path, kind: str) -> Path:
     nearest = [beside.get(found, found) for found in nearest_names(file.name, [*templates, *beside])]
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     raise ConfError(
-        f"--config {config}: no such file, and no shipped template of that name; {hint}ClusterConf: "
-        f"{', '.join(templates)}"
+        f"--config {config}: no such file, and no shipped template of that name; {hint}Shipped: {', '.join(templates)}"
     )
 
 

@@ -39,7 +39,7 @@ data:
 Unknown keys are errors. [finetune-conf.schema.json](finetune-conf.schema.json) is the same as JSON Schema; editors with the YAML language
 server complete and check a conf that begins with `# yaml-language-server: $schema=` and its path or URL.
 
-## ClusterConf templates
+## Shipped templates
 
 `--config` takes a file or one of these names:
 
@@ -96,7 +96,7 @@ models:
 Unknown keys are errors. [serve-conf.schema.json](serve-conf.schema.json) is the same as JSON Schema; editors with the YAML language
 server complete and check a conf that begins with `# yaml-language-server: $schema=` and its path or URL.
 
-## ClusterConf templates
+## Shipped templates
 
 `--config` takes a file or one of these names:
 

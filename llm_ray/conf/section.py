@@ -24,6 +24,7 @@ AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 
 
 def listed(value: object) -> object:
+    """A text that stands for a list of one, as that list; anything else as it is."""
     return [value] if isinstance(value, str) else value
 
 

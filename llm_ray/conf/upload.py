@@ -1,9 +1,10 @@
 """A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files that it
 takes along.
 
-    shipped = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, Destination(Path("/srv/llm-ray")))
-    shipped.text      # the conf as the cluster reads it: YAML, every key written out
-    shipped.files     # what has to be on the shared storage before it does
+    to = Destination(Path("/srv/llm-ray"))
+    conf = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, to)
+    conf.text      # as the cluster reads it: YAML, every key written out
+    conf.files     # what has to be on the shared storage before it does
 
 Paths are the cluster's, and are not looked for here. Those of a section with `upload: true` are this machine's: they
 become places on the shared storage that are named by their contents, so that the same file is copied once and a changed

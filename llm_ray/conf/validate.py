@@ -107,8 +107,7 @@ class Validation(ABC, Generic[C]):
             return self.data  # the schema's error says what is wrong with it
         return self.data | {"paths": Paths.of(self.home).model_dump() | given}
 
-    # Places
-    # ------------------------------------------------------------------------------------------------------------
+    # Places -----------------------------------------------------------------------------------------------------------
 
     def _setting(self, path: yamltext.Path) -> Setting | None:
         """The ``--set`` that `path` came from, or that has made a section of it."""
@@ -147,8 +146,7 @@ class Validation(ABC, Generic[C]):
                 node = inner.get(place)
         return tuple(path)
 
-    # What --set and relative paths change
-    # --------------------------------------------------------------------------------
+    # What --set and relative paths change -----------------------------------------------------------------------------
 
     def _set(self, setting: Setting) -> None:
         node = self.data
@@ -197,8 +195,7 @@ class Validation(ABC, Generic[C]):
             self.complain(path, f"{dotted(path)}: no such folder: {' or '.join(map(str, candidates))}")
         return name
 
-    # Words
-    # -------------------------------------------------------------------------------------------------------------
+    # Words ------------------------------------------------------------------------------------------------------------
 
     def _explain(self, path: yamltext.Path, detail: ErrorDetails) -> None:
         """Complains of a validation error in the user's words."""

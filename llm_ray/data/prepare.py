@@ -451,8 +451,7 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
     return "validation rows" if (prepared / HELDOUT).exists() else "training rows, for none are kept back"
 
 
-# Inside
-# ----------------------------------------------------------------------------------------------------------------
+# Inside ---------------------------------------------------------------------------------------------------------------
 
 
 class _Rows:

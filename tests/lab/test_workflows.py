@@ -44,8 +44,7 @@ def _end(process: subprocess.Popen[str], timeout: float = 900) -> str:
     return output
 
 
-# A finetune
-# ----------------------------------------------------------------------------------------------------------------
+# A finetune -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_conf_is_only_rendered_and_validated_in_check_mode(cluster: Cluster, work: Workflow) -> None:
@@ -207,8 +206,7 @@ def test_two_runs_that_bring_the_same_new_file_do_not_take_it_from_each_other(cl
     assert uploads.split() == [".more.jsonl.sha256", "more.jsonl"]
 
 
-# An endpoint
-# ---------------------------------------------------------------------------------------------------------------
+# An endpoint ----------------------------------------------------------------------------------------------------------
 
 
 def test_an_endpoint_is_not_opened_where_the_firewall_does_not_guard_it(cluster: Cluster, work: Workflow) -> None:

@@ -301,8 +301,7 @@ def tell_reason(message: str) -> str:
     return f"{found[-1][1].rpartition('.')[2]}: {what}"
 
 
-# Applications
-# ------------------------------------------------------------------------------------------------------------------
+# Applications ---------------------------------------------------------------------------------------------------------
 
 
 def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Deployed | None) -> Any:

@@ -1,8 +1,8 @@
 """From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told
 before loading.
 
-models = plan(conf, reporter)         # folders found, arithmetic and memory decided; ModelError for what cannot be
-served place(models, nodes, deployed)        # cores decided; ServeError with the figures where there is no room
+models = plan(conf, reporter)     # folders, arithmetic and memory; ModelError for what cannot be served
+place(models, nodes, deployed)    # cores; ServeError with the figures where there is no room
 """
 
 from __future__ import annotations

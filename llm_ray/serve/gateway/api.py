@@ -70,8 +70,7 @@ class Api:
         self._looking: asyncio.Task[bool] | None = None
         self.app = _build(self)
 
-    # The models
-    # ----------------------------------------------------------------------------------------------------------
+    # The models -------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Look up the models, which fails where there is no controller."""
@@ -153,8 +152,7 @@ class Api:
             self._handles[name] = handle.options(stream=True)
         return self._handles[name]
 
-    # Asking a model
-    # --------------------------------------------------------------------------------------------------------
+    # Asking a model ---------------------------------------------------------------------------------------------------
 
     async def _first(self, target: Target, method: str, body: Any) -> tuple[Any, Any]:
         """The first piece of the answer, and the stream of the rest. Raises ApiError for whatever the model does not
@@ -297,8 +295,7 @@ class Api:
             return JSONResponse([result["text"] for result in results])
         return PlainTextResponse(results[0]["text"])
 
-    # About the endpoint
-    # ----------------------------------------------------------------------------------------------------
+    # About the endpoint -----------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> dict[str, Any]:
         """The models and adapters that answer here."""
@@ -401,8 +398,7 @@ def _build(api: Api) -> FastAPI:
     return app
 
 
-# Requests
-# ----------------------------------------------------------------------------------------------------------------------
+# Requests -------------------------------------------------------------------------------------------------------------
 
 
 def _too_much(body: Chat | Completion, target: Target) -> ApiError | None:
@@ -434,8 +430,7 @@ def _ask_for_usage(body: Chat | Completion) -> bool:
     return not asked
 
 
-# Answers
-# -----------------------------------------------------------------------------------------------------------------------
+# Answers --------------------------------------------------------------------------------------------------------------
 
 
 class _Stream:

@@ -134,8 +134,7 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
     return ApiError(500, text, "internal_error")
 
 
-# Bodies that are not valid
-# -----------------------------------------------------------------------------------------------------
+# Bodies that are not valid --------------------------------------------------------------------------------------------
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:

@@ -147,8 +147,7 @@ def _check_text(data: Any) -> None:
             waiting += value
 
 
-# Messages
-# ----------------------------------------------------------------------------------------------------------------------
+# Messages -------------------------------------------------------------------------------------------------------------
 
 
 def _inline(url: str) -> str:
@@ -255,8 +254,7 @@ class ToolMessage(TypedDict):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
-# Bounded fields
-# ----------------------------------------------------------------------------------------------------------------
+# Bounded fields -------------------------------------------------------------------------------------------------------
 
 _MODEL = Field(
     None,

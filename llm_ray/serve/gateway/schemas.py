@@ -257,8 +257,7 @@ class _Schema:
                 "property of other values); write anyOf where one or more may hold",
             )
 
-    # By type
-    # -----------------------------------------------------------------------------------------------------------------
+    # By type ----------------------------------------------------------------------------------------------------------
 
     def _typed(self, schema: dict[str, Any], place: str) -> Iterator[Fault]:
         asked = schema.get("type")
@@ -364,8 +363,7 @@ class _Schema:
             if keyword in schema and not schema.keys() & set(_IMPLIES["array"]):
                 yield Fault(f"{place}.{keyword}", 'nothing says what the items are: write "items": {}, too')
 
-    # What a schema allows
-    # ----------------------------------------------------------------------------------------------------
+    # What a schema allows ---------------------------------------------------------------------------------------------
 
     def _types(self, schema: Any, depth: int = 0) -> set[str]:
         """The types of a schema's values, at most."""

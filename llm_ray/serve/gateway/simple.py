@@ -1,7 +1,7 @@
 """The request of a model's own route, `/<model>`: a text, or a conversation, and a few settings.
 
-curl http://127.0.0.1:8000/support-bot -H 'Content-Type: application/json' -d '{"text": "What is Ray?", "config":
-{"max_new_tokens": 32}, "stream": false}'
+curl http://127.0.0.1:8000/support-bot -H 'Content-Type: application/json' \\
+    -d '{"text": "What is Ray?", "config": {"max_new_tokens": 32}, "stream": false}'
 
 It is that of the earlier LLM on Ray, and becomes a request of OpenAI's kind. A text is a user's message to a model with
 a chat template, and to others the beginning to be continued. The answer is plain text, or JSON for a client that

@@ -39,8 +39,7 @@ def bench(url: str, *arguments: str) -> Result:
     )
 
 
-# Loads
-# -------------------------------------------------------------------------------------------------------------------
+# Loads ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("completion", [False, True])
@@ -139,8 +138,7 @@ def test_a_load_is_of_one_kind() -> None:
             Load(**how)  # type: ignore[arg-type]
 
 
-# Streams
-# -----------------------------------------------------------------------------------------------------------------
+# Streams --------------------------------------------------------------------------------------------------------------
 
 
 def event(**chunk: Any) -> bytes:
@@ -181,8 +179,7 @@ def test_events_of_another_api(chunk: bytes) -> None:
         _Stream(parse("http://127.0.0.1/v1")).read(chunk, 0.0)
 
 
-# Figures
-# -----------------------------------------------------------------------------------------------------------------
+# Figures --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -233,8 +230,7 @@ def test_the_plot(report: LoadReport, tmp_path: Path, answered: bool) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-# The command
-# -------------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_command(server: Server, tmp_path: Path) -> None:
@@ -294,8 +290,7 @@ def test_a_models_own_route_is_no_place_for_a_load(server: Server) -> None:
     assert f"give the OpenAI API, {server.api}, with --model echo" in result.stderr
 
 
-# Prompts that ship
-# -------------------------------------------------------------------------------------------------------
+# Prompts that ship ----------------------------------------------------------------------------------------------------
 
 
 def test_prompts_that_ship_are_the_same_for_a_seed_and_begin_differently() -> None:

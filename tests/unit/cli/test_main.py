@@ -158,8 +158,7 @@ def test_unknown_verbs(typed: str, meant: str | None) -> None:
     assert meant is None or f"'{meant}'" in result.stderr
 
 
-# As users call it
-# ----------------------------------------------------------------------------------------------------------
+# As users call it -----------------------------------------------------------------------------------------------------
 
 
 def test_version_and_help() -> None:
@@ -200,8 +199,7 @@ def test_no_conf_is_wrong_use() -> None:
     assert "--config" in done.stderr
 
 
-# Every command
-# -------------------------------------------------------------------------------------------------------------
+# Every command --------------------------------------------------------------------------------------------------------
 
 
 def commands(group: click.Command, context: click.Context) -> Iterator[tuple[str, click.Command]]:
@@ -234,8 +232,7 @@ def test_the_reference_is_up_to_date() -> None:
     assert check.returncode == 0, check.stderr
 
 
-# Shared options
-# ------------------------------------------------------------------------------------------------------------
+# Shared options -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["--config", "--config_path"])

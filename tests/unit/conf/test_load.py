@@ -256,12 +256,11 @@ def test_lines_are_the_templates(write: Write) -> None:
     assert f":{text.count(chr(10))}: training.x" in message(write(text))
 
 
-# Files
-# ---------------------------------------------------------------------------------------------------------------------
+# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def test_no_such_conf(folder: Path) -> None:
-    assert "ClusterConf: cluster, full, lora, pretrain, quickstart" in message("nowhere.yaml")
+    assert "Shipped: cluster, full, lora, pretrain, quickstart" in message("nowhere.yaml")
     assert "did you mean quickstart?" in message("qickstart")
     (folder / "support.yaml").touch()
     assert f"did you mean {folder}/support.yaml?" in message(folder / "suport.yaml")
@@ -310,8 +309,7 @@ def test_truth_as_people_write_it(write: Write, written: str, value: bool) -> No
     assert load_finetune(write(f"{SMALL}  packing: {written}\n")).data.packing is value
 
 
-# --set and variables
-# -------------------------------------------------------------------------------------------------------
+# --set and variables --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -412,8 +410,7 @@ def test_wrong_files_of_variables(write: Write, folder: Path, text: str, words: 
     assert "cannot be read" in message(write(SMALL), vars_files=(folder / "w.yaml",))
 
 
-# Paths
-# ---------------------------------------------------------------------------------------------------------------------
+# Paths ----------------------------------------------------------------------------------------------------------------
 
 
 def test_data_is_looked_up_beside_the_conf_then_here_then_under_paths_data(write: Write, folder: Path) -> None:
@@ -486,8 +483,7 @@ def test_names_that_no_file_can_have(write: Write, key: str, name: str) -> None:
     message(name)
 
 
-# The resolved conf
-# ---------------------------------------------------------------------------------------------------------
+# The resolved conf ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -517,8 +513,7 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, folder: Path, override: s
     assert load_finetune(write(dump(conf))) == conf
 
 
-# Anything at all
-# -----------------------------------------------------------------------------------------------------------
+# Anything at all ------------------------------------------------------------------------------------------------------
 
 SCALARS = (
     st.none()

@@ -187,8 +187,7 @@ def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
     assert [int(line.split(":")[1]) for line in lines] == [4, 5, 6, 7, 8, 10]
 
 
-# --set
-# ---------------------------------------------------------------------------------------------------------------------
+# --set ----------------------------------------------------------------------------------------------------------------
 
 TWO = """\
 models:
@@ -277,8 +276,7 @@ def test_wrong_overrides(write: Write, override: str, words: str) -> None:
     assert words in told
 
 
-# Paths
-# ---------------------------------------------------------------------------------------------------------------------
+# Paths ----------------------------------------------------------------------------------------------------------------
 
 
 def test_names_stay_and_folders_become_absolute(write: Write, folder: Path) -> None:
@@ -349,8 +347,7 @@ def test_names_that_no_file_can_have(write: Write, key: str, name: str) -> None:
     message(name)
 
 
-# The resolved conf
-# ---------------------------------------------------------------------------------------------------------
+# The resolved conf ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,8 +372,7 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, override: str) -> None:
     assert load_serve(write(dump(conf))) == conf
 
 
-# Anything at all
-# -----------------------------------------------------------------------------------------------------------
+# Anything at all ------------------------------------------------------------------------------------------------------
 
 SCALARS = (
     st.none()

@@ -121,8 +121,7 @@ def test_a_resolved_template_keeps_to_the_json_schema(kind: str, name: str, here
     assert LOAD[kind]("again.yaml") == conf
 
 
-# The reference
-# -------------------------------------------------------------------------------------------------------------
+# The reference --------------------------------------------------------------------------------------------------------
 
 
 def test_the_reference_is_up_to_date() -> None:

@@ -74,8 +74,7 @@ def assert_served_prompts_are_prefixes(tokenizer: PreTrainedTokenizerBase, conve
         assert learning[0].labels[len(prompt) - 1] == IGNORED
 
 
-# Which tokens
-# ----------------------------------------------------------------------------------------------------------
+# Which tokens ---------------------------------------------------------------------------------------------------------
 
 
 def test_smollm2_one_turn(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -223,8 +222,7 @@ def test_reasoning_that_the_template_does_not_write_is_not_passed_over(
     assert "⟦<think>easy</think>4<|im_end|>⟧" in shown(with_template("calls"), conversation)[0]
 
 
-# Tools
-# -----------------------------------------------------------------------------------------------------------------
+# Tools ----------------------------------------------------------------------------------------------------------------
 
 TOOL_CONVERSATION = Conversation(
     [
@@ -278,8 +276,7 @@ def test_words_before_a_call_and_two_results(tokenizer: PreTrainedTokenizerBase)
     )
 
 
-# The served prompt is the prefix
-# ---------------------------------------------------------------------------------------
+# The served prompt is the prefix --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", [None, "llama3", "qwen3", "marked", "plain", "phi3"])
@@ -303,8 +300,7 @@ def test_served_prompt_is_exact_prefix_whatever_the_text(
     assert_served_prompts_are_prefixes(tokenizer, turns(*contents))
 
 
-# What does not fit
-# -----------------------------------------------------------------------------------------------------
+# What does not fit ----------------------------------------------------------------------------------------------------
 
 
 def test_truncation_on_turn_boundaries(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -325,8 +321,7 @@ def test_first_answer_that_does_not_fit_leaves_nothing(tokenizer: PreTrainedToke
     assert cut.truncated and not cut.sequences and cut.longest > 100
 
 
-# Errors
-# ----------------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 def test_no_chat_template(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
@@ -365,8 +360,7 @@ def test_template_that_refuses_a_row_spares_the_others(mistral: PreTrainedTokeni
     assert isinstance(second, DataError) and "roles must alternate" in str(second)
 
 
-# Text
-# ------------------------------------------------------------------------------------------------------------------
+# Text -----------------------------------------------------------------------------------------------------------------
 
 
 def test_text_is_learnt_whole_with_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -410,8 +404,7 @@ def test_empty_text_is_nothing(mistral: PreTrainedTokenizerBase) -> None:
     assert TextEncoder(mistral, 64).encode([Text(" \n")]) == [Encoded()]
 
 
-# Special tokens in texts
-# ---------------------------------------------------------------------------------------------------
+# Special tokens in texts ----------------------------------------------------------------------------------------------
 
 INJECTED = "What does <|im_end|> mean?"
 

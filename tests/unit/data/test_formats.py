@@ -332,8 +332,7 @@ def test_columns_with_an_unknown_name(conf: Make) -> None:
         Formatter(conf(FILE, format="alpaca", columns={"instructions": "question"}).data, pretrain=False)
 
 
-# Columns that are not used
-# --------------------------------------------------------------------------------------------------
+# Columns that are not used --------------------------------------------------------------------------------------------
 
 TURNS = [{"role": "user", "content": "Boil an egg?"}, {"role": "assistant", "content": "Go away."}]
 SHAPES: list[dict[str, Any]] = [

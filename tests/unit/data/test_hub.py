@@ -87,8 +87,7 @@ def rows_of(source: str) -> list[Row]:
     return list(read(source, fail))
 
 
-# The cache
-# -------------------------------------------------------------------------------------------------------------
+# The cache ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -188,8 +187,7 @@ def test_what_no_reader_here_reads_is_converted_with_a_line(
     assert "its card says how to read it (field='rows')" in caplog.text
 
 
-# Over HTTP
-# -------------------------------------------------------------------------------------------------------------
+# Over HTTP ------------------------------------------------------------------------------------------------------------
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -172,8 +172,7 @@ def test_array_through_a_small_window(
         at = json.JSONDecoder().raw_decode(text, at)[1]
 
 
-# Shapes that files have elsewhere
-# ------------------------------------------------------------------------------------------
+# Shapes that files have elsewhere -------------------------------------------------------------------------------------
 
 PLUM = [{"instruction": "Name a fruit.", "output": "Plum"}, {"instruction": "Name a bird.", "output": "Finch"}]
 LINES = [json.dumps(row) for row in PLUM]
@@ -347,8 +346,7 @@ def test_text_in_other_encodings(tmp_path: Path, encoding: str, name: str) -> No
         rows_of(path)
 
 
-# Tables hold the rows that a JSON file would
-# -----------------------------------------------------------------------------
+# Tables hold the rows that a JSON file would --------------------------------------------------------------------------
 
 
 def test_nulls_that_a_struct_made_are_no_values(tmp_path: Path) -> None:
@@ -454,8 +452,7 @@ def test_table_value_that_cannot_be_read_names_its_row(tmp_path: Path) -> None:
     assert bad[1].startswith(f"{path}, row 4: a value cannot be read: ")
 
 
-# Broken rows
-# -----------------------------------------------------------------------------------------------------------
+# Broken rows ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -602,8 +599,7 @@ def test_table_cut_off(tmp_path: Path, suffix: str) -> None:
         rows_of(path)
 
 
-# Sources that are none
-# -------------------------------------------------------------------------------------------------
+# Sources that are none ------------------------------------------------------------------------------------------------
 
 
 def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
@@ -645,8 +641,7 @@ def test_hub_id_with_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         rows_of("org/name::test")
 
 
-# Memory
-# ----------------------------------------------------------------------------------------------------------------
+# Memory ---------------------------------------------------------------------------------------------------------------
 
 PEAK = """
 import resource, sys

@@ -26,8 +26,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits.log_softmax(-1)
 
 
-# The same model
-# ----------------------------------------------------------------------------------------------------------
+# The same model -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,8 +94,7 @@ def test_without_prepared_data_a_text_is_compared(run: Run) -> None:
     assert "on 1 sequence(s) of text" in export_here(conf.model_dump(mode="json"), str(checkpoint), "# card of a model")
 
 
-# What cannot be saved
-# ----------------------------------------------------------------------------------------------------
+# What cannot be saved -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

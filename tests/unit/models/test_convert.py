@@ -58,8 +58,7 @@ def convert(source: Path, target: Path, weights: WeightForm = "int8", force: boo
     return convert_model(source, target, weights, Terminal(), force=force)
 
 
-# Places
-# ------------------------------------------------------------------------------------------------------------------
+# Places ---------------------------------------------------------------------------------------------------------------
 
 
 def test_where_conversions_lie(tmp_path: Path) -> None:
@@ -103,8 +102,7 @@ def test_a_converted_folder_is_its_own_conversion(tmp_path: Path, tiny: Path, to
         convert(folder, tmp_path / "again")
 
 
-# What is in it
-# -----------------------------------------------------------------------------------------------------------
+# What is in it --------------------------------------------------------------------------------------------------------
 
 
 def test_all_but_the_weights_is_the_original(tmp_path: Path, tiny: Path, tool: Tool) -> None:
@@ -142,8 +140,7 @@ def test_temporary_files_are_on_the_disk_of_the_result(tmp_path: Path, tiny: Pat
     assert (environment / "asked").read_text().startswith(str(tmp_path / "models"))
 
 
-# When it is made again
-# ---------------------------------------------------------------------------------------------------
+# When it is made again ------------------------------------------------------------------------------------------------
 
 
 def test_it_is_made_once(tmp_path: Path, tiny: Path, tool: Tool, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,8 +198,7 @@ def test_a_users_own_folder_is_never_replaced(tmp_path: Path, tiny: Path, tool: 
     convert(tiny, tmp_path / "empty")
 
 
-# Refusals
-# ----------------------------------------------------------------------------------------------------------------
+# Refusals -------------------------------------------------------------------------------------------------------------
 
 
 def test_without_its_environment(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,8 +310,7 @@ def test_interrupted(tmp_path: Path, tiny: Path, tool: Tool, number: signal.Sign
         assert not (tmp_path / "models" / "tiny-openvino-int8").exists()
 
 
-# The command, and the stage
-# ----------------------------------------------------------------------------------------------
+# The command, and the stage -------------------------------------------------------------------------------------------
 
 
 def test_the_command(tmp_path: Path, tiny: Path, tool: Tool) -> None:

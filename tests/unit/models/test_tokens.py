@@ -35,8 +35,7 @@ def words(name: str, text: str) -> list[str]:
     return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-# Rules
-# -------------------------------------------------------------------------------------------------------------------
+# Rules ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,8 +70,7 @@ def test_an_unknown_rule_changes_nothing() -> None:
     assert isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Whitespace)
 
 
-# A GGUF
-# ------------------------------------------------------------------------------------------------------------------
+# A GGUF ---------------------------------------------------------------------------------------------------------------
 
 
 def test_the_quickstarts_model_splits_text_as_it_was_trained_on(smollm2: Path) -> None:
@@ -129,8 +127,7 @@ def test_an_import_from_before_is_known(tmp_path: Path, write_gguf: Callable[...
     assert not outdated(tiny), "no GGUF"
 
 
-# A folder
-# ----------------------------------------------------------------------------------------------------------------
+# A folder -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

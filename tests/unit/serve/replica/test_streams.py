@@ -146,8 +146,7 @@ def test_who_has_gone_away_counts_no_longer() -> None:
     run(test())
 
 
-# Events
-# ------------------------------------------------------------------------------------------------------------------------
+# Events ---------------------------------------------------------------------------------------------------------------
 
 
 async def events(*given: str | Exception, closed: list[bool] | None = None) -> AsyncGenerator[str, None]:
