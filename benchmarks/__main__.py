@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 import llm_ray
-from benchmarks import estimates, learning, page, scaling, serving, tools, training, waiting
+from benchmarks import defaults, estimates, learning, page, scaling, serving, tools, training, waiting
 from llm_ray.models.registry import import_model
 
 BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
     "training": training.measure,
     "scaling": scaling.measure,
+    "defaults": defaults.measure,
     "estimates": estimates.measure,
     "learning": learning.measure,
     "page": page.measure,

@@ -1,17 +1,22 @@
-"""A short training by llm-ray, measured from its metrics.jsonl."""
+"""A short training by llm-ray, measured from its metrics.jsonl, and the loss of what was trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM
+
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.data.prepare import prepare
+from llm_ray.data.prepare import open_split, prepare
 from llm_ray.models.load import load_tokenizer
 from llm_ray.runs.metrics import read_metrics
+from llm_ray.train.batches import collate
 from llm_ray.train.launch import run_training
+from llm_ray.train.loss import SupervisedLoss
 
 SETTINGS = {"r": 8, "alpha": 16, "learning_rate": 2e-5, "max_length": 512, "rows_per_step": 8}
 """What both sides train with: TRL's default rate and batch, LoRA on all linear layers."""
@@ -54,3 +59,22 @@ def train(
         "loss_before": validations[0],
         "loss_after": validations[-1],
     }
+
+
+def held_out_loss(folder: Path, prepared: Path) -> float:
+    """Mean loss of the supervised tokens in `prepared`, a folder of rows for training, by the model in `folder` in
+    fp32."""
+    return mean_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), prepared, "train")
+
+
+def mean_loss(causal: Any, prepared: Path, split: str) -> float:
+    """Mean loss of the supervised tokens in a split of `prepared`."""
+    rows = open_split(prepared, split)
+    module = SupervisedLoss(causal, causal.eval(), packed=False)
+    loss, supervised = 0.0, 0
+    with torch.no_grad():
+        for index in range(len(rows)):
+            batch = collate(rows, [index], packed=False)
+            loss += module(batch).item()
+            supervised += len(batch.targets)
+    return loss / supervised

@@ -21,10 +21,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.ours import SETTINGS
-from llm_ray.data.prepare import open_split
-from llm_ray.train.batches import collate
-from llm_ray.train.loss import SupervisedLoss
+from benchmarks.ours import SETTINGS, mean_loss
 
 
 class Clock(TrainerCallback):
@@ -62,15 +59,7 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
         )
         tokens = sum(min(len(row["input_ids"]), int(SETTINGS["max_length"])) for row in trainer.train_dataset)
         trainer.train()
-    causal = trainer.model.get_base_model().eval()
-    loss, supervised = 0.0, 0
-    validation = open_split(prepared, "validation")
-    with torch.no_grad():
-        module = SupervisedLoss(trainer.model, causal, packed=False)
-        for index in range(len(validation)):
-            batch = collate(validation, [index], packed=False)
-            loss += module(batch).item()
-            supervised += len(batch.targets)
+    loss = mean_loss(trainer.model.get_base_model(), prepared, "validation")
     steps = len(clock.ends)
     tokens, seconds = (
         tokens * (steps - 1) / steps,
@@ -83,7 +72,7 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
                 "tokens": tokens,
                 "seconds": seconds,
                 "steps": steps,
-                "loss_after": loss / supervised,
+                "loss_after": loss,
             }
         )
     )

@@ -8,7 +8,9 @@ on the very model) are trained on padded batches instead (``llm_ray.train.batche
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,7 +28,8 @@ PROBE_ROWS = (21, 13)
 EXACT, ROUNDED = (1e-3, 1e-4), (1e-1, 1e-2)
 """In fp32, and with 16 bits: how far logits may lie from those of each row alone, and from those beside another
 neighbour, as shares of their spread. Beside another neighbour little but the neighbour differs; alone, matrix products
-have other shapes, and round otherwise."""
+have other shapes, and round otherwise: with 16 bits a model may make anything of that, so that fp32 decides where the
+model can be computed so."""
 _PASSED = {
     "position_ids",
     "use_cache",
@@ -154,17 +157,50 @@ def why_not_packed(model: PreTrainedModel) -> str:
     training, before = model.training, model.config._attn_implementation
     model.eval()
     try:
-        return _probe(model)
+        with in_fp32(model), torch.autocast("cpu", enabled=False), contextlib.suppress(ModelError):
+            return _probe(model, *EXACT)
+        model.set_attn_implementation(before)
+        return _probe(model, *ROUNDED)
     finally:
         model.set_attn_implementation(before)
         model.train(training)
 
 
+@contextlib.contextmanager
+def in_fp32(model: nn.Module) -> Iterator[None]:
+    """Have the modules of `model` compute with their weights in fp32, one module's at a time: there may be no memory
+    for a copy of all."""
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _: object) -> None:
+        for weight in module.parameters(recurse=False):
+            if weight.dtype in (torch.bfloat16, torch.float16):
+                narrow[weight] = weight.data
+                weight.data = weight.data.float()
+
+    def restore(module: nn.Module, *_: object) -> None:
+        for weight in module.parameters(recurse=False):
+            if weight in narrow:
+                weight.data = narrow.pop(weight)
+
+    hooks = [module.register_forward_pre_hook(widen) for module in model.modules()]
+    hooks += [module.register_forward_hook(restore) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, data in narrow.items():
+            weight.data = data
+
+
 @torch.no_grad()
-def _probe(model: PreTrainedModel) -> str:
-    """Compute two rows alone, packed, and packed beside another neighbour; what differs, in words."""
+def _probe(model: PreTrainedModel, unlike: float, leak: float) -> str:
+    """Compute two rows alone, packed, and packed beside another neighbour; what differs by more than these shares of
+    the logits' spread, in words. Raises ModelError."""
     vocabulary = model.config.get_text_config().vocab_size
-    first, second = (torch.arange(3, 3 + length)[None] % vocabulary for length in PROBE_ROWS)
+    # From all over the vocabulary: the first ids are special ones, of which a model may have learnt nothing.
+    first, second = (torch.arange(1, 1 + length)[None] * 7919 % vocabulary for length in PROBE_ROWS)
     other, positions = (first + 29) % vocabulary, torch.cat([torch.arange(length) for length in PROBE_ROWS])[None]
     try:
         alone = [
@@ -194,8 +230,6 @@ def _probe(model: PreTrainedModel) -> str:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         return _first_line(error)
-    exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    unlike, leak = EXACT if exact else ROUNDED
     apart = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
     if not apart <= leak:
         return f"rows see their neighbours in it (logits differ by {apart:.2g} of their spread)"

@@ -114,6 +114,28 @@ def test_what_the_configuration_does_not_tell(dtype: torch.dtype) -> None:
     assert why_not_packed(LlamaForCausalLM(config).to(dtype)) == ""
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rounding_decides_nothing(autocast: bool) -> None:
+    """With large weights, a bf16 model makes something else of every order of additions: it can be packed all the same,
+    and keeps its weights as they were."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        initializer_range=1.0,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    before = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert why_not_packed(model) == ""
+        assert "neighbours" in why_not_packed(Mixing(config).to(torch.bfloat16))
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == before
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -1,0 +1,107 @@
+"""The loss on rows that nobody saw: what `auto` chooses against the peers' defaults, adapters and full weights.
+
+    python -m benchmarks defaults --data alpaca_en_demo.json --rows 500
+
+Everything is trained by llm-ray, whose losses `benchmarks training` holds against TRL's own, so that the figures differ
+by what was chosen alone. The user of `auto` gives the same rows, and sets nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ours import held_out_loss
+from benchmarks.training import conversations
+from llm_ray.app.finetune import run_finetune
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.load import load_finetune
+from llm_ray.data.prepare import prepare
+from llm_ray.models.load import load_tokenizer
+from llm_ray.runs.metrics import read_metrics
+
+HELD_OUT = 200  # rows, after those that are trained on
+_THREE_EPOCHS = ["training.epochs=3", "training.global_batch_size=8", "data.validation=null"]
+PEERS: dict[str, dict[str, list[str]]] = {
+    # trl 1.0: SFTConfig (rate 2e-5, linear, no warmup) and ModelConfig (r 16, alpha 32, dropout 0.05, peft's layers).
+    "TRL": {
+        "lora": [
+            *_THREE_EPOCHS,
+            "training.learning_rate=2e-5",
+            "training.schedule=linear",
+            "training.warmup=0",
+            "tuning.lora.r=16",
+            "tuning.lora.alpha=32",
+            "tuning.lora.dropout=0.05",
+            "tuning.lora.target_modules=[q_proj, v_proj]",
+        ],
+        "full": [
+            *_THREE_EPOCHS,
+            "training.learning_rate=2e-5",
+            "training.schedule=linear",
+            "training.warmup=0",
+        ],
+    },
+    # LLaMA-Factory's examples/train_lora and train_full: cosine, a tenth of the steps to warm up.
+    "LLaMA-Factory": {
+        "lora": [
+            *_THREE_EPOCHS,
+            "training.learning_rate=1e-4",
+            "training.warmup=0.1",
+            "tuning.lora.r=8",
+            "tuning.lora.alpha=16",
+            "tuning.lora.dropout=0",
+        ],
+        "full": [*_THREE_EPOCHS, "training.learning_rate=1e-5", "training.warmup=0.1"],
+    },
+}
+
+
+def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
+    """Loss of `HELD_OUT` rows, epochs and minutes, for each method and each side, on the first `rows` rows of
+    `data`."""
+    lines = [
+        json.dumps({"messages": content.messages}, ensure_ascii=False) + "\n"
+        for content in itertools.islice(conversations(data), rows + HELD_OUT)
+    ]
+    train, held_out = work / "train.jsonl", work / "held-out.jsonl"
+    train.write_text("".join(lines[:rows]), encoding="utf-8")
+    held_out.write_text("".join(lines[rows:]), encoding="utf-8")
+
+    asked = _conf("lora", "held-out", model, held_out, work, ["data.validation=null"])
+    prepare(asked, load_tokenizer(asked.model, asked.paths), asked.run_dir / "prepared", lambda line: None)
+    figures: dict[str, Any] = {"before": held_out_loss(model, asked.run_dir / "prepared")}
+    table = []
+    for method in ("lora", "full"):
+        sides: dict[str, Any] = {}
+        for side, settings in {"auto": [], **{peer: confs[method] for peer, confs in PEERS.items()}}.items():
+            conf = _conf(method, f"{method}-{side}", model, train, work, settings)
+            began = time.monotonic()
+            run = run_finetune(conf, Terminal())
+            steps = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+            sides[side] = {
+                "loss": held_out_loss(run / "output", asked.run_dir / "prepared"),
+                "epochs": steps[-1]["epoch"],
+                "minutes": (time.monotonic() - began) / 60,
+            }
+        figures[method] = sides
+        for peer in PEERS:
+            ours, floor = sides["auto"]["loss"], sides[peer]["loss"]
+            table.append(
+                {
+                    "figure": f"{method}: loss of {HELD_OUT} unseen rows after {rows}, auto against {peer}'s defaults",
+                    "ours": ours,
+                    "floor": floor,
+                    "ratio": ours / floor,
+                    "mark": "at most 1.01 x",
+                }
+            )
+    return {**figures, "table": table}
+
+
+def _conf(method: str, name: str, model: Path, data: Path, work: Path, settings: list[str]) -> FinetuneConf:
+    return load_finetune(method, [f"train={data}", f"name={name}", f"model={model}", *settings], home=work)
