@@ -42,7 +42,7 @@ from llm_ray.train.attention import why_not_packed
 from llm_ray.train.batches import Batch, collate, passes_over, plan_steps, steps_of
 from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load, weight_dtype
 from llm_ray.train.optimizer import learning_rate, make_optimizer
-from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total
+from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total, use_threads
 
 NOTES_FILE = ".notes"
 """In the checkpoint folder: lines from worker 0 for the user."""
@@ -251,7 +251,7 @@ def train(task: Task) -> Outcome:
 def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
     """Threads, model, strategy and optimizer of this worker. Raises ModelError, ConfError."""
     threads, _ = cores.bind(cpus)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     torch.set_float32_matmul_precision("highest")
     flags = cpu_flags()
     precision, _ = choose_precision(conf.training.precision, flags)

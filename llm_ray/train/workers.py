@@ -14,6 +14,27 @@ from llm_ray.errors import LlmRayError
 T = TypeVar("T")
 
 
+GATHERS, GATHERED = 16, 2**16
+"""Collectives, and bytes of each, after which every thread of gloo has computed once: it has two, and torch computes
+more than 2**15 elements with several threads."""
+
+
+def use_threads(threads: int) -> None:
+    """Have this thread compute with so many threads, and those of the process group with one.
+
+    Gloo copies what it gathers in threads of its own. Whichever has once copied much with several threads (a checkpoint
+    gathers its plan) keeps them, and from then on OpenMP has more threads than cores: GNU's runtime no longer waits for
+    a moment between two loops, but puts each to sleep, and a step of short rows takes nearly twice as long.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        torch.set_num_threads(1)  # what a thread finds when it first computes, it keeps
+        block = torch.zeros(GATHERED, dtype=torch.uint8)
+        into = [[torch.empty_like(block) for _ in range(world_size())] for _ in range(GATHERS)]
+        for work in [dist.all_gather(blocks, block, async_op=True) for blocks in into]:
+            work.wait()
+    torch.set_num_threads(threads)
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -1,0 +1,30 @@
+"""Workers' threads: gloo's own must not compute with several."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+GATHER = """
+import os, sys, torch, torch.distributed as dist
+from llm_ray.train.workers import use_threads
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+use_threads(2)
+torch.ones(1000, 1000).exp()
+before = len(os.listdir("/proc/self/task"))
+for _ in range(20):
+    into = [None]
+    dist.gather_object(bytes(100_000), into)
+print(torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
+dist.destroy_process_group()
+"""
+
+
+def test_threads_of_the_process_group_stay_alone(tmp_path: Path) -> None:
+    """A checkpoint gathers its plan: with threads of OpenMP made for that, every later step was slower."""
+    ended = subprocess.run(
+        [sys.executable, "-c", GATHER, str(tmp_path / "meeting")], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == ["2", "0"]
