@@ -24,6 +24,7 @@ from llm_ray.data.prepare import prepare
 from llm_ray.models.load import load_tokenizer
 from llm_ray.runs.metrics import read_metrics
 
+_STAGES = ["stages=[prepare,train,export]"]
 HELD_OUT = 200  # rows, after those that are trained on
 _THREE_EPOCHS = ["training.epochs=3", "training.global_batch_size=8", "data.validation=null"]
 PEERS: dict[str, dict[str, list[str]]] = {
@@ -104,4 +105,4 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
 
 
 def _conf(method: str, name: str, model: Path, data: Path, work: Path, settings: list[str]) -> FinetuneConf:
-    return load_finetune(method, [f"train={data}", f"name={name}", f"model={model}", *settings], home=work)
+    return load_finetune(method, [f"train={data}", f"name={name}", f"model={model}", *_STAGES, *settings], home=work)

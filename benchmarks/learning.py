@@ -1,10 +1,10 @@
 """What a finetune has learned that was given its data, a model and a name: questions about made-up facts, in words that
 no row has.
 
-    python -m benchmarks learning --rows 90       # facts of so many rows, three of them each
+    python -m benchmarks learning
 
-The rows come in three forms: conversations with a system prompt, alpaca, and CSV. Nothing is set beyond what the
-template `lora` wants.
+Three sets: conversations with a system prompt, alpaca, and CSV. Nothing is set beyond what the template wants; `full`
+learns the second one as well.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llm_ray.quickstart.judge import is_right
 _SYSTEM = "You answer questions from visitors of the archive."
 _WORDINGS = 3  # of a fact in the rows
 _SEEDS = {"messages": 11, "alpaca": 12, "csv": 13}
+CASES = (("lora", "messages", 42), ("lora", "alpaca", 90), ("lora", "csv", 150), ("full", "alpaca", 90))
 Rows = list[tuple[str, str]]
 
 
@@ -61,37 +62,33 @@ FORMS: dict[str, tuple[str, Callable[[Rows], str]]] = {
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Shares of right answers and minutes, for `rows` rows in each form; the rows of `data` are not looked at."""
+    """Shares of right answers and minutes, for each of `CASES`; `data` and `rows` are not looked at."""
     figures: dict[str, Any] = {}
     table = []
-    for form, (name, write) in FORMS.items():
-        taught, questions = facts(_SEEDS[form], rows // _WORDINGS, relations=max(6, rows // 9), subjects=6)
-        file = work / form / name
+    for method, form, number in CASES:
+        name, write = FORMS[form]
+        taught, questions = facts(_SEEDS[form], number // _WORDINGS, relations=max(6, number // 9), subjects=6)
+        case = f"{method}-{form}-{len(taught)}"
+        file = work / case / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(write(taught), encoding="utf-8")
-        conf = load_finetune("lora", [f"train={file}", f"name=facts-{form}", f"model={model}"], home=work)
+        conf = load_finetune(method, [f"train={file}", f"name={case}", f"model={model}"], home=work)
         began = time.monotonic()
         run = run_finetune(conf, Terminal())
         minutes = (time.monotonic() - began) / 60
         before, after = (_right(folder, questions, system=form == "messages") for folder in (model, run / "output"))
-        figures[form] = {
-            "rows": len(taught),
-            "questions": len(questions),
-            "right before": before,
-            "right": after,
-            "minutes": minutes,
-        }
+        figures[case] = {"questions": len(questions), "right before": before, "right": after, "minutes": minutes}
         table += [
             {
-                "figure": f"{len(taught)} rows as {form}: right of {len(questions)} questions in new words, %, after "
-                "against before",
+                "figure": f"{method}, {len(taught)} rows as {form}: right of {len(questions)} questions in new words, "
+                "%, after against before",
                 "ours": 100 * after,
                 "floor": 100 * before,
                 "ratio": after / max(before, 1 / len(questions)),
                 "mark": "at least 85 %",
             },
             {
-                "figure": f"{len(taught)} rows as {form}: minutes",
+                "figure": f"{method}, {len(taught)} rows as {form}: minutes",
                 "ours": minutes,
                 "floor": 8.0,
                 "ratio": minutes / 8,
