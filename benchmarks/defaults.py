@@ -21,7 +21,7 @@ from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.load import load_finetune
 from llm_ray.data.prepare import prepare
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.runs.metrics import read_metrics
 
 _STAGES = ["stages=[prepare,train,export]"]
@@ -74,7 +74,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     held_out.write_text("".join(lines[rows:]), encoding="utf-8")
 
     asked = _conf("lora", "held-out", model, held_out, work, ["data.validation=null"])
-    prepare(asked, load_tokenizer(asked.model, asked.paths), asked.run_dir / "prepared", lambda line: None)
+    prepare(asked, load_tokenizer(find_base(asked.model, asked.paths)), asked.run_dir / "prepared", lambda line: None)
     figures: dict[str, Any] = {"before": held_out_loss(model, asked.run_dir / "prepared")}
     table = []
     for method in ("lora", "full"):

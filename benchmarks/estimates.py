@@ -15,7 +15,7 @@ from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.estimate import estimate
 from llm_ray.train.launch import run_training
@@ -50,12 +50,14 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         merged = {key: base.get(key, {}) | sections.get(key, {}) for key in {*base, *sections}}
         conf = FinetuneConf.model_validate({"name": f"estimate-{number}", **merged})
         prepared = conf.run_dir / "prepared"
-        stats = prepare(conf, load_tokenizer(conf.model, conf.paths), prepared, lambda line: None)
+        base = find_base(conf.model, conf.paths)
+        stats = prepare(conf, load_tokenizer(base), prepared, lambda line: None)
         cpus = cores // conf.runtime.workers
-        told = estimate(conf, stats, prepared, cpus)
+        told = estimate(conf, base, stats, prepared, cpus)
         with local_ray(cores) as cluster:
             run_training(
                 conf.model_copy(update={"runtime": conf.runtime.model_copy(update={"cpus_per_worker": cpus})}),
+                base,
                 cluster,
                 None,
                 Terminal(),

@@ -12,7 +12,7 @@ from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import open_split, prepare
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.batches import collate
 from llm_ray.train.launch import run_training
@@ -45,9 +45,10 @@ def train(
             },
         }
     )
-    prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda line: None)
+    base = find_base(conf.model, conf.paths)
+    prepare(conf, load_tokenizer(base), conf.run_dir / "prepared", lambda line: None)
     with local_ray(workers * cpus) as cluster:
-        run_training(conf, cluster, None, Terminal())
+        run_training(conf, base, cluster, None, Terminal())
     rows = read_metrics(conf.run_dir / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row][1:]
     validations = [row["validation_loss"] for row in rows if "validation_loss" in row]

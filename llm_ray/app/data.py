@@ -16,7 +16,7 @@ from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data import prepare
 from llm_ray.data.encode import Sequence
 from llm_ray.data.prepare import DataStats
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.progress import Reporter
 
 if TYPE_CHECKING:
@@ -87,7 +87,10 @@ class Preview:
 def preview(conf: FinetuneConf, rows: int = 3) -> Preview:
     """The first `rows` rows of data.train as tokens. Raises DataError, also when there is nothing to learn;
     ModelError."""
-    tokenizer = load_tokenizer(conf.model, conf.paths)
+    return _preview(conf, load_tokenizer(find_base(conf.model, conf.paths)), rows)
+
+
+def _preview(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, rows: int) -> Preview:
     tally = prepare.Tally(fail=conf.data.on_bad_row == "fail")
     few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
     found = tuple(_row(tokenizer, one) for one in prepare.encode_rows(few, tokenizer, conf.data.train, tally))
@@ -100,7 +103,7 @@ def preview(conf: FinetuneConf, rows: int = 3) -> Preview:
 
 def statistics(conf: FinetuneConf, reporter: Reporter, limit: int | None = None) -> DataStats:
     """Figures of all rows, or of the first `limit`; nothing is kept. Raises DataError, ModelError."""
-    return prepare.statistics(conf, load_tokenizer(conf.model, conf.paths), limit, reporter.line)
+    return prepare.statistics(conf, load_tokenizer(find_base(conf.model, conf.paths)), limit, reporter.line)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Bar:
 
 def examine(conf: FinetuneConf, rows: int, reporter: Reporter) -> Examined:
     """Read all rows once, and show the first `rows`; nothing is kept. Raises DataError, ModelError."""
-    tokenizer = load_tokenizer(conf.model, conf.paths)
+    tokenizer = load_tokenizer(find_base(conf.model, conf.paths))
     with tempfile.TemporaryDirectory(prefix="llm-ray-data-") as folder:
         prepared = Path(folder) / "prepared"
         figures = prepare.prepare(conf, tokenizer, prepared, reporter.line)
@@ -135,7 +138,7 @@ def examine(conf: FinetuneConf, rows: int, reporter: Reporter) -> Examined:
         lengths = [
             length for split in splits for length in prepare.lengths_of(prepare.open_split(prepared, split)).tolist()
         ]
-    return Examined(figures, histogram(lengths), preview(conf, rows))
+    return Examined(figures, histogram(lengths), _preview(conf, tokenizer, rows))
 
 
 def histogram(lengths: list[int], most: int = 20) -> tuple[Bar, ...]:

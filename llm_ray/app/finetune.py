@@ -25,7 +25,9 @@ from llm_ray.data.processors import code_of
 from llm_ray.errors import ModelError, RunError, Stopped
 from llm_ray.models.convert import check_environment, convert_model, converted, size_on_disk
 from llm_ray.models.load import (
+    Base,
     check_model,
+    find_base,
     has_experts,
     identity,
     load_config,
@@ -66,8 +68,9 @@ def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
     """
     from llm_ray.train.estimate import estimate
 
-    check_model(conf.model, conf.paths)
-    notes = look_ahead(conf, conf.stages)
+    base = find_base(conf.model, conf.paths)
+    check_model(base)
+    notes = look_ahead(conf, base, conf.stages)
     if "convert" in conf.stages:
         check_environment()
     if conf.runtime.mode == "local":
@@ -77,13 +80,13 @@ def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
             cpus = check_resources(conf.runtime, cluster)
     with tempfile.TemporaryDirectory(prefix="llm-ray-plan-") as folder:
         prepared = Path(folder) / "prepared"
-        data = prepare(conf, load_tokenizer(conf.model, conf.paths), prepared, reporter.line)
-        choice = _choose(conf, prepared)
+        data = prepare(conf, load_tokenizer(base), prepared, reporter.line)
+        choice = _choose(conf, base, prepared)
         if "train" in conf.stages:
             reporter.line("Taking some steps, to see what they cost …")
-        guess = estimate(choice.conf, data, prepared, cpus)
+        guess = estimate(choice.conf, base, data, prepared, cpus)
         size = size_on_disk(guess.parameters, conf.convert.weights) if "convert" in conf.stages else None
-        return Plan(data, choice, guess, _warnings(choice.conf, prepared, guess.steps), notes, size)
+        return Plan(data, choice, guess, _warnings(choice.conf, base, prepared, guess.steps), notes, size)
 
 
 @dataclass(frozen=True)
@@ -148,21 +151,24 @@ def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False,
     start, a path from that checkpoint; checkpoints that are not gone on from are moved aside. Raises LlmRayError:
     Stopped where it was asked to end, by `stop_run` or in training by Ctrl-C.
     """
-    with open_run(conf, force=force) as run:
-        _run_stages(conf, run, force, resume, reporter)
+    base = find_base(conf.model, conf.paths)
+    with open_run(conf, base, force=force) as run:
+        _run_stages(conf, base, run, force, resume, reporter)
     return conf.run_dir
 
 
-def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume, reporter: Reporter) -> None:
-    inputs = _inputs(conf)
+def _run_stages(
+    conf: FinetuneConf, base: Base, run: RunFolder, force: bool, resume: Resume, reporter: Reporter
+) -> None:
+    inputs = _inputs(conf, base)
     due = [stage for stage in STAGES if stage in conf.stages and (force or not run.is_done(stage, inputs[stage]))]
     for stage in (s for s in STAGES if s in conf.stages and s not in due):
         reporter.line(f"{stage}: done before with the same inputs, skipped (--force repeats it)")
     with contextlib.ExitStack() as stack:
         cluster: Cluster | None = None
         if due:
-            check_model(conf.model, conf.paths)  # before hours of preparation, not after
-        for line in look_ahead(conf, due):
+            check_model(base)  # before hours of preparation, not after
+        for line in look_ahead(conf, base, due):
             reporter.line(line)
         if "convert" in due:
             check_environment()
@@ -178,21 +184,22 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
                 )
             _check_order(stage, conf, run, inputs)
             if choice is None and stage not in ("prepare", "convert"):
-                choice = _choose(conf, conf.run_dir / "prepared")
+                choice = _choose(conf, base, conf.run_dir / "prepared")
             reporter.line(f"{stage} …", kind="heading")
             same = run.begin(stage, inputs[stage])
             began = time.perf_counter()
             if stage == "prepare":
-                _prepare(conf, run, reporter)
+                _prepare(conf, base, run, reporter)
             elif stage == "convert":
                 _convert(conf, force, reporter)
             elif cluster is not None and choice is not None:
                 if stage == "train":
-                    _train(choice, run, cluster, resume if resume != "auto" or (same and not force) else "no", reporter)
+                    again = resume if resume != "auto" or (same and not force) else "no"
+                    _train(choice, base, run, cluster, again, reporter)
                 elif stage == "evaluate":
-                    _evaluate(choice.conf, run, cluster, reporter)
+                    _evaluate(choice.conf, base, run, cluster, reporter)
                 else:
-                    _export(choice.conf, run, cluster, reporter)
+                    _export(choice.conf, base, run, cluster, reporter)
             seconds = time.perf_counter() - began
             run.mark_done(stage, inputs[stage], seconds)
             reporter.line(f"{stage}: done in {seconds:.0f} s")
@@ -200,25 +207,25 @@ def _run_stages(conf: FinetuneConf, run: RunFolder, force: bool, resume: Resume,
         _judge(conf, run, reporter)
 
 
-def look_ahead(conf: FinetuneConf, due: Sequence[Stage]) -> list[str]:
+def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage]) -> list[str]:
     """Raise LlmRayError for what would make a later stage fail, after hours of training; returns what the user should
     know."""
     if "evaluate" in due and conf.evaluation.data:
         from llm_ray.evaluate.stage import questions
 
-        questions(conf)
+        questions(conf, base)
     if {"train", "export"} & set(due):
         from llm_ray.export.check import rehearse
 
-        return rehearse(conf)
+        return rehearse(conf, base)
     return []
 
 
-def _inputs(conf: FinetuneConf) -> dict[Stage, str]:
+def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
     """For each stage, a hash of all that its result depends on."""
     held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = file_hashes([*conf.data.train, *held_out])
-    model = [conf.model, identity(conf.model, conf.paths), file_hashes(tokenizer_files(conf.model, conf.paths))]
+    model = [conf.model, identity(base), file_hashes(tokenizer_files(base))]
     prepared = inputs_hash(
         FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model
     )
@@ -268,27 +275,25 @@ def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[
         )
 
 
-def _prepare(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
-    stats = prepare(
-        conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda text: reporter.line(f"  {text}")
-    )
+def _prepare(conf: FinetuneConf, base: Base, run: RunFolder, reporter: Reporter) -> None:
+    stats = prepare(conf, load_tokenizer(base), conf.run_dir / "prepared", lambda text: reporter.line(f"  {text}"))
     run.update_result("data", stats.model_dump(mode="json"))
     for line in stats.lines():
         reporter.line(f"  {line}")
 
 
-def _choose(conf: FinetuneConf, prepared: Path) -> Choice:
-    config = load_config(conf.model, conf.paths)
+def _choose(conf: FinetuneConf, base: Base, prepared: Path) -> Choice:
+    config = load_config(base)
     if vocabulary := getattr(config.get_text_config(), "vocab_size", None):
-        _check_tokens(conf, prepared, vocabulary)
+        _check_tokens(conf, base, prepared, vocabulary)
     return choose(conf, read_stats(prepared), width_of(config), has_experts(config))
 
 
-def _check_tokens(conf: FinetuneConf, prepared: Path, vocabulary: int) -> None:
+def _check_tokens(conf: FinetuneConf, base: Base, prepared: Path, vocabulary: int) -> None:
     """Raise ModelError for a prepared row with a token that the model has no embedding for."""
     largest = largest_token(prepared)
     if largest >= vocabulary:
-        token = load_tokenizer(conf.model, conf.paths).convert_ids_to_tokens(largest)
+        token = load_tokenizer(base).convert_ids_to_tokens(largest)
         raise ModelError(
             f"the tokenizer gives token {largest} ({token!r}) for a row of the data, and the model {conf.model.base} "
             f"has embeddings for {vocabulary} tokens: "
@@ -297,39 +302,39 @@ def _check_tokens(conf: FinetuneConf, prepared: Path, vocabulary: int) -> None:
         )
 
 
-def _warnings(conf: FinetuneConf, prepared: Path, steps: int) -> list[str]:
+def _warnings(conf: FinetuneConf, base: Base, prepared: Path, steps: int) -> list[str]:
     from llm_ray.train.plan import warnings
 
     asked: list[Conversation] = []
     if conf.evaluation.data and conf.evaluation.samples != 0:
-        asked = list(evaluation_rows(conf, load_tokenizer(conf.model, conf.paths), prepared))
-    return warnings(conf, read_stats(prepared), steps, width_of(load_config(conf.model, conf.paths)), asked, prepared)
+        asked = list(evaluation_rows(conf, load_tokenizer(base), prepared))
+    return warnings(conf, read_stats(prepared), steps, width_of(load_config(base)), asked, prepared)
 
 
-def _train(choice: Choice, run: RunFolder, cluster: Cluster, resume: Resume, reporter: Reporter) -> None:
+def _train(choice: Choice, base: Base, run: RunFolder, cluster: Cluster, resume: Resume, reporter: Reporter) -> None:
     from llm_ray.train.launch import run_training
     from llm_ray.train.plan import describe_plan
 
     conf, prepared = choice.conf, choice.conf.run_dir / "prepared"
     initial = _starting_point(conf.run_dir / "checkpoint", resume, reporter)
     params, lines = describe_plan(choice, prepared, check_resources(conf.runtime, cluster))
-    params["warnings"] = _warnings(conf, prepared, params["max_steps"])
+    params["warnings"] = _warnings(conf, base, prepared, params["max_steps"])
     run.write_params(params)
     for line in lines:
         reporter.line(f"  {line}")
     for warning in params["warnings"]:
         reporter.line(f"  warning: {warning}", kind="warning")
-    outcome = run_training(conf, cluster, initial, reporter)
+    outcome = run_training(conf, base, cluster, initial, reporter)
     run.update_result("training", {**outcome, **_training_figures(conf.run_dir / "metrics.jsonl")})
     if outcome["reason"]:
         reporter.line(f"  {outcome['reason']}")
 
 
-def _evaluate(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
+def _evaluate(conf: FinetuneConf, base: Base, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
     from llm_ray.evaluate.stage import evaluate
     from llm_ray.train.trained import final_checkpoint
 
-    figures = evaluate(conf, cluster, final_checkpoint(conf), reporter)
+    figures = evaluate(conf, base, cluster, final_checkpoint(conf), reporter)
     run.update_result("evaluation", figures)
     if figures["rows"]:
         reporter.line(f"  {figures['rows']} questions asked: {figures['questions']}")
@@ -349,12 +354,13 @@ def _judge(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
         reporter.line(f"warning: {conf.name} has not learned: {reason}", kind="warning")
 
 
-def _export(conf: FinetuneConf, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
+def _export(conf: FinetuneConf, base: Base, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
     from llm_ray.export.stage import export
     from llm_ray.runs.card import model_card
     from llm_ray.train.trained import final_checkpoint
 
-    output = export(conf, cluster, final_checkpoint(conf), model_card(conf, run.lineage(), run.result()), reporter)
+    card = model_card(conf, base, run.lineage(), run.result())
+    output = export(conf, base, cluster, final_checkpoint(conf), card, reporter)
     reporter.line(f"  the model is in {output}")
 
 

@@ -13,7 +13,7 @@ from llm_ray.data.prepare import evaluation_rows, questions_from
 from llm_ray.errors import DataError
 from llm_ray.files import write_text
 from llm_ray.models.chat import ChatTemplate, text_of
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import Base, load_tokenizer
 from llm_ray.progress import Reporter
 
 
@@ -25,14 +25,14 @@ class Share(TypedDict):
     answers: list[str]
 
 
-def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
+def evaluate(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
     """Figures before and after, for result.json; writes evaluation.md and answers.jsonl into the run's folder.
 
     Raises DataError as :func:`questions` does.
     """
     import ray
 
-    rows = questions(conf)
+    rows = questions(conf, base)
     workers = conf.runtime.workers
     cpus = check_resources(conf.runtime, cluster)
     share = ray.remote(
@@ -47,6 +47,7 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
         parts = {
             (which, rank): share.remote(
                 conf.model_dump(mode="json"),
+                base,
                 str(checkpoint) if which == "finetuned" else None,
                 [q for q, _ in rows[rank::workers]],
                 rank,
@@ -68,7 +69,7 @@ def evaluate(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, reporter: R
     return figures
 
 
-def questions(conf: FinetuneConf) -> list[tuple[Conversation, str]]:
+def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
     """The rows to generate answers for, each with its reference.
 
     Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template
@@ -76,7 +77,7 @@ def questions(conf: FinetuneConf) -> list[tuple[Conversation, str]]:
     """
     if conf.evaluation.samples == 0 or conf.tuning.objective != "sft":
         return []
-    tokenizer = load_tokenizer(conf.model, conf.paths)
+    tokenizer = load_tokenizer(base)
     pairs = (pair for row in evaluation_rows(conf, tokenizer, conf.run_dir / "prepared") if (pair := _pair(row)))
     rows = [pair for pair, _ in zip(pairs, range(conf.evaluation.samples or 10**9), strict=False)]
     if not conf.evaluation.data:
@@ -100,7 +101,7 @@ def _pair(row: Conversation) -> tuple[Conversation, str] | None:
 
 
 def _share(
-    conf_json: dict[str, Any], checkpoint: str | None, questions: list[Conversation], rank: int, cpus: int
+    conf_json: dict[str, Any], base: Base, checkpoint: str | None, questions: list[Conversation], rank: int, cpus: int
 ) -> Share:
     import contextlib
 
@@ -118,12 +119,12 @@ def _share(
     threads, _ = cores.bind(cpus)
     torch.set_num_threads(threads)
     precision, _ = choose_precision(conf.training.precision, cpu_flags())
-    model = load_trained(conf, Path(checkpoint) if checkpoint else None, torch_dtype(precision))
+    model = load_trained(conf, base, Path(checkpoint) if checkpoint else None, torch_dtype(precision))
     model.eval()
     given = list(
         answers(
             model,
-            load_tokenizer(conf.model, conf.paths),
+            load_tokenizer(base),
             questions,
             conf.evaluation.max_new_tokens,
             conf.evaluation.batch_size,

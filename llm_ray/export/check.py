@@ -18,13 +18,12 @@ from llm_ray.data.prepare import Split, open_split
 from llm_ray.errors import ConfError, DataError, ModelError, RunError
 from llm_ray.models.limits import positions
 from llm_ray.models.load import (
-    Location,
+    Base,
     load_empty_model,
     load_generation,
     load_tokenizer,
     mend_generation,
     quietly,
-    resolve,
     stored_dtype,
 )
 from llm_ray.models.openvino import lineage
@@ -44,25 +43,25 @@ _STATE_BYTES = 12
 """Of a learning weight in a checkpoint: itself and AdamW's two moments in fp32."""
 
 
-def rehearse(conf: FinetuneConf) -> list[str]:
+def rehearse(conf: FinetuneConf, base: Base) -> list[str]:
     """Try out what the export will do, with the model's layers but without its weights, and whether there is room for
     it on the disk.
 
     Returns what the user should know. Raises LlmRayError for what would make the export fail.
     """
     with quietly():
-        return _rehearse(conf)
+        return _rehearse(conf, base)
 
 
-def _rehearse(conf: FinetuneConf) -> list[str]:
+def _rehearse(conf: FinetuneConf, base: Base) -> list[str]:
     import torch
 
     from llm_ray.evaluate.generate import end_tokens
     from llm_ray.train.model import add_adapters
     from llm_ray.train.trained import untie
 
-    location, tokenizer = resolve(conf.model.base, conf.paths), load_tokenizer(conf.model, conf.paths)
-    model = load_empty_model(conf.model, conf.paths, torch.float32)
+    location, tokenizer = base.location, load_tokenizer(base)
+    model = load_empty_model(base, torch.float32)
     if (most := positions(model)) and conf.data.max_length > most:
         raise ConfError(
             f"data.max_length is {conf.data.max_length}, and the model {location} has positions for {most} tokens: set "
@@ -74,8 +73,8 @@ def _rehearse(conf: FinetuneConf) -> list[str]:
             f"embeddings for {size} tokens: name another pad_token in its tokenizer_config.json, or give the model its "
             "own tokenizer"
         )
-    notes = _doubts(conf, location)
-    if settings := load_generation(conf.model, conf.paths):
+    notes = _doubts(base)
+    if settings := load_generation(base):
         notes += [
             f"{location.name}: generation_config.json: {change}" for change in mend_generation(settings, location)
         ]
@@ -98,23 +97,24 @@ def _rehearse(conf: FinetuneConf) -> list[str]:
     else:
         learning = sum(p.numel() for p in model.parameters())
     whole = sum(p.numel() for p in model.parameters())
-    _check_room(conf, whole, learning)
+    _check_room(conf, base, whole, learning)
     return notes
 
 
-def _doubts(conf: FinetuneConf, location: Location) -> list[str]:
+def _doubts(base: Base) -> list[str]:
     """What is to be said of the tokenizer of a base that is, or was, a GGUF."""
-    if location.folder is None or conf.model.tokenizer:
+    name, folder = base.location.name, base.location.folder
+    if folder is None or base.model.tokenizer:
         return []
-    if conf.model.gguf_file:
-        return [note] if (note := doubt(location.folder / conf.model.gguf_file)) else []
-    if outdated(location.folder):
+    if base.model.gguf_file:
+        return [note] if (note := doubt(folder / base.model.gguf_file)) else []
+    if outdated(folder):
         return [
-            f"{location.name} was imported by an older llm-ray, which did not split numbers and blank lines into "
-            "tokens as the model was trained to: import it again with --force, then finetune it"
+            f"{name} was imported by an older llm-ray, which did not split numbers and blank lines into tokens as the "
+            "model was trained to: import it again with --force, then finetune it"
         ]
-    note = lineage(location.folder).get("note")
-    return [str(note)] if note else []
+    lineage_note = lineage(folder).get("note")
+    return [str(lineage_note)] if lineage_note else []
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
@@ -190,7 +190,7 @@ def _sequences(conf: FinetuneConf) -> tuple[list[list[int]], str]:
     return [], ""
 
 
-def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
+def _check_room(conf: FinetuneConf, base: Base, parameters: int, learning: int) -> None:
     """Raise RunError where the disk of the runs has no room for the model, and for checkpoints of as many weights as
     learn."""
     from llm_ray.models.convert import size_on_disk
@@ -200,7 +200,7 @@ def _check_room(conf: FinetuneConf, parameters: int, learning: int) -> None:
     existing = sum(path.stat().st_size for path in (run / "checkpoint").rglob("*") if path.is_file())
     needed = max(0, checkpoints - existing)
     if "export" in conf.stages:
-        needed += parameters * stored_dtype(conf.model, conf.paths).itemsize
+        needed += parameters * stored_dtype(base).itemsize
     if "convert" in conf.stages:
         needed += size_on_disk(parameters, conf.convert.weights)
     free = shutil.disk_usage(next(path for path in (run, *run.parents) if path.is_dir())).free

@@ -11,13 +11,14 @@ from llm_ray.cluster import Cluster, check_resources, node_selector, results
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from llm_ray.files import replace_folder, write_text
+from llm_ray.models.load import Base, load_tokenizer, stored_dtype
 from llm_ray.progress import Reporter
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, reporter: Reporter) -> Path:
+def export(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path, card: str, reporter: Reporter) -> Path:
     """Write `output/` of the run, whole or not at all; returns it. `card` is the model card's text."""
     import ray
 
@@ -28,21 +29,21 @@ def export(conf: FinetuneConf, cluster: Cluster, checkpoint: Path, card: str, re
                 num_cpus=cpus,
                 max_retries=conf.runtime.max_failures,
                 label_selector=node_selector(conf.runtime, cluster),
-            )(export_here).remote(conf.model_dump(mode="json"), str(checkpoint), card)
+            )(export_here).remote(conf.model_dump(mode="json"), base, str(checkpoint), card)
         )
         bar.update(1, 1)
     reporter.line(f"  {checked}")
     return conf.run_dir / "output"
 
 
-def export_here(conf_json: dict[str, Any], checkpoint: str, card: str) -> str:
+def export_here(conf_json: dict[str, Any], base: Base, checkpoint: str, card: str) -> str:
     """Write `output/` in this process; returns what its check found, in a line for the user. Raises ModelError,
     TrainError, RunError."""
     from safetensors import SafetensorError
 
     conf = FinetuneConf.model_validate(conf_json)
     try:
-        return _write(conf, Path(checkpoint), card)
+        return _write(conf, base, Path(checkpoint), card)
     except (OSError, SafetensorError) as error:
         free = f"{shutil.disk_usage(conf.run_dir).free / 2**30:.1f} GiB are free there"
         raise RunError(
@@ -51,20 +52,19 @@ def export_here(conf_json: dict[str, Any], checkpoint: str, card: str) -> str:
         ) from error
 
 
-def _write(conf: FinetuneConf, checkpoint: Path, card: str) -> str:
+def _write(conf: FinetuneConf, base: Base, checkpoint: Path, card: str) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
     from llm_ray.evaluate.generate import end_tokens
     from llm_ray.export.check import MERGING, ROUNDING, SAVING, Comparison, check_saved_tokenizer
-    from llm_ray.models.load import load_tokenizer, stored_dtype
     from llm_ray.train.trained import load_adapted, load_trained
 
-    tokenizer = load_tokenizer(conf.model, conf.paths)
+    tokenizer = load_tokenizer(base)
     comparison = Comparison(conf, tokenizer, card)
     with replace_folder(conf.run_dir / "output") as folder:
         if conf.tuning.method == "lora":
-            adapted = load_adapted(conf, checkpoint, torch.float32)
+            adapted = load_adapted(conf, base, checkpoint, torch.float32)
             save_adapter(adapted, folder / "adapter", conf.model.base)
             write_text(folder / "adapter" / "README.md", card)  # in place of peft's empty one
             comparison.take(adapted)
@@ -72,9 +72,9 @@ def _write(conf: FinetuneConf, checkpoint: Path, card: str) -> str:
             del adapted
             comparison.take(model, "merging the adapters", MERGING)
         else:
-            model = load_trained(conf, checkpoint, torch.float32)
+            model = load_trained(conf, base, checkpoint, torch.float32)
             comparison.take(model)
-        dtype = stored_dtype(conf.model, conf.paths)
+        dtype = stored_dtype(base)
         if dtype != torch.float32:
             model = model.to(dtype)
             comparison.take(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)

@@ -45,6 +45,22 @@ class Location:
         return str(self.folder or self.name)
 
 
+@dataclass(frozen=True)
+class Base:
+    """The model that a conf names, found: its section of the conf, and where weights and tokenizer are. All that follows
+    takes it, on other hosts too."""
+
+    model: Model
+    location: Location
+    tokenizer: Location
+
+
+def find_base(model: Model, paths: Paths) -> Base:
+    """Where the model of a conf is, and its tokenizer. Raises ModelError where one is not."""
+    location = resolve(model.base, paths)
+    return Base(model, location, resolve(model.tokenizer, paths) if model.tokenizer else location)
+
+
 def resolve(base: str, paths: Paths) -> Location:
     """What `base` means: a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises
     ModelError for none."""
@@ -79,12 +95,12 @@ def resolve(base: str, paths: Paths) -> Location:
     )
 
 
-def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the conf's chat template if it has one, and a padding token. Raises ModelError."""
-    location = resolve(model.tokenizer or model.base, paths)
+    model, location = base.model, base.tokenizer
     options: dict[str, Any] = {}
     if not model.tokenizer:
-        options = {"revision": model.revision, **_gguf(model, location)}
+        options = {"revision": model.revision, **_gguf(base)}
     if location.folder and "gguf_file" not in options:
         check_tokenizer(location.folder)  # without files transformers may make an empty one
     with _explained(f"the tokenizer {location}", location):
@@ -100,13 +116,13 @@ def load_tokenizer(model: Model, paths: Paths) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     """The base model, its weights in `dtype`, every one of them from its files; as it is, it can be saved. Raises
     ModelError."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    location = check_model(model, paths)
-    options = _gguf(model, location)
+    check_model(base)
+    model, location, options = base.model, base.location, _gguf(base)
     if options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
@@ -142,30 +158,31 @@ def mend_generation(settings: GenerationConfig, location: Location) -> list[str]
         ) from error
 
 
-def load_config(model: Model, paths: Paths) -> PreTrainedConfig:
+def load_config(base: Base) -> PreTrainedConfig:
     """The base model's configuration. Raises ModelError."""
     from transformers import AutoConfig
 
-    location = resolve(model.base, paths)
-    options = _gguf(model, location)
-    with _explained(f"the model {location}", location):
+    with _explained(f"the model {base.location}", base.location):
         return AutoConfig.from_pretrained(
-            str(location), revision=model.revision, trust_remote_code=model.trust_remote_code, **options
+            str(base.location),
+            revision=base.model.revision,
+            trust_remote_code=base.model.trust_remote_code,
+            **_gguf(base),
         )
 
 
-def load_generation(model: Model, paths: Paths) -> GenerationConfig | None:
+def load_generation(base: Base) -> GenerationConfig | None:
     """The base model's generation settings; None where it has no file of them. Raises ModelError."""
     from transformers import GenerationConfig
 
-    location = resolve(model.base, paths)
-    if model.gguf_file or (location.folder and not (location.folder / GENERATION).is_file()):
+    location = base.location
+    if base.model.gguf_file or (location.folder and not (location.folder / GENERATION).is_file()):
         return None
     with (
         _explained(f"{GENERATION} of the model {location}", location),
         contextlib.suppress(OSError),
     ):  # of the hub, and none there
-        return GenerationConfig.from_pretrained(str(location), revision=model.revision)
+        return GenerationConfig.from_pretrained(str(location), revision=base.model.revision)
     return None
 
 
@@ -181,63 +198,52 @@ def width_of(config: PreTrainedConfig) -> int:
     return int(next(size for key in ("hidden_size", "d_model", "n_embd", "dim") if (size := getattr(text, key, None))))
 
 
-def load_empty_model(model: Model, paths: Paths, dtype: torch.dtype) -> PreTrainedModel:
+def load_empty_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     """The base model's layers without memory for weights (torch's meta device). Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    location, config = resolve(model.base, paths), load_config(model, paths)
-    with _explained(f"the model {location}", location), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    config = load_config(base)
+    with _explained(f"the model {base.location}", base.location), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=base.model.trust_remote_code)
 
 
-def stored_dtype(model: Model, paths: Paths) -> torch.dtype:
+def stored_dtype(base: Base) -> torch.dtype:
     """The data type in which the base model's weights are stored; fp32 where that is not told or is a quantized one.
     Raises ModelError."""
     import torch
 
-    location = resolve(model.base, paths)
-    if model.gguf_file:
+    if base.model.gguf_file:
         return torch.float32
-    if location.folder:
-        stored = check_folder(location.folder, tokenizer=False).dtype
+    if base.location.folder:
+        stored = check_folder(base.location.folder, tokenizer=False).dtype
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stored, torch.float32)
-    return load_config(model, paths).dtype or torch.float32
+    return load_config(base).dtype or torch.float32
 
 
-def check_model(model: Model, paths: Paths) -> Location:
-    """Where the base model is. Raises ModelError when there is none, or only half of it (models of the hub are not
-    looked into)."""
-    location = resolve(model.base, paths)
-    if location.folder and not _gguf(model, location):
-        check_folder(location.folder, tokenizer=not model.tokenizer)
-        check_complete(location.folder, causal=True, trust_remote_code=model.trust_remote_code)
-    return location
+def check_model(base: Base) -> None:
+    """Raise ModelError when only half of the base model is there (models of the hub are not looked into)."""
+    if (folder := base.location.folder) and not _gguf(base):
+        check_folder(folder, tokenizer=not base.model.tokenizer)
+        check_complete(folder, causal=True, trust_remote_code=base.model.trust_remote_code)
 
 
-def identity(model: Model, paths: Paths) -> dict[str, Any]:
-    """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files.
-    Raises ModelError."""
-    location = resolve(model.base, paths)
+def identity(base: Base) -> dict[str, Any]:
+    """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files."""
+    model, folder = base.model, base.location.folder
     named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
-    return named | (
-        {"folder": str(location.folder), "fingerprint": fingerprint(location.folder)} if location.folder else {}
-    )
+    return named | ({"folder": str(folder), "fingerprint": fingerprint(folder)} if folder else {})
 
 
-def tokenizer_files(model: Model, paths: Paths) -> list[Path]:
+def tokenizer_files(base: Base) -> list[Path]:
     """The files of this machine that decide how text becomes tokens: the conf's chat template, and the tokenizer's
-    folder without weights.
-
-    Raises ModelError where there is no such folder. A hub id has none, and of a GGUF :func:`identity` tells.
-    """
-    location = resolve(model.tokenizer or model.base, paths)
-    own = [model.chat_template] if model.chat_template else []
-    if location.folder is None:
+    folder without weights. A hub id has none, and of a GGUF :func:`identity` tells."""
+    own = [base.model.chat_template] if base.model.chat_template else []
+    if base.tokenizer.folder is None:
         return own
     listed = [
         p
-        for folder in (location.folder, location.folder / TEMPLATES)
+        for folder in (base.tokenizer.folder, base.tokenizer.folder / TEMPLATES)
         if folder.is_dir()
         for p in sorted(folder.iterdir())
     ]
@@ -253,14 +259,15 @@ def forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
 
 
-def _gguf(model: Model, location: Location) -> dict[str, Any]:
+def _gguf(base: Base) -> dict[str, Any]:
     """The option of `from_pretrained` that takes a GGUF, where the conf says so."""
-    if not model.gguf_file:
+    wanted, folder = base.model.gguf_file, base.location.folder
+    if not wanted:
         return {}
-    if location.folder and not (location.folder / model.gguf_file).is_file():
-        found = ", ".join(sorted(p.name for p in location.folder.glob("*.gguf"))) or "none"
-        raise ModelError(f"model.gguf_file: {location.folder} has no {model.gguf_file}; its GGUF files: {found}")
-    return {"gguf_file": model.gguf_file}
+    if folder and not (folder / wanted).is_file():
+        found = ", ".join(sorted(p.name for p in folder.glob("*.gguf"))) or "none"
+        raise ModelError(f"model.gguf_file: {folder} has no {wanted}; its GGUF files: {found}")
+    return {"gguf_file": wanted}
 
 
 def fingerprint(folder: Path) -> str:

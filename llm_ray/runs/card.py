@@ -9,7 +9,7 @@ import yaml
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.section import as_run
-from llm_ray.models.load import resolve
+from llm_ray.models.load import Base
 from llm_ray.models.registry import licence
 
 FIGURES = {
@@ -20,7 +20,7 @@ FIGURES = {
 }
 
 
-def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, Any]) -> str:
+def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result: dict[str, Any]) -> str:
     """The card as Markdown with Hugging Face's YAML header, from a run's conf, run.json and result.json.
 
     Data files are named without their folders: a card is published. Sections without figures (no evaluation) are left
@@ -28,11 +28,10 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    base = resolve(conf.model.base, conf.paths)
-    known = base.folder or _cached(conf)
+    known = base.location.folder or _cached(conf)
     base_licence = licence(known) if known else None
     header = {
-        "base_model": base.name,  # without its folder, which means nothing elsewhere
+        "base_model": base.location.name,  # without its folder, which means nothing elsewhere
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [
@@ -55,7 +54,7 @@ def model_card(conf: FinetuneConf, run_json: dict[str, Any], result: dict[str, A
     return environment.get_template("card.md.j2").render(
         conf=conf,
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
-        base=base.name,
+        base=base.location.name,
         licence=base_licence,
         data=result.get("data", {}),
         training=result.get("training", {}),

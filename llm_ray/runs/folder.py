@@ -1,6 +1,6 @@
 """A run's folder: locked by who works in it, with the conf as run, lineage, stage marks and results.
 
-    with open_run(conf, force=False) as run:
+    with open_run(conf, find_base(conf.model, conf.paths), force=False) as run:
         inputs = inputs_hash(conf.data, file_hashes(conf.data.train))
         if not run.is_done("prepare", inputs):
             run.begin("prepare", inputs)
@@ -42,7 +42,7 @@ from llm_ray.conf.load import dump
 from llm_ray.datafiles import data_files
 from llm_ray.errors import LlmRayError, RunError
 from llm_ray.files import remove_folder, write_json, write_text
-from llm_ray.models.load import identity
+from llm_ray.models.load import Base, identity
 from llm_ray.runs.metrics import finite
 
 State = Literal["running", "done", "failed", "stopped"]
@@ -126,7 +126,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
+def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]:
     """The folder of the run `conf.name`, made or gone on with, locked until the block ends.
 
     The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C, or asked to) or `failed` with the error's
@@ -136,7 +136,7 @@ def open_run(conf: FinetuneConf, force: bool) -> Iterator[RunFolder]:
     """
     run = RunFolder(conf.run_dir)
     text = dump(conf)
-    lineage = _lineage(conf, text)  # first: without data or base model there is nothing to make a folder for
+    lineage = _lineage(conf, base, text)  # first: without data or base model there is nothing to make a folder for
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told(run.path))
         run.path.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ def _file_hash(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lineage(conf: FinetuneConf, text: str) -> dict[str, Any]:
+def _lineage(conf: FinetuneConf, base: Base, text: str) -> dict[str, Any]:
     validation = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     return {
         "name": conf.name,
@@ -269,7 +269,7 @@ def _lineage(conf: FinetuneConf, text: str) -> dict[str, Any]:
             "validation": file_hashes(validation),
             "evaluation": file_hashes(conf.evaluation.data or ()),
         },
-        "model": identity(conf.model, conf.paths),
+        "model": identity(base),
         "versions": {
             "llm_ray": llm_ray.__version__,
             "python": platform.python_version(),

@@ -17,7 +17,7 @@ from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import DataStats, lengths_of, open_split
 from llm_ray.errors import ConfError
 from llm_ray.hardware import choose_precision, cpu_flags
-from llm_ray.models.load import load_empty_model
+from llm_ray.models.load import Base, load_empty_model
 from llm_ray.progress import duration
 from llm_ray.train.batches import micro_batch_tokens, plan_steps
 from llm_ray.train.model import add_adapters, learning_modules, weight_dtype
@@ -78,12 +78,12 @@ class Estimate:
         return [*lines, *self.notes, f"training about {duration(self.seconds)} {like}{parts} (from some real steps)"]
 
 
-def estimate(conf: FinetuneConf, data: DataStats, prepared: Path, cpus: int) -> Estimate:
+def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cpus: int) -> Estimate:
     """Estimate the training stage with `cpus` a worker, from the rows in `prepared`. `conf` is one without `auto`.
     Raises LlmRayError."""
     flags = cpu_flags()
     precision, reason = choose_precision(conf.training.precision, flags)
-    causal = load_empty_model(conf.model, conf.paths, torch.float32)
+    causal = load_empty_model(base, torch.float32)
     parameters = sum(p.numel() for p in causal.parameters())
     config = causal.config.get_text_config()
     frozen_bytes = torch.finfo(weight_dtype(conf, precision, flags)).bits // 8
@@ -120,7 +120,7 @@ def estimate(conf: FinetuneConf, data: DataStats, prepared: Path, cpus: int) -> 
     )
     if unmeasured:
         return planned
-    cost = measure(conf, prepared, cpus)
+    cost = measure(conf, base, prepared, cpus)
     step_seconds = tokens * cost.seconds_per_token
     validations = 1 + steps / (conf.training.validate_every or schedule.steps_per_epoch)
     validated = data.validation.tokens * validations if data.validation else 0

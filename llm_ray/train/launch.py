@@ -14,6 +14,7 @@ from typing import Any
 from llm_ray.cluster import Cluster, check_resources, describe, node_selector, room_for
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import LlmRayError, Stopped, TrainError
+from llm_ray.models.load import Base
 from llm_ray.progress import Bar, Reporter
 from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
@@ -34,7 +35,9 @@ class Recurring(TrainError):
     """Training failed in a way that another try would not mend."""
 
 
-def run_training(conf: FinetuneConf, cluster: Cluster, resume_from: Path | None, reporter: Reporter) -> Outcome:
+def run_training(
+    conf: FinetuneConf, base: Base, cluster: Cluster, resume_from: Path | None, reporter: Reporter
+) -> Outcome:
     """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an
     end; the second Ctrl-C ends at once.
 
@@ -53,7 +56,7 @@ def run_training(conf: FinetuneConf, cluster: Cluster, resume_from: Path | None,
             while True:
                 # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
                 (folder / SNAPSHOT).unlink(missing_ok=True)
-                fit = _Fit(_trainer(conf, cluster, workers, cpus, resume_from))
+                fit = _Fit(_trainer(conf, base, cluster, workers, cpus, resume_from))
                 _follow(fit, conf, bar, stop, reporter)
                 try:
                     outcome = fit.outcome(conf)
@@ -78,7 +81,9 @@ def run_training(conf: FinetuneConf, cluster: Cluster, resume_from: Path | None,
     return outcome
 
 
-def _trainer(conf: FinetuneConf, cluster: Cluster, workers: int, cpus: int, resume_from: Path | None) -> Any:
+def _trainer(
+    conf: FinetuneConf, base: Base, cluster: Cluster, workers: int, cpus: int, resume_from: Path | None
+) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -87,7 +92,10 @@ def _trainer(conf: FinetuneConf, cluster: Cluster, workers: int, cpus: int, resu
     return TorchTrainer(
         train,
         train_loop_config=Task(
-            conf=conf.model_dump(mode="json"), cpus=cpus, resume_from=str(resume_from) if resume_from else None
+            conf=conf.model_dump(mode="json"),
+            base=base,
+            cpus=cpus,
+            resume_from=str(resume_from) if resume_from else None,
         ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,

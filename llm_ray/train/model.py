@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_ray.conf.finetune import FinetuneConf, Lora
 from llm_ray.errors import ConfError
 from llm_ray.hardware import Precision, has_bf16, torch_dtype
-from llm_ray.models.load import has_experts, load_empty_model, load_model
+from llm_ray.models.load import Base, has_experts, load_empty_model, load_model
 from llm_ray.nearest import nearest_names
 from llm_ray.train.attention import switch_to_packed
 from llm_ray.train.loss import SupervisedLoss
@@ -46,13 +46,11 @@ def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]
     return torch_dtype(conf.model.dtype)
 
 
-def load(conf: FinetuneConf, dtype: torch.dtype, rank: int) -> PreTrainedModel:
+def load(conf: FinetuneConf, base: Base, dtype: torch.dtype, rank: int) -> PreTrainedModel:
     """The base model. With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises
     ModelError."""
     weightless = conf.training.strategy == "fsdp" and rank != 0
-    causal = (
-        load_empty_model(conf.model, conf.paths, dtype) if weightless else load_model(conf.model, conf.paths, dtype)
-    )
+    causal = load_empty_model(base, dtype) if weightless else load_model(base, dtype)
     causal.config.use_cache = False
     return causal
 

@@ -35,6 +35,7 @@ from llm_ray.hardware import (
     peak_memory,
     return_freed_memory,
 )
+from llm_ray.models.load import Base
 from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
@@ -52,6 +53,7 @@ class Task(TypedDict):
     """What the driver hands to every worker."""
 
     conf: dict[str, Any]  # FinetuneConf as JSON
+    base: Base
     cpus: int  # CPUs of this worker
     resume_from: str | None  # checkpoint to begin with where the run has none of its own
 
@@ -89,7 +91,7 @@ def train(task: Task) -> Outcome:
     setup, problem = None, None
     try:
         with contextlib.suppress(OtherWorkerFailed):  # which tells of it itself
-            setup = set_up(conf, task["cpus"], rank, workers)
+            setup = set_up(conf, task["base"], task["cpus"], rank, workers)
         training_data = open_split(conf.run_dir / "prepared", "train")
         validation_data = (
             open_split(conf.run_dir / "prepared", "validation") if has_validation(conf.run_dir / "prepared") else None
@@ -248,7 +250,7 @@ def train(task: Task) -> Outcome:
     return outcome("done")
 
 
-def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
+def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -> Setup:
     """Threads, model, strategy and optimizer of this worker. Raises ModelError, ConfError."""
     threads, _ = cores.bind(cpus)
     use_threads(threads)
@@ -262,7 +264,7 @@ def set_up(conf: FinetuneConf, cpus: int, rank: int, workers: int) -> Setup:
     dtype = weight_dtype(conf, precision, flags)
 
     def loaded() -> tuple[PreTrainedModel, str]:
-        causal = load(conf, dtype, rank)
+        causal = load(conf, base, dtype, rank)
         with autocast():  # rank 0 is the only one that has weights already, with fsdp
             return causal, why_not_packed(causal) if conf.data.packing and rank == 0 else ""
 

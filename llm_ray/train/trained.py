@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
-from llm_ray.models.load import load_model
+from llm_ray.models.load import Base, load_model
 from llm_ray.train.checkpoint import BEST, list_checkpoints, load_weights
 from llm_ray.train.model import add_adapters
 
@@ -39,12 +39,12 @@ class _Named(nn.Module):
         self.model = model
 
 
-def load_adapted(conf: FinetuneConf, checkpoint: Path, dtype: torch.dtype) -> PeftModel:
+def load_adapted(conf: FinetuneConf, base: Base, checkpoint: Path, dtype: torch.dtype) -> PeftModel:
     """The base in `dtype` with the checkpoint's adapters (fp32) beside it, ready to be merged."""
-    base = load_model(conf.model, conf.paths, dtype)
-    model = add_adapters(base, conf.tuning.lora)
+    causal = load_model(base, dtype)
+    model = add_adapters(causal, conf.tuning.lora)
     load_weights(checkpoint, _Named(model))
-    untie(base)
+    untie(causal)
     return model
 
 
@@ -66,12 +66,12 @@ def untie(causal: PreTrainedModel) -> bool:
     return True
 
 
-def load_trained(conf: FinetuneConf, checkpoint: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+def load_trained(conf: FinetuneConf, base: Base, checkpoint: Path | None, dtype: torch.dtype) -> PreTrainedModel:
     """The base model (without a checkpoint), or the trained one with its adapters merged, in `dtype`."""
     if checkpoint is None:
-        return load_model(conf.model, conf.paths, dtype)
+        return load_model(base, dtype)
     if conf.tuning.method == "lora":
-        return load_adapted(conf, checkpoint, torch.float32).merge_and_unload().to(dtype)
-    model = load_model(conf.model, conf.paths, torch.float32)
+        return load_adapted(conf, base, checkpoint, torch.float32).merge_and_unload().to(dtype)
+    model = load_model(base, torch.float32)
     load_weights(checkpoint, _Named(model))
     return model.to(dtype)

@@ -25,6 +25,7 @@ import numpy as np
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import LlmRayError, TrainError
 from llm_ray.hardware import forget_peak_memory, peak_memory
+from llm_ray.models.load import Base
 
 SECONDS = 6.0
 """How long steps are measured for, after a first one that warms up."""
@@ -47,7 +48,7 @@ class Cost:
     """What the user should know of how it is computed."""
 
 
-def measure(conf: FinetuneConf, prepared: Path, cpus: int) -> Cost:
+def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
     """Take some steps of the training of `conf` (without `auto`) on the prepared rows. Raises LlmRayError."""
     local = conf.runtime.mode == "local"
     context = multiprocessing.get_context(
@@ -55,7 +56,7 @@ def measure(conf: FinetuneConf, prepared: Path, cpus: int) -> Cost:
     )  # forked, a process would take torch's threads along, but not what runs in them
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory(prefix="llm-ray-trial-") as folder:
-        arguments = (conf.model_dump(mode="json"), str(prepared), cpus)
+        arguments = (conf.model_dump(mode="json"), base, str(prepared), cpus)
         workers = [
             context.Process(
                 target=_worker, args=(*arguments, rank, f"{folder}/meet" if local else "", results), daemon=True
@@ -96,7 +97,9 @@ def _result(workers: list[Any], results: Any) -> Cost:
         return result
 
 
-def _worker(conf_json: dict[str, Any], prepared: str, cpus: int, rank: int, meeting: str, results: Any) -> None:
+def _worker(
+    conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, meeting: str, results: Any
+) -> None:
     import torch.distributed as dist
 
     from llm_ray.train.workers import OtherWorkerFailed
@@ -109,7 +112,7 @@ def _worker(conf_json: dict[str, Any], prepared: str, cpus: int, rank: int, meet
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", rank=rank, world_size=conf.runtime.workers, store=FakeStore())
-        results.put(_steps(conf, Path(prepared), cpus, rank))
+        results.put(_steps(conf, base, Path(prepared), cpus, rank))
     except OtherWorkerFailed:
         pass  # which tells of it itself
     except LlmRayError as error:
@@ -125,7 +128,7 @@ def _worker(conf_json: dict[str, Any], prepared: str, cpus: int, rank: int, meet
     results.join_thread()
 
 
-def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
+def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int) -> Cost:
     import psutil
     import torch
 
@@ -135,7 +138,7 @@ def _steps(conf: FinetuneConf, prepared: Path, cpus: int, rank: int) -> Cost:
     from llm_ray.train.workers import first
 
     workers = conf.runtime.workers
-    setup = set_up(conf, cpus, rank, workers)
+    setup = set_up(conf, base, cpus, rank, workers)
     data = open_split(prepared, "train")
     lengths = lengths_of(data)
     schedule, total_steps = plan_steps(conf, lengths, setup.packed)

@@ -24,7 +24,7 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
 
     from llm_ray.conf.finetune import FinetuneConf
     from llm_ray.data.prepare import lengths_of, open_split, prepare
-    from llm_ray.models.load import load_tokenizer
+    from llm_ray.models.load import find_base, load_tokenizer
     from llm_ray.quickstart import __file__ as quickstart
     from llm_ray.train.batches import plan_steps, steps_of
     from llm_ray.train.optimizer import learning_rate
@@ -40,8 +40,9 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
             "max_steps": int(steps), "global_batch_size": 12, "learning_rate": 1.5e-3, "precision": precision, "accelerator": accelerator,
         },
     })  # fmt: skip
-    prepare(conf, load_tokenizer(conf.model, conf.paths), conf.run_dir / "prepared", lambda line: None)
-    setup = set_up(conf, torch.get_num_threads(), 0, 1)
+    base = find_base(conf.model, conf.paths)
+    prepare(conf, load_tokenizer(base), conf.run_dir / "prepared", lambda line: None)
+    setup = set_up(conf, base, torch.get_num_threads(), 0, 1)
     data = open_split(conf.run_dir / "prepared", "train")
     schedule, total = plan_steps(conf, lengths_of(data), setup.packed)
     losses, norms, tokens, seconds = [], [], 0, 0.0

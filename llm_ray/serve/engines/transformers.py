@@ -28,7 +28,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from llm_ray.conf.finetune import Model
 from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
-from llm_ray.models.load import load_model
+from llm_ray.models.load import find_base, load_model
 from llm_ray.serve.engines.batches import Alone, Batch, Row, Rows, cells, group_heads, probe
 from llm_ray.serve.engines.sampling import PlainSampler, failure, metadata
 from llm_ray.serve.models import ServedModel
@@ -273,7 +273,7 @@ def _load(served: ServedModel) -> PreTrainedModel:
         trust_remote_code=served.trust_remote_code,
         trusted_models=trusted,
     )
-    model = load_model(conf, Paths(), dtype).eval().requires_grad_(False)
+    model = load_model(find_base(conf, Paths()), dtype).eval().requires_grad_(False)
     model.generation_config = GenerationConfig()  # what a model suggests (another cache, none at all) is not for here
     group_heads(model)
     return _optimized_by_ipex(model, dtype) if importlib.util.find_spec("intel_extension_for_pytorch") else model

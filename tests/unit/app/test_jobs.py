@@ -15,7 +15,7 @@ from llm_ray.app.confs import conf_of
 from llm_ray.app.runs import list_runs
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
-from llm_ray.runs.folder import open_run
+from tests.runs import opened_run
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def conf(tmp_path: Path, smollm2: Path) -> Callable[..., FinetuneConf]:
 @contextlib.contextmanager
 def at_work(conf: FinetuneConf) -> Iterator[None]:
     """A run that this process works in."""
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         yield
 
 

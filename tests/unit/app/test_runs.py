@@ -8,7 +8,7 @@ from pathlib import Path
 from llm_ray.app.confs import conf_of
 from llm_ray.app.runs import metrics, seconds_left, stamp, watch_runs
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.runs.folder import open_run
+from tests.runs import opened_run
 
 
 def _conf(tmp_path: Path, smollm2: Path) -> FinetuneConf:
@@ -21,7 +21,7 @@ def test_a_run_is_watched_while_it_works_and_ends(tmp_path: Path, smollm2: Path)
     runs = conf.paths.runs
     assert watch_runs(runs) == []
     seen = [stamp(runs, "watched")]
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         seen.append(stamp(runs, "watched"))
         assert [run.state for run in watch_runs(runs)] == ["running"]
         row = {"step": 1, "total_steps": 5, "loss": 2.5, "seconds": 3.0, "tokens": 60}

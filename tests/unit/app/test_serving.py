@@ -13,9 +13,9 @@ import torch._dynamo  # noqa: F401  # fails once Ansible's code, of other tests,
 from llm_ray.app.serving import ModelStatus, ServedModel, pair
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
-from llm_ray.runs.folder import open_run
 from llm_ray.serve.models import Adapter
 from tests.integration.tiny import adapter, llama
+from tests.runs import opened_run
 
 
 def _served(name: str, home: Path, **more: Any) -> dict[str, ModelStatus]:
@@ -37,7 +37,7 @@ def home(tmp_path: Path, smollm2: Path) -> Path:
             "paths": {"models": tmp_path / "models", "runs": tmp_path / "runs"},
         }
     )
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         pass
     return tmp_path
 

@@ -16,6 +16,7 @@ from llm_ray.errors import ConfError, DataError, ModelError, RunError
 from llm_ray.export.check import rehearse
 from llm_ray.export.stage import export_here
 from llm_ray.models.load import load_model
+from tests.runs import base_of
 from tests.unit.export.conftest import Run, trained, write
 
 IDS = torch.tensor([list(range(200, 240))])
@@ -48,15 +49,15 @@ def test_the_exported_model_is_the_trained_one(run: Run, tuning: dict[str, objec
     conf = run(tuning=tuning)
     model, checkpoint = trained(conf)
     expected = logits(model)
-    checked = export_here(conf.model_dump(mode="json"), str(checkpoint), "# card")
+    checked = export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
     assert checked.startswith("checked: on 2 held-out sequences the exported model's loss is ")
     output = conf.run_dir / "output"
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(output)), expected, rtol=1e-4, atol=1e-4)
     assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is not apart
-    told = [note for note in rehearse(conf) if "embeddings" in note]
+    told = [note for note in rehearse(conf, base_of(conf)) if "embeddings" in note]
     assert bool(told) == apart, "said before training, too"
     if conf.tuning.method == "lora":
-        beside = PeftModel.from_pretrained(load_model(conf.model, conf.paths, torch.float32), output / "adapter")
+        beside = PeftModel.from_pretrained(load_model(base_of(conf), torch.float32), output / "adapter")
         torch.testing.assert_close(logits(beside), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -74,7 +75,7 @@ def test_an_export_that_is_another_model_is_refused_and_replaces_nothing(
         ModelError,
         match=r"is not the trained one: on 2 held-out sequences its loss is [\d.]+ after merging the adapters",
     ):
-        export_here(conf.model_dump(mode="json"), str(checkpoint), "# card")
+        export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
     assert [path.name for path in (conf.run_dir / "output").iterdir()] == ["before"]
     assert (checkpoint / ".metadata").is_file()
 
@@ -83,7 +84,7 @@ def test_weights_are_stored_as_the_base_stores_them(run: Run, base: Path) -> Non
     AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
     conf = run()
     _, checkpoint = trained(conf)
-    assert "held-out" in export_here(conf.model_dump(mode="json"), str(checkpoint), "# card")
+    assert "held-out" in export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
     assert AutoModelForCausalLM.from_pretrained(conf.run_dir / "output").dtype == torch.bfloat16
 
 
@@ -91,7 +92,9 @@ def test_without_prepared_data_a_text_is_compared(run: Run) -> None:
     conf = run(tuning={"method": "full"})
     _, checkpoint = trained(conf)
     shutil.rmtree(conf.run_dir / "prepared")
-    assert "on 1 sequence(s) of text" in export_here(conf.model_dump(mode="json"), str(checkpoint), "# card of a model")
+    assert "on 1 sequence(s) of text" in export_here(
+        conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card of a model"
+    )
 
 
 # What cannot be saved -------------------------------------------------------------------------------------------------
@@ -135,10 +138,10 @@ def test_generation_settings_that_transformers_does_not_save_are_mended(
 ) -> None:
     write(base, **settings)
     conf = run(tuning={"method": "full"})
-    assert told in "".join(rehearse(conf))
-    assert bool(rehearse(conf)) == bool(told)
+    assert told in "".join(rehearse(conf, base_of(conf)))
+    assert bool(rehearse(conf, base_of(conf))) == bool(told)
     _, checkpoint = trained(conf)
-    export_here(conf.model_dump(mode="json"), str(checkpoint), "# card")
+    export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
     saved = GenerationConfig.from_pretrained(conf.run_dir / "output")
     assert {name: getattr(saved, name) for name in kept} == kept
     assert saved.eos_token_id == [0]
@@ -157,7 +160,7 @@ def test_generation_settings_that_nobody_can_mend_are_refused_before_training(
 ) -> None:
     write(base, **settings)
     with pytest.raises(ModelError, match=r"tiny.*") as refused:
-        rehearse(run())
+        rehearse(conf := run(), base_of(conf))
     assert "generation_config.json" in str(refused.value)
     assert message in str(refused.value)
 
@@ -168,7 +171,7 @@ def test_too_little_disk_is_told_before_training(run: Run, monkeypatch: pytest.M
     with pytest.raises(
         RunError, match=r"needs about .* GiB for checkpoints and the exported model, and 0\.0 GiB are free"
     ):
-        rehearse(run())
+        rehearse(conf := run(), base_of(conf))
 
 
 def test_a_tokenizer_that_would_come_back_as_another_is_told_before_training(run: Run, base: Path) -> None:
@@ -180,20 +183,20 @@ def test_a_tokenizer_that_would_come_back_as_another_is_told_before_training(run
     with pytest.raises(
         ModelError, match=r"saved and loaded again, is another one \(Qwen2Tokenizer\): .*model\.tokenizer"
     ):
-        rehearse(run())
+        rehearse(conf := run(), base_of(conf))
 
 
 def test_plain_text_asks_nothing_of_the_chat_template(run: Run, base: Path) -> None:
     (base / "chat_template.jinja").write_text("{{ raise_exception('no chat') }}")
     conf = run(tuning={"method": "full", "objective": "pretrain"})
-    assert rehearse(conf) == []
+    assert rehearse(conf, base_of(conf)) == []
     _, checkpoint = trained(conf)
-    assert export_here(conf.model_dump(mode="json"), str(checkpoint), "# card")
+    assert export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
 
 
 def test_layers_that_are_not_there_are_told_before_training(run: Run) -> None:
     with pytest.raises(ConfError, match="gone"):
-        rehearse(run(tuning={"lora": {"target_modules": ["gone"]}}))
+        rehearse(conf := run(tuning={"lora": {"target_modules": ["gone"]}}), base_of(conf))
 
 
 @pytest.mark.parametrize(
@@ -215,4 +218,4 @@ def test_questions_that_cannot_be_asked_are_told_before_training(
         (base / "chat_template.jinja").write_text(template + (base / "chat_template.jinja").read_text())
     conf = run(evaluation={"data": str(tmp_path / "exam.jsonl")})
     with pytest.raises(DataError, match=rf"evaluation\.data \(.*exam\.jsonl\).*{message}"):
-        look_ahead(conf, ["evaluate"])
+        look_ahead(conf, base_of(conf), ["evaluate"])

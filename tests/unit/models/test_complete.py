@@ -19,7 +19,7 @@ from llm_ray.errors import ModelError
 from llm_ray.models.complete import check_complete
 from llm_ray.models.convert import convert_model
 from llm_ray.models.folder import INDEX, check_folder
-from llm_ray.models.load import check_model, load_model
+from llm_ray.models.load import check_model, find_base, load_model
 from llm_ray.models.registry import import_model
 from llm_ray.progress import Silent
 from llm_ray.serve.deployments.plan import plan
@@ -47,7 +47,7 @@ def by_import(folder: Path, paths: Paths) -> object:
 
 
 def by_dry_run_or_training(folder: Path, paths: Paths) -> object:
-    return check_model(Model(base=str(folder)), paths)
+    return check_model(find_base(Model(base=str(folder)), paths))
 
 
 def by_deploying(engine: str) -> Callable[[Path, Paths], object]:
@@ -193,7 +193,7 @@ def test_a_base_model_without_its_prefix(tiny: Path, paths: Paths) -> None:
         lambda weights: [weights.update({name.removeprefix("model."): weights.pop(name)}) for name in list(weights)],
     )
     check_complete(tiny, causal=True)
-    load_model(Model(base=str(tiny)), paths, torch.float32)
+    load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
 
 
 def test_encoders_without_a_pooler(tmp_path: Path) -> None:

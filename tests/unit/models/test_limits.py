@@ -19,6 +19,7 @@ from llm_ray.progress import Silent
 from llm_ray.serve.deployments.plan import plan
 from llm_ray.serve.models import ServedModel
 from tests.full.architectures import small
+from tests.runs import base_of
 
 
 @pytest.mark.parametrize(
@@ -76,15 +77,17 @@ def conf(base: Path, paths: Paths, **data: object) -> FinetuneConf:
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_rows_longer_than_the_positions(tmp_path: Path, paths: Paths, smollm2: Path, kind: str) -> None:
     base = made(tmp_path / "m", kind, smollm2)
-    look_ahead(conf(base, paths, max_length=256), ["train"])
+    look_ahead(checked := conf(base, paths, max_length=256), base_of(checked), ["train"])
     with pytest.raises(
         ConfError, match=r"data\.max_length is 257, and the model .* has positions for 256 tokens: set it to 256"
     ):
-        look_ahead(conf(base, paths, max_length=257), ["train"])
+        look_ahead(checked := conf(base, paths, max_length=257), base_of(checked), ["train"])
 
 
 def test_rotary_positions_go_on(tmp_path: Path, paths: Paths, smollm2: Path) -> None:
-    look_ahead(conf(made(tmp_path / "m", "llama", smollm2), paths, max_length=1024), ["train"])
+    look_ahead(
+        checked := conf(made(tmp_path / "m", "llama", smollm2), paths, max_length=1024), base_of(checked), ["train"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.load import (
     check_model,
+    find_base,
     identity,
     load_empty_model,
     load_model,
@@ -57,10 +58,10 @@ def test_folder_named_like_a_model(tiny: Path, paths: Paths, monkeypatch: pytest
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_load(tiny: Path, paths: Paths, dtype: torch.dtype) -> None:
-    model = load_model(Model(base=str(tiny)), paths, dtype)
+    model = load_model(find_base(Model(base=str(tiny)), paths), dtype)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert model.config._attn_implementation == "sdpa"
-    assert load_empty_model(Model(base=str(tiny)), paths, dtype).device.type == "meta"
+    assert load_empty_model(find_base(Model(base=str(tiny)), paths), dtype).device.type == "meta"
 
 
 def test_real_model_answers(smollm2: Path, paths: Paths) -> None:
@@ -78,30 +79,31 @@ def test_real_model_answers(smollm2: Path, paths: Paths) -> None:
 def test_gguf_beside_conf(tmp_path: Path, paths: Paths, write_gguf: Callable[[Path], Path]) -> None:
     file = write_gguf(tmp_path / "ggufs" / "small.gguf")
     conf = Model(base=str(file.parent), gguf_file=file.name)
-    assert load_tokenizer(conf, paths).eos_token_id == 0
-    model = load_model(conf, paths, torch.float32)
+    assert load_tokenizer(find_base(conf, paths)).eos_token_id == 0
+    model = load_model(find_base(conf, paths), torch.float32)
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert stored_dtype(conf, paths) == torch.float32
+    assert stored_dtype(find_base(conf, paths)) == torch.float32
     with pytest.raises(ModelError, match=r"model.gguf_file: .* has no other.gguf; its GGUF files: small.gguf"):
-        load_model(Model(base=str(file.parent), gguf_file="other.gguf"), paths, torch.float32)
+        load_model(find_base(Model(base=str(file.parent), gguf_file="other.gguf"), paths), torch.float32)
 
 
 def test_stored_dtype(tiny: Path, paths: Paths) -> None:
-    load_model(Model(base=str(tiny)), paths, torch.bfloat16).save_pretrained(tiny)
-    assert stored_dtype(Model(base=str(tiny)), paths) == torch.bfloat16
+    load_model(find_base(Model(base=str(tiny)), paths), torch.bfloat16).save_pretrained(tiny)
+    assert stored_dtype(find_base(Model(base=str(tiny)), paths)) == torch.bfloat16
 
 
 def test_tokenizer(tiny: Path, paths: Paths, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(Model(base=str(tiny)), paths)
+    tokenizer = load_tokenizer(find_base(Model(base=str(tiny)), paths))
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
     template = tmp_path / "plain.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}\n{% endfor %}")
-    tokenizer = load_tokenizer(Model(base=str(tiny), chat_template=template), paths)
+    tokenizer = load_tokenizer(find_base(Model(base=str(tiny), chat_template=template), paths))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi\n"
     tokenizer.save_pretrained(tmp_path / "saved")
     assert (
-        "im_start" not in load_tokenizer(Model(base=str(tiny), tokenizer=str(tmp_path / "saved")), paths).chat_template
+        "im_start"
+        not in load_tokenizer(find_base(Model(base=str(tiny), tokenizer=str(tmp_path / "saved")), paths)).chat_template
     )
 
 
@@ -109,7 +111,7 @@ def test_pad_token_leaves_eos(tiny: Path, paths: Paths) -> None:
     config = json.loads((tiny / "tokenizer_config.json").read_text())
     del config["pad_token"]
     (tiny / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(Model(base=str(tiny)), paths)
+    tokenizer = load_tokenizer(find_base(Model(base=str(tiny)), paths))
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
 
 
@@ -117,17 +119,17 @@ def test_model_without_tokenizer(tiny: Path, paths: Paths, smollm2: Path) -> Non
     for file in tiny.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer .*model\.tokenizer"):
-        load_tokenizer(Model(base=str(tiny)), paths)
+        load_tokenizer(find_base(Model(base=str(tiny)), paths))
     conf = Model(base=str(tiny), tokenizer=str(smollm2))
-    assert load_tokenizer(conf, paths).eos_token_id == 2
-    assert load_model(conf, paths, torch.float32).config.model_type == "llama"
+    assert load_tokenizer(find_base(conf, paths)).eos_token_id == 2
+    assert load_model(find_base(conf, paths), torch.float32).config.model_type == "llama"
 
 
 def test_unreadable_template(tiny: Path, paths: Paths, tmp_path: Path) -> None:
     (tmp_path / "latin.jinja").write_bytes(b"\xe4{{ messages }}")
     for name, words in {"gone.jinja": "No such file", "latin.jinja": "no UTF-8"}.items():
         with pytest.raises(ModelError, match=rf"model.chat_template: .*{name} cannot be read: .*{words}"):
-            load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / name), paths)
+            load_tokenizer(find_base(Model(base=str(tiny), chat_template=tmp_path / name), paths))
 
 
 def test_missing_weights(tiny: Path, paths: Paths) -> None:
@@ -140,14 +142,14 @@ def test_missing_weights(tiny: Path, paths: Paths) -> None:
     with pytest.raises(
         ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, as model\.layers\.1\.mlp\.up_proj\.weight"
     ):
-        load_model(Model(base=str(tiny)), paths, torch.float32)
+        load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
 
 
 def test_other_size(tiny: Path, paths: Paths) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
     with pytest.raises(ModelError, match=r"weights are of other sizes than its config\.json says"):
-        load_model(Model(base=str(tiny)), paths, torch.float32)
+        load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_broken_config(tiny: Path, paths: Paths, change: dict[str, object], word
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=words) as caught:
-        load_model(Model(base=str(tiny)), paths, torch.float32)
+        load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
     assert str(tiny) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -182,14 +184,14 @@ def test_damaged_tokenizer(tiny: Path, paths: Paths, name: str, text: str) -> No
     with pytest.raises(
         ModelError, match=r"the tokenizer .* cannot be loaded|tokenizer.*\.json cannot be read|holds no JSON object"
     ):
-        load_tokenizer(Model(base=str(tiny)), paths)
+        load_tokenizer(find_base(Model(base=str(tiny)), paths))
 
 
 def test_hub_offline(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="not in the local cache, while HF_HUB_OFFLINE forbids"):
-        load_model(Model(base="organisation/not-there"), paths, torch.float32)
+        load_model(find_base(Model(base="organisation/not-there"), paths), torch.float32)
     with pytest.raises(ModelError, match="the tokenizer organisation/not-there cannot be loaded"):
-        load_tokenizer(Model(base="organisation/not-there"), paths)
+        load_tokenizer(find_base(Model(base="organisation/not-there"), paths))
 
 
 def test_pickle_is_refused(tiny: Path, paths: Paths) -> None:
@@ -198,20 +200,20 @@ def test_pickle_is_refused(tiny: Path, paths: Paths) -> None:
     torch.save(load_file(tiny / "model.safetensors"), tiny / "pytorch_model.bin")
     (tiny / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="pickle"):
-        load_model(Model(base=str(tiny)), paths, torch.float32)
+        load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
 
 
 def test_identity(tiny: Path, paths: Paths, tmp_path: Path) -> None:
-    first = identity(Model(base=str(tiny)), paths)
+    first = identity(find_base(Model(base=str(tiny)), paths))
     (tiny / "README.md").write_text("# Words about the model do not change it")
     copy = shutil.copytree(tiny, tmp_path / "copy")
-    assert identity(Model(base=str(tiny)), paths) == first
-    assert identity(Model(base=str(copy)), paths)["fingerprint"] == first["fingerprint"]
+    assert identity(find_base(Model(base=str(tiny)), paths)) == first
+    assert identity(find_base(Model(base=str(copy)), paths))["fingerprint"] == first["fingerprint"]
     with (copy / "model.safetensors").open("rb+") as file:
         file.seek(-4, 2)
         file.write(b"\x00\x01\x02\x03")
-    assert identity(Model(base=str(copy)), paths)["fingerprint"] != first["fingerprint"]
-    assert identity(Model(base="organisation/model", revision="v1"), paths) == {
+    assert identity(find_base(Model(base=str(copy)), paths))["fingerprint"] != first["fingerprint"]
+    assert identity(find_base(Model(base="organisation/model", revision="v1"), paths)) == {
         "base": "organisation/model",
         "revision": "v1",
         "gguf_file": None,
@@ -220,9 +222,12 @@ def test_identity(tiny: Path, paths: Paths, tmp_path: Path) -> None:
 
 def test_check(tiny: Path, paths: Paths) -> None:
     """What is asked before a run's first stage."""
-    assert check_model(Model(base=str(tiny)), paths).folder == tiny
-    assert check_model(Model(base="organisation/model"), paths).folder is None
+    check_model(found := find_base(Model(base=str(tiny)), paths))
+    assert found.location.folder == found.tokenizer.folder == tiny
+    check_model(found := find_base(Model(base="organisation/model"), paths))
+    assert found.location.folder is None
     (tiny / "tokenizer.json").unlink()
-    assert check_model(Model(base=str(tiny), tokenizer="organisation/other"), paths).folder == tiny
+    check_model(found := find_base(Model(base=str(tiny), tokenizer="organisation/other"), paths))
+    assert (found.location.folder, found.tokenizer.folder) == (tiny, None)
     with pytest.raises(ModelError, match="has no tokenizer"):
-        check_model(Model(base=str(tiny)), paths)
+        check_model(find_base(Model(base=str(tiny)), paths))

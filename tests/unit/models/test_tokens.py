@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from llm_ray.conf.finetune import Model
 from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.models.pretokenizers import RULES, set_rule
 from llm_ray.models.registry import import_model, outdated
 from llm_ray.models.tokens import FILE, PROBE, SETTINGS, check_alike, open_tokenizer, read_alike
@@ -97,9 +97,9 @@ def test_the_rule_of_a_gguf_is_heeded(
     file = write_gguf(tmp_path / "tiny.gguf", rule="llama-bpe", merges=("Ġ 1", "1 2", "12 3", "123 4", "Ċ Ċ"))
     if imported:
         import_model(str(file), "small", paths.models)
-        tokenizer = load_tokenizer(Model(base="small"), paths)
+        tokenizer = load_tokenizer(find_base(Model(base="small"), paths))
     else:
-        tokenizer = load_tokenizer(Model(base=str(tmp_path), gguf_file="tiny.gguf"), paths)
+        tokenizer = load_tokenizer(find_base(Model(base=str(tmp_path), gguf_file="tiny.gguf"), paths))
     assert tokenizer.tokenize("1 1234\n\n") == ["1", "Ġ", "123", "4", "ĊĊ"]
 
 
@@ -143,7 +143,7 @@ def test_a_tokenizer_is_what_its_file_says(misread: Path, paths: Paths) -> None:
     assert AutoTokenizer.from_pretrained(misread)(TEXTS[0])["input_ids"] != file.encode(TEXTS[0]).ids, (
         "what transformers makes of it"
     )
-    tokenizer = load_tokenizer(Model(base=str(misread)), paths)
+    tokenizer = load_tokenizer(find_base(Model(base=str(misread)), paths))
     for text in (*TEXTS, PROBE):
         assert tokenizer(text)["input_ids"] == file.encode(text).ids
     assert tokenizer.eos_token == "<|im_end|>"  # noqa: S105 (it is no password)

@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import DataStats, SplitStats
 from llm_ray.runs.card import model_card
-from llm_ray.runs.folder import open_run
 from llm_ray.train.auto import choose
+from tests.runs import base_of, opened_run
 from tests.unit.runs.conftest import MakeConf
 
 SPLIT = {"rows": 10, "sequences": 2, "tokens": 1234, "supervised_tokens": 321}
@@ -49,8 +49,8 @@ def chosen(conf: FinetuneConf) -> FinetuneConf:
 
 def test_a_card_says_what_was_made_of_what(make_conf: MakeConf) -> None:
     conf = make_conf("support-bot", data={"train": make_conf().data.train, "system": 'Say "yes".'})
-    with open_run(conf, force=False) as run:
-        text = model_card(chosen(conf), run.lineage(), RESULT)
+    with opened_run(conf, force=False) as run:
+        text = model_card(chosen(conf), base_of(conf), run.lineage(), RESULT)
     header = ModelCard(text).data.to_dict()
     assert header == {
         "base_model": "tiny",
@@ -76,8 +76,8 @@ def test_a_card_says_what_was_made_of_what(make_conf: MakeConf) -> None:
 
 def test_a_card_without_figures_or_licence(make_conf: MakeConf) -> None:
     conf = make_conf(tuning={"objective": "pretrain", "method": "full"}, model={"base": "organisation/model"})
-    with open_run(conf, force=False) as run:
-        text = model_card(chosen(conf), run.lineage(), {})
+    with opened_run(conf, force=False) as run:
+        text = model_card(chosen(conf), base_of(conf), run.lineage(), {})
     header = ModelCard(text).data.to_dict()
     assert header["base_model"] == "organisation/model"
     assert "license" not in header

@@ -13,14 +13,15 @@ import pytest
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import ModelError, RunError, TrainError
-from llm_ray.runs.folder import RunFolder, file_hashes, holder, inputs_hash, open_run, stored_conf
+from llm_ray.runs.folder import RunFolder, file_hashes, holder, inputs_hash, stored_conf
+from tests.runs import opened_run
 from tests.unit.runs.conftest import MakeConf
 
 HOLD = """
 import json, sys
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.runs.folder import open_run
-with open_run(FinetuneConf.model_validate(json.loads(sys.argv[1])), force=False):
+from tests.runs import opened_run
+with opened_run(FinetuneConf.model_validate(json.loads(sys.argv[1])), force=False):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -41,7 +42,7 @@ def make_conf_again(run: RunFolder) -> FinetuneConf:
 
 def test_a_run_has_its_conf_and_lineage(make_conf: MakeConf) -> None:
     conf = make_conf()
-    with open_run(conf, force=False) as run:
+    with opened_run(conf, force=False) as run:
         assert run.lineage()["state"] == "running"
     lineage = json.loads((conf.run_dir / "run.json").read_text())
     assert stored_conf(conf.run_dir) == conf.model_dump(mode="json")
@@ -59,16 +60,16 @@ def test_a_run_has_its_conf_and_lineage(make_conf: MakeConf) -> None:
 
 def test_the_fingerprint_follows_the_base_model(make_conf: MakeConf) -> None:
     conf = make_conf()
-    with open_run(conf, force=False) as run:
+    with opened_run(conf, force=False) as run:
         before = run.lineage()["model"]["fingerprint"]
     weights = conf.paths.models / "tiny" / "model.safetensors"
     weights.write_bytes(bytes(3 << 20))
-    with open_run(conf, force=False) as run:
+    with opened_run(conf, force=False) as run:
         assert run.lineage()["model"]["fingerprint"] != before
 
 
 def test_marks(make_conf: MakeConf) -> None:
-    with open_run(make_conf(), force=False) as run:
+    with opened_run(make_conf(), force=False) as run:
         assert not run.begin("train", "a")
         assert not run.is_done("train", "a")
         assert run.begin("train", "a")  # begun before with the same inputs, and not done: checkpoints are of use
@@ -79,12 +80,12 @@ def test_marks(make_conf: MakeConf) -> None:
         assert not run.begin("train", "b")
         run.clear("train")
         assert not run.begin("train", "b")
-    with open_run(make_conf_again(run), force=False) as again:
+    with opened_run(make_conf_again(run), force=False) as again:
         assert again.begin("train", "b")
 
 
 def test_results_are_merged_and_strict_json(make_conf: MakeConf) -> None:
-    with open_run(make_conf(), force=False) as run:
+    with opened_run(make_conf(), force=False) as run:
         run.update_result("training", {"loss": 1.0, "step": 3})
         run.update_result("training", {"loss": float("nan")})
         run.update_result("evaluation", {"rows": 2})
@@ -98,16 +99,16 @@ def test_results_are_merged_and_strict_json(make_conf: MakeConf) -> None:
     [(TrainError("the loss is NaN"), "failed"), (KeyboardInterrupt(), "stopped"), (ValueError("x"), "failed")],
 )
 def test_an_error_leaves_its_words(make_conf: MakeConf, error: BaseException, state: str) -> None:
-    with pytest.raises(type(error)), open_run(make_conf(), force=False) as run:
+    with pytest.raises(type(error)), opened_run(make_conf(), force=False) as run:
         raise error
     assert run.lineage()["state"] == state
     assert str(error) in run.lineage()["reason"]
-    with open_run(make_conf_again(run), force=False):
+    with opened_run(make_conf_again(run), force=False):
         assert run.lineage()["reason"] == ""
 
 
 def test_an_equal_conf_goes_on_and_keeps_what_is_done(make_conf: MakeConf) -> None:
-    with open_run(make_conf(), force=False) as run:
+    with opened_run(make_conf(), force=False) as run:
         run.mark_done("prepare", "a", 1)
         created = run.lineage()["created"]
     elsewhere = {
@@ -116,17 +117,17 @@ def test_an_equal_conf_goes_on_and_keeps_what_is_done(make_conf: MakeConf) -> No
         "checkpoint": {"keep": 5},
         "stages": ["prepare"],
     }
-    with open_run(make_conf(**elsewhere), force=False) as run:
+    with opened_run(make_conf(**elsewhere), force=False) as run:
         assert run.is_done("prepare", "a")
         assert run.lineage()["created"] == created
         assert stored_conf(run.path)["runtime"]["workers"] == 2
 
 
 def test_another_conf_is_refused_with_the_keys_that_changed(make_conf: MakeConf) -> None:
-    with open_run(make_conf(), force=False):
+    with opened_run(make_conf(), force=False):
         pass
     other = make_conf(training={"epochs": 2, "seed": 7}, tuning={"lora": {"r": 4}})
-    with pytest.raises(RunError) as caught, open_run(other, force=False):
+    with pytest.raises(RunError) as caught, opened_run(other, force=False):
         pass
     message = str(caught.value)
     for line in (
@@ -139,33 +140,36 @@ def test_another_conf_is_refused_with_the_keys_that_changed(make_conf: MakeConf)
         assert line in message
     assert "global_batch_size" not in message
     assert stored_conf(other.run_dir)["training"]["seed"] == 42
-    with open_run(other, force=True):
+    with opened_run(other, force=True):
         assert stored_conf(other.run_dir)["training"]["seed"] == 7
 
 
 def test_a_conf_of_another_version_is_refused(make_conf: MakeConf) -> None:
     conf = make_conf()
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         pass
     (conf.run_dir / "conf.yaml").write_text("name: run\nno_such_key: 1\n")
-    with pytest.raises(RunError, match=r"conf\.yaml cannot be read by llm-ray .*--force"), open_run(conf, force=False):
+    with (
+        pytest.raises(RunError, match=r"conf\.yaml cannot be read by llm-ray .*--force"),
+        opened_run(conf, force=False),
+    ):
         pass
-    with open_run(conf, force=True):
+    with opened_run(conf, force=True):
         pass
 
 
 def test_a_damaged_run_json_is_named(make_conf: MakeConf) -> None:
     conf = make_conf()
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         pass
     (conf.run_dir / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"run\.json is no JSON"), open_run(conf, force=False):
+    with pytest.raises(RunError, match=r"run\.json is no JSON"), opened_run(conf, force=False):
         pass
 
 
 def test_a_missing_base_model_leaves_no_folder(make_conf: MakeConf) -> None:
     conf = make_conf(model={"base": "tinny"})
-    with pytest.raises(ModelError, match="tiny"), open_run(conf, force=False):
+    with pytest.raises(ModelError, match="tiny"), opened_run(conf, force=False):
         pass
     assert not conf.run_dir.exists()
 
@@ -177,14 +181,14 @@ def test_two_processes_do_not_share_a_run(make_conf: MakeConf) -> None:
         assert holder(conf.run_dir) and holder(conf.run_dir)["pid"] == other.pid  # type: ignore[index]
         with (
             pytest.raises(RunError, match=rf"in use by process {other.pid} on {os.uname().nodename}"),
-            open_run(conf, force=True),
+            opened_run(conf, force=True),
         ):
             pass
         assert RunFolder(conf.run_dir).lineage()["state"] == "running"
     finally:
         other.communicate("\n")
     assert holder(conf.run_dir) is None
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         pass
 
 
@@ -195,14 +199,14 @@ def test_a_killed_process_gives_its_run_free(make_conf: MakeConf) -> None:
     other.communicate()
     assert holder(conf.run_dir) is None
     assert RunFolder(conf.run_dir).lineage()["state"] == "running"
-    with open_run(conf, force=False):
+    with opened_run(conf, force=False):
         pass
 
 
 def test_a_full_disk_is_told(make_conf: MakeConf) -> None:
     conf = make_conf()
     told = pytest.raises(RunError, match=r"no space left for the run's folder .*/runs/run \([\d.]+ GiB free\)")
-    with told, open_run(conf, force=False), Path("/dev/full").open("w") as full:
+    with told, opened_run(conf, force=False), Path("/dev/full").open("w") as full:
         full.write("x")  # the kernel's own ENOSPC
     assert RunFolder(conf.run_dir).lineage()["state"] == "failed"
 
@@ -211,7 +215,7 @@ def test_a_file_in_the_place_of_the_folder_is_told(make_conf: MakeConf) -> None:
     conf = make_conf()
     conf.paths.runs.mkdir()
     conf.run_dir.write_text("")
-    with pytest.raises(RunError, match=r"runs/run cannot be written: File exists"), open_run(conf, force=False):
+    with pytest.raises(RunError, match=r"runs/run cannot be written: File exists"), opened_run(conf, force=False):
         pass
 
 
@@ -219,7 +223,7 @@ def test_an_unwritable_folder_is_told(make_conf: MakeConf) -> None:
     # The superuser may not write there either.
     conf = make_conf(paths={"runs": "/sys/llm-ray", "models": str(make_conf("other").paths.models)})
     told = pytest.raises(RunError, match=r"the run's folder /sys/llm-ray/run cannot be written: .* set paths\.runs")
-    with told, open_run(conf, force=False):
+    with told, opened_run(conf, force=False):
         pass
 
 

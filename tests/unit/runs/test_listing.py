@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from llm_ray.cli.main import cli
 from llm_ray.errors import RunError
 from llm_ray.runs.compare import compare, png_plot, terminal_plot
-from llm_ray.runs.folder import open_run
 from llm_ray.runs.listing import find_run, list_runs, summary
 from llm_ray.runs.metrics import MetricsWriter
+from tests.runs import opened_run
 from tests.unit.runs.conftest import MakeConf
 from tests.unit.runs.test_folder import hold
 
@@ -40,7 +40,7 @@ def runs(make_conf: MakeConf) -> Path:
     """Two done runs of different ranks, with metrics and an evaluation."""
     for name, rank, start in (("lora-r8", 8, 3.0), ("lora-r16", 16, 2.0)):
         conf = make_conf(name, tuning={"lora": {"r": rank}})
-        with open_run(conf, force=False) as run:
+        with opened_run(conf, force=False) as run:
             run.mark_done("prepare", "a", 2)
             writer = MetricsWriter(run.path, tensorboard=False, resume_from_step=0)
             for row in rows(start):
@@ -120,7 +120,7 @@ def test_comparison(runs: Path) -> None:
 
 
 def test_plots(runs: Path, make_conf: MakeConf, tmp_path: Path) -> None:
-    with open_run(make_conf("empty"), force=False):
+    with opened_run(make_conf("empty"), force=False):
         pass
     found = compare([runs / "lora-r8", runs / "empty", runs / "lora-r16"], "loss")
     text = terminal_plot(found, width=80, height=20)

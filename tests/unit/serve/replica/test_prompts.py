@@ -22,7 +22,7 @@ from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded
 from llm_ray.data.formats import Conversation, Formatter
 from llm_ray.data.sources import Row
 from llm_ray.models.chat import ChatTemplate
-from llm_ray.models.load import load_tokenizer
+from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.models.registry import template_text
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.replica.server import chat_template, llm_config, told
@@ -201,7 +201,7 @@ def test_templates_for_tools_of_their_own(
         (tmp_path / "chat_template.jinja").write_text(written["default"])
         (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(written["tool_use"])
     assert all(text in template_text(tmp_path) or where == "list" for text in written.values())
-    tokenizer = load_tokenizer(Model(base=str(tmp_path)), Paths())
+    tokenizer = load_tokenizer(find_base(Model(base=str(tmp_path)), Paths()))
     renderer = renderer_from_config(VllmConfig(model_config=ModelConfig(model=str(tmp_path), max_model_len=4096)))
     model = ServedModel("model", tmp_path)
     ours = chat_template(model)
