@@ -1,126 +1,284 @@
-"""Work that takes long, in a process of its own: it holds up nobody else of this one, and ends when it is no longer
-waited for.
+"""Work in a process of its own: it holds up nobody else of this one, and Ray, which ends a program whose cluster dies,
+ends that process alone.
 
-with apart(plan_report, conf) as work:
+with apart(plan_report, conf) as work:      # ended with the block
     for line in work.lines():
         print(line)
     report = work.result()
+
+process = Apart()                           # for calls one after the other
+overview = process.call(cluster.overview, home, address, timeout=20)     # cluster.overview(home, address, reporter=…)
+
+python -m llm_ray.app.apart is such a process: pickled calls come in, what the reporter is told and what they return goes
+out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import logging
 import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import psutil
 
-from llm_ray.errors import LlmRayError, RunError
-from llm_ray.progress import Bar, Kind
+from llm_ray.errors import ClusterError, LlmRayError, RunError
+from llm_ray.progress import Kind, Reporter, Silent
 
 T = TypeVar("T")
 
-_SPAWNED = multiprocessing.get_context("spawn")  # a fork of a process with threads may never come out of a lock
-_AT_WORK: set[int | None] = set()
+_LOG = logging.getLogger(__name__)
+_AT_WORK: set[Apart] = set()
 
 
-class Apart(Generic[T]):
-    """The work of another process: its lines as they come, then what it came to."""
+class _Ended(Exception):
+    """The process ended in the middle of a call; with this code."""
 
-    def __init__(self, ours: Connection, process: Any) -> None:
-        self._ours, self._process = ours, process
-        self._end: tuple[str, Any] | None = None
+    def __init__(self, code: int | None) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Apart:
+    """A process that makes calls one after the other. The first begins it; it goes on to the end of its call when this
+    one ends."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._lock = threading.Lock()
+
+    def call(
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        reporter: Reporter | None = None,
+        timeout: float | None = None,
+    ) -> T:
+        """What `function(*arguments, reporter=…)` returns. Raises its LlmRayError; ClusterError where the process dies
+        with Ray, or does not answer within `timeout` seconds: it is then ended."""
+        with self._lock, contextlib.closing(_Bars(reporter or Silent())) as bars:
+            try:
+                for kind, value in self.events(function, *arguments, timeout=timeout):
+                    if kind == "returned":
+                        result: T = value
+                        return result
+                    bars.take(kind, value)
+            except (queue.Empty, BrokenPipeError) as error:
+                self.kill()
+                raise ClusterError(
+                    f"Ray does not answer within {timeout or 0:.0f} s: the cluster is away, or very busy"
+                ) from error
+            except (_Ended, ClusterError) as error:
+                self.kill()  # the next call joins anew
+                if isinstance(error, ClusterError):
+                    raise
+            raise ClusterError(
+                "the connection to Ray ended in the middle: the cluster is away, or has just been stopped"
+            )
+
+    def events(
+        self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """What the reporter of a call is told, and at last what it `returned`. Raises its LlmRayError, _Ended, and
+        queue.Empty after so many seconds."""
+        process = self._begun()
+        end = time.monotonic() + timeout if timeout else None
+        pickle.dump((function, arguments), process.stdin)  # type: ignore[arg-type]
+        process.stdin.flush()  # type: ignore[union-attr]
+        while True:
+            kind, value = self._answers.get(timeout=max(0.0, end - time.monotonic()) if end else None)
+            if kind == "failed":
+                raise value
+            if kind == "ended":
+                raise _Ended(process.wait())
+            yield kind, value
+            if kind == "returned":
+                return
+
+    def close(self) -> None:
+        """End the process; what it does goes on to its end."""
+        with self._lock:
+            if self._process and self._process.stdin:
+                with contextlib.suppress(OSError):
+                    self._process.stdin.close()
+
+    def kill(self) -> None:
+        """End the process and those that it has begun, in the middle of their work."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with contextlib.suppress(psutil.NoSuchProcess):
+            begun = psutil.Process(process.pid)
+            for each in [*begun.children(recursive=True), begun]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+        process.wait()
+
+    def _begun(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None or self._process.stdin.closed:  # type: ignore[union-attr]
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "llm_ray.app.apart"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            self._answers = queue.Queue()
+            threading.Thread(target=_read, args=(self._process, self._answers), daemon=True).start()
+        return self._process
+
+
+class Work(Generic[T]):
+    """One call in a process of its own: its lines as they come, then what it came to."""
+
+    def __init__(self, events: Iterator[tuple[str, Any]]) -> None:
+        self._events = events
+        self._result: list[T] = []
 
     def lines(self) -> Iterator[str]:
-        """What the work says of its progress, until it is done."""
-        while self._end is None:
-            try:
-                kind, value = self._ours.recv()
-            except EOFError:
-                self._process.join()
-                code = self._process.exitcode
-                why = (
-                    "it was killed, perhaps for want of memory" if code == -9 else f"its process ended with code {code}"
-                )
-                kind, value = "error", RunError(f"the work broke off: {why}")
-            if kind == "line":
-                yield value
-            else:
-                self._end = (kind, value)
+        """What the work says of its progress, until it is done. Raises LlmRayError as it did."""
+        try:
+            for kind, value in self._events:
+                if kind == "line":
+                    yield value[0]
+                elif kind == "bar":
+                    yield value[1]
+                elif kind == "returned":
+                    self._result.append(value)
+        except _Ended as end:
+            killed = "it was killed, perhaps for want of memory"
+            why = killed if end.code == -9 else f"its process ended with code {end.code}"
+            raise RunError(f"the work broke off: {why}") from None
 
     def result(self) -> T:
         """What the work came to. Raises LlmRayError as it did."""
         for _ in self.lines():
             pass
-        end: tuple[str, Any] = self._end or ("error", RunError("the work has no end"))
-        if end[0] == "error":
-            raise end[1]
-        result: T = end[1]
-        return result
+        if not self._result:
+            raise RunError("the work broke off before its end")
+        return self._result[0]
 
 
 @contextlib.contextmanager
-def apart(function: Callable[..., T], *arguments: Any) -> Iterator[Apart[T]]:
-    """Begin `function(*arguments, reporter)` in a process of its own, which ends with the block. Function, arguments
+def apart(function: Callable[..., T], *arguments: Any) -> Iterator[Work[T]]:
+    """Begin `function(*arguments, reporter=…)` in a process of its own, which ends with the block. Function, arguments
     and result are pickled."""
-    ours, theirs = _SPAWNED.Pipe(duplex=False)
-    process = _SPAWNED.Process(
-        target=_work, args=(theirs, function, arguments)
-    )  # no daemon: planning has processes of its own
-    process.start()
-    _AT_WORK.add(process.pid)
-    theirs.close()
+    process = Apart()
+    _AT_WORK.add(process)
     try:
-        yield Apart(ours, process)
+        yield Work(process.events(function, *arguments))
     finally:
-        _AT_WORK.discard(process.pid)
-        _kill(process.pid)
-        process.join()
-        ours.close()
+        _AT_WORK.discard(process)
+        process.kill()
 
 
 def end_all() -> None:
-    """Break off what is at work: this process is about to end, and would wait for the threads that wait for it."""
-    for pid in list(_AT_WORK):
-        _kill(pid)
+    """Break off what is at work in an `apart`: this process is about to end, and would wait for the threads that wait
+    for it."""
+    for process in list(_AT_WORK):
+        process.kill()
 
 
-def _kill(pid: int | None) -> None:
-    """End a process and those that it has begun."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        begun = psutil.Process(pid)
-        for each in [*begun.children(recursive=True), begun]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+def _read(process: subprocess.Popen[bytes], answers: queue.Queue[tuple[str, Any]]) -> None:
+    with contextlib.suppress(EOFError, OSError, ValueError, pickle.UnpicklingError):
+        while True:
+            answers.put(pickle.load(process.stdout))  # type: ignore[arg-type]  # noqa: S301  # of our own child
+    answers.put(("ended", None))
+    process.wait()
 
 
-class _Sent:
-    """A reporter whose lines go to the process that waits. Bars are not sent."""
+class _Bars:
+    """Hands what the other process tells to a reporter."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._open = reporter, dict[int, tuple[Any, contextlib.ExitStack]]()
+
+    def take(self, kind: str, value: Any) -> None:
+        if kind == "line":
+            self._reporter.line(*value)
+        elif kind == "bar":
+            number, title, total = value
+            stack = contextlib.ExitStack()
+            self._open[number] = stack.enter_context(self._reporter.bar(title, total)), stack
+        elif kind == "update":
+            number, *progress = value
+            self._open[number][0].update(*progress)
+        else:
+            self._open.pop(value)[1].close()
+
+    def close(self) -> None:
+        for _, stack in self._open.values():
+            stack.close()
+
+
+class _Teller:
+    """The reporter in the other process."""
+
+    def __init__(self, tell: Callable[[str, Any], None]) -> None:
+        self._tell, self._bars = tell, 0
 
     def line(self, text: str, kind: Kind = "plain") -> None:
-        self._connection.send(("line", text))
+        self._tell("line", (text, kind))
 
     @contextlib.contextmanager
-    def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
-        self.line(title)
-        yield self
+    def bar(self, title: str, total: int | None = None) -> Iterator[_Bar]:
+        self._bars += 1
+        bar = _Bar(self._tell, self._bars)
+        self._tell("bar", (bar.number, title, total))
+        try:
+            yield bar
+        finally:
+            self._tell("closed", bar.number)
+
+
+@dataclass
+class _Bar:
+    tell: Callable[[str, Any], None]
+    number: int
+    last: float = 0.0
 
     def update(self, done: int, total: int | None = None, text: str = "") -> None:
-        pass
+        if time.monotonic() - self.last > 0.2 or done == total:
+            self.last = time.monotonic()
+            self.tell("update", (self.number, done, total, text))
 
 
-def _work(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    try:
-        end = ("result", function(*arguments, _Sent(connection)))
-    except LlmRayError as error:
-        end = ("error", type(error)(str(error)))
-    with contextlib.suppress(BrokenPipeError):
-        connection.send(end)
-    connection.close()
-    os._exit(0)  # what libraries have to say at the end is of no use to anybody
+def main() -> None:
+    """Make the calls that come in, until no more do."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def tell(kind: str, value: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # nobody waits any more; the work is done all the same
+            pickle.dump((kind, value), out)
+            out.flush()
+
+    while True:
+        try:
+            function, arguments = pickle.load(sys.stdin.buffer)  # noqa: S301  # of our own parent
+        except EOFError:
+            return
+        try:
+            tell("returned", function(*arguments, reporter=_Teller(tell)))
+        except LlmRayError as error:
+            tell(
+                "failed",
+                type(error)(str(error)) if type(error).__init__ is Exception.__init__ else LlmRayError(str(error)),
+            )
+        except Exception as error:
+            _LOG.exception(f"in a call apart: {function}")
+            tell("failed", LlmRayError(f"{type(error).__name__}: {error}"))
+
+
+if __name__ == "__main__":
+    from llm_ray.app.apart import main as run
+
+    run()

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_ray.app import cluster, serving
+from llm_ray.app.apart import Apart
 from llm_ray.errors import LlmRayError
 from llm_ray.progress import Reporter
-from llm_ray.ui.apart import Apart
 
 _LOG = logging.getLogger("llm_ray.ui")
 LOOK_AGAIN = 10

@@ -11,11 +11,11 @@ import gradio as gr
 
 from llm_ray.app import models as registry
 from llm_ray.app import serving
+from llm_ray.app.apart import Apart
 from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, engines_with
 from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ServeConf
 from llm_ray.errors import ConfError
-from llm_ray.ui.apart import Apart
 from llm_ray.ui.fields import optional, whole
 from llm_ray.ui.figures import note, table
 from llm_ray.ui.handlers import handler, on, on_load

@@ -8,9 +8,10 @@ import threading
 import psutil
 import pytest
 
-from llm_ray.app.apart import apart, end_all
-from llm_ray.errors import ConfError, RunError
-from tests.unit.app.errands import die, double, never, refuse
+from llm_ray.app.apart import Apart, apart, end_all
+from llm_ray.errors import ClusterError, ConfError, RunError
+from llm_ray.progress import Silent
+from tests.unit.app.errands import die, double, never, own_pid, refuse
 
 
 def test_lines_and_a_result() -> None:
@@ -53,3 +54,28 @@ def test_all_are_ended_where_this_process_is_to_end() -> None:
     waiting.join(60)
     assert not waiting.is_alive()
     assert not psutil.pid_exists(int(told[0]))
+
+
+def test_calls_one_after_the_other() -> None:
+    """In one process, until it dies or does not answer: then the next call begins another."""
+    process = Apart()
+    pid = process.call(own_pid, reporter=Silent())
+    with pytest.raises(ConfError, match=r"data\.train: no such file"):
+        process.call(refuse)
+    assert process.call(own_pid) == pid
+    with pytest.raises(ClusterError, match="ended in the middle"):
+        process.call(die)
+    assert (another := process.call(own_pid)) != pid
+    with pytest.raises(ClusterError, match="does not answer within 1 s"):
+        process.call(never, timeout=1)
+    assert not psutil.pid_exists(another)
+    assert process.call(double, 21) == 42
+    process.kill()
+
+
+def test_what_goes_on_is_not_broken_off() -> None:
+    """A call that changes what is served ends as it should, whoever still waits for it."""
+    process = Apart()
+    child = psutil.Process(process.call(own_pid))
+    process.close()
+    assert child.wait(60) in (0, None)
