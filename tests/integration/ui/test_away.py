@@ -21,26 +21,20 @@ from tests.integration.ui.conftest import LLM_RAY, PASSWORD, assert_accessible, 
 LONG = 180_000  # milliseconds
 
 
-@contextlib.contextmanager
-def head(port: int) -> Iterator[subprocess.Popen[bytes]]:
+def head(port: int) -> contextlib.AbstractContextManager[None]:
     """A cluster of one node."""
-    ray = [
-        str(Path(sys.executable).with_name("ray")),
-        "start",
-        "--head",
-        "--block",
-        f"--port={port}",
-        "--node-ip-address=127.0.0.1",
-    ]
-    more = [
-        "--num-cpus=1",
-        f"--object-store-memory={100 * 2**20}",
-        f"--dashboard-port={free_port()}",
-        "--disable-usage-stats",
-    ]
-    process = subprocess.Popen([*ray, *more], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return node("--head", f"--port={port}", "--node-ip-address=127.0.0.1", f"--dashboard-port={free_port()}")
+
+
+@contextlib.contextmanager
+def node(*options: str) -> Iterator[None]:
+    """A node of a cluster, with one core."""
+    ray = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    process = subprocess.Popen(
+        [*ray, f"--object-store-memory={100 * 2**20}", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
-        yield process
+        yield
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -50,14 +44,40 @@ def head(port: int) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_a_cluster_that_dies_is_shown_as_away_and_comes_back_by_itself(
-    open_browser: Callable[..., BrowserContext], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    token = tmp_path / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
+@pytest.fixture(autouse=True)
+def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's, which nodes and page share."""
+    file = tmp_path / "token"
+    file.write_text(secrets.token_hex(32))
+    file.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+
+
+def test_a_worker_is_drained(open_browser: Callable[..., BrowserContext], tmp_path: Path) -> None:
+    """It is asked first; the head is not offered."""
+    add_user(tmp_path / "ui" / "users.json", "alice", PASSWORD, Role.ADMIN)
+    port = free_port()
+    with head(port), running(tmp_path, LLM_RAY, "ui", "--port", "0", "--address", f"127.0.0.1:{port}") as page:
+        tab = signed_in_at(open_browser(), page, "alice", "cluster")
+        hosts = tab.locator("#cluster-overview").get_by_role("table", name="Hosts")
+        expect(hosts).to_contain_text("(head)", timeout=LONG)
+        with node(f"--address=127.0.0.1:{port}", "--node-ip-address=127.0.0.2"):
+            expect(hosts).to_contain_text("127.0.0.2", timeout=LONG)
+            tab.get_by_label("Worker").click()
+            expect(tab.get_by_role("option")).to_have_count(1)
+            tab.get_by_role("option", name="127.0.0.2").click()
+            tab.get_by_role("button", name="Drain it").click()
+            expect(tab.locator("#cluster-sure")).to_contain_text("Drain 127.0.0.2? It takes no more work")
+            tab.get_by_role("button", name="Do it").click()
+            expect(tab.locator("#cluster-progress")).to_contain_text("Drain 127.0.0.2: done", timeout=LONG)
+            expect(hosts).not_to_contain_text("127.0.0.2", timeout=LONG)
+            expect(hosts).to_contain_text("(head)")
+
+
+def test_a_cluster_that_dies_is_shown_as_away_and_comes_back_by_itself(
+    open_browser: Callable[..., BrowserContext], tmp_path: Path
+) -> None:
     add_user(tmp_path / "ui" / "users.json", "alice", PASSWORD, Role.ADMIN)
     port = free_port()
     with running(tmp_path, LLM_RAY, "ui", "--port", "0", "--address", f"127.0.0.1:{port}") as page:

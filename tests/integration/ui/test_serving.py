@@ -10,8 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from llm_ray.serve.deployments.deploy import free_port
 from tests.integration.serving import until
@@ -99,6 +100,48 @@ def test_the_examples_run_as_they_stand(url: str) -> None:
         assert subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
         ).stdout.strip()
+
+
+def test_a_restart_asks_first(sign_in: Open, page: Running, url: str) -> None:
+    """What is served starts anew, as it was; it is left alone where the admin thinks better of it, or is none."""
+    from llm_ray.ui.screens.deploy import snippets
+
+    tab = sign_in("bob", "cluster")
+    _choose(tab, "Deployed model")
+    tab.get_by_role("button", name="Restart it").click()
+    expect(tab.get_by_text("This needs the role admin; yours is user.")).to_be_visible()
+    tab = sign_in("alice", "cluster")
+    tab.get_by_role("button", name="Restart it").click()
+    expect(tab.get_by_text("Choose a deployed model first.")).to_be_visible()
+    _choose(tab, "Deployed model")
+    tab.get_by_role("button", name="Restart it").click()
+    sure = tab.locator("#cluster-sure")
+    expect(sure).to_contain_text(f"Restart {NAME}? What it works on is answered first")
+    assert_accessible(tab)
+    tab.get_by_role("button", name="Leave it").click()
+    expect(sure).to_be_hidden()
+    before = _replicas()
+    tab.get_by_role("button", name="Restart it").click()
+    tab.get_by_role("button", name="Do it").click()
+    expect(tab.locator("#cluster-progress")).to_contain_text(f"Restart {NAME}: done", timeout=LONG)
+    assert before - _replicas(), "its process is another one"
+    _, program, *_ = snippets(url, NAME, False, "chat")
+    assert subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.strip()
+
+
+def _choose(tab: Page, label: str, option: str = NAME) -> None:
+    tab.get_by_label(label).click(timeout=30_000)
+    tab.get_by_role("option", name=re.compile(re.escape(option))).click()
+
+
+def _replicas() -> set[int]:
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] and process.info["cmdline"][0].startswith(f"ray::ServeReplica:{NAME}")
+    }
 
 
 def test_a_key_is_made_and_revoked(sign_in: Open, page: Running, url: str) -> None:
