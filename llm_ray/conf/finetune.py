@@ -111,12 +111,14 @@ class Data(Section):
     """Validation data: a file or list as in `train`, or a fraction of the training rows that is split off by the seed.
     `auto`: 10 % of them, at most 500, where there are 200 rows or more; none below that, where a handful of rows tells
     little and each is needed to learn from. `null`: none."""
-    format: Literal["auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "text"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "question_answer", "text"
+    ] = "auto"
     """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role,
-    content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), text. `auto` tells it
-    from the first rows."""
+    content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), question_answer
+    (question, answer, context), text. `auto` tells it from the first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of your columns for the format's own, e.g. `{instruction: question, output: answer}`."""
+    """Names of your columns for the format's own, e.g. `{question: title, answer: body}`."""
     processor: str | None = None
     """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or
     `./file.py:Class`, relative to the conf file."""

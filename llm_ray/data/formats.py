@@ -7,6 +7,7 @@
 | messages | messages: list of {role, content, [tool_calls, function_call, reasoning_content, weight]}, [tools, system] |
 | sharegpt | conversations: list of {from, value}, [tools, system] |
 | prompt_completion | prompt, completion, [label, system] |
+| question_answer | question, answer, [context, system] |
 | text | text |
 
 A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are
@@ -37,6 +38,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "dolly": ("instruction", "response"),
     "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
     "text": ("text",),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
@@ -45,6 +47,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "alpaca": ("input", "history", "system"),
     "dolly": ("context", "system"),
     "prompt_completion": ("label", "system"),
+    "question_answer": ("context", "system"),
     "text": (),
 }
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
@@ -162,7 +165,7 @@ class Formatter:
         raise _Bad(
             f"cannot tell the format: the row has {_names(values)}; known are {shapes}"
             + (f"; {', '.join(hints)}" if hints else "")
-            + ". Name your columns in data.columns, e.g. {instruction: question, output: answer}"
+            + ". Name your columns in data.columns, e.g. {question: title, answer: body}"
         )
 
     def _convert(self, form: str, values: dict[str, Any]) -> Conversation | Text:
@@ -181,7 +184,7 @@ class Formatter:
             tools = _tools(values.get("tools"))
         else:
             question, answer = REQUIRED[form]
-            extra = {"alpaca": "input", "dolly": "context"}.get(form)
+            extra = {"alpaca": "input", "dolly": "context", "question_answer": "context"}.get(form)
             more = _string(values, extra) if extra and values.get(extra) is not None else ""
             prompt = "\n\n".join(part for part in (_string(values, question), more) if part.strip())
             messages, tools = (

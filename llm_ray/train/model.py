@@ -199,8 +199,22 @@ def speed_up_adapters(model: nn.Module) -> None:
 def _lora_forward(layer: LoraLinear, adapter: str, x: Tensor) -> Tensor:
     base = layer.base_layer(x)
     down, up = layer.lora_A[adapter].weight.to(base.dtype), layer.lora_B[adapter].weight.to(base.dtype)
-    low = F.linear(layer.lora_dropout[adapter](x).to(base.dtype), down)
+    dropout = layer.lora_dropout[adapter]
+    if isinstance(dropout, nn.Dropout) and dropout.training:
+        x = _dropped(x, dropout.p)
+    low = F.linear(x.to(base.dtype), down)
     return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=layer.scaling[adapter]).view(base.shape)
+
+
+def _dropped(x: Tensor, share: float) -> Tensor:
+    """`x` with a random share of its values set to 0, to 1/65536 exact, and the others scaled up to make up for it.
+
+    torch's own dropout on CPUs draws 32 bits for each value, on one thread: a quarter of a step's time. Here 64 are drawn
+    for four values.
+    """
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = drawn.view(torch.int16)[: x.numel()].view_as(x) >= round(share * 2**16) - 2**15
+    return x * kept.to(x.dtype).mul_(1 / (1 - share))
 
 
 def compile_layers(causal: PreTrainedModel) -> None:

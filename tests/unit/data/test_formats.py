@@ -55,6 +55,12 @@ GOOD: list[tuple[str, dict[str, Any], Conversation]] = [
         qa("Who?\n\nAnn did.", "Ann"),
     ),
     ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}, qa("Hi", "Hello")),
+    ("question_answer", {"id": 1, "question": "Hi", "answer": "Hello"}, qa("Hi", "Hello")),
+    (
+        "question_answer",
+        {"question": "Who?", "answer": "Ann", "context": "Ann did.", "system": "Be brief."},
+        qa("Who?\n\nAnn did.", "Ann", "Be brief."),
+    ),
     ("messages", {"messages": qa("Hi", "Hello", "Be brief.").messages}, qa("Hi", "Hello", "Be brief.")),
     ("messages", {"messages": json.dumps(qa("Hi", "Hello").messages)}, qa("Hi", "Hello")),
     (
@@ -231,8 +237,8 @@ def test_each_file_has_its_own_format(conf: Make) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "cannot tell the format: the row has no columns"),
     (
-        {"question": "a", "answer": "b"},
-        r"cannot tell the format: the row has the columns question, answer; known are .*alpaca \(instruction, output\).*data\.columns",
+        {"title": "a", "body": "b"},
+        r"cannot tell the format: the row has the columns title, body; known are .*alpaca \(instruction, output\).*data\.columns",
     ),
     ({"promt": "a", "completions": "b"}, "'promt' looks like 'prompt', 'completions' looks like 'completion'"),
     ({"text": "a"}, "plain text has no answers to learn by tuning.objective sft: use objective pretrain"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 from llm_ray.conf.finetune import Lora
 from llm_ray.errors import ConfError
 from llm_ray.export.stage import save_adapter
-from llm_ray.train.model import add_adapters, learning_modules, speed_up_adapters
+from llm_ray.train.model import _dropped, add_adapters, learning_modules, speed_up_adapters
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -58,6 +59,33 @@ def test_fast_adapters_give_the_logits_and_gradients_of_pefts(lora: Lora) -> Non
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_its_share_and_the_mean(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x = torch.ones(3, 501, 333, dtype=dtype, requires_grad=True)
+    dropped = _dropped(x, 0.1)
+    share = (dropped == 0).float().mean(0)
+    assert share.mean().item() == pytest.approx(0.1, abs=0.002)
+    assert share.std().item() == pytest.approx(math.sqrt(0.1 * 0.9 / 3), abs=0.005), "each value by itself"
+    assert set(dropped.detach().unique().tolist()) == {0.0, torch.tensor(1 / 0.9, dtype=dtype).item()}
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped.detach())
+    torch.manual_seed(3)
+    assert torch.equal(_dropped(x, 0.1), dropped), "a run that goes on draws what the unbroken one draws"
+
+
+def test_dropout_in_training_alone() -> None:
+    model = adapted(Lora(r=4, dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    speed_up_adapters(model)
+    first, second = (model.train()(input_ids=IDS).logits for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (model.eval()(input_ids=IDS).logits for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_every_learning_weight_moves_and_no_other() -> None:
