@@ -10,8 +10,7 @@
 # torch.set_num_threads(1) before gloo's thread first computes do no harm. A LoRA step of 184 tokens took 1.7 times as long.
 #
 # Seen, on two cores:
-#   sleeps for each of 2000 loops: at first 0.0, after gathering 20000 bytes 0.0, after 100000 bytes 2.0
-#   (loops took 0.055, 0.055 and 0.093 s; time is not judged)
+#   sleeps for each of 200 loops: at first 0.0, after gathering 20000 bytes 0.0, after 100000 bytes 2.0
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
@@ -21,7 +20,6 @@ cd "$folder"
 env/bin/python - <<'PYTHON'
 import os
 import resource
-import time
 
 import torch
 import torch.distributed as dist
@@ -30,16 +28,18 @@ cores = len(os.sched_getaffinity(0))
 assert cores > 1, "two cores are needed"
 torch.set_num_threads(cores)
 dist.init_process_group("gloo", init_method=f"file://{os.getcwd()}/meeting", rank=0, world_size=1)
-numbers = torch.ones(100_000 * cores)
+numbers = torch.ones(40_000 * cores)
 
 
-def loops(count=2000):
-    """Sleeps of this process for each loop, and the seconds of all."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
-    for _ in range(count):
-        torch.neg(numbers, out=numbers)
-    slept = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
-    return slept / count, time.perf_counter() - began
+def loops(count=200, rounds=20):
+    """Sleeps of this process for each loop, in the round with the fewest: others may use the cores."""
+    fewest = float("inf")
+    for _ in range(rounds):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+        for _ in range(count):
+            torch.neg(numbers, out=numbers)
+        fewest = min(fewest, (resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before) / count)
+    return fewest
 
 
 def gather(size):
@@ -55,9 +55,8 @@ gather(100_000)
 large = loops()
 dist.destroy_process_group()
 print(
-    f"sleeps for each of 2000 loops: at first {first[0]:.1f}, after gathering 20000 bytes {small[0]:.1f}, "
-    f"after 100000 bytes {large[0]:.1f}"
+    f"sleeps for each of 200 loops: at first {first:.1f}, after gathering 20000 bytes {small:.1f}, "
+    f"after 100000 bytes {large:.1f}"
 )
-print(f"(loops took {first[1]:.3f}, {small[1]:.3f} and {large[1]:.3f} s; time is not judged)")
-assert first[0] < 0.2 and small[0] < 0.2 and large[0] > 0.5, (first, small, large)
+assert first < 0.2 and small < 0.2 and large > 1, (first, small, large)
 PYTHON
