@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 
-from llm_ray.app import apart
+from llm_ray import apart
 from llm_ray.errors import ConfError, ServeError
 from llm_ray.ui.guard import Door, Guard
 from llm_ray.ui.login import Link, Login

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llm_ray.apart import Apart
 from llm_ray.app import cluster, serving
-from llm_ray.app.apart import Apart
 from llm_ray.errors import LlmRayError
 from llm_ray.progress import Reporter
 

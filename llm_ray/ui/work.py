@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_ray.app.apart import Apart
+from llm_ray.apart import Apart
 from llm_ray.errors import LlmRayError
 from llm_ray.progress import Kind
 from llm_ray.ui.figures import note

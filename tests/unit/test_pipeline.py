@@ -12,6 +12,7 @@ from llm_ray.app.finetune import _inputs
 from llm_ray.conf.load import load_finetune
 from llm_ray.data import processors
 from llm_ray.data.processors import code_of, load_processor
+from tests.runs import base_of
 
 FILES = {
     "conf.yaml": "name: x\nmodel: {base: ./base, tokenizer: ./words, chat_template: chat.jinja}\n"
@@ -49,7 +50,11 @@ def folder(tmp_path: Path, smollm2: Path) -> Path:
 
 @pytest.fixture
 def prepared(folder: Path) -> Callable[[], str]:
-    return lambda: _inputs(load_finetune(str(folder / "conf.yaml")))["prepare"]
+    def hash_of_inputs() -> str:
+        conf = load_finetune(str(folder / "conf.yaml"))
+        return _inputs(conf, base_of(conf))["prepare"]
+
+    return hash_of_inputs
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from llm_ray.app.apart import apart
+from llm_ray.apart import apart
 from llm_ray.app.confs import conf_of
 from llm_ray.app.data import Examined, Preview, PreviewRow, examine
 from llm_ray.errors import LlmRayError

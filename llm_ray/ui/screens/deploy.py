@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from llm_ray.apart import Apart
 from llm_ray.app import models as registry
 from llm_ray.app import serving
-from llm_ray.app.apart import Apart
 from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, engines_with
 from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ServeConf

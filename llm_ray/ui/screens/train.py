@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from llm_ray.app.apart import apart
+from llm_ray.apart import apart
 from llm_ray.app.confs import Field, command_of, conf_of, dump, fields, settings_of
 from llm_ray.app.finetune import PlanReport, report_plan
 from llm_ray.app.jobs import submit

@@ -9,7 +9,7 @@ with apart(plan_report, conf) as work:      # ended with the block
 process = Apart()                           # for calls one after the other
 overview = process.call(cluster.overview, home, address, timeout=20)     # cluster.overview(home, address, reporter=…)
 
-python -m llm_ray.app.apart is such a process: pickled calls come in, what the reporter is told and what they return goes
+python -m llm_ray.apart is such a process: pickled calls come in, what the reporter is told and what they return goes
 out.
 """
 
@@ -126,7 +126,7 @@ class Apart:
     def _begun(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None or self._process.stdin.closed:  # type: ignore[union-attr]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "llm_ray.app.apart"],
+                [sys.executable, "-m", "llm_ray.apart"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,
@@ -279,6 +279,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from llm_ray.app.apart import main as run
+    from llm_ray.apart import main as run
 
     run()

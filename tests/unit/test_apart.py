@@ -8,10 +8,10 @@ import threading
 import psutil
 import pytest
 
-from llm_ray.app.apart import Apart, apart, end_all
+from llm_ray.apart import Apart, apart, end_all
 from llm_ray.errors import ClusterError, ConfError, RunError
 from llm_ray.progress import Silent
-from tests.unit.app.errands import die, double, never, own_pid, refuse
+from tests.unit.errands import die, double, never, own_pid, refuse
 
 
 def test_lines_and_a_result() -> None:
