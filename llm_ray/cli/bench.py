@@ -37,35 +37,33 @@ def bench() -> None:
 @click.option(
     "--duration",
     type=click.FloatRange(0, min_open=True),
-    help="Send requests for so many seconds instead, and wait for the last answers.",
+    help="Send requests for this many seconds instead, and wait for the last answers.",
 )
 @click.option(
     "--file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Prompts, as `llm-ray infer` reads them; they are gone through again and again. Default: sentences that ship.",
+    help="Prompts, in the formats that `llm-ray infer` reads; they are repeated as needed. Default: bundled sentences.",
 )
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(1),
-    help="About how long the prompts are that ship, without --file. Default: 64.",
+    help="Approximate length of the bundled prompts, without --file. Default: 64.",
 )
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer.")
-@click.option("--ignore-eos", is_flag=True, help="Let every answer become so long, where the engine can.")
+@click.option("--ignore-eos", is_flag=True, help="Make every answer that long, if the engine can.")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0, show_default=True, help="0: always the likeliest token."
+    "--temperature", type=click.FloatRange(0), default=0, show_default=True, help="0: always the most likely token."
 )
-@click.option("--completion", is_flag=True, help="Ask for completions of raw prompts in place of chats.")
+@click.option("--completion", is_flag=True, help="Request completions of raw prompts instead of chats.")
 @click.option(
     "--warmup",
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Requests sent before, which are in no figure.",
+    help="Requests sent first and not counted.",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the prompts that ship and the times of --rate."
-)
+@click.option("--seed", type=int, default=0, show_default=True, help="For the bundled prompts and the times of --rate.")
 @click.option("--allow-failures", is_flag=True, help="End with code 0 even when requests failed.")
 @click.option(
     "--output",
@@ -93,10 +91,10 @@ def serve(
     """Load an endpoint, and measure how fast it answers.
 
     Every request is a stream, so that the time to the first token and the time per token are measured, as `vllm bench
-    serve` defines them. A request that fails counts as a failure and is in no other figure. --concurrency tells what the
-    endpoint can do, --rate how it feels when so many people use it.
+    serve` defines them. A request that fails counts as a failure and is in no other figure. --concurrency shows
+    what the endpoint can do, --rate how it behaves with that many users.
 
-    The load runs in one process of one thread; what it needs of the CPU is reported, because the endpoint may run on the
+    The load generator is one process with one thread. Its CPU use is reported, because the endpoint may run on the
     same machine.
 
     \b

@@ -40,7 +40,7 @@ def data() -> None:
 def preview(
     config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], rows: int, color: bool | None
 ) -> None:
-    """Show the first rows as tokens; those that are supervised are marked.
+    """Show the first rows as tokens, with the supervised ones marked.
 
     \b
     Example:

@@ -25,23 +25,24 @@ if TYPE_CHECKING:
     "--stage",
     multiple=True,
     type=click.Choice(STAGES),
-    help="Run this stage only, instead of the conf's stages. Again for more.",
+    help="Run only this stage instead of the conf's stages. Repeat for more.",
 )
 @click.option(
     "--resume",
     default="auto",
     metavar="auto|no|PATH",
     show_default=True,
-    help="Train on from the run's last whole checkpoint, from the start, or from the checkpoint PATH.",
+    help="Continue training from the run's last complete checkpoint, start from the beginning, or continue from the "
+    "checkpoint PATH.",
 )
 @click.option(
-    "--force", is_flag=True, help="Repeat stages that are done, and let a changed conf replace what depends on it."
+    "--force", is_flag=True, help="Repeat finished stages, and let a changed conf replace what depends on it."
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Make no run: show the resolved conf, figures of the data, what auto chooses, memory and time measured over "
-    "some steps, and what speaks against the plan.",
+    help="Start no run: show the resolved conf, statistics of the data, what auto chooses, memory and time measured "
+    "over some steps, and problems of the plan.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
 def finetune(
@@ -54,11 +55,11 @@ def finetune(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Finetune a model as a conf says.
+    """Finetune a model as described by a conf.
 
     The conf is a Jinja template of YAML, or plain YAML: a file, or a shipped template's name (quickstart, lora, full,
-    pretrain, cluster). The same command again goes on where the run was broken off, and skips what is done. Ctrl-C ends
-    training with a checkpoint, as does `llm-ray runs stop` from elsewhere.
+    pretrain, cluster). Give the same command again to continue an interrupted run; finished stages are skipped. Ctrl-C
+    ends training with a checkpoint, and so does `llm-ray runs stop` from another terminal.
 
     \b
     Examples:

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 @click.option(
     "--prompt",
     metavar="TEXT|-",
-    help="What to ask. With -, or without --prompt and --file, it is read from standard input.",
+    help="The prompt. With -, or without --prompt and --file, it is read from standard input.",
 )
 @click.option(
     "--file",
     "file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Ask every prompt in FILE: one a line in .txt; .jsonl, .json and other tables with a column prompt, text, "
+    help="Ask every prompt in FILE: one per line in .txt; .jsonl, .json and other tables with a column prompt, text, "
     "instruction (and input) or messages.",
 )
 @click.option(
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Write the answers to FILE, a JSON object a line, each as it comes. What FILE answers already is not asked "
-    "again.",
+    help="Write the answers to FILE as they come, one JSON object per line. Prompts that FILE already answers are "
+    "skipped.",
 )
 @click.option("--concurrency", type=click.IntRange(1), help="With --file: prompts asked at once. Default: 8.")
 @click.option("--stream", "--streaming_response", is_flag=True, help="Show the answer as it is written.")
@@ -47,19 +47,19 @@ if TYPE_CHECKING:
 @click.option(
     "--completion",
     is_flag=True,
-    help="Let the model go on with the prompt as it is, without its chat template (OpenAI API).",
+    help="Let the model continue the raw prompt, without its chat template (OpenAI API).",
 )
 @click.option("--max-tokens", "--max_new_tokens", type=click.IntRange(1), help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0), help="0: always the likeliest token.")
+@click.option("--temperature", type=click.FloatRange(0), help="0: always the most likely token.")
 @click.option(
     "--top-p",
     "--top_p",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Choose among the likeliest tokens of this share.",
+    help="Sample from the most likely tokens with this total probability.",
 )
-@click.option("--top-k", "--top_k", type=click.IntRange(1), help="Choose among so many of the likeliest tokens.")
+@click.option("--top-k", "--top_k", type=click.IntRange(1), help="Sample from this many of the most likely tokens.")
 @click.option("--seed", type=int, help="The same seed, prompt and settings give the same answer.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Again for more.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Repeat for more.")
 @click.option("--json", "as_json", is_flag=True, help="Print answers as JSON, with finish_reason, usage and seconds.")
 def infer(
     url: str,
@@ -78,11 +78,11 @@ def infer(
     """Ask a deployed model.
 
     The URL is an OpenAI API (its path ends in /v1; --model names the model when there are several) or one model's own
-    route. Settings that are not given are left to the endpoint.
+    route. Unset options are left to the endpoint.
 
-    An API key is read from the environment, LLM_RAY_API_KEY or OPENAI_API_KEY, or from a file: a key on the command line
-    can be read by every user of the machine, and stays in the shell's history. An endpoint that is busy is asked again
-    when it says so.
+    An API key is read from the environment, LLM_RAY_API_KEY or OPENAI_API_KEY, or from a file: a key on the command
+    line can be read by every user of the machine, and stays in the shell's history. A busy endpoint is asked again
+    after the time it names.
 
     \b
     Examples:

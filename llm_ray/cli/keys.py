@@ -26,7 +26,7 @@ class _Duration(click.ParamType):
 
 @click.group()
 def keys() -> None:
-    """API keys of the endpoint: added and revoked while it runs.
+    """Manage the endpoint's API keys while it runs.
 
     \b
     Examples:
@@ -38,13 +38,13 @@ def keys() -> None:
 
 @keys.command()
 @click.argument("name")
-@click.option("--requests-per-minute", type=click.IntRange(1), help="Requests in any minute.")
+@click.option("--requests-per-minute", type=click.IntRange(1), help="Requests per minute.")
 @click.option("--concurrent", type=click.IntRange(1), help="Requests at the same time.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one answer.")
 @click.option(
-    "--model", "models", multiple=True, metavar="NAME", help="A model it may ask; again for more. Default: all."
+    "--model", "models", multiple=True, metavar="NAME", help="A model it may use; repeat for more. Default: all."
 )
-@click.option("--expires", type=_Duration(), metavar="30d|12h|…", help="When it ends by itself. Default: never.")
+@click.option("--expires", type=_Duration(), metavar="30d|12h|…", help="When it expires. Default: never.")
 def add(
     name: str,
     requests_per_minute: int | None,
@@ -53,7 +53,7 @@ def add(
     models: tuple[str, ...],
     expires: float | None,
 ) -> None:
-    """Make a key and print it: it is shown this once, and kept as a hash.
+    """Create a key and print it once; only its hash is stored.
 
     \b
     Examples:
@@ -119,7 +119,7 @@ def list_(as_json: bool) -> None:
 
 @keys.command()
 def generate() -> None:
-    """Print a key that is kept nowhere: for a vault, from which `import` (and serve.yml) takes it.
+    """Print a key without storing it: for a vault, from which `import` (and serve.yml) reads it.
 
     \b
     Example:
@@ -132,9 +132,9 @@ def generate() -> None:
 
 @keys.command("import")
 def import_() -> None:
-    """Keep keys that `generate` made, given as JSON on standard input: {"NAME": "KEY"}.
+    """Store keys made by `generate`, given as JSON on standard input: {"NAME": "KEY"}.
 
-    A name that is there with another key gets the new one; keys under other names stay.
+    A name that has another key gets the new one; keys under other names stay.
 
     \b
     Example:
@@ -156,7 +156,7 @@ def _day(seconds: float) -> str:
 @keys.command()
 @click.argument("name", metavar="NAME|ID")
 def revoke(name: str) -> None:
-    """Take a key away; the endpoint refuses it from then on.
+    """Revoke a key; the endpoint rejects it from then on.
 
     \b
     Example:

@@ -29,9 +29,9 @@ from llm_ray.errors import LlmRayError
 COMMANDS = {
     "quickstart": (
         "llm_ray.cli.quickstart:quickstart",
-        "Finetune a small model on bundled data, deploy it, ask it: the whole way.",
+        "Finetune a small model on bundled data, deploy it, and ask it questions.",
     ),
-    "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as a conf says."),
+    "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as described by a conf."),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
     "model": ("llm_ray.cli.model:model", "List, import, convert, export and remove models."),

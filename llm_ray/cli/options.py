@@ -29,14 +29,14 @@ def _config_options(example: str, required: bool) -> Callable[[F], F]:
         "--set",
         multiple=True,
         metavar="KEY=VALUE",
-        help=f"Give a variable of the template, or set a key of the conf (dotted, as {example}). Again for more.",
+        help=f"Set a variable of the template, or a key of the conf (dotted, as {example}). Repeat for more.",
     )
     files = click.option(
         "vars_files",
         "--vars",
         multiple=True,
         metavar="FILE",
-        help="A YAML file with variables of the template. Again for more; later ones win.",
+        help="A YAML file with variables of the template. Repeat for more; later ones win.",
     )
     return lambda command: config(settings(files(command)))
 

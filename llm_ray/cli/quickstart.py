@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of models and runs. Default: $LLM_RAY_HOME, else ~/.llm-ray.",
 )
-@click.option("--force", is_flag=True, help="Finetune again, also when it is done.")
-@click.option("--keep-serving", is_flag=True, help="Go on serving both models until Ctrl-C.")
+@click.option("--force", is_flag=True, help="Finetune again, even if that is done.")
+@click.option("--keep-serving", is_flag=True, help="Keep serving both models until Ctrl-C.")
 def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
-    """Finetune a small model on bundled data, deploy it, ask it: the whole way.
+    """Finetune a small model on bundled data, deploy it, and ask it questions.
 
-    Imports SmolLM2-135M-Instruct, finetunes it with two Ray Train workers on 300 questions and answers about a made-up company,
-    deploys it beside the base model on Ray Serve, and asks both the same 30 questions that were not trained on. What is done
-    already is not done again. Exit code 1 when the finetuned model answers less than 85 % right.
+    Imports SmolLM2-135M-Instruct, finetunes it with two Ray Train workers on 300 questions and answers about a
+    made-up company, deploys it next to the base model on Ray Serve, and asks both the same 30 questions that were
+    not trained on. Finished steps are not repeated. Exit code 1 if the finetuned model gets fewer than 85 % right.
 
     \b
     Examples:

@@ -19,8 +19,8 @@ HEAD = """\
 
 <!-- Written by `python -m llm_ray.cli.reference` from llm_ray/cli: change it there. -->
 
-Exit codes: 0 done, 1 failed, 2 wrong use (of a flag or in a conf), 130 interrupted. `LLM_RAY_DEBUG=1` shows the traceback of any error, and what
-libraries warn of.
+Exit codes: 0 done, 1 failed, 2 wrong use (of a flag or in a conf), 130 interrupted. `LLM_RAY_DEBUG=1` shows the
+traceback of any error, and what libraries warn of.
 """
 
 

@@ -43,9 +43,9 @@ def runs() -> None:
 @folder_option
 @json_option
 def list_(folder: Path | None, as_json: bool) -> None:
-    """List the runs, latest first, with state and last figures.
+    """List the runs, latest first, with their state and last metrics.
 
-    An `interrupted` run was running, and no process holds it any more: the same finetune command goes on with it.
+    An `interrupted` run has lost its process: the same finetune command continues it.
 
     \b
     Example:
@@ -147,7 +147,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
 @folder_option
 @json_option
 def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path | None, as_json: bool) -> None:
-    """Compare runs: in what their confs differ, their figures, their curves.
+    """Compare runs: the differences between their confs, their results, and their curves.
 
     \b
     Example:
@@ -181,14 +181,15 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
     type=click.FloatRange(0),
     default=0.0,
     metavar="SECONDS",
-    help="Wait so long for its end. Default: only ask.",
+    help="Wait this long for it to end. Default: do not wait.",
 )
 @folder_option
 @json_option
 def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
-    """Ask a running finetune to end, from another terminal or host; the same finetune command goes on from there.
+    """Ask a running finetune to end, from another terminal or host; the same finetune command continues it later.
 
-    Training ends after the step that it is at, with a checkpoint. Any other stage is completed first, and the next one does not begin.
+    Training ends after the current step, with a checkpoint. Any other stage is completed, and the next one does not
+    begin.
 
     \b
     Examples:
@@ -211,7 +212,7 @@ def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @folder_option
 def delete(name: str, yes: bool, folder: Path | None) -> None:
-    """Delete a run with all that it has made: checkpoints, metrics, the model. One that runs is refused.
+    """Delete a run with everything it made: checkpoints, metrics, the model. A running one is refused.
 
     \b
     Example:

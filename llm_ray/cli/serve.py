@@ -58,19 +58,19 @@ serve.add_command(keys)
 
 @serve.command()
 @serve_config_options
-@click.option("--only", multiple=True, metavar="NAME", help="Deploy this model of the conf, not all. Again for more.")
+@click.option("--only", multiple=True, metavar="NAME", help="Deploy only this model of the conf. Repeat for more.")
 @click.option(
     "bases",
     "--model",
     multiple=True,
     metavar="RUN|NAME|FOLDER|HUB-ID",
-    help="Without --config: a run, a name in the model registry, a folder, or a hub id. Again for more.",
+    help="Without --config: a run, a name in the model registry, a folder, or a hub id. Repeat for more.",
 )
 @click.option(
     "names",
     "--name",
     multiple=True,
-    help="What clients call the model; one for each --model. Default: the run's or the folder's name.",
+    help="The model's name for clients; one for each --model. Default: the name of the run or folder.",
 )
 @click.option("--tokenizer", metavar="FOLDER|NAME", help="Tokenizer other than the model's own.")
 @click.option("--engine", type=click.Choice(list(ENGINES)), help=f"What computes. Default: {DEFAULT}.")
@@ -82,7 +82,7 @@ serve.add_command(keys)
     metavar="NAME=RUN|FOLDER",
     help="A LoRA adapter on the model, under a name of its own.",
 )
-@click.option("--cpus", type=click.IntRange(1), help="Cores for each model. Default: as many free ones as help it.")
+@click.option("--cpus", type=click.IntRange(1), help="Cores for each model. Default: as many free ones as are useful.")
 @click.option("--replicas", type=click.IntRange(1), help="Replicas of each model. Default: 1.")
 @click.option(
     "--max-model-len",
@@ -90,10 +90,12 @@ serve.add_command(keys)
     help="Longest prompt and answer together, in tokens. Default: the model's, at most 8192.",
 )
 @click.option(
-    "--host", metavar="ADDRESS", help="Address to listen at. Beyond loopback API keys are demanded. Default: 127.0.0.1."
+    "--host",
+    metavar="ADDRESS",
+    help="Address to listen on. Beyond loopback, API keys are required. Default: 127.0.0.1.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen at. Default: 8000.")
-@click.option("--foreground", is_flag=True, help="Stay, and take the models away at Ctrl-C or SIGTERM.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on. Default: 8000.")
+@click.option("--foreground", is_flag=True, help="Keep running, and remove the models on Ctrl-C or SIGTERM.")
 @click.option(
     "--timeout",
     type=click.FloatRange(1),
@@ -103,9 +105,9 @@ serve.add_command(keys)
 )
 @_ADDRESS
 def deploy(**given: Any) -> None:
-    """Deploy models, or change deployed ones; the others go on answering.
+    """Deploy models, or change deployed ones; the others keep answering.
 
-    On this machine Ray is started in the background, unless it runs; `llm-ray serve stop --all` ends it.
+    On this machine, Ray starts in the background if it is not running; `llm-ray serve stop --all` ends it.
 
     \b
     Examples:
@@ -297,7 +299,7 @@ def status(as_json: bool, address: str | None) -> None:
 @click.option("everything", "--all", is_flag=True, help="All models; on this machine also the Ray that serves.")
 @_ADDRESS
 def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
-    """Take models away, when the requests they work on are answered.
+    """Remove models once their requests in progress are answered.
 
     \b
     Examples:
@@ -325,9 +327,9 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
     help="Seconds within which a model must be ready.",
 )
 def restore(timeout: float) -> None:
-    """On a cluster's head: serve again what was served before it started anew.
+    """On a cluster's head: serve again what was served before it restarted.
 
-    The unit llm-ray-serve does this after each start of Ray's head. Models that are served already are left alone.
+    The unit llm-ray-serve does this after each start of Ray's head. Models that are already served are left alone.
 
     \b
     Example:
@@ -348,10 +350,10 @@ def restore(timeout: float) -> None:
     show_default=True,
     help="Lines from the end of each replica's log.",
 )
-@click.option("-f", "follow", is_flag=True, help="Go on with what is logged from now on, until Ctrl-C.")
+@click.option("-f", "follow", is_flag=True, help="Follow the log until Ctrl-C.")
 @_ADDRESS
 def logs(name: str, lines: int, follow: bool, address: str | None) -> None:
-    """Show what a model's replicas have logged, those that failed included. NAME `gateway` is the HTTP endpoint.
+    """Show the logs of a model's replicas, including failed ones. NAME `gateway` is the HTTP endpoint.
 
     \b
     Examples:

@@ -22,7 +22,7 @@ from llm_ray.conf.section import home
     help="The cluster: auto on one of its nodes, else its head's GCS. Default: what this machine serves.",
 )
 def status(as_json: bool, address: str | None) -> None:
-    """Show nodes with their resources, jobs that run, and deployed models.
+    """Show nodes with their resources, running jobs, and deployed models.
 
     \b
     Examples:

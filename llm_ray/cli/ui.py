@@ -23,29 +23,31 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="The address to listen on. Beyond loopback there must be a user.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any that is free.")
-@click.option(
-    "--tls-cert", type=_FILE, metavar="FILE", help="Certificate, with what stands between it and its root (PEM): HTTPS."
-)
+@click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate with its intermediates (PEM), for HTTPS.")
 @click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key (PEM), without a password.")
 @click.option(
     "--allow-host",
     "hosts",
     multiple=True,
     metavar="NAME[:PORT]",
-    help="A name under which it is reached. Again for more.",
+    help="A host name of the page. Repeat for more.",
 )
 @click.option(
-    "--allow-origin", "origins", multiple=True, metavar="URL", help="Its URL behind a proxy, https://llm.example.org."
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="URL",
+    help="The page's URL behind a proxy, https://llm.example.org.",
 )
 @click.option(
-    "--trusted-proxy", metavar="ADDRESS", help="The proxy whose X-Forwarded-For and X-Forwarded-Proto are believed."
+    "--trusted-proxy", metavar="ADDRESS", help="The proxy whose X-Forwarded-For and X-Forwarded-Proto are trusted."
 )
 @click.option(
     "--max-upload-mib",
     type=click.IntRange(1),
     default=2048,
     show_default=True,
-    help="The largest file that may be sent.",
+    help="The largest file that may be uploaded.",
 )
 @click.option(
     "--address",
@@ -69,7 +71,8 @@ def ui(
 ) -> None:
     """Open the page in which models are finetuned, deployed and asked; Ctrl-C ends it.
 
-    It prints the URL to open. Where there are no users the URL holds a secret that is good for one browser; then the next is printed.
+    It prints the URL to open. Without users, the URL contains a secret that works for one browser; then the next
+    one is printed.
 
     \b
     Examples:
@@ -106,9 +109,9 @@ def ui(
 
 @ui.group()
 def users() -> None:
-    """Who may use the page: a change holds at once, and ends the user's sessions.
+    """Manage who may use the page; a change applies at once and ends the user's sessions.
 
-    A viewer looks, a user also finetunes, deploys and asks, an admin also manages the cluster.
+    Viewers can look; users can also finetune, deploy and ask; admins can also manage the cluster.
 
     \b
     Examples:
@@ -137,10 +140,10 @@ def add(name: str, role: str) -> None:
 
 @users.command("import")
 def import_() -> None:
-    """Keep users that are given as JSON on standard input: {"NAME": {"password": "…", "role": "viewer|user|admin"}}.
+    """Add users given as JSON on standard input: {"NAME": {"password": "…", "role": "viewer|user|admin"}}.
 
-    Who is there with another password or role gets the new one; users under other names stay. The role user is meant where none is given.
-    ui.yml brings the users of a vault so.
+    Existing users get the new password and role; users under other names stay. The default role is user. ui.yml
+    uses this for users from a vault.
 
     \b
     Example:
@@ -197,7 +200,7 @@ def list_(as_json: bool) -> None:
 @click.argument("name")
 @click.argument("role", type=click.Choice(_ROLES))
 def role(name: str, role: str) -> None:
-    """Give a user another role.
+    """Change a user's role.
 
     \b
     Example:
@@ -212,7 +215,7 @@ def role(name: str, role: str) -> None:
 @users.command()
 @click.argument("name")
 def password(name: str) -> None:
-    """Give a user another password.
+    """Change a user's password.
 
     \b
     Example:
@@ -227,7 +230,7 @@ def password(name: str) -> None:
 @users.command()
 @click.argument("name")
 def revoke(name: str) -> None:
-    """Take a user away.
+    """Remove a user.
 
     \b
     Example:
