@@ -6,7 +6,7 @@ RUN := .venv/bin
 MINE := $(if $(filter 0,$(shell id -u)),,not root and )
 # With real Ray two files or folders at a time, for they wait a lot (of three on two cores, those that train wait for each other); threads of
 # an engine that wait must not take the others' cores.
-INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 2 --dist loadscope --durations 25 tests/integration
+INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 25 tests/integration
 .PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench clean
 
 help: ## Show the targets

@@ -115,7 +115,7 @@ def test_a_restart_asks_first(sign_in: Open, page: Running, url: str) -> None:
     expect(tab.get_by_text("Choose a deployed model first.")).to_be_visible()
     _choose(tab, "Deployed model")
     tab.get_by_role("button", name="Restart it").click()
-    sure = tab.locator("#cluster-sure")
+    sure = tab.locator("#cluster-sure").first
     expect(sure).to_contain_text(f"Restart {NAME}? What it works on is answered first")
     assert_accessible(tab)
     tab.get_by_role("button", name="Leave it").click()
