@@ -140,7 +140,7 @@ def _replicas() -> set[int]:
     return {
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] and process.info["cmdline"][0].startswith(f"ray::ServeReplica:{NAME}")
+        if process.info["cmdline"] and process.info["cmdline"][0].startswith(f"ray::ServeReplica:model:{NAME}:")
     }
 
 
