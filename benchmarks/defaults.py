@@ -27,25 +27,18 @@ from llm_ray.runs.metrics import read_metrics
 _STAGES = ["stages=[prepare,train,export]"]
 HELD_OUT = 200  # rows, after those that are trained on
 _THREE_EPOCHS = ["training.epochs=3", "training.global_batch_size=8", "data.validation=null"]
+# trl 1.16.0: SFTConfig (rate 2e-5, linear, no warmup), and ModelConfig for adapters (peft's own layers).
+_TRL = [*_THREE_EPOCHS, "training.learning_rate=2e-5", "training.schedule=linear", "training.warmup=0"]
 PEERS: dict[str, dict[str, list[str]]] = {
-    # trl 1.0: SFTConfig (rate 2e-5, linear, no warmup) and ModelConfig (r 16, alpha 32, dropout 0.05, peft's layers).
     "TRL": {
         "lora": [
-            *_THREE_EPOCHS,
-            "training.learning_rate=2e-5",
-            "training.schedule=linear",
-            "training.warmup=0",
+            *_TRL,
             "tuning.lora.r=16",
             "tuning.lora.alpha=32",
             "tuning.lora.dropout=0.05",
             "tuning.lora.target_modules=[q_proj, v_proj]",
         ],
-        "full": [
-            *_THREE_EPOCHS,
-            "training.learning_rate=2e-5",
-            "training.schedule=linear",
-            "training.warmup=0",
-        ],
+        "full": _TRL,
     },
     # LLaMA-Factory's examples/train_lora and train_full: cosine, a tenth of the steps to warm up.
     "LLaMA-Factory": {

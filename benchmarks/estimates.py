@@ -40,14 +40,14 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     table = []
     for number, (name, sections) in enumerate(CASES.items()):
-        base: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "model": {"base": str(model)},
             "paths": {"runs": str(work / "runs")},
             "data": {"train": [str(train)], "validation": None, "max_length": 512},
             "training": {"epochs": 2, "global_batch_size": 8, "learning_rate": 1e-5},
             "runtime": {"workers": 1},
         }
-        merged = {key: base.get(key, {}) | sections.get(key, {}) for key in {*base, *sections}}
+        merged = {key: settings.get(key, {}) | sections.get(key, {}) for key in {*settings, *sections}}
         conf = FinetuneConf.model_validate({"name": f"estimate-{number}", **merged})
         prepared = conf.run_dir / "prepared"
         base = find_base(conf.model, conf.paths)

@@ -73,14 +73,15 @@ class Apart:
                         return result
                     bars.take(kind, value)
             except (queue.Empty, BrokenPipeError) as error:
-                self.kill()
+                self._end()
                 raise ClusterError(
                     f"Ray does not answer within {timeout or 0:.0f} s: the cluster is away, or very busy"
                 ) from error
-            except (_Ended, ClusterError) as error:
-                self.kill()  # the next call joins anew
-                if isinstance(error, ClusterError):
-                    raise
+            except ClusterError:
+                self._end()  # the next call joins anew
+                raise
+            except _Ended:
+                self._end()
             raise ClusterError(
                 "the connection to Ray ended in the middle: the cluster is away, or has just been stopped"
             )
@@ -88,12 +89,14 @@ class Apart:
     def events(
         self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """What the reporter of a call is told, and at last what it `returned`. Raises its LlmRayError, _Ended, and
+        """Begin a call: what its reporter is told, and at last what it `returned`. Raises its LlmRayError, _Ended, and
         queue.Empty after so many seconds."""
         process = self._begun()
-        end = time.monotonic() + timeout if timeout else None
         pickle.dump((function, arguments), process.stdin)  # type: ignore[arg-type]
         process.stdin.flush()  # type: ignore[union-attr]
+        return self._until_returned(process, time.monotonic() + timeout if timeout else None)
+
+    def _until_returned(self, process: subprocess.Popen[bytes], end: float | None) -> Iterator[tuple[str, Any]]:
         while True:
             kind, value = self._answers.get(timeout=max(0.0, end - time.monotonic()) if end else None)
             if kind == "failed":
@@ -113,15 +116,21 @@ class Apart:
 
     def kill(self) -> None:
         """End the process and those that it has begun, in the middle of their work."""
+        begun: list[psutil.Process] = []
+        if self._process:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                begun = psutil.Process(self._process.pid).children(recursive=True)
+        for each in begun:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        self._end()
+
+    def _end(self) -> None:
+        """End the process alone: the Ray of a deployment, which it has begun, outlives it."""
         process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(psutil.NoSuchProcess):
-            begun = psutil.Process(process.pid)
-            for each in [*begun.children(recursive=True), begun]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-        process.wait()
+        if process:
+            process.kill()
+            process.wait()
 
     def _begun(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None or self._process.stdin.closed:  # type: ignore[union-attr]

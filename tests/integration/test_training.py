@@ -19,7 +19,7 @@ from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, local_ray
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import ClusterError, TrainError
-from llm_ray.models.load import find_base, load_tokenizer
+from llm_ray.models.load import load_tokenizer
 from llm_ray.progress import Silent
 from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
@@ -28,6 +28,7 @@ from llm_ray.train.estimate import RAY_BYTES
 from llm_ray.train.launch import Stopped, run_training
 from llm_ray.train.recipe import Outcome
 from llm_ray.train.trial import measure
+from tests.runs import base_of
 
 STEPS = 6
 ROWS = [
@@ -66,14 +67,14 @@ def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         }
         merged = {key: {**base.get(key, {}), **sections.get(key, {})} for key in {*base, *sections}}
         made = FinetuneConf.model_validate({"name": name, **merged})
-        prepare(made, load_tokenizer(find_base(made.model, made.paths)), made.run_dir / "prepared", lambda line: None)
+        prepare(made, load_tokenizer(base_of(made)), made.run_dir / "prepared", lambda line: None)
         return made
 
     return conf
 
 
 def run(conf: FinetuneConf, cluster: Cluster) -> Outcome:
-    return run_training(conf, find_base(conf.model, conf.paths), cluster, None, Silent())
+    return run_training(conf, base_of(conf), cluster, None, Silent())
 
 
 def losses(conf: FinetuneConf) -> list[float]:
@@ -233,10 +234,7 @@ def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(
         )
         for strategy in ("ddp", "fsdp")
     ]
-    told = [
-        measure(conf, find_base(conf.model, conf.paths), conf.run_dir / "prepared", cpus=1).memory + RAY_BYTES
-        for conf in confs
-    ]
+    told = [measure(conf, base_of(conf), conf.run_dir / "prepared", cpus=1).memory + RAY_BYTES for conf in confs]
     for conf in confs:
         run(conf, cluster)
     ddp, fsdp = confs

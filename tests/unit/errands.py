@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 
-from llm_ray.errors import ConfError
+from llm_ray.errors import ClusterError, ConfError
 from llm_ray.progress import Reporter
 
 
@@ -25,6 +26,13 @@ def never(reporter: Reporter) -> None:
 
 def die(reporter: Reporter) -> None:
     os._exit(3)
+
+
+def leave(reporter: Reporter) -> None:
+    """Begins a process, and fails."""
+    child = subprocess.Popen(["sleep", "3600"])
+    reporter.line(str(child.pid))
+    raise ClusterError("the cluster is away")
 
 
 def own_pid(reporter: Reporter) -> int:

@@ -10,8 +10,8 @@ import pytest
 
 from llm_ray.apart import Apart, apart, end_all
 from llm_ray.errors import ClusterError, ConfError, RunError
-from llm_ray.progress import Silent
-from tests.unit.errands import die, double, never, own_pid, refuse
+from llm_ray.progress import Kind, Silent
+from tests.unit.errands import die, double, leave, never, own_pid, refuse
 
 
 def test_lines_and_a_result() -> None:
@@ -71,6 +71,24 @@ def test_calls_one_after_the_other() -> None:
     assert not psutil.pid_exists(another)
     assert process.call(double, 21) == 42
     process.kill()
+
+
+def test_what_a_failed_call_has_begun_outlives_it() -> None:
+    """The Ray that a deployment has started serves others. What a block has begun ends with it."""
+    lines: list[str] = []
+
+    class Lines(Silent):
+        def line(self, text: str, kind: Kind = "plain") -> None:
+            lines.append(text)
+
+    with pytest.raises(ClusterError, match="the cluster is away"):
+        Apart().call(leave, reporter=Lines())
+    child = psutil.Process(int(lines[0]))
+    assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    child.kill()
+    with apart(leave) as work:
+        child = psutil.Process(int(next(work.lines())))
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_what_goes_on_is_not_broken_off() -> None:

@@ -84,10 +84,11 @@ def run(base: Path, tmp_path: Path) -> Run:
 
 def trained(conf: FinetuneConf) -> tuple[torch.nn.Module, Path]:
     """The conf's model with learning weights that have moved, as training holds it, and its checkpoint."""
-    from llm_ray.models.load import find_base, load_model
+    from llm_ray.models.load import load_model
     from llm_ray.train.model import add_adapters
+    from tests.runs import base_of
 
-    causal = load_model(find_base(conf.model, conf.paths), torch.float32)
+    causal = load_model(base_of(conf), torch.float32)
     model: torch.nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     torch.manual_seed(1)
     learning = [p for p in model.parameters() if p.requires_grad]
