@@ -82,6 +82,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
                 "epochs": steps[-1]["epoch"],
                 "minutes": (time.monotonic() - began) / 60,
             }
+            print(method, side, sides[side], flush=True)  # what is known is not lost if the rest is broken off
         figures[method] = sides
         for peer in PEERS:
             ours, floor = sides["auto"]["loss"], sides[peer]["loss"]

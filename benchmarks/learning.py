@@ -78,6 +78,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         minutes = (time.monotonic() - began) / 60
         before, after = (_right(folder, questions, system=form == "messages") for folder in (model, run / "output"))
         figures[case] = {"questions": len(questions), "right before": before, "right": after, "minutes": minutes}
+        print(case, figures[case], flush=True)  # what is known is not lost if the rest is broken off
         table += [
             {
                 "figure": f"{method}, {len(taught)} rows as {form}: right of {len(questions)} questions in new words, "
