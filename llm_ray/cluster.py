@@ -28,6 +28,7 @@ import psutil
 from llm_ray import cores
 from llm_ray.conf.finetune import Runtime
 from llm_ray.errors import ClusterError, LlmRayError
+from llm_ray.hardware import malloc_environment
 from llm_ray.threads import Once
 
 # Ray keeps objects in shared memory; the bundle hands data over as files, so that a small store is enough.
@@ -393,6 +394,7 @@ def _settings(token: Path) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
+        **malloc_environment(),
     }
 
 

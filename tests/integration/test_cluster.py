@@ -69,6 +69,16 @@ def test_every_port_is_on_loopback(cluster: Cluster) -> None:
             assert ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback, (name, address)
 
 
+def test_workers_allocate_by_tcmalloc(cluster: Cluster) -> None:
+    import ray
+
+    @ray.remote
+    def libraries() -> str:
+        return Path("/proc/self/maps").read_text()
+
+    assert "tcmalloc" in ray.get(libraries.remote()), "is libgoogle-perftools4 installed?"
+
+
 def test_errors_of_ray_are_logged_and_not_written_among_a_commands_output(
     cluster: Cluster, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
+
 import pytest
 
-from llm_ray.hardware import choose_precision, cpu_flags, has_bf16
+from llm_ray.hardware import choose_precision, cpu_flags, has_bf16, malloc_environment
 
 AMX = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "amx_tile"})
 AVX512_BF16 = frozenset({"avx512f", "avx512_bf16"})
@@ -34,3 +36,21 @@ def test_tiles_without_bf16_are_not_enough() -> None:
 
 def test_this_host_has_flags() -> None:
     assert "fpu" in cpu_flags() or "fp" in cpu_flags()
+
+
+@pytest.mark.parametrize("given", ["", "libother.so.1"])
+def test_a_malloc_that_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("LD_PRELOAD", given)
+    assert malloc_environment() == {}
+
+
+def test_glibcs_malloc_stays_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
+    assert malloc_environment() == {}
+
+
+def test_the_smaller_tcmalloc_does_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(ctypes.util, "find_library", {"tcmalloc_minimal": "libtcmalloc_minimal.so.4"}.get)
+    assert malloc_environment() == {"LD_PRELOAD": "libtcmalloc_minimal.so.4"}
