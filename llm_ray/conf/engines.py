@@ -11,6 +11,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 EngineName = Literal["vllm", "openvino", "transformers"]
+EngineChoice = Literal["auto", "vllm", "openvino", "transformers"]
+"""What a conf may say: one of them, or `auto`, for which a deployment's plan chooses
+(`llm_ray.serve.deployments.engine`)."""
 WeightForm = Literal["fp32", "bf16", "int8", "int4"]
 WEIGHTS: tuple[WeightForm, ...] = get_args(WeightForm)
 
@@ -65,7 +68,20 @@ ENGINES: Mapping[EngineName, Engine] = MappingProxyType(
         ),
     }
 )
-DEFAULT: EngineName = "vllm"
+WIDEST: EngineName = "vllm"
+"""The engine that does what any other does, if not as fast."""
+FASTEST: EngineName = "openvino"
+"""The engine that answers fastest on CPUs (docs/reference/benchmarks.md)."""
+
+
+def forms(engine: EngineChoice) -> tuple[str, ...]:
+    """What the weights may be computed in, the default first; with `auto` the engine decides that too."""
+    return ("auto",) if engine == "auto" else ENGINES[engine].forms
+
+
+def able(engine: EngineChoice, trait: str) -> bool:
+    """Whether the engine has a trait; of `auto`, whether an engine that has it can be chosen."""
+    return any(getattr(kind, trait) for name, kind in ENGINES.items() if engine in ("auto", name))
 
 
 def engines_with(trait: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, WeightForm, engines_with
+from llm_ray.conf.engines import EngineChoice, WeightForm, able, engines_with
 from llm_ray.conf.section import AbsolutePath, Paths, Section
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -138,9 +138,11 @@ class ModelServing(Section):
     upload: bool = False
     """With serve.yml: the model, its adapters, `tokenizer` and `chat_template`, where they are files or folders, lie on
     the machine that Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
-    engine: EngineName = DEFAULT
+    engine: EngineChoice = "auto"
     """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs),
-    `transformers` (any causal model, the slowest)."""
+    `transformers` (any causal model, the slowest). `auto`: `openvino` with int8 weights where the model has been
+    converted or can be (`make setup-convert`), `vllm` for adapters, embeddings, `compile`, `precision`,
+    `engine_options` and everything else."""
     weights: WeightForm | None = None
     """Form of the weights for engine `openvino`; a model that is not converted yet is converted first. Unset: as the
     folder has them, int8 for one that is to be converted."""
@@ -185,20 +187,25 @@ class ModelServing(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelServing:
         wrong = []
-        engine = ENGINES[self.engine]
-        if self.adapters and not engine.adapters:
-            able = engines_with("adapters")
+        if self.adapters and not able(self.engine, "adapters"):
+            names = engines_with("adapters")
             wrong.append(
-                f"adapters are served by engine {able} alone, but engine is {self.engine}: set engine: {able}, or "
+                f"adapters are served by engine {names} alone, but engine is {self.engine}: set engine: {names}, or "
                 "deploy the merged model"
             )
-        if self.weights and not engine.converts:
-            able = engines_with("converts")
+        if self.weights and not able(self.engine, "converts"):
+            names = engines_with("converts")
             wrong.append(
-                f"weights is for engine {able}, but engine is {self.engine}: set engine: {able}, or use precision"
+                f"weights is for engine {names}, but engine is {self.engine}: set engine: {names}, or use precision"
             )
-        if self.compile and not engine.compiles:
+        if self.compile and not able(self.engine, "compiles"):
             wrong.append(f"compile is for engine {engines_with('compiles')}, but engine is {self.engine}")
+        if self.engine == "auto" and self.weights and (self.adapters or self.compile):
+            key, trait = ("adapters", "adapters") if self.adapters else ("compile", "compiles")
+            wrong.append(
+                f"weights is for engine {engines_with('converts')}, and {key} for engine {engines_with(trait)}: leave "
+                "one of them out"
+            )
         if self.compile and self.adapters:
             wrong.append("compile does not go together with adapters: vLLM's CPU engine compiles no model with LoRA")
         if self.autoscale and self.replicas != 1:

@@ -35,6 +35,7 @@ from llm_ray.models.load import fingerprint
 from llm_ray.models.openvino import LINEAGE, is_openvino, lineage, openvino_weights
 from llm_ray.progress import Bar, Reporter
 
+DEFAULT_WEIGHTS: WeightForm = "int8"
 # How optimum-intel is asked. 16 bits are f16, which rounds less than bf16. int8: a scale and zero point a row. int4:
 # one for 32 weights of a row, since the groups of 64 that others take cost SmolLM2 twice as much of its perplexity;
 # rows that 32 does not divide become int8.
@@ -96,12 +97,20 @@ def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, re
                 f"{source} has {form} weights, and {weights} is asked for: name the model that it was made from"
             )
         return source
-    wanted = (weights,) if weights else sorted(WEIGHTS, key=lambda form: form != "int8")
+    if found := find_conversion(source, weights, registry):
+        return found
+    form = weights or DEFAULT_WEIGHTS
+    return convert_model(source, converted(source, form, registry), form, reporter)
+
+
+def find_conversion(source: Path, weights: WeightForm | None, registry: Path) -> Path | None:
+    """Where the model of the folder `source` lies in OpenVINO form with these weights (None: with any, int8 first), if
+    it has been converted."""
     identity = fingerprint(source)
-    for form in wanted:
-        if _is_made(converted(source, form, registry), identity, form):
-            return converted(source, form, registry)
-    return convert_model(source, converted(source, wanted[0], registry), wanted[0], reporter)
+    for form in (weights,) if weights else sorted(WEIGHTS, key=lambda form: form != DEFAULT_WEIGHTS):
+        if _is_made(place := converted(source, form, registry), identity, form):
+            return place
+    return None
 
 
 def converted(source: Path, weights: WeightForm, registry: Path) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_ray.conf.engines import DEFAULT, EngineName
+from llm_ray.conf.engines import WIDEST, EngineName
 from llm_ray.conf.serve import Autoscale
 from llm_ray.hardware import Precision
 from llm_ray.models.folder import GENERATION, read_json
@@ -64,7 +64,7 @@ class ServedModel:
     """What clients call it: the `model` of a request."""
     path: Path
     """The model's folder: Hugging Face's form, for engine openvino with openvino_model.xml in it."""
-    engine: EngineName = DEFAULT
+    engine: EngineName = WIDEST
     tokenizer: Path | None = None
     chat_template: Path | None = None
     precision: Precision = "fp32"

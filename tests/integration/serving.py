@@ -31,7 +31,13 @@ class Home:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         own_code = str(Path(__file__).parents[2])  # the engine of a test is given a part of ours
-        self.environment = {**os.environ, "LLM_RAY_HOME": str(folder), "TMPDIR": str(folder), "PYTHONPATH": own_code}
+        self.environment = {
+            **os.environ,
+            "LLM_RAY_HOME": str(folder),
+            "TMPDIR": str(folder),
+            "PYTHONPATH": own_code,
+            "LLM_RAY_CONVERT_ENV": "/nowhere",  # so that engine vllm serves
+        }
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

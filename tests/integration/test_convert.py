@@ -26,6 +26,7 @@ from transformers import (
 
 from llm_ray.conf.finetune import WeightForm
 from llm_ray.models.openvino import openvino_weights
+from llm_ray.serve.deployments.deploy import free_port
 from llm_ray.serve.engines.openvino import arithmetic
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
@@ -115,6 +116,21 @@ def test_int8(home: Path, smollm2: Path) -> None:
     assert (folder / "openvino_model.bin").stat().st_mtime_ns == before
     (info,) = json.loads(llm_ray(home, "model", "list", "--json").stdout)
     assert (info["name"], info["dtype"], info["problem"]) == ("smollm2-135m-instruct-openvino-int8", "int8", None)
+
+
+def test_a_model_is_deployed_with_the_fastest_engine_unless_told_otherwise(home: Path, smollm2: Path) -> None:
+    """After the test before: with the weights that it has converted."""
+    try:
+        deployed = llm_ray(home, "serve", "deploy", "--model", str(smollm2), "--port", str(free_port()))
+        assert "engine openvino (auto: the fastest on CPUs, and the model is converted)" in deployed.stderr
+        served = json.loads(llm_ray(home, "serve", "status", "--json").stdout)
+        assert served["models"]["smollm2-135m-instruct"]["model"]["engine"] == "openvino"
+        asked = llm_ray(
+            home, "infer", "--model_endpoint", served["url"], "--prompt", QUESTIONS[0], "--temperature", "0"
+        )
+        assert "Paris" in asked.stdout
+    finally:
+        llm_ray(home, "serve", "stop", "--all")
 
 
 def test_bf16_answers_in_bf16(home: Path, smollm2: Path) -> None:

@@ -13,19 +13,22 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llm_ray.conf.engines import DEFAULT, ENGINES
+from llm_ray.conf.engines import ENGINES, WIDEST, EngineName
 from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.errors import ModelError, ServeError
 from llm_ray.hardware import Precision, cpu_flags, has_bf16
 from llm_ray.models.complete import check_complete
+from llm_ray.models.convert import DEFAULT_WEIGHTS, find_conversion, openvino_folder
 from llm_ray.models.folder import Weights, check_folder, check_tokenizer, read_json
 from llm_ray.models.limits import check_tokenizer_fits, positions
 from llm_ray.models.load import fingerprint, resolve
+from llm_ray.models.openvino import is_openvino, openvino_weights
 from llm_ray.models.registry import has_chat_template, import_model, template_text
 from llm_ray.models.tokens import check_alike
 from llm_ray.progress import Reporter
 from llm_ray.serve.deployments.adapters import adapter_rank, check_adapter, find_adapter
+from llm_ray.serve.deployments.engine import choose_engine
 from llm_ray.serve.models import (
     DEFAULT_MAX_MODEL_LEN,
     SIZES,
@@ -83,13 +86,13 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     tokenizer = _folder(asked.tokenizer, paths, reporter) if asked.tokenizer else None
     if tokenizer:
         check_tokenizer(tokenizer)
-    path, weights = _weights(asked, source, paths, reporter)
+    engine, path, weights = _engine(name, asked, source, paths, reporter)
     check_alike(tokenizer or path)
-    _check_kind(asked, path)
+    _check_kind(asked, engine, path)
     check_tokenizer_fits(path, tokenizer or path)
     # Of a conversion, the original was looked at.
-    engine = ENGINES[asked.engine]
-    empty = check_complete(path, trust_remote_code=asked.trust_remote_code) if not engine.converts else None
+    converts = ENGINES[engine].converts
+    empty = check_complete(path, trust_remote_code=asked.trust_remote_code) if not converts else None
     precision = _precision(asked, weights)
     most = min((limit for limit in (made_for(path), positions(empty) if empty else None) if limit), default=None)
     length = asked.max_model_len or min(longest(path, None), most or DEFAULT_MAX_MODEL_LEN)
@@ -99,7 +102,7 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
             "many"
         )
     cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
-    size = SIZES.get(weights.dtype, 4.0) if engine.converts else SIZES[precision]
+    size = SIZES.get(weights.dtype, 4.0) if converts else SIZES[precision]
     template = asked.chat_template
     adapters = {called: find_adapter(called, adapter, paths) for called, adapter in asked.adapters.items()}
     ranks = [adapter_rank(called, folder) for called, folder in adapters.items()]
@@ -111,7 +114,7 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     return ServedModel(
         name=name,
         path=path,
-        engine=asked.engine,
+        engine=engine,
         tokenizer=tokenizer,
         chat_template=template,
         precision=precision,
@@ -139,12 +142,14 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
 def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
     """The model as it will be served, without converting it where that would be needed: its memory is then reckoned.
     Raises ModelError."""
-    if not ENGINES[asked.engine].converts:
+    source = _folder(asked.model, paths, reporter)
+    engine = choose_engine(asked, source, paths.models).engine
+    if not ENGINES[engine].converts or is_openvino(source) or find_conversion(source, asked.weights, paths.models):
         return _planned(name, asked, paths, reporter)
     like = _planned(name, asked.model_copy(update={"engine": "transformers", "weights": None}), paths, reporter)
     weights = like.memory_bytes - like.kv_cache_bytes - _PROGRAM_BYTES
-    smaller = int(weights * SIZES[asked.weights or "int8"] / SIZES[like.precision])
-    return replace(like, engine=asked.engine, memory_bytes=like.memory_bytes - weights + smaller)
+    smaller = int(weights * SIZES[asked.weights or DEFAULT_WEIGHTS] / SIZES[like.precision])
+    return replace(like, engine=engine, memory_bytes=like.memory_bytes - weights + smaller)
 
 
 def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
@@ -160,18 +165,33 @@ def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
     return paths.models / name
 
 
-def _weights(asked: ModelServing, source: Path, paths: Paths, reporter: Reporter) -> tuple[Path, Weights]:
-    """The folder with weights in the engine's form."""
-    if not ENGINES[asked.engine].converts:
-        return source, check_folder(source, tokenizer=not asked.tokenizer)
-    from llm_ray.models.convert import openvino_folder
-    from llm_ray.models.openvino import openvino_weights
+def _engine(
+    name: str, asked: ModelServing, source: Path, paths: Paths, reporter: Reporter
+) -> tuple[EngineName, Path, Weights]:
+    """The engine, and the folder with weights in its form. A model that `auto` cannot convert is served as it is."""
+    choice = choose_engine(asked, source, paths.models)
+    if asked.engine == "auto":
+        reporter.line(f"{name}: engine {choice.engine} (auto: {choice.reason})")
+    try:
+        return choice.engine, *_weights(choice.engine, asked, source, paths, reporter)
+    except ModelError as error:
+        if asked.engine != "auto" or asked.weights or choice.engine == WIDEST or is_openvino(source):
+            raise
+        reporter.line(f"{name}: engine {WIDEST} instead: {error}", kind="warning")
+        return WIDEST, *_weights(WIDEST, asked, source, paths, reporter)
 
+
+def _weights(
+    engine: EngineName, asked: ModelServing, source: Path, paths: Paths, reporter: Reporter
+) -> tuple[Path, Weights]:
+    """The folder with weights in the engine's form."""
+    if not ENGINES[engine].converts:
+        return source, check_folder(source, tokenizer=not asked.tokenizer)
     folder = openvino_folder(source, asked.weights, paths.models, reporter)
     return folder, openvino_weights(folder)
 
 
-def _check_kind(asked: ModelServing, path: Path) -> None:
+def _check_kind(asked: ModelServing, engine: EngineName, path: Path) -> None:
     """Raises ModelError for a model that transformers does not know, which no engine could load."""
     config = read_json(path / "config.json")
     if asked.trust_remote_code:
@@ -183,13 +203,12 @@ def _check_kind(asked: ModelServing, path: Path) -> None:
                 f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it"
             )
         raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
-    if ENGINES[asked.engine].causal_only:
+    if ENGINES[engine].causal_only:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ModelError(
-                f"{path}: a model of type {kind} does not write text, which engine {asked.engine} needs: use engine "
-                f"{DEFAULT}"
+                f"{path}: a model of type {kind} does not write text, which engine {engine} needs: use engine {WIDEST}"
             )
 
 

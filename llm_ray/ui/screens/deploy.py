@@ -12,7 +12,7 @@ import gradio as gr
 from llm_ray.apart import Apart
 from llm_ray.app import models as registry
 from llm_ray.app import serving
-from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, engines_with
+from llm_ray.conf.engines import ENGINES, EngineChoice, able, engines_with, forms
 from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ServeConf
 from llm_ray.errors import ConfError
@@ -39,12 +39,19 @@ def build(site: Site) -> None:
         model = gr.Dropdown([], label="Model", info="A base model of the registry, or a run's")
         name = gr.Textbox(label="Name", info="What clients call it. Empty: the model's own")
     with gr.Row():
-        engine = gr.Radio([(engine.title, name) for name, engine in ENGINES.items()], value=DEFAULT, label="Engine")
+        engine = gr.Radio(
+            [
+                ("Automatic: the fastest that can do it", "auto"),
+                *((kind.title, name) for name, kind in ENGINES.items()),
+            ],
+            value="auto",
+            label="Engine",
+        )
         form = gr.Radio(
-            list(ENGINES[DEFAULT].forms),
-            value=ENGINES[DEFAULT].forms[0],
+            list(forms("auto")),
+            value=forms("auto")[0],
             label="Weights",
-            info="auto: as they are stored, where the CPU computes with it",
+            info="auto: as the engine is fastest; vLLM and transformers: as they are stored",
         )
     with gr.Row():
         cpus = optional("Cores of a replica", "Empty: as many free ones as help")
@@ -104,7 +111,7 @@ def build(site: Site) -> None:
                 "Choose a model first. There is none yet? llm-ray model import brings one into the registry; a run "
                 "makes one."
             )
-        if adapters and not ENGINES[engine].adapters:
+        if adapters and not able(engine, "adapters"):
             raise ConfError(
                 f"Adapters are served by engine {engines_with('adapters')} alone: choose it, or deploy the run's own "
                 "model."
@@ -116,8 +123,8 @@ def build(site: Site) -> None:
             address=site.address,
             port=whole(port, "Port"),
             engine=engine,
-            weights=form if ENGINES[engine].converts else None,
-            precision=form if not ENGINES[engine].converts else None,
+            weights=form if _converts(engine) else None,
+            precision=form if not _converts(engine) else None,
             cpus=whole(cpus, "Cores of a replica"),
             replicas=int(replicas or 1),
             adapters={run: run for run in adapters or []},
@@ -173,8 +180,8 @@ def build(site: Site) -> None:
         return *listed(seen), choice, show_works(site.works.listed()), models
 
     @handler(Role.VIEWER)
-    def forms(visitor: Visitor, engine: EngineName) -> Any:
-        return gr.update(choices=list(ENGINES[engine].forms), value=ENGINES[engine].forms[0])
+    def weights(visitor: Visitor, engine: EngineChoice) -> Any:
+        return gr.update(choices=list(forms(engine)), value=forms(engine)[0])
 
     @handler(Role.VIEWER)
     def told(visitor: Visitor, *given: Any) -> str:
@@ -241,7 +248,7 @@ def build(site: Site) -> None:
     outputs = [model, adapters, deployed, endpoint, chosen, *snippets, progress, known]
     on(on_load(), look, first, outputs, js=wanted, **quiet)
     on(gr.Timer(LOOK_AGAIN).tick, again, [chosen, known], [deployed, endpoint, chosen, progress, known], **quiet)
-    on(engine.change, forms, engine, form, **quiet)
+    on(engine.change, weights, engine, form, **quiet)
     for part in given:
         on(part.change, told, given, command, **quiet)
     on(check.click, checked, given, cost, **quiet)
@@ -344,10 +351,14 @@ def snippets(url: str, name: str, key: bool, task: str) -> tuple[str, str, str]:
     return curl, python, sdk
 
 
+def _converts(engine: EngineChoice) -> bool:
+    return engine != "auto" and ENGINES[engine].converts
+
+
 def _command(
     model: str | None,
     name: str,
-    engine: EngineName,
+    engine: EngineChoice,
     form: str,
     cpus: str,
     replicas: float | None,
@@ -360,8 +371,8 @@ def _command(
     words = ["llm-ray", "serve", "deploy", "--model", model or "NAME"]
     if name and name.strip():
         words += ["--name", name.strip()]
-    words += ["--engine", engine] if engine != DEFAULT else []
-    words += ["--weights", form] if ENGINES[engine].converts else []
+    words += ["--engine", engine] if engine != "auto" else []
+    words += ["--weights", form] if _converts(engine) else []
     for flag, value in (
         ("--cpus", cpus),
         ("--replicas", f"{replicas:g}" if replicas and replicas != 1 else ""),
@@ -371,9 +382,5 @@ def _command(
         words += [flag, value.strip()] if value and value.strip() else []
     for run in adapters or []:
         words += ["--adapter", f"{run}={run}"]
-    more = (
-        ""
-        if ENGINES[engine].converts or form == "auto"
-        else f"   # and precision: {form}, which a conf says (--config)"
-    )
+    more = "" if _converts(engine) or form == "auto" else f"   # and precision: {form}, which a conf says (--config)"
     return shlex.join(words) + more

@@ -28,6 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
         # As on a host without a C++ compiler: vLLM's sampler would want one for logprobs.
         environment = {**os.environ, "LLM_RAY_HOME": str(home), "TMPDIR": str(home), "CXX": "/nowhere"}
+        environment["LLM_RAY_CONVERT_ENV"] = "/nowhere"  # so that engine vllm serves
         return subprocess.run(
             [LLM_RAY, *arguments],
             input=stdin,

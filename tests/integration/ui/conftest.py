@@ -33,6 +33,7 @@ class Running:
         )  # what an earlier page of this home has said
         # Not more than a person's shell gives it: PYTHONPATH for the checkout that is tested.
         environment = {**os.environ, "LLM_RAY_HOME": str(home), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        environment["LLM_RAY_CONVERT_ENV"] = "/nowhere"  # so that engine vllm serves
         with self._log.open("a") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
         self.url = self.urls(1)[0]

@@ -35,6 +35,7 @@ def url(page: Running, smollm2: Path) -> Iterator[str]:
 def _llm_ray(page: Running, *arguments: str) -> str:
     """What the command prints, for the page's home."""
     environment = {**os.environ, "LLM_RAY_HOME": str(page.home), "PYTHONPATH": str(ROOT)}
+    environment["LLM_RAY_CONVERT_ENV"] = "/nowhere"  # so that engine vllm serves
     return subprocess.run(
         [LLM_RAY, *arguments], check=True, timeout=200, env=environment, stdout=subprocess.PIPE, text=True
     ).stdout

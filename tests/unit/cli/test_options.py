@@ -73,8 +73,8 @@ def test_a_deployment_without_a_conf_heeds_settings(home: Path) -> None:
             ["--set models.qwen3-0.6b.replicas=0: models.qwen3-0.6b.replicas is 0: it must be", "at least 1"],
         ),
         (
-            ["models.qwen3-0.6b.weights=int4"],
-            ["--set models.qwen3-0.6b.weights=int4: models.qwen3-0.6b: weights is for engine openvino"],
+            ["models.qwen3-0.6b.trust_remote_code=true"],
+            ["--set models.qwen3-0.6b.trust_remote_code=true: models.qwen3-0.6b: trust_remote_code runs code"],
         ),
         (
             ["models.other.cpus=4"],

@@ -8,14 +8,29 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from llm_ray.conf.engines import DEFAULT, ENGINES, EngineName, engines_with
+from llm_ray.conf.engines import ENGINES, FASTEST, WIDEST, EngineChoice, EngineName, able, engines_with, forms
 from llm_ray.conf.serve import ModelServing
 from llm_ray.serve.engines.thread import Core
 
 
 def test_the_names_are_those_of_the_table() -> None:
     assert get_args(EngineName) == tuple(ENGINES)
-    assert ENGINES[DEFAULT].options_of_vllm
+    assert get_args(EngineChoice) == ("auto", *ENGINES)
+    assert ENGINES[WIDEST].options_of_vllm
+    assert ENGINES[FASTEST].converts
+
+
+def test_auto_can_do_what_any_of_them_can() -> None:
+    assert all(able("auto", trait) for trait in ("adapters", "converts", "compiles"))
+    assert not able("vllm", "converts")
+    assert forms("auto") == ("auto",)
+    assert forms("openvino")[0] == "int8"
+
+
+@pytest.mark.parametrize("setting", [{"adapters": {"a": "run"}}, {"compile": True}])
+def test_auto_cannot_do_at_once_what_no_engine_does(setting: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=rf"weights is for engine openvino, and {next(iter(setting))} for engine"):
+        ModelServing.model_validate({"model": "m", "weights": "int8", **setting})
 
 
 @pytest.mark.parametrize("name", ENGINES)

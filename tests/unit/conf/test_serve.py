@@ -109,8 +109,8 @@ BROKEN = {
         ":5: models.bot: adapters are served by engine vllm alone, but engine is openvino",
     ),
     "weights without OpenVINO": (
-        "    weights: int8\n",
-        ":4: models.bot: weights is for engine openvino, but engine is vllm",
+        "    engine: vllm\n    weights: int8\n",
+        ":5: models.bot: weights is for engine openvino, but engine is vllm",
     ),
     "compiled OpenVINO": ("    compile: true\n    engine: openvino\n", ":4: models.bot: compile is for engine vllm"),
     "compiled adapters": (
@@ -265,7 +265,7 @@ def test_merged_sections(write: Write) -> None:
             "there is no models.bto in the conf, which has models.bot; to add it give --set models.bto.model=… too",
         ),
         ("models.bot.model=./nowhere", "models.bot.model: no such folder"),
-        ("models.bot.weights=int8", "models.bot: weights is for engine openvino"),
+        ("models.bot.trust_remote_code=true", "models.bot: trust_remote_code runs code that comes with the model"),
         ("models.my bot.model=x", "'my bot' cannot be a model's name"),
         ("endpoint.tls_key=x.pem", "endpoint.tls_certificate and endpoint.tls_key belong together"),
     ],

@@ -105,7 +105,7 @@ def test_variables_of_the_serve_templates(here: Path) -> None:
     assert {model.weights for model in load_serve("models", ["engine=openvino", "weights=int4"]).models.values()} == {
         "int4"
     }
-    assert {model.engine for model in load_serve("models").models.values()} == {"vllm"}
+    assert {model.engine for model in load_serve("models").models.values()} == {"auto"}
     cluster = load_serve("cluster", ["certificate=host.pem", "certificate_key=host.key"])
     assert (cluster.endpoint.tls_certificate, cluster.endpoint.needs_keys) == (here / "host.pem", True)
     assert not load_serve("chat").endpoint.needs_keys
