@@ -232,10 +232,10 @@ def _probe(model: PreTrainedModel, unlike: float, leak: float) -> str:
         return _first_line(error)
     apart = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
     if not apart <= leak:
-        return f"rows see their neighbours in it (logits differ by {apart:.2g} of their spread)"
+        return f"rows affect their neighbours (logits differ by {apart:.2g} of their spread)"
     apart = max(_difference(a, b) for a, b in zip(together, alone, strict=True))
     if not apart <= unlike:
-        return f"it computes rows otherwise alone (logits differ by {apart:.2g} of their spread)"
+        return f"packed rows get other logits than alone (they differ by {apart:.2g} of their spread)"
     return ""
 
 
