@@ -70,7 +70,7 @@ def bind(count: int) -> tuple[int, str]:
     foreground()
     cores = claim_cores(count)
     if not cores:
-        return count, f"{count} threads, not bound: other processes hold this host's cores"
+        return count, f"{count} threads, not bound: other processes use this host's cores"
     os.sched_setaffinity(0, {core.cpu for core in cores})
     threads = len({core.core for core in cores})
     nodes = sorted({core.numa_node for core in cores})

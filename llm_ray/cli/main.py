@@ -84,10 +84,10 @@ class LlmRay(click.Group):
             OSError,
             MemoryError,
         ) as error:  # of this machine: a full disk, a folder that may not be written, no memory left
-            _fail(ctx, f"Error: {_of_the_machine(error)}. Where it happened is written in {_report()}", 1)
+            _fail(ctx, f"Error: {_of_the_machine(error)}. The traceback is in {_report()}", 1)
         except Exception as error:
-            message = f"Error: {type(error).__name__}: {error}\nThis is a defect of llm-ray, or of a library under it."
-            _fail(ctx, f"{message} Where it happened is written in {_report()}; LLM_RAY_DEBUG=1 shows it here.", 1)
+            message = f"Error: {type(error).__name__}: {error}\nThis is a bug in llm-ray or in one of its libraries."
+            _fail(ctx, f"{message} The traceback is in {_report()}; LLM_RAY_DEBUG=1 shows it here.", 1)
 
 
 def _debugging() -> bool:

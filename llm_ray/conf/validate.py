@@ -218,7 +218,7 @@ class Validation(ABC, Generic[C]):
         elif detail["loc"][-1] == "[key]":
             self.complain(
                 (*path[:-1], str(path[-1])),
-                f"{dotted(path[:-1])}: the name {path[-1]} has to be text: put it in quotes: '{path[-1]}'",
+                f"{dotted(path[:-1])}: the name {path[-1]} must be text: put it in quotes: '{path[-1]}'",
             )
         elif kind in ("extra_forbidden", "invalid_key"):
             above = self.keys.key(path[:-1])
@@ -230,7 +230,7 @@ class Validation(ABC, Generic[C]):
                 hint = f"did you mean {nearest}?"
             else:
                 hint = f"{dotted(path[:-1]) or 'a conf'} has the keys {here}"
-            self.complain(path, f"{name}: there is no such key; {hint}")
+            self.complain(path, f"{name}: no such key; {hint}")
         elif kind in ("string_pattern_mismatch", "string_too_short", "too_short"):
             key = self.keys.key(path)
             self.complain(
@@ -241,9 +241,9 @@ class Validation(ABC, Generic[C]):
             must = keys.describe(node)
             hint = ""
             if must.startswith(("a section", "keys with values")):
-                must = f"a section, with keys indented below {name}:"
+                must = f"a section with keys indented below {name}:"
                 if isinstance(value, str) and re.match(r"\w+:\S", value):
-                    hint = f" ({value.partition(':')[0]}: wants a blank after the colon)"
+                    hint = f" ({value.partition(':')[0]}: needs a space after the colon)"
             elif must.startswith("text") and isinstance(value, (bool, int, float)):
                 hint = f": put it in quotes: '{self.document.written.get(path, value)}'"
             elif close := nearest_names(str(value), keys.choices(node)):
@@ -254,8 +254,8 @@ class Validation(ABC, Generic[C]):
         """Complains of a key in a section that only ``--set`` names, and not whole."""
         section = dotted(path[:2])
         others = [dotted(line) for line in self.document.lines if len(line) == 2 and line[0] == path[0]]
-        has = f"which has {', '.join(others)}" if others else "which has none"
-        self.complain(path[:2], f"there is no {section} in the conf, {has}; to add it give --set {dotted(path)}=… too")
+        has = ", ".join(others) or "none"
+        self.complain(path[:2], f"the conf has no {section} (it has {has}); to add it, give --set {dotted(path)}=… too")
 
     def _about(self, section: yamltext.Path, message: str) -> yamltext.Path | None:
         """The first key named in a rule's message (from `section` on) that the user has given."""
@@ -329,6 +329,4 @@ def show(value: object) -> str:
 
 
 def error_of(wrong: list[str]) -> ConfError:
-    return ConfError(
-        wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} things are wrong with the conf:", *wrong])
-    )
+    return ConfError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"the conf has {len(wrong)} errors:", *wrong]))

@@ -60,7 +60,7 @@ def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
     ids |= {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
     if beyond := sorted((number, token) for token, number in ids.items() if number >= most):
         raise ModelError(
-            f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, as "
-            f"{beyond[0][1]!r} ({beyond[0][0]}; {CONFIG}: vocab_size {most}): a request with one would end the engine. "
-            "Give the model its own tokenizer, or take them out"
+            f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, "
+            f"such as {beyond[0][1]!r} ({beyond[0][0]}; {CONFIG}: vocab_size {most}): a request with one would crash "
+            "the engine. Use the model's own tokenizer, or remove them"
         )

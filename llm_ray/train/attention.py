@@ -77,7 +77,7 @@ def packed_attention(
     if beyond := [name for name, value in others.items() if value is not None and name not in _PASSED]:
         raise ValueError(f"its attention has {', '.join(beyond)}")
     if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise ValueError("its attention looks ahead")
+        raise ValueError("its attention is not causal")
     split = zip(query.split(_rows, 2), key.split(_rows, 2), value.split(_rows, 2), strict=True)
     rows = [_attend(q, k, v, scaling or q.shape[3] ** -0.5, dropout, sliding_window) for q, k, v in split]
     return (torch.cat(rows, 2) if len(rows) > 1 else rows[0]).transpose(1, 2).contiguous(), None

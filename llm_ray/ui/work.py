@@ -30,7 +30,7 @@ class Work:
     began: float = field(default_factory=time.time)
     ended: float | None = None
     lines: list[str] = field(default_factory=list)
-    now: str = "waits for what was started before it"
+    now: str = "waits for earlier actions"
     problem: str = ""
     result: Any = None
 

@@ -77,7 +77,7 @@ def start(home: Path, reporter: Reporter, timeout: float = 120) -> LocalRay:
     """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
     found = running(home)
     if found and found.ending:
-        reporter.line("What was served here is being stopped; waiting for its last answers.")
+        reporter.line("The previous deployment is stopping; waiting for its last answers.")
         end(found)
     elif found:
         return found

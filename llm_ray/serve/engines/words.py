@@ -24,7 +24,7 @@ def forbidden_tokens(words: Sequence[str], tokenizer: TokenizerLike) -> list[lis
     blanks alone.
     """
     if not all(map(str.strip, words)):
-        raise VLLMValidationError("a word of blanks alone cannot be forbidden", parameter="bad_words")
+        raise VLLMValidationError("a word of only spaces cannot be forbidden", parameter="bad_words")
     spelled = itertools.chain.from_iterable(_spellings(word.strip(), tokenizer) for word in words)
     return [list(tokens) for tokens in dict.fromkeys(spelled) if tokens]
 

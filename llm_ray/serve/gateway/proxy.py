@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }
 _LOST = {
     "error": {
-        "message": "The endpoint was lost while it answered; ask again.",
+        "message": "The endpoint was lost during the answer; retry.",
         "type": "server_error",
         "param": None,
         "code": "gateway_lost",

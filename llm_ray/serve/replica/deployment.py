@@ -85,9 +85,7 @@ class ModelReplica:
             await self.server.check_health()
         except Exception as error:
             await asyncio.sleep(_TOLD_WITHIN)
-            text = (
-                f"The engine is dead, so that this replica ends and another is started: {type(error).__name__}: {error}"
-            )
+            text = f"The engine died, so this replica ends and another is started: {type(error).__name__}: {error}"
             logging.getLogger("ray.serve").error(text)
             logging.shutdown()
             os._exit(1)

@@ -59,7 +59,7 @@ class Access:
             secret = _secret(Headers(scope=scope))
             key = self._keys.check(secret) if secret else None
             if key is None:
-                text = "This API key is not valid." if secret else "An API key is needed: Authorization: Bearer KEY"
+                text = "This API key is not valid." if secret else "An API key is required: Authorization: Bearer KEY"
                 _LOG.warning(
                     f"{_asked(scope)} from {_client(scope)} refused: "
                     f"{'an API key that is not valid' if secret else 'no API key'}"
