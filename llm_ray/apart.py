@@ -1,5 +1,4 @@
-"""Work in a process of its own: it holds up nobody else of this one, and Ray, which ends a program whose cluster dies,
-ends that process alone.
+"""Work in a separate process: it does not block this one, and if the cluster dies, Ray ends only that process.
 
 with apart(plan_report, conf) as work:      # ended with the block
     for line in work.lines():

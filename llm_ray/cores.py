@@ -1,7 +1,7 @@
-"""Cores of a host, shared out among the processes of the bundle.
+"""A host's cores, divided among the processes of the bundle.
 
 Ray counts CPUs but binds nothing: two workers on a host run on the same cores unless each is told its own. A process
-claims cores by file locks, which the kernel lets go when the process dies, however it dies.
+claims cores with file locks, which the kernel releases however the process dies.
 
 What computes comes first: its threads wait for each other at every layer of a model, so that a moment which Ray, Serve
 or a gateway takes from one is lost to all. Those are started in the `background`, where Linux has them wait for the end

@@ -1,4 +1,4 @@
-"""What goes wrong, in words written for the user.
+"""Exceptions with messages written for the user.
 
 Every exception that a user may see derives from :class:`LlmRayError`; the command line turns it into one message
 and an exit code at a single place (``llm_ray.cli.main``). A message names the file and key (or host and variable),

@@ -1,4 +1,5 @@
-"""What this host's CPU computes fast, and what follows for training: precision, threads, memory allocation."""
+"""What this host's CPU computes fast, and the resulting settings for training: precision, threads, memory
+allocation."""
 
 from __future__ import annotations
 

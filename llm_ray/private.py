@@ -1,5 +1,5 @@
-"""Files of secrets: open to their owner alone, changed by one process at a time, read anew by a server whenever they
-have changed."""
+"""Secret files: accessible only to their owner, changed by one process at a time, reloaded by servers when they
+change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asking a deployed model: one question, streamed or whole, or a file of them.
+"""Ask a deployed model: one question, streamed or not, or a file of them.
 
 endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, {}))
 answer = await ask(endpoint, "support-bot", Prompt("Who are you?"), Settings(max_tokens=64), reporter, on_text=show)

@@ -1,4 +1,4 @@
-"""An endpoint under load.
+"""Load test of an endpoint.
 
 report = load_endpoint(parse("http://127.0.0.1:8000/v1"), "support-bot", Load(concurrency=16, requests=100), reporter)
 """

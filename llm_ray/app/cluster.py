@@ -1,4 +1,4 @@
-"""The cluster as it is now: its nodes, the jobs that run, the applications that are served."""
+"""The cluster's current state: nodes, running jobs, served applications."""
 
 from __future__ import annotations
 

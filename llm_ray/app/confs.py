@@ -1,5 +1,4 @@
-"""A finetune's conf made from settings, as a form has them, and back: every field of the form comes from the conf's
-schema.
+"""Convert a form's settings to a finetune conf and back; the form's fields come from the conf's schema.
 
 settings = {"train": "tickets.jsonl", "model": "smollm2-135m-instruct", "name": "support-bot", "training.epochs": "2"}
 conf = conf_of(settings, home)

@@ -1,5 +1,4 @@
-"""A finetune from conf to model: the stages in order, each skipped when it is done for the same inputs; or only what it
-would need.
+"""Plan or run a finetune, from conf to model: the stages in order, skipping those already done for the same inputs.
 
 conf = load_finetune("quickstart")
 plan = plan_finetune(conf, reporter)

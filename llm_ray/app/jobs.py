@@ -1,5 +1,4 @@
-"""Finetunes in the background: each in a process of its own, which outlives the one that asked for it, one at a time on
-this machine.
+"""Background finetunes: each in its own process, which outlives its caller, one at a time on this machine.
 
 job = submit(conf)          # waits for its turn, and runs
 queue(conf.paths.runs)      # found again by any process, from files and the locks of those that work

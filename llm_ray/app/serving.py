@@ -1,4 +1,4 @@
-"""Serving: deploy models or change them, stop them, bring them back, see how they fare, read their logs.
+"""Serving: deploy, change, stop and restore models, see their status, read their logs.
 
 `home` is the folder of models, data and runs; beside them lies what serving keeps. `address` is the cluster that serves
 (`auto` on one of its nodes, else HOST:PORT of its head's GCS), None this machine's own Ray.

@@ -1,4 +1,4 @@
-"""Loads an OpenAI endpoint with streamed requests, and measures when each token arrives.
+"""Sends streamed requests to an OpenAI endpoint and measures when each token arrives.
 
 report = run_load(endpoint, "quickstart", builtin_prompts(64), Load(concurrency=16, requests=128))
 print(report.output_tokens_per_second, report.time_to_first_token)

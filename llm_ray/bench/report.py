@@ -1,4 +1,4 @@
-"""What a load test found: a table to read, JSON to keep, a plot to show.
+"""Results of a load test as a table, JSON and a plot.
 
 print("\\n".join(table(report)))
 write(report, Path("bench-results/monday"))    # report.json and plot.png

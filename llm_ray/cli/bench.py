@@ -1,4 +1,4 @@
-"""``llm-ray bench``: measures what is deployed."""
+"""``llm-ray bench``: measures a deployed model."""
 
 from __future__ import annotations
 

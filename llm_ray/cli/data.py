@@ -1,4 +1,4 @@
-"""``llm-ray data``: what the model will see of the data, and the figures of it.
+"""``llm-ray data``: the data as the model will see it, and its statistics.
 
 llm-ray data preview --config quickstart -n 2
 """

@@ -1,4 +1,4 @@
-"""``llm-ray serve keys``: who may ask the served models."""
+"""``llm-ray serve keys``: API keys of the served models."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The command ``llm-ray``: finds the verb asked for, and turns what goes wrong into one message and an exit code.
+"""The command ``llm-ray``: dispatches to subcommands and turns errors into one message and an exit code.
 
-Verbs are imported when they are called: ``llm-ray --help`` loads neither torch nor Ray. Exit codes: 0 done, 1 failed,
-2 wrong use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows the traceback of any error,
-and what libraries warn of.
+Subcommands are imported on demand: ``llm-ray --help`` loads neither torch nor Ray. Exit codes: 0 success, 1 failure, 2
+incorrect use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows tracebacks and warnings of libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``llm-ray quickstart``: the whole way, from a base model to answers of a finetuned one."""
+"""``llm-ray quickstart``: from a base model to answers of a finetuned one."""
 
 from __future__ import annotations
 

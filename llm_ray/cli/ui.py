@@ -1,4 +1,4 @@
-"""``llm-ray ui``: the page, and who may use it."""
+"""``llm-ray ui``: the page and its users."""
 
 from __future__ import annotations
 

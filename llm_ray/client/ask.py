@@ -1,4 +1,4 @@
-"""Asking a model, over the OpenAI API or over its own route, whole or as it comes.
+"""Ask a model over the OpenAI API or its own route, streamed or not.
 
 async with Asker(parse("http://127.0.0.1:8000/v1"), "quickstart", Settings(max_tokens=64)) as asker:
     answer = await asker.ask(Prompt("What is Ray?"), on_text=print)

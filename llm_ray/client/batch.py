@@ -1,4 +1,4 @@
-"""A file of prompts: several asked at once, each answer kept as it comes.
+"""A file of prompts: asked concurrently, with each answer stored as it arrives.
 
 with open_answers(Path("answers.jsonl"), prompts, "quickstart", settings) as answers:
     failures = answer_all(endpoint, "quickstart", settings, answers.open_prompts, 8, answers.keep)

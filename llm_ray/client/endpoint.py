@@ -1,4 +1,4 @@
-"""Where a model answers, of which kind its URL is, and the key that opens it.
+"""A model's endpoint: its URL, the kind of URL, and the API key.
 
 endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, os.environ))
 """

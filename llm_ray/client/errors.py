@@ -1,4 +1,4 @@
-"""What goes wrong between a client and an endpoint, told so that the reader knows what to do.
+"""Errors between a client and an endpoint, with messages that say what to do.
 
 Each error has a ``kind``, by which failures are counted ("status 503", "timeout", …), and says whether it is ``fatal``:
 the next request would end the same way.

@@ -1,4 +1,4 @@
-"""The keys of a conf, read off its JSON Schema: what each may hold, and which one a misspelled key was meant to be.
+"""The keys of a conf, from its JSON Schema: their allowed values, and suggestions for misspelled keys.
 
 The messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name
 of a key NAME stands for what the user calls it: ``models.NAME.engine``.

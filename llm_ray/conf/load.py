@@ -3,10 +3,10 @@
     conf = load_finetune("lora", ["train=tickets.jsonl", "training.epochs=2"])
     conf = load_serve("chat", ["model=support-bot", "models.support-bot.cpus=4"])
 
-``--set NAME=VALUE`` gives the template's variable NAME where the template uses one of that name, and else sets the
-conf's key NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars``
-file that has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the
-schema's default holds.
+``--set NAME=VALUE`` sets the template's variable NAME if the template uses one of that name, otherwise the conf's key
+NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars`` file that
+has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the schema's
+default holds.
 
 Relative paths are looked up beside the conf file, then in the current folder; data files last under ``paths.data``. For
 a shipped template and for ``--set`` the current folder alone is "beside".

@@ -1,5 +1,5 @@
-"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files that it
-takes along.
+"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files to be
+copied along.
 
     to = Destination(Path("/srv/llm-ray"))
     conf = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, to)

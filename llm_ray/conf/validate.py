@@ -1,7 +1,6 @@
-"""One conf on its way from YAML to schema: what ``--set`` changes, where its paths lie, and words for all that is wrong
-with it.
+"""Validation of a conf, from YAML to schema: overrides by ``--set``, absolute paths, and messages for all errors.
 
-Everything wrong is told in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds
+All errors are reported in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds
 of confs derive from :class:`Validation`, in ``llm_ray.conf.load``.
 """
 

@@ -1,12 +1,12 @@
-"""Conversations and texts made into tokens and labels.
+"""Encodes conversations and texts as tokens and labels.
 
-What the model is trained on is what it meets in serving, by construction. For each of the assistant's answers the chat
-template is asked for the prompt of that answer (``add_generation_prompt=True``, as a server does), and for the
-conversation up to its end; the tokens of the prompt are not supervised, those that follow are, up to and including the
-token that ends a turn. If the prompt of the next answer goes on from these very tokens, it is added to the sequence.
-If it does not (templates that take the reasoning out of earlier answers, or move tools behind the last question), the
-next answer begins a sequence of its own, which again starts with the very tokens a server would send. So no marks such
-as ``{% generation %}`` are needed, and templates that have them work as well.
+By construction, training uses the same prompts as serving. For each of the assistant's answers the chat template is
+asked for the prompt of that answer (``add_generation_prompt=True``, as a server does), and for the conversation up to
+its end; the tokens of the prompt are not supervised, those that follow are, up to and including the token that ends a
+turn. If the prompt of the next answer goes on from these very tokens, it is added to the sequence. If it does not
+(templates that take the reasoning out of earlier answers, or move tools behind the last question), the next answer
+begins a sequence of its own, which again starts with the very tokens a server would send. So no marks such as ``{%
+generation %}`` are needed, and templates that have them work as well.
 
 Labels are aligned with the tokens (``labels[t]`` is ``input_ids[t]`` or -100; the shift by one is the loss's), and the
 first label of a sequence is always -100: nothing is predicted from a neighbour in the same pack.

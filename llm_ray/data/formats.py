@@ -1,4 +1,4 @@
-"""Rows of the known shapes made into conversations or texts.
+"""Converts rows of the supported formats to conversations or texts.
 
 | format | columns (optional ones in brackets) |
 | --- | --- |

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: the files of a configuration and split, for the readers that local files have.
+"""Hub data sets: finds the files of a configuration and split, which are then read like local files.
 
 ``datasets`` says which files they are (from the data set's card, or their names), and huggingface_hub brings them. What
 it would convert them to is not used: of mixed contents ``"42"`` becomes a number there, and numbers lose their digits.

@@ -1,4 +1,4 @@
-"""JSON texts as data files have them: value by value out of a file of any size, with what is wrong with one in words.
+"""A JSON reader for data files: value by value from files of any size, with readable error messages.
 
 Stricter than Python's parser: a key that stands twice in an object would lose its first value without a word.
 """

@@ -1,4 +1,4 @@
-"""The prepare stage: the conf's data sets made into tokens on disk, split once for all workers.
+"""The prepare stage: converts the conf's data sets to tokens on disk, split once for all workers.
 
     stats = prepare(conf, tokenizer, run_dir / "prepared", print)
     rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels

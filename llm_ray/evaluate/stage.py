@@ -1,4 +1,4 @@
-"""Evaluation on the cluster: each worker takes its share of the rows, and asks the model before and after training."""
+"""Evaluation on the cluster: each worker generates answers for its share of the rows, before and after training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an export needs, tried out before training; and whether what was exported is what was trained.
+"""Checks before training that an export will work, and after it that the exported model is the trained one.
 
 ``rehearse`` does at the start, without weights, what would otherwise fail only after hours. ``Comparison`` follows the
 loss on a few sequences from the trained model to the exported folder.

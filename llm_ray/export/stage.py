@@ -1,5 +1,5 @@
-"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, the
-adapter beside it."""
+"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, and
+the adapter."""
 
 from __future__ import annotations
 

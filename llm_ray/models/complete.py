@@ -1,4 +1,4 @@
-"""Whether a model folder has every weight of its architecture, in its size, before anything is loaded.
+"""Checks that a model folder has every weight of its architecture, in the right size, before anything is loaded.
 
 transformers is asked itself, by loading the folder onto torch's meta device: names and shapes are read from the files'
 headers, and all its rules hold: tied weights, weights that may be missing, names that it changes, prefixes, experts

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: whether one is whole, and what is in it."""
+"""Hugging Face model folders: whether one is complete, and what it contains."""
 
 from __future__ import annotations
 

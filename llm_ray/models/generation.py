@@ -1,5 +1,5 @@
-"""A model's generation settings, such that transformers saves them: it refuses combinations that it loads with a
-warning."""
+"""Corrects a model's generation settings so that transformers saves them: it refuses to save combinations that it loads
+with a warning."""
 
 from __future__ import annotations
 

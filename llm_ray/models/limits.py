@@ -1,5 +1,4 @@
-"""What a model cannot take, however it is called: tokens beyond its embeddings, and rows beyond the positions that it
-has."""
+"""A model's limits: tokens beyond its embeddings, and rows beyond its positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding a model by what the conf calls it, and loading it and its tokenizer."""
+"""Finds a model by its name in the conf, and loads it and its tokenizer."""
 
 from __future__ import annotations
 

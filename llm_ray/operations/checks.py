@@ -1,4 +1,4 @@
-"""Does the cluster have the nodes that it should have, do they run the same software, and see the same files?
+"""Checks that the cluster has the expected nodes, and that they run the same software and see the same files.
 
 A finding has the keys check, host, result (passed or failed), found, and fix: what to do about it.
 """

@@ -1,4 +1,4 @@
-"""A node leaves: it takes no more work, what runs on it ends."""
+"""Drains a node: it accepts no more work, and its running work ends."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Smoke runs: does training reach over all nodes, does serving answer? Both leave nothing behind and disturb
-nothing."""
+"""Smoke tests of training across all nodes and of serving. Both leave nothing behind and disturb nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder: locked by who works in it, with the conf as run, lineage, stage marks and results.
+"""A run's folder: locked by the process that works in it, with the conf as run, lineage, stage marks and results.
 
     with open_run(conf, find_base(conf.model, conf.paths), force=False) as run:
         inputs = inputs_hash(conf.data, file_hashes(conf.data.train))

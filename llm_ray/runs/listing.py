@@ -1,4 +1,4 @@
-"""The runs of a folder, as they stand: what each is, how far it came, its last figures.
+"""The runs of a folder with their state, progress and latest figures.
 
 for run in list_runs(home() / "runs"):
     print(run.name, run.state, run.loss)

@@ -1,6 +1,6 @@
-"""Checkpoints: whole or not there, the last few and the best one kept.
+"""Atomic checkpoints; the last few and the best one are kept.
 
-A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: learning weights, optimizer, each
+A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: trainable weights, optimizer, each
 worker's random state, and progress (step, best validation loss, …). It is written under a hidden name and renamed when
 every worker has written its part, so that whatever has its final name can be resumed from.
 """

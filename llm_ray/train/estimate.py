@@ -1,4 +1,4 @@
-"""What a training will need, told before it starts: memory per worker, and time.
+"""Estimates of a training before it starts: memory per worker, and time.
 
 Both are measured: some real steps are taken (``llm_ray.train.trial``). Where the model would not even fit this host,
 nothing is run, and memory is counted from the model's shapes.

@@ -1,5 +1,4 @@
-"""Training on Ray Train, seen from the driver: start the workers, show how far they are, stop them, and say what went
-wrong."""
+"""The driver's side of training on Ray Train: start the workers, show progress, stop them, explain failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as it is trained: adapters or all weights, laid over the workers by DDP or FSDP."""
+"""The model in training: adapters or all weights, distributed over the workers by DDP or FSDP."""
 
 from __future__ import annotations
 

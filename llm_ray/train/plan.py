@@ -1,5 +1,5 @@
-"""What a training is going to do, in words and for params.json: hyperparameters, precision and why, threads, strategy,
-steps; and what speaks against it."""
+"""The plan of a training, as text and for params.json: hyperparameters, precision and its reason, threads, strategy,
+steps, and warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that a run has trained, in one process: its base, and a checkpoint's weights."""
+"""A run's trained model in one process: its base with a checkpoint's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real steps of a training, taken for a moment to see what they cost: seconds, and memory of each worker.
+"""Runs some real training steps to measure their cost: seconds, and memory of each worker.
 
     cost = measure(conf, prepared, cpus=2, lengths=lengths)
     cost.seconds_per_token, cost.memory

@@ -1,4 +1,4 @@
-"""Whether a run has learned: said at its end, with what to try where it has not."""
+"""Whether a run has learned, reported at its end, with suggestions if it has not."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What a person may choose from, by names that mean something: data (their own files, those of all, a hub id) and
-models."""
+"""The choices offered to a user, with readable names: data (their own files, shared files, a hub id) and models."""
 
 from __future__ import annotations
 

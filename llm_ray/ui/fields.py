@@ -1,4 +1,4 @@
-"""Numbers that may be left empty: Gradio's own field for numbers shows 0 for none."""
+"""Optional number fields: Gradio's own number field shows 0 when empty."""
 
 from __future__ import annotations
 

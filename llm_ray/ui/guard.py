@@ -1,7 +1,7 @@
-"""What stands before every path of the page: Host and Origin, the session, the routes of Gradio that are used, sizes,
-headers. Plain ASGI.
+"""Middleware in front of every path of the page: Host and Origin, the session, allowed Gradio routes, sizes, headers.
+Plain ASGI.
 
-Gradio has some fifty routes, of which a page needs a dozen. What is not named here is not there: its own login and
+Gradio has some fifty routes, of which a page needs a dozen. Everything not listed here is disabled: its own login and
 tokens, its API by name, monitoring, run history, deep links, proxies, MCP.
 """
 

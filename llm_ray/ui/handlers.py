@@ -1,4 +1,4 @@
-"""What a screen does when something is clicked: each call asks for a role, wherever it comes from.
+"""Event handlers of the screens: every call requires a role, wherever it comes from.
 
     @handler(Role.USER)
     def greet(visitor: Visitor, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Signing in and out: plain pages of ours that need no script."""
+"""Signing in and out: plain pages without scripts."""
 
 from __future__ import annotations
 

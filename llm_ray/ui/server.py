@@ -1,4 +1,4 @@
-"""The page's application, and the server that runs it until it is told to end."""
+"""The page's application, and the server that runs it until it is stopped."""
 
 from __future__ import annotations
 

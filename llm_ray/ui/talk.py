@@ -1,4 +1,4 @@
-"""A talk with one model or two: the turns, an answer while it is made, and how both are shown."""
+"""A conversation with one model or two: the turns, the answer being generated, and their display."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Files that people send: each person's apart from the others', and in Gradio's cache no longer than until a screen
-takes them.
+"""Uploaded files: kept apart per user, and in Gradio's cache only until a screen takes them.
 
 Gradio names a file in its cache by its contents: two people who send the same would share it, and whoever names a path
 gets the file. Here each upload has a folder of its own under its sender's, which nobody else may name.

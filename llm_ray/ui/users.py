@@ -1,4 +1,4 @@
-"""Who may use the page: a file of names, roles and slow hashes of passwords.
+"""Users of the page: a file of names, roles and slow password hashes.
 
 llm-ray ui users add alice --role admin
 """

@@ -1,4 +1,4 @@
-"""What the page knows of the cluster: one look every few seconds, for everybody who has the page open."""
+"""The page's view of the cluster, refreshed every few seconds for all open pages."""
 
 from __future__ import annotations
 

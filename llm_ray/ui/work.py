@@ -1,5 +1,5 @@
-"""Long work that people start on the page: it goes on whoever looks, in processes beside the page, and everybody sees
-how far it is."""
+"""Long-running work started on the page: it runs in separate processes, whoever is watching, and everybody sees its
+progress."""
 
 from __future__ import annotations
 

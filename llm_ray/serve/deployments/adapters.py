@@ -1,4 +1,4 @@
-"""LoRA adapters: finding one by what the conf calls it, and whether it belongs to the model that it is to be served on.
+"""LoRA adapters: finds them by their names in the conf, and checks that they belong to the model they are served on.
 
 An adapter holds differences from the weights of one model. On any other it answers nonsense, or ends the engine, so
 that it is refused before anything is loaded: where its layers are not those of the model, or where it is known to have

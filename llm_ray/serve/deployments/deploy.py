@@ -1,4 +1,4 @@
-"""Deploying models on the connected Ray, changing them, and taking them away; each leaves the others alone.
+"""Deploys, changes and removes models on the connected Ray, each independently of the others.
 
 with local.connected(conf.runtime, home, reporter, begin=True):
     endpoint = deploy(models, conf.endpoint, home, reporter)

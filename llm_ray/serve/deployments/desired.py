@@ -1,5 +1,5 @@
-"""The desired state of a cluster's serving, as confs have described it: from this the endpoint comes back when Ray's
-head has started anew.
+"""The desired state of a cluster's serving, as described by confs: the endpoint is restored from it after a restart of
+Ray's head.
 
 llm-ray serve restore     # on the head, after each start: the unit llm-ray-serve does it
 

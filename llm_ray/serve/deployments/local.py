@@ -1,4 +1,4 @@
-"""Serving on this machine: a Ray of its own in the background, which one command starts and others join.
+"""Serving on this machine: a separate Ray in the background, which one command starts and others join.
 
 python -m llm_ray.serve.deployments.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress,
 and ends it

@@ -1,4 +1,4 @@
-"""What the replicas of a model have logged, from every host of the cluster: those that run and those that failed."""
+"""Logs of a model's replicas from every host of the cluster, both running and failed ones."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told
-before loading.
+"""Plans a serve conf: the models' parameters, and whether the cluster has room for them, all before loading.
 
 models = plan(conf, reporter)     # folders, arithmetic and memory; ModelError for what cannot be served
 place(models, nodes, deployed)    # cores; ServeError with the figures where there is no room

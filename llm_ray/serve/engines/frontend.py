@@ -1,4 +1,4 @@
-"""vLLM's front end before any engine: OpenAI's protocol, chat templates, tools, stop strings, logprobs, usage, streams.
+"""vLLM's front end for all engines: OpenAI's protocol, chat templates, tools, stop strings, logprobs, usage, streams.
 
 ``Engine`` is what ``ray.serve.llm`` calls an engine. The core behind it is one of ``llm_ray.serve.engines``.
 """

@@ -1,4 +1,4 @@
-"""The next token of every row of a batch: vLLM's sampler, for engines that leave choosing to us.
+"""The next token of every row of a batch: vLLM's sampler, for engines that do not sample themselves.
 
 Penalties, biases and what else changes logits, their order, and logprobs of the raw ones are vLLM's own.
 """

@@ -1,4 +1,4 @@
-"""Any causal model of transformers as a core, batched as requests come, and the path for IPEX.
+"""Any causal model of transformers as a core, with dynamic batching, and the path for IPEX.
 
 Each step computes a token for every running request, and a piece of the prompts that wait: as many short ones as fit,
 or 512 tokens of a long one. What is to be computed together is in ``llm_ray.serve.engines.batches``; what is chosen

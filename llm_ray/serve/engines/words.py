@@ -1,4 +1,4 @@
-"""Words that an answer must not hold (`bad_words`), as token ids: what engines compare an answer's last tokens with."""
+"""Forbidden words (`bad_words`) as token ids, which engines compare with an answer's last tokens."""
 
 from __future__ import annotations
 

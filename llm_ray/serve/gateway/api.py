@@ -1,7 +1,7 @@
-"""The HTTP API before all models: OpenAI's routes, a route of its own for each model, health, readiness, metrics.
+"""The HTTP API in front of all models: OpenAI's routes, one route per model, health, readiness, metrics.
 
-Answers are those of ``ray.serve.llm`` (and so of vLLM). The models are not bound when this is deployed, as
-``ray.serve.llm``'s ingress wants it, but looked up in Ray Serve's controller, so that they come and go without it.
+Answers are those of ``ray.serve.llm`` (and so of vLLM). Models are not bound at deployment, as in ``ray.serve.llm``'s
+ingress, but looked up in Ray Serve's controller, so they can be added and removed without redeploying it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What goes wrong with a request, as its client is told: in OpenAI's form, 4xx for the client's mistakes, 5xx for ours,
-never a traceback."""
+"""Errors of requests in OpenAI's form: 4xx for the client's mistakes, 5xx for the server's, never a traceback."""
 
 from __future__ import annotations
 

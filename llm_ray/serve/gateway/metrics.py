@@ -1,5 +1,4 @@
-"""What the gateway counts, for Prometheus and `llm-ray serve status`: by the name asked for, that of a model or of an
-adapter on one."""
+"""The gateway's metrics, for Prometheus and `llm-ray serve status`, by requested name: a model's or an adapter's."""
 
 from __future__ import annotations
 

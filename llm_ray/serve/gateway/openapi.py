@@ -1,5 +1,4 @@
-"""The OpenAPI description of the endpoint, /openapi.json: what is asked where, what is answered, and in which form
-errors come.
+"""The OpenAPI description of the endpoint, /openapi.json: routes, requests, answers and errors.
 
 It holds for the endpoint as it is deployed: an API key is asked for in it where one is needed.
 """

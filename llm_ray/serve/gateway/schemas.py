@@ -1,4 +1,4 @@
-"""JSON schemas that answers are to follow: what no engine here enforces is found before the request reaches one.
+"""Checks JSON schemas for answers: finds what no engine here enforces before the request reaches one.
 
 xgrammar, which all engines constrain answers with, reads one of `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and
 `type` in each schema, the first of these that is there, and passes over the rest without a word. An answer may then

@@ -1,5 +1,5 @@
-"""A replica of a model: what Ray Serve starts. It imports the engine itself, so that whoever deploys needs to import
-none."""
+"""A replica of a model: what Ray Serve starts. It imports the engine itself, so the deploying process does not have
+to."""
 
 from __future__ import annotations
 

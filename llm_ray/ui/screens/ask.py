@@ -1,4 +1,4 @@
-"""The screen Ask: a talk with a deployed model, or with two side by side."""
+"""The screen Ask: a conversation with a deployed model, or with two side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The screen Data: the files that a model learns from, and what it will see of them."""
+"""The screen Data: training files, and what the model will see of them."""
 
 from __future__ import annotations
 

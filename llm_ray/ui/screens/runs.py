@@ -1,4 +1,4 @@
-"""The screen Runs: what was trained and what waits, one run while it learns, and several side by side."""
+"""The screen Runs: finished and queued runs, one run in training, and several side by side."""
 
 from __future__ import annotations
 

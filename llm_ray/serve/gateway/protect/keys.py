@@ -1,4 +1,4 @@
-"""API keys: a file of hashes, which the gateway reads anew whenever it has changed.
+"""API keys: a file of hashes, which the gateway reloads when it changes.
 
 llm-ray serve keys add alice
 

@@ -1,5 +1,5 @@
-"""Limits of an API key: requests a minute, requests at the same time, tokens of an answer. One gateway counts, in one
-event loop."""
+"""Limits of an API key: requests per minute, concurrent requests, tokens per answer. One gateway counts, in one event
+loop."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What stands before the API: size and slowness of bodies, keys, limits, time-outs, clients that are gone. Plain ASGI,
-for streams.
+"""Middleware in front of the API: body sizes and timeouts, keys, limits, request timeouts, disconnected clients. Plain
+ASGI, for streams.
 
 Specification: https://asgi.readthedocs.io/en/latest/specs/www.html
 """
