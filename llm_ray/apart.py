@@ -1,5 +1,4 @@
-"""Work in a process of its own: it holds up nobody else of this one, and Ray, which ends a program whose cluster dies,
-ends that process alone.
+"""Work in a separate process: it does not block this one, and if the cluster dies, Ray ends only that process.
 
 with apart(plan_report, conf) as work:      # ended with the block
     for line in work.lines():
@@ -75,16 +74,14 @@ class Apart:
             except (queue.Empty, BrokenPipeError) as error:
                 self._end()
                 raise ClusterError(
-                    f"Ray does not answer within {timeout or 0:.0f} s: the cluster is away, or very busy"
+                    f"Ray does not answer within {timeout or 0:.0f} s: the cluster is unreachable or very busy"
                 ) from error
             except ClusterError:
                 self._end()  # the next call joins anew
                 raise
             except _Ended:
                 self._end()
-            raise ClusterError(
-                "the connection to Ray ended in the middle: the cluster is away, or has just been stopped"
-            )
+            raise ClusterError("the connection to Ray was lost: the cluster is unreachable, or has just been stopped")
 
     def events(
         self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None
@@ -163,16 +160,16 @@ class Work(Generic[T]):
                 elif kind == "returned":
                     self._result.append(value)
         except _Ended as end:
-            killed = "it was killed, perhaps for want of memory"
+            killed = "it was killed, perhaps because memory ran out"
             why = killed if end.code == -9 else f"its process ended with code {end.code}"
-            raise RunError(f"the work broke off: {why}") from None
+            raise RunError(f"the work was interrupted: {why}") from None
 
     def result(self) -> T:
         """What the work came to. Raises LlmRayError as it did."""
         for _ in self.lines():
             pass
         if not self._result:
-            raise RunError("the work broke off before its end")
+            raise RunError("the work was interrupted before it finished")
         return self._result[0]
 
 

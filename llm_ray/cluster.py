@@ -60,7 +60,7 @@ class Cluster:
             return self
         if missing := [host for host in hosts if not any(host in names for names in self.names.values())]:
             raise ClusterError(
-                f"runtime.hosts names {', '.join(missing)}, and Ray has no such node; it has "
+                f"runtime.hosts names {', '.join(missing)}, but Ray has no such node; it has "
                 f"{', '.join(self.hosts) or 'none'}: correct the name, or start the host"
             )
         return self.among(hosts)
@@ -177,15 +177,15 @@ def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
         raise ClusterError(
-            f"runtime.address is {address!r}: host:port of the head's GCS is wanted, as 10.0.0.1:6379, or auto on a "
-            "node of the cluster"
+            f"runtime.address is {address!r}: expected host:port of the head's GCS, such as 10.0.0.1:6379, or auto "
+            "on a node of the cluster"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
         raise ClusterError(
-            f"no Ray cluster at {address} (runtime.address): {error.strerror or error}. Is the head running there, and "
-            "the port open to this host?"
+            f"no Ray cluster at {address} (runtime.address): {error.strerror or error}. Is the head running there, "
+            "and is the port open to this host?"
         ) from error
 
 

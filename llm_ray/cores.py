@@ -1,7 +1,7 @@
-"""Cores of a host, shared out among the processes of the bundle.
+"""A host's cores, divided among the processes of the bundle.
 
 Ray counts CPUs but binds nothing: two workers on a host run on the same cores unless each is told its own. A process
-claims cores by file locks, which the kernel lets go when the process dies, however it dies.
+claims cores with file locks, which the kernel releases however the process dies.
 
 What computes comes first: its threads wait for each other at every layer of a model, so that a moment which Ray, Serve
 or a gateway takes from one is lost to all. Those are started in the `background`, where Linux has them wait for the end
@@ -70,7 +70,7 @@ def bind(count: int) -> tuple[int, str]:
     foreground()
     cores = claim_cores(count)
     if not cores:
-        return count, f"{count} threads, not bound: other processes hold this host's cores"
+        return count, f"{count} threads, not bound: other processes use this host's cores"
     os.sched_setaffinity(0, {core.cpu for core in cores})
     threads = len({core.core for core in cores})
     nodes = sorted({core.numa_node for core in cores})

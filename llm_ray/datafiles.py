@@ -1,4 +1,4 @@
-"""Files of data: which kinds are read, what a folder of them holds, and what names a data set of the hub."""
+"""Data files: supported types, the files of a folder, and names of hub data sets."""
 
 from __future__ import annotations
 

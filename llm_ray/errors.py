@@ -1,4 +1,4 @@
-"""What goes wrong, in words written for the user.
+"""Exceptions with messages written for the user.
 
 Every exception that a user may see derives from :class:`LlmRayError`; the command line turns it into one message
 and an exit code at a single place (``llm_ray.cli.main``). A message names the file and key (or host and variable),
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 
 class LlmRayError(Exception):
-    """The work could not be done; the message says why and what to do. Exit code 1."""
+    """The work failed; the message says why and what to do. Exit code 1."""
 
     exit_code = 1
 
 
 class ConfError(LlmRayError):
-    """The conf (or a flag) is wrong: nothing was started. Exit code 2, wrong use."""
+    """The conf (or a flag) is wrong: nothing was started. Exit code 2, incorrect use."""
 
     exit_code = 2
 
@@ -25,23 +25,23 @@ class DataError(LlmRayError):
 
 
 class ModelError(LlmRayError):
-    """A model or tokenizer is missing, incomplete, or of a kind that cannot be used."""
+    """A model or tokenizer is missing, incomplete or unsupported."""
 
 
 class RunError(LlmRayError):
-    """A run's folder is in a state that forbids what was asked (exists already, nothing to resume, …)."""
+    """A run's folder is in a state that rules out the request (exists already, nothing to resume, …)."""
 
 
 class ClusterError(LlmRayError):
-    """Ray could not be started or joined, or the cluster has not what the conf asks for."""
+    """Ray could not be started or joined, or the cluster lacks resources the conf asks for."""
 
 
 class TrainError(LlmRayError):
-    """Training ended before its end: a lost worker, a NaN loss, a full disk, no memory."""
+    """Training failed: a lost worker, a NaN loss, a full disk, no memory."""
 
 
 class Stopped(TrainError):
-    """A run was asked to stop, and did: the same command goes on from there."""
+    """A run was stopped on request: the same command resumes it."""
 
     exit_code = 130
 

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written beside their place under a hidden name, then renamed."""
+"""Atomic files and folders: written under a hidden name in the same place, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What this host's CPU computes fast, and what follows for training: precision, threads, memory allocation."""
+"""What this host's CPU computes fast, and the resulting settings for training: precision, threads, memory
+allocation."""
 
 from __future__ import annotations
 
@@ -35,11 +36,14 @@ def choose_precision(wanted: Literal["auto", "fp32", "bf16"], flags: frozenset[s
         return (
             ("bf16", f"the CPU has {hardware}")
             if hardware
-            else ("fp32", "the CPU has neither AMX nor AVX512-BF16: it would emulate bf16, slower than fp32")
+            else ("fp32", "the CPU has neither AMX nor AVX512-BF16: it would emulate bf16, which is slower than fp32")
         )
     if wanted == "bf16" and not hardware:
-        return "bf16", "the conf asks for it; the CPU has neither AMX nor AVX512-BF16 and emulates it, slower than fp32"
-    return wanted, "the conf asks for it"
+        return (
+            "bf16",
+            "set in the conf; the CPU has neither AMX nor AVX512-BF16 and emulates it, which is slower than fp32",
+        )
+    return wanted, "set in the conf"
 
 
 def torch_dtype(name: Precision) -> torch.dtype:

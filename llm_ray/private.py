@@ -1,5 +1,5 @@
-"""Files of secrets: open to their owner alone, changed by one process at a time, read anew by a server whenever they
-have changed."""
+"""Secret files: accessible only to their owner, changed by one process at a time, reloaded by servers when they
+change."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PrivateFile(Generic[Entry]):
         folder = path.parent.stat().st_mode
         if folder & (stat.S_IWGRP | stat.S_IWOTH) and not folder & stat.S_ISVTX:
             raise self.error(
-                f"others can exchange files in {path.parent} (mode {folder & 0o777:o}): chmod 700 {path.parent}"
+                f"others can replace files in {path.parent} (mode {folder & 0o777:o}): chmod 700 {path.parent}"
             )
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -51,7 +51,7 @@ class PrivateFile(Generic[Entry]):
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise self.error(
-                f"{path} holds no {self.holds}: {reason}. Restore it, or remove it and make new {self.holds}"
+                f"{path} contains no valid {self.holds}: {reason}. Restore it, or remove it and create new {self.holds}"
             ) from error
 
     def stored(self) -> dict[str, Entry]:
@@ -118,7 +118,7 @@ class Watched(Generic[Entry]):
                 self._entries, self._seen, complaint = {}, seen, str(error)
         except FileNotFoundError:
             self._entries, self._seen = {}, None
-            complaint = f"{path} is not there: {self._missing}" if self._missing else ""
+            complaint = f"{path} does not exist: {self._missing}" if self._missing else ""
         except OSError as error:
             self._entries, self._seen, complaint = {}, None, f"{path} cannot be read: {error.strerror or error}"
         if complaint and complaint != self._complaint:

@@ -1,5 +1,4 @@
-"""How long work says how far it is: to a terminal, a page, a log, or to nobody. What shows it implements these
-protocols."""
+"""Protocols for reporting the progress of long-running work, implemented for a terminal, a page, a log, or nobody."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads of one process that use what the process has once: its connection to Ray, a switch of its logging."""
+"""Process-wide resources used by several threads: the connection to Ray, a logging switch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user does, one function each, for whatever a user sits at: the command line, a page, a jobs API.
+"""Use cases, one function each, for every client: the command line, the page, a jobs API.
 
 Arguments are plain values and confs, results are dataclasses and pydantic models with figures in place of text.
 Progress goes to the :class:`~llm_ray.progress.Reporter` that is given, what goes wrong is an

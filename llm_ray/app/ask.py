@@ -1,4 +1,4 @@
-"""Asking a deployed model: one question, streamed or whole, or a file of them.
+"""Ask a deployed model: one question, streamed or not, or a file of them.
 
 endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, {}))
 answer = await ask(endpoint, "support-bot", Prompt("Who are you?"), Settings(max_tokens=64), reporter, on_text=show)
@@ -57,7 +57,7 @@ class Batch:
             return
         first = "".join(f"\n  {prompt.place}: {error}" for prompt, error in self.failures[:SHOWN_FAILURES])
         more = f"\n  and {len(self.failures) - SHOWN_FAILURES} more" if len(self.failures) > SHOWN_FAILURES else ""
-        again = "; the same command asks them again" if self.output else ""
+        again = "; run the same command to ask them again" if self.output else ""
         raise ServeError(f"{len(self.failures)} of {self.prompts} prompts were not answered{again}:{first}{more}")
 
 
@@ -84,7 +84,7 @@ async def ask(
     """
 
     def on_wait(seconds: float, error: Exception) -> None:
-        reporter.line(f"{error}. Asking again in {seconds:.0f} s")
+        reporter.line(f"{error}. Retrying in {seconds:.0f} s")
 
     _check(endpoint, settings, [prompt])
     named = await choose_model(endpoint, model, settings.timeout)
@@ -115,13 +115,17 @@ def ask_all(
             answers = stack.enter_context(open_answers(output, prompts, named, settings))
             numbered, keep = answers.open_prompts, answers.keep
             if len(numbered) < len(prompts):
-                reporter.line(f"{output} answers {len(prompts) - len(numbered)} of {len(prompts)} prompts already")
+                reporter.line(
+                    f"{output} already has answers to {len(prompts) - len(numbered)} of {len(prompts)} prompts"
+                )
         bar = stack.enter_context(reporter.bar("prompts", len(numbered)))
         try:
             failures = answer_all(endpoint, named, settings, numbered, concurrency, keep, bar)
         except (KeyboardInterrupt, ServeError):
             if output:
-                reporter.line(f"{output} keeps the answers that came: the same command goes on from there")
+                reporter.line(
+                    f"{output} keeps the answers received so far: run the same command to continue from there"
+                )
             raise
     return Batch(len(prompts), len(numbered), tuple(failures), output)
 
@@ -130,9 +134,9 @@ def _check(endpoint: Endpoint, settings: Settings, prompts: Sequence[Prompt]) ->
     if not settings.completion:
         return
     if not endpoint.openai:
-        raise ConfError(f"--completion: a model's own route has chat alone; give the OpenAI API, {endpoint.base}")
+        raise ConfError(f"--completion: a model's own route supports only chat; use the OpenAI API, {endpoint.base}")
     if settings.system:
-        raise ConfError("--completion takes the prompt as it is: no --system with it")
+        raise ConfError("--completion sends the raw prompt: do not use --system with it")
     for prompt in prompts:
         if not isinstance(prompt.content, str) or prompt.system:
-            raise ConfError(f"{prompt.place}: a conversation or a system message, which --completion does not take")
+            raise ConfError(f"{prompt.place}: a conversation or a system message, which --completion does not accept")

@@ -1,4 +1,4 @@
-"""An endpoint under load.
+"""Load test of an endpoint.
 
 report = load_endpoint(parse("http://127.0.0.1:8000/v1"), "support-bot", Load(concurrency=16, requests=100), reporter)
 """
@@ -40,7 +40,7 @@ def load_endpoint(
     """
     if not endpoint.openai:
         raise ConfError(
-            f"{endpoint.url} is a model's own route: give the OpenAI API, {endpoint.base}, with --model {endpoint.name}"
+            f"{endpoint.url} is a model's own route: use the OpenAI API, {endpoint.base}, with --model {endpoint.name}"
         )
     prompts = _prompts(file, prompt_tokens, load.seed, load.completion)
     named = asyncio.run(choose_model(endpoint, model, load.timeout))
@@ -62,5 +62,5 @@ def _prompts(file: Path | None, tokens: int, seed: int, completion: bool) -> Ite
         return builtin_prompts(tokens, seed)
     prompts = read_prompts(file)
     if completion and (turns := next((prompt for prompt in prompts if not isinstance(prompt.content, str)), None)):
-        raise DataError(f"{turns.place}: a conversation, which --completion does not take")
+        raise DataError(f"{turns.place}: a conversation, which --completion does not accept")
     return itertools.cycle(prompts)

@@ -1,4 +1,4 @@
-"""The cluster as it is now: its nodes, the jobs that run, the applications that are served."""
+"""The cluster's current state: nodes, running jobs, served applications."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def drain(node: str, seconds: int, home: Path, reporter: Reporter, address: str 
 
     with joined(home, reporter, address):
         reporter.line(
-            f"Draining {node}: it takes no more work, and leaves when what runs there has ended, after {seconds} s at "
-            "most."
+            f"Draining {node}: it accepts no more work, and leaves when its running work has ended, after at most "
+            f"{seconds} s."
         )
         return drain_node(node, seconds)

@@ -1,5 +1,4 @@
-"""A finetune's conf made from settings, as a form has them, and back: every field of the form comes from the conf's
-schema.
+"""Convert a form's settings to a finetune conf and back; the form's fields come from the conf's schema.
 
 settings = {"train": "tickets.jsonl", "model": "smollm2-135m-instruct", "name": "support-bot", "training.epochs": "2"}
 conf = conf_of(settings, home)
@@ -87,14 +86,14 @@ def settings_of(text: str) -> dict[str, str]:
         "# {% raw %}"
     ):  # as `dump` writes one whose texts look like that
         raise ConfError(
-            "the file is a template: send the conf that it makes (llm-ray finetune --config FILE --dry-run shows it)"
+            "the file is a template: upload the rendered conf (llm-ray finetune --config FILE --dry-run shows it)"
         )
     try:
         data = yamltext.parse(text).data
     except yamltext.Problem as problem:
         raise ConfError(f"line {problem.line}: {problem.message}") from problem
     if not isinstance(data, dict):
-        raise ConfError("the file holds no keys with values: send a conf, as it is shown or downloaded here")
+        raise ConfError("the file has no keys with values: upload a conf as shown or downloaded here")
     _check_known(data, ())
     defaults = {field.name: field.default for field in fields()}
     found = {}
@@ -123,13 +122,13 @@ def beyond(conf: FinetuneConf, readable: Sequence[Path], paths: Paths) -> list[s
     validation = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = [*conf.data.train, *validation, *(conf.evaluation.data or ()), conf.model.base, conf.model.tokenizer or ""]
     files += [conf.model.gguf_file or "", str(conf.model.chat_template or ""), *texts(conf.data.processor_args)]
-    wrong = [f"{file} is none of your files" for file in files if file and foreign(file)]
+    wrong = [f"{file} is not one of your files" for file in files if file and foreign(file)]
     if conf.paths != paths:
-        wrong.append("paths: the folders are those of this machine")
+        wrong.append("paths: this machine's folders cannot be changed here")
     if conf.model.trust_remote_code:
         wrong.append("model.trust_remote_code runs code that comes with the model")
     if conf.data.processor and conf.data.processor not in SHIPPED:
-        wrong.append(f"data.processor runs code that is not shipped; shipped are {', '.join(SHIPPED)}")
+        wrong.append(f"data.processor runs code that is not built in; built in are {', '.join(SHIPPED)}")
     return wrong
 
 
@@ -142,7 +141,9 @@ def _check_known(data: Mapping[str, Any], above: tuple[str, ...]) -> None:
         path = (*above, str(name))
         if not FINETUNE.known(path):
             nearest = FINETUNE.nearest(path)
-            raise ConfError(f"{'.'.join(path)} is no key of a conf" + (f"; did you mean {nearest}?" if nearest else ""))
+            raise ConfError(
+                f"{'.'.join(path)} is not a key of a conf" + (f"; did you mean {nearest}?" if nearest else "")
+            )
         if isinstance(value, dict):
             _check_known(value, path)
 

@@ -1,4 +1,4 @@
-"""The data of a finetune as the model will see it: the first rows, and figures of all.
+"""A finetune's data as the model will see it: the first rows, and statistics of all.
 
 preview(load_finetune("lora", ["train=tickets.jsonl"]), rows=3)
 """

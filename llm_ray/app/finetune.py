@@ -1,5 +1,4 @@
-"""A finetune from conf to model: the stages in order, each skipped when it is done for the same inputs; or only what it
-would need.
+"""Plan or run a finetune, from conf to model: the stages in order, skipping those already done for the same inputs.
 
 conf = load_finetune("quickstart")
 plan = plan_finetune(conf, reporter)
@@ -83,7 +82,7 @@ def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
         data = prepare(conf, load_tokenizer(base), prepared, reporter.line)
         choice = _choose(conf, base, prepared)
         if "train" in conf.stages:
-            reporter.line("Taking some steps, to see what they cost …")
+            reporter.line("Running some steps to measure their cost …")
         guess = estimate(choice.conf, base, data, prepared, cpus)
         size = size_on_disk(guess.parameters, conf.convert.weights) if "convert" in conf.stages else None
         return Plan(data, choice, guess, _warnings(choice.conf, base, prepared, guess.steps), notes, size)
@@ -134,13 +133,13 @@ def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
     if conf.runtime.mode == "local" and 1 <= fitting < conf.runtime.workers:
         ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")
     if conf.tuning.method == "full":
-        ways.append("tuning.method lora: optimizer and gradients of small adapters alone")
+        ways.append("tuning.method lora: optimizer and gradients only for small adapters")
     if not conf.training.gradient_checkpointing:
-        ways.append("training.gradient_checkpointing true: less memory, about a third more time")
+        ways.append("training.gradient_checkpointing true: less memory, about a third slower")
     if (conf.training.micro_batch_tokens or 4096) > conf.data.max_length:
         ways.append(f"training.micro_batch_tokens {conf.data.max_length}: fewer tokens at once")
     if conf.runtime.mode == "local":
-        ways.append("a cluster (runtime.mode cluster, training.strategy fsdp), over which the weights are spread")
+        ways.append("a cluster (runtime.mode cluster, training.strategy fsdp), which shards the weights")
     return [*ways, "a smaller model"]
 
 
@@ -163,7 +162,7 @@ def _run_stages(
     inputs = _inputs(conf, base)
     due = [stage for stage in STAGES if stage in conf.stages and (force or not run.is_done(stage, inputs[stage]))]
     for stage in (s for s in STAGES if s in conf.stages and s not in due):
-        reporter.line(f"{stage}: done before with the same inputs, skipped (--force repeats it)")
+        reporter.line(f"{stage}: already done with the same inputs, skipped (--force repeats it)")
     with contextlib.ExitStack() as stack:
         cluster: Cluster | None = None
         if due:
@@ -180,7 +179,8 @@ def _run_stages(
         for stage in due:
             if stop_file(run.path).exists():
                 raise Stopped(
-                    f"{conf.name}: stopped before stage {stage} as asked. The same command goes on from there."
+                    f"{conf.name}: stopped before stage {stage} as requested. Run the same command to continue from "
+                    "there."
                 )
             _check_order(stage, conf, run, inputs)
             if choice is None and stage not in ("prepare", "convert"):
@@ -270,8 +270,8 @@ def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[
     evaluated = stage == "convert" and run.is_done("export", inputs_hash(inputs["train"], inputs["evaluate"]))
     if before and not evaluated and not run.is_done(before, inputs[before]):
         raise RunError(
-            f"stage {stage} of {conf.name} needs stage {before}, which is not done for this conf: add it to stages "
-            f"({', '.join([before, *conf.stages])})"
+            f"stage {stage} of {conf.name} needs stage {before}, which has not been run for this conf: add it to "
+            f"stages ({', '.join([before, *conf.stages])})"
         )
 
 
@@ -378,24 +378,24 @@ def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | 
     own = list_checkpoints(folder)
     if resume == "auto":
         if own:
-            reporter.line(f"  going on from the checkpoint of step {step_of(own[-1])}")
+            reporter.line(f"  resuming from the checkpoint of step {step_of(own[-1])}")
         return None
     wanted: Path | None = None
     if isinstance(resume, Path):
         wanted = resume.absolute()
         if not (wanted / ".metadata").is_file():
             raise RunError(
-                f"--resume {resume}: there is no whole checkpoint; this run's are "
+                f"--resume {resume}: there is no complete checkpoint; this run has "
                 f"{', '.join(str(p) for p in own) or 'none'}"
             )
-        reporter.line(f"  going on from {wanted} (step {step_of(wanted)})")
+        reporter.line(f"  resuming from {wanted} (step {step_of(wanted)})")
     newer = [p for p in own if wanted is None or wanted.parent != folder.absolute() or step_of(p) > step_of(wanted)]
     if newer:
         aside = folder.with_name(f"checkpoint.{time.strftime('%Y%m%d-%H%M%S')}")
         aside.mkdir()
         for path in [*newer, *([folder / BEST] if (folder / BEST).exists() else [])]:
             path.rename(aside / path.name)
-        reporter.line(f"  {len(newer)} checkpoint(s) that are not gone on from were moved to {aside}")
+        reporter.line(f"  {len(newer)} abandoned checkpoint(s) were moved to {aside}")
     elif wanted is None and (folder / BEST).exists():
         shutil.rmtree(folder / BEST)
     return wanted if wanted and wanted.parent != folder.absolute() else None

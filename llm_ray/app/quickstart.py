@@ -1,4 +1,4 @@
-"""The whole way: import, finetune, deploy, ask, compare.
+"""The quickstart: import, finetune, deploy, ask, compare.
 
 with quickstart(home, reporter) as done:
     ...  # done.url answers
@@ -119,7 +119,7 @@ def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[
             reporter.line(f"      {served.url}")
         questions = heldout()
         with (
-            clock.step("ask", f"Ask both {len(questions)} questions that were not trained on"),
+            clock.step("ask", f"Ask both {len(questions)} questions that are not in the training data"),
             reporter.bar("answers") as bar,
         ):
             answers = ask(served.url, list(models), questions, bar.update)

@@ -1,4 +1,4 @@
-"""Runs: list them, look at one, compare several, ask one to end, delete one.
+"""Runs: list, show, compare, stop and delete them.
 
 runs = home() / "runs"
 stop_run(runs, "support-bot", wait=600)
@@ -89,8 +89,7 @@ def stop_run(runs: Path, name: str, wait: float = 0.0) -> RunSummary:
         time.sleep(_POLL)
     if wait and holder(path) is not None:
         raise RunError(
-            f"the run {name} has not ended within {wait:.0f} s: it was asked to, and will when its step or stage is "
-            "done"
+            f"the run {name} has not stopped within {wait:.0f} s; it will stop after its current step or stage"
         )
     return summary(path)
 

@@ -1,4 +1,4 @@
-"""Serving: deploy models or change them, stop them, bring them back, see how they fare, read their logs.
+"""Serving: deploy, change, stop and restore models, see their status, read their logs.
 
 `home` is the folder of models, data and runs; beside them lies what serving keeps. `address` is the cluster that serves
 (`auto` on one of its nodes, else HOST:PORT of its head's GCS), None this machine's own Ray.
@@ -132,13 +132,11 @@ def conf_of(
     paths = Paths.of(home)
     called = tuple(names) or tuple(resolve(model, paths).name for model in models)
     if len(called) != len(models):
-        raise ConfError(
-            f"--name is given {len(called)} times, --model {len(models)} times: give each model a name, or none"
-        )
+        raise ConfError(f"--name is given {len(called)} times, --model {len(models)} times: name every model, or none")
     if len(set(called)) != len(called):
-        raise ConfError(f"two models would be called the same ({', '.join(called)}): tell them apart with --name")
+        raise ConfError(f"two models would have the same name ({', '.join(called)}): distinguish them with --name")
     if adapters and len(models) > 1:
-        raise ConfError("--adapter goes with one --model: write a conf for several models with adapters")
+        raise ConfError("--adapter works with a single --model: write a conf for several models with adapters")
     settings = {
         "tokenizer": tokenizer,
         "engine": engine,
@@ -169,7 +167,7 @@ def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str 
     paths = Paths.of(home)
     details = show_run(paths.runs, run)
     if details.output is None or not details.summary.base:
-        raise RunError(f"the run {run} has no model yet: its stage export is not done")
+        raise RunError(f"the run {run} has no model yet: its stage export has not run")
     base = resolve(details.summary.base, paths)
     served = {*running, *(adapter for entry in running.values() for adapter in entry.model.adapters)}
     models = {name: model for name, model in ((base.name, details.summary.base), (run, run)) if name not in served}
@@ -269,7 +267,7 @@ def restart(name: str, home: Path, reporter: Reporter, address: str | None = Non
     with local.connected(_runtime(address), home, reporter):
         entry, endpoint = serving.status().get(name), serving.running_endpoint()
         if entry is None or endpoint is None:
-            raise ServeError(f"no model {name} is served here; there are: {', '.join(serving.status()) or 'none'}")
+            raise ServeError(f"no model {name} is served here; served are: {', '.join(serving.status()) or 'none'}")
         serving.stop([name], reporter)
         return serving.deploy([entry.model], endpoint, home, reporter, timeout)
 
@@ -299,7 +297,7 @@ def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None
             clean_up()  # where it was killed
             reporter.line("Nothing is served on this machine.")
             return
-        reporter.line("Stopping all models, and the Ray that serves them.")
+        reporter.line("Stopping all models and their Ray.")
         _end(home)
         return
     with local.connected(_runtime(address), home, reporter):
@@ -315,7 +313,7 @@ def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
     """
     confs = desired_confs(desired_file(home))
     if not confs:
-        reporter.line("Nothing is to be served.")
+        reporter.line("There is nothing to serve.")
         return
     failed = []
     with local.connected(confs[0].runtime, home, reporter):

@@ -1,4 +1,4 @@
-"""Loads an OpenAI endpoint with streamed requests, and measures when each token arrives.
+"""Sends streamed requests to an OpenAI endpoint and measures when each token arrives.
 
 report = run_load(endpoint, "quickstart", builtin_prompts(64), Load(concurrency=16, requests=128))
 print(report.output_tokens_per_second, report.time_to_first_token)
@@ -202,7 +202,7 @@ def run_load(
     """
     if not endpoint.openai:
         raise ConfError(
-            f"{endpoint.url} is a model's own route: a load needs the OpenAI API, {endpoint.base}, and --model "
+            f"{endpoint.url} is a model's own route: a load test needs the OpenAI API, {endpoint.base}, and --model "
             f"{endpoint.name}"
         )
     return asyncio.run(_run(endpoint, model, prompts, load, progress))
@@ -334,7 +334,7 @@ class _Stream:
             chunk = json.loads(line[5:])
             try:
                 if "error" in chunk:
-                    raise Broken(f"{self._endpoint.url} broke the answer off: {chunk['error']['message']}")
+                    raise Broken(f"{self._endpoint.url} aborted the answer: {chunk['error']['message']}")
                 for choice in chunk["choices"]:
                     self._finished = self._finished or choice["finish_reason"] is not None
                     delta = choice.get("delta")
@@ -344,15 +344,15 @@ class _Stream:
                     self._usage = {name: int(usage[name]) for name in ("prompt_tokens", "completion_tokens")}
             except (KeyError, TypeError, AttributeError) as error:
                 raise Broken(
-                    f"{self._endpoint.url} answered, but not as the OpenAI API does: is this its address?"
+                    f"{self._endpoint.url} does not answer like an OpenAI API: is this the right address?"
                 ) from error
 
     def sample(self, sent: float) -> Sample:
         """The answer, when all of it came."""
         if not self._arrivals or not self._finished:
-            raise Broken(f"{self._endpoint.url} ended the answer before its end (no finish_reason came)")
+            raise Broken(f"{self._endpoint.url} ended the answer early (without a finish_reason)")
         if self._usage is None:
             raise Broken(
-                f"{self._endpoint.url} does not tell the usage (stream_options.include_usage): tokens cannot be counted"
+                f"{self._endpoint.url} does not report usage (stream_options.include_usage): tokens cannot be counted"
             )
         return Sample(sent, self._arrivals, self._usage["prompt_tokens"], self._usage["completion_tokens"])

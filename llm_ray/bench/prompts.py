@@ -1,4 +1,4 @@
-"""Prompts for a load test when none are brought."""
+"""Built-in prompts for load tests."""
 
 from __future__ import annotations
 

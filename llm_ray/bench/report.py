@@ -1,4 +1,4 @@
-"""What a load test found: a table to read, JSON to keep, a plot to show.
+"""Results of a load test as a table, JSON and a plot.
 
 print("\\n".join(table(report)))
 write(report, Path("bench-results/monday"))    # report.json and plot.png
@@ -61,17 +61,17 @@ def table(report: LoadReport) -> Iterator[str]:
     """The figures for a reader, line by line."""
     load, answered = report.load, len(report.samples)
     how = f"{load.concurrency} at once" if load.concurrency else f"{load.rate:g} requests/s on average"
-    yield f"{report.model} at {report.url}: {how}, at most {load.max_tokens} tokens an answer"
+    yield f"{report.model} at {report.url}: {how}, at most {load.max_tokens} tokens per answer"
     failures = ", ".join(f"{kind}: {count}" for kind, count in report.failures_by_kind.items())
     yield f"  requests          {answered} answered, {len(report.failures)} failed{f' ({failures})' if failures else ''} in {report.seconds:.1f} s"
     yield f"  requests/s        {report.requests_per_second:.2f}"
     yield f"  output tokens/s   {report.output_tokens_per_second:.1f}"
     yield f"  total tokens/s    {report.total_tokens_per_second:.1f}"
     if answered:
-        yield f"  tokens a request  {report.prompt_tokens / answered:.1f} in, {report.output_tokens / answered:.1f} out"
+        yield f"  tokens/request    {report.prompt_tokens / answered:.1f} in, {report.output_tokens / answered:.1f} out"
     yield f"  client CPU        {report.client_cpu_seconds:.2f} s, {report.client_cpu_share:.0%} of a core"
     if report.client_cpu_share > CLIENT_BOUND:
-        yield "                    (so much that the figures may be the load generator's, not the endpoint's)"
+        yield "                    (so high that the load generator may limit the figures)"
     yield f"  {'milliseconds':<24}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}"
     for name, spread in spreads(report).items():
         cells = [f"{value * 1000:.1f}" for value in asdict(spread).values()] if spread else ["–"] * 4
@@ -150,7 +150,7 @@ def _course(axes: Axes, report: LoadReport) -> None:
     middles = seconds[:-1] + 0.5
     under_way = [sum(1 for start, end in spans if start <= middle < end) for middle in middles]
     axes.stairs(rate, seconds, label="output tokens/s", linewidth=1.4)
-    axes.plot(middles, under_way, label="requests under way", linewidth=1.4)
+    axes.plot(middles, under_way, label="requests in flight", linewidth=1.4)
     ended = [failure.ended for failure in report.failures]
     if ended:
         axes.plot(ended, [0] * len(ended), "x", label="failures", color="tab:red", clip_on=False)

@@ -1,4 +1,4 @@
-"""``llm-ray bench``: measures what is deployed."""
+"""``llm-ray bench``: measures a deployed model."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def serve(
     from llm_ray.errors import ServeError
 
     if file and prompt_tokens:
-        raise click.UsageError("--prompt-tokens is for the prompts that ship: those of --file are as long as they are")
+        raise click.UsageError("--prompt-tokens applies only to the bundled prompts, not to those of --file")
     how = Load(
         concurrency=16 if concurrency is None and rate is None else concurrency,
         rate=rate,

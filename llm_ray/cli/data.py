@@ -1,4 +1,4 @@
-"""``llm-ray data``: what the model will see of the data, and the figures of it.
+"""``llm-ray data``: the data as the model will see it, and its statistics.
 
 llm-ray data preview --config quickstart -n 2
 """
@@ -61,7 +61,8 @@ def preview(
             click.echo(f"(dropped: {row.dropped}; {row.longest} tokens)")
         elif row.cut:
             click.echo(
-                f"(cut: with the answers that did not fit data.max_length {conf.data.max_length}, {row.longest} tokens)"
+                f"(truncated: {row.longest} tokens with the answers that did not fit data.max_length "
+                f"{conf.data.max_length})"
             )
         click.echo()
     for note in found.notes:

@@ -70,7 +70,9 @@ def finetune(
     from llm_ray.conf.load import load_finetune
 
     if dry_run and (force or resume != "auto"):
-        raise click.UsageError(f"{'--force' if force else '--resume'} is for a run, and --dry-run makes none")
+        raise click.UsageError(
+            f"{'--force' if force else '--resume'} does not work with --dry-run, which starts no run"
+        )
     chosen = [f"stages=[{', '.join(s for s in STAGES if s in stages)}]"] if stages else []
     conf = load_finetune(config, [*overrides, *chosen], vars_files, home())
     if dry_run:
@@ -78,8 +80,7 @@ def finetune(
         return
     if resume != "auto" and "train" not in conf.stages:
         raise ConfError(
-            f"--resume {resume}: it is for the stage train, which is not among the stages to run "
-            f"({', '.join(conf.stages)})"
+            f"--resume {resume} applies to stage train, which is not among the stages to run ({', '.join(conf.stages)})"
         )
     from llm_ray.app.finetune import run_finetune
 
@@ -120,7 +121,7 @@ def _dry_run(conf: FinetuneConf, as_json: bool) -> None:
     }
     if plan.converted_bytes is not None:
         size = f"about {plan.converted_bytes / 2**30:.2f} GiB with {conf.convert.weights} weights"
-        sections["Estimate"].append(f"the model in OpenVINO form takes {size}")
+        sections["Estimate"].append(f"the model in OpenVINO form needs {size}")
     for title, lines in sections.items():
         if lines:
             click.secho(title, bold=True)

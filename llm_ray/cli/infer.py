@@ -96,11 +96,13 @@ def infer(
     from llm_ray.app.ask import Prompt, Settings, ask, find_key, parse, read_prompts
 
     if file and prompt is not None:
-        raise click.UsageError("--prompt and --file exclude each other")
+        raise click.UsageError("--prompt and --file cannot be combined")
     if stream and (file or output or as_json):
-        raise click.UsageError("--stream shows one answer on the terminal: not with --file, --output or --json")
+        raise click.UsageError(
+            "--stream shows one answer on the terminal and cannot be combined with --file, --output or --json"
+        )
     if concurrency and not file:
-        raise click.UsageError("--concurrency is for the prompts of --file: without it there is one")
+        raise click.UsageError("--concurrency needs --file: without it there is only one prompt")
     endpoint = parse(url, find_key(api_key, api_key_file, os.environ))
     how = Settings(**settings, timeout=timeout)
     prompts = read_prompts(file) if file else [Prompt(_typed(prompt))]
@@ -114,7 +116,7 @@ def infer(
     else:
         click.echo("" if stream else answer.text)
     if answer.finish_reason == "length":
-        reporter.line("(cut off there: a larger --max-tokens gives more)")
+        reporter.line("(cut off: raise --max-tokens for more)")
 
 
 def _show(text: str) -> None:
@@ -124,11 +126,11 @@ def _show(text: str) -> None:
 def _typed(prompt: str | None) -> str:
     """The prompt of the command line or of standard input."""
     if prompt is None and sys.stdin.isatty():
-        raise click.UsageError("nothing to ask: give --prompt TEXT or --file FILE, or pipe the prompt in")
+        raise click.UsageError("no prompt: give --prompt TEXT or --file FILE, or pipe it in")
     try:
         text = sys.stdin.read().strip() if prompt is None or prompt == "-" else prompt
     except UnicodeDecodeError as error:
-        raise click.UsageError("what standard input gives is not UTF-8") from error
+        raise click.UsageError("standard input is not UTF-8") from error
     if not text.strip():
         raise click.UsageError("the prompt is empty")
     return text

@@ -1,4 +1,4 @@
-"""The process of a finetune that was asked for with `llm_ray.app.jobs.submit`: python -m llm_ray.cli.job RUNS NAME LOCK
+"""The process of a finetune submitted with `llm_ray.app.jobs.submit`: python -m llm_ray.cli.job RUNS NAME LOCK
 
 It waits for its turn, and runs. LOCK is the number of the file that tells others, as long as it is open here, that this
 process lives.

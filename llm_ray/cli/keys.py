@@ -1,4 +1,4 @@
-"""``llm-ray serve keys``: who may ask the served models."""
+"""``llm-ray serve keys``: API keys of the served models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Duration(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found = re.fullmatch(r"([1-9]\d{0,5})([mhdw])", value) if isinstance(value, str) else None
         if not found:
-            self.fail(f"{value} is no duration: write 30d, 12h, 45m or 4w", param, ctx)
+            self.fail(f"{value} is not a duration: write 30d, 12h, 45m or 4w", param, ctx)
         return float(found[1]) * _UNITS[found[2]]
 
 
@@ -64,7 +64,7 @@ def add(
 
     limits = Limits(requests_per_minute=requests_per_minute, concurrent=concurrent, max_tokens=max_tokens)
     key, secret = add_key(keys_file(home()), name, limits, models or None, time.time() + expires if expires else None)
-    click.echo(f"Key {key.name} (id {key.id}). It is shown this once: send it as Authorization: Bearer KEY.", err=True)
+    click.echo(f"Key {key.name} (id {key.id}). It is shown only once: send it as Authorization: Bearer KEY.", err=True)
     click.echo(secret)
 
 

@@ -1,8 +1,7 @@
-"""The command ``llm-ray``: finds the verb asked for, and turns what goes wrong into one message and an exit code.
+"""The command ``llm-ray``: dispatches to subcommands and turns errors into one message and an exit code.
 
-Verbs are imported when they are called: ``llm-ray --help`` loads neither torch nor Ray. Exit codes: 0 done, 1 failed,
-2 wrong use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows the traceback of any error,
-and what libraries warn of.
+Subcommands are imported on demand: ``llm-ray --help`` loads neither torch nor Ray. Exit codes: 0 success, 1 failure, 2
+incorrect use (of a flag or in a conf), 130 interrupted. ``LLM_RAY_DEBUG=1`` shows tracebacks and warnings of libraries.
 """
 
 from __future__ import annotations
@@ -84,10 +83,10 @@ class LlmRay(click.Group):
             OSError,
             MemoryError,
         ) as error:  # of this machine: a full disk, a folder that may not be written, no memory left
-            _fail(ctx, f"Error: {_of_the_machine(error)}. Where it happened is written in {_report()}", 1)
+            _fail(ctx, f"Error: {_of_the_machine(error)}. The traceback is in {_report()}", 1)
         except Exception as error:
-            message = f"Error: {type(error).__name__}: {error}\nThis is a defect of llm-ray, or of a library under it."
-            _fail(ctx, f"{message} Where it happened is written in {_report()}; LLM_RAY_DEBUG=1 shows it here.", 1)
+            message = f"Error: {type(error).__name__}: {error}\nThis is a bug in llm-ray or in one of its libraries."
+            _fail(ctx, f"{message} The traceback is in {_report()}; LLM_RAY_DEBUG=1 shows it here.", 1)
 
 
 def _debugging() -> bool:

@@ -90,7 +90,7 @@ def from_stdin(form: str, what: str) -> dict[str, Any]:
     try:
         given = json.load(sys.stdin)
     except ValueError as error:
-        raise ConfError(f"standard input is no JSON: {form} is wanted") from error
+        raise ConfError(f"standard input is not JSON: expected {form}") from error
     if not isinstance(given, dict):
-        raise ConfError(f"standard input holds no {what}: {form} is wanted")
+        raise ConfError(f"standard input has no {what}: expected {form}")
     return given

@@ -1,4 +1,4 @@
-"""``llm-ray quickstart``: the whole way, from a base model to answers of a finetuned one."""
+"""``llm-ray quickstart``: from a base model to answers of a finetuned one."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
             until_interrupted(reporter)
     if not done.result.good:
         raise LlmRayError(
-            f"the finetuned model answers less than {whole_way.ENOUGH:.0%} of the questions right: llm-ray quickstart "
-            "--force finetunes it again"
+            f"the finetuned model answers less than {whole_way.ENOUGH:.0%} of the questions correctly: llm-ray "
+            "quickstart --force finetunes it again"
         )
 
 
@@ -64,8 +64,8 @@ def _show(done: Done) -> None:
     base, finetuned = result.score("base"), result.score("finetuned")
     table = Table(show_lines=True, expand=True)
     table.add_column("question")
-    table.add_column(f"{conf.model.base}: {base['right']} of {base['of']} right")
-    table.add_column(f"{conf.name}: {finetuned['right']} of {finetuned['of']} right")
+    table.add_column(f"{conf.model.base}: {base['right']} of {base['of']} correct")
+    table.add_column(f"{conf.name}: {finetuned['right']} of {finetuned['of']} correct")
     marks = {which: result.marks(which) for which in ("base", "finetuned")}
     for at, question in enumerate(result.questions):
         cells = [
@@ -79,11 +79,11 @@ def _show(done: Done) -> None:
     console.print(table)
     shares = [f"{score['right'] / score['of']:.0%}" for score in (base, finetuned)]
     for line in (
-        f"Right answers: base model {shares[0]}, finetuned model {shares[1]}.",
+        f"Correct answers: base model {shares[0]}, finetuned model {shares[1]}.",
         "Time: " + ", ".join(f"{name} {taken:.0f} s" for name, taken in done.seconds.items()) + ".",
-        f"The run lies in {conf.run_dir}: its model in output/, the figures above in quickstart.json, the answers in "
+        f"The run is in {conf.run_dir}: the model in output/, the figures above in quickstart.json, the answers in "
         "answers.jsonl.",
         f"Next: llm-ray serve deploy --model {conf.name} serves it; llm-ray finetune --config lora --set train=FILE "
-        "learns from your data.",
+        "trains on your data.",
     ):
         console.print(Text(line))

@@ -57,7 +57,7 @@ def list_(folder: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json([vars(run) for run in found])
     elif not found:
-        click.echo(f"no runs in {_folder(folder)}: llm-ray finetune makes one")
+        click.echo(f"no runs in {_folder(folder)}: start one with llm-ray finetune")
     else:
         head = ("name", "state", "base", "method", "steps", "loss", "validation", "tokens/s", "age")
         lines = [
@@ -156,7 +156,7 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
     from llm_ray.app.runs import compare_runs, png_plot, terminal_plot
 
     if len(set(names)) < 2:
-        raise click.UsageError("name two runs or more to compare")
+        raise click.UsageError("name at least two runs to compare")
     found = compare_runs(_folder(folder), names, metric)
     if png:
         png_plot(found, png)
@@ -202,7 +202,7 @@ def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(vars(run))
     elif run.state == "running":
-        click.echo(f"{name} is asked to stop: llm-ray runs show {name} tells when it has")
+        click.echo(f"{name} was asked to stop: check with llm-ray runs show {name}")
     else:
         click.echo(f"{name}: {run.state}. {run.reason}".rstrip())
 
@@ -222,7 +222,7 @@ def delete(name: str, yes: bool, folder: Path | None) -> None:
 
     path = find_run(_folder(folder), name)
     if not yes:
-        click.confirm(f"Delete {path}, with its checkpoints and its model?", abort=True, err=True)
+        click.confirm(f"Delete {path} with its checkpoints and model?", abort=True, err=True)
     delete_run(_folder(folder), name)
     click.echo(f"{path} is deleted", err=True)
 
@@ -246,7 +246,7 @@ def _conf_lines(
         ("train", ", ".join(data["train"])),
         ("validation", ", ".join(validation) if isinstance(validation, list) else validation),
         ("tuning", f"{tuning['objective']}, {tuning['method']}{rank}"),
-        ("training", f"{length}, {training['global_batch_size']} rows a step, {runtime['workers']} worker(s)"),
+        ("training", f"{length}, {training['global_batch_size']} rows per step, {runtime['workers']} worker(s)"),
         ("learning rate", f"{training['learning_rate']}, {training['schedule']}"),
     ]
 
@@ -255,7 +255,7 @@ def _stage_lines(stages: Sequence[str], marks: dict[str, dict[str, Any]]) -> lis
     def words(mark: dict[str, Any]) -> str:
         if "finished" in mark:
             return f"done {mark['finished']}, in {mark['seconds']:.0f} s"
-        return f"begun {mark['began']}, not done" if mark else "not done"
+        return f"started {mark['began']}, not finished" if mark else "not done"
 
     return [(stage, words(marks.get(stage, {}))) for stage in dict.fromkeys([*stages, *marks])]
 

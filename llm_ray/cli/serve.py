@@ -151,7 +151,7 @@ def _conf(given: dict[str, Any]) -> ServeConf:
     from llm_ray.conf.load import load_serve
 
     if given["config"] and (beside := [flag for name, flag in _FOR_MODEL.items() if given[name]]):
-        raise ConfError(f"--config and {beside[0]}: the conf says it; --set models.NAME.KEY=… changes what it says")
+        raise ConfError(f"--config and {beside[0]}: the conf sets it; override it with --set models.NAME.KEY=…")
     if given["config"]:
         settings = [
             f"{key}={given[name]}"
@@ -167,7 +167,7 @@ def _conf(given: dict[str, Any]) -> ServeConf:
         )
     if given["vars_files"]:
         raise ConfError(
-            f"--vars {given['vars_files'][0]}: it gives variables to a conf's template: name that with --config"
+            f"--vars {given['vars_files'][0]}: it sets variables of a template: name the template with --config"
         )
     same = (
         "names",
@@ -221,7 +221,7 @@ def _stay(served: Served, address: str | None, reporter: Reporter) -> None:
 
     if not until_interrupted(reporter, lambda: address is not None or serves_here(home())):
         log = local_log(home())
-        raise ServeError(f"nothing is served any more: another command has stopped it, or Ray ended by itself ({log})")
+        raise ServeError(f"nothing is served any more: another command stopped it, or Ray ended by itself ({log})")
     undo(served, home(), reporter, address)
 
 
@@ -293,7 +293,7 @@ def status(as_json: bool, address: str | None) -> None:
     for name, entry in sorted(found.models.items()):
         if sampling := entry.model.sampling:
             values = ", ".join(f"{setting} {value:g}" for setting, value in sampling.items())
-            click.echo(f"{name}: requests that do not set them use {values} (its generation_config.json)")
+            click.echo(f"{name}: default sampling settings {values} (from its generation_config.json)")
         if entry.reason:
             click.echo(f"{name}: {entry.reason}")
 
@@ -315,7 +315,7 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
     from llm_ray.cli.terminal import Terminal
 
     if bool(names) == everything:
-        raise ConfError("name the models to stop, or give --all: llm-ray serve stop NAME")
+        raise ConfError("name the models to stop, or use --all: llm-ray serve stop NAME")
     if everything:
         stop_all(home(), Terminal(), address)
     else:

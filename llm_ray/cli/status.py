@@ -36,7 +36,7 @@ def status(as_json: bool, address: str | None) -> None:
         click.echo(
             json.dumps({"nodes": [], "jobs": [], "applications": []})
             if as_json
-            else "No Ray of llm-ray runs on this machine. On a node of a cluster: --address auto."
+            else "llm-ray runs no Ray on this machine. On a node of a cluster, use --address auto."
         )
         return
     if as_json:

@@ -1,5 +1,4 @@
-"""What a person sees while work goes on: bars on a terminal, plain lines elsewhere; always on stderr, so that stdout is
-the result."""
+"""Progress output: bars on a terminal, plain lines elsewhere; always on stderr, so stdout contains only the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llm-ray ui``: the page, and who may use it."""
+"""``llm-ray ui``: the page and its users."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def ui(
         )
         if given:
             flag = next(option.opts[0] for option in ctx.command.params if option.name == given)
-            raise click.UsageError(f"{flag} is for the page itself: it does not go with {ctx.invoked_subcommand}")
+            raise click.UsageError(f"{flag} applies to the page itself, not to {ctx.invoked_subcommand}")
         return
     import contextlib
     import logging
@@ -96,7 +96,7 @@ def ui(
 
     for origin in origins:
         if not re.fullmatch(r"https?://[^/\s]+", origin):
-            raise ConfError(f"--allow-origin {origin}: a scheme and a name are wanted, as https://llm.example.org")
+            raise ConfError(f"--allow-origin {origin}: expected a scheme and a name, such as https://llm.example.org")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     from llm_ray.ui.server import Settings, serve
 
@@ -160,11 +160,11 @@ def import_() -> None:
             or set(settings) - {"password", "role"}
         ):
             raise ConfError(
-                f'the user {name}: {{"password": "…", "role": "user"}} is wanted, a password and, if it is not user, a '
-                "role"
+                f'the user {name}: {{"password": "…", "role": "user"}} is expected, with a password and, unless it '
+                "is user, a role"
             )
         if settings.get("role", "user") not in _ROLES:
-            raise ConfError(f"the user {name}: the role is one of {', '.join(_ROLES)}")
+            raise ConfError(f"the user {name}: the role must be one of {', '.join(_ROLES)}")
         wanted[name] = (settings["password"], Role(settings.get("role", "user")))
     changed = import_users(users_file(home()), wanted)
     click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
@@ -209,7 +209,7 @@ def role(name: str, role: str) -> None:
     from llm_ray.ui.users import Role, change_user, users_file
 
     user = change_user(users_file(home()), name, role=Role(role))
-    click.echo(f"{user.name} has the role {user.role} now.")
+    click.echo(f"{user.name} now has the role {user.role}.")
 
 
 @users.command()
@@ -238,7 +238,7 @@ def revoke(name: str) -> None:
     """
     from llm_ray.ui.users import revoke_user, users_file
 
-    click.echo(f"{revoke_user(users_file(home()), name).name} may no longer use the page.")
+    click.echo(f"{revoke_user(users_file(home()), name).name} can no longer use the page.")
 
 
 def _password(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Asking a deployed model: what `llm-ray infer` does, from one prompt to a file of them.
+"""Client of a deployed model, for `llm-ray infer`: one prompt or a file of them.
 
 :mod:`~llm_ray.client.endpoint` tells the two kinds of URL apart and finds the API key, :mod:`~llm_ray.client.ask` asks,
 :mod:`~llm_ray.client.prompts` reads files of prompts, :mod:`~llm_ray.client.batch` asks them all and keeps the answers,

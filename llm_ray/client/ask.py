@@ -1,4 +1,4 @@
-"""Asking a model, over the OpenAI API or over its own route, whole or as it comes.
+"""Ask a model over the OpenAI API or its own route, streamed or not.
 
 async with Asker(parse("http://127.0.0.1:8000/v1"), "quickstart", Settings(max_tokens=64)) as asker:
     answer = await asker.ask(Prompt("What is Ray?"), on_text=print)
@@ -138,7 +138,7 @@ class Asker:
         if self._sdk and not texts:
             raise self._foreign()
         if self._sdk and finish is None:
-            raise Broken(f"{self.endpoint.url} ended the answer before its end (no finish_reason came)")
+            raise Broken(f"{self.endpoint.url} ended the answer early (without a finish_reason)")
         return Answer(self.model, "".join(texts), finish, usage, time.monotonic() - began)
 
     async def _from_sdk(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
@@ -166,7 +166,7 @@ class Asker:
         except (openai.APIConnectionError, ValueError) as error:
             raise failed(self.endpoint, error, self.settings.timeout) from error
         except openai.APIError as error:  # an error in the middle of a stream
-            raise Broken(f"{self.endpoint.url} broke the answer off: {error.message}") from error
+            raise Broken(f"{self.endpoint.url} aborted the answer: {error.message}") from error
         except (AttributeError, IndexError, TypeError) as error:  # the SDK does not check what came
             raise self._foreign() from error
 
@@ -204,7 +204,7 @@ class Asker:
 
     def _foreign(self) -> Broken:
         form = "the OpenAI API" if self.endpoint.openai else "a model's route"
-        return Broken(f"{self.endpoint.url} answered, but not as {form} does: is this its address?")
+        return Broken(f"{self.endpoint.url} does not answer like {form}: is this the right address?")
 
     async def _with_models(self, error: Refused) -> Refused:
         """The error, with the models that there are when it is that one was not found."""
@@ -262,7 +262,7 @@ async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
         except (httpx.HTTPError, OSError, ValueError) as error:
             raise failed(endpoint, error, timeout) from error
         except (KeyError, TypeError) as error:
-            raise Broken(f"{endpoint.base}/models lists no models: is this an OpenAI API?") from error
+            raise Broken(f"{endpoint.base}/models lists no models: is it an OpenAI API?") from error
 
 
 async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) -> str:
@@ -274,7 +274,7 @@ async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) ->
     if not endpoint.openai:
         if model:
             raise ConfError(
-                f"--model {model}: {endpoint.url} is the route of one model already; with --model give {endpoint.base}"
+                f"--model {model}: {endpoint.url} is already the route of one model; with --model use {endpoint.base}"
             )
         return endpoint.name
     if model:

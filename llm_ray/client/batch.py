@@ -1,4 +1,4 @@
-"""A file of prompts: several asked at once, each answer kept as it comes.
+"""A file of prompts: asked concurrently, with each answer stored as it arrives.
 
 with open_answers(Path("answers.jsonl"), prompts, "quickstart", settings) as answers:
     failures = answer_all(endpoint, "quickstart", settings, answers.open_prompts, 8, answers.keep)
@@ -86,7 +86,7 @@ def answer_all(
             tell(f"{tokens / (time.monotonic() - began):.0f} tokens/s")
 
     def on_wait(seconds: float, error: Refused) -> None:
-        tell(f"the endpoint is busy ({error.status}): asking again in {seconds:.0f} s")
+        tell(f"the endpoint is busy ({error.status}): retrying in {seconds:.0f} s")
 
     async def all_workers() -> None:
         async with Asker(endpoint, model, settings, on_wait) as asker, asyncio.TaskGroup() as group:
@@ -155,7 +155,7 @@ def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settin
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfError(f"--output {path}: another process writes it") from error
+            raise ConfError(f"--output {path}: another process is writing to it") from error
         done = _done(path, prompts, model, settings)
         yield Answers(file, prompts, done, settings)
 
@@ -177,18 +177,20 @@ def _done(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> 
                     prompts[index].content == asked if isinstance(index, int) and 0 <= index < len(prompts) else False
                 )
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfError(f"--output {path}:{line} is no answer of llm-ray infer: give another file") from error
+                raise ConfError(
+                    f"--output {path}:{line} is not an answer of llm-ray infer: use another file"
+                ) from error
             if not same or by != model or how != settings.given():
                 what = (
-                    f"answers another prompt than number {index}"
+                    f"answers a different prompt than number {index}"
                     if not same
-                    else f"is an answer of {by}, not of {model}"
+                    else f"was answered by {by}, not by {model}"
                     if by != model
                     else f"was asked with {_shown(how)}, not with {_shown(settings.given())}"
                 )
                 raise ConfError(
-                    f"--output {path}:{line} {what}: a file is gone on with for the same prompts alone. Give another "
-                    "file"
+                    f"--output {path}:{line} {what}: a file can only be continued with the same prompts and "
+                    "settings. Use another file"
                 )
             done.add(index)
     return done

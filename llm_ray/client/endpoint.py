@@ -1,4 +1,4 @@
-"""Where a model answers, of which kind its URL is, and the key that opens it.
+"""A model's endpoint: its URL, the kind of URL, and the API key.
 
 endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, os.environ))
 """
@@ -97,18 +97,15 @@ def parse(url: str, key: Key | None = None) -> Endpoint:
     if not usable:
         raise ConfError(f"--model_endpoint {url}: not a URL of the form http://HOST:PORT/v1 or http://HOST:PORT/MODEL")
     if parts.query or parts.fragment:
-        raise ConfError(f"--model_endpoint {url}: give the address alone, without what follows its path")
+        raise ConfError(f"--model_endpoint {url}: remove everything after the path")
     whole = url.rstrip("/")
     path = parts.path.rstrip("/")
     if not path:
-        raise ConfError(
-            f"--model_endpoint {url}: neither an API nor a model: add /v1 (OpenAI API, with --model) or /MODEL (its "
-            "own route)"
-        )
+        raise ConfError(f"--model_endpoint {url}: add /v1 (OpenAI API, with --model) or /MODEL (a model's own route)")
     before, version, after = f"{path}/".partition("/v1/")
     if version and after:
         raise ConfError(
-            f"--model_endpoint {url}: give the base of the API alone, {parts.scheme}://{parts.netloc}{before}/v1"
+            f"--model_endpoint {url}: use only the base of the API, {parts.scheme}://{parts.netloc}{before}/v1"
         )
     return Endpoint(whole, bool(version), key)
 
@@ -120,7 +117,7 @@ def find_key(given: str | None, file: Path | None, environment: Mapping[str, str
     Raises ConfError when both are given, the file cannot be read, or what was found is no key.
     """
     if given is not None and file is not None:
-        raise ConfError("--api-key and --api-key-file are both given: one of them says which key is sent")
+        raise ConfError("--api-key and --api-key-file cannot be combined")
     if given is not None:
         return _checked(given, "--api-key")
     if file is not None:

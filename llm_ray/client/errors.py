@@ -1,4 +1,4 @@
-"""What goes wrong between a client and an endpoint, told so that the reader knows what to do.
+"""Errors between a client and an endpoint, with messages that say what to do.
 
 Each error has a ``kind``, by which failures are counted ("status 503", "timeout", …), and says whether it is ``fatal``:
 the next request would end the same way.
@@ -59,21 +59,27 @@ def refused(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: s
     reason = _message(body)
     key, url = endpoint.key, endpoint.url
     if status == 401 and key is None:
-        message = f"{url} asks for an API key (401: {reason}): set LLM_RAY_API_KEY, or give --api-key-file FILE"
+        message = f"{url} requires an API key (401: {reason}): set LLM_RAY_API_KEY, or use --api-key-file FILE"
     elif status == 401 and key is not None:
         message = (
-            f"{url} does not take the API key of {key.source} (401: {reason}): is it revoked, or another endpoint's?"
+            f"{url} rejects the API key from {key.source} (401: {reason}): is it revoked, or for another endpoint?"
         )
     elif status == 403:
-        message = f"{url}: {f'the API key of {key.source}' if key else 'a request without an API key'} may not do this (403: {reason})"
+        message = (
+            f"{url}: {f'the API key of {key.source}' if key else 'a request without an API key'} is not allowed to "
+            f"do this (403: {reason})"
+        )
     elif status == 404:
         message = f"{url}: not found (404: {reason})"
     elif status == 429:
-        message = f"{url} is busy, or the API key's limit is reached (429: {reason}): ask fewer at once, or later"
+        message = (
+            f"{url} is busy, or the API key's limit is reached (429: {reason}): send fewer requests at once, or "
+            "retry later"
+        )
     elif status < 500:
         message = f"{url} refused the request ({status}: {reason})"
     else:
-        message = f"{url} failed ({status}: {reason}): `llm-ray serve status` and `llm-ray serve logs NAME` tell more"
+        message = f"{url} failed ({status}: {reason}): see `llm-ray serve status` and `llm-ray serve logs NAME`"
     return Refused(message, status, _retry_after(headers))
 
 
@@ -84,27 +90,26 @@ def failed(endpoint: Endpoint, error: BaseException, timeout: float) -> Failed:
     for cause in causes:
         if isinstance(cause, ConnectionRefusedError):
             return Unreachable(
-                f"nothing listens at {url}: is the model deployed (`llm-ray serve status`), and the port right?"
+                f"nothing listens at {url}: is the model deployed (`llm-ray serve status`), and is the port correct?"
             )
         if isinstance(cause, socket.gaierror):
-            return Unreachable(f"the host of {url} is not known ({cause.strerror})")
+            return Unreachable(f"the host of {url} is unknown ({cause.strerror})")
         if isinstance(cause, ssl.SSLCertVerificationError):
             return Unreachable(
-                f"the certificate of {url} is not trusted ({cause.verify_message}): name your authority's file in "
-                "SSL_CERT_FILE"
+                f"the certificate of {url} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to your CA's file"
             )
         if isinstance(cause, ssl.SSLError):
             return Unreachable(
-                f"{url} speaks no TLS that could be agreed on ({cause.reason}): is it http:// rather than https://?"
+                f"no TLS connection to {url} could be negotiated ({cause.reason}): is it http:// rather than https://?"
             )
     if any("ConnectTimeout" in type(cause).__name__ for cause in causes):
-        return Unreachable(f"{url} cannot be reached: the host takes no connection")
+        return Unreachable(f"{url} cannot be reached: the host accepts no connection")
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes):
-        return TimedOut(f"{url} gave no whole answer within {timeout:g} s (--timeout)")
+        return TimedOut(f"{url} did not complete the answer within {timeout:g} s (--timeout)")
     if any(isinstance(cause, ValueError) for cause in causes):
-        return Broken(f"{url} answered with something that is no JSON ({_short(str(error))}): is this its address?")
+        return Broken(f"{url} did not answer with JSON ({_short(str(error))}): is this the right address?")
     reason = _short(str(causes[-1])) or type(causes[-1]).__name__
-    return Broken(f"the connection to {url} broke before the answer was whole ({reason})")
+    return Broken(f"the connection to {url} was lost before the answer was complete ({reason})")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -52,7 +52,7 @@ def read_prompts(file: Path) -> list[Prompt]:
             continue
         prompts.append(Prompt(_content(row.values, row.place), row.place, _system(row.values, row.place)))
     if not prompts:
-        raise DataError(f"{file}: no prompt in it")
+        raise DataError(f"{file}: contains no prompts")
     return prompts
 
 
@@ -69,17 +69,17 @@ def _content(values: Mapping[str, Any], place: str) -> str | list[Message]:
             raise DataError(f"{place}: 'messages' must be a list of objects with role and content")
         if messages[-1]["role"] == "assistant":
             raise DataError(
-                f"{place}: 'messages' ends in an assistant's turn, after which nothing is asked: leave that turn out"
+                f"{place}: 'messages' ends with an assistant's turn, so there is nothing to ask: remove that turn"
             )
         return list(messages)
     column = next((name for name in ("prompt", "text", "instruction") if values.get(name) is not None), None)
     if column is None:
         names = ", ".join(map(str, values)) or "none"
         raise DataError(
-            f"{place}: no prompt in the row: it needs a column prompt, text, instruction or messages, and has {names}"
+            f"{place}: no prompt in the row: it needs a column prompt, text, instruction or messages, but has {names}"
         )
     if not isinstance(values[column], str) or not values[column].strip():
-        raise DataError(f"{place}: {column!r} must be text, and not empty")
+        raise DataError(f"{place}: {column!r} must be non-empty text")
     more = values.get("input") if column == "instruction" else None
     if more and not isinstance(more, str):
         raise DataError(f"{place}: 'input' must be text")

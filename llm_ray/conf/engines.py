@@ -1,6 +1,6 @@
-"""The engines that a model can be served with: what each is for, what it takes, and where its core is.
+"""The serving engines: what each is for, what it supports, and where its core is.
 
-A further engine is an entry here, and a core (`llm_ray.serve.engines.thread.Core`) in a file of its own.
+A new engine is an entry here, and a core (`llm_ray.serve.engines.thread.Core`) in a file of its own.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ WEIGHTS: tuple[WeightForm, ...] = get_args(WeightForm)
 
 @dataclass(frozen=True)
 class Engine:
-    """What is to be known of an engine before anything is loaded."""
+    """What must be known about an engine before anything is loaded."""
 
     title: str
-    """For people: what it is called, and for whom it is."""
+    """For users: its name and purpose."""
     core: str
-    """`module:class` of its core, which is imported in the replica alone."""
+    """`module:class` of its core, which is imported only in the replica."""
     converts: bool = False
-    """It reads weights that were converted into its own form (`weights` of the conf), not the model's folder
-    (`precision`)."""
+    """It reads weights converted into its own form (`weights` of the conf), not the model's folder (`precision`)."""
     adapters: bool = False
-    """It serves LoRA adapters beside their base."""
+    """It serves LoRA adapters along with their base."""
     compiles: bool = False
-    """`compile` is for it."""
+    """It supports `compile`."""
     causal_only: bool = False
-    """It takes no models but those that transformers loads as causal ones."""
+    """It supports only models that transformers loads as causal models."""
     front_end: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    """Engine arguments of vLLM that its front end needs before this core."""
+    """vLLM engine arguments that the front end needs for this core."""
     options_of_vllm: bool = False
     """`engine_options` are vLLM's engine arguments."""
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """What the weights may be computed in, the default first."""
+        """Available forms of the weights, the default first."""
         return ("int8", "int4", "bf16", "fp32") if self.converts else ("auto", "fp32", "bf16")
 
 

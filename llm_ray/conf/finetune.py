@@ -21,7 +21,7 @@ DEFAULT_STAGES: tuple[Stage, ...] = STAGES[:-1]
 
 
 class Runtime(Section):
-    """Where the work runs, and on how much of it."""
+    """Where the work runs, and with how many resources."""
 
     mode: Literal["local", "cluster"] = "local"
     """`local` starts Ray on this machine and stops it afterwards; `cluster` joins the running cluster at `address`."""
@@ -29,29 +29,27 @@ class Runtime(Section):
     """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port
     6379)."""
     nodes: Literal["any", "bare_metal", "docker"] = "any"
-    """How the nodes of the cluster run that this conf is for: `bare_metal` (a virtual environment) or `docker` (an
-    image), as `ray_node_runtime` of the inventory; finetune.yml refuses a cluster of the other kind. `any`: whichever
-    it is."""
+    """Runtime of the cluster's nodes that this conf requires: `bare_metal` (a virtual environment) or `docker` (an
+    image), as `ray_node_runtime` in the inventory; finetune.yml refuses other clusters. `any`: either."""
     hosts: Texts = ()
-    """Hosts of the cluster that may train, by name or address; with finetune.yml also groups of the inventory. Empty:
-    all."""
+    """Hosts of the cluster that may train, by name or address; with finetune.yml also inventory groups. Empty: all."""
     workers: int = Field(1, ge=1)
-    """Number of training workers (processes). With one worker a host, this is the number of hosts that train."""
+    """Number of training workers (processes). With one worker per host, this is the number of hosts that train."""
     min_workers: int | None = Field(None, ge=1)
-    """When hosts are lost in mid-training: fewest workers that go on, from the last checkpoint and with as many
-    sequences a step as before. Unset: all `workers`, so that a lost host is waited for."""
+    """Fewest workers with which training continues when hosts are lost, from the last checkpoint and with as many
+    sequences per step as before. Unset: all `workers`, so training waits for lost hosts."""
     cpus_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """CPUs (cores) each worker gets: threads and core binding follow it. `auto` shares the CPUs there are among the
-    workers, at most one host's each."""
+    """CPUs (cores) per worker, which also determine threads and core binding. `auto` divides the available CPUs among
+    the workers, at most one host's each."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
-    """How workers are laid over hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread`
-    one a host, or fail."""
+    """Placement of workers on hosts: `pack` on as few as possible, `spread` over as many as possible, `strict_spread`
+    one per host, or fail."""
     interface: str | None = None
-    """Network interface that workers talk over, for hosts with several networks (`GLOO_SOCKET_IFNAME`). Unset: the one
-    that leads to the head."""
+    """Network interface for communication between workers, on hosts with several networks (`GLOO_SOCKET_IFNAME`).
+    Unset: the one that leads to the head."""
     max_failures: int = Field(3, ge=0)
-    """How often a lost worker (killed, out of memory, host gone) is replaced and training goes on from the last
-    checkpoint, before the run fails."""
+    """How often a lost worker (killed, out of memory, host lost) is replaced and training resumes from the last
+    checkpoint before the run fails."""
 
     @model_validator(mode="after")
     def _fewest(self) -> Runtime:
@@ -69,106 +67,106 @@ class Model(Section):
     """A folder in Hugging Face form, a name in the model registry, the name of an earlier run, or a hub id
     (`organisation/model`)."""
     gguf_file: str | None = None
-    """File name of a GGUF inside `base`: its weights are taken (and dequantized) instead of safetensors."""
+    """File name of a GGUF inside `base`: its weights are used (dequantized) instead of safetensors."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tokenizer: str | None = None
     """Tokenizer other than the model's own: a folder or a hub id."""
     chat_template: AbsolutePath | None = None
-    """A Jinja file with a chat template that replaces the tokenizer's (or gives one to a tokenizer without). It is
-    saved with the output and used in serving."""
+    """A Jinja file with a chat template that replaces the tokenizer's, or adds one. It is saved with the output and
+    used in serving."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Data type in which the weights that do not learn are kept in memory. `auto`: bf16 where the CPU multiplies bf16
-    in hardware, fp32 elsewhere. Learning weights are always fp32."""
+    """Data type of the frozen weights in memory. `auto`: bf16 if the CPU multiplies bf16 in hardware, else fp32.
+    Trainable weights are always fp32."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
+    """Run Python code that comes with the model. Refused unless `trusted_models` lists the model as well."""
     trusted_models: tuple[str, ...] = ()
     """Models (as written in `base`) whose own code may run."""
     upload: bool = False
-    """With finetune.yml: `base`, `tokenizer` and `chat_template`, where they are files or folders, lie on the machine
-    that Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
+    """With finetune.yml: if `base`, `tokenizer` and `chat_template` are files or folders, they are on the machine that
+    runs Ansible and are copied to the shared storage once. Otherwise it has no effect."""
 
     @model_validator(mode="after")
     def _trust(self) -> Model:
         if self.trust_remote_code and self.base not in self.trusted_models:
             raise ValueError(
-                "model.trust_remote_code runs code that comes with the model: to allow it, read that code and add "
-                f"{self.base!r} to model.trusted_models"
+                f"model.trust_remote_code runs code that comes with the model: read that code, and add {self.base!r} "
+                "to model.trusted_models to allow it"
             )
         return self
 
 
 class Data(Section):
-    """What the model learns from."""
+    """The training data."""
 
     upload: bool = False
-    """With finetune.yml: the files of data (training, validation, evaluation, a processor's) lie on the machine that
-    Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
+    """With finetune.yml: the data files (training, validation, evaluation, processor) are on the machine that runs
+    Ansible and are copied to the shared storage once. Otherwise it has no effect."""
     train: Texts = Field(min_length=1)
     """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a
     list of these. Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
     validation: Annotated[float, Field(gt=0, lt=1)] | Auto | Texts | None = "auto"
-    """Validation data: a file or list as in `train`, or a fraction of the training rows that is split off by the seed.
-    `auto`: 10 % of them, at most 500, where there are 200 rows or more; none below that, where a handful of rows tells
-    little and each is needed to learn from. `null`: none."""
+    """Validation data: a file or list as in `train`, or a fraction of the training rows, chosen by the seed. `auto`: 10
+    % of the rows, at most 500, from 200 rows on; none below that, because a handful of rows would say little and each
+    is needed for training. `null`: none."""
     format: Literal[
         "auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "question_answer", "text"
     ] = "auto"
     """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role,
     content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), question_answer
-    (question, answer, context), text. `auto` tells it from the first rows."""
+    (question, answer, context), text. `auto` detects it from the first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of your columns for the format's own, e.g. `{question: title, answer: body}`."""
+    """Maps the format's column names to yours, e.g. `{question: title, answer: body}`."""
     processor: str | None = None
-    """Changes or drops rows before they are formatted: a shipped one (`wikitext`), `package.module:Class`, or
+    """Changes or drops rows before they are formatted: a built-in one (`wikitext`), `package.module:Class`, or
     `./file.py:Class`, relative to the conf file."""
     processor_args: dict[str, object] = Field(default_factory=dict)
     """Keyword arguments for the processor's class."""
     system: str | None = None
-    """System message put before conversations that have none."""
+    """System message for conversations that have none."""
     max_length: int = Field(512, ge=8)
-    """Longest sequence in tokens. A longer conversation is cut on a turn's boundary, longer text is split into
-    pieces."""
+    """Longest sequence in tokens. Longer conversations are cut at a turn boundary, longer texts are split into pieces."""
     packing: bool = True
-    """Lay the rows of a forward pass end to end, without attention or loss from one to the next, instead of padding
-    them to the longest. It changes the speed, and nothing of what is learned."""
+    """Lay the rows of a forward pass end to end, without attention or loss across rows, instead of padding them to the
+    longest. This only affects speed, not what is learned."""
     max_rows: int | None = Field(None, ge=1)
-    """Take only the first rows, for a trial."""
+    """Use only the first rows, for a trial."""
     special_tokens_in_text: Literal["keep", "escape", "fail"] = "keep"
-    """A special token of the model that stands in the text of a row, as `<|im_end|>` in a question. `keep` takes it for
-    one, as serving does, and counts such rows; `escape` learns it as ordinary text; `fail` makes the row a bad one."""
+    """How to treat special tokens of the model in the text of a row, such as `<|im_end|>` in a question. `keep` treats
+    them as special tokens, as serving does, and counts such rows; `escape` treats them as ordinary text; `fail` makes
+    the row a bad one."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """A row that cannot be read or lacks its columns: `fail` names file and line and stops, `skip` counts it and goes
-    on."""
+    """How to treat a row that cannot be read or lacks its columns: `fail` stops and reports file and line, `skip`
+    counts it and continues."""
 
     @field_validator("validation", mode="before")
     @classmethod
     def _fraction(cls, value: object) -> object:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < 1:
             raise ValueError(
-                f"data.validation is {value:g}: a fraction lies between 0 and 1 (0.05 keeps 5 % of the rows back); use "
-                "null for no validation"
+                f"data.validation is {value:g}: a fraction must be between 0 and 1 (0.05 holds out 5 % of the rows); "
+                "use null for no validation"
             )
         return value
 
 
 class Lora(Section):
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), made by peft."""
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), implemented by peft."""
 
     r: int = Field(16, ge=1)
     """Rank of the adapters."""
     alpha: int | None = Field(None, ge=1)
     """Scale: the adapter's output is multiplied by alpha / r. Unset: twice the rank."""
     dropout: Annotated[Annotated[float, Field(ge=0, lt=1)] | Auto, OrAuto] = "auto"
-    """Dropout on the adapter's input: small sets teach what is meant more than how it is worded. `auto`: 0.1 for small
+    """Dropout on the adapter's input, which keeps small sets from being memorized word for word. `auto`: 0.1 for small
     sets, 0 for others and for mixtures of experts (peft has none for adapters on experts)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers that get an adapter: names, or a pattern (regular expression) of whole names. `all-linear` is every linear
-    layer but the output head, and the experts of most mixtures of experts, not their routers."""
+    """Layers that get an adapter: names, or a pattern (regular expression) matching full names. `all-linear`: all
+    linear layers except the output head, and the experts of most mixtures of experts, but not their routers."""
     modules_to_save: tuple[str, ...] = ()
-    """Layers trained whole and saved with the adapter, e.g. `[embed_tokens, lm_head]` after adding tokens."""
+    """Layers trained in full and saved with the adapter, e.g. `[embed_tokens, lm_head]` after adding tokens."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): steadier at high ranks."""
+    """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): more stable at high ranks."""
 
     @property
     def scale(self) -> int:
@@ -182,45 +180,45 @@ class Lora(Section):
 
 
 class Tuning(Section):
-    """What is learnt, and by which weights."""
+    """The objective, and which weights are trained."""
 
     objective: Literal["sft", "pretrain"] = "sft"
-    """`sft`: only the assistant's turns (their end-of-turn token too) are supervised. `pretrain`: every token of plain
-    text is."""
+    """`sft`: only the assistant's turns are supervised, including their end-of-turn token. `pretrain`: every token of
+    plain text is."""
     method: Literal["lora", "full"] = "lora"
-    """`lora` trains small adapters beside frozen weights; `full` trains every weight."""
+    """`lora` trains small adapters on frozen weights; `full` trains all weights."""
     lora: Lora = Lora()
 
 
 class EarlyStopping(Section):
-    """End training when validation no longer improves."""
+    """Stop training when validation no longer improves."""
 
     patience: int = Field(ge=1)
-    """Validations in a row without improvement after which training ends."""
+    """Consecutive validations without improvement after which training stops."""
     min_delta: float = Field(0.0, ge=0)
-    """Least fall of the validation loss that counts as an improvement."""
+    """Smallest decrease of the validation loss that counts as an improvement."""
 
 
 class Training(Section):
     """The optimisation."""
 
     epochs: Annotated[Annotated[float, Field(gt=0)] | Auto, OrAuto] = "auto"
-    """Passes over the training data. `auto`: fewer the more rows there are, or as many as `max_steps` makes."""
+    """Passes over the training data. `auto`: fewer for more rows, or as many as `max_steps` requires."""
     max_steps: int | None = Field(None, ge=1)
     """Optimizer steps; instead of `epochs`."""
     global_batch_size: Annotated[Annotated[int, Field(ge=1)] | Auto, OrAuto] = "auto"
-    """Rows that an optimizer step learns from, over all workers, whatever packing does with them (of texts and
-    conversations that make several sequences: sequences). `auto`: more the more rows there are."""
+    """Rows per optimizer step, over all workers and independent of packing (sequences, for texts and conversations that
+    make several). `auto`: more for more rows."""
     micro_batch_tokens: int | None = Field(None, ge=1)
-    """Most tokens that a worker computes at once, padding included; the rows of a step that do not fit take further
-    forward passes. Fewer take less memory and, far below the default, more time; what is learned stays the same. Unset:
-    4096, and at least `data.max_length`."""
+    """Maximum tokens that a worker computes at once, including padding; the remaining rows of a step are computed in
+    further forward passes. Lower values need less memory and, far below the default, more time; what is learned stays
+    the same. Unset: 4096, and at least `data.max_length`."""
     learning_rate: Annotated[Annotated[float, Field(gt=0)] | Auto, OrAuto] = "auto"
-    """Highest learning rate. `auto`: by method and the model's width."""
+    """Peak learning rate. `auto`: depends on method and the model's width."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after warm-up: towards zero along a cosine or a line, or constant."""
+    """Learning rate after warm-up: falling to zero along a cosine or a line, or constant."""
     warmup: float = Field(0.03, ge=0)
-    """Warm-up from zero: a share of all steps below 1, a number of steps from 1."""
+    """Warm-up from zero: below 1, a fraction of all steps; from 1, a number of steps."""
     optimizer: Literal["adamw"] = "adamw"
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -228,30 +226,30 @@ class Training(Section):
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay; not on biases and norms."""
+    """Decoupled weight decay, not applied to biases and norms."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Gradients are scaled down to this norm. `null`: no clipping."""
+    """Maximum norm of the gradients. `null`: no clipping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the matrix products. `auto`: bf16 where the CPU has AMX or AVX512-BF16, fp32 elsewhere (there bf16
-    is emulated, and slower)."""
+    """Arithmetic of the matrix products. `auto`: bf16 if the CPU has AMX or AVX512-BF16, else fp32 (other CPUs emulate
+    bf16, which is slower)."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """`ddp`: every worker holds the whole model. `fsdp`: weights, gradients and optimizer state are sharded over the
     workers, for models that do not fit one."""
     accelerator: Literal["torch", "ipex"] = "torch"
-    """`ipex` computes the base model's layers with intel-extension-for-pytorch, under adapters (method lora, strategy
-    ddp); needs the IPEX profile (docs/reference/profiles.md)."""
+    """`ipex` computes the frozen layers under adapters with intel-extension-for-pytorch (method lora, strategy ddp);
+    needs the IPEX profile (docs/reference/profiles.md)."""
     compile: bool = False
-    """torch.compile the model: a minute or more at the start, faster steps after; needs g++ and the Python headers on
-    every node."""
+    """Use torch.compile: a minute or more at the start, then faster steps; needs g++ and the Python headers on every
+    node."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, about a third slower."""
     validate_every: int | None = Field(None, ge=1)
-    """Steps between validations. Unset: once an epoch."""
+    """Steps between validations. Unset: once per epoch."""
     early_stopping: EarlyStopping | Auto | None = "auto"
-    """Stop when the validation loss stops falling. `auto`: after 2 validations without improvement where `epochs` is
+    """Stop when the validation loss stops falling. `auto`: after 2 validations without improvement, if `epochs` is
     `auto` and there is validation data. `null`: never."""
     best_checkpoint: bool = True
-    """Export the weights with the lowest validation loss instead of the last ones (where there is validation data)."""
+    """Export the weights with the lowest validation loss instead of the last ones (if there is validation data)."""
     seed: int = Field(42, ge=0)
     """Seed of the split, the order of rows, adapter weights and dropout. The same seed gives the same losses."""
 
@@ -266,9 +264,9 @@ class Training(Section):
             sequences = math.prod(values[k] for k in old if isinstance(values[k], int))
             raise ValueError(
                 f"training.{' and training.'.join(old)} counted packed sequences; a batch counts rows now. Write "
-                "training.global_batch_size instead: auto, or the rows of an optimizer step over all workers (without "
-                f"packing: {sequences} × runtime.workers; with packing as many times that as rows fit "
-                "data.max_length). For memory: training.micro_batch_tokens"
+                "training.global_batch_size instead: auto, or the rows per optimizer step over all workers (without "
+                f"packing: {sequences} × runtime.workers; with packing, that times the number of rows that fit into "
+                "data.max_length). To limit memory, use training.micro_batch_tokens"
             )
         return values
 
@@ -277,28 +275,28 @@ class Training(Section):
         if self.epochs != "auto" and self.max_steps is not None:
             raise ValueError(
                 "training.epochs and training.max_steps are both set: keep one of them (--set training.epochs=auto "
-                "takes the conf's away for once)"
+                "overrides the conf's for one run)"
             )
         return self
 
 
 class Checkpoint(Section):
-    """What a broken run goes on from."""
+    """Checkpoints, from which an interrupted run resumes."""
 
     every_steps: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints. Unset: once an epoch. One more is always written at the end."""
+    """Optimizer steps between checkpoints. Unset: once per epoch. One more is always written at the end."""
     keep: int = Field(2, ge=1)
-    """Checkpoints kept; older ones are deleted once a newer one is whole. The best weights (see
-    training.best_checkpoint) are kept besides."""
+    """Checkpoints to keep; older ones are deleted once a newer one is complete. The best weights (see
+    training.best_checkpoint) are kept in addition."""
 
 
 class Evaluation(Section):
-    """Answers before and after, and how right they are."""
+    """Answers before and after training, and their scores."""
 
     data: Texts | None = None
     """Held-out questions with answers, in the format of `data`. Unset: the validation rows."""
     samples: int | None = Field(20, ge=0)
-    """Rows to generate answers for, the first ones; `null` for all, 0 for the losses alone."""
+    """Number of rows, from the first, to generate answers for; `null` for all, 0 for only the losses."""
     max_new_tokens: int = Field(64, ge=1)
     """Longest generated answer, in tokens. Decoding is greedy."""
     batch_size: int = Field(8, ge=1)
@@ -306,37 +304,36 @@ class Evaluation(Section):
 
 
 class Convert(Section):
-    """The stage `convert`: the exported model in the form of another engine, beside `output/`
-    (docs/how-to/models.md)."""
+    """The stage `convert`: the exported model in another engine's form, next to `output/` (docs/how-to/models.md)."""
 
     to: Literal["openvino"] = "openvino"
     """The engine."""
     weights: WeightForm = "int8"
-    """How weights are stored: `fp32`, `bf16` (as 16-bit floats), `int8` (a scale for each row; answers hardly change),
-    `int4` (a scale for 32 weights; a little over half the memory of int8, and answers change)."""
+    """How weights are stored: `fp32`, `bf16` (as 16-bit floats), `int8` (one scale per row; answers hardly change),
+    `int4` (one scale per 32 weights; a little over half the memory of int8, and answers change)."""
 
 
 class Tracking(Section):
-    """Where the figures of a run go. metrics.jsonl is always written."""
+    """Where a run's metrics are written. metrics.jsonl is always written."""
 
     tensorboard: bool = True
-    """Write TensorBoard events under the run's folder."""
+    """Write TensorBoard events into the run's folder."""
     log_every: int = Field(1, ge=1)
-    """Steps between progress lines when the output is no terminal."""
+    """Steps between progress lines if the output is not a terminal."""
 
 
 class FinetuneConf(Section):
     """A finetune: a base model, data, and what to do with them."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """Name of the run: its folder under `paths.runs`, and the model name it is served by. Letters, digits, `.`, `_`,
-    `-`; at most 63."""
+    """Name of the run: its folder under `paths.runs`, and its model name in serving. Letters, digits, `.`, `_`, `-`; at
+    most 63."""
     stages: Annotated[tuple[Stage, ...], BeforeValidator(listed, json_schema_input_type=Stage | tuple[Stage, ...])] = (
         DEFAULT_STAGES
     )
     """Stages to run, in this order: prepare (data to tokens), train, evaluate, export (the Hugging Face model in
-    `output/`), and where it is named here, convert (see `convert`). Done ones are skipped as long as their inputs are
-    the same."""
+    `output/`), and, if listed here, convert (see `convert`). Completed stages are skipped while their inputs stay the
+    same."""
     runtime: Runtime = Runtime()
     paths: Paths = Field(default_factory=Paths)
     model: Model
@@ -355,8 +352,8 @@ class FinetuneConf(Section):
             wrong.append(f"stages is empty: name at least one of {', '.join(STAGES)}")
         if isinstance(self.training.early_stopping, EarlyStopping) and self.data.validation is None:
             wrong.append(
-                "training.early_stopping needs validation data, but data.validation is null: set it, or take "
-                "early_stopping away"
+                "training.early_stopping needs validation data, but data.validation is null: set it, or remove "
+                "early_stopping"
             )
         if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
             wrong.append(
@@ -374,9 +371,9 @@ class FinetuneConf(Section):
             )
         if self.training.accelerator == "ipex" and (self.tuning.method != "lora" or self.training.strategy != "ddp"):
             wrong.append(
-                "training.accelerator ipex lays the base model's weights out for its kernels, which only weights that "
-                "neither learn nor are sharded can stay in: use tuning.method lora and training.strategy ddp, or "
-                "accelerator torch"
+                "training.accelerator ipex changes the layout of the base model's weights, which works only if they "
+                "are neither trained nor sharded: use tuning.method lora and training.strategy ddp, or accelerator "
+                "torch"
             )
         if wrong:
             raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line

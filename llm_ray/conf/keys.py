@@ -1,4 +1,4 @@
-"""The keys of a conf, read off its JSON Schema: what each may hold, and which one a misspelled key was meant to be.
+"""The keys of a conf, from its JSON Schema: their allowed values, and suggestions for misspelled keys.
 
 The messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name
 of a key NAME stands for what the user calls it: ``models.NAME.engine``.
@@ -185,7 +185,7 @@ def choices(node: dict[str, Any]) -> list[str]:
 
 
 def describe(node: dict[str, Any], mark: str = "") -> str:
-    """What a value may be, in words: ``a whole number of at least 1 or auto``. Literal words are put between `mark`."""
+    """What a value may be, in words: ``an integer of at least 1 or auto``. Literal words are put between `mark`."""
 
     def word(value: object) -> str:
         return f"{mark}{'null' if value is None else value}{mark}"
@@ -193,7 +193,7 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
     if "anyOf" in node:
         first, *others = (describe(option, mark) for option in node["anyOf"])
         if f"a list of {first}" in others:
-            return f"{first}, or a list of these"
+            return f"{first}, or a list of them"
         return _or(
             [
                 text
@@ -216,7 +216,7 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
             "exclusiveMaximum": "below",
         }
         bounds = " and ".join(f"{text} {node[limit]:g}" for limit, text in limits.items() if limit in node)
-        return " ".join(["a whole number" if kind == "integer" else "a number", *([bounds] if bounds else [])])
+        return " ".join(["an integer" if kind == "integer" else "a number", *([bounds] if bounds else [])])
     if kind == "array":
         items = node.get("items") or node["prefixItems"][0]
         count = f"{node['maxItems']} " if "maxItems" in node else ""

@@ -3,10 +3,10 @@
     conf = load_finetune("lora", ["train=tickets.jsonl", "training.epochs=2"])
     conf = load_serve("chat", ["model=support-bot", "models.support-bot.cpus=4"])
 
-``--set NAME=VALUE`` gives the template's variable NAME where the template uses one of that name, and else sets the
-conf's key NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars``
-file that has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the
-schema's default holds.
+``--set NAME=VALUE`` sets the template's variable NAME if the template uses one of that name, otherwise the conf's key
+NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars`` file that
+has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the schema's
+default holds.
 
 Relative paths are looked up beside the conf file, then in the current folder; data files last under ``paths.data``. For
 a shipped template and for ``--set`` the current folder alone is "beside".
@@ -89,7 +89,7 @@ def load(
     except yamltext.Problem as problem:
         raise ConfError(f"{file}:{rendered.origin(problem.line)}: {problem.message}") from problem
     if not isinstance(document.data, dict):
-        found = "empty" if document.data is None else f"{show(document.data)}, no keys with values"
+        found = "empty" if document.data is None else f"{show(document.data)}, not keys with values"
         needed = ", ".join(key.name for key in keys.needed())
         raise ConfError(f"{file}: the conf is {found}: it needs at least {needed}")
     return validation(keys, file, file in shipped(keys.kind).values(), rendered, document, settings, home).conf()
@@ -136,7 +136,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfError(f"{file}: byte {error.start} is not UTF-8: save the file in that encoding") from error
+        raise ConfError(f"{file}: byte {error.start} is not UTF-8: save the file as UTF-8") from error
     except OSError as error:
         raise ConfError(f"{file}: cannot be read: {error.strerror}") from error
 
@@ -152,8 +152,8 @@ def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
             raise ConfError(f"{file}:{problem.line}: {problem.message}") from problem
         if not isinstance(data, dict) or any(not isinstance(key, str) or key in RESERVED for key in data):
             raise ConfError(
-                f"--vars {file}: must hold names with values, and no name {' or '.join(RESERVED)}, which the template "
-                "has already"
+                f"--vars {file}: must contain names with values, except {' or '.join(RESERVED)}, which the template "
+                "already has"
             )
         values |= data
     return values
@@ -190,9 +190,9 @@ def _overrides(
             names = (
                 f"its variables are: {', '.join(sorted(used)) or 'none'}"
                 if file
-                else "a key of a model is models.NAME.KEY"
+                else "a model's keys are models.NAME.KEY"
             )
-            what = f"neither a key of the conf nor a variable of {file.name}" if file else "no key of the conf"
+            what = f"neither a key of the conf nor a variable of {file.name}" if file else "not a key of the conf"
             wrong.append(f"--set {override}: {name} is {what}; {f'did you mean {nearest}?' if nearest else names}")
     if wrong:
         raise error_of(wrong)
@@ -230,7 +230,7 @@ class FinetuneValidation(Validation[FinetuneConf]):
     def data_file(self, path: yamltext.Path, name: str, data: Path) -> str:
         """An entry of a list of data files: absolute, or a hub id as it is."""
         if not name.strip():
-            self.complain(path, f"{dotted(path)} is empty: name a file, a folder or a data set of the hub")
+            self.complain(path, f"{dotted(path)} is empty: name a file, a folder or a hub data set")
             return name
         entry = expand(name)
         candidates = list(dict.fromkeys([*self.candidates(path, name), data / entry]))
@@ -244,7 +244,7 @@ class FinetuneValidation(Validation[FinetuneConf]):
         ]
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         if not hint and not entry.is_absolute() and entry.suffix.lower() not in DATA_SUFFIXES:
-            hint = "; a data set of the hub would be named organisation/name"
+            hint = "; hub data sets are named organisation/name"
         self.complain(path, f"{dotted(path[:-1])}: no such file or folder: {' or '.join(map(str, candidates))}{hint}")
         return name
 
@@ -253,7 +253,7 @@ class FinetuneValidation(Validation[FinetuneConf]):
         file, _, attribute = (name or "").rpartition(":")
         path = ("data", "processor")
         if (name or "").endswith(".py"):
-            self.complain(path, f"data.processor is {name}: name the class too, as in {name}:MyProcessor")
+            self.complain(path, f"data.processor is {name}: add the class, as in {name}:MyProcessor")
         if not file.endswith(".py"):
             return name
         candidates = self.candidates(path, file)

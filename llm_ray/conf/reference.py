@@ -19,7 +19,7 @@ from llm_ray.conf.load import shipped
 FOLDER = Path(llm_ray.__file__).parent.parent / "docs" / "reference"
 
 FINETUNE_HEAD = """\
-# The conf of a finetune
+# The finetune conf
 
 <!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/finetune.py: change it there. -->
 
@@ -47,29 +47,29 @@ server complete and check a conf that begins with `# yaml-language-server: $sche
 
 The head of each file in [conf/finetune](../../conf/finetune) holds the commands that run it.
 
-## Variables, `--set` and what rules over what
+## Variables, `--set` and precedence
 
-A template sees the variables that it is given, and two more: `env`, the environment variables, as `env.NAME` or
-`env("NAME", "default")`; and `shipped`, the folder of the files that come with the package. An undefined variable is an error, unless
-the template says `{{{{ name | default("something") }}}}`, or it stands for a key that `--set` gives. Templates run in Jinja's sandbox; they
-cannot include others. Values that are not text are written as JSON, which is YAML; `{{{{ name | tojson }}}}` does the same for text that
-may have a `#` or `:` in it.
+A template has the variables that it is given, and two more: `env`, the environment variables, as `env.NAME` or
+`env("NAME", "default")`; and `shipped`, the folder of the package's own files. An undefined variable is an error, unless
+the template has `{{{{ name | default("something") }}}}`, or the variable stands for a key that `--set` sets. Templates run in Jinja's sandbox and
+cannot include others. Values that are not text are written as JSON, which is valid YAML; `{{{{ name | tojson }}}}` does the same for text that
+may contain `#` or `:`.
 
-| given as | is |
+| given as | meaning |
 | --- | --- |
-| `--set NAME=VALUE` | the template's variable NAME, where the template uses one of that name; else the conf's key NAME |
-| `--vars FILE` | variables, from a YAML file |
+| `--set NAME=VALUE` | the template's variable NAME, if the template uses one of that name; otherwise the conf's key NAME |
+| `--vars FILE` | variables from a YAML file |
 | `{{{{ env.NAME }}}}` in the template | an environment variable |
 
 A variable comes from `--set`, else from the last `--vars` file that has it, else from the template's `default(…)`.
 A key comes from `--set`, else from the conf, else from the defaults below.
 
 Values are YAML: `--set training.learning_rate=1e-3`, `--set "data.train=[a.jsonl, b.jsonl]"`, `--set training.epochs=null`.
-YAML is read as version 1.2: `1e-3` is a number, `no` and `2024-01-01` are text, and a key that is there twice is an error.
+YAML is read as version 1.2: `1e-3` is a number, `no` and `2024-01-01` are text, and a repeated key is an error.
 
 ## Relative paths
 
-Files and folders are looked up beside the conf file, then in the current folder; data files last under `paths.data`.
+Files and folders are looked up next to the conf file, then in the current folder; data files finally under `paths.data`.
 Those given with `--set`, and those of shipped templates, are looked up in the current folder (and data files under `paths.data`).
 `LLM_RAY_HOME` is an environment variable, `~/.llm-ray` if unset.
 
@@ -78,7 +78,7 @@ Those given with `--set`, and those of shipped templates, are looked up in the c
 """
 
 SERVE_HEAD = """\
-# The conf of an endpoint
+# The serve conf
 
 <!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/serve.py: change it there. -->
 
@@ -104,19 +104,19 @@ server complete and check a conf that begins with `# yaml-language-server: $sche
 
 The head of each file in [conf/serve](../../conf/serve) holds the commands that run it.
 
-## Variables, `--set` and what rules over what
+## Variables, `--set` and precedence
 
-As in [the conf of a finetune](finetune-conf.md#variables---set-and-what-rules-over-what).
+As in [the finetune conf](finetune-conf.md#variables---set-and-precedence).
 
-In the keys below NAME stands for what clients call the model: `--set models.support-bot.cpus=4`. A name may have dots in it:
-`--set models.qwen2.5.cpus=4` is about the model `qwen2.5`. A model that the conf has not is added with its key `model`:
+In the keys below, NAME is the model's name for clients: `--set models.support-bot.cpus=4`. A name may contain dots:
+`--set models.qwen2.5.cpus=4` refers to the model `qwen2.5`. To add a model that is not in the conf, set its key `model`:
 `--set models.base.model=smollm2-135m-instruct`.
 
 ## Relative paths
 
-Files and folders are looked up beside the conf file, then in the current folder. Those given with `--set`, and those of shipped
+Files and folders are looked up next to the conf file, then in the current folder. Those given with `--set`, and those of shipped
 templates, are looked up in the current folder. `model`, `tokenizer` and adapters are folders if they begin with `./`, `../`, `~` or `/`, or
-if a folder of that name holds a model (an adapter); else they are names: of the model registry, of a run, or of the hub.
+if a folder of that name contains a model (an adapter); otherwise they are names: in the model registry, of a run, or on the hub.
 `LLM_RAY_HOME` is an environment variable, `~/.llm-ray` if unset.
 
 ## Keys
@@ -134,7 +134,7 @@ def markdown(keys: Keys[Any]) -> str:
         if key.section:
             text = keys.schema["$defs"][key.section]["description"]
             required = " Required." if key.required else ""
-            unset = " Off unless given." if "anyOf" in key.schema else ""
+            unset = " Off by default." if "anyOf" in key.schema else ""
             parts.append(f"\n### {key.name}\n\n{' '.join(text.split())}{required}{unset}\n\n{_table(keys, key.name)}")
     return "".join(parts)
 
@@ -202,7 +202,7 @@ def update(pages: dict[str, str], command: str, check: bool) -> None:
         if current == text:
             continue
         if check:
-            sys.exit(f"docs/reference/{name} is not what the code says: run `{command}` and commit the file")
+            sys.exit(f"docs/reference/{name} is out of date: run `{command}` and commit the file")
         FOLDER.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")
 

@@ -142,7 +142,7 @@ def variables(template: str) -> set[str]:
     try:
         return meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
     except TemplateSyntaxError as error:
-        raise TemplateProblem(f"is no Jinja template: {error.message}", error.lineno) from error
+        raise TemplateProblem(f"is not a valid Jinja template: {error.message}", error.lineno) from error
 
 
 def render(template: str, values: Mapping[str, Any]) -> Rendered:
@@ -154,19 +154,19 @@ def render(template: str, values: Mapping[str, Any]) -> Rendered:
         compiled = _environment().from_string(template)
         text = compiled.render(values)
     except TemplateSyntaxError as error:
-        raise TemplateProblem(f"is no Jinja template: {error.message}", error.lineno) from error
+        raise TemplateProblem(f"is not a valid Jinja template: {error.message}", error.lineno) from error
     except UndefinedError as error:
         raise TemplateProblem(str(error.message), _line(error)) from error
     except SecurityError as error:
-        raise TemplateProblem(f"the template reaches for what the sandbox forbids: {error}", _line(error)) from error
+        raise TemplateProblem(f"the template uses something the sandbox forbids: {error}", _line(error)) from error
     except TemplateNotFound as error:
         raise TemplateProblem(
-            "include, import and extends are not to be had: a conf is one file", _line(error)
+            "include, import and extends are not supported: a conf is one file", _line(error)
         ) from error
     except (
         Exception
     ) as error:  # whatever an expression of the template may raise: a division by zero, a missing filter argument, …
-        raise TemplateProblem(f"an expression of the template fails: {error}", _line(error)) from error
+        raise TemplateProblem(f"an expression in the template failed: {error}", _line(error)) from error
     lines, origins, origin = [], [], 1
     for line in text.split("\n"):
         if mark := _LINE.search(line):

@@ -1,4 +1,4 @@
-"""What the schemas of all confs are made of: a section of keys, kinds of values, and the folders that each names."""
+"""Building blocks of the conf schemas: a section of keys, types of values, and the folders that every conf names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _default(value: object) -> object:
 def as_run(value: Value | Auto) -> Value:
     """A value of a conf in which what was `auto` has been chosen."""
     if value == "auto":
-        raise TypeError("this conf has values that are still auto")
+        raise TypeError("this conf still has auto values")
     return value
 
 
@@ -52,7 +52,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_typ
 
 
 class Section(BaseModel):
-    """Keys of a conf, with their documentation. Those that it does not have are errors."""
+    """Keys of a conf, with their documentation. Unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -79,7 +79,7 @@ class Section(BaseModel):
     def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
         """Python, and so pydantic, takes true for 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise PydanticCustomError("truth", "true and false are no numbers")
+            raise PydanticCustomError("truth", "true and false are not numbers")
         return value
 
 
@@ -88,20 +88,20 @@ def _is_section(annotation: object) -> bool:
 
 
 class Paths(Section):
-    """Folders of models, data and runs. On a cluster all of them lie on shared storage."""
+    """Folders of models, data and runs. On a cluster all of them are on shared storage."""
 
     models: AbsolutePath = Field(
         default_factory=lambda: home() / "models", json_schema_extra={"default": "$LLM_RAY_HOME/models"}
     )
-    """The model registry: one Hugging Face folder a model."""
+    """The model registry: one Hugging Face folder per model."""
     data: AbsolutePath = Field(
         default_factory=lambda: home() / "data", json_schema_extra={"default": "$LLM_RAY_HOME/data"}
     )
-    """Data files named by a relative path are looked up beside the conf file, then in the current folder, then here."""
+    """Data files with a relative path are looked up next to the conf file, then in the current folder, then here."""
     runs: AbsolutePath = Field(
         default_factory=lambda: home() / "runs", json_schema_extra={"default": "$LLM_RAY_HOME/runs"}
     )
-    """One folder a run."""
+    """One folder per run."""
 
     @classmethod
     def of(cls, home: Path) -> Paths:

@@ -23,9 +23,11 @@ RESERVED_NAMES = frozenset(
 
 def _model_name(name: str) -> str:
     if not MODEL_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} cannot be a model's name: letters, digits, '.', '_', '-', and one '/' in between")
+        raise ValueError(
+            f"{name!r} is not a valid model name: use letters, digits, '.', '_', '-', and one '/' in between"
+        )
     if name.partition("/")[0] in RESERVED_NAMES:
-        raise ValueError(f"{name!r} is a path of the endpoint itself: choose another name")
+        raise ValueError(f"{name!r} is a path of the endpoint: choose another name")
     return name
 
 
@@ -33,59 +35,58 @@ ModelName = Annotated[str, AfterValidator(_model_name)]
 
 
 class ServeRuntime(Section):
-    """The Ray that serves."""
+    """The Ray cluster that serves."""
 
     mode: Literal["local", "cluster"] = "local"
-    """`local` serves on this machine: Ray is started in the background if it does not run yet, and `llm-ray serve stop
-    --all` ends it; `cluster` joins the running cluster at `address`."""
+    """`local` serves on this machine: Ray is started in the background if needed, and `llm-ray serve stop --all` stops
+    it; `cluster` joins the running cluster at `address`."""
     address: str = "auto"
     """Address of the cluster (`mode: cluster`): `auto` on one of its nodes, else `host:port` of its head (GCS, port
     6379)."""
 
 
 class Limits(Section):
-    """What one API key may ask for, unless the key has limits of its own."""
+    """Limits of each API key that has none of its own."""
 
     requests_per_minute: int | None = Field(None, ge=1)
-    """Requests in any minute. Unset: as many as the models can answer."""
+    """Requests per minute. Unset: unlimited."""
     concurrent: int | None = Field(None, ge=1)
-    """Requests at the same time. Unset: as many as the models can answer."""
+    """Concurrent requests. Unset: unlimited."""
     max_tokens: int | None = Field(None, ge=1)
-    """Tokens of one answer. Unset: as many as fit the model."""
+    """Tokens per answer. Unset: as many as fit the model's context."""
 
 
 class Endpoint(Section):
-    """The HTTP endpoint that all models share. What a conf does not say of it stays as the running endpoint has it; its
-    host, port and TLS are settled when Ray Serve starts."""
+    """The HTTP endpoint that all models share. Unset keys keep the running endpoint's values; host, port and TLS are
+    fixed when Ray Serve starts."""
 
     host: str = "127.0.0.1"
-    """Address to listen at. Beyond loopback (`0.0.0.0`, or an address of this host) API keys are demanded."""
+    """Address to listen on. Beyond loopback (`0.0.0.0`, or an address of this host) API keys are required."""
     port: int = Field(8000, ge=1, le=65535)
-    """Port to listen at."""
+    """Port to listen on."""
     proxies: Literal["head", "every_node"] = "head"
-    """Hosts of the cluster that answer HTTP: the head alone, or every one with a model on it (behind a load
-    balancer)."""
+    """Hosts of the cluster that answer HTTP: only the head, or every host with a model (behind a load balancer)."""
     api_keys: Literal["auto", "on", "off"] = "auto"
-    """Whether requests need an API key (`llm-ray serve keys add NAME`). `auto`: yes as soon as the endpoint listens
-    beyond loopback."""
+    """Whether requests need an API key (`llm-ray serve keys add NAME`). `auto`: only if the endpoint listens beyond
+    loopback."""
     tls_certificate: AbsolutePath | None = None
     """PEM file with the certificate (chain) for HTTPS."""
     tls_key: AbsolutePath | None = None
     """PEM file with the certificate's private key."""
     cors_origins: tuple[str, ...] = ()
-    """Web pages of these origins (`https://chat.example.org`) may ask from a browser. Empty: none."""
+    """Origins (`https://chat.example.org`) whose web pages may call the endpoint from a browser. Empty: none."""
     max_body_mib: float = Field(8, gt=0)
     """Largest request body, in MiB; larger ones get 413."""
     body_timeout_s: float = Field(30, gt=0)
-    """Seconds within which a request's body has to arrive."""
+    """Seconds within which a request's body must arrive."""
     request_timeout_s: float = Field(600, gt=0)
-    """Seconds within which a request has to be answered, waiting in the queue and for a replica to start included."""
+    """Seconds within which a request must be answered, including the wait in the queue and for a replica to start."""
     limits: Limits = Limits()
 
     @model_validator(mode="after")
     def _check(self) -> Endpoint:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("endpoint.tls_certificate and endpoint.tls_key belong together: give both, or none")
+            raise ValueError("endpoint.tls_certificate and endpoint.tls_key belong together: set both or neither")
         return self
 
     def over(self, running: Endpoint) -> Endpoint:
@@ -107,16 +108,16 @@ class Endpoint(Section):
 
 
 class Autoscale(Section):
-    """Replicas that come and go with the load."""
+    """Number of replicas that follows the load."""
 
     min: int = Field(0, ge=0)
-    """Fewest replicas. 0: none when nobody asks; the next request starts one and waits for it."""
+    """Minimum replicas. 0: none while idle; the next request starts one and waits for it."""
     max: int = Field(1, ge=1)
-    """Most replicas."""
+    """Maximum replicas."""
     target: float | None = Field(None, gt=0)
-    """Requests at the same time that each replica should have; more start another one. Unset: half of `max_batch`."""
+    """Target number of concurrent requests per replica; more start another one. Unset: half of `max_batch`."""
     idle_s: float = Field(300, ge=0)
-    """Seconds of less load before a replica is taken away."""
+    """Seconds of lower load before a replica is removed."""
 
     @model_validator(mode="after")
     def _check(self) -> Autoscale:
@@ -126,7 +127,7 @@ class Autoscale(Section):
 
 
 class ModelServing(Section):
-    """One model as it is served."""
+    """One served model."""
 
     model: str = Field(min_length=1)
     """What to serve: a run's name, a name in the model registry, a folder in Hugging Face (or OpenVINO) form, or a hub
@@ -136,53 +137,53 @@ class ModelServing(Section):
     chat_template: AbsolutePath | None = None
     """A Jinja file with a chat template that replaces the model's own."""
     upload: bool = False
-    """With serve.yml: the model, its adapters, `tokenizer` and `chat_template`, where they are files or folders, lie on
-    the machine that Ansible runs on, and are copied to the shared storage, once. Elsewhere it has no effect."""
+    """With serve.yml: if the model, its adapters, `tokenizer` and `chat_template` are files or folders, they are on the
+    machine that runs Ansible and are copied to the shared storage once. Otherwise it has no effect."""
     engine: EngineChoice = "auto"
-    """What computes: `vllm` (every feature, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs),
-    `transformers` (any causal model, the slowest). `auto`: `openvino` with int8 weights where the model has been
-    converted or can be (`make setup-convert`), `vllm` for adapters, embeddings, `compile`, `precision`,
-    `engine_options` and everything else."""
+    """The engine: `vllm` (all features, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs),
+    `transformers` (any causal model, the slowest). `auto`: `openvino` if the model has been converted or can be
+    (`make setup-convert`); `vllm` for adapters, embeddings, `compile`, a `precision`, `engine_options`, and models that
+    cannot be converted."""
     weights: WeightForm | None = None
-    """Form of the weights for engine `openvino`; a model that is not converted yet is converted first. Unset: as the
-    folder has them, int8 for one that is to be converted."""
+    """Form of the weights for engine `openvino`; the model is converted first if needed. Unset: as in the folder, or
+    int8 for a model to be converted."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic. `auto`: that of the stored weights; bf16 only where the CPU multiplies it in hardware."""
+    """Arithmetic. `auto`: that of the stored weights; bf16 only if the CPU multiplies it in hardware."""
     max_model_len: int | None = Field(None, ge=16)
-    """Longest prompt and answer together, in tokens. Unset: the model's, at most 8192."""
+    """Maximum length of prompt and answer together, in tokens. Unset: the model's, at most 8192."""
     max_batch: int = Field(32, ge=1)
-    """Requests that a replica computes at the same time; more wait in the queue."""
+    """Requests that a replica computes concurrently; more wait in the queue."""
     max_queue: int = Field(128, ge=1)
-    """Requests that may wait; more get 429."""
+    """Requests that may wait in the queue; more get 429."""
     kv_cache_gib: float | None = Field(None, gt=0)
-    """Memory of a replica for the keys and values of running requests. Unset: room for 16384 tokens, and for two
-    requests of the longest."""
+    """Memory per replica for the keys and values of running requests. Unset: enough for 16384 tokens, and for two
+    requests of maximum length."""
     cpus: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Cores of a replica, its own. `auto`: as many free ones of a host as help a model of this size, at most 64, and no
-    more than leave some for each of `autoscale.max` replicas; where none are free it shares those of others."""
+    """Dedicated cores per replica. `auto`: as many free cores of a host as are useful for a model of this size, at most
+    64, and few enough to leave some for each of `autoscale.max` replicas; if none are free, it shares those of
+    others."""
     replicas: int = Field(1, ge=1)
     """Replicas, each with its own weights and cores. `autoscale` replaces it."""
     autoscale: Autoscale | None = None
-    """Replicas that come and go with the load, down to none."""
+    """Number of replicas that follows the load, down to none."""
     adapters: dict[ModelName, str] = Field(default_factory=dict)
-    """LoRA adapters on this base model (engine `vllm`), each under a model name of its own: name: run or folder. They
-    can be changed without a restart where there is at least one from the beginning."""
+    """LoRA adapters on this base model (engine `vllm`), each under its own model name: `name: run or folder`. They can
+    be changed without a restart if there was at least one from the start."""
     sampling_defaults: Literal["model", "openai"] = "model"
-    """What samples the answer to a request that does not say: `model`, temperature, top_p, penalties and most new
-    tokens as the model's generation_config.json has them, which `llm-ray serve status` shows; `openai`, temperature 1
-    and nothing else."""
+    """Sampling parameters of requests that do not set them: `model`, temperature, top_p, penalties and maximum new
+    tokens of the model's generation_config.json, which `llm-ray serve status` shows; `openai`, only temperature 1."""
     tools: Literal["auto", "off"] | str = "auto"
-    """How tool calls are read from answers: `auto` (as the model's chat template writes them), `off`, or the name of
+    """How tool calls are parsed from answers: `auto` (as the model's chat template writes them), `off`, or the name of
     one of vLLM's tool parsers."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Refused unless the model is named in `trusted_models` as well."""
+    """Run Python code that comes with the model. Refused unless `trusted_models` lists the model as well."""
     trusted_models: tuple[str, ...] = ()
     """Models (as written in `model`) whose own code may run."""
     compile: bool = False
-    """Compile the model first (engine `vllm`, no adapters): starts slower, answers faster. Needs a C++ compiler on
-    every host."""
+    """Compile the model first (engine `vllm`, no adapters): slower start, faster answers. Needs a C++ compiler on every
+    host."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    """Further options of the engine, by its own names: vLLM's engine arguments, OpenVINO's properties."""
+    """More options of the engine, under its own names: vLLM's engine arguments, OpenVINO's properties."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelServing:
@@ -190,30 +191,32 @@ class ModelServing(Section):
         if self.adapters and not able(self.engine, "adapters"):
             names = engines_with("adapters")
             wrong.append(
-                f"adapters are served by engine {names} alone, but engine is {self.engine}: set engine: {names}, or "
-                "deploy the merged model"
+                f"adapters need engine {names}, but engine is {self.engine}: set engine: {names}, or deploy the merged "
+                "model"
             )
         if self.weights and not able(self.engine, "converts"):
             names = engines_with("converts")
             wrong.append(
-                f"weights is for engine {names}, but engine is {self.engine}: set engine: {names}, or use precision"
+                f"weights needs engine {names}, but engine is {self.engine}: set engine: {names}, or use precision"
             )
         if self.compile and not able(self.engine, "compiles"):
-            wrong.append(f"compile is for engine {engines_with('compiles')}, but engine is {self.engine}")
+            wrong.append(f"compile needs engine {engines_with('compiles')}, but engine is {self.engine}")
         if self.engine == "auto" and self.weights and (self.adapters or self.compile):
             key, trait = ("adapters", "adapters") if self.adapters else ("compile", "compiles")
             wrong.append(
-                f"weights is for engine {engines_with('converts')}, and {key} for engine {engines_with(trait)}: leave "
-                "one of them out"
+                f"weights needs engine {engines_with('converts')}, but {key} needs engine {engines_with(trait)}: keep one "
+                "of them"
             )
         if self.compile and self.adapters:
-            wrong.append("compile does not go together with adapters: vLLM's CPU engine compiles no model with LoRA")
+            wrong.append(
+                "compile cannot be combined with adapters: vLLM's CPU engine does not compile models with LoRA"
+            )
         if self.autoscale and self.replicas != 1:
-            wrong.append(f"replicas is {self.replicas}, and autoscale is there too: give one of them")
+            wrong.append(f"replicas is {self.replicas}, but autoscale is set too: keep one of them")
         if self.trust_remote_code and self.model not in self.trusted_models:
             wrong.append(
-                "trust_remote_code runs code that comes with the model: to allow it, read that code and add "
-                f"{self.model!r} to trusted_models"
+                f"trust_remote_code runs code that comes with the model: read that code, and add {self.model!r} to "
+                "trusted_models to allow it"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -227,7 +230,7 @@ class ServeConf(Section):
     paths: Paths = Field(default_factory=Paths)
     endpoint: Endpoint = Endpoint()
     models: dict[ModelName, ModelServing] = Field(min_length=1)
-    """The models, by the name that clients ask for (the `model` of a request, and the route `/NAME`)."""
+    """The models, by their name for clients (the `model` of a request, and the route `/NAME`)."""
 
     @model_validator(mode="after")
     def _check(self) -> ServeConf:
@@ -236,14 +239,12 @@ class ServeConf(Section):
         flat: dict[str, str] = {}
         for name in self.models:  # part of file names, in which a slash becomes --
             if (other := flat.setdefault(name.replace("/", "--"), name)) != name:
-                wrong.append(
-                    f"models.{name}: its name cannot be told from that of models.{other}: give one of them another"
-                )
+                wrong.append(f"models.{name}: its name is too similar to that of models.{other}: rename one of them")
         for name, model in self.models.items():
             for adapter in model.adapters:
                 key = f"models.{name}.adapters.{adapter}"
                 if adapter in owner:
-                    wrong.append(f"{key}: the name is taken already, by {owner[adapter]}: give one of them another")
+                    wrong.append(f"{key}: the name is already used by {owner[adapter]}: rename one of them")
                 owner[adapter] = key
         if wrong:
             raise ValueError("\n".join(wrong))

@@ -1,5 +1,5 @@
-"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files that it
-takes along.
+"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files to be
+copied along.
 
     to = Destination(Path("/srv/llm-ray"))
     conf = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, to)
@@ -167,8 +167,8 @@ class _ForCluster(Validation[Any]):
 
     def _where(self, path: yamltext.Path) -> str:
         upload = ".".join([*map(str, path[:2] if path[0] == "models" else path[:1]), "upload"])
-        hint = f", or set {upload}: true where it is on this machine" if self.keys.key(tuple(upload.split("."))) else ""
-        return f"the cluster does not know this machine's folders: write an absolute path of its hosts{hint}"
+        hint = f", or set {upload}: true if it is on this machine" if self.keys.key(tuple(upload.split("."))) else ""
+        return f"the cluster cannot see this machine's folders: write an absolute path on its hosts{hint}"
 
 
 class _Finetune(_ForCluster, FinetuneValidation):
@@ -210,7 +210,7 @@ class _Finetune(_ForCluster, FinetuneValidation):
         if "any" not in (wanted := conf.runtime.nodes, self.to.nodes) and wanted != self.to.nodes:
             self.complain(
                 ("runtime", "nodes"),
-                f"runtime.nodes is {wanted}, and the cluster's nodes run as {self.to.nodes} (ray_node_runtime): set "
+                f"runtime.nodes is {wanted}, but the cluster's nodes run as {self.to.nodes} (ray_node_runtime): set "
                 "any",
             )
 

@@ -1,7 +1,6 @@
-"""One conf on its way from YAML to schema: what ``--set`` changes, where its paths lie, and words for all that is wrong
-with it.
+"""Validation of a conf, from YAML to schema: overrides by ``--set``, absolute paths, and messages for all errors.
 
-Everything wrong is told in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds
+All errors are reported in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds
 of confs derive from :class:`Validation`, in ``llm_ray.conf.load``.
 """
 
@@ -218,7 +217,7 @@ class Validation(ABC, Generic[C]):
         elif detail["loc"][-1] == "[key]":
             self.complain(
                 (*path[:-1], str(path[-1])),
-                f"{dotted(path[:-1])}: the name {path[-1]} has to be text: put it in quotes: '{path[-1]}'",
+                f"{dotted(path[:-1])}: the name {path[-1]} must be text: put it in quotes: '{path[-1]}'",
             )
         elif kind in ("extra_forbidden", "invalid_key"):
             above = self.keys.key(path[:-1])
@@ -230,7 +229,7 @@ class Validation(ABC, Generic[C]):
                 hint = f"did you mean {nearest}?"
             else:
                 hint = f"{dotted(path[:-1]) or 'a conf'} has the keys {here}"
-            self.complain(path, f"{name}: there is no such key; {hint}")
+            self.complain(path, f"{name}: no such key; {hint}")
         elif kind in ("string_pattern_mismatch", "string_too_short", "too_short"):
             key = self.keys.key(path)
             self.complain(
@@ -241,9 +240,9 @@ class Validation(ABC, Generic[C]):
             must = keys.describe(node)
             hint = ""
             if must.startswith(("a section", "keys with values")):
-                must = f"a section, with keys indented below {name}:"
+                must = f"a section with keys indented below {name}:"
                 if isinstance(value, str) and re.match(r"\w+:\S", value):
-                    hint = f" ({value.partition(':')[0]}: wants a blank after the colon)"
+                    hint = f" ({value.partition(':')[0]}: needs a space after the colon)"
             elif must.startswith("text") and isinstance(value, (bool, int, float)):
                 hint = f": put it in quotes: '{self.document.written.get(path, value)}'"
             elif close := nearest_names(str(value), keys.choices(node)):
@@ -254,8 +253,8 @@ class Validation(ABC, Generic[C]):
         """Complains of a key in a section that only ``--set`` names, and not whole."""
         section = dotted(path[:2])
         others = [dotted(line) for line in self.document.lines if len(line) == 2 and line[0] == path[0]]
-        has = f"which has {', '.join(others)}" if others else "which has none"
-        self.complain(path[:2], f"there is no {section} in the conf, {has}; to add it give --set {dotted(path)}=… too")
+        has = ", ".join(others) or "none"
+        self.complain(path[:2], f"the conf has no {section} (it has {has}); to add it, give --set {dotted(path)}=… too")
 
     def _about(self, section: yamltext.Path, message: str) -> yamltext.Path | None:
         """The first key named in a rule's message (from `section` on) that the user has given."""
@@ -329,6 +328,4 @@ def show(value: object) -> str:
 
 
 def error_of(wrong: list[str]) -> ConfError:
-    return ConfError(
-        wrong[0] if len(wrong) == 1 else "\n  ".join([f"{len(wrong)} things are wrong with the conf:", *wrong])
-    )
+    return ConfError(wrong[0] if len(wrong) == 1 else "\n  ".join([f"the conf has {len(wrong)} errors:", *wrong]))

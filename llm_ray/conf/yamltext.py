@@ -71,7 +71,7 @@ def parse(text: str) -> Document:
         if id(node) in walked:  # an alias: its anchor has been seen
             anchor = walked[id(node)]
             if path[: len(anchor)] == anchor:
-                raise Problem(f"{'.'.join(map(str, path))} is an alias (*) of what it lies in itself", lines[path])
+                raise Problem(f"{'.'.join(map(str, path))} is an alias (*) of an enclosing value", lines[path])
             return
         walked[id(node)] = path
         if isinstance(node, yaml.ScalarNode):
@@ -86,9 +86,7 @@ def parse(text: str) -> Document:
                 name, line = str(key.value), key.start_mark.line + 1
                 if name in here:
                     where = ".".join(map(str, (*path, name)))
-                    raise Problem(
-                        f"{where} is there twice (first in line {lines[*path, name]}): keep one of the two", line
-                    )
+                    raise Problem(f"{where} appears twice (first in line {lines[*path, name]}): keep one", line)
                 here.add(name)
                 lines[*path, name] = line
                 walk(value, (*path, name))
@@ -105,7 +103,7 @@ def parse(text: str) -> Document:
         raise Problem(_words(error), mark.line + 1 if mark else 1) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise Problem(f"holds the control character {chr(int(error.character))!r}: take it out", line) from error
+        raise Problem(f"contains the control character {chr(int(error.character))!r}: remove it", line) from error
 
 
 def value(text: str) -> Any:
@@ -121,17 +119,16 @@ def dump(data: Any) -> str:
 def _words(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "cannot be read"
     if "'\\t'" in problem:
-        return "is no YAML: a tab is used for indentation: use blanks"
+        return "is not valid YAML: indent with spaces, not tabs"
     if "expected a single document" in (error.context or ""):
-        return "holds more than one YAML document (---): keep one"
+        return "contains more than one YAML document (---): keep one"
     if "undefined alias" in problem or "could not determine a constructor" in problem:
-        return f"is no YAML of a conf: {problem}: put text that begins with * or ! in quotes"
+        return f"is not valid YAML for a conf: {problem}: quote text that begins with * or !"
     hint = {
-        "mapping values are not allowed here": "text with ': ' in it goes in quotes; or the indentation here is wrong",
-        "could not find expected ':'": "a key needs a colon and a blank after it",
-        "expected <block end>, but found '<block mapping "
-        "start>'": "this line is indented further than the lines beside it",
-        "found unexpected end of stream": "a quote or bracket that opens here or above is never closed",
+        "mapping values are not allowed here": "quote text that contains ': ', or fix the indentation here",
+        "could not find expected ':'": "a key needs a colon and a space after it",
+        "expected <block end>, but found '<block mapping start>'": "this line is indented further than its neighbours",
+        "found unexpected end of stream": "a quote or bracket opened here or above is never closed",
     }.get(problem.strip())
     context = f" ({error.context})" if error.context else ""
-    return f"is no YAML: {problem}{context}" + (f": {hint}" if hint else "")
+    return f"is not valid YAML: {problem}{context}" + (f": {hint}" if hint else "")

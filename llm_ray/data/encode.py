@@ -1,12 +1,12 @@
-"""Conversations and texts made into tokens and labels.
+"""Encodes conversations and texts as tokens and labels.
 
-What the model is trained on is what it meets in serving, by construction. For each of the assistant's answers the chat
-template is asked for the prompt of that answer (``add_generation_prompt=True``, as a server does), and for the
-conversation up to its end; the tokens of the prompt are not supervised, those that follow are, up to and including the
-token that ends a turn. If the prompt of the next answer goes on from these very tokens, it is added to the sequence.
-If it does not (templates that take the reasoning out of earlier answers, or move tools behind the last question), the
-next answer begins a sequence of its own, which again starts with the very tokens a server would send. So no marks such
-as ``{% generation %}`` are needed, and templates that have them work as well.
+By construction, training uses the same prompts as serving. For each of the assistant's answers the chat template is
+asked for the prompt of that answer (``add_generation_prompt=True``, as a server does), and for the conversation up to
+its end; the tokens of the prompt are not supervised, those that follow are, up to and including the token that ends a
+turn. If the prompt of the next answer goes on from these very tokens, it is added to the sequence. If it does not
+(templates that take the reasoning out of earlier answers, or move tools behind the last question), the next answer
+begins a sequence of its own, which again starts with the very tokens a server would send. So no marks such as ``{%
+generation %}`` are needed, and templates that have them work as well.
 
 Labels are aligned with the tokens (``labels[t]`` is ``input_ids[t]`` or -100; the shift by one is the loss's), and the
 first label of a sequence is always -100: nothing is predicted from a neighbour in the same pack.
@@ -91,8 +91,8 @@ class SpecialTokens:
             )
             if written[0] not in tokenizer.decode(ids, skip_special_tokens=True):
                 raise ModelError(
-                    "data.special_tokens_in_text: escape is not to be had with the tokenizer of "
-                    f"{tokenizer.name_or_path}: use fail, or keep"
+                    "data.special_tokens_in_text: escape is not supported with the tokenizer of "
+                    f"{tokenizer.name_or_path}: use fail or keep"
                 )
 
     def found(self, content: Conversation | Text) -> str:
@@ -178,9 +178,9 @@ class ChatEncoder:
         self._called = f"the chat template {template_file or f'of {tokenizer.name_or_path}'}"
         if not tokenizer.chat_template:
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template, so that a conversation cannot be "
-                "written for it: set model.chat_template to a Jinja file with one (an instruct model's tokenizer has "
-                "one of its own), or learn plain text with tuning.objective pretrain"
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template, which conversations need: set "
+                "model.chat_template to a Jinja file (instruct models bring their own), or train on plain text with "
+                "tuning.objective pretrain"
             )
         self.special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
             tokenizer.all_special_ids
@@ -220,13 +220,13 @@ class ChatEncoder:
                 prompt = self.template.render(messages[:number], conversation.tools, prompt=True)
                 whole = self.template.render(messages[: number + 1], conversation.tools, prompt=False)
             except Exception as error:  # a template is a program of the model's: it raises what it likes
-                return DataError(f"the chat template refuses the row: {error}")
+                return DataError(f"the chat template rejects the row: {error}")
             if not whole.startswith(prompt):
                 return DataError(f"turn {number + 1}: {_not_a_prefix(prompt, whole)}")
             if (message.get("reasoning_content") or "").strip() not in whole[len(prompt) :]:
                 return DataError(
-                    f"turn {number + 1}: the chat template does not write 'reasoning_content', so that it would not be "
-                    "learnt: set model.chat_template to one that does, write it into 'content', or take it out of the "
+                    f"turn {number + 1}: the chat template ignores 'reasoning_content', so it would not be trained: "
+                    "set model.chat_template to one that writes it, move it into 'content', or remove it from the "
                     "data"
                 )
             answers.append(
@@ -298,7 +298,7 @@ class ChatEncoder:
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 f"neither {self._called} nor the tokenizer of {self.tokenizer.name_or_path} has a token that ends a "
-                "turn: set model.chat_template to one that does"
+                "turn: set model.chat_template to one that has"
             )
         return self.tokenizer.eos_token_id, ending
 
@@ -307,9 +307,9 @@ def _not_a_prefix(prompt: str, whole: str) -> str:
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
     here = slice(max(0, same - 20), same + 40)
     return (
-        f"the template's prompt for an answer ends in {prompt[here]!r}, but the conversation with the answer goes on "
-        f"as {whole[here]!r} there, so that serving would not meet what was learnt; set model.chat_template to a "
-        "template in which the prompt is the beginning of the answered conversation"
+        f"the template's prompt for an answer ends with {prompt[here]!r}, but the conversation with the answer "
+        f"continues there with {whole[here]!r}, so serving would use a different prompt than training; set "
+        "model.chat_template to a template whose prompt is a prefix of the answered conversation"
     )
 
 
@@ -320,8 +320,8 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
-                f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token) by which to learn "
-                "where a text ends: name another in model.tokenizer"
+                f"the tokenizer of {tokenizer.name_or_path} has no end-of-text token (eos_token) to mark where a "
+                "text ends: set model.tokenizer to another tokenizer"
             )
         self.tokenizer, self.max_length, self.end = tokenizer, max_length, tokenizer.eos_token_id
 

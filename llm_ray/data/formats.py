@@ -1,4 +1,4 @@
-"""Rows of the known shapes made into conversations or texts.
+"""Converts rows of the supported formats to conversations or texts.
 
 | format | columns (optional ones in brackets) |
 | --- | --- |
@@ -121,9 +121,9 @@ class Formatter:
             if name not in known:
                 nearest = nearest_names(name, known)
                 raise ConfError(
-                    f"data.columns: {name!r} is no column of format {self.data.format}; write {{name in the format: "
-                    f"name in your data}}, with the names "
-                    f"{', '.join(sorted(known))}" + (f" (nearest: {nearest[0]})" if nearest else "")
+                    f"data.columns: {name!r} is not a column of format {self.data.format}; write {{name in the "
+                    f"format: name in your data}}, with the names {', '.join(sorted(known))}"
+                    + (f" (nearest: {nearest[0]})" if nearest else "")
                 )
 
     def _rename(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Formatter:
         renamed = dict(values)
         for name, yours in self.data.columns.items():
             if yours not in values:
-                raise _Bad(f"no column {yours!r}, which data.columns takes as {name!r}; the row has {_names(values)}")
+                raise _Bad(f"no column {yours!r}, which data.columns maps to {name!r}; the row has {_names(values)}")
             if renamed.get(yours) is values[yours]:
                 renamed.pop(yours)
             renamed[name] = values[yours]
@@ -148,22 +148,20 @@ class Formatter:
             )
         if "chosen" in values and "rejected" in values:
             raise _Bad(
-                "preference pairs (chosen, rejected), which no objective here learns from; for sft give rows with one "
+                "preference pairs (chosen, rejected), which no objective here supports; for sft use rows with one "
                 "answer each"
             )
         for form, required in REQUIRED.items():
             if form != "text" and all(c in values for c in required):
                 return form
         if "text" in values:
-            raise _Bad(
-                "plain text has no answers to learn by tuning.objective sft: use objective pretrain, or another format"
-            )
+            raise _Bad("plain text has no answers for tuning.objective sft: use objective pretrain, or another format")
         shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items())
         wanted = [c for r in REQUIRED.values() for c in r]
         near = {c: nearest_names(str(c), wanted) for c in values if c not in wanted}
         hints = [f"{column!r} looks like {match[0]!r}" for column, match in near.items() if match]
         raise _Bad(
-            f"cannot tell the format: the row has {_names(values)}; known are {shapes}"
+            f"cannot detect the format: the row has {_names(values)}; known are {shapes}"
             + (f"; {', '.join(hints)}" if hints else "")
             + ". Name your columns in data.columns, e.g. {question: title, answer: body}"
         )
@@ -250,8 +248,8 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
             or ((form == "prompt_completion" or column == "kto_tag") and word in BAD_LABELS)
         ):
             raise _Bad(
-                f"{column!r} is {_shown(value)}: its answer is an example of a bad one, which tuning.objective sft "
-                "would learn; leave such rows out"
+                f"{column!r} is {_shown(value)}: its answer is marked as bad, but tuning.objective sft would learn "
+                "it; remove such rows"
             )
         if column in OPTIONAL[form] and not _is_empty(value) and word not in (True, "true", "1"):
             unused.add(column)
@@ -276,7 +274,7 @@ def _check_json(value: object, what: str) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _Bad(f"{what} hold a value that JSON does not have: {error}") from None
+        raise _Bad(f"{what} contain a value that JSON does not support: {error}") from None
 
 
 BAD_LABELS = (0, -1, "0", "-1", "bad", "no", "rejected", "undesirable")
@@ -316,7 +314,7 @@ def _turns(values: dict[str, Any], column: str, unused: set[str]) -> list[Messag
         }
         for key in LEARNT:
             if (learnt := given.get(key, 1)) not in (0, 1):
-                raise _Bad(f"{where}: {key} is {_shown(learnt)}: an answer is learnt (1) or not (0)")
+                raise _Bad(f"{where}: {key} is {_shown(learnt)}: must be 1 (train on the answer) or 0 (do not)")
             if not learnt and messages[-1]["role"] == "assistant":
                 messages[-1]["weight"] = 0
     return messages
@@ -338,7 +336,8 @@ def _check_media(values: dict[str, Any], messages: list[Message]) -> None:
     for kind in ("image", "video", "audio"):
         if (values.get(kind) or values.get(f"{kind}s")) and any(f"<{kind}>" in text_of(m["content"]) for m in messages):
             raise _Bad(
-                f"its text has a place for {kind}s (<{kind}>), and only text is learnt here; leave such rows out"
+                f"its text contains a placeholder for {kind}s (<{kind}>), but only text can be trained on; remove "
+                "such rows"
             )
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: the files of a configuration and split, for the readers that local files have.
+"""Hub data sets: finds the files of a configuration and split, which are then read like local files.
 
 ``datasets`` says which files they are (from the data set's card, or their names), and huggingface_hub brings them. What
 it would convert them to is not used: of mixed contents ``"42"`` becomes a number there, and numbers lose their digits.
@@ -41,14 +41,14 @@ class HubSplit:
     def conversion(self, suffixes: Collection[str]) -> str | None:
         """Why the files cannot be read by readers of `suffixes`; None where they can."""
         if not self.splits:
-            return "there is only what was converted earlier"
+            return "only an earlier conversion is available"
         if unknown := {Path(file).suffix.lower() or file for file in self._files()} - set(suffixes):
-            return f"it has files of a kind not read here ({', '.join(sorted(unknown))})"
+            return f"it has files of an unsupported kind ({', '.join(sorted(unknown))})"
         usual, config = vars(type(self.builder.config)()), vars(self.builder.config)
         settings = [
             f"{key}={value!r}" for key, value in config.items() if key not in NEUTRAL and value != usual.get(key)
         ]
-        return f"its card says how to read it ({', '.join(settings)})" if settings else None
+        return f"its card defines how to read it ({', '.join(settings)})" if settings else None
 
     def download(self) -> list[Path]:
         """The split's files in order. All of the configuration are downloaded, unless the cache has them, so that it is
@@ -123,8 +123,9 @@ def _check_shards(name: str, splits: dict[str, list[str]]) -> None:
     for (prefix, count), numbers in shards.items():
         if missing := set(range(int(count))) - numbers:
             raise DataError(
-                f"data set {name!r}: the hub's copy cannot be had, and its cache lacks {len(missing)} of {int(count)} "
-                f"files, as {Path(prefix).name}-{min(missing):05d}-of-{count}: download them once with a connection"
+                f"data set {name!r}: the hub cannot be reached, and its cache lacks {len(missing)} of {int(count)} "
+                f"files, such as {Path(prefix).name}-{min(missing):05d}-of-{count}: download them once while "
+                "connected"
             )
 
 
@@ -138,8 +139,8 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise DataError(
-            f"data set {source!r}: no file or folder of that name, and the hub's copy cannot be had "
-            f"({_first_line(error)}). On a machine without internet copy the data set's files there and name their "
+            f"data set {source!r}: no file or folder of that name, and it cannot be downloaded from the hub "
+            f"({_first_line(error)}). Without internet, copy the data set's files to this machine and name their "
             "folder"
         ) from error
     except (

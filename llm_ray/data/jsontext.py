@@ -1,4 +1,4 @@
-"""JSON texts as data files have them: value by value out of a file of any size, with what is wrong with one in words.
+"""A JSON reader for data files: value by value from files of any size, with readable error messages.
 
 Stricter than Python's parser: a key that stands twice in an object would lose its first value without a word.
 """
@@ -50,18 +50,18 @@ class Parser:
     def check(self, text: str, value: object) -> None:
         """Raises :class:`Unsound` for what is wrong with `value`, which was just parsed from `text`."""
         if self._repeated:
-            raise Unsound(f"the key {self._repeated[0]!r} stands twice in an object: keep one of the two")
+            raise Unsound(f"the key {self._repeated[0]!r} appears twice in an object: keep one")
         try:
             text.encode()
         except UnicodeEncodeError:  # bytes that were no UTF-8 are lone surrogates by now
-            raise Unsound("not UTF-8: save the file in that encoding") from None
+            raise Unsound("not UTF-8: save the file as UTF-8") from None
         if "\\ud" in text or "\\uD" in text:
             try:
                 json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError as error:
                 half = f"\\u{ord(error.object[error.start]):04x}"
                 raise Unsound(
-                    f"half of a surrogate pair ({half}), which is no character: write the whole pair, or take it out"
+                    f"half of a surrogate pair ({half}), which is not a character: write the whole pair, or remove it"
                 ) from None
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The prepare stage: the conf's data sets made into tokens on disk, split once for all workers.
+"""The prepare stage: converts the conf's data sets to tokens on disk, split once for all workers.
 
     stats = prepare(conf, tokenizer, run_dir / "prepared", print)
     rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels
@@ -139,7 +139,7 @@ class DataStats(BaseModel):
             text.append(f"training rows that contradict another one: {self.contradicting}")
         if self.special_tokens:
             text.append(
-                f"rows whose text holds special tokens of the model: {self.special_tokens} "
+                f"rows whose text contains special tokens of the model: {self.special_tokens} "
                 "(data.special_tokens_in_text)"
             )
         text += self.examples
@@ -147,9 +147,9 @@ class DataStats(BaseModel):
             if split:
                 several = f" in {split.sequences} sequences" if split.sequences != split.rows else ""
                 text.append(
-                    f"{name}: {split.rows} rows{several}, {split.tokens} tokens, {split.supervised_tokens} supervised "
-                    f"({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has "
-                    f"{split.tokens / split.sequences:.0f} tokens in the mean, {split.longest_sequence} at most"
+                    f"{name}: {split.rows} rows{several}, {split.tokens} tokens, {split.supervised_tokens} "
+                    f"supervised ({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has "
+                    f"{split.tokens / split.sequences:.0f} tokens on average, {split.longest_sequence} at most"
                 )
         if self.validation_reason:
             text.append(f"validation: {self.validation_reason}")
@@ -172,8 +172,8 @@ def notes_on(sources: tuple[str, ...]) -> list[str]:
     if not named:
         return []
     return [
-        f"warning: files named like a test set are trained on with the rest of their folder: {', '.join(named)}; if "
-        "that is not meant, name the files to learn from in data.train"
+        "warning: files named like a test set are used for training with the rest of their folder: "
+        f"{', '.join(named)}; to avoid that, list the training files in data.train"
     ]
 
 
@@ -212,7 +212,7 @@ class Tally:
         seen = self.sound + self.bad
         if not self.first or seen < after:
             return
-        advice = "data.on_bad_row: skip goes on without such rows, " if self.bad * FEW <= seen else ""
+        advice = "data.on_bad_row: skip ignores such rows, " if self.bad * FEW <= seen else ""
         raise DataError(
             f"{self.first} ({advice}{self.bad} bad in {seen} row{'s' * (seen != 1)}{' so far' * (seen >= LOOKED_AT)})"
         ) from self.first
@@ -272,7 +272,7 @@ def _without_special(
     for row, content in batch:
         changed = content
         if token := special.found(content):
-            message = f"{row.place}: its text holds {token!r}, a special token of the model"
+            message = f"{row.place}: its text contains {token!r}, a special token of the model"
             if conf.data.special_tokens_in_text == "fail":
                 tally.sound -= 1
                 tally.on_bad_row(DataError(f"{message} (data.special_tokens_in_text: fail)"))
@@ -281,7 +281,7 @@ def _without_special(
             if conf.data.special_tokens_in_text == "escape":
                 changed = special.escaped(content)
             elif tally.special <= NAMED:
-                tally.examples.append(f"special token: {message}: it is taken for one")
+                tally.examples.append(f"special token: {message}: it is treated as one")
         passed.append((row, content))
         contents.append(changed)
     return passed, contents
@@ -387,7 +387,7 @@ def open_split(out: Path, split: Split) -> datasets.Dataset:
 
     file = out / split / "data.arrow"
     if not file.exists():
-        raise DataError(f"{out}: there is no prepared {split} data here: run the stage prepare, with data.{split} set")
+        raise DataError(f"{out}: no prepared {split} data: run the stage prepare with data.{split} set")
     return Dataset.from_file(str(file))
 
 
@@ -448,7 +448,7 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
     """Where the rows of :func:`evaluation_rows` come from."""
     if conf.evaluation.data:
         return "evaluation.data"
-    return "validation rows" if (prepared / HELDOUT).exists() else "training rows, for none are kept back"
+    return "validation rows" if (prepared / HELDOUT).exists() else "training rows, because none are held out"
 
 
 # Inside ---------------------------------------------------------------------------------------------------------------
@@ -599,11 +599,11 @@ def _held_out(validation: object, rows: int) -> tuple[int, str]:
         if rows < VALIDATION_FROM:
             return (
                 0,
-                f"none, for {rows} rows are all needed to learn from (from {VALIDATION_FROM} on some are kept back; "
-                "data.validation)",
+                f"none, because all {rows} rows are needed for training (from {VALIDATION_FROM} rows on, some are "
+                "held out; data.validation)",
             )
         held = min(round(VALIDATION_SHARE * rows), VALIDATION_ROWS)
-        return held, f"{held} of {rows} rows are kept back (data.validation: auto)"
+        return held, f"{held} of {rows} rows are held out (data.validation: auto)"
     if not isinstance(validation, float):
         return 0, ""
     held = max(1, round(validation * rows))
@@ -627,8 +627,8 @@ def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
     again = first != np.arange(len(numbers))
     other = again & (answers != answers[first])
     examples = [
-        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} ask the same and answer "
-        "differently"
+        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} ask the same question and "
+        "answer it differently"
         for one in np.flatnonzero(other)[:NAMED]
     ]
     return int((again & ~other).sum()), int(other.sum()), examples

@@ -110,7 +110,7 @@ def files(source: str) -> list[Path | str]:
         found = data_files(path)
         if not found:
             inside = ", ".join(p.name + "/" * p.is_dir() for p in sorted(path.iterdir())[:8]) or "nothing"
-            raise DataError(f"{path}: this folder holds no data file ({', '.join(DATA_SUFFIXES)}) but {inside}")
+            raise DataError(f"{path}: this folder contains no data file ({', '.join(DATA_SUFFIXES)}), only {inside}")
         return list(found)
     if path.exists():
         return [path]
@@ -146,7 +146,7 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: files of this kind cannot be read; the kinds known are {', '.join(DATA_SUFFIXES)}")
+        raise DataError(f"{path}: unsupported file type; supported are {', '.join(DATA_SUFFIXES)}")
     try:
         with path.open("rb") as file:
             head = file.read(32)
@@ -158,7 +158,7 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:  # of UTF-8 the rows are named
         raise DataError(
-            f"{path}: not whole {error.encoding.upper()}, which its first bytes announce: save it as UTF-8"
+            f"{path}: not valid {error.encoding.upper()}, although its first bytes announce it: save it as UTF-8"
         ) from error
 
 
@@ -181,10 +181,10 @@ def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         else:
             yield from _json_wrapped(window, path, key, on_bad_row)
         if extra := window.peek():
-            end = "array" if shape == "array" else "object that holds the rows"
+            end = "array" if shape == "array" else "object that contains the rows"
             raise DataError(
-                f"{place(path, window.line)}: after the end of the {end} comes {extra!r}: a .json file holds one "
-                "array, or one object a line"
+                f"{place(path, window.line)}: {extra!r} follows the end of the {end}: a .json file contains one "
+                "array, or one object per line"
             )
 
 
@@ -241,15 +241,15 @@ def _rows_key(path: Path, whole: dict[str, Any]) -> str:
     numbered = all(map(_numbered, values)) or (_numbered(whole) and all(isinstance(value, dict) for value in values))
     if values and (columns or numbered):
         raise DataError(
-            f"{path}: one object of columns or numbered rows ({', '.join(list(whole)[:5])}), not a list of rows: write "
-            "an array of objects, or one object a line (pandas: to_json(…, orient='records', lines=True))"
+            f"{path}: one object of columns or numbered rows ({', '.join(list(whole)[:5])}), not a list of rows: "
+            "write an array of objects, or one object per line (pandas: to_json(…, orient='records', lines=True))"
         )
     if any(name in whole for name in ROW_COLUMNS):
         return ""
     keys = [key for key, value in whole.items() if isinstance(value, list) and value and all(map(_is_row, value))]
     if len(keys) > 1:
         raise DataError(
-            f"{path}: one object with several lists of rows ({', '.join(keys)}): write each into a file of its own"
+            f"{path}: one object with several lists of rows ({', '.join(keys)}): write each into a separate file"
         )
     turns = any(
         isinstance(value, list) and value and isinstance(value[0], dict) and not _is_row(value[0]) for value in values
@@ -290,7 +290,7 @@ def _json_row(window: Window, path: Path, element: int | None, on_bad_row: OnBad
         end = "does: it may have been cut off"
         why = str(error) or f"the file ends before the {'array' if element else 'object'} {end}"
         where = f"{place(path, window.line)}: broken JSON in {of}"
-        raise DataError(f"{where}: {why}. Where the next row begins cannot be told: it cannot be skipped") from None
+        raise DataError(f"{where}: {why}. The next row cannot be located, so this one cannot be skipped") from None
     try:
         row = _object(window.parser, text, path, window.line, value)
     except DataError as bad:
@@ -323,7 +323,7 @@ def _json_array(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Ro
         if character != ",":
             why = f"expected ',' or ']' after it, found {character!r}" if character else CUT_OFF
             where = f"{place(path, window.line)}: broken JSON in {of}"
-            raise DataError(f"{where}: {why}. Where the next row begins cannot be told: it cannot be skipped")
+            raise DataError(f"{where}: {why}. The next row cannot be located, so this one cannot be skipped")
 
 
 def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -> Iterator[Row]:
@@ -340,8 +340,8 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
                 value, _ = window.value()
                 if isinstance(value, list) and value and all(map(_is_row, value)):
                     raise DataError(
-                        f"{path}: one object with several lists of rows ({rows}, {key}): write each into a file of its "
-                        "own"
+                        f"{path}: one object with several lists of rows ({rows}, {key}): write each into a separate "
+                        "file"
                     )
             if (character := window.take()) == "}":
                 return
@@ -349,7 +349,9 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
                 raise Broken(f"expected ',' or '}}', found {character!r}" if character else "")
     except Broken as error:
         why = str(error) or "the file ends before the object does: it may have been cut off"
-        raise DataError(f"{place(path, window.line)}: broken JSON in the object that holds the rows: {why}") from None
+        raise DataError(
+            f"{place(path, window.line)}: broken JSON in the object that contains the rows: {why}"
+        ) from None
 
 
 def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
@@ -434,7 +436,7 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
             return
         if "" in columns[1:] or len(set(columns)) < len(columns):
             raise DataError(
-                f"{place(path, before + 1)}: the header has an empty or a repeated column name: "
+                f"{place(path, before + 1)}: the header has an empty or repeated column name: "
                 f"{', '.join(map(repr, columns))}"
             )
         names = [columns[0] or INDEX, *columns[1:]]
@@ -455,11 +457,11 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
                 header = ", ".join(name for name in columns if name)
                 on_bad_row(
                     DataError(
-                        f"{place(path, line)}: {len(cells)} fields under a header of {len(names)} columns ({header})"
+                        f"{place(path, line)}: {len(cells)} fields, but the header has {len(names)} columns ({header})"
                     )
                 )
             elif not _utf8("".join(cells)):
-                on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file in that encoding"))
+                on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file as UTF-8"))
             else:
                 yield Row(str(path), line, dict(zip(names, cells, strict=True)))
 
@@ -471,7 +473,7 @@ def _text(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
             if _utf8(text):
                 yield Row(str(path), line, {"text": text.removesuffix("\n").removesuffix("\r")})
             else:
-                on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file in that encoding"))
+                on_bad_row(DataError(f"{place(path, line)}: not UTF-8: save the file as UTF-8"))
 
 
 def _utf8(text: str) -> bool:
@@ -493,7 +495,7 @@ def _parquet(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             yield from _batches(str(path), file.schema_arrow, file.iter_batches(batch_size=256), on_bad_row)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a whole Parquet file: {error}") from error
+        raise DataError(f"{path}: not a complete Parquet file: {error}") from error
 
 
 def _arrow(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
@@ -511,7 +513,7 @@ def _arrow(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
                 stream = pa.ipc.open_stream(source)
                 yield from _batches(str(path), stream.schema, stream, on_bad_row)
     except pa.ArrowException as error:
-        raise DataError(f"{path}: not a whole Arrow file: {error}") from error
+        raise DataError(f"{path}: not a complete Arrow file: {error}") from error
 
 
 def _batches(file: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], on_bad_row: OnBadRow) -> Iterator[Row]:
@@ -607,7 +609,7 @@ def _hub(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
     ``id::split``."""
     found = hub.resolve(source)
     if why := found.conversion(DATA_SUFFIXES):
-        line = "data set %s is read as `datasets` converts it, for %s: look at it with llm-ray data preview"
+        line = "data set %s is read as converted by `datasets`, because %s: check it with llm-ray data preview"
         logging.getLogger(__name__).warning(line, source, why)
         table = found.converted().data
         yield from _batches(source, table.schema, table.to_batches(), on_bad_row)

@@ -1,4 +1,4 @@
-"""Greedy answers of a causal model to conversations, in batches, as its chat template puts the question."""
+"""Greedy answers of a causal model to conversations, in batches, with its chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How near a generated answer is to the reference: exact match and token F1, as SQuAD measures them.
+"""Scores of a generated answer against the reference: exact match and token F1, as in SQuAD.
 
 Rajpurkar et al. 2016 (arXiv:1606.05250): both sides in lower case, without punctuation and English articles.
 """

@@ -1,4 +1,4 @@
-"""Evaluation on the cluster: each worker takes its share of the rows, and asks the model before and after training."""
+"""Evaluation on the cluster: each worker generates answers for its share of the rows, before and after training."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
         return rows  # of the validation data, whose rows prepare has written as the template does
     named = f"evaluation.data ({', '.join(conf.evaluation.data)})"
     if not rows:
-        raise DataError(f"{named} holds no conversation that ends in an assistant's answer")
+        raise DataError(f"{named} contains no conversation that ends with an assistant's answer")
     template = ChatTemplate(tokenizer)
     for number, (question, _) in enumerate(rows, 1):
         try:
             template.render(question.messages, question.tools, prompt=True)
         except Exception as error:  # whatever a template raises
-            raise DataError(f"{named}: the model's chat template refuses conversation {number}: {error}") from error
+            raise DataError(f"{named}: the model's chat template rejects conversation {number}: {error}") from error
     return rows
 
 

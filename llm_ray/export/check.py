@@ -1,4 +1,4 @@
-"""What an export needs, tried out before training; and whether what was exported is what was trained.
+"""Checks before training that an export will work, and after it that the exported model is the trained one.
 
 ``rehearse`` does at the start, without weights, what would otherwise fail only after hours. ``Comparison`` follows the
 loss on a few sequences from the trained model to the exported folder.
@@ -64,13 +64,13 @@ def _rehearse(conf: FinetuneConf, base: Base) -> list[str]:
     model = load_empty_model(base, torch.float32)
     if (most := positions(model)) and conf.data.max_length > most:
         raise ConfError(
-            f"data.max_length is {conf.data.max_length}, and the model {location} has positions for {most} tokens: set "
-            f"it to {most} at most"
+            f"data.max_length is {conf.data.max_length}, but the model {location} has positions for {most} tokens: "
+            f"set it to {most} at most"
         )
     if (pad := tokenizer.pad_token_id) is not None and pad >= (size := model.get_input_embeddings().weight.shape[0]):
         raise ModelError(
-            f"the tokenizer of {location} pads with {tokenizer.pad_token!r} (token {pad}), and the model has "
-            f"embeddings for {size} tokens: name another pad_token in its tokenizer_config.json, or give the model its "
+            f"the tokenizer of {location} pads with {tokenizer.pad_token!r} (token {pad}), but the model has "
+            f"embeddings for {size} tokens: set another pad_token in its tokenizer_config.json, or use the model's "
             "own tokenizer"
         )
     notes = _doubts(base)
@@ -92,7 +92,8 @@ def _rehearse(conf: FinetuneConf, base: Base) -> list[str]:
         learning = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         if untie(model):
             notes.append(
-                "input and output embeddings, which share their weights, learn apart: the exported model has both"
+                "input and output embeddings share their weights but are trained separately: the exported model has "
+                "both"
             )
     else:
         learning = sum(p.numel() for p in model.parameters())
@@ -110,8 +111,8 @@ def _doubts(base: Base) -> list[str]:
         return [note] if (note := doubt(folder / base.model.gguf_file)) else []
     if outdated(folder):
         return [
-            f"{name} was imported by an older llm-ray, which did not split numbers and blank lines into tokens as the "
-            "model was trained to: import it again with --force, then finetune it"
+            f"{name} was imported by an older llm-ray, which split numbers and blank lines into tokens differently "
+            "from how the model was trained: import it again with --force, then finetune it"
         ]
     lineage_note = lineage(folder).get("note")
     return [str(lineage_note)] if lineage_note else []
@@ -127,9 +128,9 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trus
         or saved.chat_template != tokenizer.chat_template
     ):
         raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path}, saved and loaded again, is another one "
-            f"({type(saved).__name__}): with the finetuned model it would give tokens that were not trained on. Set "
-            "model.tokenizer to a folder whose tokenizer is read as it is written"
+            f"the tokenizer of {tokenizer.name_or_path}, changes when it is saved and loaded again "
+            f"({type(saved).__name__}): with the finetuned model it would give other tokens than in training. Set "
+            "model.tokenizer to a folder whose tokenizer is read back unchanged"
         )
 
 
@@ -170,9 +171,9 @@ class Comparison:
         before, now = self.losses[-2:]
         if not abs(now - before) <= tolerance * max(abs(before), 1.0):
             raise ModelError(
-                f"the exported model is not the trained one: on {len(self.rows)} {self.which} its loss is {now:.4f} "
-                f"after {after}, and was {before:.4f} before. Nothing was written to output/, and the checkpoint is as "
-                "it was: please report this, with the model's name and the conf's section tuning"
+                f"the exported model differs from the trained one: on {len(self.rows)} {self.which} its loss is "
+                f"{now:.4f} after {after}, but was {before:.4f} before. Nothing was written to output/, and the "
+                "checkpoint is unchanged: please report this, with the model's name and the conf's section tuning"
             )
 
     def __str__(self) -> str:
@@ -206,6 +207,6 @@ def _check_room(conf: FinetuneConf, base: Base, parameters: int, learning: int) 
     free = shutil.disk_usage(next(path for path in (run, *run.parents) if path.is_dir())).free
     if needed > free:
         raise RunError(
-            f"{run} needs about {needed / 2**30:.1f} GiB for checkpoints and the exported model, and "
-            f"{free / 2**30:.1f} GiB are free there: make room, or set paths.runs to another disk"
+            f"{run} needs about {needed / 2**30:.1f} GiB for checkpoints and the exported model, but "
+            f"{free / 2**30:.1f} GiB are free there: free some space, or set paths.runs to another disk"
         )

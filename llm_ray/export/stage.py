@@ -1,5 +1,5 @@
-"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, the
-adapter beside it."""
+"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, and
+the adapter."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def export_here(conf_json: dict[str, Any], base: Base, checkpoint: str, card: st
     except (OSError, SafetensorError) as error:
         free = f"{shutil.disk_usage(conf.run_dir).free / 2**30:.1f} GiB are free there"
         raise RunError(
-            f"{conf.run_dir / 'output'} cannot be written: {error}. {free}; checkpoints are whole: make room, then run "
-            "the same command again"
+            f"{conf.run_dir / 'output'} cannot be written: {error}. {free}; checkpoints are complete: free some "
+            "space, then run the same command again"
         ) from error
 
 
@@ -89,7 +89,7 @@ def _write(conf: FinetuneConf, base: Base, checkpoint: Path, card: str) -> str:
         saved = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=conf.model.trust_remote_code
         )
-        comparison.take(saved, "saving it and loading it again", SAVING)
+        comparison.take(saved, "saving and reloading", SAVING)
         check_saved_tokenizer(tokenizer, folder, conf.model.trust_remote_code)
     return str(comparison)
 

@@ -1,1 +1,1 @@
-"""Base models: where they lie, whether they are whole, and how they are loaded."""
+"""Base models: locating, checking and loading them."""

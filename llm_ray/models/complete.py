@@ -1,4 +1,4 @@
-"""Whether a model folder has every weight of its architecture, in its size, before anything is loaded.
+"""Checks that a model folder has every weight of its architecture, in the right size, before anything is loaded.
 
 transformers is asked itself, by loading the folder onto torch's meta device: names and shapes are read from the files'
 headers, and all its rules hold: tied weights, weights that may be missing, names that it changes, prefixes, experts
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"((.*?\.)\d+\.)(.*)")
-_AGAIN = "copy or download it again, or name another"
+_AGAIN = "copy or download it again, or use another model"
 
 
 def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = False) -> PreTrainedModel | None:
@@ -56,7 +56,7 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
     except Exception as error:
         if "conversion of the weights" in str(error):  # experts, of which some lack a part, or have it in another size
             raise ModelError(
-                f"the model {path} lacks parts of its experts, or has them in other sizes than the rest: {_AGAIN}"
+                f"the model {path} lacks parts of its experts, or has them in inconsistent sizes: {_AGAIN}"
             ) from error
         return None
     missing = report["missing_keys"]
@@ -66,8 +66,8 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
     if wrong := sorted(report["mismatched_keys"]):
         name, has, wants = wrong[0]
         raise ModelError(
-            f"the model {path}: {len(wrong)} of its weights are of other sizes than its {CONFIG} says, as {name}, "
-            f"which is {_size(has)} and should be {_size(wants)}: one of them is another model's"
+            f"the model {path}: {len(wrong)} of its weights differ in size from its {CONFIG}, such as {name}, which "
+            f"is {_size(has)} and should be {_size(wants)}: one of them belongs to another model"
         )
     _refuse_more_layers(path, model, report["unexpected_keys"])
     _refuse_untied(path, model)
@@ -83,8 +83,8 @@ def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collecti
         name for name in unexpected if _LAYER.sub(r"\2*.\3", name) in alike and _LAYER.sub(r"\1", name) not in layers
     ):
         raise ModelError(
-            f"the model {path} has weights of more layers than its {CONFIG} says, as {more[0]}: one of them is another "
-            f"model's; {_AGAIN}"
+            f"the model {path} has weights of more layers than its {CONFIG} says, such as {more[0]}: one of them "
+            f"belongs to another model; {_AGAIN}"
         )
 
 
@@ -97,8 +97,9 @@ def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
         stored = [tensor for file in weight_files(path) for tensor in _read(file, (name, source))]
         if len(stored) == 2 and not stored[0].equal(stored[1]):
             raise ModelError(
-                f"the model {path}: {name} is not {source}, though its {CONFIG} ties them, and engines differ in which "
-                f"they read: set tie_word_embeddings to false there, or take {name} out of the weights"
+                f"the model {path}: {name} differs from {source}, although its {CONFIG} ties them, and engines "
+                f"differ in which they read: set tie_word_embeddings to false there, or remove {name} from the "
+                "weights"
             )
 
 
@@ -115,8 +116,8 @@ def refuse_missing(called: str, model: object, missing: Collection[str]) -> None
     place."""
     if missing:
         raise ModelError(
-            f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, as {sorted(missing)[0]}: it "
-            f"is half a model, or none that writes text; {_AGAIN}"
+            f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{sorted(missing)[0]}: it is incomplete, or does not generate text; {_AGAIN}"
         )
 
 

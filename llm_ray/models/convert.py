@@ -94,7 +94,7 @@ def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, re
         form = openvino_weights(source).dtype
         if weights not in (None, form):
             raise ModelError(
-                f"{source} has {form} weights, and {weights} is asked for: name the model that it was made from"
+                f"{source} has {form} weights, but {weights} is requested: use the model that it was made from"
             )
         return source
     if found := find_conversion(source, weights, registry):
@@ -134,7 +134,7 @@ def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Rep
     check_complete(source)
     try:
         if not force and _is_made(target, identity, weights):
-            reporter.line(f"{target}: made before from the same model")
+            reporter.line(f"{target}: already converted from the same model")
             return target
         _refuse_to_lose(target, source, weights, force)
         python = check_environment()
@@ -172,8 +172,8 @@ def check_environment() -> Path:
     folder = Path(os.environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
     if not (folder / "bin" / "optimum-cli").is_file():
         raise ModelError(
-            f"conversion to OpenVINO runs in an environment of its own, and {folder} is none: `make setup-convert` "
-            "makes it. Elsewhere, install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to "
+            f"conversion to OpenVINO runs in a separate environment, which {folder} is not: create it with `make "
+            "setup-convert`, or install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to "
             "its folder"
         )
     return folder / "bin" / "python"
@@ -200,11 +200,11 @@ def _refuse_to_lose(target: Path, source: Path, weights: WeightForm, force: bool
         return
     made = lineage(target) if target.is_dir() else {}
     if "fingerprint" not in made:
-        raise ModelError(f"{target} exists already, and is no conversion: choose another --name or --output")
+        raise ModelError(f"{target} already exists and is not a conversion: choose another --name or --output")
     if not force and (made.get("source"), made.get("weights")) != (str(source), weights):
         raise ModelError(
-            f"{target} holds another conversion, of {made.get('source')} with {made.get('weights')} weights: choose "
-            "another --name or --output, or --force to replace it"
+            f"{target} contains another conversion, of {made.get('source')} with {made.get('weights')} weights: "
+            "choose another --name or --output, or replace it with --force"
         )
 
 
@@ -216,7 +216,7 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
     memory, free = loaded + _PROGRAM_BYTES, psutil.virtual_memory().available
     if memory > free:
         raise ModelError(
-            f"converting {source} to {weights} needs about {_gib(memory)} of memory, and {_gib(free)} are free: use "
+            f"converting {source} to {weights} needs about {_gib(memory)} of memory, but {_gib(free)} are free: use "
             "another host"
         )
     disk = size_on_disk(found.parameters, weights) + (
@@ -224,8 +224,8 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
     )  # the uncompressed model lies there for a while
     if disk > _free(target):
         raise ModelError(
-            f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, and "
-            f"{_gib(_free(target))} are free: make room, or choose another place with --output"
+            f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, but "
+            f"{_gib(_free(target))} are free: free some space, or choose another place with --output"
         )
 
 
@@ -295,13 +295,11 @@ def _reason(code: int, output: list[str], source: Path) -> str:
     text = "\n".join(output)
     kind = read_json(source / CONFIG).get("model_type", "unknown")
     if code == -9 or "MemoryError" in text or "can't allocate memory" in text:
-        return "the memory did not suffice: stop what else runs on this host, or convert on another"
+        return "not enough memory: stop other processes on this host, or convert on another"
     if "No space left on device" in text:
-        return "the disk is full: make room, or choose another place with --output"
+        return "the disk is full: free some space, or choose another place with --output"
     if "trust_remote_code" in text:
-        return (
-            "it brings Python code of its own, which conversion does not run: serve it with engine vllm or transformers"
-        )
+        return "it has its own Python code, which conversion does not run: serve it with engine vllm or transformers"
     if any(phrase in text for phrase in _NOT_EXPORTED):
         return f"optimum-intel does not export text models of type {kind} ({CONFIG}: model_type): serve it with engine vllm or transformers"
     errors = [found[1] for line in output if (found := _ERROR.match(line))]

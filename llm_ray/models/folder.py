@@ -1,4 +1,4 @@
-"""Hugging Face model folders: whether one is whole, and what is in it."""
+"""Hugging Face model folders: whether one is complete, and what it contains."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
     length.
     """
     if not path.is_dir():
-        raise ModelError(f"{path}: there is no such model folder")
+        raise ModelError(f"{path}: no such model folder")
     if not (path / CONFIG).is_file():
         raise ModelError(_without_config(path))
     _check_json(path, CONFIG, GENERATION)
@@ -61,13 +61,13 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
         tensors = _tensors(file)
         if missing := sorted(wanted - tensors.keys()):
             raise ModelError(
-                f"{file} lacks {len(missing)} of the tensors that {INDEX} names, as {missing[0]}: copy or download the "
-                "model again"
+                f"{file} lacks {len(missing)} of the tensors that {INDEX} names, such as {missing[0]}: copy or "
+                "download the model again"
             )
         if twice := sorted(name for name in tensors if places.get(name, file) != file):
             raise ModelError(
-                f"{file} holds {twice[0]} too, which {INDEX} names in {places[twice[0]].name}: it may be another "
-                "model's; copy or download the model again"
+                f"{file} contains {twice[0]} too, which {INDEX} assigns to {places[twice[0]].name}: it may belong to "
+                "another model; copy or download the model again"
             )
         for size, dtype in tensors.values():
             counts[dtype] += size
@@ -79,8 +79,8 @@ def check_tokenizer(path: Path) -> None:
     """Raise ModelError unless the folder `path` holds a tokenizer's vocabulary, and its settings can be read."""
     if not any(next(path.glob(name), None) for name in VOCABULARIES):
         raise ModelError(
-            f"{path} has no tokenizer ({', '.join(VOCABULARIES[:3])}): copy it from where the model comes from, "
-            "or set model.tokenizer to another folder"
+            f"{path} has no tokenizer ({', '.join(VOCABULARIES[:3])}): copy it from the model's source, or set "
+            "model.tokenizer to another folder"
         )
     _check_json(path, "tokenizer_config.json", "tokenizer.json")
 
@@ -98,10 +98,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ModelError(
-            f"{path} cannot be read: {reason}. The model folder is damaged or half copied: copy it again"
+            f"{path} cannot be read: {reason}. The model folder is damaged or incomplete: copy it again"
         ) from error
     if not isinstance(value, dict):
-        raise ModelError(f"{path} holds no JSON object. The model folder is damaged: copy it again")
+        raise ModelError(f"{path} does not contain a JSON object. The model folder is damaged: copy it again")
     return value
 
 
@@ -115,10 +115,13 @@ def _without_config(path: Path) -> str:
     """Why there is no config.json in `path`, as far as its other files tell."""
     if (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
-        return f"{path} is a LoRA adapter, not a model: name the merged model (a run's output folder), or {base}"
+        return f"{path} is a LoRA adapter, not a model: use the merged model (a run's output folder), or {base}"
     if ggufs := sorted(path.glob("*.gguf")):
-        return f"{path} holds a GGUF, and no {CONFIG}: set model.gguf_file: {ggufs[0].name}, or import it (llm-ray model import {ggufs[0]})"
-    return f"{path} has no {CONFIG}: it is no Hugging Face model folder, or a half copied one"
+        return (
+            f"{path} contains a GGUF, but no {CONFIG}: set model.gguf_file: {ggufs[0].name}, or import it (llm-ray "
+            f"model import {ggufs[0]})"
+        )
+    return f"{path} has no {CONFIG}: it is not a Hugging Face model folder, or is incomplete"
 
 
 def _weight_files(path: Path) -> dict[Path, set[str]]:
@@ -133,7 +136,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         if elsewhere := sorted({str(name) for name in weight_map.values() if Path(str(name)).name != str(name)}):
             raise ModelError(
                 f"{path / INDEX} names {elsewhere[0]}, which is in another folder, where some engines do not look: "
-                f"move it into {path}, and name it so"
+                f"move it into {path} and correct the index"
             )
         if (path / SINGLE).is_file():
             _check_alone(path, map(str, weight_map.values()), f", which {INDEX} names")
@@ -143,19 +146,19 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ModelError(
-                f"{path} is half a model: of the {len(files)} files that {INDEX} names, {len(missing)} are missing "
+                f"{path} is incomplete: of the {len(files)} files that {INDEX} names, {len(missing)} are missing "
                 f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): copy or download the model again"
             )
         return files
     if (path / OPENVINO).is_file():
         raise ModelError(
-            f"{path} holds a model in OpenVINO form, which engine openvino serves, and nothing else reads: name the "
-            "model that it was made from"
+            f"{path} contains a model in OpenVINO form, which only engine openvino reads: use the model that it was "
+            "made from"
         )
     if pickles := sorted(path.glob("*.bin")):
         raise ModelError(
-            f"{path} has its weights as pickle ({pickles[0].name}), which may run code when it is read. Where you "
-            "trust them, write them as safetensors with transformers' save_pretrained, and use that folder"
+            f"{path} stores its weights as pickle ({pickles[0].name}), which can run code when loaded. If you trust "
+            "them, save them as safetensors with transformers' save_pretrained, and use that folder"
         )
     raise ModelError(f"{path} has no weights ({SINGLE}, or {INDEX} and its files): copy or download the model again")
 
@@ -165,8 +168,8 @@ def _check_alone(path: Path, names: Iterable[str], hint: str = "") -> None:
     the others."""
     if others := sorted(set(names) - {SINGLE}):
         raise ModelError(
-            f"{path} holds its weights twice: {SINGLE}, and {len(others)} other file(s){hint} ({others[0]}). Engines "
-            "differ in which they read: take away those that are not the model's"
+            f"{path} contains its weights twice: {SINGLE}, and {len(others)} other file(s){hint} ({others[0]}). "
+            "Engines differ in which they read: remove those that do not belong to the model"
         )
 
 
@@ -175,8 +178,8 @@ def _check_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(
-                f"{path} is damaged or cut off: it is a Git LFS pointer. Fetch the file (git lfs pull), or download "
-                "the model again"
+                f"{path} is damaged or truncated: it is a Git LFS pointer. Fetch the file (git lfs pull), or "
+                "download the model again"
             )
 
 
@@ -191,5 +194,5 @@ def _tensors(file: Path) -> dict[str, tuple[int, str]]:
             return {name: (math.prod(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{file} is damaged or cut off ({file.stat().st_size:,} bytes; {error}): copy or download the model again"
+            f"{file} is damaged or truncated ({file.stat().st_size:,} bytes; {error}): copy or download the model again"
         ) from error

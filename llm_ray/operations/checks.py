@@ -1,4 +1,4 @@
-"""Does the cluster have the nodes that it should have, do they run the same software, and see the same files?
+"""Checks that the cluster has the expected nodes, and that they run the same software and see the same files.
 
 A finding has the keys check, host, result (passed or failed), found, and fix: what to do about it.
 """
@@ -22,7 +22,7 @@ Finding = dict[str, str]
 _SECONDS = 60.0  # that a task may take to start and end
 _STORAGE_SECONDS = 15.0  # that a file may take to be seen by another host
 _SOFTWARE = ("ray", "torch", "transformers", "llm-ray")
-_HEAL = "ansible-playbook site.yml heals it; journalctl -u 'llm-ray-*' on the host says why"
+_HEAL = "repair it with ansible-playbook site.yml; journalctl -u 'llm-ray-*' on the host says why"
 
 
 def finding(check: str, host: str, found: str, fix: str = "") -> Finding:
@@ -45,7 +45,7 @@ def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
         folder.mkdir()
     except OSError as error:
         raise ClusterError(
-            f"{shared} on the head: {error.strerror}: is the shared storage mounted, and of the user that Ray runs as?"
+            f"{shared} on the head: {error.strerror}: is the shared storage mounted, and does it belong to Ray's user?"
         ) from error
     try:
         answers = _run({host: (node, (str(folder), host)) for host, node in present.items()}, _write)
@@ -69,21 +69,25 @@ def node_findings(inventory: Mapping[str, str], alive: Mapping[str, Mapping[str,
     for host, address in inventory.items():
         node = alive.get(address)
         if node is None:
-            findings.append(
-                finding("node", host, f"not in the cluster ({address or 'its address is not known'})", _HEAL)
-            )
+            findings.append(finding("node", host, f"not in the cluster ({address or 'its address is unknown'})", _HEAL))
         elif node["draining"]:
             findings.append(
                 finding(
-                    "node", host, "drains: it takes no more work", "restart its unit (systemctl restart 'llm-ray-*')"
+                    "node",
+                    host,
+                    "draining: it accepts no more work",
+                    "restart its unit (systemctl restart 'llm-ray-*')",
                 )
             )
         else:
             findings.append(finding("node", host, f"alive, {node['cpus']:g} CPUs, {node['memory_gib']} GiB"))
     for address, node in alive.items():
         if address not in inventory.values():
-            fix = "put it into ray_workers, or stop Ray there (a host that has left keeps the token: see docs/how-to/cluster/remove-node.md)"
-            findings.append(finding("node", node["host"], f"{address} is in the cluster and not in the inventory", fix))
+            fix = (
+                "add it to ray_workers, or stop Ray there (a host that has left keeps the token: see "
+                "docs/how-to/cluster/remove-node.md)"
+            )
+            findings.append(finding("node", node["host"], f"{address} is in the cluster but not in the inventory", fix))
     return findings
 
 
@@ -103,7 +107,7 @@ def version_findings(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]
                 "versions",
                 host,
                 summary,
-                "ansible-playbook upgrade.yml brings all hosts to one version" if other else "",
+                "run ansible-playbook upgrade.yml to bring all hosts to the same version" if other else "",
             )
         )
     return findings
@@ -115,15 +119,18 @@ def storage_findings(errors: Mapping[str, str], reads: Mapping[str, Any]) -> lis
     findings = []
     for host, error in errors.items():
         unseen = reads.get(host)
-        fix = f"see whether the shared storage is mounted on {host} (findmnt), the same as elsewhere; ansible-playbook site.yml heals it"
+        fix = (
+            f"check that the same shared storage is mounted on {host} (findmnt); repair it with ansible-playbook "
+            "site.yml"
+        )
         if error:
             findings.append(finding("storage", host, f"cannot write: {error}", fix))
         elif isinstance(unseen, str):
             findings.append(finding("storage", host, f"cannot read: {unseen}", fix))
         elif unseen:
-            findings.append(finding("storage", host, f"does not see what was written on {', '.join(unseen)}", fix))
+            findings.append(finding("storage", host, f"does not see files written on {', '.join(unseen)}", fix))
         else:
-            findings.append(finding("storage", host, "written, and all hosts' files read"))
+            findings.append(finding("storage", host, "written, and read on all hosts"))
     return findings
 
 

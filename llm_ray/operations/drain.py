@@ -1,4 +1,4 @@
-"""A node leaves: it takes no more work, what runs on it ends."""
+"""Drains a node: it accepts no more work, and its running work ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drain(address: str, seconds: int) -> dict[str, Any]:
     if leaving is None:
         return {"node": False, "drained": True, "seconds": 0.0}
     if leaving["head"]:
-        raise ClusterError(f"{address} is the head: it cannot leave the cluster")
+        raise ClusterError(f"{address} is the head, which cannot leave the cluster")
     # Of Ray's two reasons this is the one that a busy node accepts, too.
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline = time.time_ns() // 1_000_000 + seconds * 1000

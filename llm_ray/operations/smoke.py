@@ -1,5 +1,4 @@
-"""Smoke runs: does training reach over all nodes, does serving answer? Both leave nothing behind and disturb
-nothing."""
+"""Smoke tests of training across all nodes and of serving. Both leave nothing behind and disturb nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +41,10 @@ def train(workers: int, shared: Path) -> list[Finding]:
     except Exception as error:  # whatever training met
         failures = getattr(error, "worker_failures", {})
         reason = _last_line(next(iter(failures.values()), error))
-        fix = "hosts must reach each other at all ports above 32768 (firewall) on the interface of their Ray address (ray_node_interface)"
+        fix = (
+            "hosts must reach each other on all ports above 32768 (firewall), on the interface of their Ray address "
+            "(ray_node_interface)"
+        )
         return [finding("train", "all", reason, fix)]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -50,7 +52,7 @@ def train(workers: int, shared: Path) -> list[Finding]:
         finding(
             "train",
             "all",
-            f"{workers} workers on {', '.join(hosts)} trained a step in {time.monotonic() - began:.0f} s",
+            f"{workers} workers on {', '.join(hosts)} trained one step in {time.monotonic() - began:.0f} s",
         )
     ]
 
@@ -68,7 +70,7 @@ def _step() -> list[str]:
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, (os.uname().nodename, [p.tolist() for p in model.parameters()]))
     if any(weights != gathered[0][1] for _, weights in gathered):
-        raise RuntimeError("workers have different weights after a step")
+        raise RuntimeError("the workers' weights differ after a step")
     return [host for host, _ in gathered]
 
 
@@ -84,7 +86,7 @@ def serve(host: str, port: int) -> list[Finding]:
     try:
         answer = _within(_SECONDS, lambda: _ask(host, port, word))
     except Exception as error:  # whatever serving met
-        fix = f"ray list actors on the head, and the logs below Ray's session folder (serve/), say more; is port {port} free?"
+        fix = f"see ray list actors on the head, and the logs in Ray's session folder (serve/); is port {port} free?"
         return [finding("serve", "head", _last_line(error), fix)]
     finally:
         if runs:
@@ -97,12 +99,14 @@ def serve(host: str, port: int) -> list[Finding]:
                 "serve",
                 "head",
                 f"answered {answer[:40]!r}",
-                "another application answers at that route: llm-ray serve status",
+                "another application answers on that route: llm-ray serve status",
             )
         ]
     return [
         finding(
-            "serve", "head", f"an application answered {time.monotonic() - began:.0f} s after its start, and is gone"
+            "serve",
+            "head",
+            f"an application answered {time.monotonic() - began:.0f} s after its start, and was removed",
         )
     ]
 
@@ -143,7 +147,7 @@ def _within(seconds: float, work: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise TimeoutError(f"not done within {seconds:.0f} s")
+        raise TimeoutError(f"not finished within {seconds:.0f} s")
     if "error" in result:
         raise result["error"]
     return result["value"]

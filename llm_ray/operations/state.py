@@ -1,4 +1,4 @@
-"""What a cluster has and does now, as far as its own processes know."""
+"""A cluster's current resources and activity, as known to its own processes."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _check_metric(metric: str, rows: list[list[dict[str, Any]]]) -> None:
         raise RunError("none of these runs has metrics yet")
     nearest = nearest_names(metric, known)
     raise RunError(
-        f"--metric {metric}: no run has it; {f'did you mean {nearest[0]}? ' if nearest else ''}There are "
+        f"--metric {metric}: not in any of the runs; {f'did you mean {nearest[0]}? ' if nearest else ''}There are "
         f"{', '.join(known)}"
     )
 

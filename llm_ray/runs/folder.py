@@ -1,4 +1,4 @@
-"""A run's folder: locked by who works in it, with the conf as run, lineage, stage marks and results.
+"""A run's folder: locked by the process that works in it, with the conf as run, lineage, stage marks and results.
 
     with open_run(conf, find_base(conf.model, conf.paths), force=False) as run:
         inputs = inputs_hash(conf.data, file_hashes(conf.data.train))
@@ -205,8 +205,8 @@ def stored_conf(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yamltext.Problem, ValidationError) as error:
         made_by = _read_json(path / RUN).get("versions", {}).get("llm_ray", "unknown")
         raise RunError(
-            f"{path / CONF} cannot be read by llm-ray {llm_ray.__version__} (it was written by version {made_by}): use "
-            f"another name, or --force to begin anew. ({str(error).splitlines()[0]})"
+            f"{path / CONF} cannot be read by llm-ray {llm_ray.__version__} (it was written by version {made_by}): "
+            f"use another name, or --force to start over. ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -311,8 +311,8 @@ def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
     if changed:
         lines = [f"{key}: {_show(was)} -> {_show(now)}" for key, (was, now) in changed.items()]
         raise RunError(
-            "\n  ".join([f"the run {conf.name} exists ({path}) and was made with another conf:", *lines])
-            + "\nGive this one another name (--set name=…), or use --force to replace what depends on these keys."
+            "\n  ".join([f"the run {conf.name} exists ({path}) with a different conf:", *lines])
+            + "\nUse another name (--set name=…), or --force to replace what depends on these keys."
         )
 
 
@@ -335,16 +335,15 @@ def _locked(path: Path) -> Iterator[None]:
                         else "another process"
                     )
                     raise RunError(
-                        f"the run {path.name} ({path}) is in use by {who}: wait for it or stop it, or give this one "
-                        "another name"
+                        f"the run {path.name} ({path}) is in use by {who}: wait for it, stop it, or use another name"
                     ) from None
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
                 raise RunError(
-                    f"{path} is on storage without file locks ({error.strerror}): on NFS, the lock service must run "
-                    "(NFS 4 has it built in)"
+                    f"{path} is on storage without file locks ({error.strerror}): on NFS, the lock service must be "
+                    "running (NFS 4 has it built in)"
                 ) from error
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}).encode())
@@ -375,12 +374,13 @@ def _told(path: Path) -> Iterator[None]:
         room = f"{free / 2**30:.1f} GiB free"
         if error.errno in _NO_ROOM:
             raise RunError(
-                f"no space left for the run's folder {path} ({room}): make room, or set paths.runs to another disk"
+                f"no space left for the run's folder {path} ({room}): free some space, or set paths.runs to another "
+                "disk"
             ) from error
         about = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
         if error.errno in _NOT_ALLOWED and about and (about.is_relative_to(path) or path.is_relative_to(about)):
             raise RunError(
-                f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): mend its "
+                f"the run's folder {path} cannot be written: {error.strerror}: {error.filename} ({room}): fix its "
                 "permissions, or set paths.runs to another folder"
             ) from error
         raise
@@ -401,7 +401,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise RunError(
-            f"{path} is no JSON ({error}): it was changed by hand or damaged; mend it, or move the folder away"
+            f"{path} is not valid JSON ({error}): it was edited or damaged; repair it, or move the folder away"
         ) from error
     return found if isinstance(found, dict) else {}
 

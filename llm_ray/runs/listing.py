@@ -1,4 +1,4 @@
-"""The runs of a folder, as they stand: what each is, how far it came, its last figures.
+"""The runs of a folder with their state, progress and latest figures.
 
 for run in list_runs(home() / "runs"):
     print(run.name, run.state, run.loss)
@@ -54,14 +54,14 @@ def find_run(runs: Path, name: str) -> Path:
         return path
     known = sorted(path.name for path in run_folders(runs))
     if not known:
-        raise RunError(f"there is no run {name}: {runs} holds no runs (--runs names another folder)")
+        raise RunError(f"no run {name}: {runs} contains no runs (choose another folder with --runs)")
     nearest = nearest_names(name, known, 3)
     hint = (
         f"did you mean {' or '.join(nearest)}?"
         if nearest
         else f"there are {', '.join(known[:10])}{' …' if len(known) > 10 else ''}"
     )
-    raise RunError(f"there is no run {name} in {runs}; {hint}")
+    raise RunError(f"no run {name} in {runs}; {hint}")
 
 
 def run_folders(runs: Path) -> list[Path]:

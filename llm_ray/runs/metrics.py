@@ -1,5 +1,5 @@
-"""The figures of training, a row a step: written to metrics.jsonl (and TensorBoard) by rank 0, read by whoever shows
-them.
+"""Training metrics, one row per step: written to metrics.jsonl (and TensorBoard) by rank 0, read by everything that
+shows them.
 
 writer = MetricsWriter(run_dir, tensorboard=True, resume_from_step=0)
 writer.write({"step": 1, "loss": 2.3})

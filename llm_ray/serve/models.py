@@ -1,4 +1,4 @@
-"""From a model's conf to what a replica needs to know: folder, arithmetic, context, memory, cores."""
+"""From a model's conf to the parameters of a replica: folder, arithmetic, context, memory, cores."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Training on Ray Train: one training function (`recipe`), and what it is made of."""
+"""Training on Ray Train: one training function (`recipe`), and its parts."""

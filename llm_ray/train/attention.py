@@ -77,7 +77,7 @@ def packed_attention(
     if beyond := [name for name, value in others.items() if value is not None and name not in _PASSED]:
         raise ValueError(f"its attention has {', '.join(beyond)}")
     if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise ValueError("its attention looks ahead")
+        raise ValueError("its attention is not causal")
     split = zip(query.split(_rows, 2), key.split(_rows, 2), value.split(_rows, 2), strict=True)
     rows = [_attend(q, k, v, scaling or q.shape[3] ** -0.5, dropout, sliding_window) for q, k, v in split]
     return (torch.cat(rows, 2) if len(rows) > 1 else rows[0]).transpose(1, 2).contiguous(), None
@@ -232,10 +232,10 @@ def _probe(model: PreTrainedModel, unlike: float, leak: float) -> str:
         return _first_line(error)
     apart = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
     if not apart <= leak:
-        return f"rows see their neighbours in it (logits differ by {apart:.2g} of their spread)"
+        return f"rows affect their neighbours (logits differ by {apart:.2g} of their spread)"
     apart = max(_difference(a, b) for a, b in zip(together, alone, strict=True))
     if not apart <= unlike:
-        return f"it computes rows otherwise alone (logits differ by {apart:.2g} of their spread)"
+        return f"packed rows get other logits than alone (they differ by {apart:.2g} of their spread)"
     return ""
 
 

@@ -1,5 +1,4 @@
-"""Hyperparameters that a conf leaves open: epochs, batch and learning rate, chosen from the data, the method and the
-model.
+"""Hyperparameters set to `auto`: epochs, batch and learning rate, chosen from the data, the method and the model.
 
     choice = choose(conf, read_stats(run_dir / "prepared"), width=576)
     choice.conf.training.epochs, choice.reasons["training.epochs"]

@@ -1,6 +1,6 @@
 """Batches: which rows a worker takes at a step, in which forward passes, and how they are laid out as tensors.
 
-The order is a pure function of seed, epoch and step, so that a resumed run sees what the unbroken one would have seen.
+The order is a pure function of seed, epoch and step, so a resumed run sees the same rows as an uninterrupted one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Checkpoints: whole or not there, the last few and the best one kept.
+"""Atomic checkpoints; the last few and the best one are kept.
 
-A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: learning weights, optimizer, each
+A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: trainable weights, optimizer, each
 worker's random state, and progress (step, best validation loss, …). It is written under a hidden name and renamed when
 every worker has written its part, so that whatever has its final name can be resumed from.
 """
@@ -61,7 +61,7 @@ def step_of(checkpoint: Path) -> int:
     """The optimizer step after which `checkpoint` was written."""
     found = _STEP.fullmatch(checkpoint.name)
     if not found:
-        raise RunError(f"{checkpoint} is no checkpoint: a folder called step_NNNNNNNN is wanted")
+        raise RunError(f"{checkpoint} is not a checkpoint: expected a folder called step_NNNNNNNN")
     return int(found[1])
 
 
@@ -137,8 +137,8 @@ def _read(state: dict[str, Any], checkpoint: Path) -> None:
         earlier = [str(p) for p in list_checkpoints(checkpoint.parent) if p.name < checkpoint.name]
         ways = f"from an earlier one (--resume {earlier[-1]}), or from the start" if earlier else "from the start"
         raise TrainError(
-            f"the checkpoint {checkpoint} is damaged, or does not fit the conf's model and tuning: {_reason(error)}. "
-            f"Go on {ways} (--resume no)"
+            f"the checkpoint {checkpoint} is damaged, or does not match the conf's model and tuning: "
+            f"{_reason(error)}. Resume {ways} (--resume no)"
         ) from error
 
 
@@ -169,7 +169,7 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
         free = shutil.disk_usage(final.parent).free if final.parent.is_dir() else 0
         raise TrainError(
             f"the checkpoint {final} could not be written: {failed}. {free / 2**30:.1f} GiB are free there; earlier "
-            "checkpoints are whole: make room, then run the same command again"
+            "checkpoints are complete: free some space, then run the same command again"
         )
     if rank == 0:
         if final.exists():

@@ -1,4 +1,4 @@
-"""What a training will need, told before it starts: memory per worker, and time.
+"""Estimates of a training before it starts: memory per worker, and time.
 
 Both are measured: some real steps are taken (``llm_ray.train.trial``). Where the model would not even fit this host,
 nothing is run, and memory is counted from the model's shapes.
@@ -64,18 +64,23 @@ class Estimate:
         workers = conf.runtime.workers
         fits = "" if self.fits(conf) else ": TOO MUCH for this host"
         lines = [
-            f"{self.trainable:,} of {self.parameters:,} parameters learn ({self.trainable / self.parameters:.2%})",
+            f"{self.trainable:,} of {self.parameters:,} parameters are trained "
+            f"({self.trainable / self.parameters:.2%})",
             f"precision {self.precision}: {self.precision_reason}",
             f"{self.steps} steps, {self.tokens:,} tokens",
             f"memory about {self.memory_per_worker / 2**30:.1f} GiB for each of {workers} worker(s); this host has "
             f"{self.memory_here / 2**30:.1f} GiB{fits}",
         ]
         if self.seconds is None or self.step_seconds is None:
-            return [*lines, f"how long it takes was not measured: {self.unmeasured}"]
-        like = "here" if conf.runtime.mode == "local" else "on hosts like this one, without what the network costs"
+            return [*lines, f"duration not measured: {self.unmeasured}"]
+        like = "here" if conf.runtime.mode == "local" else "on hosts like this one, without network overhead"
         validation = self.seconds - self.step_seconds
         parts = f", {duration(validation)} of it validation" if validation > 1 else ""
-        return [*lines, *self.notes, f"training about {duration(self.seconds)} {like}{parts} (from some real steps)"]
+        return [
+            *lines,
+            *self.notes,
+            f"training about {duration(self.seconds)} {like}{parts} (measured over some steps)",
+        ]
 
 
 def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cpus: int) -> Estimate:
@@ -100,10 +105,10 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
         weights /= conf.runtime.workers
     here = conf.runtime.workers if conf.runtime.mode == "local" else 1
     free = psutil.virtual_memory().available
-    unmeasured = "" if "train" in conf.stages else "stages has no train"
+    unmeasured = "" if "train" in conf.stages else "stages does not include train"
     if weights * here > free:
         need = f"{weights * here / 2**30:.1f} GiB of weights, gradients and optimizer"
-        unmeasured = f"{need} are more than the {free / 2**30:.1f} GiB that are free on this host"
+        unmeasured = f"{need} exceed the {free / 2**30:.1f} GiB that are free on this host"
     planned = Estimate(
         parameters=parameters,
         trainable=trainable,
@@ -138,7 +143,7 @@ def _activations(conf: FinetuneConf, config: object, data: DataStats) -> float:
     width = getattr(config, "hidden_size", None)
     layers = getattr(config, "num_hidden_layers", None)
     if not width or not layers:
-        raise ConfError(f"model.base {conf.model.base}: its configuration tells no hidden_size or num_hidden_layers")
+        raise ConfError(f"model.base {conf.model.base}: its configuration has no hidden_size or num_hidden_layers")
     inner = getattr(config, "intermediate_size", None) or 4 * width
     tokens = min(micro_batch_tokens(conf), data.train.tokens)
     layer = 4.0 * tokens * (8 * width + 6 * inner)

@@ -1,5 +1,4 @@
-"""Training on Ray Train, seen from the driver: start the workers, show how far they are, stop them, and say what went
-wrong."""
+"""The driver's side of training on Ray Train: start the workers, show progress, stop them, explain failures."""
 
 from __future__ import annotations
 
@@ -71,13 +70,13 @@ def run_training(
                         ) from error
                     reporter.line(f"  {_told(error)}")
                     cluster, workers = _what_is_left(conf, cpus, stop, reporter)
-                    reporter.line(f"  {workers} worker(s) go on from {_last_checkpoint(folder)}")
+                    reporter.line(f"  {workers} worker(s) continue from {_last_checkpoint(folder)}")
     finally:
         stop.file.unlink(missing_ok=True)
     if outcome["status"] == "failed":
         raise TrainError(f"training of {conf.name} failed: {outcome['reason']}")
     if outcome["status"] == "stopped":
-        raise Stopped(f"{conf.name}: {outcome['reason']}. The same command goes on from there.")
+        raise Stopped(f"{conf.name}: {outcome['reason']}. Run the same command to continue from there.")
     return outcome
 
 
@@ -143,25 +142,24 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
         if room == conf.runtime.workers or (room >= fewest and waited > _SETTLE_SECONDS):
             return now, room
         if stop.asked():
-            raise Stopped(f"{conf.name}: stopped while it waited for hosts. {_goes_on(conf)}")
+            raise Stopped(f"{conf.name}: stopped while waiting for hosts. {_goes_on(conf)}")
         if waited > _HOST_SECONDS:
             raise TrainError(
-                f"training of {conf.name} wants {fewest} worker(s) with {cpus} CPU(s) each, and the hosts that are "
-                f"left ({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
+                f"training of {conf.name} needs {fewest} worker(s) with {cpus} CPU(s) each, but the remaining hosts "
+                f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
                 f"runtime.min_workers. {_goes_on(conf)}"
             )
         if room < fewest and time.monotonic() - reported_at > _SAY_SECONDS:
             reported_at = time.monotonic()
             reporter.line(
-                f"  waiting for hosts: {fewest} worker(s) are wanted, there is room for {room} on "
-                f"{', '.join(now.hosts) or 'none'}"
+                f"  waiting for hosts: {fewest} worker(s) needed, room for {room} on {', '.join(now.hosts) or 'none'}"
             )
         stop.sleep(1)
 
 
 def _last_checkpoint(folder: Path) -> str:
     found = list_checkpoints(folder)
-    return f"the checkpoint of step {step_of(found[-1])}" if found else "the start, for there is no checkpoint yet"
+    return f"the checkpoint of step {step_of(found[-1])}" if found else "the start, because there is no checkpoint yet"
 
 
 class _Stop:
@@ -179,8 +177,8 @@ class _Stop:
             self._told = True
             again = "again" if self._interrupted else "twice"
             self._reporter.line(
-                f"Stopping after this step, with a checkpoint (Ctrl-C {again}: at once, going on later from the last "
-                "checkpoint) …"
+                f"Stopping after this step, with a checkpoint (Ctrl-C {again}: immediately, resuming later from the "
+                "last checkpoint) …"
             )
         return asked
 
@@ -224,7 +222,7 @@ class _Fit(threading.Thread):
         if self._error is not None:
             raise _explain(self._error, conf) from self._error
         if self._result is None:
-            raise TrainError(f"training of {conf.name} ended without a result: its first worker gave none")
+            raise TrainError(f"training of {conf.name} ended without a result from its first worker")
         return self._result
 
 
@@ -263,27 +261,27 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
         if isinstance(cause, OutOfMemoryError):
             found = re.search(r"Memory on the node \(IP: (\S+),.*? was (\S+ used / \S+) limit", str(cause))
             host = f"the host {found[1]} ({found[2]})" if found else "its host"
-            return TrainError(f"{who} was ended because {host} ran out of memory. {less}. {resume}")
+            return TrainError(f"{who} was killed because {host} ran out of memory. {less}. {resume}")
         if isinstance(cause, MemoryError) or "allocate memory" in str(cause):  # torch's allocator raises RuntimeError
-            return TrainError(f"{who} got no more memory ({_first_line(cause)}). {less}. {resume}")
+            return TrainError(f"{who} could not allocate memory ({_first_line(cause)}). {less}. {resume}")
     for cause in causes.values():
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(conf.run_dir).free
             return TrainError(
-                f"no space left on the disk of {conf.run_dir} ({free / 2**30:.1f} GiB free): make room. {resume}"
+                f"no space left on the disk of {conf.run_dir} ({free / 2**30:.1f} GiB free): free some space. {resume}"
             )
     for who, cause in causes.items():
         if isinstance(cause, ActorDiedError):
             return TrainError(
-                f"{who} died: killed from outside, most often by the kernel for want of memory, or its host went away. "
-                f"If it was memory: {less[0].lower()}{less[1:]}. {resume}"
+                f"{who} died: its process was killed, most often by the kernel because memory ran out, or its host "
+                f"was lost. If it was memory: {less[0].lower()}{less[1:]}. {resume}"
             )
     who, cause = next(((who, cause) for who, cause in causes.items() if _recurs(cause)), next(iter(causes.items())))
     if _recurs(cause):
         return Recurring(
-            f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. Another try would fail the same way, so that "
-            "none is made: its cause lies in the model, the data or the conf, or is a defect here. What is done is "
-            "kept, and gone on from once that is mended"
+            f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. A retry would fail the same way, so none "
+            "is made: the cause is in the model, the data or the conf, or is a bug in llm-ray. Completed work is "
+            "kept; run the same command once the cause is fixed"
         )
     return TrainError(f"{who} failed: {type(cause).__name__}: {_first_line(cause)}. {resume}")
 
@@ -308,7 +306,9 @@ def _recurs(cause: BaseException) -> bool:
 
 
 def _goes_on(conf: FinetuneConf) -> str:
-    return f"Checkpoints are whole: the same command goes on from the last one (llm-ray runs show {conf.name})"
+    return (
+        f"Checkpoints are complete: run the same command to continue from the last one (llm-ray runs show {conf.name})"
+    )
 
 
 def _told(error: TrainError) -> str:

@@ -1,4 +1,4 @@
-"""The model as it is trained: adapters or all weights, laid over the workers by DDP or FSDP."""
+"""The model in training: adapters or all weights, distributed over the workers by DDP or FSDP."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
         return get_peft_model(causal, config)
     except (ValueError, re.error) as error:
         raise ConfError(
-            f"tuning.lora.target_modules: {lora.target_modules!r} does not fit this model{_layers(causal)}. peft says: "
-            f"{error}"
+            f"tuning.lora.target_modules: {lora.target_modules!r} does not match this model{_layers(causal)}. peft "
+            f"reports: {error}"
         ) from error
 
 
@@ -127,18 +127,18 @@ def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> Non
             if not any(f".{name}".endswith(f".{target}") for name in names):
                 near = nearest_names(target, {name.rpartition(".")[2] for name in modules})
                 hint = f": do you mean {near[0]}?" if near else _layers(causal)
-                raise ConfError(f"tuning.lora.{key}: {target!r} names no layer of this model{hint}")
+                raise ConfError(f"tuning.lora.{key}: {target!r} is not a layer of this model{hint}")
     pattern = config.target_modules
     if isinstance(pattern, str) and pattern != _ALL and not any(re.fullmatch(pattern, name) for name in modules):
         raise ConfError(
-            f"tuning.lora.target_modules: the pattern {pattern!r} matches no layer's whole name, as "
+            f"tuning.lora.target_modules: the pattern {pattern!r} matches no layer's full name, such as "
             f"{_linear(causal)[0]}{_layers(causal)}"
         )
     if lora.dropped and config.target_parameters:
         raise ConfError(
-            f"tuning.lora.dropout is {lora.dropped:g}, and peft has no dropout for adapters on experts "
-            f"({', '.join(sorted(config.target_parameters))}): set it to 0, or name layers beside the experts, as "
-            "tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+            f"tuning.lora.dropout is {lora.dropped:g}, but peft has no dropout for adapters on experts "
+            f"({', '.join(sorted(config.target_parameters))}): set it to 0, or choose layers outside the experts, "
+            "such as tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
         )
 
 
@@ -178,10 +178,10 @@ def learning_modules(model: nn.Module) -> list[str]:
             resting[kind] = None
     adapted = [kind for kind, _ in kinds]
     if not kinds:
-        return ["every weight learns"]
+        return ["all weights are trained"]
     lines = [f"{kind}: {how}, {len(sizes)} of them, {sum(sizes):,} parameters" for (kind, how), sizes in kinds.items()]
     still = [kind for kind in resting if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
-    return [*lines, *([f"as they are: {', '.join(still)}"] if still else [])]
+    return [*lines, *([f"frozen: {', '.join(still)}"] if still else [])]
 
 
 def speed_up_adapters(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""AdamW over the weights that learn, and the learning rate at each step."""
+"""AdamW over the trainable weights, and the learning rate at each step."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a training is going to do, in words and for params.json: hyperparameters, precision and why, threads, strategy,
-steps; and what speaks against it."""
+"""The plan of a training, as text and for params.json: hyperparameters, precision and its reason, threads, strategy,
+steps, and warnings."""
 
 from __future__ import annotations
 
@@ -73,19 +73,21 @@ def warnings(
     training, found = conf.training, []
     if steps < FEW_STEPS:
         found.append(
-            f"{_count(steps, 'optimizer step')} will hardly move a model: raise training.epochs or training.max_steps, "
-            f"or lower training.global_batch_size ({training.global_batch_size})"
+            f"{_count(steps, 'optimizer step')} will hardly change a model: raise training.epochs or "
+            f"training.max_steps, or lower training.global_batch_size ({training.global_batch_size})"
         )
     rate, usual = as_run(training.learning_rate), rate_for(conf, width, data.train.sequences)
     if rate > HIGH_RATE * usual:
         found.append(
-            f"training.learning_rate {rate:g} is {rate / usual:.0f} times what method {conf.tuning.method} bears on a "
-            f"model of this width ({usual:g}): the loss may rise or become nan; lower it, or leave it to auto"
+            f"training.learning_rate {rate:g} is {rate / usual:.0f} times the usual rate of method "
+            f"{conf.tuning.method} for a model of this width ({usual:g}): the loss may rise or become nan; lower it, "
+            "or set it to auto"
         )
     if rate < usual / LOW_RATE:
         found.append(
-            f"training.learning_rate {rate:g} is a {usual / rate:.0f}th of what method {conf.tuning.method} takes on a "
-            f"model of this width ({usual:g}): little will be learned; raise it, or leave it to auto"
+            f"training.learning_rate {rate:g} is a {usual / rate:.0f}th of the usual rate of method "
+            f"{conf.tuning.method} for a model of this width ({usual:g}): little will be learned; raise it, or set "
+            "it to auto"
         )
     cut = data.truncated + sum(count for why, count in data.dropped.items() if why == TOO_LONG)
     if cut * 2 > data.read:
@@ -93,29 +95,29 @@ def warnings(
     guards = training.best_checkpoint or isinstance(training.early_stopping, EarlyStopping)
     if data.validation and data.validation.rows < FEW_VALIDATION_ROWS and guards:
         found.append(
-            f"a validation split of {_count(data.validation.rows, 'row')} tells little, and chooses the weights that "
-            "are exported: give data.validation more rows, or set it to null, so that all are learned from"
+            f"a validation split of {_count(data.validation.rows, 'row')} is too small to be meaningful, but decides "
+            "which weights are exported: give data.validation more rows, or set it to null to train on all rows"
         )
     rows = data.train.rows
     if data.repeated * 50 > rows:
         found.append(
-            f"training rows that repeat another one: {data.repeated} of {rows}. They count twice: take them out "
+            f"training rows that repeat another one: {data.repeated} of {rows}. They count twice: remove them "
             "(data.processor: deduplicate)"
         )
     if data.contradicting:
         found.append(
-            f"training rows that ask what another one asks, and answer otherwise: {data.contradicting} of {rows}. The "
-            "model cannot learn both: correct them (the first are named with the data)"
+            f"training rows with the same question as another one, but a different answer: {data.contradicting} of "
+            f"{rows}. The model cannot learn both: correct them (the first are listed with the data)"
         )
     if data.leaked and data.validation:
         found.append(
-            f"validation rows that ask what a training row asks: {data.leaked} of {data.validation.rows}. Their loss "
-            "says nothing of questions that were not trained on: take them out of one of the two"
+            f"validation rows with the same question as a training row: {data.leaked} of {data.validation.rows}. "
+            "Their loss says nothing about new questions: remove them from one of the two"
         )
     if prepared and (known := asked_in_training(prepared, asked)):
         found.append(
-            f"questions of evaluation.data that training rows ask, too: {known}. Right answers to them prove nothing: "
-            "take them out"
+            f"questions of evaluation.data that are also in the training rows: {known}. Correct answers to them "
+            "prove nothing: remove them"
         )
     return found
 

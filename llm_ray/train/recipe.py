@@ -233,12 +233,12 @@ def train(task: Task) -> Outcome:
                 saved_at = progress.step
             if stop and not last:
                 return outcome(
-                    "stopped", f"stopped at step {progress.step} of {total_steps} as asked, with a checkpoint"
+                    "stopped", f"stopped at step {progress.step} of {total_steps} as requested, with a checkpoint"
                 )
             if early:
                 return outcome(
                     "done",
-                    f"validation loss has not fallen for {patience.patience if patience else 0} validations: ended "
+                    f"validation loss has not fallen for {patience.patience if patience else 0} validations: stopped "
                     f"early at step {progress.step}",
                 )
             began = time.perf_counter()
@@ -276,7 +276,7 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
             loss.choose_blockwise()
     loss.blockwise = first(loss.blockwise)
     notes = (
-        [f"data.packing: rows are trained in padded batches, not end to end, because of the model: {why_not}"]
+        [f"data.packing: rows are trained in padded batches, not packed, because of the model: {why_not}"]
         if why_not
         else []
     )

@@ -1,4 +1,4 @@
-"""The model that a run has trained, in one process: its base, and a checkpoint's weights."""
+"""A run's trained model in one process: its base with a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def final_checkpoint(conf: FinetuneConf) -> Path:
         return folder / BEST
     found = list_checkpoints(folder)
     if not found:
-        raise RunError(f"run {conf.name} has no checkpoint under {folder}: run its stage train first")
+        raise RunError(f"run {conf.name} has no checkpoint in {folder}: run its stage train first")
     return found[-1]
 
 

@@ -1,4 +1,4 @@
-"""Real steps of a training, taken for a moment to see what they cost: seconds, and memory of each worker.
+"""Runs some real training steps to measure their cost: seconds, and memory of each worker.
 
     cost = measure(conf, prepared, cpus=2, lengths=lengths)
     cost.seconds_per_token, cost.memory
@@ -101,11 +101,11 @@ def _result(workers: list[Any], results: Any) -> Cost:
             died = [w for w in workers if w.exitcode]
             if died and results.empty():
                 raise TrainError(
-                    f"a trial of some steps ended with code {died[0].exitcode}, most often for want of memory: lower "
+                    f"the trial steps ended with code {died[0].exitcode}, most often because memory ran out: lower "
                     "training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing"
                 ) from None
             if time.monotonic() - began > DEADLINE:
-                raise TrainError(f"a trial of some steps took more than {DEADLINE / 60:.0f} minutes") from None
+                raise TrainError(f"the trial steps took more than {DEADLINE / 60:.0f} minutes") from None
             continue
         if isinstance(result, LlmRayError):
             raise result
@@ -135,8 +135,7 @@ def _worker(
     except Exception as error:
         results.put(
             TrainError(
-                f"a trial of some steps failed: {type(error).__name__}: "
-                f"{str(error).splitlines()[0] if str(error) else ''}"
+                f"the trial steps failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
         )
     results.close()

@@ -1,4 +1,4 @@
-"""Whether a run has learned: said at its end, with what to try where it has not."""
+"""Whether a run has learned, reported at its end, with suggestions if it has not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def not_learned(
     more = f"raise training.epochs ({epochs:.3g}) or training.learning_rate ({rate:g})"
     if len(validated) > 1 and min(validated[1:]) > FALLEN * validated[0]:
         rose = validated[-1] > validated[0] / FALLEN
-        less = f"lower training.learning_rate ({rate:g}), and see whether validation and training data are of one kind"
+        less = (
+            f"lower training.learning_rate ({rate:g}), and check that validation and training data are of the same kind"
+        )
         found.append(
             f"the validation loss has not fallen: {validated[0]:.4f} before training, {min(validated[1:]):.4f} at "
             f"best: {less if rose else more}"
@@ -38,5 +40,5 @@ def not_learned(
             found.append(f"the training loss has not fallen: {first:.4f} at first, {last:.4f} at last: {more}")
     rows, unchanged = evaluation.get("rows", 0), evaluation.get("unchanged", 0)
     if rows >= FEW_ANSWERS and unchanged >= UNCHANGED * rows:
-        found.append(f"{unchanged} of {rows} answers are as before (evaluation.md): {more}")
+        found.append(f"{unchanged} of {rows} answers are unchanged (evaluation.md): {more}")
     return found

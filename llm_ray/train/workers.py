@@ -1,4 +1,4 @@
-"""What workers settle among themselves, over the process group that Ray Train set up (or alone, without one)."""
+"""Coordination among workers, over the process group that Ray Train set up (or without one, for a single worker)."""
 
 from __future__ import annotations
 

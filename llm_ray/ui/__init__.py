@@ -1,4 +1,4 @@
-"""The page: a FastAPI application of ours with Gradio under it, and a login in front of all of it.
+"""The page: our own FastAPI application with Gradio mounted in it, behind a login.
 
 llm-ray ui
 

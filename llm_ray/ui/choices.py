@@ -1,5 +1,4 @@
-"""What a person may choose from, by names that mean something: data (their own files, those of all, a hub id) and
-models."""
+"""The choices offered to a user, with readable names: data (their own files, shared files, a hub id) and models."""
 
 from __future__ import annotations
 
@@ -40,15 +39,14 @@ def data_source(site: Site, visitor: Visitor, choice: str | None) -> str:
     """What data.train has to be for a choice: a file's path or a hub id. Raises DataError."""
     choice = (choice or "").strip()
     if not choice:
-        raise DataError("Choose data, or send a file, on the screen Data")
+        raise DataError("Choose data, or upload a file, on the screen Data")
     for prefix, folder in ((_OWN, site.uploads.folder(visitor)), (_SHARED, Paths.of(site.home).data)):
         name = choice.removeprefix(prefix)
         if choice.startswith(prefix) and name and Path(name).name == name and (folder / name).exists():
             return str(folder / name)
     if choice.startswith((_OWN, _SHARED)) or not HUB_ID.fullmatch(choice):
         raise DataError(
-            f"{choice} is neither one of your files, nor in the data folder, nor a data set of the hub "
-            "(organisation/name)"
+            f"{choice} is neither one of your files, nor in the data folder, nor a hub data set (organisation/name)"
         )
     return choice
 
@@ -61,7 +59,7 @@ def data_choice(site: Site, visitor: Visitor, source: str) -> str:
             return prefix + path.name
     if path.is_absolute():
         raise DataError(
-            f"the conf names {path.name}, which is none of your files: send it on the screen Data, and choose it"
+            f"the conf names {path.name}, which is not one of your files: upload it on the screen Data, and choose it"
         )
     return source
 
@@ -90,7 +88,7 @@ def check_allowed(site: Site, visitor: Visitor, conf: FinetuneConf) -> None:
     paths = Paths.of(site.home)
     wrong = beyond(conf, [site.uploads.folder(visitor), paths.data, paths.models, paths.runs], paths)
     if wrong:
-        raise ConfError("; ".join(wrong) + ": this needs the role admin")
+        raise ConfError("; ".join(wrong) + ": this requires the role admin")
 
 
 def name_of_run(data: str, taken: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Numbers that may be left empty: Gradio's own field for numbers shows 0 for none."""
+"""Optional number fields: Gradio's own number field shows 0 when empty."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def whole(text: str | None, label: str, least: int = 1) -> int | None:
     """The number in the field, None where it is empty. Raises ConfError."""
     value = decimal(text, label, least)
     if value is not None and value != int(value):
-        raise ConfError(f"{label}: {value:g} is no whole number.")
+        raise ConfError(f"{label}: {value:g} is not an integer.")
     return None if value is None else int(value)
 
 
@@ -27,7 +27,7 @@ def decimal(text: str | None, label: str, least: float = 0, most: float = 1e12) 
     try:
         value = float(text)
     except ValueError:
-        raise ConfError(f"{label}: {text.strip()} is no number. Empty means that it is chosen for you.") from None
+        raise ConfError(f"{label}: {text.strip()} is not a number. Leave it empty for the default.") from None
     if not least <= value <= most:
         raise ConfError(f"{label}: {text.strip()} is not between {least:g} and {most:g}.")
     return value

@@ -1,5 +1,5 @@
-"""Tables and charts as HTML: drawn here, so that nothing is fetched, a screen reader can read them, and they follow
-light and dark."""
+"""Tables and charts as HTML: drawn here, so nothing is fetched, screen readers can read them, and they follow light and
+dark mode."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What stands before every path of the page: Host and Origin, the session, the routes of Gradio that are used, sizes,
-headers. Plain ASGI.
+"""Middleware in front of every path of the page: Host and Origin, the session, allowed Gradio routes, sizes, headers.
+Plain ASGI.
 
-Gradio has some fifty routes, of which a page needs a dozen. What is not named here is not there: its own login and
+Gradio has some fifty routes, of which a page needs a dozen. Everything not listed here is disabled: its own login and
 tokens, its API by name, monitoring, run history, deep links, proxies, MCP.
 """
 
@@ -132,7 +132,7 @@ class Guard:
         if not self._door.knows(host) or len(headers.getlist("host")) != 1:
             _LOG.warning(f"refused: Host {host!r} from {_client(scope)}")
             return PlainTextResponse(
-                "This page is not known under this name. Whoever runs it can add it: llm-ray ui --allow-host NAME\n",
+                "This page is not available under this name. Its operator can add it: llm-ray ui --allow-host NAME\n",
                 status_code=421,
             )
         allowed = origin is None and scope["method"] in _READ
@@ -198,7 +198,7 @@ class Guard:
             try:
                 content = json.loads(body)
             except (ValueError, RecursionError):
-                return receive, JSONResponse({"detail": "The request is no JSON."}, status_code=400)
+                return receive, JSONResponse({"detail": "The request is not JSON."}, status_code=400)
             refusal = self._look_into(content, session)
             if refusal is not None:
                 return receive, refusal

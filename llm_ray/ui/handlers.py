@@ -1,4 +1,4 @@
-"""What a screen does when something is clicked: each call asks for a role, wherever it comes from.
+"""Event handlers of the screens: every call requires a role, wherever it comes from.
 
     @handler(Role.USER)
     def greet(visitor: Visitor, name: str) -> str:
@@ -144,8 +144,8 @@ def _visitor(call: Handler, request: gr.Request) -> Visitor:
         raise gr.Error("You are signed out: load the page again.", title="Signed out", print_exception=False)
     if not session.visitor.role.covers(call.least):
         raise gr.Error(
-            f"This needs the role {call.least}; yours is {session.visitor.role}. An admin can change that: llm-ray ui "
-            "users role.",
+            f"This requires the role {call.least}; yours is {session.visitor.role}. An admin can change it: llm-ray "
+            "ui users role.",
             title="Not allowed",
             print_exception=False,
         )
@@ -166,7 +166,7 @@ def _explained(call: Handler) -> Iterator[None]:
         number = secrets.token_hex(4)
         _LOG.exception(f"{number}: {call.function.__qualname__}")
         raise gr.Error(
-            f"This is a defect of llm-ray, or of a library under it. The log of llm-ray ui has it under {number}.",
-            title="Defect",
+            f"This is a bug in llm-ray or in one of its libraries. In the log of llm-ray ui, see {number}.",
+            title="Internal error",
             print_exception=False,
         ) from error

@@ -1,4 +1,4 @@
-"""Signing in and out: plain pages of ours that need no script."""
+"""Signing in and out: plain pages without scripts."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ class Login:
         name, password, token, next = (form.get(field, "") for field in ("name", "password", "token", "next"))
         kept = request.cookies.get(self._form_cookie, "")
         if not kept or not hmac.compare_digest(kept.encode(), form.get("csrf", "").encode()):
-            return self._form("This form had expired: try again.", 403, next=next, name=name, token=token)
+            return self._form("This form has expired: try again.", 403, next=next, name=name, token=token)
         client = request.client.host if request.client else ""
         session: Session | None = None
         if token:
             if self._link and not self._users.any() and self._link.use(token):
                 session = self._sessions.begin(LOCAL, Role.ADMIN, "")
-            message = "This link has been used. llm-ray ui has printed a new one."
+            message = "This link has already been used. llm-ray ui has printed a new one."
         else:
             if wait := self._lockout.attempt(name, client):
                 text = f"Too many wrong passwords: try again in {wait} seconds."
@@ -89,7 +89,7 @@ class Login:
             if user:
                 self._lockout.succeeded(name, client)
                 session = self._sessions.begin(user.name, user.role, user.stamp)
-            message = "Name or password is wrong."
+            message = "Wrong name or password."
         if session is None:
             return self._form(message, 401, next=next, name=name)
         if request.state.session is not None:
@@ -135,10 +135,10 @@ class Login:
             f'<input type="hidden" name="{key}" value="{html.escape(value)}">' for key, value in hidden.items() if value
         )
         if token and self._link and not self._users.any():
-            asked = "<p>You came by the link that <code>llm-ray ui</code> printed.</p>"
+            asked = "<p>You opened the link that <code>llm-ray ui</code> printed.</p>"
         elif self._link and not self._users.any():
             asked, fields = (
-                "<p>There are no users yet: open the link that <code>llm-ray ui</code> printed where it runs.</p>",
+                "<p>There are no users yet: open the link that <code>llm-ray ui</code> printed on its host.</p>",
                 "",
             )
         else:

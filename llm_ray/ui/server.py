@@ -1,4 +1,4 @@
-"""The page's application, and the server that runs it until it is told to end."""
+"""The page's application, and the server that runs it until it is stopped."""
 
 from __future__ import annotations
 
@@ -78,13 +78,14 @@ def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Sc
     local = settings.loopback and not list_users(users)
     if not settings.loopback and not list_users(users):
         raise ConfError(
-            f"--host {settings.host} is reached from other machines, and there are no users yet: "
-            "llm-ray ui users add NAME --role admin makes the first. Without users the page stays on loopback"
+            f"--host {settings.host} can be reached from other machines, but there are no users yet: create the "
+            "first with llm-ray ui users add NAME --role admin. Without users the page stays on loopback"
         )
     tls = _context(settings)
     if not settings.loopback and not settings.secure:
         _LOG.warning(
-            "Without --tls-cert and --tls-key, passwords travel in the clear: only for a network that you trust"
+            "Without --tls-cert and --tls-key, passwords travel in plain text: use this only on a network that you "
+            "trust"
         )
     with _bound(settings) as listening:
         url = f"{'https' if tls else 'http'}://{_shown(settings)}:{listening.getsockname()[1]}"
@@ -238,7 +239,7 @@ def _context(settings: Settings) -> ssl.SSLContext | None:
     if settings.certificate is None and settings.key is None:
         return None
     if settings.certificate is None or settings.key is None:
-        raise ConfError("--tls-cert and --tls-key belong together: give both, or none")
+        raise ConfError("--tls-cert and --tls-key belong together: give both or neither")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(settings.certificate, settings.key, password=lambda: "")

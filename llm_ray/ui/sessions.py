@@ -1,5 +1,5 @@
-"""Who is signed in, and who tried too often. In the memory of one process: a page that is started anew asks everybody
-to sign in again."""
+"""Signed-in users, and failed sign-in attempts. Kept in the memory of one process: after a restart of the page,
+everybody has to sign in again."""
 
 from __future__ import annotations
 

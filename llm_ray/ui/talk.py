@@ -1,4 +1,4 @@
-"""A talk with one model or two: the turns, an answer while it is made, and how both are shown."""
+"""A conversation with one model or two: the turns, the answer being generated, and their display."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Generation:
         except asyncio.CancelledError:
             pass  # stopped
         except BaseException:
-            self._problem = "This is a defect of llm-ray; the log of llm-ray ui has it."
+            self._problem = "This is a bug in llm-ray; see the log of llm-ray ui."
             raise
         finally:
             self.done = True
@@ -169,14 +169,14 @@ def _figures(answer: Answer, first: float | None) -> str:
     if first is not None:
         found.append(f"first token after {first * 1000:,.0f} ms")
     if answer.finish_reason == "length":
-        found.append("cut off at the limit of tokens")
+        found.append("cut off at the token limit")
     return " · ".join(found)
 
 
 def _problem(error: LlmRayError) -> str:
     if getattr(error, "status", None) == 401:
         return (
-            "The endpoint asks for an API key, or does not take this one. Type one in the field API key under "
-            "Settings; an admin makes one on the screen Cluster."
+            "The endpoint requires an API key, or rejects this one. Enter one in the field API key under Settings; "
+            "an admin can create one on the screen Cluster."
         )
     return str(error)

@@ -1,5 +1,4 @@
-"""How the page looks: one theme, light and dark as the browser asks for, with the system's own fonts (nothing is
-fetched)."""
+"""The page's theme, light or dark following the browser, with the system's own fonts (nothing is fetched)."""
 
 from __future__ import annotations
 

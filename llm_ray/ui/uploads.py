@@ -1,5 +1,4 @@
-"""Files that people send: each person's apart from the others', and in Gradio's cache no longer than until a screen
-takes them.
+"""Uploaded files: kept apart per user, and in Gradio's cache only until a screen takes them.
 
 Gradio names a file in its cache by its contents: two people who send the same would share it, and whoever names a path
 gets the file. Here each upload has a folder of its own under its sender's, which nobody else may name.
@@ -56,7 +55,7 @@ class Uploads:
         send."""
         visitor: Visitor = request.state.visitor
         if not visitor.role.covers(Role.USER):
-            return JSONResponse({"detail": "Viewers send no files."}, status_code=403)
+            return JSONResponse({"detail": "Viewers cannot upload files."}, status_code=403)
         too_large = PlainTextResponse(
             f"The file is larger than {self.most_bytes / 2**20:,.0f} MiB, the limit of this page (llm-ray ui "
             "--max-upload-mib).",
@@ -110,7 +109,7 @@ class Uploads:
         """
         source = Path(os.path.realpath(path))
         if not source.is_relative_to(os.path.realpath(self._folder(visitor.name))) or not source.is_file():
-            raise DataError(f"{name or Path(path).name} is no longer there: send it again")
+            raise DataError(f"{name or Path(path).name} no longer exists: upload it again")
         folder = self.folder(visitor)
         wanted = Path(harmless_name(name or source.name))
         for number in range(1, 10_000):
@@ -129,7 +128,7 @@ class Uploads:
     def drop(self, visitor: Visitor, path: Path) -> None:
         """Delete a file that was taken. Raises DataError where it is none of the visitor's."""
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder(visitor))):
-            raise DataError(f"{Path(path).name} is none of your files")
+            raise DataError(f"{Path(path).name} is not one of your files")
         Path(path).unlink(missing_ok=True)
 
     def folder(self, visitor: Visitor) -> Path:

@@ -1,4 +1,4 @@
-"""Who may use the page: a file of names, roles and slow hashes of passwords.
+"""Users of the page: a file of names, roles and slow password hashes.
 
 llm-ray ui users add alice --role admin
 """
@@ -91,7 +91,7 @@ def add_user(path: Path, name: str, password: str, role: Role) -> User:
     check_password(password)
     with _file(path).writing() as users:
         if name in users:
-            raise UserError(f"there is a user called {name} already: llm-ray ui users role or password changes them")
+            raise UserError(f"a user called {name} already exists: change it with llm-ray ui users role or password")
         users[name] = User(name, role, _HASHER.hash(password), _stamp(), time.time())
         return users[name]
 
@@ -162,8 +162,8 @@ def check_password(password: str) -> None:
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or name == LOCAL:
         raise ConfError(
-            f"{name!r} cannot be a user's name: lower-case letters, digits, - and _, at most one dot within, 32 "
-            f"characters, and not {LOCAL!r}"
+            f"{name!r} is not a valid user name: use at most 32 lower-case letters, digits, - and _, with at most "
+            f"one dot inside, and not {LOCAL!r}"
         )
 
 
@@ -180,7 +180,7 @@ def _file(path: Path) -> PrivateFile[User]:
 
 def _known(users: dict[str, User], name: str) -> User:
     if name not in users:
-        raise UserError(f"there is no user called {name}; there are: {', '.join(users) or 'none'}")
+        raise UserError(f"no user called {name}; there are: {', '.join(users) or 'none'}")
     return users[name]
 
 

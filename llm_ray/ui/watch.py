@@ -1,4 +1,4 @@
-"""What the page knows of the cluster: one look every few seconds, for everybody who has the page open."""
+"""The page's view of the cluster, refreshed every few seconds for all open pages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Watch:
             self._changed.wait_for(
                 lambda: self._seen is not None and (not fresh or self._seen.at >= now), timeout=2 * _LOOK_TIMEOUT
             )
-            return self._seen or Seen(None, "it has not been reached yet")
+            return self._seen or Seen(None, "it has not answered yet")
 
     def _look(self) -> None:
         while True:
@@ -84,8 +84,8 @@ class Watch:
         except LlmRayError as error:
             return Seen(None, str(error), at)
         except Exception:
-            _LOG.exception("looking at the cluster")
-            return Seen(None, "the log of llm-ray ui has the reason", at)
+            _LOG.exception("checking the cluster")
+            return Seen(None, "see the log of llm-ray ui", at)
 
 
 # Of the other process, in which `look` is called.

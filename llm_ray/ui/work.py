@@ -1,5 +1,5 @@
-"""Long work that people start on the page: it goes on whoever looks, in processes beside the page, and everybody sees
-how far it is."""
+"""Long-running work started on the page: it runs in separate processes, whoever is watching, and everybody sees its
+progress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Work:
     began: float = field(default_factory=time.time)
     ended: float | None = None
     lines: list[str] = field(default_factory=list)
-    now: str = "waits for what was started before it"
+    now: str = "waits for earlier actions"
     problem: str = ""
     result: Any = None
 

@@ -140,7 +140,7 @@ def operations_failed(result: Mapping[str, Any], check: str, host: str) -> list[
     for one in failed:
         reason = str(one.get("stderr") or one.get("msg") or "failed").strip().splitlines()[-1].removeprefix(f"{host}: ")
         found, _, fix = reason.rpartition(": ") if one.get("assertion") else (reason, "", "")
-        fix = fix if found and fix else f"ansible-playbook site.yml --limit {host} heals it"
+        fix = fix if found and fix else f"repair it with ansible-playbook site.yml --limit {host}"
         findings.append({"check": check, "host": host, "result": "failed", "found": found or reason, "fix": fix})
     return findings
 

@@ -57,7 +57,7 @@ class Found:
     packed: float | None
 
     def line(self, kind: str) -> str:
-        note = "; beside longer rows it computes rows otherwise, as it is" if kind in PADDING else ""
+        note = "; next to longer rows its logits differ even when padded" if kind in PADDING else ""
         return f"| {kind} | {'packed' if not self.why_not else f'padded: {self.why_not}{note}'} | {'blockwise' if self.blockwise else 'its own'} |"
 
 
@@ -107,7 +107,8 @@ def write() -> None:
     ]
     left = ", ".join(sorted(LARGE | OTHERS))
     PAGE.write_text(
-        head + "\n".join(lines) + f"\n\nNot looked at, for they cannot be made small: {left}.\n", encoding="utf-8"
+        head + "\n".join(lines) + f"\n\nNot checked, because no small model of them can be made: {left}.\n",
+        encoding="utf-8",
     )
 
 

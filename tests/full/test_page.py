@@ -85,7 +85,7 @@ def test_from_a_dropped_file_to_an_answer_that_the_base_does_not_give(
     shutil.copy(DATA / "train.jsonl", rows)
     tab.set_input_files("input[type=file]", rows)
     expect(tab.locator("#data-rows pre mark").first).to_be_visible(timeout=3 * MINUTE)
-    expect(tab.get_by_label("Model whose tokens are counted")).to_have_value(BASE)
+    expect(tab.get_by_label("Model for counting tokens")).to_have_value(BASE)
     picture(tab, "data")
 
     tab.get_by_role("link", name="Train on this data").click()
@@ -112,7 +112,7 @@ def test_from_a_dropped_file_to_an_answer_that_the_base_does_not_give(
     picture(tab, "deploy")
 
     tab.goto(f"{page.url}/runs?run=handbook")
-    tab.get_by_role("button", name="Ask it beside its base").click()
+    tab.get_by_role("button", name="Compare it with its base").click()
     tab.wait_for_url(f"**/ask?model=handbook&beside={BASE}", timeout=6 * MINUTE)
     expect(tab.get_by_label("Beside it")).to_have_value(BASE, timeout=MINUTE)
     tab.get_by_role("button", name="Settings").click()

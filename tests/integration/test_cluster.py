@@ -167,7 +167,7 @@ def _made(nodes: list[int]) -> Cluster:
         (
             [8, 4],
             Runtime(workers=1, hosts=("b", "d", "10.0.0.9")),
-            r"runtime\.hosts names d, 10\.0\.0\.9, and Ray has no such node; it has a, b",
+            r"runtime\.hosts names d, 10\.0\.0\.9, but Ray has no such node; it has a, b",
         ),
     ],
 )

@@ -169,7 +169,9 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     command.interrupt()
     code, seen = command.ends()
     assert code == 130
-    assert re.search(r"stopped at step \d of 8 as asked, with a checkpoint. The same command goes on from there", seen)
+    assert re.search(
+        r"stopped at step \d of 8 as requested, with a checkpoint. Run the same command to continue from there", seen
+    )
     assert bench.state() == "stopped"
     bench.assert_nothing_left()
     reached = bench.steps()
@@ -182,7 +184,7 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     code, seen = command.ends()
     assert (code, bench.state()) == (130, "stopped")
     assert "prepare: done before" in seen
-    assert f"going on from the checkpoint of step {reached[-1]}" in seen
+    assert f"resuming from the checkpoint of step {reached[-1]}" in seen
     bench.assert_nothing_left()
     reached = bench.steps()
 
@@ -236,7 +238,7 @@ def test_stopped_by_another_process(bench: Bench) -> None:
 
     code, seen = bench.start().ends()
     assert code == 0
-    assert f"going on from the checkpoint of step {reached}" in seen
+    assert f"resuming from the checkpoint of step {reached}" in seen
     assert bench.steps() == list(range(1, 25))
     bench.assert_nothing_left()
 
@@ -281,7 +283,7 @@ def test_a_full_disk(bench: Bench) -> None:
         filling.unlink()
         code, seen = bench.start().ends()
         assert code == 0
-        assert f"going on from the checkpoint of step {int(kept.name[5:])}" in seen
+        assert f"resuming from the checkpoint of step {int(kept.name[5:])}" in seen
         assert bench.steps() == list(range(1, 9))
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
@@ -301,7 +303,7 @@ def test_a_full_disk(bench: Bench) -> None:
         (
             "half a model",
             1,
-            r"half/model.safetensors is damaged or cut off \(1,000,000 bytes.*copy or download the model again",
+            r"half/model.safetensors is damaged or truncated \(1,000,000 bytes.*copy or download the model again",
         ),
     ],
 )
@@ -339,7 +341,7 @@ def test_a_worker_without_memory(bench: Bench) -> None:
     code, seen = bench.start(RAY_memory_usage_threshold="0.001", RAY_memory_monitor_refresh_ms="500").ends()
     assert code == 1
     assert re.search(
-        r"ended because the host \S+ \(\S+ used / \S+\) ran out of memory. Lower training.micro_batch_tokens or data.max_length",
+        r"killed because the host \S+ \(\S+ used / \S+\) ran out of memory. Lower training.micro_batch_tokens or data.max_length",
         seen,
     ), seen
     assert len(seen.splitlines()) < 12, seen
@@ -359,7 +361,8 @@ def test_a_worker_that_dies_too_often_and_ways_on_from_a_damaged_checkpoint(benc
     code, seen = command.ends()
     assert code == 1
     assert re.search(
-        r"worker 0 of trial died: .*the same command goes on.*This was failure 2; runtime.max_failures is 1", seen
+        r"worker 0 of trial died: .*run the same command to continue.*This was failure 2; runtime.max_failures is 1",
+        seen,
     ), seen
     assert bench.state() == "failed"
     bench.assert_nothing_left()
@@ -390,7 +393,7 @@ def test_a_worker_that_dies_too_often_and_ways_on_from_a_damaged_checkpoint(benc
     code, seen = bench.start("--set", "training.seed=7").ends()
     assert (code, "training.seed: 42 -> 7" in seen) == (1, True), seen
     code, seen = bench.start().ends()
-    assert (code, "train: done before with the same inputs, skipped" in seen) == (0, True), seen
+    assert (code, "train: already done with the same inputs, skipped" in seen) == (0, True), seen
     code, seen = bench.start("--force", "--set", "training.max_steps=1").ends()
     assert (code, bench.steps()) == (0, [1])
     assert len(list((bench.runs / "trial").glob("checkpoint.*"))) == 2

@@ -142,7 +142,7 @@ def test_the_same_again_is_skipped_and_another_conf_refused(
 ) -> None:
     command = ("finetune", "--config", "codes.yaml.j2", "--set", f"model={smollm2}")
     again = llm_ray(home, *command)
-    assert again.stderr.count("done before with the same inputs, skipped") == 4
+    assert again.stderr.count("already done with the same inputs, skipped") == 4
     refused = llm_ray(home, *command, "--set", "training.max_steps=5", code=1)
     assert "training.max_steps" in refused.stderr
     assert "--force" in refused.stderr
@@ -177,7 +177,7 @@ def test_what_learns_of_tied_embeddings_is_told_in_our_words(home: Path, smollm2
     options = [part for setting in (f"model={smollm2}", *settings) for part in ("--set", setting)]
     for more in (["--dry-run"], []):
         done = llm_ray(home, "finetune", "--config", "codes.yaml.j2", *options, *more)
-        assert "embeddings, which share their weights, learn apart" in done.stdout + done.stderr
+        assert "embeddings share their weights but are trained separately" in done.stdout + done.stderr
 
 
 def test_a_dry_run_starts_nothing_and_says_what_would_be(home: Path, smollm2: Path) -> None:

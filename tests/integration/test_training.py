@@ -257,7 +257,7 @@ def test_training_ends_early_when_validation_no_longer_improves(
     )
     outcome = run(conf, cluster)
     assert outcome["status"] == "done"
-    assert "ended early" in outcome["reason"]
+    assert "stopped early" in outcome["reason"]
     assert len(losses(conf)) == 3  # the first counts as an improvement on nothing
 
 
@@ -290,5 +290,5 @@ def test_half_a_model_folder_is_told_at_once(
             file.read_bytes()[:1_000_000] if file.suffix == ".safetensors" else file.read_bytes()
         )
     conf = make("half", model={"base": str(half)}, runtime={"max_failures": 3})
-    with pytest.raises(TrainError, match=r"damaged or cut off.*worker 0 on"):
+    with pytest.raises(TrainError, match=r"damaged or truncated.*worker 0 on"):
         run(conf, cluster)

@@ -165,7 +165,7 @@ def test_validate_names_a_host_that_is_not_read(watched: Cluster) -> None:
     worker.ssh("systemctl stop llm-ray-node-exporter")
     eventually("still read", 60, lambda: query(watched, 'up{job="node", host="worker1"} == 1'))
     failed = watched.play("monitoring_validate.yml", "--check", ok=False)
-    assert "Prometheus does not read node of worker1" in failed.output
+    assert "Prometheus does not scrape node of worker1" in failed.output
     worker.ssh("systemctl start llm-ray-node-exporter")
 
 

@@ -49,7 +49,7 @@ def test_a_worker_stays_when_the_head_is_not_reached(cluster: Cluster) -> None:
     finally:
         cluster.head.plug()
     assert run.code != 0
-    assert "head is not reached, and it ends the node's work: nothing was changed" in " ".join(
+    assert "head is unreachable, but it must drain the node: nothing was changed" in " ".join(
         run.output.replace("''", "'").split()
     )
     assert run.changed == 0
@@ -130,7 +130,7 @@ ray.get(work.remote())
         == "/srv/llm-ray/runs/ended"
     )
     cluster.head.ssh("rm /srv/llm-ray/runs/began /srv/llm-ray/runs/ended")
-    assert "take it out of ray_workers" in " ".join(run.output.split())
+    assert "remove it from ray_workers" in " ".join(run.output.split())
     assert leaving.ssh(_PARTS, check=False).stdout == ""
     assert leaving.ssh("pgrep -u 1200; getent passwd ray; nft list table inet llm_ray", check=False).stdout == ""
     others = [host for host in cluster.nodes if host is not leaving]

@@ -291,7 +291,7 @@ def test_what_is_wrong_with_the_hosts_comes_in_one_list(cluster: Cluster) -> Non
     assert run.changed == 0
     assert re.search(r"all: cores = \d+: cores: at least 999 are needed", run.output)
     assert re.search(r"all: ray_node_object_store_gib = 4000.0: larger than /dev/shm", run.output)
-    assert re.search(rf"{second.name}: ray_node_metrics_export_port = 7383: port 7383 is taken by python3", run.output)
+    assert re.search(rf"{second.name}: ray_node_metrics_export_port = 7383: port 7383 is used by python3", run.output)
     assert f"{first.name}: ray_node_metrics_export_port" not in run.output
     assert run.output.count("FAILED") == 1 or run.output.count("fatal: ") == 1
 

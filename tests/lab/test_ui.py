@@ -253,7 +253,7 @@ def test_the_one_who_has_its_port_is_named(made: Made, first: lab_cluster.Run) -
     finally:
         head.ssh("systemctl stop squatter")
     assert re.search(
-        r"head: page_port = 7860: the port is taken by python3 \(process \d+\)", " ".join(refused.output.split())
+        r"head: page_port = 7860: the port is used by python3 \(process \d+\)", " ".join(refused.output.split())
     )
     assert [line for line in made.play().changes() if "Start and enable the page" not in line] == []
 

@@ -120,7 +120,7 @@ def test_a_finetune_runs_on_both_hosts_and_shows_its_progress(cluster: Cluster, 
 def test_a_second_run_copies_nothing_and_does_nothing_again(cluster: Cluster, work: Workflow, made: Run) -> None:
     again = cluster.play("finetune.yml", *work.finetune("codes"))
     assert again.changes() == ["ray_job : Submit the job or attach to the same one: [head]"]
-    assert "train: done before with the same inputs, skipped" in again.output
+    assert "train: already done with the same inputs, skipped" in again.output
 
 
 @pytest.mark.long
@@ -142,7 +142,7 @@ def test_two_terminals_see_one_job_and_a_third_stops_it_resumably(cluster: Clust
         first.kill()
         second.kill()
     assert sorted("finetune-long-1: runs already" in said for said in outputs) == [False, True]
-    assert all("was stopped, with a checkpoint to go on from" in " ".join(said.split()) for said in outputs)
+    assert all("was stopped with a checkpoint" in " ".join(said.split()) for said in outputs)
     steps = work.steps("long")
     assert work.told("long")["state"] == "stopped"
     assert "no job of long runs" in cluster.play("finetune.yml", *long, "-e", "cancel=true").output
@@ -185,7 +185,7 @@ def test_with_a_host_lost_in_mid_training_the_run_ends_on_what_is_left(cluster: 
         lost.plug()
         run.kill()
     assert run.returncode == 0, output[-6000:]
-    assert re.search(r"1 worker\(s\) go on from the checkpoint of step \d+", output), output[-6000:]
+    assert re.search(r"1 worker\(s\) continue from the checkpoint of step \d+", output), output[-6000:]
     assert work.told("lossy")["state"] == "done"
     lost.ssh("systemctl restart llm-ray-worker")
     cluster.wait_for_nodes(cluster.nodes)
@@ -299,7 +299,7 @@ def test_a_worker_that_holds_a_replica_leaves_and_comes_back_while_clients_ask(
 def test_a_model_is_taken_away_and_does_not_come_back(cluster: Cluster, served: Run) -> None:
     wrong = cluster.play("serve_stop.yml", "-e", "model=codez", ok=False)
     assert wrong.code != 0
-    assert "no model codez is served here; there are: codes" in _words(wrong)
+    assert "no model codez is served here; served are: codes" in _words(wrong)
     assert cluster.play("serve_stop.yml", ok=False).code != 0
     cluster.play("serve_stop.yml", "-e", "all=true")
     assert "no applications" in cluster.play("status.yml").output

@@ -56,7 +56,7 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
     if not colon or not path or not cls_name:
         nearest = nearest_names(name, SHIPPED)
         raise ConfError(
-            f"data.processor: there is no processor {name!r}; shipped are {', '.join(SHIPPED)}; your own is "
+            f"data.processor: no processor {name!r}; built in are {', '.join(SHIPPED)}; write your own as "
             "package.module:Class or ./file.py:Class" + (f" (did you mean {nearest[0]}?)" if nearest else "")
         )
     module = _module(path)
@@ -162,8 +162,8 @@ def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
         for value in processor(values()):
             if not isinstance(value, dict):
                 raise TypeError(
-                    "__call__(self, rows) takes an iterator of rows and yields rows (dict), but a "
-                    f"{type(value).__name__} came"
+                    "__call__(self, rows) takes an iterator of rows and must yield rows (dict), but yielded a "
+                    f"{type(value).__name__}"
                 )
             json.dumps(
                 value, ensure_ascii=False, default=repr
@@ -202,4 +202,4 @@ def _module(path: str) -> ModuleType:
     except ConfError:
         raise
     except Exception as error:  # importing runs a user's own code
-        raise ConfError(f"data.processor: {path} does not import: {type(error).__name__}: {error}") from error
+        raise ConfError(f"data.processor: {path} cannot be imported: {type(error).__name__}: {error}") from error

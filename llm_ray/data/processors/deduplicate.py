@@ -1,4 +1,4 @@
-"""Rows that were there before, dropped."""
+"""Drops repeated rows."""
 
 from __future__ import annotations
 

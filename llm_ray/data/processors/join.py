@@ -1,4 +1,4 @@
-"""Short texts, such as the lines of a .txt file, joined into longer ones that keep their context."""
+"""Joins short texts, such as the lines of a .txt file, into longer ones that keep their context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""WikiText (Merity et al. 2016, arXiv:1609.07843): its lines joined into articles, its tokenization undone."""
+"""WikiText (Merity et al. 2016, arXiv:1609.07843): joins its lines into articles and undoes its tokenization."""
 
 from __future__ import annotations
 

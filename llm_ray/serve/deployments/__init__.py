@@ -1,1 +1,1 @@
-"""Deployments: what is to be served, whether there is room for it, and bringing it onto Ray Serve and off it."""
+"""Deployments: what to serve, whether there is room for it, and deploying and removing it on Ray Serve."""

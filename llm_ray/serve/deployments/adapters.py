@@ -1,4 +1,4 @@
-"""LoRA adapters: finding one by what the conf calls it, and whether it belongs to the model that it is to be served on.
+"""LoRA adapters: finds them by their names in the conf, and checks that they belong to the model they are served on.
 
 An adapter holds differences from the weights of one model. On any other it answers nonsense, or ends the engine, so
 that it is refused before anything is loaded: where its layers are not those of the model, or where it is known to have
@@ -60,8 +60,8 @@ def find_adapter(name: str, called: str, paths: Paths) -> Path:
             if not (place / WEIGHTS).is_file():
                 if pickles := sorted([*place.glob("adapter_model.bin"), *place.glob("adapter_model.pt")]):
                     raise ModelError(
-                        f"adapter {name}: {place} has its weights as pickle ({pickles[0].name}), which may run code "
-                        "when it is read. Where you trust them, write them as safetensors with peft's save_pretrained, "
+                        f"adapter {name}: {place} stores its weights as pickle ({pickles[0].name}), which can run "
+                        "code when loaded. If you trust them, save them as safetensors with peft's save_pretrained, "
                         "and use that folder"
                     )
                 raise ModelError(f"adapter {name}: {place} has no {WEIGHTS}: copy the adapter again")
@@ -84,7 +84,7 @@ def adapter_rank(name: str, folder: Path) -> int:
     fitting = [rank for rank in _RANKS if rank >= highest]
     if not fitting:
         raise ModelError(
-            f"adapter {name}: {folder} is of rank {highest}, and {_RANKS[-1]} is the most that can be served: {_MERGED}"
+            f"adapter {name}: {folder} has rank {highest}, but at most {_RANKS[-1]} can be served: {_MERGED}"
         )
     return fitting[0]
 
@@ -96,23 +96,23 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
     """
     config = read_json(folder / CONFIG)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise ModelError(f"adapter {name}: {folder} is of type {kind}, and LORA alone is served: {_MERGED}")
+        raise ModelError(f"adapter {name}: {folder} is of type {kind}, but only LORA can be served: {_MERGED}")
     beyond = [setting for setting in _BEYOND if config.get(setting)]
     if config.get("bias", "none") != "none":
         beyond.append("bias")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _PLAIN_INITS:
-        beyond.append(f"init_lora_weights: {start}, with which the model's own weights change,")
+        beyond.append(f"init_lora_weights: {start}, which changes the model's own weights,")
     made_on = (config.get("auto_mapping") or {}).get("base_model_class")
     kinds = read_json(base / "config.json").get("architectures") or []
     if made_on and kinds and made_on not in kinds and made_on.endswith("ForCausalLM"):
         raise ModelError(
-            f"adapter {name}: {folder} was made for a {made_on} ({CONFIG}), and the model in {base} is a {kinds[0]}: "
+            f"adapter {name}: {folder} was made for a {made_on} ({CONFIG}), but the model in {base} is a {kinds[0]}: "
             f"{_MERGED}"
         )
     if beyond:
         raise ModelError(
-            f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which is not served as an adapter: "
+            f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which cannot be served as an adapter: "
             f"{_MERGED}"
         )
     _check_layers(name, folder, base, config)
@@ -132,16 +132,16 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
             _check_size(name, folder, base, copy["layer"], shape, shapes, wanted)
         else:
             raise ModelError(
-                f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is no matrix of plain LoRA and is not served "
-                f"as an adapter: {_MERGED}"
+                f"adapter {name}: {folder / WEIGHTS} has {tensor}, which is not a plain LoRA matrix and cannot be "
+                f"served as an adapter: {_MERGED}"
             )
     matching = 0
     for layer, sides in parts.items():
         if not {"A", "B"} <= sides.keys():
-            raise ModelError(f"adapter {name}: {folder / WEIGHTS} has half of {layer} only: copy the adapter again")
+            raise ModelError(f"adapter {name}: {folder / WEIGHTS} has only half of {layer}: copy the adapter again")
         if "experts" in layer.split("."):
             raise ModelError(
-                f"adapter {name}: {folder} changes experts ({layer}), which vLLM computes with adapters on GPUs alone: "
+                f"adapter {name}: {folder} changes experts ({layer}), which vLLM supports in adapters only on GPUs: "
                 f"{_MERGED}, or train without experts (tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj])"
             )
         has = _check_size(name, folder, base, layer, (sides["B"][0], sides["A"][1]), shapes, wanted)
@@ -151,7 +151,7 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
             )
         matching += has
     if not matching and "quantization_config" not in read_json(base / "config.json"):
-        raise ModelError(f"adapter {name}: {folder} changes nothing that the model in {base} has; {wanted}")
+        raise ModelError(f"adapter {name}: {folder} changes nothing in the model in {base}; {wanted}")
 
 
 def _check_size(
@@ -162,8 +162,8 @@ def _check_size(
     if has and size not in has and size[::-1] not in has:
         sizes = " or ".join(f"{a} x {b}" for a, b in sorted(has))
         raise ModelError(
-            f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} of {size[0]} x "
-            f"{size[1]} numbers, which the model has with {sizes}; {wanted}"
+            f"adapter {name}: {folder} does not belong to the model in {base}: it changes {layer} with {size[0]} x "
+            f"{size[1]} numbers, but the model's has {sizes}; {wanted}"
         )
     return bool(has)
 
@@ -197,7 +197,7 @@ def _shapes(file: Path, whose: str = "") -> dict[str, _Shape]:
         with safe_open(file, framework="numpy") as tensors:
             return {tensor: tuple(tensors.get_slice(tensor).get_shape()) for tensor in tensors.offset_keys()}
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{whose}{file} is damaged or cut off ({error}): copy it again") from error
+        raise ModelError(f"{whose}{file} is damaged or truncated ({error}): copy it again") from error
 
 
 def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], paths: Paths) -> str | None:
@@ -208,8 +208,9 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
     if trained and trained.get("fingerprint") and not trained.get("gguf_file"):
         if trained["fingerprint"] != fingerprint(base):
             raise ModelError(
-                f"adapter {name}: it was trained on {trained['base']}, and the model in {base} is another, or has "
-                f"other weights by now: serve it on the model that it was trained on, or {_MERGED} ({run.parent.name})"
+                f"adapter {name}: it was trained on {trained['base']}, but the model in {base} is a different one, "
+                f"or its weights have changed: serve it on the model it was trained on, or {_MERGED} "
+                f"({run.parent.name})"
             )
         return None
     origin = str(config.get("base_model_name_or_path") or "")
@@ -218,12 +219,16 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
         if (place / "config.json").is_file():
             if _weights_digest(place) != _weights_digest(base):
                 raise ModelError(
-                    f"adapter {name}: {folder} was made for the model in {place} ({CONFIG}: base_model_name_or_path), "
-                    f"and the one in {base} has other weights: serve it on that one, or {_MERGED}"
+                    f"adapter {name}: {folder} was made for the model in {place} ({CONFIG}: "
+                    f"base_model_name_or_path), but the one in {base} has other weights: serve it on the former, or "
+                    f"{_MERGED}"
                 )
             return None
     if origin and origin.replace("/", "--") != base.name and named.name != base.name.rpartition("--")[2]:
-        return f"adapter {name}: made for {origin} ({CONFIG}), which {base.name} is taken for: its answers are right on that model alone"
+        return (
+            f"adapter {name}: made for {origin} ({CONFIG}), assumed to be {base.name}: its answers are correct only "
+            "on that model"
+        )
     return None
 
 

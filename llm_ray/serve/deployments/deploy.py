@@ -1,4 +1,4 @@
-"""Deploying models on the connected Ray, changing them, and taking them away; each leaves the others alone.
+"""Deploys, changes and removes models on the connected Ray, each independently of the others.
 
 with local.connected(conf.runtime, home, reporter, begin=True):
     endpoint = deploy(models, conf.endpoint, home, reporter)
@@ -118,8 +118,8 @@ def stop(names: Sequence[str], reporter: Reporter) -> None:
         if unknown := [name for name in names if name not in deployed_now]:
             adapters = {adapter: name for name, entry in deployed_now.items() for adapter in entry.model.adapters}
             if unknown[0] in adapters:
-                raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that without it")
-            raise ServeError(f"no model {unknown[0]} is served here; there are: {', '.join(deployed_now) or 'none'}")
+                raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that model without it")
+            raise ServeError(f"no model {unknown[0]} is served here; served are: {', '.join(deployed_now) or 'none'}")
         reporter.line(f"Stopping {', '.join(names)}.")
         _delete([directory.app_name(name) for name in names], reporter)
 
@@ -216,7 +216,7 @@ def start_endpoint(endpoint: Endpoint) -> str:
     if (http.host, http.port) != (endpoint.host, endpoint.port):
         raise ServeError(
             f"Ray Serve runs already and answers at {http.host}:{http.port}, not at {endpoint.host}:{endpoint.port}: "
-            "leave endpoint.host and endpoint.port as they are, or stop it first (llm-ray serve stop --all)"
+            "keep endpoint.host and endpoint.port, or stop it first (llm-ray serve stop --all)"
         )
     return _url(http)
 
@@ -401,9 +401,7 @@ def _delete(apps: Sequence[str], reporter: Reporter) -> None:
         while left := [app for app in apps if app in serve.status().applications]:
             bar.update(len(apps) - len(left), len(apps), f"{time.monotonic() - began:.0f} s")
             if time.monotonic() - began > within:
-                raise ServeError(
-                    f"{', '.join(left)} did not stop within {within:.0f} s: llm-ray serve status tells more"
-                )
+                raise ServeError(f"{', '.join(left)} did not stop within {within:.0f} s: see llm-ray serve status")
             time.sleep(_POLL)
         bar.update(len(apps), len(apps))
 
@@ -419,8 +417,8 @@ def _check_names(models: Sequence[ServedModel], before: dict[str, Deployed]) -> 
         for called in (model.name, model.name.replace("/", "--"), *model.adapters):
             if called in owner and owner[called] != model.name:
                 raise ServeError(
-                    f"the name {called} is taken by the deployed model {owner[called]}: choose another, or stop that "
-                    "one first"
+                    f"the name {called} is used by the deployed model {owner[called]}: choose another, or stop that "
+                    "model first"
                 )
 
 
@@ -438,7 +436,7 @@ def _restore(
     new = {directory.app_name(model.name): model.name for model in changed if model.name not in before}
     if left := _take_back(list(new), _AT_ONCE if interrupted else _GRACE):
         names = " ".join(new[app] for app in left)
-        reporter.line(f"  {names} could not be taken back: llm-ray serve stop {names}")
+        reporter.line(f"  {names} could not be undone: llm-ray serve stop {names}")
 
 
 def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
@@ -503,9 +501,9 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                     d.message for app in wanted if app in apps for d in apps[app].deployments.values()
                 ).strip()
                 raise ServeError(
-                    f"{', '.join(waiting)} did not start within {timeout:.0f} s: give more time (--timeout), or see "
-                    f"llm-ray serve logs {names[0] if names else 'gateway'}"
-                    + (f". The last word: {tell_reason(reasons)}" if reasons else "")
+                    f"{', '.join(waiting)} did not start within {timeout:.0f} s: raise --timeout, or see llm-ray "
+                    f"serve logs {names[0] if names else 'gateway'}"
+                    + (f". Last message: {tell_reason(reasons)}" if reasons else "")
                 )
             time.sleep(_POLL)
 

@@ -1,5 +1,5 @@
-"""The desired state of a cluster's serving, as confs have described it: from this the endpoint comes back when Ray's
-head has started anew.
+"""The desired state of a cluster's serving, as described by confs: the endpoint is restored from it after a restart of
+Ray's head.
 
 llm-ray serve restore     # on the head, after each start: the unit llm-ray-serve does it
 
@@ -70,8 +70,8 @@ def desired_confs(file: Path) -> list[ServeConf]:
             )
         except (ValidationError, KeyError, TypeError) as error:
             raise ServeError(
-                f"{file}: what is kept of the model {name} cannot be read by this version: deploy it again "
-                f"(llm-ray serve deploy), or stop it (llm-ray serve stop {name}). ({str(error).splitlines()[0]})"
+                f"{file}: the saved model {name} cannot be read by this version: deploy it again (llm-ray serve "
+                f"deploy), or stop it (llm-ray serve stop {name}). ({str(error).splitlines()[0]})"
             ) from error
     return found
 
@@ -89,7 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ServeError(
-            f"{file} cannot be read: {error}: mend it, or move it away and deploy the models again"
+            f"{file} cannot be read: {error}: repair it, or move it away and deploy the models again"
         ) from error
     return found if isinstance(found, dict) else {}
 
@@ -104,5 +104,6 @@ def _changing(file: Path) -> Iterator[dict[str, Any]]:
             file.with_name(_EARLIER).unlink(missing_ok=True)
     except OSError as error:
         raise ServeError(
-            f"{file} cannot be written: {error.strerror or error}: the models would not come back with Ray's head"
+            f"{file} cannot be written: {error.strerror or error}: the models would not be restored after a restart "
+            "of Ray's head"
         ) from error

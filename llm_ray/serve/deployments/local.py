@@ -1,4 +1,4 @@
-"""Serving on this machine: a Ray of its own in the background, which one command starts and others join.
+"""Serving on this machine: a separate Ray in the background, which one command starts and others join.
 
 python -m llm_ray.serve.deployments.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress,
 and ends it
@@ -77,7 +77,7 @@ def start(home: Path, reporter: Reporter, timeout: float = 120) -> LocalRay:
     """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
     found = running(home)
     if found and found.ending:
-        reporter.line("What was served here is being stopped; waiting for its last answers.")
+        reporter.line("The previous deployment is stopping; waiting for its last answers.")
         end(found)
     elif found:
         return found

@@ -1,4 +1,4 @@
-"""What the replicas of a model have logged, from every host of the cluster: those that run and those that failed."""
+"""Logs of a model's replicas from every host of the cluster, both running and failed ones."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
                 continue
             found.update({key: (node["NodeManagerHostname"], *value) for key, value in texts.items()})
         if not nodes:
-            raise ServeError(f"there is nothing more to read of {name}: its Ray has ended")
+            raise ServeError(f"no more logs of {name}: its Ray has ended")
         if not found and not offsets:
             raise ServeError(f"{name} has no logs here: llm-ray serve status shows what is deployed")
         for key, (host, offset, text) in found.items():

@@ -1,5 +1,4 @@
-"""From a serve conf to models as they will be served, and whether the cluster has room for them: all that can be told
-before loading.
+"""Plans a serve conf: the models' parameters, and whether the cluster has room for them, all before loading.
 
 models = plan(conf, reporter)     # folders, arithmetic and memory; ModelError for what cannot be served
 place(models, nodes, deployed)    # cores; ServeError with the figures where there is no room
@@ -98,8 +97,7 @@ def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     length = asked.max_model_len or min(longest(path, None), most or DEFAULT_MAX_MODEL_LEN)
     if most and length > most:
         raise ModelError(
-            f"models.{name}.max_model_len is {length}, but the model was made for {most} tokens: ask for at most so "
-            "many"
+            f"models.{name}.max_model_len is {length}, but the model supports {most} tokens: set at most that"
         )
     cache = int(asked.kv_cache_gib * _GIB) if asked.kv_cache_gib else kv_cache_bytes(path, precision, length)
     size = SIZES.get(weights.dtype, 4.0) if converts else SIZES[precision]
@@ -200,15 +198,16 @@ def _check_kind(asked: ModelServing, engine: EngineName, path: Path) -> None:
     if kind not in _known_kinds():
         if "auto_map" in config:
             raise ModelError(
-                f"{path} brings code of its own: read it, and set trust_remote_code and trusted_models if you trust it"
+                f"{path} has its own Python code: read it, and set trust_remote_code and trusted_models if you trust it"
             )
-        raise ModelError(f"{path}: no engine knows models of type {kind} (config.json: model_type)")
+        raise ModelError(f"{path}: no engine supports models of type {kind} (config.json: model_type)")
     if ENGINES[engine].causal_only:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
         if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ModelError(
-                f"{path}: a model of type {kind} does not write text, which engine {engine} needs: use engine {WIDEST}"
+                f"{path}: a model of type {kind} does not generate text, which engine {engine} requires: use "
+                f"engine {WIDEST}"
             )
 
 
@@ -313,7 +312,7 @@ def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: M
             fitting += 1
         if fitting < most:
             messages.append(
-                f"{model.name}: autoscale.max is {most}, and beside what runs now the cluster has room for {fitting}: "
+                f"{model.name}: autoscale.max is {most}, but with what runs now the cluster has room for {fitting}: "
                 "the others wait for room"
             )
     return messages
@@ -372,9 +371,14 @@ def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]],
     if all(
         node.memory < model.memory_bytes or room[1] < model.memory_bytes for node, room in zip(nodes, free, strict=True)
     ):
-        advice = "take a smaller max_model_len or kv_cache_gib, engine openvino with int8 weights, or stop another model (llm-ray serve stop NAME)"
+        advice = (
+            "use a smaller max_model_len or kv_cache_gib, use engine openvino with int8 weights, or stop another "
+            "model (llm-ray serve stop NAME)"
+        )
     else:
-        advice = "give it fewer cpus or replicas, leave cpus out to share cores, or stop another model (llm-ray serve stop NAME)"
+        advice = (
+            "give it fewer cpus or replicas, omit cpus to share cores, or stop another model (llm-ray serve stop NAME)"
+        )
     each = f"{model.cpus} CPU(s) and {model.memory_bytes / _GIB:.1f} GiB (of which {model.kv_cache_bytes / _GIB:.1f} GiB cache)"
     return f"no room for {model.name}: {'each of its ' + str(replicas) + ' replicas' if replicas > 1 else 'it'} needs {each}, but {have}: {advice}"
 

@@ -1,4 +1,4 @@
-"""Rows of a causal model of transformers, computed side by side: what engine `transformers` is made of.
+"""Batched computation with causal models of transformers, the core of engine `transformers`.
 
 ``Batch`` pads rows of different lengths on the left, as `generate` does, and so takes any model that `generate` does in
 batches. Unlike there, rows join and leave at any time, and keys and values are written in place: no step copies what is

@@ -1,5 +1,4 @@
-"""Tool calls in an answer that comes as a whole are those that a stream of it would have brought, and so is the reason
-it ended.
+"""Makes the tool calls and finish reason of an unstreamed answer the same as those of its stream.
 
 vLLM reads them by two ways. Where `max_tokens` or a stop string cuts an answer within a call, the way for whole answers
 finds no call at all, finished ones among them, and returns the raw text; the one for streams returns what is there, as

@@ -1,4 +1,4 @@
-"""vLLM's front end before any engine: OpenAI's protocol, chat templates, tools, stop strings, logprobs, usage, streams.
+"""vLLM's front end for all engines: OpenAI's protocol, chat templates, tools, stop strings, logprobs, usage, streams.
 
 ``Engine`` is what ``ray.serve.llm`` calls an engine. The core behind it is one of ``llm_ray.serve.engines``.
 """
@@ -148,7 +148,7 @@ class Engine(VLLMEngine):
         if death := core.resources.death:
             raise death
         if (seconds := core.stalled()) > _LONGEST_STEP:
-            raise ModelError(f"engine {self._model.engine} has been at one step for {seconds:.0f} s")
+            raise ModelError(f"engine {self._model.engine} has been in one step for {seconds:.0f} s")
         await super().check_health()
 
     def adapter_path(self, name: str) -> str | None:
@@ -163,9 +163,7 @@ class Engine(VLLMEngine):
         try:
             await self._engine_client.add_lora(lora)
         except (ValueError, RuntimeError) as error:
-            raise ModelError(
-                f"adapter {name}: engine vllm does not take it: {error}. Deploy the merged model"
-            ) from error
+            raise ModelError(f"adapter {name}: engine vllm rejects it: {error}. Deploy the merged model") from error
         self.forget_adapter(name)
         self._oai_models.lora_requests[name] = lora
 

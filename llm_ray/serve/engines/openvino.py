@@ -68,14 +68,15 @@ class OpenVinoCore:
     def __init__(self, model: ServedModel, config: VllmConfig) -> None:
         if not (model.path / "openvino_model.xml").is_file():
             raise ModelError(
-                f"{model.path} has no openvino_model.xml: `llm-ray model convert {model.path} --to openvino` makes it"
+                f"{model.path} has no openvino_model.xml: create it with `llm-ray model convert {model.path} --to "
+                "openvino`"
             )
         threads = torch.get_num_threads()  # as the front end has set for this thread
         computes_in = arithmetic(model.precision)
         if model.precision == "bf16" and computes_in != "bf16":
             logging.getLogger("ray.serve").warning(
-                f"model {model.name}: OpenVINO computes in no bf16 on this processor, which lacks AVX-512: it takes "
-                "fp32, and keys and values take twice the memory"
+                f"model {model.name}: OpenVINO does not compute in bf16 on this processor, which lacks AVX-512: it "
+                "uses fp32, and keys and values need twice the memory"
             )
         properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": computes_in,
@@ -123,8 +124,8 @@ class OpenVinoCore:
         cannot = {
             "return the likeliest tokens (logprobs, top_logprobs)": (params.logprobs or 0)
             not in ((0, 1) if likeliest else (0,)),
-            "return probabilities of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
-            "return probabilities of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
+            "return logprobs of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
+            "return logprobs of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
             "score the prompt (prompt_logprob_token_ids)": params.prompt_logprob_token_ids is not None,
             "do logit_bias": bool(params.logit_bias),
             "do allowed_token_ids": params.allowed_token_ids is not None,
@@ -139,12 +140,10 @@ class OpenVinoCore:
             cannot |= {
                 "do structured_outputs.disable_any_whitespace": shape.disable_any_whitespace,
                 "do structured_outputs.disable_additional_properties": shape.disable_additional_properties,
-                "do a structural_tag of the old form (structures, triggers)": '"structures"'
+                "use a structural_tag of the old form (structures, triggers)": '"structures"'
                 in (shape.structural_tag or ""),
-                f"enforce {disobeyed} of a schema that has patterns or formats, too": disobeyed is not None,
-                "read a grammar in Lark's form (structured_outputs.grammar)": grammar_is_likely_lark(
-                    shape.grammar or ""
-                ),
+                f"enforce {disobeyed} in a schema that also has patterns or formats": disobeyed is not None,
+                "read Lark grammars (structured_outputs.grammar)": grammar_is_likely_lark(shape.grammar or ""),
             }
         return next(
             (f"engine openvino cannot {what}; engine vllm can" for what, asked in cannot.items() if asked), None
@@ -157,7 +156,7 @@ class OpenVinoCore:
             raise VLLMValidationError("engine openvino computes no embeddings; engine vllm does")
         for what in ("prompt_embeds", "mm_features", "lora_request", "cache_salt"):
             if getattr(request, what):
-                raise VLLMValidationError(f"engine openvino cannot do {what}; engine vllm can")
+                raise VLLMValidationError(f"engine openvino does not support {what}; engine vllm does")
         if request.sampling_params.structured_outputs in self._unreadable:
             raise VLLMValidationError(
                 "engine openvino cannot read this schema, pattern or grammar (structured_outputs, response_format); "
@@ -187,7 +186,7 @@ class OpenVinoCore:
                 refused.append(
                     failure(
                         work.request_id,
-                        f"engine openvino cannot do these settings: {str(error).partition(' failed at')[0]}",
+                        f"engine openvino does not support these settings: {str(error).partition(' failed at')[0]}",
                     )
                 )
                 continue
@@ -222,7 +221,7 @@ class OpenVinoCore:
     def call(self, method: str, *args: Any) -> Any:
         if method == "get_supported_tasks":
             return ("generate",)
-        raise NotImplementedError(f"engine openvino cannot do {method}; engine vllm can")
+        raise NotImplementedError(f"engine openvino does not support {method}; engine vllm does")
 
     def shutdown(self) -> None:
         self.abort([*self._waiting, *self._running])
@@ -378,9 +377,9 @@ def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
     if blocks * _BLOCK_TOKENS < model.max_model_len:
         need = model.max_model_len * per_token / 2**30
         raise ModelError(
-            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of "
-            f"keys and values, and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or "
-            "shorten max_model_len"
+            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB for "
+            f"keys and values, but the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: raise kv_cache_gib or lower "
+            "max_model_len"
         )
     return int(blocks)
 

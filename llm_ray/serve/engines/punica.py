@@ -83,7 +83,7 @@ class WholeAdapters(LRUCacheLoRAModelManager):
         super()._create_merged_loras_inplace(lora_model)
         used = {id(self._get_lora_layer_weights(lora_model, module)) for module in self.modules}
         if left := sorted(layer for layer, weights in lora_model.loras.items() if id(weights) not in used):
-            raise ValueError(f"vLLM's model takes no adapter on {left[0]}{' and others' if left[1:] else ''}")
+            raise ValueError(f"vLLM does not support adapters on {left[0]}{' and others' if left[1:] else ''}")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The next token of every row of a batch: vLLM's sampler, for engines that leave choosing to us.
+"""The next token of every row of a batch: vLLM's sampler, for engines that do not sample themselves.
 
 Penalties, biases and what else changes logits, their order, and logprobs of the raw ones are vLLM's own.
 """
@@ -26,8 +26,8 @@ from vllm.v1.sample.sampler import Sampler
 
 _CPU = torch.device("cpu")
 _NOTHING_LEFT = (
-    "the request leaves no token to go on with: its allowed_token_ids, bad_words, min_tokens and the form of its "
-    "answer (structured_outputs, response_format, tools) exclude one another"
+    "the request leaves no token to choose: its allowed_token_ids, bad_words, min_tokens and constraints "
+    "(structured_outputs, response_format, tools) exclude each other"
 )
 # So many tokens nearly always hold all that top_k and top_p leave.
 _LIKELY = 1024

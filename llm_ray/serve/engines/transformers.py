@@ -1,4 +1,4 @@
-"""Any causal model of transformers as a core, batched as requests come, and the path for IPEX.
+"""Any causal model of transformers as a core, with dynamic batching, and the path for IPEX.
 
 Each step computes a token for every running request, and a piece of the prompts that wait: as many short ones as fit,
 or 512 tokens of a long one. What is to be computed together is in ``llm_ray.serve.engines.batches``; what is chosen
@@ -53,7 +53,10 @@ class TransformersCore:
         with torch.inference_mode():
             found = probe(self._model)
         if not found.batches:
-            logger.warning("%s does not compute requests in batches as alone: one by one", type(self._model).__name__)
+            logger.warning(
+                "%s computes batched requests differently from single ones: computing them one by one",
+                type(self._model).__name__,
+            )
         self._batches = found.batches
         self._capacity = _capacity(model, found.token_bytes)
         # Two batches are made one where the padding takes less memory to read than the weights, which are read once
@@ -72,8 +75,8 @@ class TransformersCore:
     def refusal(params: SamplingParams) -> str | None:
         """Why a request cannot be done, naming the parameter; None when it can."""
         cannot = {
-            "return probabilities of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
-            "return probabilities of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
+            "return logprobs of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
+            "return logprobs of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
             "score the prompt (prompt_logprob_token_ids)": params.prompt_logprob_token_ids is not None,
             "do thinking_token_budget": params.thinking_token_budget is not None,
             "do trace_decode_token_ids": params.trace_decode_token_ids is not None,
@@ -90,7 +93,7 @@ class TransformersCore:
             raise VLLMValidationError("engine transformers computes no embeddings; engine vllm does")
         for what in ("prompt_embeds", "mm_features", "lora_request"):
             if getattr(request, what):
-                raise VLLMValidationError(f"engine transformers cannot do {what}; engine vllm can")
+                raise VLLMValidationError(f"engine transformers does not support {what}; engine vllm does")
         params = request.sampling_params
         taken = Request.from_engine_core_request(request, None)
         self._grammars.grammar_init(taken)
@@ -135,7 +138,7 @@ class TransformersCore:
             return ("generate",)
         if method == "reset_prefix_cache":
             return True
-        raise NotImplementedError(f"engine transformers cannot do {method}; engine vllm can")
+        raise NotImplementedError(f"engine transformers does not support {method}; engine vllm does")
 
     def shutdown(self) -> None:
         self._grammars.clear_backend()
@@ -294,8 +297,8 @@ def _capacity(model: ServedModel, token_bytes: int) -> int:
     if capacity < model.max_model_len:
         need = model.max_model_len * token_bytes / 2**30
         raise ModelError(
-            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB of "
-            f"keys and values, and the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: give more (kv_cache_gib) or "
-            "shorten max_model_len"
+            f"model {model.name}: a request of {model.max_model_len} tokens (max_model_len) needs {need:.2f} GiB for "
+            f"keys and values, but the cache has {model.kv_cache_bytes / 2**30:.2f} GiB: raise kv_cache_gib or lower "
+            "max_model_len"
         )
     return capacity

@@ -1,4 +1,4 @@
-"""Words that an answer must not hold (`bad_words`), as token ids: what engines compare an answer's last tokens with."""
+"""Forbidden words (`bad_words`) as token ids, which engines compare with an answer's last tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forbidden_tokens(words: Sequence[str], tokenizer: TokenizerLike) -> list[lis
     blanks alone.
     """
     if not all(map(str.strip, words)):
-        raise VLLMValidationError("a word of blanks alone cannot be forbidden", parameter="bad_words")
+        raise VLLMValidationError("a word of only spaces cannot be forbidden", parameter="bad_words")
     spelled = itertools.chain.from_iterable(_spellings(word.strip(), tokenizer) for word in words)
     return [list(tokens) for tokens in dict.fromkeys(spelled) if tokens]
 

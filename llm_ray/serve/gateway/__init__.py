@@ -1,1 +1,1 @@
-"""The gateway: one application before all models, with OpenAI's API, keys, limits and metrics."""
+"""The gateway: one application in front of all models, with OpenAI's API, keys, limits and metrics."""

@@ -1,7 +1,7 @@
-"""The HTTP API before all models: OpenAI's routes, a route of its own for each model, health, readiness, metrics.
+"""The HTTP API in front of all models: OpenAI's routes, one route per model, health, readiness, metrics.
 
-Answers are those of ``ray.serve.llm`` (and so of vLLM). The models are not bound when this is deployed, as
-``ray.serve.llm``'s ingress wants it, but looked up in Ray Serve's controller, so that they come and go without it.
+Answers are those of ``ray.serve.llm`` (and so of vLLM). Models are not bound at deployment, as in ``ray.serve.llm``'s
+ingress, but looked up in Ray Serve's controller, so they can be added and removed without redeploying it.
 """
 
 from __future__ import annotations
@@ -122,20 +122,18 @@ class Api:
         if name not in visible:
             if not await self._refresh(_LOOK_AGAIN):
                 raise ApiError(
-                    503, "The endpoint cannot look up its models now; ask again.", "controller_lost", retry_after=2
+                    503, "The endpoint cannot look up its models now; retry.", "controller_lost", retry_after=2
                 )
             visible = self._visible(request)
         available = ", ".join(visible) or "none"
         if name is None:
             if len(visible) != 1:
-                raise ApiError(
-                    400, f"model is missing: name one. There are: {available}.", "model_missing", param="model"
-                )
+                raise ApiError(400, f"model is missing. Available: {available}.", "model_missing", param="model")
             return next(iter(visible.values()))
         if name not in visible:
             raise ApiError(
                 404,
-                f"The model `{name[:200]}` does not exist here. There are: {available}.",
+                f"The model `{name[:200]}` does not exist here. Available: {available}.",
                 "model_not_found",
                 param="model",
             )
@@ -189,7 +187,7 @@ class Api:
             while not (await asyncio.wait({first}, timeout=_STILL_THERE))[0]:
                 await self._refresh(_FRESH)
                 if target.name not in self._targets:
-                    raise ApiError(404, f"The model `{target.name}` was taken away.", "model_not_found", param="model")
+                    raise ApiError(404, f"The model `{target.name}` was removed.", "model_not_found", param="model")
             return first.result()
         finally:
             if not first.done():
@@ -270,7 +268,7 @@ class Api:
         served = target.entry.model
         if body.is_conversation and served.task != "chat":
             raise ApiError(
-                400, f"The model `{target.name}` has no chat template: send a text.", "invalid_request", param="text"
+                400, f"The model `{target.name}` has no chat template: send text.", "invalid_request", param="text"
             )
         bodies = body.bodies(target.name, served.task == "chat")
         if body.stream and len(bodies) > 1:
@@ -363,7 +361,7 @@ def _build(api: Api) -> FastAPI:
     async def not_valid(request: Request, error: RequestValidationError) -> Response:
         kind = request.headers.get("content-type", "none")
         if isinstance(error.body, bytes) and not kind.partition(";")[0].strip().endswith("json"):
-            message = f"The body's Content-Type is {kind[:100]}; it has to be application/json."
+            message = f"The body's Content-Type is {kind[:100]}; it must be application/json."
             return openai_error(415, message, "unsupported_media_type")
         return invalid(error.errors(), error.body).response()
 
@@ -378,14 +376,17 @@ def _build(api: Api) -> FastAPI:
         if error.status_code == 404:
             message = f"There is nothing at {request.url.path[:200]}."
         elif error.status_code == 405:
-            message = f"{request.method[:20]} is not done at {request.url.path[:200]}."
+            message = f"{request.method[:20]} is not supported at {request.url.path[:200]}."
         codes = {404: "not_found", 405: "method_not_allowed"}
         return openai_error(
             error.status_code, message, codes.get(error.status_code, "invalid_request"), headers=error.headers
         )
 
     async def defect(_: Request, error: Exception) -> Response:
-        message = f"{type(error).__name__}: this is a defect of the endpoint; its log has the details (llm-ray serve logs gateway)"
+        message = (
+            f"{type(error).__name__}: this is a bug in the endpoint; its log has the details (llm-ray serve logs "
+            "gateway)"
+        )
         return openai_error(500, message, "internal_error")
 
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -411,7 +412,10 @@ def _too_much(body: Chat | Completion, target: Target) -> ApiError | None:
 
 def _too_many(answers: int, target: Target, param: str) -> ApiError:
     most = target.entry.model.max_batch
-    message = f"{param}: the request asks for {answers} answers, and `{target.name}` computes {most} at a time: ask in several requests."
+    message = (
+        f"{param}: the request asks for {answers} answers, but `{target.name}` computes {most} at a time: send "
+        "several requests."
+    )
     return ApiError(400, message, "too_many_answers", param=param)
 
 

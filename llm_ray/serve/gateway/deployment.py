@@ -1,5 +1,5 @@
-"""The gateway as Ray Serve starts it. What is heavy is imported in the replica, so that whoever deploys it needs to
-import none."""
+"""The gateway as Ray Serve starts it. Heavy modules are imported in the replica, so the deploying process needs none of
+them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What goes wrong with a request, as its client is told: in OpenAI's form, 4xx for the client's mistakes, 5xx for ours,
-never a traceback."""
+"""Errors of requests in OpenAI's form: 4xx for the client's mistakes, 5xx for the server's, never a traceback."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ _WORDS = (
     (re.compile(r"String should "), "it should "),
     (
         re.compile(r"Input tag '(.*)' found using '(\w+)' does not match any of the expected tags: "),
-        r"its \2 is '\1', which is none of ",
+        r"its \2 is '\1', which is not one of ",
     ),
     (re.compile(r"Unable to extract tag using discriminator '(\w+)'"), r"its \1 is missing"),
 )
@@ -89,9 +88,12 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
         return ApiError(500, f"The engine says: {message}", "internal_error")
     if status >= 500:
         detail = "" if _DEAD in message else f" It says: {message}"
-        return ApiError(503, f"The engine failed while it answered; ask again.{detail}", "engine_failed", retry_after=1)
+        return ApiError(503, f"The engine failed during the answer; retry.{detail}", "engine_failed", retry_after=1)
     if _NO_TEMPLATE.search(message):
-        detail = "The model has no chat template: ask for completions of a text (/v1/completions), or deploy it with one (chat_template)."
+        detail = (
+            "The model has no chat template: use text completions (/v1/completions), or deploy it with one "
+            "(chat_template)."
+        )
         return ApiError(400, detail, "invalid_request", param="messages")
     code = (
         "context_length_exceeded"
@@ -106,7 +108,7 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
 def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
     """What a client is told of an exception that Ray or the engine raised while the model `name` answered."""
     if isinstance(error, BackPressureError):
-        text = f"The model `{name}` has as many requests waiting as it may (max_queue {entry.model.max_queue})."
+        text = f"The queue of the model `{name}` is full (max_queue {entry.model.max_queue})."
         return ApiError(429, text, "queue_full", retry_after=1)
     if isinstance(error, DeploymentUnavailableError):
         text = f"The model `{name}` does not start: {entry.message or 'see llm-ray serve status'}"
@@ -114,7 +116,7 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
     if isinstance(error, RayActorError):
         return ApiError(
             503,
-            f"A replica of the model `{name}` was lost while it answered; ask again.",
+            f"A replica of the model `{name}` was lost during the answer; retry.",
             "replica_lost",
             retry_after=1,
         )
@@ -126,7 +128,7 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
     if type(cause).__name__ in ("EngineDeadError", "EngineGenerateError"):
         return ApiError(
             503,
-            f"The engine of the model `{name}` failed while it answered; ask again.",
+            f"The engine of the model `{name}` failed during the answer; retry.",
             "engine_failed",
             retry_after=1,
         )

@@ -1,5 +1,4 @@
-"""What the gateway counts, for Prometheus and `llm-ray serve status`: by the name asked for, that of a model or of an
-adapter on one."""
+"""The gateway's metrics, for Prometheus and `llm-ray serve status`, by requested name: a model's or an adapter's."""
 
 from __future__ import annotations
 
@@ -29,33 +28,33 @@ class Metrics:
         self.registry = CollectorRegistry()
         common: Any = {"labelnames": ["model"], "registry": self.registry}
         self._requests = Counter(
-            "llm_ray_requests", "Requests that have ended, by HTTP status", ["model", "status"], registry=self.registry
+            "llm_ray_requests", "Finished requests, by HTTP status", ["model", "status"], registry=self.registry
         )
-        self._errors = Counter("llm_ray_request_errors", "Requests that failed on our side (5xx)", **common)
+        self._errors = Counter("llm_ray_request_errors", "Requests that failed on the server's side (5xx)", **common)
         self._running = Gauge(
-            "llm_ray_requests_in_progress", "Requests taken in and not answered yet, those that wait included", **common
+            "llm_ray_requests_in_progress", "Requests accepted and not yet answered, including queued ones", **common
         )
         self._waiting = Gauge(
-            "llm_ray_requests_queued", "Requests that wait, for more are there than the replicas take at once", **common
+            "llm_ray_requests_queued", "Requests queued because all replicas are at their limit", **common
         )
-        self._prompt = Counter("llm_ray_prompt_tokens", "Tokens of prompts", **common)
-        self._generated = Counter("llm_ray_generated_tokens", "Tokens of answers", **common)
+        self._prompt = Counter("llm_ray_prompt_tokens", "Prompt tokens", **common)
+        self._generated = Counter("llm_ray_generated_tokens", "Generated tokens", **common)
         self._first = Histogram(
             "llm_ray_time_to_first_token_seconds",
-            "From the request to the first token of a streamed answer",
+            "Time from the request to the first token of a streamed answer",
             buckets=_SECONDS,
             **common,
         )
         self._each = Histogram(
             "llm_ray_time_per_output_token_seconds",
-            "From the first token of a streamed answer to the last, by token",
+            "Time per token from the first token of a streamed answer to the last",
             buckets=_TOKEN_SECONDS,
             **common,
         )
         self._whole = Histogram(
-            "llm_ray_request_seconds", "From the request to the end of its answer", buckets=_SECONDS, **common
+            "llm_ray_request_seconds", "Time from the request to the end of its answer", buckets=_SECONDS, **common
         )
-        self._replicas = Gauge("llm_ray_model_replicas", "Replicas of a model that answer", **common)
+        self._replicas = Gauge("llm_ray_model_replicas", "Ready replicas of a model", **common)
         self._sums: defaultdict[str, _Sums] = defaultdict(_Sums)
 
     def begin(self, model: str) -> Watch:

@@ -1,5 +1,4 @@
-"""The OpenAPI description of the endpoint, /openapi.json: what is asked where, what is answered, and in which form
-errors come.
+"""The OpenAPI description of the endpoint, /openapi.json: routes, requests, answers and errors.
 
 It holds for the endpoint as it is deployed: an API key is asked for in it where one is needed.
 """
@@ -26,7 +25,7 @@ from llm_ray.conf.serve import MODEL_NAME, RESERVED_NAMES
 
 _DESCRIPTION = """Models on Ray Serve with OpenAI's API: give any OpenAI client this endpoint's `/v1` as its base URL.
 
-Errors come as `{"error": {"message": …, "type": …, "param": …, "code": …}}`: 4xx for what a client can mend, 5xx for what it cannot."""
+Errors come as `{"error": {"message": …, "type": …, "param": …, "code": …}}`: 4xx for errors that a client can fix, 5xx for others."""
 _EVENTS = """data: {"object":"chat.completion.chunk","model":"support-bot","choices":[{"index":0,"delta":{"content":"Hello"}}]}
 
 data: [DONE]
@@ -41,7 +40,7 @@ class ErrorInfo(BaseModel):
     type: str = Field(
         description="invalid_request_error, authentication_error, permission_error, rate_limit_error or server_error"
     )
-    param: str | None = Field(description="The field that is wrong, where one is.")
+    param: str | None = Field(description="The invalid field, if there is one.")
     code: str | None = Field(
         description="The reason, for programs: model_not_found, context_length_exceeded, queue_full, …"
     )
@@ -68,7 +67,7 @@ class Card(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="When it was deployed, in seconds since 1970.")
     owned_by: str = "llm-ray"
-    root: str = Field(description="The base model: for an adapter the one that it is on.")
+    root: str = Field(description="The base model; for an adapter, the model it belongs to.")
     parent: str | None
     max_model_len: int = Field(description="Longest prompt and answer together, in tokens.")
     metadata: ModelInfo
@@ -135,20 +134,20 @@ _ANSWERS: dict[str, dict[str, Any]] = {
     "simple": {
         "model": SimpleAnswer | list[SimpleAnswer] | list[str],
         "content": {"text/plain": {"schema": {"type": "string"}, "example": "The capital of France is Paris."}},
-        "description": "The text, as it comes with stream: true; JSON for a list of texts, and for a client that "
-        "accepts application/json.",
+        "description": "The text, streamed with stream: true; JSON for a list of texts, and for clients that accept "
+        "application/json.",
     },
 }
 _ERRORS = {
     401: "The API key is missing or not valid.",
-    400: "The request is not valid, or asks for what the model cannot do.",
+    400: "The request is invalid, or asks for something that the model does not support.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is not application/json.",
-    429: "The model's queue is full, or the key's limits are reached: ask again after Retry-After seconds.",
-    500: "A defect of the endpoint.",
-    503: "The model, or the whole endpoint, does not answer now: ask again after Retry-After seconds.",
+    429: "The model's queue is full, or the key's limits are reached: retry after Retry-After seconds.",
+    500: "A bug in the endpoint.",
+    503: "The model, or the whole endpoint, does not answer now: retry after Retry-After seconds.",
     504: "The answer took too long.",
 }
 
@@ -183,7 +182,7 @@ def get(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
     errors = (500,) if about else (401, 404, 500, 503) if "{" in path else (401, 500, 503)
     responses = _responses(endpoint, errors)
     if path == "/ready":
-        responses[503] = {"model": Readiness, "description": "A model does not answer, or none is there."}
+        responses[503] = {"model": Readiness, "description": "A model does not answer, or none is deployed."}
     app.get(
         path,
         tags=["endpoint" if about else "models"],

@@ -1,4 +1,5 @@
-"""Ray Serve's own processes: what a client sees when the gateway dies while it answers, and how often what is done.
+"""Settings of Ray Serve's own processes: the error a client gets when the gateway dies during an answer, and polling
+intervals.
 
 Serve's HTTP proxy would break off without an answer, which its HTTP server turns into 500. Here it is 503 in OpenAI's
 form, or an error event in a stream. Serve takes all this from its environment: ``os.environ.update(proxy.ENVIRONMENT)``
@@ -25,7 +26,7 @@ ENVIRONMENT = {
 }
 _LOST = {
     "error": {
-        "message": "The endpoint was lost while it answered; ask again.",
+        "message": "The endpoint was lost during the answer; retry.",
         "type": "server_error",
         "param": None,
         "code": "gateway_lost",

@@ -45,30 +45,30 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from llm_ray.serve.gateway.schemas import Fault, unenforced, unenforced_pattern, unenforced_tag
 
 _FETCH = "it tells an engine where to fetch caches from"
-_IMAGES = "it changes what an image or a sound costs to read"
+_IMAGES = "it changes the cost of reading an image or audio"
 _ELSEWHERE = "it belongs to an API that is not served here"
-_GUIDED = "it is an older name: use response_format, or structured_outputs"
-_FUNCTIONS = "it is an older form: use tools"
+_GUIDED = "it is an old name: use response_format or structured_outputs"
+_FUNCTIONS = "it is an old form: use tools"
 
 # Parameters that a client may not set, and why.
 REFUSED: Mapping[str, str] = {
     # would reach beyond the request: other hosts, other clients' places in the queue, code
     "kv_transfer_params": _FETCH,
     "ec_transfer_params": _FETCH,
-    "priority": "requests are answered in the order in which they come",
-    "request_id": "each request has an id of its own",
+    "priority": "requests are answered in the order of their arrival",
+    "request_id": "each request gets its own id",
     "session_id": "requests are not tied to a replica",
-    "vllm_xargs": "no extension is there that would read it",
-    "prompt_embeds": "tensors of a client are not read: they can crash an engine",
+    "vllm_xargs": "no extension reads it here",
+    "prompt_embeds": "tensors from clients are not accepted: they can crash an engine",
     "chat_template": "a template is a program; the model's own is used (chat_template_kwargs sets its variables)",
     "mm_processor_kwargs": _IMAGES,
     "media_io_kwargs": _IMAGES,
     # would cost many times what one answer costs
-    "use_beam_search": "it takes a request for each beam and token",
-    "best_of": "it computes more answers than it returns: ask for them with n",
+    "use_beam_search": "it costs a request for each beam and token",
+    "best_of": "it computes more answers than it returns: use n",
     # would do nothing, which a client should know
-    "length_penalty": "it belongs to beam search, which is not done here",
-    "watermarking": "no engine here does it",
+    "length_penalty": "it belongs to beam search, which is not supported here",
+    "watermarking": "no engine here supports it",
     "thinking_token_budget": "no engine here counts them",
     "routed_experts_prompt_start": _ELSEWHERE,
     "return_token_offsets": _ELSEWHERE,
@@ -138,7 +138,7 @@ def _check_text(data: Any) -> None:
                     value.encode()
                 except UnicodeEncodeError:
                     raise PydanticCustomError(
-                        "value_error", "it holds half of a surrogate pair, which is no character", {}
+                        "value_error", "it contains half of a surrogate pair, which is not a character", {}
                     ) from None
         elif isinstance(value, dict):
             waiting += value.keys()
@@ -258,7 +258,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
 
 _MODEL = Field(
     None,
-    description="Name of a model or of an adapter, as /v1/models lists them. May be left out where there is one only.",
+    description="Name of a model or of an adapter, as /v1/models lists them. Optional if there is only one.",
     max_length=200,
 )
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
@@ -281,12 +281,12 @@ class StructuredOutputs(TypedDict, total=False):
 def _structured(asked: StructuredOutputs | None) -> StructuredOutputsParams | None:
     given = {name: value for name, value in (asked or {}).items() if value is not None}
     if asked is not None and len(given) != 1:
-        raise ValueError("it should have one of json, regex, choice, grammar and json_object")
+        raise ValueError("it must have one of json, regex, choice, grammar and json_object")
     if "json" in given:
         try:
             schema = json.loads(given["json"]) if isinstance(given["json"], str) else given["json"]
         except ValueError as error:
-            raise ValueError(f"json is neither an object nor the text of one: {error}") from None
+            raise ValueError(f"json is neither an object nor the JSON text of one: {error}") from None
         _enforced(unenforced(schema, "structured_outputs.json"))
     if "regex" in given and (reason := unenforced_pattern(str(given["regex"]))):
         _enforced(Fault("structured_outputs.regex", reason))
@@ -359,7 +359,7 @@ class _Sampling(Body):
         if (
             max_tokens < 1 and self.max_tokens != 0
         ):  # vLLM calls it a wrong max_tokens, of which the client may have sent none
-            text = "The prompt alone is as long as the model's maximum context length, which leaves no token for an answer."
+            text = "The prompt fills the model's maximum context length, which leaves no token for an answer."
             raise VLLMValidationError(text, parameter="input_tokens")
         several, self.n = self.n or 1, 1
         try:
@@ -384,9 +384,11 @@ class Chat(_Sampling, ChatCompletionRequest):
     )
 
     messages: Messages
-    n: int | None = Field(1, ge=1, le=128, description="Answers; together no more than the model computes at once.")
+    n: int | None = Field(
+        1, ge=1, le=128, description="Number of answers, at most as many as the model computes at once."
+    )
     max_tokens: int | None = Field(
-        None, ge=1, le=_MAX_TOKENS, description="Tokens of the answer at most. Unset: as many as fit."
+        None, ge=1, le=_MAX_TOKENS, description="Maximum tokens of the answer. Default: as many as fit."
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, le=_MAX_TOKENS, description="OpenAI's newer name of max_tokens."
@@ -423,11 +425,11 @@ class Completion(_Sampling, CompletionRequest):
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=128)]
         | Annotated[list[Annotated[list[_TokenId], Field(min_length=1)]], Field(min_length=1, max_length=128)]
     ) = Field(
-        description="A text or its token ids, or several: together with n no more than the model computes at once."
+        description="A text or its token ids, or several; times n, at most as many as the model computes at once."
     )
     n: int = Field(1, ge=1, le=128, description="Answers for each prompt.")
     max_tokens: int | None = Field(
-        16, ge=0, le=_MAX_TOKENS, description="Tokens of the answer at most; 0 with echo: the prompt alone."
+        16, ge=0, le=_MAX_TOKENS, description="Maximum tokens of the answer; 0 with echo: only the prompt."
     )
     logprobs: _Logprobs | None = None
 

@@ -1,4 +1,4 @@
-"""JSON schemas that answers are to follow: what no engine here enforces is found before the request reaches one.
+"""Checks JSON schemas for answers: finds what no engine here enforces before the request reaches one.
 
 xgrammar, which all engines constrain answers with, reads one of `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and
 `type` in each schema, the first of these that is there, and passes over the rest without a word. An answer may then
@@ -59,10 +59,10 @@ _IMPLIES = {
     "object": ("properties", "additionalProperties", "unevaluatedProperties"),
     "array": ("items", "prefixItems", "unevaluatedItems"),
 }
-_UNENFORCED = "it is not enforced here: leave it out, and look at the answer yourself"
+_UNENFORCED = "it is not enforced here: remove it, and check the answer yourself"
 # Larger ones are not compared: it would take as long as an answer.
 _MOST_BRANCHES, _MOST_VALUES, _DEEPEST = 100, 10_000, 32
-_REFERS = "only references to this schema itself are followed: # and #/…, by names without ~ and %"
+_REFERS = "only references within this schema are followed: # and #/…, with names without ~ and %"
 # (?:…) alone of all groups with a question mark; escapes that are read as in ECMAScript.
 _PATTERN = re.compile(
     r"\\(?:[^a-zA-Z0-9]|[dDwWsSnrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|c[a-zA-Z])|\[\^?|\(\?:|[^\\]", re.DOTALL
@@ -108,14 +108,14 @@ def unenforced_pattern(pattern: str) -> str | None:
     at, in_class = 0, False
     while at < len(pattern):
         if not (match := _PATTERN.match(pattern, at)):
-            return f"the escape {pattern[at : at + 2]} is not read: write the characters themselves"
+            return f"the escape {pattern[at : at + 2]} is not supported: write the characters themselves"
         part = match[0]
         if in_class and part.startswith("["):
             if pattern.startswith("[:", at):
-                return "named classes as [:alpha:] are not read: write the characters themselves"
+                return "named classes such as [:alpha:] are not supported: write the characters themselves"
             part = "["
         elif part == "(" and pattern.startswith("(?", at):
-            return "lookaround, named groups and flags are not enforced: (?:…) alone may begin with (?"
+            return "lookaround, named groups and flags are not supported: only (?:…) may begin with (?"
         at += len(part)
         if in_class:
             in_class = part != "]"
@@ -132,7 +132,7 @@ def unenforced_pattern(pattern: str) -> str | None:
         else:
             alternatives[-1] += "(" if part == "(?:" else part
     if any(re.search(r"[^(^]\^|\$[^)$]", alternative) for alternative in alternatives):
-        return "^ is enforced at its beginning alone, and $ at its end"
+        return "^ is enforced only at its beginning, and $ at its end"
     return None
 
 
@@ -158,17 +158,17 @@ class _Schema:
             return
         if schema is False:
             yield Fault(
-                place, "false, which allows nothing, is enforced in items, additionalProperties and unevaluated… alone"
+                place, "false, which allows nothing, is enforced only in items, additionalProperties and unevaluated…"
             )
             return
         if not isinstance(schema, dict):
-            yield Fault(place, "a schema is an object, or true")
+            yield Fault(place, "a schema must be an object, or true")
             return
         for keyword in schema.keys() & _NEVER:
             if not (keyword == "uniqueItems" and schema[keyword] is False):
                 yield Fault(f"{place}.{keyword}", _UNENFORCED)
         if "$id" in schema and schema is not self._root:
-            yield Fault(f"{place}.$id", "a schema within a schema has no id of its own here: leave it out")
+            yield Fault(f"{place}.$id", "ids of subschemas are not supported: remove it")
         head = next((keyword for keyword in _HEADS if keyword in schema), None)
         if head == "type" or head is None:
             yield from self._typed(schema, place)
@@ -179,13 +179,13 @@ class _Schema:
         if head in ("const", "enum"):
             beside -= {"format"}
         for keyword in sorted(beside):
-            yield Fault(f"{place}.{keyword}", f"it is not enforced beside {head}: leave it out, or write it within")
+            yield Fault(f"{place}.{keyword}", f"it is not enforced together with {head}: remove it, or move it inside")
         if head == "$ref":
             yield from self._reference(schema["$ref"], f"{place}.$ref")
         elif head in ("anyOf", "oneOf", "allOf"):
             yield from self._several(head, schema[head], f"{place}.{head}")
         elif head == "enum" and not (isinstance(schema["enum"], list) and schema["enum"]):
-            yield Fault(f"{place}.enum", "it is a list of at least one value")
+            yield Fault(f"{place}.enum", "it must be a list of at least one value")
 
     def _reference(self, reference: Any, place: str) -> Iterator[Fault]:
         target = self._target(reference)
@@ -241,20 +241,20 @@ class _Schema:
 
     def _several(self, head: str, branches: Any, place: str) -> Iterator[Fault]:
         if not isinstance(branches, list) or not branches:
-            yield Fault(place, "it is a list of at least one schema")
+            yield Fault(place, "it must be a list of at least one schema")
             return
         if head == "allOf" and len(branches) > 1:
-            yield Fault(place, "more than one schema that all have to hold is not enforced: write them as one")
+            yield Fault(place, "several schemas that must all hold are not enforced: merge them into one")
             return
         for number, branch in enumerate(branches):
             yield from self.faults(branch, f"{place}[{number}]")
         if head == "oneOf" and len(branches) > _MOST_BRANCHES:
-            yield Fault(place, f"more than {_MOST_BRANCHES} schemas are not compared: write anyOf")
+            yield Fault(place, f"more than {_MOST_BRANCHES} schemas are not compared: use anyOf")
         elif head == "oneOf" and not all(self._apart(a, b) for i, a in enumerate(branches) for b in branches[:i]):
             yield Fault(
                 place,
-                "it is enforced where no two of its schemas can hold at once (other types, other values, or a required "
-                "property of other values); write anyOf where one or more may hold",
+                "it is enforced only if its schemas exclude each other (different types, different values, or a "
+                "required property with different values); use anyOf if several may hold",
             )
 
     # By type ----------------------------------------------------------------------------------------------------------
@@ -268,11 +268,11 @@ class _Schema:
                 kind = next(kind for kind, beside in _BESIDE.items() if keyword in beside)
                 yield Fault(
                     f"{place}.{keyword}",
-                    f'it is enforced beside a type alone: write "type": "{kind}", or a list of types, too',
+                    f'it is enforced only together with a type: add "type": "{kind}", or a list of types',
                 )
             return
         if not types or not all(isinstance(kind, str) and kind in _BESIDE for kind in types):
-            yield Fault(f"{place}.type", f"it is one of {', '.join(_BESIDE)}, or a list of them")
+            yield Fault(f"{place}.type", f"it must be one of {', '.join(_BESIDE)}, or a list of them")
             return
         if "object" in types:
             yield from self._object(schema, place)
@@ -287,23 +287,21 @@ class _Schema:
         properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
         for keyword, value in (("properties", properties), ("patternProperties", patterns)):
             if not isinstance(value, dict):
-                yield Fault(f"{place}.{keyword}", "it is an object of schemas")
+                yield Fault(f"{place}.{keyword}", "it must be an object of schemas")
                 return
             for name, part in value.items():
                 yield from self.faults(part, f"{place}.{keyword}.{name}")
         required = schema.get("required", [])
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-            yield Fault(f"{place}.required", "it is a list of names")
+            yield Fault(f"{place}.required", "it must be a list of names")
         elif missing := [name for name in required if name not in properties]:
             yield Fault(
                 f"{place}.required",
-                f"`{missing[0]}` is not among the properties, and so is not enforced: write it there, as {{}}",
+                f"`{missing[0]}` is not among the properties, so it is not enforced: add it there, as {{}}",
             )
         if "patternProperties" in schema:
             if "properties" in schema or len(patterns) > 1:
-                yield Fault(
-                    f"{place}.patternProperties", "it is enforced with one pattern, and without properties, alone"
-                )
+                yield Fault(f"{place}.patternProperties", "it is enforced only with one pattern and without properties")
             for pattern in patterns:
                 if reason := unenforced_pattern(pattern):
                     yield Fault(f"{place}.patternProperties", reason)
@@ -321,7 +319,7 @@ class _Schema:
             if keyword in schema and not properties and not named:
                 yield Fault(
                     f"{place}.{keyword}",
-                    'nothing says which properties there are: write "additionalProperties": true, too',
+                    'no properties are defined: add "additionalProperties": true',
                 )
 
     def _names(self, schema: dict[str, Any], place: str) -> Iterator[Fault]:
@@ -330,7 +328,7 @@ class _Schema:
         if beside or schema.get("additionalProperties") is False:
             yield Fault(
                 f"{place}.propertyNames",
-                "it is not enforced beside other keywords of properties than additionalProperties",
+                "the only other keyword of properties with which it is enforced is additionalProperties",
             )
         elif (
             not isinstance(names, dict)
@@ -338,7 +336,7 @@ class _Schema:
             or names.keys() & {"$ref", "anyOf", "oneOf", "allOf"}
         ):
             yield Fault(
-                f"{place}.propertyNames", "it is enforced as pattern, format, lengths, const or enum of a string alone"
+                f"{place}.propertyNames", "it is enforced only as pattern, format, lengths, const or enum of a string"
             )
         else:
             yield from self.faults({"type": "string"} | names, f"{place}.propertyNames")
@@ -346,11 +344,11 @@ class _Schema:
     def _array(self, schema: dict[str, Any], place: str) -> Iterator[Fault]:
         items, first = schema.get("items", True), schema.get("prefixItems", [])
         if isinstance(items, list):
-            yield Fault(f"{place}.items", "a list of schemas is called prefixItems since 2020: write that")
+            yield Fault(f"{place}.items", "since 2020, a list of schemas is called prefixItems: use that")
         elif items is not False:
             yield from self.faults(items, f"{place}.items")
         if not isinstance(first, list):
-            yield Fault(f"{place}.prefixItems", "it is a list of schemas")
+            yield Fault(f"{place}.prefixItems", "it must be a list of schemas")
             return
         for number, part in enumerate(first):
             if part is True:
@@ -361,7 +359,7 @@ class _Schema:
         yield from _counts(schema, ("minItems", "maxItems"), place)
         for keyword in ("minItems", "maxItems"):
             if keyword in schema and not schema.keys() & set(_IMPLIES["array"]):
-                yield Fault(f"{place}.{keyword}", 'nothing says what the items are: write "items": {}, too')
+                yield Fault(f"{place}.{keyword}", 'no items are defined: add "items": {}')
 
     # What a schema allows ---------------------------------------------------------------------------------------------
 
@@ -447,26 +445,28 @@ def _counts(schema: dict[str, Any], keywords: tuple[str, str], place: str) -> It
     for keyword in keywords:
         value = schema.get(keyword, 0)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-            yield Fault(f"{place}.{keyword}", "it is a whole number, and not negative")
+            yield Fault(f"{place}.{keyword}", "it must be a non-negative integer")
 
 
 def _string(schema: dict[str, Any], place: str) -> Iterator[Fault]:
     yield from _counts(schema, ("minLength", "maxLength"), place)
     form, pattern = schema.get("format"), schema.get("pattern")
     if form is not None and form not in STRING_SUPPORTED_FORMATS:
-        yield Fault(f"{place}.format", f"it is not enforced; these are: {', '.join(sorted(STRING_SUPPORTED_FORMATS))}")
+        yield Fault(
+            f"{place}.format", f"it is not enforced; supported are: {', '.join(sorted(STRING_SUPPORTED_FORMATS))}"
+        )
     if pattern is not None:
         if not isinstance(pattern, str):
-            yield Fault(f"{place}.pattern", "it is a regular expression")
+            yield Fault(f"{place}.pattern", "it must be a regular expression")
         elif reason := unenforced_pattern(pattern):
             yield Fault(f"{place}.pattern", reason)
         if form is not None:
-            yield Fault(f"{place}.pattern", "it is not enforced beside format: leave one of them out")
+            yield Fault(f"{place}.pattern", "it is not enforced together with format: remove one of them")
     if form is not None or pattern is not None:
         for keyword in sorted(schema.keys() & _LENGTHS):
             yield Fault(
                 f"{place}.{keyword}",
-                "it is not enforced beside pattern and format: write it into the pattern, as .{1,9}",
+                "it is not enforced together with pattern or format: write it into the pattern, as .{1,9}",
             )
 
 
@@ -474,6 +474,6 @@ def _number(schema: dict[str, Any], place: str, whole: bool) -> Iterator[Fault]:
     for keyword in _BOUNDS:
         value = schema.get(keyword, 0)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            yield Fault(f"{place}.{keyword}", "it is a number")
+            yield Fault(f"{place}.{keyword}", "it must be a number")
         elif whole and (value != value // 1 or abs(value) >= 2**63):
-            yield Fault(f"{place}.{keyword}", "beside type integer it is a whole number of at most 63 bits")
+            yield Fault(f"{place}.{keyword}", "with type integer it must be an integer of at most 63 bits")

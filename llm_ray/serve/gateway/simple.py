@@ -31,7 +31,7 @@ class SimpleConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    max_new_tokens: int | None = Field(None, ge=1, le=2**24, description="Tokens of the answer at most.")
+    max_new_tokens: int | None = Field(None, ge=1, le=2**24, description="Maximum tokens of the answer.")
     temperature: float | None = Field(None, ge=0, le=2, description="0: always the likeliest token.")
     top_p: float | None = Field(None, ge=0, le=1, description="0: always the likeliest token.")
     top_k: int | None = Field(None, ge=0, lt=2**31, description="0: all.")

@@ -1,5 +1,5 @@
-"""A replica of a model: what Ray Serve starts. It imports the engine itself, so that whoever deploys needs to import
-none."""
+"""A replica of a model: what Ray Serve starts. It imports the engine itself, so the deploying process does not have
+to."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ class ModelReplica:
             await self.server.check_health()
         except Exception as error:
             await asyncio.sleep(_TOLD_WITHIN)
-            text = (
-                f"The engine is dead, so that this replica ends and another is started: {type(error).__name__}: {error}"
-            )
+            text = f"The engine died, so this replica ends and another is started: {type(error).__name__}: {error}"
             logging.getLogger("ray.serve").error(text)
             logging.shutdown()
             os._exit(1)

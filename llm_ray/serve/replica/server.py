@@ -96,7 +96,7 @@ class ModelServer(LLMServer):
             if name in self.adapters:
                 return self.adapters[name]
             await asyncio.sleep(0.1)
-        raise VLLMNotFoundError(f"The model `{name}` is not served any more.")
+        raise VLLMNotFoundError(f"The model `{name}` is no longer served.")
 
     def _batch_output_stream(self, generator: Any) -> Any:  # the default waits 50 ms for each token, the first as well
         return collected(generator)

@@ -1,4 +1,4 @@
-"""How often a streamed answer is sent on: each token at once to a few clients, several tokens together to many.
+"""Stream batching: each token is sent immediately to few clients, several tokens together to many.
 
 An event on its way from the engine to the client costs some milliseconds of computing time: in vLLM's front end, which
 makes it, in the replica, the gateway and Serve's proxy. At sixteen streams that is a third of what the tokens

@@ -1,4 +1,4 @@
-"""The screens, each a file with one function that builds it, at a URL of its own.
+"""The screens, each with its own URL and a module with one function that builds it.
 
 A screen is added here by a line, and by a module whose `build(site)` makes its components and connects them with
 `llm_ray.ui.handlers.on`.

@@ -1,4 +1,4 @@
-"""The screen Ask: a talk with a deployed model, or with two side by side."""
+"""The screen Ask: a conversation with a deployed model, or with two side by side."""
 
 from __future__ import annotations
 
@@ -48,20 +48,20 @@ def build(site: Site) -> None:
     with gr.Row():
         send, stop, new = gr.Button("Send", variant="primary"), gr.Button("Stop"), gr.Button("New talk")
     with gr.Accordion("Settings", open=False):
-        system = gr.Textbox(label="System prompt", lines=2, info="Goes before the talk; empty: none")
+        system = gr.Textbox(label="System prompt", lines=2, info="Comes before the conversation. Empty: none")
         with gr.Row():
-            temperature = optional("Temperature", "0: always the likeliest. Empty: the model's own")
-            top_p = optional("Top p", "Empty: the model's own")
-            top_k = optional("Top k", "Empty: the model's own")
-            tokens = optional("Most tokens", "Of one answer", "512")
-            seed = optional("Seed", "For the same answer again")
+            temperature = optional("Temperature", "0: always the likeliest token. Empty: the model's default")
+            top_p = optional("Top p", "Empty: the model's default")
+            top_k = optional("Top k", "Empty: the model's default")
+            tokens = optional("Most tokens", "For one answer", "512")
+            seed = optional("Seed", "Reproduces the same answer")
         key = gr.Textbox(
             label="API key",
             type="password",
-            info="Where the endpoint asks for one. It is kept in this tab alone, until it is closed",
+            info="If the endpoint requires one. It is kept only in this tab, until it is closed",
         )
-    with gr.Accordion("This talk as training data", open=False):
-        gr.HTML(note("A row of a .jsonl file, in the form that the screen Data takes."))
+    with gr.Accordion("This conversation as training data", open=False):
+        gr.HTML(note("One row of a .jsonl file, as accepted by the screen Data."))
         data = gr.Code(
             _NO_TALK,
             language="json",
@@ -122,7 +122,7 @@ def build(site: Site) -> None:
         key: str,
     ) -> Iterator[tuple[Any, ...]]:
         if not (question or "").strip():
-            raise ConfError("There is no question yet: type one, and send it.")
+            raise ConfError("There is no question yet: type one and send it.")
         settings = Settings(
             max_tokens=whole(tokens, "Most tokens"),
             temperature=decimal(temperature, "Temperature", most=2),
@@ -208,16 +208,17 @@ def _models(site: Site) -> dict[str, ModelStatus]:
 def _state(site: Site, models: dict[str, ModelStatus], missing: list[str]) -> str:
     seen = site.watch.seen()
     if seen.away:
-        return note(f"The cluster is away: {seen.away}", "bad")
+        return note(f"The cluster is unreachable: {seen.away}", "bad")
     if missing:
         return note(
-            f"Not deployed: {', '.join(missing)}. The screen Deploy does it; in a terminal: llm-ray serve deploy "
-            f"--model {missing[0]}",
+            f"Not deployed: {', '.join(missing)}. Deploy on the screen Deploy, or in a terminal: llm-ray serve "
+            f"deploy --model {missing[0]}",
             "bad",
         )
     if not models:
         return note(
-            "Nothing is deployed yet. The screen Deploy does it; in a terminal: llm-ray serve deploy --model NAME"
+            "Nothing is deployed yet. Deploy a model on the screen Deploy, or in a terminal: llm-ray serve deploy "
+            "--model NAME"
         )
     if unready := [
         f"{name} ({entry.reason or entry.state.lower()})" for name, entry in models.items() if not entry.ready
@@ -235,7 +236,7 @@ def _generation(
     models = _models(site)
     seen = site.watch.seen()
     if name not in models or seen.overview is None or seen.overview.serving.url is None:
-        raise ServeError(f"{name} is not deployed any more: choose another model, or deploy it on the screen Deploy.")
+        raise ServeError(f"{name} is no longer deployed: choose another model, or deploy it on the screen Deploy.")
     secret = (key or "").strip()
     if secret and (not secret.isascii() or not secret.isprintable() or " " in secret):
         raise ConfError("API key: a key is one word of ASCII characters.")

@@ -28,7 +28,7 @@ _COUNTS = ("requests", "errors", "in_progress", "prompt_tokens", "generated_toke
 def build(site: Site) -> None:
     """Makes the screen's components."""
     overview = gr.HTML(elem_id="cluster-overview")
-    gr.Markdown("## Manage\nFor admins. Each change asks first.")
+    gr.Markdown("## Manage\nFor admins. Each change asks for confirmation.")
     with gr.Row():
         model = gr.Dropdown([], label="Deployed model")
         restart = gr.Button("Restart it …")
@@ -39,13 +39,13 @@ def build(site: Site) -> None:
     listed = gr.HTML(note("Admins see the keys here."), elem_id="cluster-keys")
     show = gr.Button("Show the keys")
     with gr.Row():
-        name = gr.Textbox(label="New key's name", info="Of the person or program that gets it")
-        rate = optional("Requests a minute", "Empty: as many as the models answer")
+        name = gr.Textbox(label="New key's name", info="Name of its person or program")
+        rate = optional("Requests a minute", "Empty: unlimited")
         days = optional("Ends after days", "Empty: never")
         add = gr.Button("Add a key …")
     secret = gr.Textbox(
         label="The new key",
-        info="Shown this once: copy it now",
+        info="Shown only once: copy it now",
         interactive=False,
         visible=False,
         buttons=["copy"],
@@ -99,22 +99,27 @@ def build(site: Site) -> None:
     @handler(Role.ADMIN)
     def ask_restart(visitor: Visitor, model: str | None) -> tuple[Any, str, list[Any]]:
         text = (
-            f"Restart {model}? What it works on is answered first; until it is ready again, clients get errors for it."
+            f"Restart {model}? Its requests in progress are completed first; until it is ready again, clients get "
+            "errors for it."
         )
         return ask("restart", model, "Choose a deployed model first.", text)
 
     @handler(Role.ADMIN)
     def ask_drain(visitor: Visitor, node: str | None) -> tuple[Any, str, list[Any]]:
         text = (
-            f"Drain {node}? It takes no more work, and its Ray ends when what runs there has ended, after "
-            f"{_DRAIN_SECONDS // 60} minutes at most. The playbook remove_node takes it out of the cluster for good."
+            f"Drain {node}? It accepts no more work, and its Ray stops when its running work has ended, after at "
+            f"most {_DRAIN_SECONDS // 60} minutes. Use the playbook remove_node to remove it from the cluster "
+            "permanently."
         )
-        return ask("drain", node, "Choose a worker first. There is none where the cluster is one host.", text)
+        return ask("drain", node, "Choose a worker first. A cluster of one host has none.", text)
 
     @handler(Role.ADMIN)
     def ask_add(visitor: Visitor, name: str, rate: str, days: str) -> tuple[Any, str, list[Any]]:
         found = ask(
-            "add", name, "Give the key a name first.", f"Make a key called {name}? Whoever has it may ask every model."
+            "add",
+            name,
+            "Give the key a name first.",
+            f"Create a key called {name}? Whoever has it can use every model.",
         )
         return (
             found[0],
@@ -125,7 +130,7 @@ def build(site: Site) -> None:
     @handler(Role.ADMIN)
     def ask_revoke(visitor: Visitor, key: str | None) -> tuple[Any, str, list[Any]]:
         return ask(
-            "revoke", key, "Choose a key first.", f"Revoke the key {key}? Who uses it is refused at once, for good."
+            "revoke", key, "Choose a key first.", f"Revoke the key {key}? It stops working immediately and permanently."
         )
 
     @handler(Role.VIEWER)
@@ -136,14 +141,20 @@ def build(site: Site) -> None:
     def do(visitor: Visitor, asked: list[Any]) -> Iterator[tuple[Any, ...]]:
         """Outputs: sure, asked, progress, secret, listed, key."""
         if not asked:
-            raise ConfError("There is nothing to do: choose first.")
+            raise ConfError("There is nothing to confirm: choose an action first.")
         what, value = asked
         away, same = gr.update(visible=False), gr.skip()
         if what == "add":
             name, rate, days = value
             limits = keys.Limits(requests_per_minute=rate)
             made, secret = keys.add_key(file, name, limits, None, time.time() + days * 86400 if days else None)
-            yield away, [], note(f"The key {made.name} is there."), gr.update(value=secret, visible=True), *keys_now()
+            yield (
+                away,
+                [],
+                note(f"The key {made.name} has been created."),
+                gr.update(value=secret, visible=True),
+                *keys_now(),
+            )
             return
         if what == "revoke":
             gone = keys.revoke_key(file, value)
@@ -176,13 +187,15 @@ def build(site: Site) -> None:
 def _overview(seen: Seen) -> str:
     if seen.away:
         return note(
-            f"The cluster is away: {seen.away}\nIt is looked for every few seconds, and shown when it is back.", "bad"
+            f"The cluster is unreachable: {seen.away}\nThe page checks every few seconds, and shows it when it is "
+            "back.",
+            "bad",
         )
     if seen.overview is None:
         return note(
-            "Nothing is served on this machine, and no Ray runs for it: the screen Deploy starts both, or in a "
-            "terminal: llm-ray serve deploy --model NAME\nA cluster is shown by a page on one of its nodes: llm-ray ui "
-            "--address auto"
+            "Nothing is served on this machine, and no Ray is running: start both on the screen Deploy, or in a "
+            "terminal: llm-ray serve deploy --model NAME\nTo see a cluster, run the page on one of its nodes: "
+            "llm-ray ui --address auto"
         )
     state = seen.overview.state
     nodes = [
@@ -227,8 +240,8 @@ def _overview(seen: Seen) -> str:
         ),
         table("Deployments", columns, models, numbers=columns[3:])
         if models
-        else note("No model is deployed: the screen Deploy does it."),
-        table("Jobs", ["Job", "State", "Since", "Command"], jobs) if jobs else note("No job runs."),
+        else note("No model is deployed: deploy one on the screen Deploy."),
+        table("Jobs", ["Job", "State", "Since", "Command"], jobs) if jobs else note("No jobs are running."),
         note(f"Ray {state['ray']}; the same in a terminal: llm-ray status, llm-ray serve status"),
     ]
     return "".join(parts)
@@ -257,5 +270,5 @@ def _keys(found: list[keys.Key]) -> str:
         for entry in found
     ]
     if not rows:
-        return note("There is no key yet.")
+        return note("There are no keys yet.")
     return table("API keys", ["Name", "Id", "Made", "Ends", "Models", "Requests a minute"], rows)

@@ -1,4 +1,4 @@
-"""The screen Data: the files that a model learns from, and what it will see of them."""
+"""The screen Data: training files, and what the model will see of them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build(site: Site) -> None:
     @handler(Role.VIEWER)
     def look(visitor: Visitor, choice: str | None, model: str | None) -> Iterator[tuple[Any, ...]]:
         if not choice:
-            yield figures.message("Send a file, or choose data."), "", "", None, *_pager(None, 0)
+            yield figures.message("Upload a file, or choose data."), "", "", None, *_pager(None, 0)
             return
         short = functools.partial(without_folders, site, visitor)
         yield figures.message("Reading the data …"), "", "", None, *_pager(None, 0)
@@ -97,7 +97,7 @@ def build(site: Site) -> None:
         prefix, _, name = (choice or "").partition("/")
         if prefix != "my files" or not name:
             raise gr.Error(
-                "Only files that you have sent can be deleted here.", title="Not yours", print_exception=False
+                "Only files that you have uploaded can be deleted here.", title="Not yours", print_exception=False
             )
         site.uploads.drop(visitor, site.uploads.folder(visitor) / Path(name).name)
         return (
@@ -110,14 +110,14 @@ def build(site: Site) -> None:
         )
 
     with gr.Row():
-        file = gr.File(label="Send a file (.jsonl, .json, .csv, .parquet, .txt)", height=160)
+        file = gr.File(label="Upload a file (.jsonl, .json, .csv, .parquet, .txt)", height=160)
         with gr.Column():
             choice = gr.Dropdown(
                 label="Data",
-                info="A file of yours, one of the data folder, or organisation/name of the hub",
+                info="One of your files, a file of the data folder, or organisation/name on the hub",
                 allow_custom_value=True,
             )
-            model = gr.Dropdown(label="Model whose tokens are counted", allow_custom_value=True)
+            model = gr.Dropdown(label="Model for counting tokens", allow_custom_value=True)
             with gr.Row():
                 show = gr.Button("Look at it", variant="primary")
                 drop = gr.Button("Delete the file")
@@ -150,8 +150,8 @@ def _summary(found: Examined, short: Callable[[str], str]) -> str:
     known = {
         "Format": ", ".join(stats.formats),
         "Rows read": f"{stats.read:,}",
-        "Rows to learn from": f"{train.rows:,}",
-        "Rows kept back": f"{held.rows:,}" if held else "0",
+        "Training rows": f"{train.rows:,}",
+        "Held-out rows": f"{held.rows:,}" if held else "0",
         "Tokens": f"{train.tokens + (held.tokens if held else 0):,}",
         "Supervised": f"{train.supervised_share:.0%}",
         "Longest row": f"{max(train.longest, held.longest if held else 0):,} tokens",
@@ -186,7 +186,7 @@ def _pager(seen: Preview | None, at: int) -> tuple[Any, ...]:
     at = max(0, min(at, (len(seen.rows) - 1) // _PAGE * _PAGE))
     page = seen.rows[at : at + _PAGE]
     head = f"<h2>Rows {at + 1} to {at + len(page)} of the first {len(seen.rows)}, as the model sees them</h2>"
-    legend = "<p>What is <mark>marked</mark> is learnt; the rest is context.</p>"
+    legend = "<p><mark>Marked</mark> text is trained on; the rest is context.</p>"
     return head + legend + "".join(map(_row, page)), gr.Row(visible=len(seen.rows) > _PAGE), at
 
 
@@ -197,6 +197,8 @@ def _row(row: PreviewRow) -> str:
             f"<mark>{html.escape(span.text)}</mark>" if span.supervised else f"<span>{html.escape(span.text)}</span>"
             for span in one.spans
         )
-        parts.append(f'<p class="count">{one.tokens} tokens, {one.supervised} learnt</p><pre class="row">{text}</pre>')
+        parts.append(
+            f'<p class="count">{one.tokens} tokens, {one.supervised} trained on</p><pre class="row">{text}</pre>'
+        )
     dropped = f'<p class="count">dropped: {html.escape(row.dropped)}</p>' if row.dropped else ""
     return f"<article><h3>{html.escape(Path(row.place).name)}</h3>{dropped}{''.join(parts)}</article>"

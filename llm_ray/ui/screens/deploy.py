@@ -36,12 +36,12 @@ def build(site: Site) -> None:
     """Makes the screen's components."""
     paths, planner = Paths.of(site.home), Apart()
     with gr.Row():
-        model = gr.Dropdown([], label="Model", info="A base model of the registry, or a run's")
-        name = gr.Textbox(label="Name", info="What clients call it. Empty: the model's own")
+        model = gr.Dropdown([], label="Model", info="A base model in the registry, or a run's model")
+        name = gr.Textbox(label="Name", info="Its name for clients. Empty: the model's own name")
     with gr.Row():
         engine = gr.Radio(
             [
-                ("Automatic: the fastest that can do it", "auto"),
+                ("Automatic: the fastest that can serve the model", "auto"),
                 *((kind.title, name) for name, kind in ENGINES.items()),
             ],
             value="auto",
@@ -51,19 +51,19 @@ def build(site: Site) -> None:
             list(forms("auto")),
             value=forms("auto")[0],
             label="Weights",
-            info="auto: as the engine is fastest; vLLM and transformers: as they are stored",
+            info="auto: what the engine is fastest with; vLLM and transformers: as stored, if the CPU supports it",
         )
     with gr.Row():
-        cpus = optional("Cores of a replica", "Empty: as many free ones as help")
+        cpus = optional("Cores of a replica", "Empty: as many free cores as are useful")
         replicas = gr.Number(label="Replicas", value=1, minimum=1, precision=0)
     with gr.Accordion("More", open=False):
         adapters = gr.Dropdown(
-            [], multiselect=True, label="Adapters", info="Of runs, each under the run's name; engine vLLM alone"
+            [], multiselect=True, label="Adapters", info="From runs, each under the run's name; only with engine vLLM"
         )
         with gr.Row():
             length = optional("Longest prompt and answer, in tokens", "Empty: the model's, at most 8192")
-            port = optional("Port", "Where nothing is served yet. Empty: 8000")
-    cost = gr.HTML(note("Check tells what it takes, before anything is loaded."), elem_id="deploy-cost")
+            port = optional("Port", "Used if nothing is served yet. Empty: 8000")
+    cost = gr.HTML(note("Check shows the required resources before anything is loaded."), elem_id="deploy-cost")
     with gr.Row():
         check, start = gr.Button("Check"), gr.Button("Deploy", variant="primary")
     progress = gr.HTML(elem_id="deploy-progress")
@@ -78,7 +78,7 @@ def build(site: Site) -> None:
     gr.Markdown("## Deployed")
     deployed = gr.HTML(elem_id="deployed")
     with gr.Row():
-        chosen = gr.Dropdown([], label="Deployed model", info="For stopping it, and for the examples")
+        chosen = gr.Dropdown([], label="Deployed model", info="To stop it, and for the examples")
         stop = gr.Button("Stop it …", variant="stop")
     with gr.Group(visible=False) as sure:
         really = gr.HTML()
@@ -108,13 +108,11 @@ def build(site: Site) -> None:
         model, name, engine, form, cpus, replicas, adapters, length, port = given
         if not model:
             raise ConfError(
-                "Choose a model first. There is none yet? llm-ray model import brings one into the registry; a run "
-                "makes one."
+                "Choose a model first. If there is none yet, import one (llm-ray model import) or finetune one."
             )
         if adapters and not able(engine, "adapters"):
             raise ConfError(
-                f"Adapters are served by engine {engines_with('adapters')} alone: choose it, or deploy the run's own "
-                "model."
+                f"Adapters require engine {engines_with('adapters')}: choose it, or deploy the run's own model."
             )
         return serving.conf_of(
             [model],
@@ -190,7 +188,7 @@ def build(site: Site) -> None:
     @handler(Role.USER)
     def checked(visitor: Visitor, *given: Any) -> Iterator[str]:
         asked = conf(given)
-        yield note("Looking at the model's files …")
+        yield note("Checking the model's files …")
         yield _cost(estimate(asked))
 
     @handler(Role.USER)
@@ -219,7 +217,7 @@ def build(site: Site) -> None:
         if not chosen:
             raise ConfError("Choose a deployed model first.")
         return gr.update(visible=True), note(
-            f"Stop {chosen}? What it works on is answered first; then clients get errors for it."
+            f"Stop {chosen}? Its requests in progress are completed first; then clients get errors for it."
         )
 
     @handler(Role.VIEWER)
@@ -276,18 +274,18 @@ def _cost(found: list[serving.Estimate]) -> str:
         "Tokens",
         "Cores",
         "Replicas",
-        "Memory in all",
+        "Total memory",
         "Room for it",
     ]
     problems = "".join(note(entry.problem, "bad") for entry in found if entry.problem)
-    return table("What it takes", columns, rows, numbers=columns[2:5]) + problems
+    return table("Required resources", columns, rows, numbers=columns[2:5]) + problems
 
 
 def _deployed(seen: Seen) -> str:
     if seen.away:
-        return note(f"The cluster is away: {seen.away}", "bad")
+        return note(f"The cluster is unreachable: {seen.away}", "bad")
     if not seen.models:
-        return note("Nothing is served. Choose a model above, and press Deploy.")
+        return note("Nothing is served. Choose a model above and press Deploy.")
     rows = []
     for name, entry in sorted(seen.models.items()):
         what = ", ".join(filter(None, [entry.model.engine, entry.model.precision]))
@@ -296,14 +294,14 @@ def _deployed(seen: Seen) -> str:
             [name, what, state, f"{entry.replicas} of {entry.wanted}", entry.model.cpus or "shared", entry.reason]
         )
         rows += [[adapter, f"adapter on {name}", "", "", "", ""] for adapter in entry.model.adapters]
-    return table("Models that are deployed", ["Name", "Engine", "State", "Replicas", "Cores", "What is wrong"], rows)
+    return table("Deployed models", ["Name", "Engine", "State", "Replicas", "Cores", "Problem"], rows)
 
 
 def _endpoint(seen: Seen) -> str:
     if not seen.overview or not seen.overview.serving.url:
-        return note("The address is shown when a model is deployed.")
+        return note("The address appears when a model is deployed.")
     keys = (
-        "Requests need an API key: an admin makes one on the screen Cluster."
+        "Requests need an API key: an admin can create one on the screen Cluster."
         if seen.overview.serving.needs_keys
         else "No API key is needed."
     )

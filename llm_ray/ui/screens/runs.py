@@ -1,4 +1,4 @@
-"""The screen Runs: what was trained and what waits, one run while it learns, and several side by side."""
+"""The screen Runs: finished and queued runs, one run in training, and several side by side."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def build(site: Site) -> None:
     def stopped(visitor: Visitor, name: str) -> tuple[Any, ...]:
         if any(job.name == name and job.state in ("waiting", "failed") for job in jobs.queue(runs)):
             jobs.cancel(runs, name)
-            return figures.message(f"{name} is taken out of the queue."), *view(name, None)
+            return figures.message(f"{name} was removed from the queue."), *view(name, None)
         stop_run(runs, name)
-        return figures.message(f"{name} was asked to stop: it ends after its step, with a checkpoint."), *view(
+        return figures.message(f"{name} was asked to stop: it stops after its current step, with a checkpoint."), *view(
             name, None
         )
 
@@ -86,22 +86,22 @@ def build(site: Site) -> None:
     def resumed(visitor: Visitor, name: str) -> tuple[Any, ...]:
         show_run(runs, name)
         jobs.resume(runs, name, by=visitor.name)
-        return figures.message(f"{name} goes on from its last checkpoint, when it is its turn."), *view(name, None)
+        return figures.message(f"{name} resumes from its last checkpoint when it is its turn."), *view(name, None)
 
     @handler(Role.USER)
     def deleted(visitor: Visitor, name: str, sure: str) -> tuple[Any, ...]:
         if sure.strip() != name:
-            raise RunError(f"Write the run's name, {name}, to delete it with its checkpoints and its model")
+            raise RunError(f"Type the run's name, {name}, to delete it with its checkpoints and model")
         delete_run(runs, name)
         return figures.message(f"{name} is deleted."), "", *view("", None)
 
     @handler(Role.USER)
     def beside_base(visitor: Visitor, name: str) -> Iterator[tuple[Any, ...]]:
-        yield figures.message(f"Looking at {name} and what it was made from …"), ""
+        yield figures.message(f"Checking {name} and its base …"), ""
         pair = serving.pair(name, site.home, site.watch.seen(fresh=True).models, site.address)
         if pair.conf:
             then = partial(site.watch.seen, fresh=True)
-            title = f"Deploy {' and '.join(pair.conf.models)}, to ask {name} beside its base"
+            title = f"Deploy {' and '.join(pair.conf.models)}, to compare {name} with its base"
             work = site.works.begin(title, visitor.name, serving.deploy, pair.conf, site.home, then=then)
             for _ in work.looks():
                 yield show_works([work]), ""
@@ -112,7 +112,7 @@ def build(site: Site) -> None:
     @handler(Role.VIEWER)
     def compared(visitor: Visitor, names: list[str] | None, metric: str) -> str:
         if not names or len(names) < 2:
-            return figures.message("Choose two runs or more.") if names else ""
+            return figures.message("Choose at least two runs.") if names else ""
         return _comparison(runs, names, metric)
 
     seen, name, url = gr.State(None), gr.State(""), gr.Textbox(visible="hidden")
@@ -122,12 +122,12 @@ def build(site: Site) -> None:
     with gr.Row():
         stop = gr.Button("Stop", visible=False)
         go_on = gr.Button("Resume", visible=False)
-        beside = gr.Button("Ask it beside its base", visible=False, variant="primary")
+        beside = gr.Button("Compare it with its base", visible=False, variant="primary")
     curves = gr.HTML(elem_id="run-curves")
     log = gr.HTML(elem_id="run-log")
     with gr.Accordion("Delete this run", open=False, visible=False) as deleting:
-        sure = gr.Textbox(label="The run's name, to be sure", max_lines=1)
-        delete = gr.Button("Delete it for good", variant="stop")
+        sure = gr.Textbox(label="The run's name, to confirm", max_lines=1)
+        delete = gr.Button("Delete it permanently", variant="stop")
     listed = gr.HTML(elem_id="runs-list")
     with gr.Accordion("Compare runs", open=True):
         with gr.Row():
@@ -167,7 +167,7 @@ def _list(known: list[RunSummary], queue: list[jobs.Job]) -> str:
         if run.name not in {job.name for job in queue if job.state != "running"}
     ]
     if not waiting and not rows:
-        return figures.message("There are no runs yet: choose data on the screen Data, and train.")
+        return figures.message("There are no runs yet: choose data on the screen Data, then train.")
     return figures.table("Runs", head, [*waiting, *rows], frozenset({0}))
 
 
@@ -183,9 +183,9 @@ def _one(runs: Path, name: str, job: jobs.Job | None) -> tuple[str, str, str, tu
     """State, curves, log, and the buttons that make sense, of one run."""
     log = _log(runs, name)
     if job and job.state != "running":
-        status = job.reason or f"asked for by {job.by or 'somebody'} {age(job.since)} ago"
+        status = job.reason or f"requested by {job.by or 'somebody'} {age(job.since)} ago"
         kind = "problem" if job.state == "failed" else "note"
-        stop = "" if job.state == "starting" else "Cancel" if job.state == "waiting" else "Take it off the list"
+        stop = "" if job.state == "starting" else "Cancel" if job.state == "waiting" else "Remove it from the queue"
         return (
             f"<h2>{html.escape(name)}: {_state(job)}</h2>{figures.message(status, kind)}",
             "",
@@ -258,7 +258,7 @@ def _buttons(name: str, labels: tuple[str, ...]) -> tuple[Any, ...]:
         gr.Button(stop or "Stop", visible=bool(stop)),
         gr.Button("Resume", visible=bool(again)),
         gr.Accordion(f"Delete {name}", open=False, visible=bool(delete)),
-        gr.Button("Ask it beside its base", visible=bool(beside)),
+        gr.Button("Compare it with its base", visible=bool(beside)),
     )
 
 
@@ -273,7 +273,7 @@ def _comparison(runs: Path, names: list[str], metric: str) -> str:
     ]
     link = f'<p><a href="/runs?compare={quote(",".join(names))}">Link to this comparison</a></p>'
     confs = (
-        figures.table("What differs in their confs", ("Key", *names), differ)
+        figures.table("Differences between their confs", ("Key", *names), differ)
         if differ
         else figures.message("Their confs are the same.")
     )

@@ -51,10 +51,7 @@ def build(site: Site) -> None:
     ) -> dict[str, str]:
         source = data_source(site, visitor, data)
         if not (model or "").strip():
-            raise ConfError(
-                "Choose a model: one of those that were imported (llm-ray model import), or organisation/name of the "
-                "hub"
-            )
+            raise ConfError("Choose a model: an imported one (llm-ray model import), or organisation/name on the hub")
         if not (name or "").strip():
             raise ConfError("Give the run a name")
         given = {field.name: value or "" for field, value in zip(known, values, strict=True)}
@@ -136,7 +133,7 @@ def build(site: Site) -> None:
                 raise ConfError(f"{taken.name} is too large for a conf")
             settings = settings_of(taken.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise ConfError(f"{taken.name} is no text in UTF-8: send a conf (YAML)") from error
+            raise ConfError(f"{taken.name} is not UTF-8 text: upload a conf (YAML)") from error
         except LlmRayError as error:
             raise ConfError(f"{taken.name}: {error}") from error
         finally:
@@ -153,17 +150,17 @@ def build(site: Site) -> None:
     with gr.Row():
         with gr.Column(scale=3):
             data = gr.Dropdown(
-                label="Data", info="Of the screen Data, or organisation/name of the hub", allow_custom_value=True
+                label="Data", info="From the screen Data, or organisation/name on the hub", allow_custom_value=True
             )
             model = gr.Dropdown(
-                label="Model", info="Imported, made by a run, or organisation/name of the hub", allow_custom_value=True
+                label="Model", info="Imported, from a run, or organisation/name on the hub", allow_custom_value=True
             )
-            name = gr.Textbox(label="Name", info="Of the run, and of the model that it makes", max_lines=1)
+            name = gr.Textbox(label="Name", info="Name of the run and of its model", max_lines=1)
             with gr.Row():
                 plan_it, start = gr.Button("Plan"), gr.Button("Start", variant="primary")
             notice = gr.HTML(elem_id="train-said")
             with gr.Accordion("All settings", open=False):
-                gr.Markdown("Empty fields have the value that they show. Values are YAML, as after `--set`.")
+                gr.Markdown("Empty fields use the value shown. Values are YAML, as after `--set`.")
                 parts = [
                     _section(section, list(group))
                     for section, group in groupby(known, lambda field: field.section.partition(".")[0])
@@ -171,7 +168,7 @@ def build(site: Site) -> None:
             inner = [part for several in parts for part in several]
         with gr.Column(scale=2):
             command = gr.Code(
-                label="The command that does the same",
+                label="The equivalent command",
                 language="shell",
                 interactive=False,
                 wrap_lines=True,
@@ -257,8 +254,8 @@ def _shown(plan: PlanReport) -> str:
             "It fits this host." if plan.conf.runtime.mode == "local" else "It fits hosts like this one."
         )
     else:
-        verdict = figures.message("It does not fit the memory of this host, and is not started.", "problem")
-        verdict += figures.lines("What would make it fit", plan.advice)
+        verdict = figures.message("It does not fit into this host's memory and is not started.", "problem")
+        verdict += figures.lines("Ways to make it fit", plan.advice)
     warned = figures.lines("Warnings", plan.sections["Warnings"])
     rest = "".join(figures.lines(title, entries) for title, entries in plan.sections.items() if title != "Warnings")
     return f"{verdict}{figures.pairs(known)}{warned}<details><summary>The whole plan</summary>{rest}</details>"

@@ -108,7 +108,7 @@ def _power(host: str, probe: Mapping[str, Any]) -> list[Problem]:
 
 def _disk(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     needed = 1 if probe["installed"] else probe["settings"]["min_disk_gib"]  # what is installed needs no room again
-    fix = "GiB free: at least {} are needed where {} lies: make room (preflight_min_disk_gib)"
+    fix = "GiB free: at least {} are needed where {} lies: free some space (preflight_min_disk_gib)"
     return [
         problem(host, f"disk of {path}", round(free / _GIB, 1), fix.format(needed, path))
         for path, free in probe["free"].items()
@@ -126,7 +126,7 @@ def _network(host: str, probe: Mapping[str, Any]) -> list[Problem]:
         fix = f"no default route: set nfs_server_address (its address in the cluster's network) in host_vars/{host}.yml"
         problems.append(problem(host, "nfs_server_address", None, fix))
     for taken in probe["taken"]:
-        fix = f"port {taken['port']} is taken by {taken['by'] or 'another process'}: stop that, or set another port"
+        fix = f"port {taken['port']} is used by {taken['by'] or 'another process'}: stop it, or set another port"
         problems.append(problem(host, taken["name"], taken["port"], fix))
     for target, reason in probe["unreached"].items():
         fix = f"cannot be reached from {host} ({reason}): check routes, firewalls and ray_node_address"

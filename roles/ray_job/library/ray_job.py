@@ -81,7 +81,7 @@ class Api:
         except OSError as error:
             raise Refused(
                 f"Ray's head does not answer at {self.url} ({getattr(error, 'reason', error)}): "
-                "journalctl -u llm-ray-head says why; ansible-playbook site.yml starts it"
+                "see journalctl -u llm-ray-head; start it with ansible-playbook site.yml"
             ) from error
 
     def jobs(self, name):
@@ -139,7 +139,7 @@ def attach(job, asked, digest):
             "wait until it has ended, as status.yml shows, or end it on the head: /opt/llm-ray/current/bin/ray job "
             f"stop {identity}"
             if asked["command"][0] == "serve"
-            else "wait for it, end it with -e cancel=true, or give this one another name with -e name=…"
+            else "wait for it, stop it with -e cancel=true, or use another name with -e name=…"
         )
         raise Refused(f"{identity} runs with another conf{f' ({changed})' if changed else ''}: {ways}")
     runs = shlex.split(job.get("entrypoint") or "")
@@ -269,7 +269,7 @@ def main():
     except Refused as error:
         module.fail_json(msg=str(error))
     except OSError as error:
-        module.fail_json(msg=f"{error.filename}: {error.strerror}: ansible-playbook site.yml heals it")
+        module.fail_json(msg=f"{error.filename}: {error.strerror}: repair it with ansible-playbook site.yml")
     else:
         module.exit_json(**result)
 

@@ -83,12 +83,12 @@ def test_a_cluster_that_dies_is_shown_as_away_and_comes_back_by_itself(
     with running(tmp_path, LLM_RAY, "ui", "--port", "0", "--address", f"127.0.0.1:{port}") as page:
         tab = signed_in_at(open_browser(), page, "alice", "cluster")
         overview = tab.locator("#cluster-overview")
-        expect(overview).to_contain_text("The cluster is away", timeout=LONG)  # it has never been there
+        expect(overview).to_contain_text("The cluster is unreachable", timeout=LONG)  # it has never been there
         for _ in range(2):
             with head(port):
                 expect(overview.get_by_role("table", name="Hosts")).to_contain_text("(head)", timeout=LONG)
                 expect(overview).to_contain_text("No model is deployed")
-            expect(overview).to_contain_text("The cluster is away", timeout=LONG)
+            expect(overview).to_contain_text("The cluster is unreachable", timeout=LONG)
             assert_accessible(tab)
         for screen in ("data", "train", "runs", "deploy", "ask"):  # the page goes on
             tab.goto(f"{page.url}/{screen}")

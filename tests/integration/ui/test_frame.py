@@ -69,7 +69,7 @@ def test_signing_in_and_out(open_browser: Browsers, page: Running) -> None:
     tab.goto(f"{page.url}/runs")
     assert tab.url == f"{page.url}/login?next=/runs"
     fill_in(tab, tab.url, "alice", "something else")
-    expect(tab.get_by_role("alert")).to_have_text("Name or password is wrong.")
+    expect(tab.get_by_role("alert")).to_have_text("Wrong name or password.")
     fill_in(tab, f"{page.url}/runs", "alice", PASSWORD)
     assert tab.url == f"{page.url}/runs"
     (cookie,) = (cookie for cookie in context.cookies() if not cookie["name"].endswith("-form"))
@@ -100,7 +100,7 @@ def test_a_name_is_locked_after_wrong_passwords(open_browser: Browsers, page: Ru
     tab = open_browser().new_page()
     for _ in range(5):
         fill_in(tab, f"{page.url}/login", "carol", "something else")
-        expect(tab.get_by_role("alert")).to_have_text("Name or password is wrong.")
+        expect(tab.get_by_role("alert")).to_have_text("Wrong name or password.")
     fill_in(tab, f"{page.url}/login", "carol", PASSWORD)
     expect(tab.get_by_role("alert")).to_contain_text("Too many wrong passwords: try again in")
 
@@ -113,7 +113,7 @@ def test_a_user_calls_what_a_viewer_may_not(sign_in: Open) -> None:
         if role == "user":
             expect(tab.get_by_label("Answer")).to_have_value("Hello you, says bob")
         else:
-            expect(tab.get_by_text("This needs the role user; yours is viewer.")).to_be_visible()
+            expect(tab.get_by_text("This requires the role user; yours is viewer.")).to_be_visible()
             expect(tab.get_by_label("Answer")).to_have_value("")
 
 

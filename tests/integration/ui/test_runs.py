@@ -111,7 +111,7 @@ def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(
 
     tab.goto(f"{page.url}/runs?run=first")
     tab.get_by_role("button", name="Resume").click()
-    expect(tab.locator("#runs-said")).to_contain_text("goes on from its last checkpoint")
+    expect(tab.locator("#runs-said")).to_contain_text("resumes from its last checkpoint")
     expect(tab.locator("#run-state h2")).to_have_text("first: running", timeout=LONG)
     until(lambda: len(_steps(home, "first")) > len(reached), LONG / 1000)
     tab.get_by_role("button", name="Stop", exact=True).click()
@@ -123,7 +123,7 @@ def test_runs_are_compared(tab: Page, page: Running) -> None:
     tab.goto(f"{page.url}/runs?compare=first,second")
     comparison = tab.locator("#runs-comparison")
     expect(comparison.locator("figure svg polyline")).to_have_count(2, timeout=LONG)
-    differ = comparison.get_by_role("table", name="What differs in their confs")
+    differ = comparison.get_by_role("table", name="Differences between their confs")
     expect(differ.get_by_role("row", name=re.compile("training.learning_rate"))).to_contain_text("0.002")
     expect(differ.get_by_role("row", name=re.compile("training.max_steps"))).to_contain_text("20,000")
     expect(differ).not_to_contain_text("global_batch_size")
@@ -133,7 +133,7 @@ def test_runs_are_compared(tab: Page, page: Running) -> None:
 def test_a_viewer_stops_nothing(open_browser: Browsers, page: Running, home: Path) -> None:
     tab = signed_in_at(open_browser(), page, "eve", "runs?run=first")
     tab.get_by_role("button", name="Delete first").click()
-    tab.get_by_label("The run's name, to be sure").fill("first")
-    tab.get_by_role("button", name="Delete it for good").click()
-    expect(tab.get_by_text("This needs the role user; yours is viewer.")).to_be_visible()
+    tab.get_by_label("The run's name, to confirm").fill("first")
+    tab.get_by_role("button", name="Delete it permanently").click()
+    expect(tab.get_by_text("This requires the role user; yours is viewer.")).to_be_visible()
     assert (home / "runs" / "first").is_dir()

@@ -49,7 +49,7 @@ def test_a_viewer_deploys_nothing(sign_in: Open, url: str) -> None:
     tab = sign_in("eve", "deploy")
     expect(tab.get_by_label("Model", exact=True)).to_have_value(re.compile("tiny"), timeout=30_000)
     tab.get_by_role("button", name="Deploy").click()
-    expect(tab.get_by_text("This needs the role user; yours is viewer.")).to_be_visible()
+    expect(tab.get_by_text("This requires the role user; yours is viewer.")).to_be_visible()
 
 
 def test_deploying_from_the_page(sign_in: Open, page: Running, url: str) -> None:
@@ -110,14 +110,14 @@ def test_a_restart_asks_first(sign_in: Open, page: Running, url: str) -> None:
     tab = sign_in("bob", "cluster")
     _choose(tab, "Deployed model")
     tab.get_by_role("button", name="Restart it").click()
-    expect(tab.get_by_text("This needs the role admin; yours is user.")).to_be_visible()
+    expect(tab.get_by_text("This requires the role admin; yours is user.")).to_be_visible()
     tab = sign_in("alice", "cluster")
     tab.get_by_role("button", name="Restart it").click()
     expect(tab.get_by_text("Choose a deployed model first.")).to_be_visible()
     _choose(tab, "Deployed model")
     tab.get_by_role("button", name="Restart it").click()
     sure = tab.locator("#cluster-sure").first
-    expect(sure).to_contain_text(f"Restart {NAME}? What it works on is answered first")
+    expect(sure).to_contain_text(f"Restart {NAME}? Its requests in progress are completed first")
     assert_accessible(tab)
     tab.get_by_role("button", name="Leave it").click()
     expect(sure).to_be_hidden()
@@ -161,4 +161,4 @@ def test_a_key_is_made_and_revoked(sign_in: Open, page: Running, url: str) -> No
     tab.get_by_role("option", name=re.compile("robot")).click()
     tab.get_by_role("button", name="Revoke it").click()
     tab.get_by_role("button", name="Do it").click()
-    expect(tab.locator("#cluster-keys")).to_contain_text("There is no key yet.")
+    expect(tab.locator("#cluster-keys")).to_contain_text("There are no keys yet.")

@@ -224,5 +224,5 @@ def test_a_host_that_is_not_known_is_resolved(tmp_path: Path) -> None:
 
 def test_no_rules_are_written_without_a_host(tmp_path: Path) -> None:
     said = play(tmp_path, _SHOW, HOSTS | {"w1": {"ansible_host": "w1.invalid"}, "nas": {"ansible_host": "10.0.0.3"}})
-    assert "w1: its address is not known" in said
+    assert "w1: its address is unknown" in said
     assert "ADDRESSES" not in said

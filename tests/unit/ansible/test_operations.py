@@ -116,7 +116,7 @@ def test_a_failed_check_says_what_is_wrong_and_what_to_do(operations: ModuleType
     }
     (row,) = operations.operations_failed(each, "firewall", "w1")
     assert row["found"] == "nft: no such table"
-    assert row["fix"] == "ansible-playbook site.yml --limit w1 heals it"
+    assert row["fix"] == "repair it with ansible-playbook site.yml --limit w1"
 
 
 def test_a_cluster_that_fails_ends_validate_with_1_and_one_that_cannot_be_judged_with_2(

@@ -27,7 +27,7 @@ def page(folder: Path, head: dict[str, Any], *arguments: str, **variables: Any) 
 def test_a_host_that_is_no_node_gets_no_page(tmp_path: Path) -> None:
     done = page(tmp_path, stand_in(tmp_path, "head"))
     assert done.returncode == 2, done.stdout
-    assert "head: is not a node yet: nothing was changed: run site.yml, then this again" in words(done)
+    assert "head: is not a node yet, nothing was changed: run site.yml, then this again" in words(done)
     assert set(modules(tmp_path, "head")) == {"setup", "stat"}
 
 
@@ -42,7 +42,7 @@ def test_a_page_that_others_reach_has_a_user(tmp_path: Path, variables: dict[str
     done = page(tmp_path, stand_in(tmp_path, "head", **NODE), **variables)
     assert done.returncode == 2, done.stdout
     assert (
-        f"head: {named}: other machines would reach a page that has no user: give it one in a vault (page_users)"
+        f"head: {named}: other machines could reach a page that has no users: add one in a vault (page_users)"
         in words(done)
     )
     assert set(modules(tmp_path, "head")) == {"setup", "stat", "command"}
@@ -53,7 +53,7 @@ def test_the_one_who_holds_its_port_is_named(tmp_path: Path) -> None:
         tmp_path, stand_in(tmp_path, "head", **NODE, command={"rc": 0, "stdout": "python3 (process 42)", "stderr": ""})
     )
     assert done.returncode == 2, done.stdout
-    assert "head: page_port = 7860: the port is taken by python3 (process 42): stop that, or set another port" in words(
+    assert "head: page_port = 7860: the port is used by python3 (process 42): stop it, or set another port" in words(
         done
     )
 

@@ -57,7 +57,7 @@ def test_a_worker_stays_whole_when_the_head_that_ends_its_work_is_of_no_use(
     inventory = cluster(refusing if reached else away, w1=stand_in(tmp_path, "w1"))
     done = playbook(tmp_path, inventory, "-e", "node=w1", name="remove_node.yml", HOME=str(tmp_path))
     assert done.returncode == 2, done.stdout
-    assert "head is not reached, and it ends the node's work: nothing was changed" in words(done)
+    assert "head is unreachable, but it must drain the node: nothing was changed" in words(done)
     assert modules(tmp_path, "w1") == ["setup", "stat"]
 
 
@@ -231,7 +231,7 @@ def test_who_did_not_forget_a_worker_is_told(tmp_path: Path, away: dict[str, Any
     head = stand_in(tmp_path, "head", command={"rc": 0, "stdout": '{"drained": true}'})
     inventory = cluster(head, w1=stand_in(tmp_path, "w1"), w2=away)
     done = playbook(tmp_path, inventory, "-e", "node=w1", name="remove_node.yml")
-    assert "w1 has left the cluster. w2 may still let it in: run this again when all are reached." in words(done)
+    assert "w1 has left the cluster. w2 may still admit it: run this again when all are reachable." in words(done)
 
 
 ENVIRONMENT = "/opt/llm-ray/env/a"
@@ -256,7 +256,7 @@ def test_a_host_that_is_no_node_yet_stops_no_cluster(tmp_path: Path) -> None:
     inventory = cluster(node(tmp_path, "head"), w1=node(tmp_path, "w1"), new=stand_in(tmp_path, "new"))
     done = playbook(tmp_path, inventory, "-e", "rollback=true", "--skip-tags", "preflight", name="upgrade.yml")
     assert done.returncode == 0, done.stdout
-    assert "new is not a node yet, and is left out: add_node.yml -e node=new makes it one" in words(done)
+    assert "new is not a node yet and is skipped: add it with add_node.yml -e node=new" in words(done)
     assert "a runs on 2 hosts" in words(done)
     assert modules(tmp_path, "new") == ["setup", "stat"]
 
@@ -265,7 +265,7 @@ def test_where_the_head_is_no_node_yet_there_is_nothing_to_upgrade(tmp_path: Pat
     inventory = cluster(stand_in(tmp_path, "head"), w1=node(tmp_path, "w1"))
     done = playbook(tmp_path, inventory, "--skip-tags", "preflight", name="upgrade.yml")
     assert done.returncode == 2, done.stdout
-    assert "head is not a node yet: nothing was changed: site.yml makes the cluster" in words(done)
+    assert "head is not a node yet, nothing was changed: create the cluster with site.yml" in words(done)
     assert modules(tmp_path, "w1") == ["setup", "stat"]
 
 

@@ -113,7 +113,7 @@ def test_fit_hosts_have_no_problems(preflight: SimpleNamespace) -> None:
         ({"object_store_gib": 60.0, "shm": 64 * _GIB}, "h0: ray_node_object_store_gib = 60.0: leaves too little of "
             "64.0 GiB"),
         ({"taken": [{"name": "ray_node_port", "port": 6379, "by": "redis (process 9)"}]}, "h0: ray_node_port = 6379: "
-            "port 6379 is taken by redis (process 9)"),
+            "port 6379 is used by redis (process 9)"),
         ({"unreached": {"10.0.0.1": "timed out"}}, "h0: address of the head or the NFS server = \"10.0.0.1\": cannot "
             "be reached from h0 (timed out)"),
         ({"address": ""}, "h0: ray_node_address: no default route: set ray_node_address (its address in the cluster's "

@@ -132,7 +132,7 @@ def test_what_a_running_job_would_not_heed_is_refused(job: ModuleType, more: lis
     [
         (
             "finetune",
-            r"\(-a: 1; \+a: 2\): wait for it, end it with -e cancel=true, or give this one another name with -e name=…",
+            r"\(-a: 1; \+a: 2\): wait for it, stop it with -e cancel=true, or use another name with -e name=…",
         ),
         (
             "serve",

@@ -69,7 +69,7 @@ def test_settings_make_a_conf_and_a_command_and_come_back(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("training:\n  epoch: 2", "training.epoch is no key of a conf; did you mean training.epochs?"),
+        ("training:\n  epoch: 2", "training.epoch is not a key of a conf; did you mean training.epochs?"),
         ("a: [", "line "),
         ("just text", "no keys with values"),
         ("name: {{ env.HOME }}", "is a template"),

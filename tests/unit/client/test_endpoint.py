@@ -37,7 +37,7 @@ def test_the_path_tells_the_kind(url: str, openai: bool, name: str, base: str) -
         ("http:///v1", "not a URL of the form"),
         ("http://127.0.0.1:8000", "add /v1 .* or /MODEL"),
         ("http://127.0.0.1:8000/", "add /v1 .* or /MODEL"),
-        ("http://127.0.0.1:8000/v1/chat/completions", "the base of the API alone, http://127.0.0.1:8000/v1$"),
+        ("http://127.0.0.1:8000/v1/chat/completions", "only the base of the API, http://127.0.0.1:8000/v1$"),
         ("http://127.0.0.1:8000/v1?model=a", "the address alone"),
     ],
 )
@@ -77,7 +77,7 @@ def test_the_key_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.Monk
         ("sk-openai", "OPENAI_API_KEY"),
     ]
     assert find_key(None, None, os.environ) is None
-    with pytest.raises(ConfError, match="--api-key and --api-key-file are both given"):
+    with pytest.raises(ConfError, match="--api-key and --api-key-file cannot be combined"):
         find_key("sk-given", file, os.environ)
     assert "sk-given" not in repr(found[0])
 

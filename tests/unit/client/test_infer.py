@@ -133,11 +133,11 @@ def test_of_several_models_one_must_be_named(server: Server) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--prompt", "a", "--file", "f.txt"], "exclude each other"),
+        (["--prompt", "a", "--file", "f.txt"], "cannot be combined"),
         (["--prompt", "a", "--stream", "--json"], "--stream shows one answer"),
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "a", "--model", "echo"], "the route of one model already"),
-        (["--prompt", "a", "--completion"], "--completion: a model's own route has chat alone"),
+        (["--prompt", "a", "--completion"], "--completion: a model's own route supports only chat"),
         (["--prompt", "a", "--temperature", "-1"], "is not in the range"),
     ],
 )
@@ -165,8 +165,8 @@ def test_a_completion_has_no_conversation(server: Server, tmp_path: Path) -> Non
         ("nobody", ": not found (404: The model `nobody` does not exist.). http"),
         ("down", "failed (503: no replica): `llm-ray serve status`"),
         ("picky", "refused the request (400: bad is a bad word)"),
-        ("page", "is this its address?"),
-        ("foreign", "is this its address?"),
+        ("page", "is this the right address?"),
+        ("foreign", "is this the right address?"),
     ],
 )
 def test_refusals(server: Server, kind: str, stream: list[str], model: str, reason: str) -> None:
@@ -174,7 +174,7 @@ def test_refusals(server: Server, kind: str, stream: list[str], model: str, reas
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: http://127.0.0.1")
     assert reason in result.stderr
-    assert "Traceback" not in result.stderr and "defect" not in result.stderr
+    assert "Traceback" not in result.stderr and "a bug in" not in result.stderr
     if model == "nobody":
         assert f"{server.api} serves {', '.join(MODELS)}" in result.stderr
 
@@ -184,7 +184,7 @@ def test_a_busy_endpoint_is_asked_again(server: Server, kind: str) -> None:
     for model in ("busy", "waking"):
         result = infer(*URLS[kind](server, model), "--prompt", "hi")
         assert (result.exit_code, result.stdout) == (0, "hi\n")
-        assert "Asking again in 0 s" in result.stderr
+        assert "Retrying in 0 s" in result.stderr
     assert len(server.requests) == 4
 
 
@@ -201,15 +201,15 @@ def test_an_endpoint_that_stays_busy(server: Server, kind: str) -> None:
 def test_a_torn_stream(server: Server, kind: str) -> None:
     result = infer(*URLS[kind](server, "torn"), "--prompt", "one two three", "--stream")
     assert (result.exit_code, result.stdout) == (1, "one")
-    assert "broke before the answer was whole" in result.stderr
+    assert "was lost before the answer was complete" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         ("short", "no finish_reason came"),
-        ("error", "broke the answer off: the engine died"),
-        ("garbage", "something that is no JSON"),
+        ("error", "aborted the answer: the engine died"),
+        ("garbage", "did not answer with JSON"),
     ],
 )
 def test_streams_that_end_otherwise(server: Server, model: str, reason: str) -> None:
@@ -229,7 +229,7 @@ def test_an_answer_that_is_no_json(server: Server, kind: str) -> None:
 def test_an_endpoint_that_does_not_answer(server: Server, kind: str) -> None:
     result = infer(*URLS[kind](server, "slow"), "--prompt", "hi", "--timeout", "0.3")
     assert result.exit_code == 1
-    assert "gave no whole answer within 0.3 s (--timeout)" in result.stderr
+    assert "did not complete the answer within 0.3 s (--timeout)" in result.stderr
     assert server.gone.wait(5)
 
 
@@ -269,9 +269,11 @@ def test_keys(server: Server, kind: str, tmp_path: Path) -> None:
     assert infer(*ask, "--api-key", KEY).stdout == "hi\n"
     none, wrong, poor = infer(*ask), infer(*ask, LLM_RAY_API_KEY="sk-wrong"), infer(*ask, LLM_RAY_API_KEY="sk-poor")
     assert (none.exit_code, wrong.exit_code, poor.exit_code) == (1, 1, 1)
-    assert "asks for an API key (401: No API key): set LLM_RAY_API_KEY, or give --api-key-file FILE" in none.stderr
-    assert "does not take the API key of LLM_RAY_API_KEY (401: Invalid API key)" in wrong.stderr
-    assert "the API key of LLM_RAY_API_KEY may not do this (403: this key may not use the model)" in poor.stderr
+    assert "requires an API key (401: No API key): set LLM_RAY_API_KEY, or use --api-key-file FILE" in none.stderr
+    assert "rejects the API key from LLM_RAY_API_KEY (401: Invalid API key)" in wrong.stderr
+    assert (
+        "the API key of LLM_RAY_API_KEY is not allowed to do this (403: this key may not use the model)" in poor.stderr
+    )
     assert "sk-" not in wrong.stderr + poor.stderr
 
 
@@ -325,7 +327,7 @@ def test_a_file_of_answers_is_gone_on_with(server: Server, prompts: Path, tmp_pa
     server.requests.clear()
     result = infer(server.api, "--model", "echo", "--file", str(prompts), "--output", str(out))
     assert result.exit_code == 0
-    assert f"{out} answers 12 of 20 prompts already" in result.stderr
+    assert f"{out} already has answers to 12 of 20 prompts" in result.stderr
     assert len(server.requests) == 8
     assert sorted(int(str(row["index"])) for row in rows(out)) == list(range(20))
 
@@ -338,8 +340,8 @@ def test_answers_to_something_else_are_not_mixed(server: Server, prompts: Path, 
     other = tmp_path / "other.txt"
     other.write_text("another\n" * 20)
     for arguments, reason in (
-        ([*ask[:4], str(other), *ask[5:]], "answers another prompt than number"),
-        ([*ask[:2], "picky", *ask[3:]], "is an answer of echo, not of picky"),
+        ([*ask[:4], str(other), *ask[5:]], "answers a different prompt than number"),
+        ([*ask[:2], "picky", *ask[3:]], "was answered by echo, not by picky"),
         ([*ask, "--seed", "1"], "was asked with no settings, not with seed 1"),
     ):
         result = infer(*arguments)
@@ -355,7 +357,7 @@ def test_a_file_that_holds_no_answers_is_left_alone(
     out = tmp_path / "notes.txt"
     out.write_text(content)
     result = infer(server.route("echo"), "--file", str(prompts), "--output", str(out))
-    assert (result.exit_code, "notes.txt:1 is no answer of llm-ray infer" in result.stderr) == (2, True)
+    assert (result.exit_code, "notes.txt:1 is not an answer of llm-ray infer" in result.stderr) == (2, True)
     assert out.read_text() == content
 
 
@@ -367,7 +369,7 @@ def test_prompts_that_fail_are_told_and_asked_again(server: Server, tmp_path: Pa
         server.requests.clear()
         result = infer(*ask)
         assert result.exit_code == 1
-        assert "13 of 15 prompts were not answered; the same command asks them again:" in result.stderr
+        assert "13 of 15 prompts were not answered; run the same command to ask them again:" in result.stderr
         assert f"\n  {file}:2: {server.api} refused the request (400: bad is a bad word)\n" in result.stderr
         assert "and 3 more" in result.stderr
         assert len(rows(out)) == 2
@@ -387,7 +389,7 @@ def test_an_endpoint_that_cannot_be_asked_ends_a_file_at_once(server: Server, pr
     result = infer(server.api, "--model", "echo", "--file", str(prompts), "--output", str(out), "--concurrency", "4")
     assert result.exit_code == 1
     assert "asks for an API key" in result.stderr
-    assert f"{out} keeps the answers that came: the same command goes on from there" in result.stderr
+    assert f"{out} keeps the answers received so far: run the same command to continue from there" in result.stderr
     assert len(server.requests) <= 4
 
 
@@ -430,4 +432,4 @@ def test_a_reader_that_goes_away_is_no_defect(server: Server, prompts: Path) -> 
         process.stdout.close()
         said = process.stderr.read()
         assert process.wait() == 1
-    assert "defect" not in said and "Traceback" not in said
+    assert "a bug in" not in said and "Traceback" not in said

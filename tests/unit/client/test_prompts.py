@@ -47,17 +47,17 @@ def test_rows_of_all_shapes(tmp_path: Path, suffix: str) -> None:
     [
         (
             '{"question": "a"}',
-            "p.jsonl:2: no prompt in the row: it needs a column prompt, text, instruction or messages, and has "
+            "p.jsonl:2: no prompt in the row: it needs a column prompt, text, instruction or messages, but has "
             "question",
         ),
         ('{"prompt": 3}', "p.jsonl:2: 'prompt' must be text"),
-        ('{"prompt": " "}', "p.jsonl:2: 'prompt' must be text, and not empty"),
+        ('{"prompt": " "}', "p.jsonl:2: 'prompt' must be non-empty text"),
         ('{"instruction": "a", "input": {}}', None),
         ('{"instruction": "a", "input": [1]}', "p.jsonl:2: 'input' must be text"),
         ('{"instruction": [1], "input": "a"}', "p.jsonl:2: 'instruction' must be text"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-            "p.jsonl:2: 'messages' ends in an assistant's",
+            "p.jsonl:2: 'messages' ends with an assistant's",
         ),
         ('{"prompt": "a", "prompt": "b"}', "p.jsonl:2: the key 'prompt' stands twice"),
         ('{"messages": []}', "p.jsonl:2: 'messages' must be a list of objects"),
@@ -80,7 +80,7 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "p.docx").write_text("Hi")
     for name, reason in (
-        ("empty.txt", "no prompt in it"),
+        ("empty.txt", "contains no prompts"),
         ("p.docx", "cannot be read"),
         ("none.txt", "no such file"),
         ("", "no such file"),

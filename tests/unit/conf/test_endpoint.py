@@ -21,5 +21,5 @@ def test_an_endpoint_that_needs_keys_goes_on_needing_them() -> None:
 
 
 def test_names_that_would_be_one_file_name_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"models\.a--b: its name cannot be told from that of models\.a/b"):
+    with pytest.raises(ValueError, match=r"models\.a--b: its name is too similar to that of models\.a/b"):
         ServeConf.model_validate({"models": {name: {"model": "m"} for name in ("a/b", "a--b")}})

@@ -30,40 +30,40 @@ message = partial(error, load_finetune)
 BROKEN = {
     "unknown key in a section": (
         "training:\n  learning_rat: 1e-3\n",
-        ":7: training.learning_rat: there is no such key; mean training.learning_rate?",
+        ":7: training.learning_rat: no such key; mean training.learning_rate?",
     ),
     "key of another section at the top": (
         "learning_rate: 1e-3\n",
-        ":6: learning_rate: there is no such key; mean training.learning_rate?",
+        ":6: learning_rate: no such key; mean training.learning_rate?",
     ),
     "key of another section": (
         "runtime:\n  epochs: 3\n",
-        ":7: runtime.epochs: there is no such key; mean training.epochs?",
+        ":7: runtime.epochs: no such key; mean training.epochs?",
     ),
-    "misspelled section": ("trainign:\n  epochs: 3\n", ":6: trainign: there is no such key; mean training?"),
-    "key in capitals": ("Training:\n  epochs: 3\n", ":6: Training: there is no such key; mean training?"),
+    "misspelled section": ("trainign:\n  epochs: 3\n", ":6: trainign: no such key; mean training?"),
+    "key in capitals": ("Training:\n  epochs: 3\n", ":6: Training: no such key; mean training?"),
     "key with a dash": ("runtime:\n  max-failures: 3\n", ":7: ; mean runtime.max_failures?"),
     "key of the Hugging Face trainer": ("training:\n  num_train_epochs: 3\n", ":7: ; mean training.epochs?"),
     "key of llm-on-ray": ("num_training_workers: 2\n", ":6: ; mean runtime.workers?"),
     "key as after --set": (
         "tuning:\n  lora.r: 3\n",
-        ":7: tuning.lora.r: there is no such key; in a file it is r: indented below tuning.lora:",
+        ":7: tuning.lora.r: no such key; in a file it is r: indented below tuning.lora:",
     ),
     "key like nothing": (
         "tracking:\n  zebra: 1\n",
-        ":7: tracking.zebra: there is no such key; tracking has the keys tensorboard, log_every",
+        ":7: tracking.zebra: no such key; tracking has the keys tensorboard, log_every",
     ),
     "section like nothing": (
         "zebra: 1\n",
-        ":6: zebra: there is no such key; a conf has the keys name, stages, runtime",
+        ":6: zebra: no such key; a conf has the keys name, stages, runtime",
     ),
     "three levels down": (
         "tuning:\n  lora:\n    rang: 3\n",
-        ":8: tuning.lora.rang: there is no such key; mean tuning.lora.r",
+        ":8: tuning.lora.rang: no such key; mean tuning.lora.r",
     ),
     "text for a number": (
         "training:\n  max_steps: four\n",
-        ':7: training.max_steps is "four"; whole number of at least 1',
+        ':7: training.max_steps is "four"; integer of at least 1',
     ),
     "text for a number or auto": (
         "training:\n  epochs: many\n",
@@ -77,8 +77,8 @@ BROKEN = {
     "number too small": ("runtime:\n  workers: 0\n", ":7: runtime.workers is 0; at least 1"),
     "negative rate": ("training:\n  learning_rate: -1e-3\n", ":7: training.learning_rate is -0.001; a number above 0"),
     "infinite rate": ("training:\n  learning_rate: .inf\n", ":7: training.learning_rate is Infinity; a number above 0"),
-    "fraction for a whole number": ("training:\n  max_steps: 1.5\n", ":7: training.max_steps is 1.5; a whole number"),
-    "true for a number": ("runtime:\n  workers: true\n", ":7: runtime.workers is true; whole number"),
+    "fraction for an integer": ("training:\n  max_steps: 1.5\n", ":7: training.max_steps is 1.5; an integer"),
+    "true for a number": ("runtime:\n  workers: true\n", ":7: runtime.workers is true; integer"),
     "number for a name": ("name: 7\nmodel: {base: b}\ndata: {train: train.jsonl}\n", ":1: name is 7; quotes: '7'"),
     "revision that YAML takes for a number": (
         "name: a\nmodel:\n  base: a/b\n  revision: 1234567\ndata: {train: train.jsonl}\n",
@@ -86,7 +86,7 @@ BROKEN = {
     ),
     "number or auto": (
         "runtime:\n  cpus_per_worker: all\n",
-        ':7: runtime.cpus_per_worker is "all"; whole number of at least 1 or auto',
+        ':7: runtime.cpus_per_worker is "all"; integer of at least 1 or auto',
     ),
     "choice misspelled": (
         "training:\n  schedule: cosin\n",
@@ -95,27 +95,27 @@ BROKEN = {
     "choice in capitals": ("training:\n  precision: BF16\n", ':7: training.precision is "BF16"; mean bf16?'),
     "stage misspelled": ("stages:\n  - prepare\n  - trian\n", ':8: stages[1] is "trian"; mean train?'),
     "no stages": ("stages: []\n", ":6: stages is empty: name at least one of prepare"),
-    "section twice": ("data:\n", ":6: data is there twice (first in line 4)"),
+    "section twice": ("data:\n", ":6: data appears twice (first in line 4)"),
     "section without keys": (
         "training: fast\n",
-        ':6: training is "fast"; a section, with keys indented below training:',
+        ':6: training is "fast"; a section with keys indented below training:',
     ),
     "list for a section": ("training:\n  - epochs: 3\n", ":6: training is [; a section"),
-    "colon without blank": ("training:\n  epochs:3\n", ":6: training is; epochs: wants a blank after the colon"),
+    "colon without blank": ("training:\n  epochs:3\n", ":6: training is; epochs: needs a space after the colon"),
     "list too long": ("training:\n  betas: [0.9, 0.99, 0.999]\n", ":7: training.betas is; a list of 2 numbers"),
     "required key in an optional section": (
         "training:\n  early_stopping: {}\n",
         ":7: training.early_stopping.patience is missing",
     ),
-    "key twice": ("training:\n  epochs: 1\n  epochs: 2\n", ":8: training.epochs is there twice (first in line 7)"),
-    "tab": ("training:\n\tepochs: 1\n", ":7: ; a tab is used for indentation"),
-    "bad indentation": ("training:\n  epochs: 1\n   batch_size: 2\n", ":8: is no YAML"),
-    "bracket not closed": ("stages: [prepare, train\n", "is no YAML"),
-    "Jinja not closed": ("seed: {{ seed\n", "is no Jinja template"),
+    "key twice": ("training:\n  epochs: 1\n  epochs: 2\n", ":8: training.epochs appears twice (first in line 7)"),
+    "tab": ("training:\n\tepochs: 1\n", ":7: ; indent with spaces, not tabs"),
+    "bad indentation": ("training:\n  epochs: 1\n   batch_size: 2\n", ":8: is not valid YAML"),
+    "bracket not closed": ("stages: [prepare, train\n", "is not valid YAML"),
+    "Jinja not closed": ("seed: {{ seed\n", "is not a valid Jinja template"),
     "no data": ("name: a\nmodel:\n  base: b\n", ": data.train is missing: Training data; --set data.train="),
     "data without train": ("name: a\nmodel: {base: b}\ndata:\n  format: text\n", ":3: data.train is missing"),
     "empty section that is required": ("name: a\nmodel:\ndata: {train: train.jsonl}\n", "model.base is missing"),
-    "nothing required": ("name: a\n", "2 things are wrong; model.base is missing; data.train is missing"),
+    "nothing required": ("name: a\n", "the conf has 2 errors; model.base is missing; data.train is missing"),
     "name with a blank": (
         "name: my run\nmodel: {base: b}\ndata: {train: train.jsonl}\n",
         ':1: name is "my run"; Letters, digits',
@@ -209,11 +209,11 @@ BROKEN = {
     "undefined variable in an expression": ("training:\n  seed: {{ seed + 1 }}\n", ":7:; variable seed is not set"),
     "sandbox": (
         "training:\n  seed: {{ ''.__class__.__mro__ }}\n",
-        ":7: the template reaches for what the sandbox forbids",
+        ":7: the template uses something the sandbox forbids",
     ),
     "include": ("{% include '/etc/passwd' %}\n", ":6: include, import and extends"),
-    "a Python object": ("training: !!python/object/apply:os.system [id]\n", ":6: is no YAML of a conf"),
-    "mere text": ("name\n", 'the conf is "name", no keys with values'),
+    "a Python object": ("training: !!python/object/apply:os.system [id]\n", ":6: is not valid YAML for a conf"),
+    "mere text": ("name\n", 'the conf is "name", not keys with values'),
     "nothing": ("# name: a\n", "the conf is empty"),
 }
 
@@ -234,7 +234,7 @@ def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
         f"{{{{ keep }}}}\n"
     )
     first, *lines = message(file).split("\n")
-    assert first == "5 things are wrong with the conf:"
+    assert first == "the conf has 5 errors:"
     assert [int(line.split(":")[1]) for line in lines] == [6, 8, 9, 11, 13]
 
 
@@ -384,7 +384,7 @@ def test_lists_as_variables(write: Write, folder: Path) -> None:
         ("zebra=1", "its variables are: seed"),
         ("training.epochs", "write it as key=value"),
         ("=3", "write it as key=value"),
-        ("training.epochs=[1", "is no YAML"),
+        ("training.epochs=[1", "is not valid YAML"),
         ("training.epochs=many", '--set training.epochs=many: training.epochs is "many"'),
         ("training.lora.r=1", "did you mean tuning.lora.r?"),
         ("data.train=nowhere.jsonl", "--set data.train=nowhere.jsonl: data.train: no such file"),

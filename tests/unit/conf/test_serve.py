@@ -31,35 +31,35 @@ message = partial(error, load_serve)
 BROKEN = {
     "unknown key of a model": (
         "    max_batc: 4\n",
-        ":4: models.bot.max_batc: there is no such key; mean models.bot.max_batch?",
+        ":4: models.bot.max_batc: no such key; mean models.bot.max_batch?",
     ),
     "key with a dash": ("    max-queue: 4\n", ":4: ; mean models.bot.max_queue?"),
     "key of vLLM": (
         "    max_num_seqs: 4\n",
-        ":4: models.bot.max_num_seqs: there is no such key; mean models.bot.max_batch?",
+        ":4: models.bot.max_num_seqs: no such key; mean models.bot.max_batch?",
     ),
     "option of vLLM": ("    tensor_parallel_size: 2\n", ":4: ; mean models.bot.engine_options.tensor_parallel_size?"),
     "arithmetic in vLLM's words": ("    dtype: bfloat16\n", ":4: ; mean models.bot.precision?"),
     "key of Ray Serve": ("    num_replicas: 2\n", ":4: ; mean models.bot.replicas?"),
     "section of Ray Serve": ("    autoscaling_config: {}\n", ":4: ; mean models.bot.autoscale?"),
-    "key of llm-on-ray": ("cpus_per_worker: 24\n", ":4: cpus_per_worker: there is no such key; mean models.NAME.cpus?"),
+    "key of llm-on-ray": ("cpus_per_worker: 24\n", ":4: cpus_per_worker: no such key; mean models.NAME.cpus?"),
     "section of llm-on-ray": (
         "model_description:\n  model_id_or_path: gpt2\n",
-        ":4: model_description: there is no such key; models.NAME.model?",
+        ":4: model_description: no such key; models.NAME.model?",
     ),
-    "key of another section": ("port: 9000\n", ":4: port: there is no such key; mean endpoint.port?"),
-    "endpoint's key at a model": ("    port: 9000\n", ":4: models.bot.port: there is no such key; mean endpoint.port?"),
+    "key of another section": ("port: 9000\n", ":4: port: no such key; mean endpoint.port?"),
+    "endpoint's key at a model": ("    port: 9000\n", ":4: models.bot.port: no such key; mean endpoint.port?"),
     "three levels down": (
         "    autoscale:\n      maximum: 3\n",
         ":5: models.bot.autoscale.maximum; mean models.bot.autoscale.max",
     ),
     "key like nothing": (
         "    zebra: 1\n",
-        ":4: models.bot.zebra: there is no such key; models.bot has the keys model, tokenizer",
+        ":4: models.bot.zebra: no such key; models.bot has the keys model, tokenizer",
     ),
     "section like nothing": (
         "zebra: 1\n",
-        ":4: zebra: there is no such key; a conf has the keys runtime, paths, endpoint, models",
+        ":4: zebra: no such key; a conf has the keys runtime, paths, endpoint, models",
     ),
     "choice misspelled": (
         "    engine: openvno\n",
@@ -71,15 +71,15 @@ BROKEN = {
     ),
     "number too small": ("    replicas: 0\n", ":4: models.bot.replicas is 0; at least 1"),
     "port too high": ("endpoint:\n  port: 99999\n", ":5: endpoint.port is 99999; at least 1 and at most 65535"),
-    "text for a number": ("    cpus: all\n", ':4: models.bot.cpus is "all"; a whole number of at least 1 or auto'),
-    "true for a number": ("    cpus: true\n", ":4: models.bot.cpus is true; a whole number"),
+    "text for a number": ("    cpus: all\n", ':4: models.bot.cpus is "all"; an integer of at least 1 or auto'),
+    "true for a number": ("    cpus: true\n", ":4: models.bot.cpus is true; an integer"),
     "text for a list": ("endpoint:\n  cors_origins: https://a.b\n", ":5: endpoint.cors_origins is; a list of texts"),
     "model is mere text": (
         "models:\n  bot: smollm2\n",
-        ':2: models.bot is "smollm2"; a section, with keys indented below models.bot:',
+        ':2: models.bot is "smollm2"; a section with keys indented below models.bot:',
     ),
-    "colon without blank": ("models:\n  bot: model:x\n", ":2: models.bot is; model: wants a blank after the colon"),
-    "list of models": ("models:\n  - model: a\n", ":1: models is [; a section, with keys indented below models:"),
+    "colon without blank": ("models:\n  bot: model:x\n", ":2: models.bot is; model: needs a space after the colon"),
+    "list of models": ("models:\n  - model: a\n", ":1: models is [; a section with keys indented below models:"),
     "empty model": ("models:\n  bot:\n", ":2: models.bot is null; a section"),
     "no models": ("models: {}\n", ":1: models is empty; by the name that clients ask for"),
     "model without model": (
@@ -87,7 +87,7 @@ BROKEN = {
         ":2: models.bot.model is missing: What to serve; --set models.bot.model=",
     ),
     "empty model name": ("models:\n  bot:\n    model: ''\n", ":3: models.bot.model is empty"),
-    "model twice": ("  bot:\n    model: b\n", ":4: models.bot is there twice (first in line 2)"),
+    "model twice": ("  bot:\n    model: b\n", ":4: models.bot appears twice (first in line 2)"),
     "name with a blank": ("  my bot: {model: a}\n", ":4: models.my bot: 'my bot' cannot be a model's name"),
     "number as name": ("  7: {model: a}\n", ":4: models: the name 7 has to be text; quotes: '7'"),
     "name that is a path of the endpoint": (
@@ -97,29 +97,29 @@ BROKEN = {
     "adapter's name": ("    adapters:\n      my lora: a\n", ":5: models.bot: 'my lora' cannot be a model's name"),
     "adapter called as the base": (
         "    adapters:\n      bot: a\n",
-        ":5: models.bot.adapters.bot: the name is taken already, by models.bot:",
+        ":5: models.bot.adapters.bot: the name is already used by models.bot:",
     ),
     "adapter called as another model": (
         "    adapters:\n      qwen2.5: a\n  qwen2.5: {model: b}\n",
-        ":5: models.bot.adapters.qwen2.5: the name is taken already, by models.qwen2.5:",
+        ":5: models.bot.adapters.qwen2.5: the name is already used by models.qwen2.5:",
     ),
     "adapter is a number": ("    adapters: {a: 3}\n", ":4: models.bot.adapters.a is 3"),
     "adapters on OpenVINO": (
         "    engine: openvino\n    adapters: {a: b}\n",
-        ":5: models.bot: adapters are served by engine vllm alone, but engine is openvino",
+        ":5: models.bot: adapters need engine vllm, but engine is openvino",
     ),
     "weights without OpenVINO": (
         "    engine: vllm\n    weights: int8\n",
-        ":5: models.bot: weights is for engine openvino, but engine is vllm",
+        ":5: models.bot: weights needs engine openvino, but engine is vllm",
     ),
-    "compiled OpenVINO": ("    compile: true\n    engine: openvino\n", ":4: models.bot: compile is for engine vllm"),
+    "compiled OpenVINO": ("    compile: true\n    engine: openvino\n", ":4: models.bot: compile needs engine vllm"),
     "compiled adapters": (
         "    adapters: {a: b}\n    compile: true\n",
-        ":5: models.bot: compile does not go together with adapters",
+        ":5: models.bot: compile cannot be combined with adapters",
     ),
     "replicas twice": (
         "    replicas: 2\n    autoscale: {max: 3}\n",
-        ":4: models.bot: replicas is 2, and autoscale is there too",
+        ":4: models.bot: replicas is 2, but autoscale is set too",
     ),
     "fewest above most": (
         "    autoscale:\n      min: 3\n",
@@ -135,7 +135,7 @@ BROKEN = {
     ),
     "no certificate": (
         "endpoint:\n  tls_certificate: a.pem\n  tls_key: b.pem\n",
-        "2 things are wrong; :5: endpoint.tls_certificate: no such file; confs/a.pem; :6: endpoint.tls_key: no such "
+        "the conf has 2 errors; :5: endpoint.tls_certificate: no such file; confs/a.pem; :6: endpoint.tls_key: no such "
         "file; confs/b.pem",
     ),
     "no folder": (
@@ -147,15 +147,15 @@ BROKEN = {
     "no chat template": ("    chat_template: t.jinja\n", ":4: models.bot.chat_template: no such file; confs/t.jinja"),
     "alias of what it lies in": (
         "models:\n  bot: &a\n    model: x\n    engine_options: *a\n",
-        ":4: models.bot.engine_options is an alias (*) of what it lies in",
+        ":4: models.bot.engine_options is an alias (*) of an enclosing value",
     ),
     "undefined variable": ("    cpus: {{ cpus }}\n", ":4: models.bot.cpus; variable cpus is not set; --set cpus="),
-    "sandbox": ("    cpus: {{ ''.__class__.__mro__ }}\n", ":4: the template reaches for what the sandbox forbids"),
+    "sandbox": ("    cpus: {{ ''.__class__.__mro__ }}\n", ":4: the template uses something the sandbox forbids"),
     "section misspelled": ("models_: {}\n", "models_; mean models?"),
     "section of models without any": ("models:\n", ":1: models is null; a section"),
     "key as after --set": (
         "endpoint.port: 80\n",
-        ":4: endpoint.port: there is no such key; in a file it is port: indented below endpoint:",
+        ":4: endpoint.port: no such key; in a file it is port: indented below endpoint:",
     ),
     "model's key as after --set": (
         "models.bot.cpus: 2\n",
@@ -183,7 +183,7 @@ def test_everything_wrong_is_told_at_once_by_line(write: Write) -> None:
         f"{SMALL}    cpu: 1\n    replicas: 0\n  v1: {{model: a}}\n  b:\n    engine: vlm\nendpoint:\n  tls_key: a\n"
     )
     first, *lines = message(file).split("\n")
-    assert first == "6 things are wrong with the conf:"
+    assert first == "the conf has 6 errors:"
     assert [int(line.split(":")[1]) for line in lines] == [4, 5, 6, 7, 8, 10]
 
 
@@ -257,12 +257,12 @@ def test_merged_sections(write: Write) -> None:
         ("cpus_per_worker=1", "did you mean models.NAME.cpus?"),
         ("epochs=1", "is neither a key of the conf nor a variable of my.yaml"),
         ("models.bot.cpus", "write it as key=value"),
-        ("models.bot.cpus=[1", "is no YAML"),
+        ("models.bot.cpus=[1", "is not valid YAML"),
         ("models.bot.cpus=many", 'models.bot.cpus is "many"'),
         ("models.bot=x", 'models.bot is "x": it must be a section'),
         (
             "models.bto.cpus=2",
-            "there is no models.bto in the conf, which has models.bot; to add it give --set models.bto.model=… too",
+            "the conf has no models.bto (it has models.bot); to add it, give --set models.bto.model=… too",
         ),
         ("models.bot.model=./nowhere", "models.bot.model: no such folder"),
         ("models.bot.trust_remote_code=true", "models.bot: trust_remote_code runs code that comes with the model"),

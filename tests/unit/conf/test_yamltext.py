@@ -79,11 +79,11 @@ def test_anchors_are_not_unrolled() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
-        ("a: 1\nb: 2\na: 3", 3, "a is there twice (first in line 1)"),
-        ("s:\n  a: 1\n  a: 1", 3, "s.a is there twice (first in line 2)"),
-        ("a:\n\tb: 1", 2, "a tab is used for indentation"),
+        ("a: 1\nb: 2\na: 3", 3, "a appears twice (first in line 1)"),
+        ("s:\n  a: 1\n  a: 1", 3, "s.a appears twice (first in line 2)"),
+        ("a:\n\tb: 1", 2, "indent with spaces, not tabs"),
         ("a: b: c", 1, "goes in quotes"),
-        ("a: [1, 2\nb: 3", 2, "is no YAML"),
+        ("a: [1, 2\nb: 3", 2, "is not valid YAML"),
         ("a: 'x\nb: 2", 2, "never closed"),
         ("a: 1\n---\nb: 2", 2, "more than one YAML document"),
         ("a: *x", 1, "undefined alias"),

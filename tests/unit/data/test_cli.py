@@ -58,7 +58,7 @@ def test_stats(run: Run) -> None:
     assert (found["read"], found["bad"], found["train"]["rows"], found["validation"]) == (4, 1, 4, None)
     result = run("stats", "--set", "data.on_bad_row=skip")
     assert "4 rows read (prompt_completion), 1 bad skipped" in result.output and "train: 4 rows, " in result.output
-    assert "validation: none, for 4 rows are all needed to learn from" in result.output
+    assert "validation: none, because all 4 rows are needed for training" in result.output
 
 
 @pytest.mark.parametrize("verb", ["preview", "stats"])
@@ -66,7 +66,7 @@ def test_half_a_surrogate_pair_is_named(run: Run, tmp_path: Path, verb: str) -> 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "hi \\ud83d there", "completion": "yo"}\n' * 3)
     with pytest.raises(
         DataError,
-        match=r"rows.jsonl:1: half of a surrogate pair \(\\ud83d\), which is no character.* \(3 bad in 3 rows\)",
+        match=r"rows.jsonl:1: half of a surrogate pair \(\\ud83d\), which is not a character.* \(3 bad in 3 rows\)",
     ):
         run(verb)
 
@@ -94,4 +94,4 @@ def test_preview_names_the_columns_that_are_left_out(run: Run, tmp_path: Path) -
     )
     result = run("preview", "-n", "2")
     assert result.output.count("left out") == 1 and "left out: columns id, source (2 rows)" in result.output
-    assert "special token: " in result.output and "rows.jsonl:1: its text holds '<|im_end|>'" in result.output
+    assert "special token: " in result.output and "rows.jsonl:1: its text contains '<|im_end|>'" in result.output

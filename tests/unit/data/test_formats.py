@@ -235,13 +235,13 @@ def test_each_file_has_its_own_format(conf: Make) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({}, "cannot tell the format: the row has no columns"),
+    ({}, "cannot detect the format: the row has no columns"),
     (
         {"title": "a", "body": "b"},
-        r"cannot tell the format: the row has the columns title, body; known are .*alpaca \(instruction, output\).*data\.columns",
+        r"cannot detect the format: the row has the columns title, body; known are .*alpaca \(instruction, output\).*data\.columns",
     ),
     ({"promt": "a", "completions": "b"}, "'promt' looks like 'prompt', 'completions' looks like 'completion'"),
-    ({"text": "a"}, "plain text has no answers to learn by tuning.objective sft: use objective pretrain"),
+    ({"text": "a"}, "plain text has no answers for tuning.objective sft: use objective pretrain"),
     ({"conversations": [], "chosen": {}, "rejected": {}}, r"preference pairs \(chosen, rejected\)"),
     ({"instruction": "a", "output": None}, "format alpaca needs 'output', which is null here"),
     ({"instruction": "a", "output": 42}, "'output' must be text, but is 42"),
@@ -250,10 +250,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"instruction": "a", "output": "b", "history": [["c"]]},
         r"'history' must be a list of pairs \[question, answer\], but holds",
     ),
-    ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: its answer is an example of a bad one"),
+    ({"prompt": "a", "completion": "b", "label": False}, "'label' is false: its answer is marked as bad"),
     (
         {"prompt": "<image> What is it?", "completion": "b", "images": ["cat.png"]},
-        r"a place for images \(<image>\), and only text is learnt",
+        r"a placeholder for images \(<image>\), but only text can be trained on",
     ),
     (
         {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
@@ -292,15 +292,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": [b"x"]}}]}]},
-        "turn 1 of 'messages': the arguments of f hold a value that JSON does not have: Object of type bytes",
+        "turn 1 of 'messages': the arguments of f contain a value that JSON does not support: Object of type bytes",
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": float("nan")}}]}]},
-        "JSON does not have: Out of range",
+        "JSON does not support: Out of range",
     ),
     (
         {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": b"f"}]},
-        "'tools' hold a value that JSON does not have",
+        "'tools' contain a value that JSON does not support",
     ),
     ({"conversations": [{"from": "human", "value": "a"}], "tools": "{"}, "'tools' is not JSON"),
     (
@@ -328,13 +328,13 @@ def test_pretrain_without_text(convert: Convert) -> None:
 def test_renamed_column_that_is_not_there(convert: Convert) -> None:
     with pytest.raises(
         DataError,
-        match=r"no column 'question', which data\.columns takes as 'instruction'; the row has the columns frage",
+        match=r"no column 'question', which data\.columns maps to 'instruction'; the row has the columns frage",
     ):
         convert({"frage": "a"}, columns={"instruction": "question"})
 
 
 def test_columns_with_an_unknown_name(conf: Make) -> None:
-    with pytest.raises(ConfError, match=r"'instructions' is no column of format alpaca; .*nearest: instruction"):
+    with pytest.raises(ConfError, match=r"'instructions' is not a column of format alpaca; .*nearest: instruction"):
         Formatter(conf(FILE, format="alpaca", columns={"instructions": "question"}).data, pretrain=False)
 
 
@@ -354,11 +354,11 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("column", ["label", "kto_tag"])
 def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str, Any], column: str) -> None:
     for bad in (False, "false", "False "):
-        with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is an example of a bad one"):
+        with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is marked as bad"):
             convert({**values, column: bad})
     if "prompt" in values or column == "kto_tag":  # KTO's own form, where labels are nothing else
         for bad in (0, "0", -1, "Undesirable"):
-            with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is an example of a bad one"):
+            with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is marked as bad"):
                 convert({**values, column: bad})
 
 

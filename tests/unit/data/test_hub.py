@@ -152,13 +152,13 @@ def test_unknown_split_and_configuration(cached: Callable[..., Path], source: st
 
 def test_half_a_download_is_no_data_set(cached: Callable[..., Path]) -> None:
     cached({name: content for name, content in FILES.items() if name != "tables/train-00001-of-00002.parquet"})
-    with pytest.raises(DataError, match=r"data set 'org/name': .* lacks 1 of 2 files, as train-00001-of-00002"):
+    with pytest.raises(DataError, match=r"data set 'org/name': .* lacks 1 of 2 files, such as train-00001-of-00002"):
         rows_of("org/name:tables")
 
 
 def test_only_a_card_in_the_cache(cached: Callable[..., Path]) -> None:
     cached({"README.md": b"---\nlicense: mit\n---\n"})
-    with pytest.raises(DataError, match=r"data set 'org/name': .*the hub's copy cannot be had"):
+    with pytest.raises(DataError, match=r"data set 'org/name': .*cannot be downloaded from the hub"):
         rows_of("org/name")
 
 
@@ -179,12 +179,12 @@ def test_what_no_reader_here_reads_is_converted_with_a_line(
             {"prompt": "Ho", "more": {"b": 2}},
         ]
     assert (
-        "data set org/name:packed is read as `datasets` converts it, for it has files of a kind not read here (.gz)"
+        "data set org/name:packed is read as converted by `datasets`, because it has files of an unsupported kind (.gz)"
         in caplog.text
     )
     with caplog.at_level(logging.WARNING):
         assert [row.values for row in rows_of("org/name:fields")] == [{"prompt": "Hi", "completion": "Hello"}]
-    assert "its card says how to read it (field='rows')" in caplog.text
+    assert "its card defines how to read it (field='rows')" in caplog.text
 
 
 # Over HTTP ------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_over_http_and_then_without(hub: http.server.ThreadingHTTPServer, tmp_pa
     assert [values for _, values in ask("org/name::test", HF_HUB_OFFLINE="1")] == MIXED[:1]
     assert not asked
     assert ask("org/other").startswith(
-        "DataError: data set 'org/other': no file or folder of that name, and the hub's copy cannot be had"
+        "DataError: data set 'org/other': no file or folder of that name, and it cannot be downloaded from the hub"
     )
     # What datasets alone has brought and converted is better than nothing.
     ask("org/name", LOAD, HF_DATASETS_CACHE=str(tmp_path / "converted"))

@@ -158,7 +158,7 @@ def test_without_validation_all_rows_are_learned_shuffled(
     stats = prepare(conf(jsonl(rows), validation=None), tokenizer, tmp_path / "out", silent)
     assert stats.validation is None
     with pytest.raises(
-        DataError, match=r"no prepared validation data here: run the stage prepare, with data\.validation set"
+        DataError, match=r"no prepared validation data: run the stage prepare with data\.validation set"
     ):
         open_split(tmp_path / "out", "validation")
     assert not (tmp_path / "out" / "heldout.jsonl").exists()
@@ -275,8 +275,8 @@ def test_bad_row_fails_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("bad", "count", "told"),
     [
-        ({"prompt": "a"}, 1, r"\(data.on_bad_row: skip goes on without such rows, 1 bad in 20 rows\)"),
-        ({"prompt": "a"}, 2, r"\(data.on_bad_row: skip goes on without such rows, 2 bad in 20 rows\)"),
+        ({"prompt": "a"}, 1, r"\(data\.on_bad_row: skip ignores such rows, 1 bad in 20 rows\)"),
+        ({"prompt": "a"}, 2, r"\(data\.on_bad_row: skip ignores such rows, 2 bad in 20 rows\)"),
         ({"prompt": "a"}, 3, r" \(3 bad in 20 rows\)"),
         ("no row", 20, r" \(20 bad in 20 rows\)"),
         ({**qa(1), "system": "Be brief."}, 3, r" \(3 bad in 20 rows\)"),
@@ -300,7 +300,7 @@ def test_a_bad_row_is_told_soon_whatever_follows(
     with pytest.raises(DataError, match=r":1: .*, 1 bad in 1000 rows so far\)"):
         statistics(conf(path), tokenizer, limit=2)
     (tmp_path / "rows.json").write_text('[{"prompt": "a"}, {"prompt": ')
-    with pytest.raises(DataError, match=r":1 \(element 1\): format|:1 \(element 1\): cannot tell the format"):
+    with pytest.raises(DataError, match=r":1 \(element 1\): format|:1 \(element 1\): cannot detect the format"):
         statistics(conf(tmp_path / "rows.json"), tokenizer)
 
 
@@ -308,7 +308,7 @@ def test_row_that_the_template_refuses_is_named(
     conf: Make, jsonl: Write, mistral: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = jsonl([qa(1), {**qa(2), "system": "Be brief."}, qa(3)])
-    with pytest.raises(DataError, match=rf"{path}:2: the chat template refuses the row: .*must alternate"):
+    with pytest.raises(DataError, match=rf"{path}:2: the chat template rejects the row: .*must alternate"):
         prepare(conf(path), mistral, tmp_path / "out", silent)
     assert prepare(conf(path, on_bad_row="skip"), mistral, tmp_path / "out", silent).bad == 1
 
@@ -387,10 +387,10 @@ def test_means_and_maxima_are_of_the_same(
     )
     lengths = lengths_of(open_split(tmp_path / "out", "train"))
     assert len(lengths) == 4 and stats.train.mean > stats.train.longest
-    assert f"a sequence has {lengths.mean():.0f} tokens in the mean, {max(lengths)} at most" in "\n".join(stats.lines())
+    assert f"a sequence has {lengths.mean():.0f} tokens on average, {max(lengths)} at most" in "\n".join(stats.lines())
     cut = [{"messages": [*turns[:2], turns[0], {"role": "assistant", "content": "word " * 90}]}] * 2
     lines = "\n".join((stats := statistics(conf(jsonl(cut), max_length=64), tokenizer)).lines())
-    assert f"a row has {stats.train.mean:.0f} tokens in the mean, {stats.train.mean:.0f} at most" in lines
+    assert f"a row has {stats.train.mean:.0f} tokens on average, {stats.train.mean:.0f} at most" in lines
     assert (
         f"did not fit data.max_length 64; the longest row needs {stats.train.longest}" in lines
         and stats.train.longest > 90
@@ -399,7 +399,7 @@ def test_means_and_maxima_are_of_the_same(
     lines = "\n".join(statistics(conf(tmp_path / "book.txt", objective="pretrain", max_length=64), tokenizer).lines())
     assert (
         "train: 1 rows in 2 sequences, 102 tokens" in lines
-        and "; a sequence has 51 tokens in the mean, 64 at most" in lines
+        and "; a sequence has 51 tokens on average, 64 at most" in lines
     )
 
 
@@ -417,7 +417,7 @@ def test_small_sets_keep_no_rows_back_and_larger_ones_a_tenth(
 ) -> None:
     small = statistics(conf(jsonl([qa(i) for i in range(199)])), tokenizer)
     assert small.train.rows == 199 and small.validation is None
-    assert "validation: none, for 199 rows are all needed to learn from" in "\n".join(small.lines())
+    assert "validation: none, because all 199 rows are needed for training" in "\n".join(small.lines())
     large = statistics(conf(jsonl([qa(i) for i in range(200)])), tokenizer)
     assert large.train.rows == 180 and large.validation and large.validation.rows == 20
 
@@ -429,7 +429,7 @@ def test_rows_that_repeat_or_contradict_each_other_are_counted(
     path = jsonl(rows)
     stats = statistics(conf(path), tokenizer)
     assert (stats.repeated, stats.contradicting, stats.leaked) == (1, 1, 0)
-    assert f"contradicting: {path}:4 and {path}:2 ask the same and answer differently" in stats.examples
+    assert f"contradicting: {path}:4 and {path}:2 ask the same question and answer it differently" in stats.examples
 
 
 def test_validation_rows_that_are_trained_on_are_counted(
@@ -449,14 +449,14 @@ def test_special_tokens_in_texts_are_counted_escaped_or_refused(
     lines = "\n".join(stats.lines())
     assert (
         stats.special_tokens == 1
-        and "rows whose text holds special tokens of the model: 1 (data.special_tokens_in_text)" in lines
+        and "rows whose text contains special tokens of the model: 1 (data.special_tokens_in_text)" in lines
     )
     assert (
-        f"special token: {path}:19: its text holds '<|im_end|>', a special token of the model: it is taken for one"
-        in lines
+        f"special token: {path}:19: its text contains '<|im_end|>', a special token of the model: it is treated as "
+        "one" in lines
     )
     with pytest.raises(
-        DataError, match=r":19: its text holds '<\|im_end\|>'.*skip goes on without such rows, 1 bad in 19 rows"
+        DataError, match=r":19: its text contains '<\|im_end\|>'.*skip ignores such rows, 1 bad in 19 rows"
     ):
         statistics(conf(path, special_tokens_in_text="fail"), tokenizer)
     assert statistics(conf(path, special_tokens_in_text="fail", on_bad_row="skip"), tokenizer).bad == 1
@@ -479,7 +479,7 @@ def test_files_named_like_a_test_set_are_named_before_they_are_trained_on(
     stats = statistics(conf(folder), tokenizer)
     assert (
         len(stats.notes) == 1
-        and f"{folder}/my-validation_2.jsonl, {folder}/test.jsonl; if that is not meant" in stats.notes[0]
+        and f"{folder}/my-validation_2.jsonl, {folder}/test.jsonl; to avoid that" in stats.notes[0]
     )
     assert stats.notes[0] in stats.lines()
     assert statistics(conf(folder / "test.jsonl"), tokenizer).notes == []

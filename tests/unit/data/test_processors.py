@@ -99,8 +99,8 @@ def test_module_and_class(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("wikitxt", {}, r"there is no processor 'wikitxt'; shipped are wikitext, .*\(did you mean wikitext\?\)"),
-        ("{file}", {}, "there is no processor"),
+        ("wikitxt", {}, r"no processor 'wikitxt'; built in are wikitext, .*\(did you mean wikitext\?\)"),
+        ("{file}", {}, "no processor"),
         ("{folder}/ticket.py:TicketProcessor", {}, r"ticket\.py: no such file; that folder has tickets\.py"),
         ("{file}:Tickets", {}, "has no class 'Tickets'; it has Broken, OneRow, TicketProcessor, Uncallable, Words"),
         ("{file}:Uncallable", {}, r"Uncallable of .* has no method __call__\(self, rows\)"),
@@ -110,7 +110,11 @@ def test_module_and_class(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             r"processor_args: TicketProcessor.* does not take \{\}: missing a required argument: 'product'",
         ),
         ("wikitext", {"lines": 3}, r"Wikitext\(\) does not take \{'lines': 3\}"),
-        ("no_such_package.data:Class", {}, "does not import: ModuleNotFoundError: No module named 'no_such_package'"),
+        (
+            "no_such_package.data:Class",
+            {},
+            "cannot be imported: ModuleNotFoundError: No module named 'no_such_package'",
+        ),
     ],
 )
 def test_processor_that_cannot_be_had(own: Path, name: str, arguments: dict[str, object], message: str) -> None:
@@ -120,7 +124,7 @@ def test_processor_that_cannot_be_had(own: Path, name: str, arguments: dict[str,
 
 def test_file_that_does_not_import(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def broken(:")
-    with pytest.raises(ConfError, match=r"own\.py does not import: SyntaxError"):
+    with pytest.raises(ConfError, match=r"own\.py cannot be imported: SyntaxError"):
         load_processor(f"{tmp_path / 'own.py'}:Class", {})
 
 
@@ -131,7 +135,7 @@ def test_file_that_does_not_import(tmp_path: Path) -> None:
         ("OneRow", r"data\.processor OneRow failed: TypeError: 'generator' object is not subscriptable"),
         (
             "Words",
-            r"Words failed: TypeError: __call__\(self, rows\) takes an iterator of rows and yields rows \(dict\), but a str came",
+            r"Words failed: TypeError: __call__\(self, rows\) takes an iterator of rows and must yield rows \(dict\), but yielded a str",
         ),
     ],
 )

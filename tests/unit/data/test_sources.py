@@ -326,11 +326,9 @@ def test_csv_text_under_no_name_is_told(tmp_path: Path) -> None:
     path.write_text("instruction,output,,\nName two birds.,Finch, wren,\nName a fruit.,Plum,,\n")
     rows, bad = read_skipping(path)
     assert [r.values for r in rows] == [PLUM[0]]
-    assert bad == [f"{path}:2: 3 fields under a header of 2 columns (instruction, output)"]
+    assert bad == [f"{path}:2: 3 fields, but the header has 2 columns (instruction, output)"]
     path.write_text("instruction,,output\na,b,c\n")
-    with pytest.raises(
-        DataError, match="the header has an empty or a repeated column name: 'instruction', '', 'output'"
-    ):
+    with pytest.raises(DataError, match="the header has an empty or repeated column name: 'instruction', '', 'output'"):
         rows_of(path)
 
 
@@ -402,8 +400,8 @@ def test_parquets_own_json_type_is_parsed(tmp_path: Path) -> None:
     rows, bad = read_skipping(path)
     assert [(r.line, r.values["prompt"]) for r in rows] == [(1, "Hi"), (2, {"a": None}), (3, "007"), (5, None)]
     assert bad == [
-        f"{path}, row 4: a value cannot be read: half of a surrogate pair (\\ud800), which is no character: write the "
-        "whole pair, or take it out"
+        f"{path}, row 4: a value cannot be read: half of a surrogate pair (\\ud800), which is not a character: "
+        "write the whole pair, or remove it"
     ]
 
 
@@ -462,7 +460,7 @@ def test_table_value_that_cannot_be_read_names_its_row(tmp_path: Path) -> None:
         (b'["a"]', "a row must be a JSON object ({…}), but this is a list"),
         (b"3", "but this is a number"),
         (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": "\\ud800"}', "half of a surrogate pair (\\ud800), which is no character"),
+        (b'{"a": "\\ud800"}', "half of a surrogate pair (\\ud800), which is not a character"),
         (b'{"a": 1, "b": {"c": 2, "c": 3}}', "the key 'c' stands twice in an object"),
         (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON: Number of too many digits at column 1"),
         (b"[" * 100_000, "nested too deeply"),
@@ -508,7 +506,7 @@ def test_element_that_is_no_row(tmp_path: Path, element: bytes, message: str) ->
         ('[\n{"a": 1}', 2, "element 1 of the array: the file ends before the array does"),
         ('[\n{"a": 1},\n', 3, "element 2 of the array: the file ends before the array does"),
         ('[\n{"a": 1},\n]', 3, "element 2 of the array: Expecting value"),
-        ('[{"a": 1}]\n[{"a": 2}]', 2, "after the end of the array comes '['"),
+        ('[{"a": 1}]\n[{"a": 2}]', 2, "'[' follows the end of the array"),
     ],
 )
 def test_broken_array_ends_the_reading_even_when_skipping(tmp_path: Path, text: str, line: int, message: str) -> None:
@@ -525,7 +523,7 @@ def test_broken_array_ends_the_reading_even_when_skipping(tmp_path: Path, text: 
     [
         (
             '{"train": [{"a": 1}], "test": [{"a": 2}]}',
-            "several lists of rows (train, test): write each into a file of its own",
+            "several lists of rows (train, test): write each into a separate file",
         ),
         (
             '{"instruction": ["one", "two"], "output": ["a", "b"]}',
@@ -552,8 +550,8 @@ def test_json_that_is_no_list_of_rows(tmp_path: Path, text: str, message: str) -
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"only one", "1 fields under a header of 2 columns (prompt, completion)"),
-        (b"one,two,three", "3 fields under a header"),
+        (b"only one", "1 fields, but the header has 2 columns (prompt, completion)"),
+        (b"one,two,three", "3 fields, but the header"),
         (b'"a"b,c', "broken CSV"),
         (b"\xff,c", "not UTF-8"),
     ],
@@ -595,7 +593,7 @@ def test_table_cut_off(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows.{suffix}"
     write(path, "parquet" if suffix == "parquet" else "arrow stream")
     path.write_bytes(path.read_bytes()[:-40] if suffix == "parquet" else b"nothing of the kind")
-    with pytest.raises(DataError, match=rf"{path}: not a whole (Parquet|Arrow) file"):
+    with pytest.raises(DataError, match=rf"{path}: not a complete (Parquet|Arrow) file"):
         rows_of(path)
 
 
@@ -610,20 +608,20 @@ def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
 
 def test_unknown_kind_of_file(tmp_path: Path) -> None:
     (tmp_path / "rows.xlsx").write_text("")
-    with pytest.raises(DataError, match=r"the kinds known are \.json"):
+    with pytest.raises(DataError, match=r"supported are \.json"):
         rows_of(tmp_path / "rows.xlsx")
 
 
 def test_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("")
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=r"holds no data file .* but notes\.md, train/"):
+    with pytest.raises(DataError, match=r"contains no data file .* only notes\.md, train/"):
         rows_of(tmp_path)
 
 
 def test_hub_id_offline() -> None:
     with pytest.raises(
-        DataError, match=r"data set 'nobody/nothing': no file or folder of that name.*without internet copy"
+        DataError, match=r"data set 'nobody/nothing': no file or folder of that name.*Without internet, copy"
     ):
         rows_of("nobody/nothing")
 

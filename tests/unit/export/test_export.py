@@ -73,7 +73,7 @@ def test_an_export_that_is_another_model_is_refused_and_replaces_nothing(
     )  # merged into shared weights, it is another model
     with pytest.raises(
         ModelError,
-        match=r"is not the trained one: on 2 held-out sequences its loss is [\d.]+ after merging the adapters",
+        match=r"differs from the trained one: on 2 held-out sequences its loss is [\d.]+ after merging the adapters",
     ):
         export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
     assert [path.name for path in (conf.run_dir / "output").iterdir()] == ["before"]
@@ -103,11 +103,15 @@ def test_without_prepared_data_a_text_is_compared(run: Run) -> None:
 @pytest.mark.parametrize(
     ("settings", "kept", "told"),
     [
-        ({"temperature": 0.6}, {"temperature": 0.6, "do_sample": True}, "do_sample true is added, as temperature ask"),
+        (
+            {"temperature": 0.6},
+            {"temperature": 0.6, "do_sample": True},
+            "do_sample true is added, because temperature require",
+        ),
         (
             {"top_p": 0.9, "top_k": 20},
             {"top_p": 0.9, "top_k": 20, "do_sample": True},
-            "do_sample true is added, as top_p, top_k ask",
+            "do_sample true is added, because top_p, top_k require",
         ),
         (
             {"temperature": 0.6, "do_sample": False},
@@ -169,7 +173,7 @@ def test_too_little_disk_is_told_before_training(run: Run, monkeypatch: pytest.M
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(
-        RunError, match=r"needs about .* GiB for checkpoints and the exported model, and 0\.0 GiB are free"
+        RunError, match=r"needs about .* GiB for checkpoints and the exported model, but 0\.0 GiB are free"
     ):
         rehearse(conf := run(), base_of(conf))
 
@@ -181,7 +185,7 @@ def test_a_tokenizer_that_would_come_back_as_another_is_told_before_training(run
         json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
     )
     with pytest.raises(
-        ModelError, match=r"saved and loaded again, is another one \(Qwen2Tokenizer\): .*model\.tokenizer"
+        ModelError, match=r"changes when it is saved and loaded again \(Qwen2Tokenizer\): .*model\.tokenizer"
     ):
         rehearse(conf := run(), base_of(conf))
 
@@ -202,7 +206,11 @@ def test_layers_that_are_not_there_are_told_before_training(run: Run) -> None:
 @pytest.mark.parametrize(
     ("rows", "template", "message"),
     [
-        ([{"prompt": "What?", "completion": ""}], None, "holds no conversation that ends in an assistant's answer"),
+        (
+            [{"prompt": "What?", "completion": ""}],
+            None,
+            "contains no conversation that ends with an assistant's answer",
+        ),
         (
             [{"prompt": "What?", "completion": "That."}],
             "{{ raise_exception('only of pumps') if 'What?' in messages[0].content }}",

@@ -81,7 +81,7 @@ def test_a_weight_is_missing(
 ) -> None:
     folder = made(tiny.with_name("untied"), "llama", smollm2, vocab_size=49152)
     change(folder, lambda weights: weights.pop(name))
-    with pytest.raises(ModelError, match=rf"lacks 1 weights of a LlamaForCausalLM, as {name}: it is half a model"):
+    with pytest.raises(ModelError, match=rf"lacks 1 weights of a LlamaForCausalLM, such as {name}: it is incomplete"):
         way(folder, paths)
     assert not paths.models.exists() or not any(path.name.startswith("m") for path in paths.models.iterdir())
 
@@ -92,7 +92,7 @@ def test_a_weight_is_of_another_size(tiny: Path, paths: Paths, way: Callable[[Pa
     change(tiny, lambda weights: weights.update({name: torch.zeros(30, 16)}))
     with pytest.raises(
         ModelError,
-        match=rf"1 of its weights are of other sizes than its config\.json says, as {name}, .* 30 x 16 .* 32 x 16",
+        match=rf"1 of its weights differ in size from its config\.json, such as {name}, .* 30 x 16 .* 32 x 16",
     ):
         way(tiny, paths)
 
@@ -101,14 +101,14 @@ def test_a_weight_is_of_another_size(tiny: Path, paths: Paths, way: Callable[[Pa
 def test_weights_are_there_twice(tiny: Path, sharded: Path, paths: Paths, way: Callable[[Path, Paths], object]) -> None:
     shutil.copy2(tiny / SINGLE, sharded)
     with pytest.raises(
-        ModelError, match=r"holds its weights twice: model\.safetensors, and \d+ other file.*names \(model-"
+        ModelError, match=r"contains its weights twice: model\.safetensors, and \d+ other file.*names \(model-"
     ):
         way(sharded, paths)
 
 
 def test_other_weights_beside(tiny: Path) -> None:
     shutil.copy2(tiny / SINGLE, tiny / "model-00001-of-00002.safetensors")
-    with pytest.raises(ModelError, match="holds its weights twice"):
+    with pytest.raises(ModelError, match="contains its weights twice"):
         check_folder(tiny)
     (tiny / "model-00001-of-00002.safetensors").unlink()
     (tiny / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(tiny / SINGLE), SINGLE)}))
@@ -124,7 +124,8 @@ def test_a_head_of_its_own_where_the_configuration_ties_it(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(
-        ModelError, match=r"lm_head\.weight is not model\.embed_tokens\.weight, though its config\.json ties them"
+        ModelError,
+        match=r"lm_head\.weight differs from model\.embed_tokens\.weight, although its config\.json ties them",
     ):
         way(folder, paths)
     change(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
@@ -146,7 +147,7 @@ def test_more_layers_than_the_configuration_has(tmp_path: Path, kind: str) -> No
 @pytest.mark.parametrize("name", [SINGLE, "config.json", "tokenizer.json"])
 def test_git_lfs_pointers(tiny: Path, name: str) -> None:
     (tiny / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(ModelError, match=rf"{name} is damaged or cut off: it is a Git LFS pointer.*git lfs pull"):
+    with pytest.raises(ModelError, match=rf"{name} is damaged or truncated: it is a Git LFS pointer.*git lfs pull"):
         check_folder(tiny)
 
 

@@ -95,7 +95,7 @@ def test_a_converted_folder_is_its_own_conversion(tmp_path: Path, tiny: Path, to
     assert openvino_folder(folder, None, tmp_path / "models", Terminal()) == folder
     assert openvino_folder(folder, "int8", tmp_path / "models", Terminal()) == folder
     with pytest.raises(
-        ModelError, match="has int8 weights, and int4 is asked for: name the model that it was made from"
+        ModelError, match="has int8 weights, but int4 is requested: use the model that it was made from"
     ):
         openvino_folder(folder, "int4", tmp_path / "models", Terminal())
     with pytest.raises(ModelError, match="OpenVINO form"):
@@ -149,7 +149,7 @@ def test_it_is_made_once(tmp_path: Path, tiny: Path, tool: Tool, capsys: pytest.
     first = (target / "openvino_model.bin").stat().st_ino
     tool("exit 1")
     assert convert(tiny, target) == target
-    assert "made before from the same model" in capsys.readouterr().err
+    assert "already converted from the same model" in capsys.readouterr().err
     moved = tiny.rename(tmp_path / "moved")
     assert convert(moved, target) == target, "the same model, wherever it lies"
     with pytest.raises(ModelError):
@@ -174,7 +174,7 @@ def test_a_changed_or_damaged_one_is_replaced(tmp_path: Path, tiny: Path, tool: 
 def test_another_conversion_is_replaced_when_asked_for(tmp_path: Path, tiny: Path, tool: Tool) -> None:
     tool(WRITE)
     target = convert(tiny, tmp_path / "target", "int8")
-    with pytest.raises(ModelError, match=r"holds another conversion, of .*tiny with int8 weights: .*--force"):
+    with pytest.raises(ModelError, match=r"contains another conversion, of .*tiny with int8 weights: .*--force"):
         convert(tiny, target, "int4")
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     (other / "chat_template.jinja").write_text("{{ messages }}")
@@ -190,7 +190,7 @@ def test_a_users_own_folder_is_never_replaced(tmp_path: Path, tiny: Path, tool: 
     (tmp_path / "mine" / "thesis.tex").write_text("…")
     for target in (tmp_path / "mine", tiny, tmp_path / "mine" / "thesis.tex"):
         with pytest.raises(
-            ModelError, match=r"exists already, and is no conversion: choose another --name or --output"
+            ModelError, match=r"already exists and is not a conversion: choose another --name or --output"
         ):
             convert(tiny, target, force=force)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "…"
@@ -203,7 +203,7 @@ def test_a_users_own_folder_is_never_replaced(tmp_path: Path, tiny: Path, tool: 
 
 def test_without_its_environment(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_RAY_CONVERT_ENV", str(tmp_path / "none"))
-    with pytest.raises(ModelError, match=r"none is none: `make setup-convert` makes it\. .*LLM_RAY_CONVERT_ENV"):
+    with pytest.raises(ModelError, match=r"none is not: create it with `make setup-convert`, .*LLM_RAY_CONVERT_ENV"):
         convert(tiny, tmp_path / "models" / "x")
     assert not (tmp_path / "models").exists()
     monkeypatch.delenv("LLM_RAY_CONVERT_ENV")
@@ -217,7 +217,7 @@ def test_too_little_memory(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: 
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2**28))
     with pytest.raises(
-        ModelError, match=r"to int8 needs about 0\.6 GiB of memory, and 0\.2 GiB are free: use another host"
+        ModelError, match=r"to int8 needs about 0\.6 GiB of memory, but 0\.2 GiB are free: use another host"
     ):
         convert(tiny, tmp_path / "x")
 
@@ -226,7 +226,7 @@ def test_too_little_disk(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: py
     tool(WRITE)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(ModelError, match=r"GiB of disk at .* make room, or choose another place with --output"):
+    with pytest.raises(ModelError, match=r"GiB of disk at .* free some space, or choose another place with --output"):
         convert(tiny, tmp_path / "x")
 
 
@@ -250,9 +250,9 @@ def test_too_little_disk(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: py
             "required is 5.0'",
             "text models of type llama",
         ),
-        ("echo 'ValueError: … Please pass the argument trust_remote_code=True'", "it brings Python code of its own"),
+        ("echo 'ValueError: … Please pass the argument trust_remote_code=True'", "it has its own Python code"),
         ("echo 'OSError: [Errno 28] No space left on device'", "the disk is full"),
-        ("kill -9 $$", "the memory did not suffice"),
+        ("kill -9 $$", "not enough memory"),
         (
             "echo 'Traceback (most recent call last):'; echo 'builtins.KeyError: 576'",
             "optimum-intel says: KeyError: 576$",
@@ -337,7 +337,7 @@ def test_the_command(tmp_path: Path, tiny: Path, tool: Tool) -> None:
         assert run(cli, ["model", "convert", str(tiny), *wrong, *options]).exit_code == 2
     nowhere = run(cli, ["model", "convert", "nothing", "--to", "openvino", *options])
     assert nowhere.exit_code == 1
-    assert "no model of this name" in nowhere.stderr
+    assert "no such model" in nowhere.stderr
     hub = run(cli, ["model", "convert", "org/model", "--to", "openvino", *options])
     assert "import it first" in hub.stderr
 

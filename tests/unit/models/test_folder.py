@@ -66,7 +66,7 @@ def _gguf_only(folder: Path) -> None:
     [
         (_remove("config.json"), ["no config.json", "half copied"]),
         (_write("config.json", '{"model_type": "lla'), ["config.json cannot be read", "copy it again"]),
-        (_write("config.json", "[1, 2]"), ["config.json holds no JSON object"]),
+        (_write("config.json", "[1, 2]"), ["config.json does not contain a JSON object"]),
         (_write("config.json", ""), ["config.json cannot be read"]),
         (_only_tokenizer_config, ["no tokenizer", "model.tokenizer"]),
         (_remove("model.safetensors"), ["no weights", "model.safetensors.index.json"]),
@@ -75,17 +75,17 @@ def _gguf_only(folder: Path) -> None:
         (_gguf_only, ["small.Q4.gguf", "model.gguf_file", "llm-ray model import"]),
         (
             lambda folder: _cut(folder / "model.safetensors", -1),
-            ["model.safetensors is damaged or cut off", "copy or download"],
+            ["model.safetensors is damaged or truncated", "copy or download"],
         ),
         (
             lambda folder: _cut(folder / "model.safetensors", 100),
-            ["model.safetensors is damaged or cut off (100 bytes"],
+            ["model.safetensors is damaged or truncated (100 bytes"],
         ),
-        (lambda folder: _cut(folder / "model.safetensors", 4), ["damaged or cut off (4 bytes"]),
-        (lambda folder: _cut(folder / "model.safetensors", 0), ["damaged or cut off (0 bytes"]),
+        (lambda folder: _cut(folder / "model.safetensors", 4), ["damaged or truncated (4 bytes"]),
+        (lambda folder: _cut(folder / "model.safetensors", 0), ["damaged or truncated (0 bytes"]),
         (
             _write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"),
-            ["damaged or cut off"],
+            ["damaged or truncated"],
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_missing_shard(sharded: Path) -> None:
     files = weight_files(sharded)
     files[1].unlink()
     with pytest.raises(
-        ModelError, match=rf"half a model: of the {len(files)} files .* 1 are missing \({files[1].name}\)"
+        ModelError, match=rf"is incomplete: of the {len(files)} files .* 1 are missing \({files[1].name}\)"
     ):
         check_folder(sharded)
 
@@ -115,7 +115,7 @@ def test_missing_shard(sharded: Path) -> None:
 def test_cut_shard(sharded: Path) -> None:
     shard = weight_files(sharded)[-1]
     _cut(shard, -8)
-    with pytest.raises(ModelError, match=f"{shard.name} is damaged or cut off"):
+    with pytest.raises(ModelError, match=f"{shard.name} is damaged or truncated"):
         check_folder(sharded)
 
 

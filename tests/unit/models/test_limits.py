@@ -117,7 +117,7 @@ def test_a_tokenizer_that_is_too_large_is_not_deployed(
     base = made(tmp_path / "m", "llama", smollm2, vocab_size=49151)
     with pytest.raises(
         ModelError,
-        match=r"the tokenizer has 1 tokens for which the model .* has no embedding, as .* \(49151;.*vocab_size 49151",
+        match=r"the tokenizer has 1 tokens for which the model .* has no embedding, such as .* \(49151;.*vocab_size 49151",
     ):
         served(base, paths, engine=engine)
     assert served(made(tmp_path / "whole", "llama", smollm2), paths, engine=engine).path == tmp_path / "whole"

@@ -38,11 +38,11 @@ def test_resolve(tiny: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve("organisation/model", paths).folder is None
     assert str(resolve("organisation/model", paths)) == "organisation/model"
     for base, words in {
-        "smal": "no model of this name .* Did you mean small.*llm-ray model import",
-        "unfinished": "run without a model: its stage export is not done",
+        "smal": "no such model .* Did you mean small.*llm-ray model import",
+        "unfinished": "run without a model: its stage export has not run",
         "./gone": "no such folder",
         "/gone/too": "no such folder",
-        "a/b/c": "no model of this name",
+        "a/b/c": "no such model",
     }.items():
         with pytest.raises(ModelError, match=words):
             resolve(base, paths)
@@ -148,14 +148,14 @@ def test_missing_weights(tiny: Path, paths: Paths) -> None:
 def test_other_size(tiny: Path, paths: Paths) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
-    with pytest.raises(ModelError, match=r"weights are of other sizes than its config\.json says"):
+    with pytest.raises(ModelError, match=r"weights differ in size from its config\.json"):
         load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama9"}, "transformers does not know models of type llama9"),
+        ({"model_type": "llama9"}, "transformers does not support models of type llama9"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "type t5 does not write text"),
         ({"model_type": "vit", "architectures": ["ViTModel"]}, "type vit does not write text"),
         ({"hidden_size": "wide"}, "hidden_size.*wide"),
@@ -182,13 +182,14 @@ def test_broken_config(tiny: Path, paths: Paths, change: dict[str, object], word
 def test_damaged_tokenizer(tiny: Path, paths: Paths, name: str, text: str) -> None:
     (tiny / name).write_text(text)
     with pytest.raises(
-        ModelError, match=r"the tokenizer .* cannot be loaded|tokenizer.*\.json cannot be read|holds no JSON object"
+        ModelError,
+        match=r"the tokenizer .* cannot be loaded|tokenizer.*\.json cannot be read|does not contain a JSON object",
     ):
         load_tokenizer(find_base(Model(base=str(tiny)), paths))
 
 
 def test_hub_offline(paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="not in the local cache, while HF_HUB_OFFLINE forbids"):
+    with pytest.raises(ModelError, match="not in the local cache, while HF_HUB_OFFLINE disables"):
         load_model(find_base(Model(base="organisation/not-there"), paths), torch.float32)
     with pytest.raises(ModelError, match="the tokenizer organisation/not-there cannot be loaded"):
         load_tokenizer(find_base(Model(base="organisation/not-there"), paths))

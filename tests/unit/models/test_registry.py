@@ -132,7 +132,7 @@ def test_never_overwritten_unasked(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"exists already: .*--force"):
         import_model(str(tiny), "small", tmp_path / "models")
     (tiny / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ModelError, match="damaged or cut off"):
+    with pytest.raises(ModelError, match="damaged or truncated"):
         import_model(str(tiny), "small", tmp_path / "models", force=True)
     assert (target / "mine.txt").read_text() == "mine"  # the old one stays when the new one is not whole
     assert describe(target).problem is None
@@ -263,7 +263,7 @@ def test_command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert runner.invoke(command, ["remove", "small"], input="n\n").exit_code == 1
     assert runner.invoke(command, ["remove", "small"], input="y\n", catch_exceptions=False).exit_code == 0
     assert json.loads(runner.invoke(command, ["list", "--json"]).stdout) == []
-    with pytest.raises(ModelError, match="there is no model small in the registry"):
+    with pytest.raises(ModelError, match="no model small in the registry"):
         runner.invoke(command, ["remove", "small", "--yes"], catch_exceptions=False)
 
 

@@ -105,7 +105,7 @@ def test_the_rule_of_a_gguf_is_heeded(
 
 def test_a_rule_that_is_not_known_is_told(tmp_path: Path, write_gguf: Callable[..., Path]) -> None:
     for rule, words_told in (
-        ("none-such", "not known here, 'none-such'"),
+        ("none-such", "an unknown rule for splitting text, 'none-such'"),
         ("", "does not name its rule"),
         ("smollm", None),
     ):
@@ -154,12 +154,12 @@ def test_a_tokenizer_is_what_its_file_says(misread: Path, paths: Paths) -> None:
 
 def test_a_folder_is_mended_when_it_is_imported(misread: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"reads the tokenizer otherwise than its tokenizer\.json.*llm-ray model import"
+        ModelError, match=r"reads the tokenizer differently from its tokenizer\.json.*llm-ray model import"
     ):
         check_alike(misread)
     target = import_model(str(misread), "small", tmp_path / "models")
     check_alike(target)
-    assert "engines would give it other tokens" in json.loads((target / "llm-ray.json").read_text())["note"]
+    assert "engines would use other tokens" in json.loads((target / "llm-ray.json").read_text())["note"]
     assert json.loads((misread / SETTINGS).read_text())["tokenizer_class"] == "GPT2Tokenizer", (
         "the original is the user's"
     )
@@ -171,7 +171,7 @@ def test_what_no_class_mends_is_refused(misread: Path, tmp_path: Path) -> None:
     (misread / "config.json").write_text(
         json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
     )
-    with pytest.raises(ModelError, match="reads the tokenizer otherwise"):
+    with pytest.raises(ModelError, match="reads the tokenizer differently"):
         import_model(str(misread), "small", tmp_path / "models")
     assert not (tmp_path / "models" / "small").exists()
 

@@ -17,9 +17,9 @@ def test_nodes_against_the_inventory() -> None:
     alive = {"10.0.0.1": node, "10.0.0.2": node | {"draining": True}, "10.0.0.9": node | {"host": "stranger"}}
     findings = node_findings(INVENTORY, alive)
     assert _failed(findings) == {
-        "w1": "drains: it takes no more work",
+        "w1": "draining: it accepts no more work",
         "w2": "not in the cluster (10.0.0.3)",
-        "stranger": "10.0.0.9 is in the cluster and not in the inventory",
+        "stranger": "10.0.0.9 is in the cluster but not in the inventory",
     }
     assert findings[0] == {
         "check": "node",
@@ -41,7 +41,7 @@ def test_storage_that_is_not_shared_or_not_writable() -> None:
         {"head": "", "w1": "Permission denied", "w2": ""}, {"head": ["w2"], "w1": [], "w2": "a task failed: x"}
     )
     assert _failed(findings) == {
-        "head": "does not see what was written on w2",
+        "head": "does not see files written on w2",
         "w1": "cannot write: Permission denied",
         "w2": "cannot read: a task failed: x",
     }

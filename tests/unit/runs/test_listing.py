@@ -101,7 +101,7 @@ def test_the_nearest_names_are_offered(runs: Path, tmp_path: Path) -> None:
         find_run(runs, "lora-8")
     with pytest.raises(RunError, match="there are lora-r16, lora-r8"):
         find_run(runs, "zzz")
-    with pytest.raises(RunError, match="holds no runs"):
+    with pytest.raises(RunError, match="contains no runs"):
         find_run(tmp_path / "none", "x")
     with pytest.raises(RunError):
         find_run(runs / "lora-r8", "../lora-r16")

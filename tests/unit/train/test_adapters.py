@@ -120,7 +120,7 @@ def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
     """peft takes any text for a pattern, and q_proj then matches nothing."""
     assert learning_modules(adapted(Lora(r=4, target_modules="q_proj"))) == [
         "model.layers.*.self_attn.q_proj: rank 4, 2 of them, 512 parameters",
-        "as they are: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, "
+        "frozen: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, "
         "model.layers.*.self_attn.o_proj, model.layers.*.mlp.gate_proj, model.layers.*.mlp.up_proj, "
         "model.layers.*.mlp.down_proj, lm_head",
     ]
@@ -135,11 +135,11 @@ def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (Lora(target_modules="q_proy"), r"target_modules: 'q_proy' names no layer of this model: do you mean q_proj\?"),
+        (Lora(target_modules="q_proy"), r"target_modules: 'q_proy' is not a layer of this model: do you mean q_proj\?"),
         (Lora(target_modules=("q_proj", "v_porj")), r"target_modules: 'v_porj' .*do you mean v_proj\?"),
         (
             Lora(target_modules=r".*query.*"),
-            r"target_modules: the pattern '\.\*query\.\*' matches no layer's whole name, as model\.layers\.0",
+            r"target_modules: the pattern '\.\*query\.\*' matches no layer's full name, such as model\.layers\.0",
         ),
         (
             Lora(target_modules="q_proj|v_proj"),
@@ -171,7 +171,7 @@ def mixture(lora: Lora) -> nn.Module:
 def test_of_a_mixture_all_linear_is_attention_and_experts_without_the_router(tmp_path: Path) -> None:
     model = mixture(Lora(r=4))
     assert sorted(learning_modules(model)) == [
-        "as they are: model.embed_tokens, model.layers.*.mlp.gate, lm_head",
+        "frozen: model.embed_tokens, model.layers.*.mlp.gate, lm_head",
         "model.layers.*.mlp.experts.down_proj: rank 4, 2 of them, 2,560 parameters",
         "model.layers.*.mlp.experts.gate_up_proj: rank 8, 2 of them, 8,192 parameters",
         *(
@@ -223,7 +223,7 @@ def test_a_saved_adapter_holds_what_learned_and_no_copies(whole: tuple[str, ...]
 def test_dropout_on_experts_is_refused_by_its_name_and_goes_with_attention() -> None:
     with pytest.raises(
         ConfError,
-        match=r"tuning\.lora\.dropout is 0\.1, and peft has no dropout for adapters on experts \(down_proj, gate_up_proj\)",
+        match=r"tuning\.lora\.dropout is 0\.1, but peft has no dropout for adapters on experts \(down_proj, gate_up_proj\)",
     ):
         mixture(Lora(r=4, dropout=0.1))
     mixture(Lora(r=4, dropout=0.1, target_modules=("q_proj",)))

@@ -141,5 +141,5 @@ def test_half_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
     shutil.copytree(path, tmp_path / "step_3")
     assert list_checkpoints(tmp_path) == [path]
     assert list_checkpoints(tmp_path / "nowhere") == []
-    with pytest.raises(RunError, match="step_NNNNNNNN is wanted"):
+    with pytest.raises(RunError, match="expected a folder called step_NNNNNNNN"):
         step_of(tmp_path / "step_3")

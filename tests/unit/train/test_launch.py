@@ -41,8 +41,8 @@ def test_what_recurs(conf: FinetuneConf, failures: list[Exception], words: str) 
     error = _explain(WorkerGroupError("failed", dict(enumerate(failures))), conf)
     assert isinstance(error, Recurring)
     assert words in str(error)
-    assert "Another try would fail the same way" in str(error)
-    assert "the same command goes on" not in str(error)
+    assert "A retry would fail the same way" in str(error)
+    assert "run the same command to continue" not in str(error)
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_what_recurs(conf: FinetuneConf, failures: list[Exception], words: str) 
 def test_what_another_try_may_mend(conf: FinetuneConf, failures: list[Exception]) -> None:
     error = _explain(WorkerGroupError("failed", dict(enumerate(failures))), conf)
     assert not isinstance(error, Recurring)
-    assert "the same command goes on from the last one" in str(error)
+    assert "run the same command to continue from the last one" in str(error)

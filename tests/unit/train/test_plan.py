@@ -31,8 +31,12 @@ def test_a_good_plan_has_no_warnings() -> None:
         ({"truncated": 60}, {}, "answers of 60 of 100 rows are cut off by data.max_length 1024"),
         ({"dropped": {TOO_LONG: 51}}, {}, "answers of 51 of 100 rows are cut off"),
         ({"repeated": 12}, {}, "training rows that repeat another one: 12 of 90"),
-        ({"contradicting": 1}, {}, "training rows that ask what another one asks, and answer otherwise: 1 of 90"),
-        ({"leaked": 4}, {}, "validation rows that ask what a training row asks: 4 of 10"),
+        (
+            {"contradicting": 1},
+            {},
+            "training rows with the same question as another one, but a different answer: 1 of 90",
+        ),
+        ({"leaked": 4}, {}, "validation rows with the same question as a training row: 4 of 10"),
         ({}, {"learning_rate": 0.1}, "training.learning_rate 0.1 is"),
         ({}, {"learning_rate": 1e-7}, "little will be learned; raise it"),
     ],
@@ -44,7 +48,7 @@ def test_what_speaks_against_a_plan(change: dict[str, Any], training: dict[str, 
 
 
 def test_few_steps_and_few_validation_rows() -> None:
-    assert "6 optimizer steps will hardly move a model: raise training.epochs" in warned(data_of(90), steps=6)[0]
+    assert "6 optimizer steps will hardly change a model: raise training.epochs" in warned(data_of(90), steps=6)[0]
     assert "a validation split of 3 rows tells little" in warned(data_of(90, validation=3))[0]
     no_guard = {"best_checkpoint": False, "early_stopping": None}
     assert warned(data_of(90, validation=3), training=no_guard) == []
@@ -78,7 +82,7 @@ def test_a_run_that_has_learned_is_not_complained_of() -> None:
         (
             losses(2.0, 1.0),
             {"rows": 20, "unchanged": 19},
-            "19 of 20 answers are as before (evaluation.md): raise training.epochs (3)",
+            "19 of 20 answers are unchanged (evaluation.md): raise training.epochs (3)",
         ),
     ],
 )

@@ -109,7 +109,7 @@ def test_a_handler_runs_for_its_role_and_those_above(people: dict[str, TestClien
         assert end["success"] and end["output"]["data"] == [f"a-{role} ({role}): hi"]
         assert called == [(least, f"a-{role}")]
     else:
-        assert not end["success"] and f"This needs the role {least}; yours is {role}" in end["output"]["error"]
+        assert not end["success"] and f"This requires the role {least}; yours is {role}" in end["output"]["error"]
         assert called == []
 
 
@@ -142,7 +142,7 @@ def test_errors_are_messages(people: dict[str, TestClient], caplog: pytest.LogCa
     ours = _call(people[Role.VIEWER], CALLS["fail"], "f1", "ours")["output"]["error"]
     assert ours == "runs/&lt;b&gt;x&lt;/b&gt; is not there"
     other = _call(people[Role.VIEWER], CALLS["fail"], "f2", "other")["output"]["error"]
-    assert "defect of llm-ray" in other and "secret" not in other
+    assert "bug in llm-ray" in other and "secret" not in other
     number = other.rpartition(" ")[2].strip(".")
     assert any(number in record.message and record.exc_info for record in caplog.records)
 

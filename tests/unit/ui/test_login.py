@@ -90,7 +90,7 @@ def test_a_wrong_password_is_told_without_telling_which(site: Site, name: str, p
     answer = _sign_in(site.client(), name, password)
     assert answer.status_code == 401
     text = bytes(answer.content).decode()  # type: ignore[attr-defined]
-    assert '<p role="alert">Name or password is wrong.</p>' in text
+    assert '<p role="alert">Wrong name or password.</p>' in text
     assert "<b>" not in text
     assert all("llm-ray-7860=" not in line for line in answer.headers.get_list("set-cookie"))  # type: ignore[attr-defined]
 

@@ -71,7 +71,7 @@ def test_nobody_takes_drops_or_reads_anothers(uploads: Uploads) -> None:
     path = _send(uploads, ALICE)
     assert uploads.may_read("alice", path) and not uploads.may_read("bob", path)
     for wrong in (path, str(Path(path).parent), "/etc/hostname", f"{uploads.cache}/received/bob/../alice/x", ""):
-        with pytest.raises(DataError, match="no longer there: send it again"):
+        with pytest.raises(DataError, match="no longer exists: upload it again"):
             uploads.take(BOB, wrong)
     taken = uploads.take(ALICE, path)
     for wrong in (taken, uploads.folder(BOB) / ".." / "alice" / taken.name):

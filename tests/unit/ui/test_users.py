@@ -114,12 +114,12 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told("list") == (0, "There are no users: llm-ray ui users add NAME\n")
     assert told("add", "alice", "--role", "admin", stdin=PASSWORD + "\n") == (0, "Added alice, role admin.\n")
     assert told("add", "bob", stdin=PASSWORD + "\n") == (0, "Added bob, role user.\n")
-    assert told("role", "bob", "viewer") == (0, "bob has the role viewer now.\n")
+    assert told("role", "bob", "viewer") == (0, "bob now has the role viewer.\n")
     assert told("list") == (0, "alice  admin\nbob    viewer\n")
     assert told("password", "bob", stdin="tiny\n")[0] == 2
-    assert told("revoke", "bob") == (0, "bob may no longer use the page.\n")
+    assert told("revoke", "bob") == (0, "bob can no longer use the page.\n")
     assert [user["name"] for user in json.loads(told("list", "--json")[1])] == ["alice"]
-    assert told("revoke", "bob") == (1, "Error: there is no user called bob; there are: alice\n")
+    assert told("revoke", "bob") == (1, "Error: no user called bob; there are: alice\n")
     assert told("add", "carol")[0] == 2  # no password came
     assert "--password" not in told("add", "--help")[1]
     assert Users(tmp_path / "ui" / "users.json").check("alice", PASSWORD)
@@ -129,7 +129,7 @@ def test_beyond_loopback_nothing_starts_without_a_user(tmp_path: Path, monkeypat
     monkeypatch.setenv("LLM_RAY_HOME", str(tmp_path))
     result = CliRunner().invoke(cli, ["ui", "--host", "0.0.0.0", "--port", "0"])
     assert result.exit_code == 2
-    assert "there are no users yet: llm-ray ui users add NAME --role admin makes the first" in result.output
+    assert "there are no users yet: create the first with llm-ray ui users add NAME --role admin" in result.output
 
 
 def test_an_import_adds_and_changes_and_leaves_the_rest(file: Path) -> None:
@@ -175,7 +175,7 @@ def test_an_import_that_is_refused_changes_nothing(file: Path) -> None:
         ('{"bob": {"password": "several words together", "rolle": "admin"}}', "the user bob: "),
         (
             '{"bob": {"password": "several words together", "role": "root"}}',
-            "the user bob: the role is one of viewer, user, admin",
+            "the user bob: the role must be one of viewer, user, admin",
         ),
         ('{"bob": {"password": "short"}}', "the user bob: a password has 12"),
     ],

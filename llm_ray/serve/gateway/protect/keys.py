@@ -1,4 +1,4 @@
-"""API keys: a file of hashes, which the gateway reads anew whenever it has changed.
+"""API keys: a file of hashes, which the gateway reloads when it changes.
 
 llm-ray serve keys add alice
 
@@ -88,7 +88,7 @@ def add_key(
     with _file(path).writing() as keys:
         if name in keys or any(key.name == name and not key.expired for key in keys.values()):
             raise ServeError(
-                f"there is a key called {name} already: choose another name, or revoke it first (llm-ray serve keys "
+                f"a key called {name} already exists: choose another name, or revoke it first (llm-ray serve keys "
                 f"revoke {name})"
             )
         taken = {*keys, *(key.name for key in keys.values())}
@@ -110,9 +110,11 @@ def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
     for name, secret in wanted.items():
         _check_name(name)
         if not isinstance(secret, str) or not _SECRET.fullmatch(secret):
-            raise ConfError(f"the key called {name} is none that llm-ray made: llm-ray serve keys generate prints one")
+            raise ConfError(
+                f"the key called {name} was not created by llm-ray: create one with llm-ray serve keys generate"
+            )
     if len({_identity(secret) for secret in wanted.values()}) < len(wanted):
-        raise ConfError("two names have the same key: give each a key of its own")
+        raise ConfError("two names have the same key: give each its own key")
     changed = []
     with _file(path).writing() as keys:
         for name, secret in wanted.items():
@@ -121,7 +123,7 @@ def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
                 continue
             if (other := keys.get(_identity(secret))) and other.name != name:
                 raise ServeError(
-                    f"the key called {name} is already there under the name {other.name}: revoke that one first"
+                    f"the key called {name} already exists under the name {other.name}: revoke that one first"
                 )
             if here:
                 del keys[here.id]
@@ -142,10 +144,10 @@ def revoke_key(path: Path, called: str) -> Key:
         found = [key for key in keys.values() if called in (key.id, key.name)]
         if not found:
             names = ", ".join(key.name for key in keys.values()) or "none"
-            raise ServeError(f"there is no key called {called}; there are: {names}")
+            raise ServeError(f"no key called {called}; there are: {names}")
         if len(found) > 1:
             raise ServeError(
-                f"{len(found)} keys are called {called}: name one by its id ({', '.join(key.id for key in found)})"
+                f"{len(found)} keys are called {called}: choose one by its id ({', '.join(key.id for key in found)})"
             )
         return keys.pop(found[0].id)
 
@@ -160,7 +162,7 @@ def effective(key: Key | None, common: Limits) -> Limits:
 
 def _check_name(name: str) -> None:
     if not name.strip() or not name.isprintable() or len(name) > _LONGEST_NAME:
-        raise ConfError(f"{name!r} cannot be a key's name: 1 to {_LONGEST_NAME} printable characters")
+        raise ConfError(f"{name!r} is not a valid key name: use 1 to {_LONGEST_NAME} printable characters")
 
 
 def _identity(secret: str) -> str:

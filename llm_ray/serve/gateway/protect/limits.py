@@ -1,5 +1,5 @@
-"""Limits of an API key: requests a minute, requests at the same time, tokens of an answer. One gateway counts, in one
-event loop."""
+"""Limits of an API key: requests per minute, concurrent requests, tokens per answer. One gateway counts, in one event
+loop."""
 
 from __future__ import annotations
 
@@ -58,10 +58,12 @@ class Limiter:
         while usage.times and usage.times[0] <= now - _MINUTE:
             usage.times.popleft()
         if limits.concurrent is not None and usage.running >= limits.concurrent:
-            return Refusal(f"Rate limit reached: {limits.concurrent} at the same time.", 1)
+            return Refusal(f"Rate limit reached: {limits.concurrent} concurrent requests.", 1)
         if limits.requests_per_minute is not None and len(usage.times) >= limits.requests_per_minute:
             wait = usage.times[-limits.requests_per_minute] + _MINUTE - now
-            return Refusal(f"Rate limit reached: {limits.requests_per_minute} per minute.", max(1, math.ceil(wait)))
+            return Refusal(
+                f"Rate limit reached: {limits.requests_per_minute} requests per minute.", max(1, math.ceil(wait))
+            )
         return None
 
     def headers(self, who: str, limits: Limits) -> dict[str, str]:
@@ -91,7 +93,7 @@ def cap_tokens(body: Any, cap: int, longest: int) -> str | None:
     }  # vLLM fills defaults in
     for name, value in asked.items():
         if value > cap:
-            return f"{name} is {value}; {cap} is the most that may be asked for."
+            return f"{name} is {value}; the maximum is {cap}."
     if not asked:
         body.max_tokens = min(cap, longest, cap if body.max_tokens is None else body.max_tokens)
     return None

@@ -1,5 +1,5 @@
-"""What stands before the API: size and slowness of bodies, keys, limits, time-outs, clients that are gone. Plain ASGI,
-for streams.
+"""Middleware in front of the API: body sizes and timeouts, keys, limits, request timeouts, disconnected clients. Plain
+ASGI, for streams.
 
 Specification: https://asgi.readthedocs.io/en/latest/specs/www.html
 """
@@ -59,7 +59,7 @@ class Access:
             secret = _secret(Headers(scope=scope))
             key = self._keys.check(secret) if secret else None
             if key is None:
-                text = "This API key is not valid." if secret else "An API key is needed: Authorization: Bearer KEY"
+                text = "This API key is not valid." if secret else "An API key is required: Authorization: Bearer KEY"
                 _LOG.warning(
                     f"{_asked(scope)} from {_client(scope)} refused: "
                     f"{'an API key that is not valid' if secret else 'no API key'}"

@@ -82,42 +82,42 @@ def test_an_adapter_of_the_model_is_served(tmp_path: Path, paths: Paths) -> None
     [
         (
             {"size": (16, 12)},
-            "changes model.layers.1.self_attn.q_proj of 16 x 12 numbers, which the model has with 16 x 8",
+            "changes model.layers.1.self_attn.q_proj with 16 x 12 numbers, but the model's has 16 x 8",
         ),
         ({"layers": (QUERY.format(7),)}, "which has no model.layers.7.self_attn.q_proj"),
-        ({"layers": ("transformer.h.0.attn.c_attn",)}, "changes nothing that the model in"),
+        ({"layers": ("transformer.h.0.attn.c_attn",)}, "changes nothing in the model in"),
         (
             {"use_dora": True},
-            r"has use_dora \(adapter_config.json\), which is not served as an adapter: deploy the merged model",
+            r"has use_dora \(adapter_config.json\), which cannot be served as an adapter: deploy the merged model",
         ),
         ({"modules_to_save": ["lm_head"], "bias": "all"}, "has modules_to_save and bias"),
         ({"peft_type": "IA3"}, "is of type IA3"),
         (
             {"init_lora_weights": "pissa_niter_16"},
-            "has init_lora_weights: pissa_niter_16, with which the model's own weights change",
+            "has init_lora_weights: pissa_niter_16, which changes the model's own weights",
         ),
         ({"init_lora_weights": "OLoRA"}, "has init_lora_weights: OLoRA"),
         ({"kasa_config": {"beta": 0.1}, "velora_config": {"scale": 1.0}}, "has kasa_config and velora_config"),
         ({"monteclora_config": {"num_samples": 8}}, "has monteclora_config"),
         (
             {"more": {f"base_model.model.{QUERY.format(1)}.lora_diag": (2,)}},
-            r"has .*q_proj.lora_diag, which is no matrix of plain LoRA",
+            r"has .*q_proj.lora_diag, which is not a plain LoRA matrix",
         ),
         (
             {"more": {f"base_model.model.{QUERY.format(1)}.lora_A.default.weight": (2, 8)}},
-            r"lora_A.default.weight, which is no matrix",
+            r"lora_A.default.weight, which is not a plain LoRA matrix",
         ),
         (
             {"more": {"base_model.model.lm_head.base_layer.weight": (30, 8)}},
-            "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8",
+            "changes lm_head with 30 x 8 numbers, but the model's has 20 x 8",
         ),
         (
             {"layers": ("lm_head",), "size": (30, 8)},
-            "changes lm_head of 30 x 8 numbers, which the model has with 20 x 8",
+            "changes lm_head with 30 x 8 numbers, but the model's has 20 x 8",
         ),
         (
             {"layers": ("model.layers.0.mlp.experts",)},
-            r"changes experts \(model.layers.0.mlp.experts\), .* on GPUs alone: deploy the merged",
+            r"changes experts \(model.layers.0.mlp.experts\), .* only on GPUs: deploy the merged",
         ),
         ({"layers": ("model.layers.0.mlp.experts.3.w1",)}, r"changes experts \(model.layers.0.mlp.experts.3.w1\)"),
         (
@@ -165,10 +165,10 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, paths: Paths) -> None:
     base, made = model(tmp_path / "base"), adapter(tmp_path / "a")
     weights = made / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ModelError, match=r"adapter a: .*adapter_model.safetensors is damaged or cut off"):
+    with pytest.raises(ModelError, match=r"adapter a: .*adapter_model.safetensors is damaged or truncated"):
         check_adapter("a", made, base, paths)
     save_file({f"base_model.model.{QUERY.format(0)}.lora_A.weight": np.ones((2, 8), np.float32)}, weights)
-    with pytest.raises(ModelError, match="has half of"):
+    with pytest.raises(ModelError, match="has only half of"):
         check_adapter("a", made, base, paths)
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, paths: Paths) -> None:
             lambda runs: (made := adapter(runs / "bot" / "output" / "adapter") / "adapter_model.safetensors").rename(
                 made.with_suffix(".bin")
             ),
-            r"has its weights as pickle \(adapter_model.bin\), which may run code",
+            r"stores its weights as pickle \(adapter_model.bin\), which can run code",
         ),
     ],
 )
@@ -198,5 +198,5 @@ def test_what_is_no_adapter_is_told(prepare: Any, message: str, paths: Paths) ->
 def test_ranks_are_those_that_vllm_knows(tmp_path: Path) -> None:
     assert adapter_rank("a", adapter(tmp_path / "a", r=12)) == 16
     assert adapter_rank("a", adapter(tmp_path / "b", r=8, rank_pattern={"q_proj": 100})) == 128
-    with pytest.raises(ModelError, match="is of rank 2048, and 512 is the most that can be served"):
+    with pytest.raises(ModelError, match="has rank 2048, but at most 512 can be served"):
         adapter_rank("a", adapter(tmp_path / "c", r=2048))

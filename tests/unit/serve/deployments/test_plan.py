@@ -88,7 +88,7 @@ def test_other_weights_in_the_same_folder_are_another_model(smollm2: Path, tmp_p
 
 def test_a_kind_of_model_that_nobody_knows_is_refused(smollm2: Path, tmp_path: Path) -> None:
     folder = _copy(smollm2, tmp_path / "m", model_type="frobnicator")
-    with pytest.raises(ModelError, match=r"no engine knows models of type frobnicator \(config.json: model_type\)"):
+    with pytest.raises(ModelError, match=r"no engine supports models of type frobnicator \(config.json: model_type\)"):
         _plan(ModelServing(model=str(folder)), tmp_path)
 
 
@@ -96,7 +96,9 @@ def test_a_model_with_code_of_its_own_is_told_how_to_be_trusted(smollm2: Path, t
     folder = _copy(
         smollm2, tmp_path / "m", model_type="frobnicator", auto_map={"AutoConfig": "configuration.Frobnicator"}
     )
-    with pytest.raises(ModelError, match="code of its own: read it, and set trust_remote_code and trusted_models"):
+    with pytest.raises(
+        ModelError, match="has its own Python code: read it, and set trust_remote_code and trusted_models"
+    ):
         _plan(ModelServing(model=str(folder)), tmp_path)
 
 
@@ -200,7 +202,7 @@ def test_what_may_come_with_the_load_and_has_no_room_is_told() -> None:
     )
     nodes = [_node("one", 4), _node("two", 2)]
     (said,) = beyond_room([greedy, modest], nodes, {})
-    assert said.startswith("m: autoscale.max is 9, and beside what runs now the cluster has room for 2")
+    assert said.startswith("m: autoscale.max is 9, but with what runs now the cluster has room for 2")
     # Placed in another order (those that say what they want first) than they are told.
     assert beyond_room([_model("small", cpus=1), _model("large", cpus=6)], [_node("one", 6), _node("two", 1)], {}) == []
     full = [_node("one", 4, free=0, free_memory=32)]

@@ -43,7 +43,7 @@ def refusal(form: Any, body: Any) -> ApiError:
         (
             {"messages": [{"role": "boss", "content": "x"}]},
             "messages[0]",
-            "its role is 'boss', which is none of 'system'",
+            "its role is 'boss', which is not one of 'system'",
         ),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "it is missing"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "a valid string or a valid array"),

@@ -99,7 +99,7 @@ def test_an_exchanged_key_keeps_its_limits(file: Path) -> None:
 @pytest.mark.parametrize("secret", ["", "sk-12345", "llmray-00000000-short", 7, None])
 def test_what_is_no_key_is_refused(file: Path, secret: object) -> None:
     with pytest.raises(
-        ConfError, match="alice is none that llm-ray made: llm-ray serve keys generate prints one"
+        ConfError, match="alice was not created by llm-ray: create one with llm-ray serve keys generate"
     ) as error:
         import_keys(file, {"alice": secret})  # type: ignore[dict-item]
     assert not secret or str(secret) not in str(error.value)
@@ -111,7 +111,7 @@ def test_the_same_key_under_two_names_is_refused(file: Path) -> None:
     with pytest.raises(ConfError, match="two names have the same key"):
         import_keys(file, {"alice": secret, "bob": secret})
     import_keys(file, {"alice": secret})
-    with pytest.raises(ServeError, match="already there under the name alice"):
+    with pytest.raises(ServeError, match="already exists under the name alice"):
         import_keys(file, {"bob": secret})
 
 
@@ -179,7 +179,7 @@ def test_a_folder_in_which_others_can_exchange_the_file_is_not_trusted(file: Pat
     _, secret = add_key(file, "alice", Limits())
     file.parent.chmod(0o770)
     assert Keys(file).check(secret) is None
-    with pytest.raises(ServeError, match=r"others can exchange files in .* \(mode 770\): chmod 700"):
+    with pytest.raises(ServeError, match=r"others can replace files in .* \(mode 770\): chmod 700"):
         list_keys(file)
     file.parent.chmod(0o755)
     assert Keys(file).check(secret)
@@ -227,7 +227,7 @@ def test_names_are_told_apart(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "  ", "two\nlines", "\x1b[2J", "x" * 65])
 def test_names_that_cannot_be_shown_are_refused(file: Path, name: str) -> None:
-    with pytest.raises(ConfError, match="cannot be a key's name"):
+    with pytest.raises(ConfError, match="is not a valid key name"):
         add_key(file, name, Limits())
     assert not file.exists()
 
@@ -235,7 +235,7 @@ def test_names_that_cannot_be_shown_are_refused(file: Path, name: str) -> None:
 def test_an_expired_key_and_its_successor_are_told_apart(file: Path) -> None:
     old, _ = add_key(file, "alice", Limits(), expires=time.time() - 1)
     new, secret = add_key(file, "alice", Limits())
-    with pytest.raises(ServeError, match=f"2 keys are called alice: name one by its id .*{old.id}, {new.id}"):
+    with pytest.raises(ServeError, match=f"2 keys are called alice: choose one by its id .*{old.id}, {new.id}"):
         revoke_key(file, "alice")
     assert revoke_key(file, old.id) == old
     assert Keys(file).check(secret) == new

@@ -234,7 +234,7 @@ def test_the_log_names_keys_by_their_id(tmp_path: Path, caplog: pytest.LogCaptur
     said = [record.message for record in caplog.records if record.name == "ray.serve"]
     assert {re.sub(r"\d+\.\d\d s$", "… s", line) for line in said} == {
         f"POST '/echo' of key {key.id}: … s",
-        f"POST '/echo' of key {key.id} refused: Rate limit reached: 1 per minute.",
+        f"POST '/echo' of key {key.id} refused: Rate limit reached: 1 requests per minute.",
         "POST '/echo' from 127.0.0.1 refused: an API key that is not valid",
         "POST '/a\\nb' from 127.0.0.1 refused: no API key",
     }
