@@ -31,6 +31,9 @@ class Engine:
     (`precision`)."""
     adapters: bool = False
     """It serves LoRA adapters beside their base."""
+    any_malloc: bool = True
+    """Its process may start with a malloc other than glibc's (LD_PRELOAD), as Ray's workers do. Without, that would end
+    it."""
     compiles: bool = False
     """`compile` is for it."""
     causal_only: bool = False
@@ -59,6 +62,7 @@ ENGINES: Mapping[EngineName, Engine] = MappingProxyType(
             title="OpenVINO: int8 and int4, the fastest on CPUs",
             core="llm_ray.serve.engines.openvino:OpenVinoCore",
             converts=True,
+            any_malloc=False,
         ),
         "transformers": Engine(
             title="transformers: any causal model, the slowest",
