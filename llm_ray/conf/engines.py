@@ -30,6 +30,8 @@ class Engine:
     """It reads weights converted into its own form (`weights` of the conf), not the model's folder (`precision`)."""
     adapters: bool = False
     """It serves LoRA adapters along with their base."""
+    any_malloc: bool = True
+    """Its process may start with a preloaded malloc (LD_PRELOAD), as Ray's workers do; if not, that would end it."""
     compiles: bool = False
     """It supports `compile`."""
     causal_only: bool = False
@@ -58,6 +60,7 @@ ENGINES: Mapping[EngineName, Engine] = MappingProxyType(
             title="OpenVINO: int8 and int4, the fastest on CPUs",
             core="llm_ray.serve.engines.openvino:OpenVinoCore",
             converts=True,
+            any_malloc=False,
         ),
         "transformers": Engine(
             title="transformers: any causal model, the slowest",

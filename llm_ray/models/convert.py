@@ -242,7 +242,8 @@ def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter
         *_ASKED[weights],
     ]
     command = [str(python), "-I", "-c", _RUN, "export", "openvino", "--model", str(source), *options, str(work / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(work / "tmp")}
+    # OpenVINO's library does not live with another malloc than glibc's.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(work / "tmp"), "LD_PRELOAD": ""}
     last = deque[str](maxlen=200)
     with (
         reporter.bar("converting", total=len(_PARTS) + 1) as bar,

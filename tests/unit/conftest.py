@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import pytest
 
-# `engine: auto` converts models where it can. Here it cannot: tests of conversion bring a tool of their own.
-os.environ["LLM_RAY_CONVERT_ENV"] = "/nowhere"
+
+@pytest.fixture(autouse=True)
+def no_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`engine: auto` converts models where it can. Here it cannot: tests of conversion bring a tool of their own."""
+    monkeypatch.setenv("LLM_RAY_CONVERT_ENV", "/nowhere")

@@ -31,7 +31,7 @@ from llm_ray.serve.directory import DEPLOYMENT, GATEWAY, Deployed
 from llm_ray.serve.gateway.deployment import Gateway
 from llm_ray.serve.gateway.protect import Protection
 from llm_ray.serve.models import ServedModel
-from llm_ray.serve.replica.deployment import ModelReplica
+from llm_ray.serve.replica.deployment import ModelReplica, start_environment
 from llm_ray.threads import Once
 
 _POLL = 0.1  # seconds
@@ -340,7 +340,11 @@ def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Depl
         graceful_shutdown_wait_loop_s=0.2,
         max_surge_percent=1 if beside else 0,  # of the replicas, rounded up: one
         placement_group_bundles=[resources],
-        ray_actor_options={"num_cpus": model.cpus, "memory": model.memory_bytes},
+        ray_actor_options={
+            "num_cpus": model.cpus,
+            "memory": model.memory_bytes,
+            **({"runtime_env": {"env_vars": environment}} if (environment := start_environment(model)) else {}),
+        },
         **options,
     )
     return serve.RunTarget(

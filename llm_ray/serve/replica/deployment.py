@@ -8,6 +8,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from llm_ray.conf.engines import ENGINES
 from llm_ray.serve.directory import described
 from llm_ray.serve.models import ServedModel
 
@@ -33,6 +34,11 @@ def environment(model: ServedModel) -> dict[str, str]:
     # vLLM's sampler would compile parts of itself in the middle of the first request that wants logprobs: seconds in
     # which all others wait, and the engine's death on a host without a C++ compiler.
     return ENVIRONMENT if model.compile else {**ENVIRONMENT, "TORCH_COMPILE_DISABLE": "1"}
+
+
+def start_environment(model: ServedModel) -> dict[str, str]:
+    """What the model's process has to be started with, for Ray's runtime_env."""
+    return {} if ENGINES[model.engine].any_malloc else {"LD_PRELOAD": ""}
 
 
 class ModelReplica:

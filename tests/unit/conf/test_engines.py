@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -11,6 +12,8 @@ from pydantic import ValidationError
 from llm_ray.conf.engines import ENGINES, FASTEST, WIDEST, EngineChoice, EngineName, able, engines_with, forms
 from llm_ray.conf.serve import ModelServing
 from llm_ray.serve.engines.thread import Core
+from llm_ray.serve.models import ServedModel
+from llm_ray.serve.replica.deployment import start_environment
 
 
 def test_the_names_are_those_of_the_table() -> None:
@@ -18,6 +21,12 @@ def test_the_names_are_those_of_the_table() -> None:
     assert get_args(EngineChoice) == ("auto", *ENGINES)
     assert ENGINES[WIDEST].options_of_vllm
     assert ENGINES[FASTEST].converts
+
+
+@pytest.mark.parametrize(("name", "environment"), [("vllm", {}), ("openvino", {"LD_PRELOAD": ""})])
+def test_a_replica_starts_with_a_malloc_that_its_engine_bears(name: EngineName, environment: dict[str, str]) -> None:
+    model = ServedModel("m", Path("/m"), engine=name)
+    assert start_environment(model) == environment
 
 
 def test_auto_can_do_what_any_of_them_can() -> None:

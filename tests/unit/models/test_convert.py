@@ -198,6 +198,14 @@ def test_a_users_own_folder_is_never_replaced(tmp_path: Path, tiny: Path, tool: 
     convert(tiny, tmp_path / "empty")
 
 
+def test_it_runs_with_glibcs_malloc(tmp_path: Path, tiny: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = tool('echo "preloaded: [$LD_PRELOAD]"; exit 1')
+    assert environment
+    monkeypatch.setenv("LD_PRELOAD", "libm.so.6")
+    with pytest.raises(ModelError, match=r"preloaded: \[\]"):
+        convert(tiny, tmp_path / "x")
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
