@@ -183,7 +183,7 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     command.process.terminate()
     code, seen = command.ends()
     assert (code, bench.state()) == (130, "stopped")
-    assert "prepare: done before" in seen
+    assert "prepare: already done" in seen
     assert f"resuming from the checkpoint of step {reached[-1]}" in seen
     bench.assert_nothing_left()
     reached = bench.steps()
@@ -275,7 +275,8 @@ def test_a_full_disk(bench: Bench) -> None:
         code, seen = command.ends()
         assert code == 1
         assert re.search(
-            rf"([Nn]o space left.*{disk}|{disk}\S* could not be written.*[Nn]o space).*0.0 GiB.*free.*: make room", seen
+            rf"([Nn]o space left.*{disk}|{disk}\S* could not be written.*[Nn]o space).*0.0 GiB.*free.*: free some space",
+            seen,
         )
         kept = bench.checkpoints()[-1]
         bench.assert_nothing_left()

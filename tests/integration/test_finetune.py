@@ -160,7 +160,7 @@ def test_the_stage_convert_alone_after_the_others(
     run = home / "runs" / "codes"
     assert (run / "openvino-int8" / "tokenizer.json").read_bytes() == (run / "output" / "tokenizer.json").read_bytes()
     assert {"export", "convert"} <= json.loads((run / "run.json").read_text())["stages"].keys()
-    assert "convert: done before" in llm_ray(home, *command).stderr
+    assert "convert: already done" in llm_ray(home, *command).stderr
     assert openvino_folder(run / "output", None, home / "models", Silent()) == run / "openvino-int8", "serving finds it"
     refused = llm_ray(home, *command, "--set", "name=none", code=1)
     assert "stage convert of none needs stage export" in refused.stderr

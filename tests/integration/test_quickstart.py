@@ -51,7 +51,7 @@ def test_a_second_run_skips_what_is_done_and_stops_all_when_told_to(home: Path, 
             said.append(line)
             if "starting" in line and any("ServeReplica" in " ".join(child.cmdline()) for child in _children(process)):
                 break
-        assert any("train: done before" in line for line in said), "".join(said)
+        assert any("train: already done" in line for line in said), "".join(said)
         started = _children(process)
         process.send_signal(sent)
         said.append(process.stderr.read())

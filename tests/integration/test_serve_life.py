@@ -62,7 +62,7 @@ def tiny(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     ("options", "message"),
     [
         (["--cpus", "99"], r"no room for broken: it needs 99 CPU(s)"),
-        (["--max-model-len", "20000"], "max_model_len is 20000, but the model was made for 8192 tokens"),
+        (["--max-model-len", "20000"], "max_model_len is 20000, but the model supports 8192 tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_figures(home: Home, options: list[str], message: str) -> None:

@@ -138,7 +138,7 @@ def test_check_mode_leaves_no_page(made: Made) -> None:
 def test_beyond_loopback_there_is_no_page_without_a_user(made: Made) -> None:
     refused = made.cluster.play("ui.yml", "-e", "page_host=0.0.0.0", ok=False)
     said = " ".join(refused.output.split())
-    assert "head: page_host = 0.0.0.0: other machines would reach a page that has no user" in said
+    assert "head: page_host = 0.0.0.0: other machines could reach a page that has no users" in said
     assert refused.changed == 0
     assert made.cluster.head.ssh(f"ls {UNIT}", check=False).stdout == ""
 

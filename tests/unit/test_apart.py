@@ -63,7 +63,7 @@ def test_calls_one_after_the_other() -> None:
     with pytest.raises(ConfError, match=r"data\.train: no such file"):
         process.call(refuse)
     assert process.call(own_pid) == pid
-    with pytest.raises(ClusterError, match="ended in the middle"):
+    with pytest.raises(ClusterError, match="was lost"):
         process.call(die)
     assert (another := process.call(own_pid)) != pid
     with pytest.raises(ClusterError, match="does not answer within 1 s"):

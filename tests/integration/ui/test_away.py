@@ -68,7 +68,7 @@ def test_a_worker_is_drained(open_browser: Callable[..., BrowserContext], tmp_pa
             expect(tab.get_by_role("option")).to_have_count(1)
             tab.get_by_role("option", name="127.0.0.2").click()
             tab.get_by_role("button", name="Drain it").click()
-            expect(tab.locator("#cluster-sure").first).to_contain_text("Drain 127.0.0.2? It takes no more work")
+            expect(tab.locator("#cluster-sure").first).to_contain_text("Drain 127.0.0.2? It accepts no more work")
             tab.get_by_role("button", name="Do it").click()
             expect(tab.locator("#cluster-progress")).to_contain_text("Drain 127.0.0.2: done", timeout=LONG)
             expect(hosts).not_to_contain_text("127.0.0.2", timeout=LONG)

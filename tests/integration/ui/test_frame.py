@@ -211,7 +211,7 @@ def test_it_ends_cleanly_while_pages_are_open(open_browser: Browsers, tmp_path: 
         second = open_browser().new_page()
         second.goto(page.url)
         second.get_by_role("button", name="Sign in").click()
-        expect(second.get_by_role("alert")).to_contain_text("This link has been used")
+        expect(second.get_by_role("alert")).to_contain_text("This link has already been used")
         second.goto(page.urls(2)[1])
         second.get_by_role("button", name="Sign in").click()
         expect(second.get_by_role("heading", level=1)).to_have_text("Data")

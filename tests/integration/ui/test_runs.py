@@ -100,7 +100,7 @@ def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(
 
     tab.goto(f"{page.url}/runs?run=first")
     tab.get_by_role("button", name="Stop", exact=True).click()
-    expect(tab.locator("#runs-said")).to_contain_text("it ends after its step, with a checkpoint")
+    expect(tab.locator("#runs-said")).to_contain_text("it stops after its current step, with a checkpoint")
     expect(tab.locator("#run-state h2")).to_have_text("first: stopped", timeout=LONG)
     reached = _steps(home, "first")
     assert 0 < len(reached) < STEPS["first"]

@@ -113,7 +113,7 @@ def test_from_a_file_to_a_trained_model(open_browser: Browsers, page: Running, h
         tab.goto(f"{again.url}/runs?run=sums")
         tab.get_by_role("button", name="Delete sums").click()
         tab.get_by_role("button", name="Delete it permanently").click()
-        expect(tab.get_by_text("Write the run's name")).to_be_visible()
+        expect(tab.get_by_text("Type the run's name")).to_be_visible()
         tab.get_by_label("The run's name, to confirm").fill("sums")
         tab.get_by_role("button", name="Delete it permanently").click()
         expect(tab.locator("#runs-said")).to_contain_text("sums is deleted.")

@@ -92,11 +92,11 @@ def test_what_only_an_admin_may_name(tmp_path: Path) -> None:
         return "; ".join(beyond(conf_of(SETTINGS | named, tmp_path), [mine], Paths.of(tmp_path)))
 
     assert told(train=str(mine / "rows.jsonl")) == ""
-    assert "none of your files" in told(train=str(other / "rows.jsonl"))
+    assert "not one of your files" in told(train=str(other / "rows.jsonl"))
     (mine / "link.jsonl").symlink_to(other / "rows.jsonl")
-    assert "none of your files" in told(train=str(mine / "link.jsonl"))
-    assert "none of your files" in told(evaluation__data=str(other / "rows.jsonl"))
-    assert "none of your files" in told(
+    assert "not one of your files" in told(train=str(mine / "link.jsonl"))
+    assert "not one of your files" in told(evaluation__data=str(other / "rows.jsonl"))
+    assert "not one of your files" in told(
         data__processor="join", data__processor_args=f"{{file: {other / 'rows.jsonl'}}}"
     )
     assert "data.processor runs code" in told(data__processor="os.path:join")

@@ -54,13 +54,13 @@ def test_they_wait_for_what_runs_can_be_cancelled_and_run(conf: Callable[..., Fi
         second = jobs.submit(conf("second"), by="bob")
         assert (first.state, first.ahead, first.by) == ("waiting", 0, "alice")
         assert (second.state, second.ahead) == ("waiting", 1)
-        with pytest.raises(RunError, match="first is waiting or running already"):
+        with pytest.raises(RunError, match="first is already waiting or running"):
             jobs.submit(conf("first"))
-        with pytest.raises(RunError, match="is at work"):
+        with pytest.raises(RunError, match="is active"):
             jobs.submit(conf("busy"))
         jobs.cancel(runs, "second")
         assert states(runs) == {"first": "waiting"}
-        with pytest.raises(RunError, match="second is not waiting"):
+        with pytest.raises(RunError, match="second is not in the queue"):
             jobs.cancel(runs, "second")
     until(lambda: states(runs) == {})
     found = {run.name: run.state for run in list_runs(runs)}
@@ -68,7 +68,7 @@ def test_they_wait_for_what_runs_can_be_cancelled_and_run(conf: Callable[..., Fi
     assert "prepare: done in" in jobs.read_log(runs, "first")
     assert (runs / "first" / jobs.LOG).is_file()
     assert "llm-ray finetune --config lora --set name=first" in (runs / "first" / "run.json").read_text()
-    with pytest.raises(RunError, match="was made with another conf"):
+    with pytest.raises(RunError, match="with a different conf"):
         jobs.submit(conf("first", **{"data.max_length": "64"}))
 
 

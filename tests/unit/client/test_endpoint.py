@@ -38,7 +38,7 @@ def test_the_path_tells_the_kind(url: str, openai: bool, name: str, base: str) -
         ("http://127.0.0.1:8000", "add /v1 .* or /MODEL"),
         ("http://127.0.0.1:8000/", "add /v1 .* or /MODEL"),
         ("http://127.0.0.1:8000/v1/chat/completions", "only the base of the API, http://127.0.0.1:8000/v1$"),
-        ("http://127.0.0.1:8000/v1?model=a", "the address alone"),
+        ("http://127.0.0.1:8000/v1?model=a", "remove everything after the path"),
     ],
 )
 def test_urls_that_are_none(url: str, reason: str) -> None:

@@ -79,7 +79,7 @@ def test_settings_are_sent_when_given(server: Server, kind: str) -> None:
     ]
     result = infer(*URLS[kind](server, "echo"), "--prompt", "one two three", "--system", "Be brief.", *given)
     assert result.stdout == "one two\n"
-    assert "cut off there" in result.stderr
+    assert "(cut off: raise" in result.stderr
     sent = server.requests[0]
     sampling = {"temperature": 0.5, "top_p": 0.9, "seed": 3, "stop": ["a", "b"], "top_k": 7}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two three"}]
@@ -136,7 +136,7 @@ def test_of_several_models_one_must_be_named(server: Server) -> None:
         (["--prompt", "a", "--file", "f.txt"], "cannot be combined"),
         (["--prompt", "a", "--stream", "--json"], "--stream shows one answer"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", "a", "--model", "echo"], "the route of one model already"),
+        (["--prompt", "a", "--model", "echo"], "already the route of one model"),
         (["--prompt", "a", "--completion"], "--completion: a model's own route supports only chat"),
         (["--prompt", "a", "--temperature", "-1"], "is not in the range"),
     ],
@@ -207,7 +207,7 @@ def test_a_torn_stream(server: Server, kind: str) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("short", "no finish_reason came"),
+        ("short", "without a finish_reason"),
         ("error", "aborted the answer: the engine died"),
         ("garbage", "did not answer with JSON"),
     ],
@@ -388,7 +388,7 @@ def test_an_endpoint_that_cannot_be_asked_ends_a_file_at_once(server: Server, pr
     out = tmp_path / "answers.jsonl"
     result = infer(server.api, "--model", "echo", "--file", str(prompts), "--output", str(out), "--concurrency", "4")
     assert result.exit_code == 1
-    assert "asks for an API key" in result.stderr
+    assert "requires an API key" in result.stderr
     assert f"{out} keeps the answers received so far: run the same command to continue from there" in result.stderr
     assert len(server.requests) <= 4
 

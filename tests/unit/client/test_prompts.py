@@ -59,7 +59,7 @@ def test_rows_of_all_shapes(tmp_path: Path, suffix: str) -> None:
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
             "p.jsonl:2: 'messages' ends with an assistant's",
         ),
-        ('{"prompt": "a", "prompt": "b"}', "p.jsonl:2: the key 'prompt' stands twice"),
+        ('{"prompt": "a", "prompt": "b"}', "p.jsonl:2: the key 'prompt' appears twice"),
         ('{"messages": []}', "p.jsonl:2: 'messages' must be a list of objects"),
         ('{"messages": [{"content": "a"}]}', "p.jsonl:2: 'messages' must be a list of objects"),
         ('{"prompt": "a", "system": 1}', "p.jsonl:2: 'system' must be text"),

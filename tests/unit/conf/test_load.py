@@ -400,8 +400,8 @@ def test_wrong_overrides(write: Write, override: str, words: str) -> None:
     ("text", "words"),
     [
         ("- a\n", "names with values"),
-        ("a: 1\na: 2\n", "v.yaml:2: a is there twice"),
-        ("env: 1\n", "no name env or shipped"),
+        ("a: 1\na: 2\n", "v.yaml:2: a appears twice"),
+        ("env: 1\n", "names with values, except env or shipped"),
     ],
 )
 def test_wrong_files_of_variables(write: Write, folder: Path, text: str, words: str) -> None:

@@ -100,11 +100,11 @@ def test_the_sandbox_holds(expression: str) -> None:
 @pytest.mark.parametrize(
     ("template", "line", "words"),
     [
-        ("a: 1\nb: {% if x %}2", 2, "no Jinja template"),
-        ("a: 1\nb: {{ x }\n", 2, "no Jinja template"),
+        ("a: 1\nb: {% if x %}2", 2, "not a valid Jinja template"),
+        ("a: 1\nb: {{ x }\n", 2, "not a valid Jinja template"),
         ("a: 1\n\nb: {{ 1 | nofilter }}\n", 3, "No filter named 'nofilter'"),
         ("a: {{ 1 / 0 }}", 1, "division by zero"),
-        ("a: {{ 'x' + 1 }}", 1, "an expression of the template fails"),
+        ("a: {{ 'x' + 1 }}", 1, "an expression in the template failed"),
         ("a: {{ range(10 ** 9) }}", 1, "Range too big"),
         ("a: 1\n{% include 'passwd' %}\n", 2, "a conf is one file"),
         ("{% import 'os' as os %}\n", 1, "a conf is one file"),

@@ -81,20 +81,20 @@ BROKEN = {
     "colon without blank": ("models:\n  bot: model:x\n", ":2: models.bot is; model: needs a space after the colon"),
     "list of models": ("models:\n  - model: a\n", ":1: models is [; a section with keys indented below models:"),
     "empty model": ("models:\n  bot:\n", ":2: models.bot is null; a section"),
-    "no models": ("models: {}\n", ":1: models is empty; by the name that clients ask for"),
+    "no models": ("models: {}\n", ":1: models is empty; by their name for clients"),
     "model without model": (
         "models:\n  bot:\n    cpus: 2\n",
         ":2: models.bot.model is missing: What to serve; --set models.bot.model=",
     ),
     "empty model name": ("models:\n  bot:\n    model: ''\n", ":3: models.bot.model is empty"),
     "model twice": ("  bot:\n    model: b\n", ":4: models.bot appears twice (first in line 2)"),
-    "name with a blank": ("  my bot: {model: a}\n", ":4: models.my bot: 'my bot' cannot be a model's name"),
-    "number as name": ("  7: {model: a}\n", ":4: models: the name 7 has to be text; quotes: '7'"),
+    "name with a blank": ("  my bot: {model: a}\n", ":4: models.my bot: 'my bot' is not a valid model name"),
+    "number as name": ("  7: {model: a}\n", ":4: models: the name 7 must be text; quotes: '7'"),
     "name that is a path of the endpoint": (
         "  v1/x: {model: a}\n",
-        ":4: models.v1/x: 'v1/x' is a path of the endpoint itself",
+        ":4: models.v1/x: 'v1/x' is a path of the endpoint: choose",
     ),
-    "adapter's name": ("    adapters:\n      my lora: a\n", ":5: models.bot: 'my lora' cannot be a model's name"),
+    "adapter's name": ("    adapters:\n      my lora: a\n", ":5: models.bot: 'my lora' is not a valid model name"),
     "adapter called as the base": (
         "    adapters:\n      bot: a\n",
         ":5: models.bot.adapters.bot: the name is already used by models.bot:",
@@ -159,7 +159,7 @@ BROKEN = {
     ),
     "model's key as after --set": (
         "models.bot.cpus: 2\n",
-        ":1: models.bot.cpus: there is; in a file it is cpus: indented below models.bot:",
+        ":1: models.bot.cpus: no such key; in a file it is cpus: indented below models.bot:",
     ),
 }
 
@@ -266,7 +266,7 @@ def test_merged_sections(write: Write) -> None:
         ),
         ("models.bot.model=./nowhere", "models.bot.model: no such folder"),
         ("models.bot.trust_remote_code=true", "models.bot: trust_remote_code runs code that comes with the model"),
-        ("models.my bot.model=x", "'my bot' cannot be a model's name"),
+        ("models.my bot.model=x", "'my bot' is not a valid model name"),
         ("endpoint.tls_key=x.pem", "endpoint.tls_certificate and endpoint.tls_key belong together"),
     ],
 )

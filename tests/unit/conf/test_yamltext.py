@@ -82,7 +82,7 @@ def test_anchors_are_not_unrolled() -> None:
         ("a: 1\nb: 2\na: 3", 3, "a appears twice (first in line 1)"),
         ("s:\n  a: 1\n  a: 1", 3, "s.a appears twice (first in line 2)"),
         ("a:\n\tb: 1", 2, "indent with spaces, not tabs"),
-        ("a: b: c", 1, "goes in quotes"),
+        ("a: b: c", 1, "quote text that contains"),
         ("a: [1, 2\nb: 3", 2, "is not valid YAML"),
         ("a: 'x\nb: 2", 2, "never closed"),
         ("a: 1\n---\nb: 2", 2, "more than one YAML document"),

@@ -216,9 +216,7 @@ def test_reasoning_that_the_template_does_not_write_is_not_passed_over(
     conversation = turns("2+2?", "4")
     conversation.messages[1]["reasoning_content"] = "easy"
     (refused,) = ChatEncoder(tokenizer, 64).encode([conversation])
-    assert isinstance(refused, DataError) and "turn 2: the chat template does not write 'reasoning_content'" in str(
-        refused
-    )
+    assert isinstance(refused, DataError) and "turn 2: the chat template ignores 'reasoning_content'" in str(refused)
     assert "⟦<think>easy</think>4<|im_end|>⟧" in shown(with_template("calls"), conversation)[0]
 
 

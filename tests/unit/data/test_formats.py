@@ -210,7 +210,7 @@ def test_turns_that_are_not_learnt(convert: Convert, flag: str) -> None:
         assert (
             isinstance(found, Conversation) and found.messages[1] == {"role": "assistant", "content": "Hello"} | weight
         )
-    with pytest.raises(DataError, match=f"turn 2 of 'conversations': {flag} is \"no\": an answer is learnt"):
+    with pytest.raises(DataError, match=f"turn 2 of 'conversations': {flag} is \"no\": must be 1"):
         convert(turns("no"))
 
 
@@ -257,7 +257,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
-        r"turn 1 of 'messages': weight is 0.5: an answer is learnt",
+        r"turn 1 of 'messages': weight is 0.5: must be 1",
     ),
     ({"messages": []}, r"'messages' must be a list of turns, but is \[\]"),
     ({"messages": "[{"}, "'messages' is not JSON: .* at character"),

@@ -340,7 +340,7 @@ def test_text_in_other_encodings(tmp_path: Path, encoding: str, name: str) -> No
     found = [r.values["text"] for r in rows_of(path)]
     assert found == (['{"text": "naïve 🙂"}', '{"text": "two"}'] if name == "book.txt" else ["naïve 🙂", "two"])
     path.write_bytes('{"text": "naïve 🙂"}'.encode("utf-16")[:-3])
-    with pytest.raises(DataError, match=f"{name}: not whole UTF-16"):
+    with pytest.raises(DataError, match=f"{name}: not valid UTF-16"):
         rows_of(path)
 
 
@@ -461,7 +461,7 @@ def test_table_value_that_cannot_be_read_names_its_row(tmp_path: Path) -> None:
         (b"3", "but this is a number"),
         (b'{"a": "\xff"}', "not UTF-8"),
         (b'{"a": "\\ud800"}', "half of a surrogate pair (\\ud800), which is not a character"),
-        (b'{"a": 1, "b": {"c": 2, "c": 3}}', "the key 'c' stands twice in an object"),
+        (b'{"a": 1, "b": {"c": 2, "c": 3}}', "the key 'c' appears twice in an object"),
         (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON: Number of too many digits at column 1"),
         (b"[" * 100_000, "nested too deeply"),
     ],

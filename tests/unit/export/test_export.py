@@ -116,23 +116,23 @@ def test_without_prepared_data_a_text_is_compared(run: Run) -> None:
         (
             {"temperature": 0.6, "do_sample": False},
             {"temperature": None, "do_sample": False},
-            "temperature 0.6 is dropped",
+            "temperature 0.6 is removed",
         ),
         (
             {"early_stopping": True, "length_penalty": 2.0},
             {"early_stopping": None, "length_penalty": None},
-            "early_stopping True is dropped",
+            "early_stopping True is removed",
         ),
         (
             {"use_cache": False, "cache_implementation": "static"},
             {"cache_implementation": None},
-            "cache_implementation static is dropped",
+            "cache_implementation static is removed",
         ),
-        ({"output_scores": True}, {"output_scores": None}, "output_scores True is dropped"),
+        ({"output_scores": True}, {"output_scores": None}, "output_scores True is removed"),
         (
             {"pad_token_id": -1, "repetition_penalty": 1.1},
             {"pad_token_id": None, "repetition_penalty": 1.1},
-            "pad_token_id -1 is dropped",
+            "pad_token_id -1 is removed",
         ),
         ({"temperature": 0.6, "do_sample": True}, {"temperature": 0.6, "do_sample": True}, ""),
     ],

@@ -139,7 +139,7 @@ def test_more_layers_than_the_configuration_has(tmp_path: Path, kind: str) -> No
     layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
     (tmp_path / "config.json").write_text(json.dumps(config | {layers: config[layers] - 1}))
     with pytest.raises(
-        ModelError, match=rf"has weights of more layers than its config\.json says, as .*\.{config[layers] - 1}\."
+        ModelError, match=rf"has weights of more layers than its config\.json says, such as .*\.{config[layers] - 1}\."
     ):
         check_complete(tmp_path)
 

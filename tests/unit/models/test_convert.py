@@ -178,7 +178,7 @@ def test_another_conversion_is_replaced_when_asked_for(tmp_path: Path, tiny: Pat
         convert(tiny, target, "int4")
     other = Path(shutil.copytree(tiny, tmp_path / "other"))
     (other / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(ModelError, match="holds another conversion"):
+    with pytest.raises(ModelError, match="contains another conversion"):
         convert(other, target, "int8")
     assert json.loads((convert(other, target, "int4", force=True) / "llm-ray.json").read_text())["source"] == str(other)
 

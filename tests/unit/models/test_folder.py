@@ -64,7 +64,7 @@ def _gguf_only(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (_remove("config.json"), ["no config.json", "half copied"]),
+        (_remove("config.json"), ["no config.json", "is incomplete"]),
         (_write("config.json", '{"model_type": "lla'), ["config.json cannot be read", "copy it again"]),
         (_write("config.json", "[1, 2]"), ["config.json does not contain a JSON object"]),
         (_write("config.json", ""), ["config.json cannot be read"]),

@@ -126,5 +126,5 @@ def test_a_tokenizer_that_is_too_large_is_not_deployed(
 def test_served_lengths_end_where_positions_do(tmp_path: Path, paths: Paths, smollm2: Path) -> None:
     base = made(tmp_path / "m", "roberta", smollm2)  # it begins to count behind the padding token
     assert served(base, paths).max_model_len == 254
-    with pytest.raises(LlmRayError, match=r"max_model_len is 256, but the model was made for 254 tokens"):
+    with pytest.raises(LlmRayError, match=r"max_model_len is 256, but the model supports 254 tokens"):
         served(base, paths, max_model_len=256)

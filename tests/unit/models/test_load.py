@@ -127,7 +127,7 @@ def test_model_without_tokenizer(tiny: Path, paths: Paths, smollm2: Path) -> Non
 
 def test_unreadable_template(tiny: Path, paths: Paths, tmp_path: Path) -> None:
     (tmp_path / "latin.jinja").write_bytes(b"\xe4{{ messages }}")
-    for name, words in {"gone.jinja": "No such file", "latin.jinja": "no UTF-8"}.items():
+    for name, words in {"gone.jinja": "No such file", "latin.jinja": "not UTF-8"}.items():
         with pytest.raises(ModelError, match=rf"model.chat_template: .*{name} cannot be read: .*{words}"):
             load_tokenizer(find_base(Model(base=str(tiny), chat_template=tmp_path / name), paths))
 
@@ -156,14 +156,14 @@ def test_other_size(tiny: Path, paths: Paths) -> None:
     ("change", "words"),
     [
         ({"model_type": "llama9"}, "transformers does not support models of type llama9"),
-        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "type t5 does not write text"),
-        ({"model_type": "vit", "architectures": ["ViTModel"]}, "type vit does not write text"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "type t5 does not generate text"),
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "type vit does not generate text"),
         ({"hidden_size": "wide"}, "hidden_size.*wide"),
         ({"num_attention_heads": 0}, "cannot be loaded"),
         ({"hidden_act": "nosuch"}, "nosuch"),
         (
             {"auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, "model_type": "own"},
-            "Python code of its own.*trusted",
+            "its own Python code.*trusted",
         ),
     ],
 )

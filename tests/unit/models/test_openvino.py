@@ -92,7 +92,7 @@ def test_training_on_one_is_refused_in_these_words(tmp_path: Path, tiny: Path) -
     folder = write(tmp_path / "model", "u8")
     shutil.copy2(tiny / "tokenizer.json", folder)
     with pytest.raises(
-        ModelError, match=r"OpenVINO form, which engine openvino serves.*name the model that it was made from"
+        ModelError, match=r"OpenVINO form, which only engine openvino reads.*use the model that it was made from"
     ):
         check_folder(folder)
 

@@ -163,7 +163,7 @@ def test_a_damaged_run_json_is_named(make_conf: MakeConf) -> None:
     with opened_run(conf, force=False):
         pass
     (conf.run_dir / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"run\.json is no JSON"), opened_run(conf, force=False):
+    with pytest.raises(RunError, match=r"run\.json is not valid JSON"), opened_run(conf, force=False):
         pass
 
 

@@ -159,7 +159,7 @@ def test_commands(runs: Path, tmp_path: Path) -> None:
 
 def test_wrong_use(runs: Path) -> None:
     once = CliRunner().invoke(cli, ["runs", "compare", "lora-r8", "--runs", str(runs)])
-    assert once.exit_code == 2 and "two runs or more" in once.output
+    assert once.exit_code == 2 and "at least two runs" in once.output
     unknown = CliRunner().invoke(cli, ["runs", "show", "lora-8", "--runs", str(runs)])
     assert unknown.exit_code == 1 and "did you mean lora-r8" in unknown.output
 

@@ -40,9 +40,9 @@ def test_a_wish_that_outlived_its_run_stops_no_other(make_conf: MakeConf) -> Non
 def test_there_must_be_something_to_stop(make_conf: MakeConf) -> None:
     conf = make_conf("trial")
     with opened_run(conf, force=False):
-        with pytest.raises(RunError, match=r"trial has not ended within 0 s"):
+        with pytest.raises(RunError, match=r"trial has not stopped within 0 s"):
             stop_run(conf.paths.runs, "trial", wait=0.01)
-        with pytest.raises(RunError, match=r"there is no run trail .*did you mean trial"):
+        with pytest.raises(RunError, match=r"no run trail .*did you mean trial"):
             stop_run(conf.paths.runs, "trail")
     with pytest.raises(RunError, match="trial is not running"):
         stop_run(conf.paths.runs, "trial")
@@ -73,4 +73,4 @@ def test_a_run_is_deleted_when_no_process_works_in_it(make_conf: MakeConf) -> No
     assert CliRunner().invoke(cli, command, input="y\n").exit_code == 0
     assert [path.name for path in conf.paths.runs.iterdir() if path.name != ".queue"] == ["kept"]
     unknown = CliRunner().invoke(cli, command)
-    assert (unknown.exit_code, "there is no run trial" in unknown.output) == (1, True)
+    assert (unknown.exit_code, "no run trial" in unknown.output) == (1, True)

@@ -143,10 +143,13 @@ def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
         ),
         (
             Lora(target_modules="q_proj|v_proj"),
-            r"target_modules: the pattern 'q_proj\|v_proj' matches no layer's whole name",
+            r"target_modules: the pattern 'q_proj\|v_proj' matches no layer's full name",
         ),
-        (Lora(target_modules="(q_proj"), r"target_modules: '\(q_proj' does not fit this model"),
-        (Lora(target_modules=("self_attn",)), r"target_modules: \('self_attn',\) does not fit this model.*peft says"),
+        (Lora(target_modules="(q_proj"), r"target_modules: '\(q_proj' does not match this model"),
+        (
+            Lora(target_modules=("self_attn",)),
+            r"target_modules: \('self_attn',\) does not match this model.*peft reports",
+        ),
         (Lora(modules_to_save=("embed_tokenz",)), r"modules_to_save: 'embed_tokenz' .*do you mean embed_tokens\?"),
     ],
     ids=str,

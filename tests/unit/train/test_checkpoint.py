@@ -119,7 +119,7 @@ def test_one_of_another_model_is_named(tmp_path: Path) -> None:
     module, optimizer = trained()
     path = checkpoints.save(tmp_path, module, optimizer, Progress(step=1), rank=0)
     wide = Tied(width=16)
-    with pytest.raises(TrainError, match=r"does not fit the conf's model and tuning.*Go on from the start"):
+    with pytest.raises(TrainError, match=r"does not match the conf's model and tuning.*Resume from the start"):
         checkpoints.load(path, wide, torch.optim.AdamW(wide.adapter.parameters()), rank=0)
 
 
@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path: Path) -> None:
     checkpoints.save(tmp_path, module, optimizer, Progress(step=1), rank=0)
     (tmp_path / ".step_00000002.partial").write_text("a file in the way")
     with pytest.raises(
-        TrainError, match=r"step_00000002 could not be written: .*GiB are free there; earlier checkpoints are whole"
+        TrainError, match=r"step_00000002 could not be written: .*GiB are free there; earlier checkpoints are complete"
     ):
         checkpoints.save(tmp_path, module, optimizer, Progress(step=2), rank=0)
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [1]

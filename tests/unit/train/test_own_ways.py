@@ -142,7 +142,7 @@ def test_rounding_decides_nothing(autocast: bool) -> None:
         ({"softcap": 50.0}, "softcap"),
         ({"s_aux": torch.zeros(2)}, "s_aux"),
         ({"attention_mask": torch.zeros(1, 1, 4, 4)}, "mask or bias"),
-        ({"is_causal": False}, "looks ahead"),
+        ({"is_causal": False}, "is not causal"),
     ],
 )
 def test_attention_that_is_not_computed_here(more: dict[str, object], words: str) -> None:

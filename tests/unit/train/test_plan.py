@@ -49,7 +49,7 @@ def test_what_speaks_against_a_plan(change: dict[str, Any], training: dict[str, 
 
 def test_few_steps_and_few_validation_rows() -> None:
     assert "6 optimizer steps will hardly change a model: raise training.epochs" in warned(data_of(90), steps=6)[0]
-    assert "a validation split of 3 rows tells little" in warned(data_of(90, validation=3))[0]
+    assert "a validation split of 3 rows is too small to be meaningful" in warned(data_of(90, validation=3))[0]
     no_guard = {"best_checkpoint": False, "early_stopping": None}
     assert warned(data_of(90, validation=3), training=no_guard) == []
 

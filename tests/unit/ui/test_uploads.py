@@ -75,7 +75,7 @@ def test_nobody_takes_drops_or_reads_anothers(uploads: Uploads) -> None:
             uploads.take(BOB, wrong)
     taken = uploads.take(ALICE, path)
     for wrong in (taken, uploads.folder(BOB) / ".." / "alice" / taken.name):
-        with pytest.raises(DataError, match="none of your files"):
+        with pytest.raises(DataError, match="not one of your files"):
             uploads.drop(BOB, wrong)
     assert taken.exists()
     assert not uploads.may_read("alice", str(taken))  # Gradio serves the cache alone

@@ -68,7 +68,7 @@ def test_changes_hold_at_once(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "Alice", "a b", "a" * 33, "local", "é", "a\n"])
 def test_what_is_no_name_is_refused(file: Path, name: str) -> None:
-    with pytest.raises(ConfError, match="cannot be a user's name"):
+    with pytest.raises(ConfError, match="is not a valid user name"):
         add_user(file, name, PASSWORD, Role.USER)
     assert not file.exists()
 
@@ -81,7 +81,7 @@ def test_what_is_no_password_is_refused(file: Path, password: str) -> None:
 
 def test_names_are_told_apart(file: Path) -> None:
     add_user(file, "alice", PASSWORD, Role.USER)
-    with pytest.raises(UserError, match="there is a user called alice already"):
+    with pytest.raises(UserError, match="a user called alice already exists"):
         add_user(file, "alice", PASSWORD, Role.ADMIN)
     for change in (lambda: revoke_user(file, "bob"), lambda: change_user(file, "bob", role=Role.ADMIN)):
         with pytest.raises(UserError, match="no user called bob; there are: alice"):
@@ -168,8 +168,8 @@ def test_an_import_that_is_refused_changes_nothing(file: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("no json", "is no JSON"),
-        ("[]", "holds no users"),
+        ("no json", "is not JSON"),
+        ("[]", "contains no valid users"),
         ('{"bob": "several words together"}', "the user bob: "),
         ('{"bob": {"password": 123456789012}}', "the user bob: "),
         ('{"bob": {"password": "several words together", "rolle": "admin"}}', "the user bob: "),

@@ -59,9 +59,9 @@ def test_a_port_in_use_is_named() -> None:
         (["serve", "deploy", "--model", "{folder}", "--name", "a", "--name", "b"], "--name is given 2 times", 2),
         (["serve", "deploy", "--model", "{folder}", "--model", "{folder}"], "would have the same name", 2),
         (["serve", "deploy"], "nothing to deploy: name a model", 2),
-        (["serve", "deploy", "--config", "chat", "--model", "x"], "--config and --model: the conf says it", 2),
+        (["serve", "deploy", "--config", "chat", "--model", "x"], "--config and --model: the conf sets it", 2),
         (["serve", "deploy", "--model", "{folder}", "--adapter", "x"], "write it as NAME=RUN", 2),
-        (["serve", "deploy", "--model", "{folder}", "--name", "v1"], "'v1' is a path of the endpoint itself", 2),
+        (["serve", "deploy", "--model", "{folder}", "--name", "v1"], "'v1' is a path of the endpoint: choose", 2),
         (
             ["serve", "deploy", "--model", "{folder}", "--engine", "openvino", "--adapter", "a=b"],
             "adapters need engine vllm",

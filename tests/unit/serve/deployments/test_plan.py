@@ -69,7 +69,7 @@ def test_weights_in_fp32_are_not_rounded_unasked(
 
 
 def test_more_tokens_than_the_model_was_made_for_are_refused(smollm2: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"models.m.max_model_len is 20000, but the model was made for 8192 tokens"):
+    with pytest.raises(ModelError, match=r"models.m.max_model_len is 20000, but the model supports 8192 tokens"):
         _plan(ModelServing(model=str(smollm2), max_model_len=20000), tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_a_model_with_code_of_its_own_is_told_how_to_be_trusted(smollm2: Path, t
 
 def test_a_model_that_writes_no_text_is_refused_by_transformers(smollm2: Path, tmp_path: Path) -> None:
     folder = _copy(smollm2, tmp_path / "m", model_type="clip")
-    with pytest.raises(ModelError, match="a model of type clip does not write text"):
+    with pytest.raises(ModelError, match="a model of type clip does not generate text"):
         _plan(ModelServing(model=str(folder), engine="transformers"), tmp_path)
 
 

@@ -71,6 +71,6 @@ def test_a_word_at_the_beginning_of_a_line_where_every_word_begins_with_a_blank(
 
 
 def test_a_word_of_blanks_is_refused(smollm2: Path) -> None:
-    with pytest.raises(VLLMValidationError, match="blanks alone") as refused:
+    with pytest.raises(VLLMValidationError, match="only spaces") as refused:
         forbidden_tokens(["Oslo", " \n"], AutoTokenizer.from_pretrained(smollm2))
     assert refused.value.parameter == "bad_words"

@@ -142,9 +142,9 @@ def _open_to_others(path: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (lambda f: f.write_text("{"), "holds no API keys"),
-        (lambda f: f.write_text('{"a": {"id": "a"}}'), "holds no API keys"),
-        (lambda f: f.unlink(), "is not there: llm-ray serve keys add"),
+        (lambda f: f.write_text("{"), "contains no valid API keys"),
+        (lambda f: f.write_text('{"a": {"id": "a"}}'), "contains no valid API keys"),
+        (lambda f: f.unlink(), "does not exist: llm-ray serve keys add"),
         (_open_to_others, r"is open to others \(mode 640\): chmod 600"),
         (lambda f: f.rename(f.with_name("moved")) and f.mkdir(mode=0o700), "cannot be read: Is a directory"),
     ],
@@ -209,14 +209,14 @@ def test_a_file_that_is_open_to_others_is_told(file: Path) -> None:
 def test_a_damaged_file_is_told_and_not_overwritten(file: Path) -> None:
     add_key(file, "alice", Limits())
     file.write_text("nonsense")
-    with pytest.raises(ServeError, match="holds no API keys"):
+    with pytest.raises(ServeError, match="contains no valid API keys"):
         add_key(file, "bob", Limits())
     assert file.read_text() == "nonsense"
 
 
 def test_names_are_told_apart(file: Path) -> None:
     key, _ = add_key(file, "alice", Limits())
-    with pytest.raises(ServeError, match="there is a key called alice already"):
+    with pytest.raises(ServeError, match="a key called alice already exists"):
         add_key(file, "alice", Limits())
     with pytest.raises(ServeError, match="no key called bob; there are: alice"):
         revoke_key(file, "bob")
