@@ -163,7 +163,7 @@ def test_a_completion_has_no_conversation(server: Server, tmp_path: Path) -> Non
     ("model", "reason"),
     [
         ("nobody", ": not found (404: The model `nobody` does not exist.). http"),
-        ("down", "failed (503: no replica): `llm-ray serve status`"),
+        ("down", "failed (503: no replica): see `llm-ray serve status`"),
         ("picky", "refused the request (400: bad is a bad word)"),
         ("page", "is this the right address?"),
         ("foreign", "is this the right address?"),
@@ -246,7 +246,7 @@ def test_nothing_listens(server: Server, path: str, unused: int) -> None:
 def test_a_host_that_is_not_known() -> None:
     result = infer("http://no-such-host.invalid/v1", "--model", "m", "--prompt", "hi")
     assert result.exit_code == 1
-    assert "the host of http://no-such-host.invalid/v1 is not known" in result.stderr
+    assert "the host of http://no-such-host.invalid/v1 is unknown" in result.stderr
 
 
 def test_no_tls(server: Server) -> None:

@@ -50,11 +50,11 @@ def test_rows_of_all_shapes(tmp_path: Path, suffix: str) -> None:
             "p.jsonl:2: no prompt in the row: it needs a column prompt, text, instruction or messages, but has "
             "question",
         ),
-        ('{"prompt": 3}', "p.jsonl:2: 'prompt' must be text"),
+        ('{"prompt": 3}', "p.jsonl:2: 'prompt' must be non-empty text"),
         ('{"prompt": " "}', "p.jsonl:2: 'prompt' must be non-empty text"),
         ('{"instruction": "a", "input": {}}', None),
         ('{"instruction": "a", "input": [1]}', "p.jsonl:2: 'input' must be text"),
-        ('{"instruction": [1], "input": "a"}', "p.jsonl:2: 'instruction' must be text"),
+        ('{"instruction": [1], "input": "a"}', "p.jsonl:2: 'instruction' must be non-empty text"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
             "p.jsonl:2: 'messages' ends with an assistant's",
@@ -81,7 +81,7 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "p.docx").write_text("Hi")
     for name, reason in (
         ("empty.txt", "contains no prompts"),
-        ("p.docx", "cannot be read"),
+        ("p.docx", "unsupported file type"),
         ("none.txt", "no such file"),
         ("", "no such file"),
     ):

@@ -169,7 +169,7 @@ def test_an_import_that_is_refused_changes_nothing(file: Path) -> None:
     ("given", "said"),
     [
         ("no json", "is not JSON"),
-        ("[]", "contains no valid users"),
+        ("[]", "has no users"),
         ('{"bob": "several words together"}', "the user bob: "),
         ('{"bob": {"password": 123456789012}}', "the user bob: "),
         ('{"bob": {"password": "several words together", "rolle": "admin"}}', "the user bob: "),
