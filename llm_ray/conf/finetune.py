@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llm_ray.conf.engines import WeightForm
+from llm_ray.conf.objectives import OBJECTIVES, Objective, ObjectiveName
 from llm_ray.conf.section import AbsolutePath, Auto, OrAuto, Paths, Section, Texts, listed
 
 Stage = Literal["prepare", "train", "evaluate", "export", "convert"]
@@ -184,7 +185,7 @@ class Lora(Section):
 class Tuning(Section):
     """What is learnt, and by which weights."""
 
-    objective: Literal["sft", "pretrain"] = "sft"
+    objective: ObjectiveName = "sft"
     """`sft`: only the assistant's turns (their end-of-turn token too) are supervised. `pretrain`: every token of plain
     text is."""
     method: Literal["lora", "full"] = "lora"
@@ -358,15 +359,15 @@ class FinetuneConf(Section):
                 "training.early_stopping needs validation data, but data.validation is null: set it, or take "
                 "early_stopping away"
             )
-        if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
+        if self.objective.reads == "texts" and self.data.format not in ("auto", "text"):
             wrong.append(
-                f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use format text, "
-                "or objective sft"
+                f"tuning.objective {self.tuning.objective} learns plain text, but data.format is {self.data.format}: "
+                "use format text, or objective sft"
             )
-        if self.tuning.objective == "sft" and self.data.format == "text":
+        if self.objective.answers and self.data.format == "text":
             wrong.append(
-                "tuning.objective sft needs rows with answers, but data.format is text: use another format, or "
-                "objective pretrain"
+                f"tuning.objective {self.tuning.objective} needs rows with answers, but data.format is text: use "
+                "another format, or objective pretrain"
             )
         if self.training.strategy == "fsdp" and self.runtime.workers == 1:
             wrong.append(
@@ -381,6 +382,11 @@ class FinetuneConf(Section):
         if wrong:
             raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line
         return self
+
+    @property
+    def objective(self) -> Objective:
+        """What is known of `tuning.objective`."""
+        return OBJECTIVES[self.tuning.objective]
 
     @property
     def run_dir(self) -> Path:

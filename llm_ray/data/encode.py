@@ -21,6 +21,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.formats import Conversation, Text
 from llm_ray.errors import DataError, ModelError
 from llm_ray.models.chat import ChatTemplate, text_of
@@ -59,6 +60,19 @@ class _Answer:
     whole: str
     cut: bool
     """Whether the template ends the answer without an end-of-turn token, so that one is put after `whole`."""
+
+
+def encoder_for(
+    conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[Any]], list[Encoded | DataError]]:
+    """What makes tokens of what the conf's objective reads: of a list of such contents, one result each, in order; an
+    error (its place is not known here) where the chat template refuses one.
+
+    Raises ModelError for a tokenizer or chat template that cannot be trained with.
+    """
+    if conf.objective.reads == "texts":
+        return TextEncoder(tokenizer, conf.data.max_length).encode
+    return ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template).encode
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_ray.conf.finetune import Data
+from llm_ray.conf.objectives import Reads
 from llm_ray.data.jsontext import Parser, Unsound, reason
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError
@@ -88,8 +89,9 @@ class Formatter:
     them.
     """
 
-    def __init__(self, data: Data, *, pretrain: bool) -> None:
-        self.data, self.pretrain = data, pretrain
+    def __init__(self, data: Data, reads: Reads) -> None:
+        """`reads`: what the objective makes of a row; rows are made into nothing else."""
+        self.data, self.reads = data, reads
         self.formats: list[str] = []
         self.left_out: Counter[str] = Counter()
         self._of_file: dict[str, str] = {}
@@ -139,7 +141,7 @@ class Formatter:
         return renamed
 
     def _detect(self, values: dict[str, Any]) -> str:
-        if self.pretrain:
+        if self.reads == "texts":
             if "text" in values:
                 return "text"
             raise _Bad(

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.data.encode import ChatEncoder, Encoded, SpecialTokens, TextEncoder
+from llm_ray.data.encode import ChatEncoder, Encoded, SpecialTokens, encoder_for
 from llm_ray.data.formats import Conversation, Formatter, Text
 from llm_ray.data.processors import load_processor, process
 from llm_ray.data.sources import Row, named_to_test, place, read
@@ -231,22 +231,13 @@ def encode_rows(
     conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], tally: Tally
 ) -> Iterator[Prepared]:
     """Every sound row of `sources` with its tokens, in order, those of which nothing is left included."""
-    pretrain = conf.tuning.objective == "pretrain"
-    encoder = (
-        TextEncoder(tokenizer, conf.data.max_length)
-        if pretrain
-        else ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
-    )
-    formatter = Formatter(conf.data, pretrain=pretrain)
+    encode = encoder_for(conf, tokenizer)
+    formatter = Formatter(conf.data, conf.objective.reads)
     tally.formats, tally.left_out = formatter.formats, formatter.left_out
     special = SpecialTokens(tokenizer, conf.data.special_tokens_in_text == "escape")
     for found in _batches(_formatted(_processed(conf, sources, tally), formatter, tally, conf.data.max_rows)):
         batch, contents = _without_special(conf, found, special, tally)
-        if isinstance(encoder, TextEncoder):
-            encodings = encoder.encode([content for content in contents if isinstance(content, Text)])
-        else:
-            encodings = encoder.encode([content for content in contents if isinstance(content, Conversation)])
-        for (row, content), encoded in zip(batch, encodings, strict=True):
+        for (row, content), encoded in zip(batch, encode(contents), strict=True):
             if isinstance(encoded, DataError):
                 tally.sound -= 1
                 tally.on_bad_row(DataError(f"{row.place}: {encoded}"))
@@ -420,12 +411,12 @@ def read_stats(out: Path) -> DataStats:
 
 def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
     """Conversations to ask the questions of: those of evaluation.data, else the validation rows, else some of the
-    training rows; none when pretraining.
+    training rows; none where the objective does not teach to answer.
 
     They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows
     none.
     """
-    if conf.tuning.objective == "pretrain":
+    if not conf.objective.answers:
         return
     if conf.evaluation.data is None:
         asked = next((file for name in (HELDOUT, TRAINED) if (file := prepared / name).exists()), None)
@@ -438,7 +429,7 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
     encoder = ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
     tally = Tally(fail=conf.data.on_bad_row == "fail")
     for _, content in _formatted(
-        _processed(conf, conf.evaluation.data, tally), Formatter(conf.data, pretrain=False), tally, None
+        _processed(conf, conf.evaluation.data, tally), Formatter(conf.data, conf.objective.reads), tally, None
     ):
         if isinstance(content, Conversation):
             yield encoder.adapt(content)
@@ -531,9 +522,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
     tallies: list[Tally] = []
     adapt = (
-        ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template).adapt
-        if conf.tuning.objective == "sft"
-        else None
+        ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template).adapt if conf.objective.answers else None
     )
 
     def written(sources: tuple[str, ...], name: str, keep: bool) -> _Rows:

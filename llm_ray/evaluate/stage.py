@@ -75,7 +75,7 @@ def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
     Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template
     refuses.
     """
-    if conf.evaluation.samples == 0 or conf.tuning.objective != "sft":
+    if conf.evaluation.samples == 0 or not conf.objective.answers:
         return []
     tokenizer = load_tokenizer(base)
     pairs = (pair for row in evaluation_rows(conf, tokenizer, conf.run_dir / "prepared") if (pair := _pair(row)))

@@ -38,7 +38,7 @@ def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result:
             "llm-ray",
             conf.tuning.objective,
             conf.tuning.method,
-            *(["conversational"] if conf.tuning.objective == "sft" else []),
+            *(["conversational"] if conf.objective.answers else []),
         ],
         **({"license": base_licence} if base_licence else {}),
     }

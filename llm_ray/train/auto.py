@@ -10,9 +10,12 @@ The rules and what they were measured on: docs/design/training.md, "What auto ch
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
+from llm_ray.conf.objectives import ObjectiveName
 from llm_ray.data.prepare import DataStats
 from llm_ray.runs.folder import flat
 
@@ -40,6 +43,30 @@ PATIENCE = 2
 
 
 @dataclass(frozen=True)
+class Habits:
+    """How an objective departs from what holds for sft."""
+
+    rate: float = 1.0
+    """Share of sft's learning rate."""
+    short_runs: bool = True
+    """Few rows bear a higher rate."""
+    step_tokens: int | None = None
+    """Tokens that a step is made of, where it is not made of rows."""
+    once: str = ""
+    """Why the data is passed over once, where it is."""
+
+
+HABITS: Mapping[ObjectiveName, Habits] = MappingProxyType(
+    {
+        "sft": Habits(),
+        "pretrain": Habits(
+            rate=0.5, short_runs=False, step_tokens=PRETRAIN_TOKENS, once="one pass over plain text"
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
 class Choice:
     """A conf without `auto`, and why each of the chosen keys is what it is."""
 
@@ -60,7 +87,7 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
     reasons: dict[str, str] = {}
     batch = training.global_batch_size
     if batch == "auto":
-        batch = batch_for(data, pretrain=conf.tuning.objective == "pretrain")
+        batch = batch_for(data, HABITS[conf.tuning.objective])
         chosen["global_batch_size"] = batch
         reasons["training.global_batch_size"] = f"for {rows} rows of {data.train.mean:.0f} tokens"
     if training.learning_rate == "auto":
@@ -82,11 +109,11 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
     return Choice(conf.model_copy(update=update), reasons)
 
 
-def batch_for(data: DataStats, *, pretrain: bool) -> int:
-    """Rows a step: few for small sets, so that there are steps enough; of plain text, about `PRETRAIN_TOKENS`
+def batch_for(data: DataStats, habits: Habits) -> int:
+    """Rows a step: few for small sets, so that there are steps enough; or about as many as have `habits.step_tokens`
     tokens."""
-    if pretrain:
-        return max(1, min(data.train.sequences, round(PRETRAIN_TOKENS * data.train.sequences / data.train.tokens)))
+    if habits.step_tokens:
+        return max(1, min(data.train.sequences, round(habits.step_tokens * data.train.sequences / data.train.tokens)))
     rows = data.train.sequences
     return next((batch for limit, batch in BATCHES if rows < limit), LARGEST_BATCH)
 
@@ -96,9 +123,9 @@ def rate_for(conf: FinetuneConf, width: int, rows: int) -> float:
     rate = FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT
     if conf.tuning.method == "lora":
         rate *= LORA_FACTOR
-    if conf.tuning.objective == "pretrain":
-        rate /= 2
-    elif rows < SMALL:
+    habits = HABITS[conf.tuning.objective]
+    rate *= habits.rate
+    if rows < SMALL and habits.short_runs:
         rate *= SHORT_RUN_FACTOR
     return float(f"{rate:.2g}")
 
@@ -106,8 +133,8 @@ def rate_for(conf: FinetuneConf, width: int, rows: int) -> float:
 def epochs_for(conf: FinetuneConf, data: DataStats, steps_per_epoch: int) -> tuple[float, str]:
     """Passes over the data, and the reason."""
     rows = data.train.sequences
-    if conf.tuning.objective == "pretrain":
-        return 1.0, "one pass over plain text"
+    if reason := HABITS[conf.tuning.objective].once:
+        return 1.0, reason
     fewest = next((epochs for limit, epochs in FEWEST_EPOCHS if rows < limit), 1)
     epochs = min(MOST_EPOCHS, ROW_PASSES / rows) * min(1.0, math.sqrt(SHORT_ANSWER / max(1.0, data.train.answer)))
     if conf.tuning.method == "full":

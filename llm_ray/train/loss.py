@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llm_ray.train.attention import set_rows
 from llm_ray.train.batches import Batch
+from llm_ray.train.objectives import CrossEntropy, Objective
 
 LARGE = 1e4
 """Logits that are tried, from minus to plus so many, to see whether a model caps them."""
@@ -74,21 +75,29 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 
 class SupervisedLoss(nn.Module):
-    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the summed loss
-    (fp32 scalar).
+    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the sums of
+    `objective`: of the loss alone, unless it says otherwise.
 
     `model` is a transformers causal model or a peft model around one; with `packed` its attention is
     ``llm_ray.train.attention``'s.
     """
 
-    def __init__(self, model: nn.Module, causal: PreTrainedModel, packed: bool) -> None:
+    def __init__(
+        self, model: nn.Module, causal: PreTrainedModel, packed: bool, objective: Objective | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.packed = packed
+        self.objective = objective or CrossEntropy()
         self.blockwise = False
         self._causal = [causal]  # in a list: a second registration would name every weight twice
 
     def forward(self, batch: Batch) -> Tensor:
+        """The objective's figures, each summed over the batch: fp32 [figures], the loss first."""
+        return self.objective.sums(self, batch)
+
+    def cross_entropy(self, batch: Batch) -> Tensor:
+        """Summed over the supervised tokens, in nats: fp32 scalar."""
         return self._blockwise_loss(batch) if self.blockwise else self._plain_loss(batch)
 
     @property

@@ -154,8 +154,8 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
 
     def step(batches: list[Batch]) -> float:
         began = time.perf_counter()
-        _, supervised, _ = accumulate(setup, batches)
-        update(setup, average_gradients(setup.module, 1 / max(1, supervised)), conf.training.max_grad_norm)
+        _, weight, _ = accumulate(setup, batches)
+        update(setup, average_gradients(setup.module, 1 / max(1.0, weight)), conf.training.max_grad_norm)
         return time.perf_counter() - began
 
     # A first look with few tokens, and with more: it warms up, and tells whether the real pass takes too long to wait
