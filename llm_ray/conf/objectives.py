@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-ObjectiveName = Literal["sft", "pretrain"]
-Reads = Literal["conversations", "texts"]
+ObjectiveName = Literal["sft", "pretrain", "dpo"]
+Reads = Literal["conversations", "texts", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,8 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType(
     {
         "sft": Objective(reads="conversations", taught="on conversations: the assistant's turns were supervised"),
         "pretrain": Objective(reads="texts", taught="on plain text: every token was supervised"),
+        "dpo": Objective(
+            reads="pairs", taught="on pairs of answers, to prefer the chosen one of each to the rejected one"
+        ),
     }
 )

@@ -54,14 +54,19 @@ class Habits:
     """Tokens that a step is made of, where it is not made of rows."""
     once: str = ""
     """Why the data is passed over once, where it is."""
+    repeats: bool = True
+    """Small sets are passed over many times."""
+    dropout: bool = True
+    """Adapters have dropout on small sets."""
 
 
 HABITS: Mapping[ObjectiveName, Habits] = MappingProxyType(
     {
         "sft": Habits(),
-        "pretrain": Habits(
-            rate=0.5, short_runs=False, step_tokens=PRETRAIN_TOKENS, once="one pass over plain text"
-        ),
+        "pretrain": Habits(rate=0.5, short_runs=False, step_tokens=PRETRAIN_TOKENS, once="one pass over plain text"),
+        # Lambert et al. 2024, Tülu 3 (arXiv:2411.15124): 5e-6 for sft and 5e-7 for dpo of the same 8B model. Dropout would
+        # make noise of what is measured against the base model.
+        "dpo": Habits(rate=0.1, repeats=False, dropout=False),
     }
 )
 
@@ -92,7 +97,10 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
         reasons["training.global_batch_size"] = f"for {rows} rows of {data.train.mean:.0f} tokens"
     if training.learning_rate == "auto":
         chosen["learning_rate"] = rate_for(conf, width, rows)
-        reasons["training.learning_rate"] = f"for method {conf.tuning.method}, {rows} rows, and a model {width} wide"
+        less = f", objective {conf.tuning.objective}" if HABITS[conf.tuning.objective].rate != 1 else ""
+        reasons["training.learning_rate"] = (
+            f"for method {conf.tuning.method}{less}, {rows} rows, and a model {width} wide"
+        )
     epochs = training.epochs
     if epochs == "auto" and not training.max_steps:
         chosen["epochs"], reasons["training.epochs"] = epochs_for(conf, data, math.ceil(rows / batch))
@@ -101,10 +109,11 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
         chosen["early_stopping"] = EarlyStopping(patience=PATIENCE) if guarded else None
     lora = conf.tuning.lora
     if lora.dropout == "auto":
-        small = rows < DROPOUT_ROWS and not experts
+        small = rows < DROPOUT_ROWS and not experts and HABITS[conf.tuning.objective].dropout
         lora = lora.model_copy(update={"dropout": DROPOUT if small else 0.0})
         if conf.tuning.method == "lora":
-            reasons["tuning.lora.dropout"] = f"for {rows} rows" + (" and a mixture of experts" if experts else "")
+            also = "" if HABITS[conf.tuning.objective].dropout else f" and objective {conf.tuning.objective}"
+            reasons["tuning.lora.dropout"] = f"for {rows} rows" + (" and a mixture of experts" if experts else also)
     update = {"training": training.model_copy(update=chosen), "tuning": conf.tuning.model_copy(update={"lora": lora})}
     return Choice(conf.model_copy(update=update), reasons)
 
@@ -136,6 +145,10 @@ def epochs_for(conf: FinetuneConf, data: DataStats, steps_per_epoch: int) -> tup
     if reason := HABITS[conf.tuning.objective].once:
         return 1.0, reason
     fewest = next((epochs for limit, epochs in FEWEST_EPOCHS if rows < limit), 1)
+    if not HABITS[conf.tuning.objective].repeats:
+        return float(
+            fewest
+        ), f"{rows} pairs make {steps_per_epoch} steps an epoch; more passes soon fit the pairs alone"
     epochs = min(MOST_EPOCHS, ROW_PASSES / rows) * min(1.0, math.sqrt(SHORT_ANSWER / max(1.0, data.train.answer)))
     if conf.tuning.method == "full":
         epochs *= FULL_SHARE

@@ -7,15 +7,14 @@ objective reads of the data is in `llm_ray.conf.objectives`, how that becomes to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.conf.objectives import ObjectiveName
+from llm_ray.conf.finetune import Dpo, FinetuneConf
 from llm_ray.train.batches import Batch
 
 if TYPE_CHECKING:
@@ -35,6 +34,11 @@ class Objective(Protocol):
         """Whether the loss is a mean negative log-likelihood of tokens, so that its exponential is a perplexity."""
         ...
 
+    @property
+    def reference(self) -> bool:
+        """Whether it is measured against the base model, whose log-probabilities batches then hold."""
+        ...
+
     def sums(self, module: SupervisedLoss, batch: Batch) -> Tensor:
         """Each figure summed over the batch: fp32 [figures]. Of a batch without rows: zeros that hang on the model."""
         ...
@@ -50,6 +54,7 @@ class CrossEntropy:
 
     figures: tuple[str, ...] = ("loss",)
     likelihood: bool = True
+    reference: bool = False
 
     def sums(self, module: SupervisedLoss, batch: Batch) -> Tensor:
         return module.cross_entropy(batch)[None]
@@ -58,12 +63,63 @@ class CrossEntropy:
         return len(batch.targets)
 
 
-OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType({"sft": CrossEntropy(), "pretrain": CrossEntropy()})
+@dataclass(frozen=True)
+class Preference:
+    """The losses of direct preference optimization, means over pairs."""
+
+    dpo: Dpo
+    figures: tuple[str, ...] = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    likelihood: bool = False
+    reference: bool = True
+
+    def sums(self, module: SupervisedLoss, batch: Batch) -> Tensor:
+        pairs = batch.pairs
+        if pairs is None:
+            raise ValueError("preferences are learnt from pairs")
+        given = module.log_probabilities(batch).view(-1, 2)[: len(pairs.tokens)]
+        return self.figures_of(given, pairs.reference, pairs.tokens)
+
+    def weight(self, batch: Batch) -> int:
+        return 0 if batch.pairs is None else len(batch.pairs.tokens)
+
+    def figures_of(self, given: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+        """The figures, summed over pairs: fp32 [figures].
+
+        given, reference: fp32 [pairs, 2], log-probabilities (nats) of chosen and rejected answers under the model and
+        under its base; tokens: int64 [pairs, 2], theirs. Gradients flow through the loss alone.
+        """
+        beta, smoothing = self.dpo.beta, self.dpo.label_smoothing
+        ratios = given - reference
+        margin = ratios[:, 0] - ratios[:, 1]
+        right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
+        if self.dpo.loss == "sigmoid":
+            losses = -(1 - smoothing) * right - smoothing * wrong
+        elif self.dpo.loss == "robust":
+            losses = (-(1 - smoothing) * right + smoothing * wrong) / (1 - 2 * smoothing)
+        elif self.dpo.loss == "ipo":
+            means_of_tokens = ratios / tokens.clamp(min=1)
+            losses = (means_of_tokens[:, 0] - means_of_tokens[:, 1] - 1 / (2 * beta)) ** 2
+        else:
+            losses = F.relu(1 - beta * margin)
+        if self.dpo.sft_weight:
+            losses = losses - self.dpo.sft_weight * given[:, 0] / tokens[:, 0].clamp(min=1)
+        rewards = beta * ratios.detach()
+        accuracies = (rewards[:, 0] > rewards[:, 1]).float()
+        told = [*rewards.unbind(1), rewards[:, 0] - rewards[:, 1], accuracies, *given.detach().unbind(1)]
+        return torch.stack([losses.sum(), *(figure.sum() for figure in told)])
 
 
 def objective_of(conf: FinetuneConf) -> Objective:
     """What the training of `conf` learns by."""
-    return OBJECTIVES[conf.tuning.objective]
+    return Preference(conf.tuning.dpo) if conf.objective.reads == "pairs" else CrossEntropy()
 
 
 def means(objective: Objective, sums: list[float], weight: float) -> dict[str, float]:

@@ -141,7 +141,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     setup = set_up(conf, base, cpus, rank, workers)
     data = open_split(prepared, "train")
     lengths = lengths_of(data)
-    schedule, total_steps = plan_steps(conf, lengths, setup.packed)
+    schedule, total_steps = plan_steps(conf, lengths_of(data, padded=not setup.packed), setup.packed)
     looked_at = range(min(total_steps, 200))
     passes = [pass_ for step in looked_at for pass_ in schedule.take(step, rank, workers)]
     heaviest = max(passes, key=lambda rows: _computed(lengths[rows], setup.packed))
