@@ -19,7 +19,7 @@ from llm_ray.data.sources import read
 
 def conversations(data: Path) -> Iterator[Conversation]:
     """The rows of a file that are conversations."""
-    formatter = Formatter(Data(train=(str(data),)), pretrain=False)
+    formatter = Formatter(Data(train=(str(data),)), "conversations")
     for row in read(str(data), on_bad_row=lambda error: None):
         if isinstance(content := formatter(row), Conversation):
             yield content

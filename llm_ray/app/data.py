@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data import prepare
@@ -47,11 +47,13 @@ class Span:
 
 @dataclass(frozen=True)
 class PreviewSequence:
-    """A sequence that the model is trained on. `tokens` and `supervised` are counts."""
+    """A sequence that the model is trained on. `tokens` and `supervised` are counts; of a pair, `answer` says which of
+    the two answers it ends in."""
 
     spans: tuple[Span, ...]
     tokens: int
     supervised: int
+    answer: Literal["", "chosen", "rejected"] = ""
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,20 @@ def spans(tokenizer: PreTrainedTokenizerBase, sequence: Sequence) -> list[Span]:
 
 def _row(tokenizer: PreTrainedTokenizerBase, prepared: prepare.Prepared) -> PreviewRow:
     encoded = prepared.encoded
-    why = prepare.TOO_LONG if encoded.truncated else prepare.NO_ANSWER
     return PreviewRow(
         prepared.row.place,
         tuple(
-            PreviewSequence(tuple(spans(tokenizer, one)), len(one.input_ids), sum(label >= 0 for label in one.labels))
+            PreviewSequence(
+                tuple(spans(tokenizer, row)), len(row.input_ids), sum(label >= 0 for label in row.labels), answer
+            )
             for one in encoded.sequences
+            for answer, row in zip(_answers(one), one.rows(), strict=True)
         ),
         encoded.longest,
         encoded.truncated,
-        "" if encoded.sequences else why,
+        encoded.lost,
     )
+
+
+def _answers(sequence: Sequence) -> tuple[Literal["", "chosen", "rejected"], ...]:
+    return ("chosen", "rejected") if sequence.chosen else ("",)

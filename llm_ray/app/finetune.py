@@ -229,7 +229,9 @@ def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
     prepared = inputs_hash(
         FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model
     )
-    trained = inputs_hash(prepared, conf.tuning, conf.training, RULES)
+    # Keys of other objectives make no other training.
+    tuning = conf.tuning.model_dump(mode="json", exclude=None if conf.tuning.objective == "dpo" else {"dpo"})
+    trained = inputs_hash(prepared, tuning, conf.training, RULES)
     evaluated = inputs_hash(trained, conf.evaluation, file_hashes(conf.evaluation.data or ()))
     return {
         "prepare": prepared,
@@ -338,8 +340,9 @@ def _evaluate(conf: FinetuneConf, base: Base, run: RunFolder, cluster: Cluster, 
     run.update_result("evaluation", figures)
     if figures["rows"]:
         reporter.line(f"  {figures['rows']} questions asked: {figures['questions']}")
-    for key, before in figures["base"].items():
-        reporter.line(f"  {key.replace('_', ' ')}: base {before:.3f}, finetuned {figures['finetuned'][key]:.3f}")
+    for key, after in figures["finetuned"].items():
+        before = f"base {figures['base'][key]:.3f}, " if key in figures["base"] else ""
+        reporter.line(f"  {key.replace('_', ' ')}: {before}finetuned {after:.3f}")
 
 
 def _judge(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:

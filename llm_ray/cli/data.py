@@ -55,8 +55,11 @@ def preview(
     for row in found.rows:
         click.secho(row.place, bold=True)
         for sequence in row.sequences:
+            if sequence.answer:
+                click.secho(f"{sequence.answer}:", bold=True)
             click.echo(marked(sequence.spans, color), color=color)
-            click.echo(f"({sequence.tokens} tokens, {sequence.supervised} supervised)")
+            compared = "compared" if sequence.answer else "supervised"
+            click.echo(f"({sequence.tokens} tokens, {sequence.supervised} {compared})")
         if row.dropped:
             click.echo(f"(dropped: {row.dropped}; {row.longest} tokens)")
         elif row.cut:

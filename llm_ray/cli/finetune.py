@@ -58,7 +58,7 @@ def finetune(
     """Finetune a model as described by a conf.
 
     The conf is a Jinja template of YAML, or plain YAML: a file, or a shipped template's name (quickstart, lora, full,
-    pretrain, cluster). Give the same command again to continue an interrupted run; finished stages are skipped. Ctrl-C
+    pretrain, dpo, cluster). Give the same command again to continue an interrupted run; finished stages are skipped. Ctrl-C
     ends training with a checkpoint, and so does `llm-ray runs stop` from another terminal.
 
     \b

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llm_ray.conf.engines import WeightForm
+from llm_ray.conf.objectives import OBJECTIVES, Objective, ObjectiveName
 from llm_ray.conf.section import AbsolutePath, Auto, OrAuto, Paths, Section, Texts, listed
 
 Stage = Literal["prepare", "train", "evaluate", "export", "convert"]
@@ -110,11 +111,12 @@ class Data(Section):
     % of the rows, at most 500, from 200 rows on; none below that, because a handful of rows would say little and each
     is needed for training. `null`: none."""
     format: Literal[
-        "auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "question_answer", "text"
+        "auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "question_answer", "preference", "text"
     ] = "auto"
     """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role,
     content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), question_answer
-    (question, answer, context), text. `auto` detects it from the first rows."""
+    (question, answer, context), preference (chosen, rejected, prompt; of text or turns), text. `auto` detects it from the
+    first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps the format's column names to yours, e.g. `{question: title, answer: body}`."""
     processor: str | None = None
@@ -179,15 +181,49 @@ class Lora(Section):
         return 0.0 if self.dropout == "auto" else self.dropout
 
 
+class Dpo(Section):
+    """Direct preference optimization (`tuning.objective: dpo`; Rafailov et al. 2023, arXiv:2305.18290): raises the
+    odds of chosen answers over rejected ones, measured against the base model's."""
+
+    loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
+    """`sigmoid` is DPO's own. `robust` makes up for a share `label_smoothing` of pairs that are the wrong way round
+    (Chowdhury et al. 2024, arXiv:2403.00409). `ipo` aims at a margin of 1 / (2 beta) a token instead of an ever larger
+    one (Azar et al. 2023, arXiv:2310.12036; log-probabilities are means over tokens, as in TRL). `hinge` stops at a
+    margin of 1 (Zhao et al. 2023, SLiC-HF, arXiv:2305.10425)."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the model is held to its base: higher keeps it nearer. With `ipo`, the paper's tau."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that are taken to be the wrong way round. With `sigmoid`, the loss is the mean over both ways
+    (conservative DPO, Mitchell 2023); with `robust`, see there."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen answer's mean negative log-likelihood a token, added to the loss of each pair (Pang et al.
+    2024, arXiv:2404.19733): keeps chosen answers from becoming less likely, too."""
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> Dpo:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust"):
+            raise ValueError(
+                f"tuning.dpo.label_smoothing is {self.label_smoothing:g}, which loss {self.loss} does not have: set it "
+                "to 0, or use tuning.dpo.loss sigmoid or robust"
+            )
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError(
+                "tuning.dpo.loss robust needs tuning.dpo.label_smoothing, the share of pairs that are the wrong way "
+                "round (0.1, say): set it, or use loss sigmoid"
+            )
+        return self
+
+
 class Tuning(Section):
     """The objective, and which weights are trained."""
 
-    objective: Literal["sft", "pretrain"] = "sft"
+    objective: ObjectiveName = "sft"
     """`sft`: only the assistant's turns are supervised, including their end-of-turn token. `pretrain`: every token of
-    plain text is."""
+    plain text is. `dpo`: learns to prefer the chosen of two answers to a prompt to the rejected one (see `dpo`)."""
     method: Literal["lora", "full"] = "lora"
     """`lora` trains small adapters on frozen weights; `full` trains all weights."""
     lora: Lora = Lora()
+    dpo: Dpo = Dpo()
 
 
 class EarlyStopping(Section):
@@ -355,15 +391,25 @@ class FinetuneConf(Section):
                 "training.early_stopping needs validation data, but data.validation is null: set it, or remove "
                 "early_stopping"
             )
-        if self.tuning.objective == "pretrain" and self.data.format not in ("auto", "text"):
+        if self.objective.reads == "texts" and self.data.format not in ("auto", "text"):
             wrong.append(
-                f"tuning.objective pretrain learns plain text, but data.format is {self.data.format}: use format text, "
-                "or objective sft"
+                f"tuning.objective {self.tuning.objective} learns plain text, but data.format is {self.data.format}: "
+                "use format text, or objective sft"
             )
-        if self.tuning.objective == "sft" and self.data.format == "text":
+        if self.objective.reads == "pairs" and self.data.format not in ("auto", "preference", "text"):
             wrong.append(
-                "tuning.objective sft needs rows with answers, but data.format is text: use another format, or "
-                "objective pretrain"
+                f"tuning.objective {self.tuning.objective} learns from pairs of answers, but data.format is "
+                f"{self.data.format}: use format preference, or objective sft"
+            )
+        if self.objective.reads == "conversations" and self.data.format == "preference":
+            wrong.append(
+                f"tuning.objective {self.tuning.objective} learns from one answer a row, but data.format is preference: "
+                "use another format, or objective dpo"
+            )
+        if self.objective.answers and self.data.format == "text":
+            wrong.append(
+                f"tuning.objective {self.tuning.objective} needs rows with answers, but data.format is text: use "
+                "another format, or objective pretrain"
             )
         if self.training.strategy == "fsdp" and self.runtime.workers == 1:
             wrong.append(
@@ -378,6 +424,11 @@ class FinetuneConf(Section):
         if wrong:
             raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line
         return self
+
+    @property
+    def objective(self) -> Objective:
+        """What is known of `tuning.objective`."""
+        return OBJECTIVES[self.tuning.objective]
 
     @property
     def run_dir(self) -> Path:

@@ -21,7 +21,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_ray.data.formats import Conversation, Text
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.data.formats import Content, Conversation, Pair, Text
 from llm_ray.errors import DataError, ModelError
 from llm_ray.models.chat import ChatTemplate, text_of
 
@@ -29,15 +30,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that is not supervised
+NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
+TOO_LONG = "the first answer does not end within data.max_length"
+PAIR_TOO_LONG = "an answer of the pair does not end within data.max_length"
+SAME = "both answers of the pair are the same"
 MARK = "\ufdd0"  # no character of any text: Unicode keeps it for programs
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Tokens and their labels, of the same length."""
+    """Tokens and their labels, of the same length. Of a pair: the row with the chosen answer, then the one with the
+    rejected answer, each with its prompt."""
 
     input_ids: list[int]
     labels: list[int]
+    chosen: int = 0
+    """Of a pair, tokens of the row with the chosen answer."""
+
+    def rows(self) -> list[Sequence]:
+        """What the model sees as rows of their own: this one, or the two of a pair."""
+        if not self.chosen:
+            return [self]
+        return [
+            Sequence(self.input_ids[part], self.labels[part])
+            for part in (slice(0, self.chosen), slice(self.chosen, None))
+        ]
 
 
 @dataclass(slots=True)
@@ -49,6 +66,8 @@ class Encoded:
     """Tokens of the whole row, before anything was cut."""
     truncated: bool = False
     """Whether answers at the end were cut because they did not fit."""
+    lost: str = field(default="", compare=False)
+    """Why nothing of it is learnt; empty where something is."""
 
 
 @dataclass(slots=True)
@@ -59,6 +78,20 @@ class _Answer:
     whole: str
     cut: bool
     """Whether the template ends the answer without an end-of-turn token, so that one is put after `whole`."""
+
+
+def encoder_for(
+    conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[list[Any]], list[Encoded | DataError]]:
+    """What makes tokens of what the conf's objective reads: of a list of such contents, one result each, in order; an
+    error (its place is not known here) where the chat template refuses one.
+
+    Raises ModelError for a tokenizer or chat template that cannot be trained with.
+    """
+    if conf.objective.reads == "texts":
+        return TextEncoder(tokenizer, conf.data.max_length).encode
+    chat = ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
+    return PairEncoder(chat).encode if conf.objective.reads == "pairs" else chat.encode
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -95,11 +128,13 @@ class SpecialTokens:
                     f"{tokenizer.name_or_path}: use fail or keep"
                 )
 
-    def found(self, content: Conversation | Text) -> str:
+    def found(self, content: Content) -> str:
         """The first special token in the texts; empty where there is none. A BOS before a plain text and an EOS after
         it do not count."""
         if not self._pattern:
             return ""
+        if isinstance(content, Pair):
+            return self.found(content.chosen) or self.found(content.rejected)
         if isinstance(content, Text):
             return match[0] if (match := self._pattern.search(self._parts(content.text)[1])) else ""
         return next(
@@ -107,12 +142,17 @@ class SpecialTokens:
             "",
         )
 
-    def escaped(self, content: Conversation | Text) -> Conversation | Text:
+    def escaped(self, content: Content) -> Content:
         """The same with special tokens broken by a mark, for :func:`tokens_of` to take out: they become tokens of
         ordinary text."""
+        if isinstance(content, Pair):
+            return Pair(self._escaped(content.chosen), self._escaped(content.rejected), content.shared)
         if isinstance(content, Text):
             before, text, after = self._parts(content.text)
             return Text(before + self._broken(text) + after)
+        return self._escaped(content)
+
+    def _escaped(self, content: Conversation) -> Conversation:
         return Conversation(_changed(content.messages, self._broken), _changed(content.tools, self._broken))
 
     def _broken(self, text: str) -> str:
@@ -257,6 +297,8 @@ class ChatEncoder:
             ids = [*prompt, *supervised]
         if ids:
             encoded.sequences.append(Sequence(ids, labels))
+        if not encoded.sequences:
+            encoded.lost = TOO_LONG if encoded.truncated else NO_ANSWER
         return encoded
 
     def _ended(self, answer: list[int], cut: bool) -> list[int]:
@@ -313,6 +355,51 @@ def _not_a_prefix(prompt: str, whole: str) -> str:
     )
 
 
+class PairEncoder:
+    """Encodes preference pairs: both answers after the same tokens of the prompt, and supervised alone.
+
+    Nothing of a pair is cut: the log-probability of half an answer is no measure of it, and a prompt without its
+    beginning is another prompt. Where either answer does not end within the encoder's `max_length`, the pair is lost.
+    """
+
+    def __init__(self, chat: ChatEncoder) -> None:
+        self.chat = chat
+
+    def encode(self, pairs: list[Pair]) -> list[Encoded | DataError]:
+        """One result a pair, in order; an error (its place is not known here) where the template refuses it."""
+        sides = [_answered(side, pair.shared) for pair in pairs for side in (pair.chosen, pair.rejected)]
+        encoded = iter(self.chat.encode(sides))
+        return [self._laid_out(next(encoded), next(encoded)) for _ in pairs]
+
+    def _laid_out(self, chosen: Encoded | DataError, rejected: Encoded | DataError) -> Encoded | DataError:
+        for name, side in (("chosen", chosen), ("rejected", rejected)):
+            if isinstance(side, DataError):
+                return DataError(f"{name}: {side}")
+            if len(side.sequences) > 1:
+                return DataError(
+                    f"{name}: the chat template writes its turns otherwise once others follow, so that they are no one "
+                    "answer: end chosen and rejected after the first answer in which they differ"
+                )
+        assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)  # noqa: S101 (for mypy)
+        pair = Encoded(longest=max(chosen.longest, rejected.longest), truncated=chosen.truncated or rejected.truncated)
+        if pair.truncated:
+            pair.lost = PAIR_TOO_LONG
+        elif not chosen.sequences or not rejected.sequences:
+            pair.lost = NO_ANSWER
+        elif chosen.sequences == rejected.sequences:
+            pair.lost = SAME
+        else:
+            (a,), (b,) = chosen.sequences, rejected.sequences
+            pair.sequences = [Sequence(a.input_ids + b.input_ids, a.labels + b.labels, len(a.input_ids))]
+        return pair
+
+
+def _answered(conversation: Conversation, shared: int) -> Conversation:
+    """The conversation with nothing learnt of its first `shared` messages."""
+    before = [message | {"weight": 0} for message in conversation.messages[:shared]]
+    return Conversation(before + conversation.messages[shared:], conversation.tools)
+
+
 class TextEncoder:
     """Encodes plain text: every token is learnt, an end-of-text token after the last, cut into pieces of
     `max_length`."""
@@ -329,7 +416,10 @@ class TextEncoder:
         """One result a text, in order."""
         # With the special tokens the tokenizer puts around a text (a BOS, where the model was trained with one).
         tokens = tokens_of(self.tokenizer, [t.text for t in texts], add_special_tokens=True)
-        return [self._pieces(ids) if text.text.strip() else Encoded() for text, ids in zip(texts, tokens, strict=True)]
+        return [
+            self._pieces(ids) if text.text.strip() else Encoded(lost=NO_ANSWER)
+            for text, ids in zip(texts, tokens, strict=True)
+        ]
 
     def _pieces(self, ids: list[int]) -> Encoded:
         # A text may begin with a BOS, and end with the end of text, of its own.
@@ -344,4 +434,5 @@ class TextEncoder:
         if len(ids) - starts[-1] == 1 and len(starts) > 1:
             starts[-1] -= 1  # a last piece of one token has nothing to predict it from
         pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
-        return Encoded([Sequence(p, [IGNORED, *p[1:]]) for p in pieces if len(p) > 1], longest=len(ids))
+        sequences = [Sequence(p, [IGNORED, *p[1:]]) for p in pieces if len(p) > 1]
+        return Encoded(sequences, longest=len(ids), lost="" if sequences else NO_ANSWER)

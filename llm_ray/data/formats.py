@@ -8,23 +8,29 @@
 | sharegpt | conversations: list of {from, value}, [tools, system] |
 | prompt_completion | prompt, completion, [label, system] |
 | question_answer | question, answer, [context, system] |
+| preference | chosen, rejected, [prompt, conversations, tools, system] |
 | text | text |
 
 A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are
 text or a list of several parts of text; an assistant's ``tool_calls`` with the arguments as an object; ``tools`` as
 JSON schemas of functions. An answer with ``weight`` 0 is not learnt; ``train``, ``training`` and ``loss``, as other
 trainers write it, mean the same.
+
+Answers of a preference pair are texts, turns, or whole conversations with the same beginning, which is the prompt; else
+`prompt` is, a text or turns, or `conversations` (ShareGPT).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llm_ray.conf.finetune import Data
+from llm_ray.conf.objectives import Reads
 from llm_ray.data.jsontext import Parser, Unsound, reason
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError
@@ -39,6 +45,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "dolly": ("instruction", "response"),
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
+    "preference": ("chosen", "rejected"),
     "text": ("text",),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
@@ -48,6 +55,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "dolly": ("context", "system"),
     "prompt_completion": ("label", "system"),
     "question_answer": ("context", "system"),
+    "preference": ("prompt", "conversations", "tools", "system"),
     "text": (),
 }
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
@@ -80,23 +88,37 @@ class Text:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two conversations that begin with the same `shared` messages, the prompt; what follows in `chosen` is preferred to
+    what follows in `rejected`."""
+
+    chosen: Conversation
+    rejected: Conversation
+    shared: int
+
+
+Content = Conversation | Text | Pair
+
+
 class Formatter:
-    """Makes rows into conversations or texts, as ``data.format``, ``data.columns`` and ``data.system`` say.
+    """Makes rows into conversations, texts or pairs, as ``data.format``, ``data.columns`` and ``data.system`` say.
 
     With ``format: auto`` each file's format is told by its first good row. ``formats`` collects what was found,
     ``left_out`` the columns, and the fields of turns, that are not used, with the number of rows that have something in
     them.
     """
 
-    def __init__(self, data: Data, *, pretrain: bool) -> None:
-        self.data, self.pretrain = data, pretrain
+    def __init__(self, data: Data, reads: Reads) -> None:
+        """`reads`: what the objective makes of a row; rows are made into nothing else."""
+        self.data, self.reads = data, reads
         self.formats: list[str] = []
         self.left_out: Counter[str] = Counter()
         self._of_file: dict[str, str] = {}
         self._check_columns()
 
-    def __call__(self, row: Row) -> Conversation | Text:
-        """The row as a conversation or text. Raises :class:`DataError` that names file and line."""
+    def __call__(self, row: Row) -> Content:
+        """The row as a conversation, text or pair. Raises :class:`DataError` that names file and line."""
         try:
             values = self._rename(row.values)
             form = self._of_file.get(row.file)
@@ -139,24 +161,33 @@ class Formatter:
         return renamed
 
     def _detect(self, values: dict[str, Any]) -> str:
-        if self.pretrain:
+        if self.reads == "texts":
             if "text" in values:
                 return "text"
             raise _Bad(
                 f"tuning.objective pretrain needs a column 'text', the row has {_names(values)}: name yours in "
                 f"data.columns, e.g. {{text: {next(iter(values), 'body')}}}"
             )
-        if "chosen" in values and "rejected" in values:
+        pair = "chosen" in values and "rejected" in values
+        if self.reads == "pairs":
+            if pair:
+                return "preference"
             raise _Bad(
-                "preference pairs (chosen, rejected), which no objective here supports; for sft use rows with one "
-                "answer each"
+                f"tuning.objective dpo needs the columns 'chosen' and 'rejected', the row has {_names(values)}: name "
+                f"yours in data.columns, e.g. {{chosen: {next(iter(values), 'better')}}}, or learn from rows with one "
+                "answer each by objective sft"
+            )
+        if pair:
+            raise _Bad(
+                "preference pairs (chosen, rejected), which tuning.objective dpo learns from; for sft use rows with "
+                "one answer each"
             )
         for form, required in REQUIRED.items():
-            if form != "text" and all(c in values for c in required):
+            if form not in ("preference", "text") and all(c in values for c in required):
                 return form
         if "text" in values:
             raise _Bad("plain text has no answers for tuning.objective sft: use objective pretrain, or another format")
-        shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items())
+        shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items() if f != "preference")
         wanted = [c for r in REQUIRED.values() for c in r]
         near = {c: nearest_names(str(c), wanted) for c in values if c not in wanted}
         hints = [f"{column!r} looks like {match[0]!r}" for column, match in near.items() if match]
@@ -166,16 +197,21 @@ class Formatter:
             + ". Name your columns in data.columns, e.g. {question: title, answer: body}"
         )
 
-    def _convert(self, form: str, values: dict[str, Any]) -> Conversation | Text:
+    def _convert(self, form: str, values: dict[str, Any]) -> Content:
         unused = {str(c) for c, v in values.items() if c not in (*REQUIRED[form], *OPTIONAL[form]) and not _is_empty(v)}
         missing = [c for c in REQUIRED[form] if values.get(c) is None]
         if missing:
             lacks = " and ".join(f"{c!r}, which is {'null here' if c in values else 'missing'}" for c in missing)
-            raise _Bad(f"format {form} needs {lacks}; the row has {_names(values)}")
+            both = ": give it, or leave the row out (data.on_bad_row: skip)" if form == "preference" else ""
+            raise _Bad(f"format {form} needs {lacks}; the row has {_names(values)}{both}")
         if form == "text":
             text = Text(_string(values, "text"))
             self.left_out.update(unused)
             return text
+        if form == "preference":
+            pair = self._pair(values, unused)
+            self.left_out.update(unused)
+            return pair
         unused |= _check_label(form, values)
         if form in ("messages", "sharegpt"):
             messages = _turns(values, REQUIRED[form][0], unused)
@@ -194,12 +230,37 @@ class Formatter:
             if form == "alpaca":
                 messages = [*_history(values.get("history")), *messages]
         _check_media(values, messages)
+        self._add_system(values, messages)
+        self.left_out.update(unused)
+        return Conversation(messages, tools)
+
+    def _add_system(self, values: dict[str, Any], messages: list[Message]) -> None:
+        """Put the system message of the row, else of the conf, before messages without one."""
         if messages[0]["role"] != "system":
             system = _system(values["system"]) if values.get("system") else self.data.system
             if system:
                 messages.insert(0, {"role": "system", "content": system})
-        self.left_out.update(unused)
-        return Conversation(messages, tools)
+
+    def _pair(self, values: dict[str, Any], unused: set[str]) -> Pair:
+        prompt = _prompt(values, unused)
+        chosen, rejected = (_side(values, column, prompt, unused) for column in ("chosen", "rejected"))
+        shared = _parting(chosen, rejected)
+        if not shared:
+            raise _Bad(
+                "the answers have no prompt: give it in a column 'prompt' (data.columns: {prompt: …}), or begin chosen "
+                "and rejected with the same turns"
+            )
+        own = [text_of(m["content"]).strip() for m in chosen[:shared]]
+        if prompt and own[shared - len(prompt) :] != [text_of(m["content"]).strip() for m in prompt]:
+            raise _Bad(
+                "'prompt' differs from the turns before the answers in 'chosen' and 'rejected': leave one of the two out"
+            )
+        tools = _tools(values.get("tools"))
+        for messages in (chosen, rejected):
+            _check_media(values, messages)
+            before = len(messages)
+            self._add_system(values, messages)
+        return Pair(Conversation(chosen, tools), Conversation(rejected, tools), shared + len(messages) - before)
 
 
 class _Bad(Exception):
@@ -290,12 +351,13 @@ USED = {
 """Fields of a turn that are used, by its role."""
 
 
-def _turns(values: dict[str, Any], column: str, unused: set[str]) -> list[Message]:
-    """The conversation; fields of turns that are not used are put into `unused`."""
+def _turns(values: dict[str, Any], column: str, unused: set[str], before: Sequence[Message] = ()) -> list[Message]:
+    """The conversation, which goes on from the messages `before`; fields of turns that are not used are put into
+    `unused`."""
     turns = _parsed(values[column], repr(column))
     if not isinstance(turns, list) or not turns:
         raise _Bad(f"{column!r} must be a list of turns, but is {_shown(turns)}")
-    messages: list[Message] = []
+    messages = [*before]
     for number, turn in enumerate(turns, 1):
         where = f"turn {number} of {column!r}"
         if not isinstance(turn, dict):
@@ -318,6 +380,57 @@ def _turns(values: dict[str, Any], column: str, unused: set[str]) -> list[Messag
             if not learnt and messages[-1]["role"] == "assistant":
                 messages[-1]["weight"] = 0
     return messages
+
+
+_TURNS = re.compile(r"""\s*\[?\s*\{\s*"(role|content|from|value)"\s*:""")
+"""How turns begin that are JSON text, as in a CSV; other texts are an answer or a prompt themselves."""
+
+
+def _as_turns(values: dict[str, Any], column: str, role: str) -> dict[str, Any]:
+    """The column alone, with a text, a turn or turns as a list of turns."""
+    value = values[column]
+    if isinstance(value, str) and not _TURNS.match(value):
+        return {column: [{"role": role, "content": value}]}
+    value = _parsed(value, repr(column))
+    return {column: value if isinstance(value, list) else [value]}
+
+
+def _prompt(values: dict[str, Any], unused: set[str]) -> list[Message]:
+    """The prompt of a pair as far as it has a column of its own."""
+    column = next((name for name in ("prompt", "conversations") if not _is_empty(values.get(name))), None)
+    if column is None:
+        return []
+    if column == "prompt" and values.get("conversations"):
+        unused.add("conversations")
+    messages = _turns(_as_turns(values, column, "user"), column, unused)
+    if messages[-1]["role"] in ("assistant", "system"):
+        raise _Bad(f"{column!r} ends in a turn of the {messages[-1]['role']}'s, which is nothing to answer")
+    return messages
+
+
+def _side(values: dict[str, Any], column: str, prompt: list[Message], unused: set[str]) -> list[Message]:
+    """Prompt and answer of a pair: `column` holds the answer alone, or both."""
+    turns = _as_turns(values, column, "assistant")
+    alone = _turns(turns, column, unused)
+    if alone[0]["role"] != "assistant" or not prompt:
+        return alone
+    return _turns(turns, column, unused, prompt)
+
+
+def _parting(chosen: list[Message], rejected: list[Message]) -> int:
+    """How many messages both begin with, up to the turn that is answered."""
+    least = min(len(chosen), len(rejected))
+    shared = next((n for n in range(least) if chosen[n] != rejected[n]), least)
+    if chosen != rejected and not (
+        shared < least and chosen[shared]["role"] == rejected[shared]["role"] == "assistant"
+    ):
+        raise _Bad(
+            f"chosen and rejected part at turn {shared + 1}, which is not the assistant's in both: they have to answer "
+            "the same prompt; end them after the first answer in which they differ"
+        )
+    while shared and chosen[shared - 1]["role"] == "assistant":
+        shared -= 1
+    return shared
 
 
 def _history(value: object) -> list[Message]:

@@ -30,12 +30,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.data.encode import ChatEncoder, Encoded, SpecialTokens, TextEncoder
-from llm_ray.data.formats import Conversation, Formatter, Text
+from llm_ray.data.encode import (
+    PAIR_TOO_LONG,
+    TOO_LONG,
+    ChatEncoder,
+    Encoded,
+    SpecialTokens,
+    encoder_for,
+)
+from llm_ray.data.formats import Content, Conversation, Formatter, Pair, Text
 from llm_ray.data.processors import load_processor, process
 from llm_ray.data.sources import Row, named_to_test, place, read
 from llm_ray.errors import DataError
-from llm_ray.models.chat import text_of
+from llm_ray.models.chat import Message, text_of
 
 if TYPE_CHECKING:
     import datasets
@@ -44,7 +51,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "validation"]
 Report = Callable[[str], None]
-Batch = list[tuple[Row, Conversation | Text]]
+Batch = list[tuple[Row, Content]]
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
@@ -59,8 +66,6 @@ HELDOUT, TRAINED = "heldout.jsonl", "trained.jsonl"
 TRAINED_ROWS = 100  # that are asked where none are kept back
 FORM = 3
 """Number of the form of the prepared data: what was written in another one is prepared again."""
-NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
-TOO_LONG = "the first answer does not end within data.max_length"
 
 
 class SplitStats(BaseModel):
@@ -223,7 +228,7 @@ class Prepared:
     """A row on its way: where it came from (its columns are dropped by now), what was made of it, and its tokens."""
 
     row: Row
-    content: Conversation | Text
+    content: Content
     encoded: Encoded
 
 
@@ -231,22 +236,13 @@ def encode_rows(
     conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], tally: Tally
 ) -> Iterator[Prepared]:
     """Every sound row of `sources` with its tokens, in order, those of which nothing is left included."""
-    pretrain = conf.tuning.objective == "pretrain"
-    encoder = (
-        TextEncoder(tokenizer, conf.data.max_length)
-        if pretrain
-        else ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
-    )
-    formatter = Formatter(conf.data, pretrain=pretrain)
+    encode = encoder_for(conf, tokenizer)
+    formatter = Formatter(conf.data, conf.objective.reads)
     tally.formats, tally.left_out = formatter.formats, formatter.left_out
     special = SpecialTokens(tokenizer, conf.data.special_tokens_in_text == "escape")
     for found in _batches(_formatted(_processed(conf, sources, tally), formatter, tally, conf.data.max_rows)):
         batch, contents = _without_special(conf, found, special, tally)
-        if isinstance(encoder, TextEncoder):
-            encodings = encoder.encode([content for content in contents if isinstance(content, Text)])
-        else:
-            encodings = encoder.encode([content for content in contents if isinstance(content, Conversation)])
-        for (row, content), encoded in zip(batch, encodings, strict=True):
+        for (row, content), encoded in zip(batch, encode(contents), strict=True):
             if isinstance(encoded, DataError):
                 tally.sound -= 1
                 tally.on_bad_row(DataError(f"{row.place}: {encoded}"))
@@ -255,18 +251,17 @@ def encode_rows(
             tally.truncated += encoded.truncated and bool(encoded.sequences)
             tally.longest = max(tally.longest, encoded.longest)
             if not encoded.sequences:
-                why = TOO_LONG if encoded.truncated else NO_ANSWER
-                tally.dropped[why] += 1
-                if tally.dropped[why] <= NAMED:
+                tally.dropped[encoded.lost] += 1
+                if tally.dropped[encoded.lost] <= NAMED:
                     tokens = f" ({encoded.longest} tokens)" if encoded.truncated else ""
-                    tally.examples.append(f"dropped: {row.place}: {why}{tokens}")
+                    tally.examples.append(f"dropped: {row.place}: {encoded.lost}{tokens}")
             yield Prepared(row, content, encoded)
     tally.end()
 
 
 def _without_special(
     conf: FinetuneConf, batch: Batch, special: SpecialTokens, tally: Tally
-) -> tuple[Batch, list[Conversation | Text]]:
+) -> tuple[Batch, list[Content]]:
     """The rows that data.special_tokens_in_text lets pass, and the contents to encode of them."""
     passed, contents = [], []
     for row, content in batch:
@@ -294,7 +289,7 @@ def _processed(conf: FinetuneConf, sources: tuple[str, ...], tally: Tally) -> It
 
 def _formatted(
     rows: Iterator[Row], formatter: Formatter, tally: Tally, most: int | None
-) -> Iterator[tuple[Row, Conversation | Text]]:
+) -> Iterator[tuple[Row, Content]]:
     try:
         for row in rows:
             tally.files[row.file] = None
@@ -314,22 +309,24 @@ def _formatted(
     tally.end()
 
 
-def _batches(rows: Iterator[tuple[Row, Conversation | Text]]) -> Iterator[Batch]:
+def _batches(rows: Iterator[tuple[Row, Content]]) -> Iterator[Batch]:
     """Batches that the tokenizer spreads over the cores, bounded in rows and in characters."""
     batch: Batch = []
     characters = 0
     for row, content in rows:
         batch.append((row, content))
-        characters += (
-            len(content.text)
-            if isinstance(content, Text)
-            else sum(len(text_of(m["content"])) for m in content.messages)
-        )
+        characters += _characters(content)
         if len(batch) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _characters(content: Content) -> int:
+    if isinstance(content, Pair):
+        return _characters(content.chosen) + _characters(content.rejected)
+    return len(content.text) if isinstance(content, Text) else sum(len(text_of(m["content"])) for m in content.messages)
 
 
 def prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, out: Path, report: Report) -> DataStats:
@@ -370,7 +367,7 @@ def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tal
     """Why `key`, which names `sources`, is refused."""
     found = f"{tally.read} rows read, {tally.bad} bad skipped"
     reasons = "".join(f"; {n} dropped: {why}" for why, n in tally.dropped.items())
-    long = tally.dropped[TOO_LONG]
+    long = cut_off(tally.dropped)
     advice = (
         f"; the longest row has {tally.longest} tokens: raise data.max_length ({conf.data.max_length})" if long else ""
     )
@@ -378,8 +375,14 @@ def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tal
     return DataError(f"{key} ({', '.join(sources)}) has nothing to learn: {found}{reasons}{advice}{examples}")
 
 
+def cut_off(dropped: Mapping[str, int]) -> int:
+    """How many of the dropped rows were too long."""
+    return sum(dropped.get(why, 0) for why in (TOO_LONG, PAIR_TOO_LONG))
+
+
 def open_split(out: Path, split: Split) -> datasets.Dataset:
-    """The sequences of a split, memory-mapped: columns input_ids and labels, lists of int32.
+    """The sequences of a split, memory-mapped: columns input_ids and labels, lists of int32; of pairs also `chosen`,
+    int32: a sequence is the row with the chosen answer, of so many tokens, and then the one with the rejected answer.
 
     Labels are aligned with input_ids (no shift), -100 where nothing is supervised, which the first token always is.
     """
@@ -396,12 +399,17 @@ def has_validation(out: Path) -> bool:
     return (out / "validation").is_dir()
 
 
-def lengths_of(rows: datasets.Dataset) -> np.ndarray:
-    """Tokens of each sequence of an opened split, int64 [sequences]."""
+def lengths_of(rows: datasets.Dataset, *, padded: bool = False) -> np.ndarray:
+    """Tokens of each sequence of an opened split, int64 [sequences]; with `padded` those of a pair whose shorter row is
+    padded to its longer one."""
     import numpy as np
     import pyarrow.compute as pc
 
-    return np.asarray(pc.list_value_length(rows.data.column("input_ids")).combine_chunks(), dtype=np.int64)
+    lengths = np.asarray(pc.list_value_length(rows.data.column("input_ids")).combine_chunks(), dtype=np.int64)
+    if not padded or "chosen" not in rows.column_names:
+        return lengths
+    chosen = np.asarray(rows.data.column("chosen").combine_chunks(), dtype=np.int64)
+    return 2 * np.maximum(chosen, lengths - chosen)
 
 
 def largest_token(out: Path) -> int:
@@ -420,12 +428,12 @@ def read_stats(out: Path) -> DataStats:
 
 def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
     """Conversations to ask the questions of: those of evaluation.data, else the validation rows, else some of the
-    training rows; none when pretraining.
+    training rows; none where the objective does not teach to answer.
 
-    They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows
+    Of a pair it is the one with the chosen answer. They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows
     none.
     """
-    if conf.tuning.objective == "pretrain":
+    if not conf.objective.answers:
         return
     if conf.evaluation.data is None:
         asked = next((file for name in (HELDOUT, TRAINED) if (file := prepared / name).exists()), None)
@@ -438,10 +446,10 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
     encoder = ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
     tally = Tally(fail=conf.data.on_bad_row == "fail")
     for _, content in _formatted(
-        _processed(conf, conf.evaluation.data, tally), Formatter(conf.data, pretrain=False), tally, None
+        _processed(conf, conf.evaluation.data, tally), Formatter(conf.data, conf.objective.reads), tally, None
     ):
-        if isinstance(content, Conversation):
-            yield encoder.adapt(content)
+        if conversation := _asked(content):
+            yield encoder.adapt(conversation)
 
 
 def questions_from(conf: FinetuneConf, prepared: Path) -> str:
@@ -457,14 +465,15 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
 class _Rows:
     """Encoded rows on disk in the order of the files, and a few numbers of each in memory."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, pairs: bool) -> None:
+        self.file, self.pairs = file, pairs
         self.row_of = array("q")  # of each sequence, the row it belongs to
         self.lengths = array("i")  # of each sequence
         self.supervised = array("i")  # of each sequence
         self.longest = array("i")  # of each row, before cutting
         self.questions = array("Q")  # of each row, a hash of what it asks
-        self.answers = array("Q")  # of each row, a hash of its last answer
+        self.compared = array("Q")  # of each row, a hash of what two rows have alike that repeat or contradict
+        self.answers = array("Q")  # of each row, a hash of its last answer; of a pair, of the chosen one
         self.files: dict[str, int] = {}  # numbers of files
         self.file_of = array("i")  # of each row, the number of its file
         self.line_of = array("q")  # of each row, its line
@@ -476,7 +485,8 @@ class _Rows:
         import pyarrow as pa
 
         tokens = pa.list_(pa.int32())
-        schema = pa.schema({"input_ids": tokens, "labels": tokens, "conversation": pa.large_string()})
+        pairs = {"chosen": pa.int32()} if self.pairs else {}
+        schema = pa.schema({"input_ids": tokens, "labels": tokens, **pairs, "conversation": pa.large_string()})
         with pa.OSFile(str(self.file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             columns: dict[str, list[Any]] = {name: [] for name in schema.names}
             size = 0
@@ -487,12 +497,15 @@ class _Rows:
                     self.supervised.append(sum(label >= 0 for label in sequence.labels))
                     columns["input_ids"].append(sequence.input_ids)
                     columns["labels"].append(sequence.labels)
+                    if self.pairs:
+                        columns["chosen"].append(sequence.chosen)
                     columns["conversation"].append(_heldout_line(prepared, adapt) if adapt and not number else "")
                     size += len(sequence.input_ids)
                 if prepared.encoded.sequences:
                     self.longest.append(prepared.encoded.longest)
                     question, answer = question_and_answer(prepared.content)
                     self.questions.append(text_hash(question))
+                    self.compared.append(text_hash(_compared(prepared.content, question)))
                     self.answers.append(text_hash(answer))
                     self.file_of.append(self.files.setdefault(prepared.row.file, len(self.files)))
                     self.line_of.append(prepared.row.line)
@@ -514,9 +527,10 @@ class _Rows:
 
 
 def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversation]) -> str:
-    if isinstance(prepared.content, Text):
+    asked = _asked(prepared.content)
+    if not asked:
         return ""
-    conversation = adapt(prepared.content)
+    conversation = adapt(asked)
     line = {
         "messages": conversation.messages,
         "tools": conversation.tools,
@@ -526,18 +540,22 @@ def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversati
     return json.dumps(line, ensure_ascii=False)
 
 
+def _asked(content: Content) -> Conversation | None:
+    """The conversation whose question the model can be asked, with the answer that it should give."""
+    return content.chosen if isinstance(content, Pair) else content if isinstance(content, Conversation) else None
+
+
 def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Path, report: Report) -> DataStats:
     import numpy as np
 
     tallies: list[Tally] = []
     adapt = (
-        ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template).adapt
-        if conf.tuning.objective == "sft"
-        else None
+        ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template).adapt if conf.objective.answers else None
     )
 
     def written(sources: tuple[str, ...], name: str, keep: bool) -> _Rows:
-        rows, tally = _Rows(folder / f"{name}.rows.arrow"), Tally(fail=conf.data.on_bad_row == "fail")
+        rows = _Rows(folder / f"{name}.rows.arrow", pairs=conf.objective.reads == "pairs")
+        tally = Tally(fail=conf.data.on_bad_row == "fail")
         tallies.append(tally)
         rows.write(_reported(encode_rows(conf, tokenizer, sources, tally), tally, report), adapt if keep else None)
         if not any(rows.supervised):  # a loss over no token is 0.0 and looks like success
@@ -621,30 +639,52 @@ def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
     import numpy as np
 
     numbers = np.flatnonzero(learned)
-    questions, answers = np.array(rows.questions)[numbers], np.array(rows.answers)[numbers]
-    _, first_of, group = np.unique(questions, return_index=True, return_inverse=True)
-    first = first_of[group]  # of each row, the first that asks the same
+    compared, answers = np.array(rows.compared)[numbers], np.array(rows.answers)[numbers]
+    _, first_of, group = np.unique(compared, return_index=True, return_inverse=True)
+    first = first_of[group]  # of each row, the first that asks (and compares) the same
     again = first != np.arange(len(numbers))
     other = again & (answers != answers[first])
     examples = [
-        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} ask the same question and "
-        "answer it differently"
+        f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} "
+        + (
+            "prefer opposite ones of the same answers"
+            if rows.pairs
+            else "ask the same question and answer it differently"
+        )
         for one in np.flatnonzero(other)[:NAMED]
     ]
     return int((again & ~other).sum()), int(other.sum()), examples
 
 
-def question_and_answer(content: Conversation | Text) -> tuple[str, str]:
+def question_and_answer(content: Content) -> tuple[str, str]:
     """What a row asks and what it answers, in one form of case and spaces. A text asks what it says, and answers
-    nothing."""
+    nothing; a pair asks its prompt, and answers as is chosen."""
+    if isinstance(content, Pair):
+        return (
+            _plain(content.chosen.messages[: content.shared]),
+            _plain(content.chosen.messages[content.shared :]),
+        )
     if isinstance(content, Text):
         return " ".join(content.text.casefold().split()), ""
     answered = next(
         (n for n in range(len(content.messages) - 1, -1, -1) if content.messages[n]["role"] == "assistant"), 0
     )
-    parts = [json.dumps([m["role"], m["content"], m.get("tool_calls")]) for m in content.messages[: answered + 1]]
-    parts = [" ".join(part.casefold().split()) for part in parts]
-    return "\n".join(parts[:-1]), parts[-1]
+    messages = content.messages[: answered + 1]
+    return _plain(messages[:-1]), _plain(messages[-1:])
+
+
+def _plain(messages: list[Message]) -> str:
+    parts = [json.dumps([m["role"], m["content"], m.get("tool_calls")]) for m in messages]
+    return "\n".join(" ".join(part.casefold().split()) for part in parts)
+
+
+def _compared(content: Content, question: str) -> str:
+    """What two rows have alike of which one repeats or contradicts the other: the question; of pairs both answers, too,
+    for there may be many pairs to a prompt."""
+    if not isinstance(content, Pair):
+        return question
+    answers = (side.messages[content.shared :] for side in (content.chosen, content.rejected))
+    return "\n".join([question, *sorted(map(_plain, answers))])
 
 
 def text_hash(text: str) -> int:
@@ -687,7 +727,8 @@ def _write_split(rows: _Rows, sequences: np.ndarray, folder: Path, report: Repor
     import pyarrow as pa
 
     folder.mkdir()
-    table, last = rows.table().select_columns(["input_ids", "labels"]), time.monotonic()
+    columns = ["input_ids", "labels", *(["chosen"] if rows.pairs else [])]
+    table, last = rows.table().select_columns(columns), time.monotonic()
     lengths = np.array(rows.lengths)[sequences]
     per_batch = max(1, (1 << 18) // int(lengths.max()))
     with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.data.schema) as writer:

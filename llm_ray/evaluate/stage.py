@@ -18,11 +18,13 @@ from llm_ray.progress import Reporter
 
 
 class Share(TypedDict):
-    """One worker's part: summed validation loss, its tokens, and the answers."""
+    """One worker's part: summed validation loss, its tokens, and the answers; of validation pairs no loss, but of each,
+    by its number, the log-probabilities (nats) and tokens of the chosen and the rejected answer."""
 
     loss: float
     tokens: int
     answers: list[str]
+    pairs: dict[int, tuple[list[float], list[int]]]
 
 
 def evaluate(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def evaluate(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path,
     )(_share)
     figures: dict[str, Any] = {"rows": len(rows), "questions": questions_from(conf, conf.run_dir / "prepared")}
     given: dict[str, list[str]] = {}
+    pairs: dict[str, dict[int, tuple[list[float], list[int]]]] = {"base": {}, "finetuned": {}}
     with reporter.bar("evaluating", 2 * workers) as bar:
         parts = {
             (which, rank): share.remote(
@@ -64,6 +67,11 @@ def evaluate(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path,
         shares: list[Share] = results([parts[which, rank] for rank in range(workers)])
         given[which] = [shares[n % workers]["answers"][n // workers] for n in range(len(rows))]
         figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
+        for share_of in shares:
+            pairs[which].update(share_of["pairs"])
+    if pairs["base"]:
+        for which in ("base", "finetuned"):
+            figures[which] = _preferred(conf, pairs["base"], pairs[which], which == "base") | figures[which]
     figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
     _write_report(conf, figures, rows, given)
     return figures
@@ -75,7 +83,7 @@ def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
     Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template
     refuses.
     """
-    if conf.evaluation.samples == 0 or conf.tuning.objective != "sft":
+    if conf.evaluation.samples == 0 or not conf.objective.answers:
         return []
     tokenizer = load_tokenizer(base)
     pairs = (pair for row in evaluation_rows(conf, tokenizer, conf.run_dir / "prepared") if (pair := _pair(row)))
@@ -131,18 +139,46 @@ def _share(
         )
     )
     loss, tokens = 0.0, 0
+    pairs: dict[int, tuple[list[float], list[int]]] = {}
     if has_validation(conf.run_dir / "prepared"):
         data = open_split(conf.run_dir / "prepared", "validation")
         module = SupervisedLoss(model, model, packed=False)
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with torch.inference_mode(), autocast:
             module.choose_blockwise()
-            for indices in passes_over(lengths_of(data), micro_batch_tokens(conf), rank, conf.runtime.workers):
-                if indices:
-                    batch = collate(data, indices, packed=False)
+            lengths = lengths_of(data, padded=True)
+            for indices in passes_over(lengths, micro_batch_tokens(conf), rank, conf.runtime.workers):
+                if not indices:
+                    continue
+                batch = collate(data, indices, packed=False)
+                if batch.pairs:
+                    given_pairs = module.log_probabilities(batch).view(-1, 2).tolist()
+                    pairs |= dict(zip(indices, zip(given_pairs, batch.pairs.tokens.tolist(), strict=True), strict=True))
+                else:
                     loss += module(batch).item()
                     tokens += len(batch.targets)
-    return Share(loss=loss, tokens=tokens, answers=given)
+    return Share(loss=loss, tokens=tokens, answers=given, pairs=pairs)
+
+
+def _preferred(
+    conf: FinetuneConf,
+    base: dict[int, tuple[list[float], list[int]]],
+    model: dict[int, tuple[list[float], list[int]]],
+    is_base: bool,
+) -> dict[str, float]:
+    """The objective's loss over validation pairs, and how many of them the model prefers the chosen answer of, more than
+    its base does. Of the base itself, which nothing is measured against, the loss alone."""
+    import torch
+
+    from llm_ray.train.objectives import Preference, means
+
+    numbers = sorted(base)
+    reference, given = (torch.tensor([of[n][0] for n in numbers]) for of in (base, model))
+    objective = Preference(conf.tuning.dpo)
+    sums = objective.figures_of(given, reference, torch.tensor([base[n][1] for n in numbers]))
+    found = means(objective, sums.tolist(), len(numbers))
+    preferred = {"reward_accuracy": found["rewards/accuracies"], "reward_margin": found["rewards/margins"]}
+    return {"validation_loss": found["loss"], **({} if is_base else preferred)}
 
 
 def _figures(shares: list[Share], answers: list[str], references: list[str]) -> dict[str, float]:

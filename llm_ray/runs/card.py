@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.finetune import Dpo, FinetuneConf
 from llm_ray.conf.section import as_run
 from llm_ray.models.load import Base
 from llm_ray.models.registry import licence
@@ -17,6 +17,8 @@ FIGURES = {
     "perplexity": "perplexity",
     "exact_match": "exact match",
     "token_f1": "token F1",
+    "reward_accuracy": "held-out pairs of which the chosen answer is preferred",
+    "reward_margin": "margin of rewards",
 }
 
 
@@ -38,7 +40,7 @@ def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result:
             "llm-ray",
             conf.tuning.objective,
             conf.tuning.method,
-            *(["conversational"] if conf.tuning.objective == "sft" else []),
+            *(["conversational"] if conf.objective.answers else []),
         ],
         **({"license": base_licence} if base_licence else {}),
     }
@@ -93,6 +95,7 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
         **(adapter if conf.tuning.method == "lora" else {}),
+        **(_preference(conf.tuning.dpo) if conf.tuning.objective == "dpo" else {}),
         **({"steps": training.max_steps} if training.max_steps else {"epochs": f"{as_run(training.epochs):g}"}),
         "rows per step": as_run(training.global_batch_size),
         "longest sequence": f"{conf.data.max_length} tokens",
@@ -103,4 +106,13 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
         "precision": training.precision,
         "strategy": f"{training.strategy}, {conf.runtime.workers} worker(s)",
         "seed": training.seed,
+    }
+
+
+def _preference(dpo: Dpo) -> dict[str, object]:
+    return {
+        "preference loss": dpo.loss,
+        "beta": f"{dpo.beta:g}",
+        **({"label smoothing": f"{dpo.label_smoothing:g}"} if dpo.label_smoothing else {}),
+        **({"weight of the sft term": f"{dpo.sft_weight:g}"} if dpo.sft_weight else {}),
     }

@@ -31,11 +31,13 @@ class MetricsWriter:
     Raises OSError when the folder cannot be written.
     """
 
-    def __init__(self, run_dir: Path, tensorboard: bool, resume_from_step: int) -> None:
+    def __init__(self, run_dir: Path, tensorboard: bool, resume_from_step: int, perplexity: bool = True) -> None:
+        """`perplexity`: whether losses are mean negative log-likelihoods of tokens, whose exponential it is."""
         path = run_dir / METRICS
         kept = [row for row in read_metrics(path) if row["step"] <= resume_from_step] if resume_from_step else []
         write_text(path, "".join(_line(row) for row in kept))
         self._file = path.open("a", encoding="utf-8")
+        self._perplexity = perplexity
         self._board = None
         if not resume_from_step:
             shutil.rmtree(run_dir / TENSORBOARD, ignore_errors=True)
@@ -47,10 +49,10 @@ class MetricsWriter:
             )
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Append a row, which has a `step`. A validation loss is joined by its perplexity. What is no number becomes
-        null."""
+        """Append a row, which has a `step`. A validation loss that has a perplexity is joined by it. What is no number
+        becomes null."""
         figures = dict(row)
-        if "validation_loss" in figures:
+        if self._perplexity and "validation_loss" in figures:
             figures["validation_perplexity"] = _exp(figures["validation_loss"])
         self._file.write(_line(figures))
         self._file.flush()

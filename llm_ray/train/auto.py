@@ -9,9 +9,12 @@ The rules and what they were measured on: docs/design/training.md, "What auto ch
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
+from llm_ray.conf.objectives import ObjectiveName
 from llm_ray.data.prepare import DataStats
 from llm_ray.runs.folder import flat
 
@@ -39,6 +42,35 @@ PATIENCE = 2
 
 
 @dataclass(frozen=True)
+class Habits:
+    """How an objective departs from what holds for sft."""
+
+    rate: float = 1.0
+    """Share of sft's learning rate."""
+    short_runs: bool = True
+    """Few rows bear a higher rate."""
+    step_tokens: int | None = None
+    """Tokens that a step is made of, where it is not made of rows."""
+    once: str = ""
+    """Why the data is passed over once, where it is."""
+    repeats: bool = True
+    """Small sets are passed over many times."""
+    dropout: bool = True
+    """Adapters have dropout on small sets."""
+
+
+HABITS: Mapping[ObjectiveName, Habits] = MappingProxyType(
+    {
+        "sft": Habits(),
+        "pretrain": Habits(rate=0.5, short_runs=False, step_tokens=PRETRAIN_TOKENS, once="one pass over plain text"),
+        # Lambert et al. 2024, Tülu 3 (arXiv:2411.15124): 5e-6 for sft and 5e-7 for dpo of the same 8B model. Dropout would
+        # make noise of what is measured against the base model.
+        "dpo": Habits(rate=0.1, repeats=False, dropout=False),
+    }
+)
+
+
+@dataclass(frozen=True)
 class Choice:
     """A conf without `auto`, and why each of the chosen keys is what it is."""
 
@@ -59,12 +91,15 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
     reasons: dict[str, str] = {}
     batch = training.global_batch_size
     if batch == "auto":
-        batch = batch_for(data, pretrain=conf.tuning.objective == "pretrain")
+        batch = batch_for(data, HABITS[conf.tuning.objective])
         chosen["global_batch_size"] = batch
         reasons["training.global_batch_size"] = f"for {rows} rows of {data.train.mean:.0f} tokens"
     if training.learning_rate == "auto":
         chosen["learning_rate"] = rate_for(conf, width, rows)
-        reasons["training.learning_rate"] = f"for method {conf.tuning.method}, {rows} rows, and a model {width} wide"
+        less = f", objective {conf.tuning.objective}" if HABITS[conf.tuning.objective].rate != 1 else ""
+        reasons["training.learning_rate"] = (
+            f"for method {conf.tuning.method}{less}, {rows} rows, and a model {width} wide"
+        )
     epochs = training.epochs
     if epochs == "auto" and not training.max_steps:
         chosen["epochs"], reasons["training.epochs"] = epochs_for(conf, data, math.ceil(rows / batch))
@@ -73,19 +108,20 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
         chosen["early_stopping"] = EarlyStopping(patience=PATIENCE) if guarded else None
     lora = conf.tuning.lora
     if lora.dropout == "auto":
-        small = rows < DROPOUT_ROWS and not experts
+        small = rows < DROPOUT_ROWS and not experts and HABITS[conf.tuning.objective].dropout
         lora = lora.model_copy(update={"dropout": DROPOUT if small else 0.0})
         if conf.tuning.method == "lora":
-            reasons["tuning.lora.dropout"] = f"for {rows} rows" + (" and a mixture of experts" if experts else "")
+            also = "" if HABITS[conf.tuning.objective].dropout else f" and objective {conf.tuning.objective}"
+            reasons["tuning.lora.dropout"] = f"for {rows} rows" + (" and a mixture of experts" if experts else also)
     update = {"training": training.model_copy(update=chosen), "tuning": conf.tuning.model_copy(update={"lora": lora})}
     return Choice(conf.model_copy(update=update), reasons)
 
 
-def batch_for(data: DataStats, *, pretrain: bool) -> int:
-    """Rows a step: few for small sets, so that there are steps enough; of plain text, about `PRETRAIN_TOKENS`
+def batch_for(data: DataStats, habits: Habits) -> int:
+    """Rows a step: few for small sets, so that there are steps enough; or about as many as have `habits.step_tokens`
     tokens."""
-    if pretrain:
-        return max(1, min(data.train.sequences, round(PRETRAIN_TOKENS * data.train.sequences / data.train.tokens)))
+    if habits.step_tokens:
+        return max(1, min(data.train.sequences, round(habits.step_tokens * data.train.sequences / data.train.tokens)))
     rows = data.train.sequences
     return next((batch for limit, batch in BATCHES if rows < limit), LARGEST_BATCH)
 
@@ -95,9 +131,9 @@ def rate_for(conf: FinetuneConf, width: int, rows: int) -> float:
     rate = FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT
     if conf.tuning.method == "lora":
         rate *= LORA_FACTOR
-    if conf.tuning.objective == "pretrain":
-        rate /= 2
-    elif rows < SMALL:
+    habits = HABITS[conf.tuning.objective]
+    rate *= habits.rate
+    if rows < SMALL and habits.short_runs:
         rate *= SHORT_RUN_FACTOR
     return float(f"{rate:.2g}")
 
@@ -105,9 +141,13 @@ def rate_for(conf: FinetuneConf, width: int, rows: int) -> float:
 def epochs_for(conf: FinetuneConf, data: DataStats, steps_per_epoch: int) -> tuple[float, str]:
     """Passes over the data, and the reason."""
     rows = data.train.sequences
-    if conf.tuning.objective == "pretrain":
-        return 1.0, "one pass over plain text"
+    if reason := HABITS[conf.tuning.objective].once:
+        return 1.0, reason
     fewest = next((epochs for limit, epochs in FEWEST_EPOCHS if rows < limit), 1)
+    if not HABITS[conf.tuning.objective].repeats:
+        return float(
+            fewest
+        ), f"{rows} pairs make {steps_per_epoch} steps an epoch; more passes soon fit the pairs alone"
     epochs = min(MOST_EPOCHS, ROW_PASSES / rows) * min(1.0, math.sqrt(SHORT_ANSWER / max(1.0, data.train.answer)))
     if conf.tuning.method == "full":
         epochs *= FULL_SHARE

@@ -21,13 +21,27 @@ MICRO_BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Of a batch of preference pairs, whose rows come two by two: the chosen answer of a pair, then the rejected one.
+
+    row_of: int64 [n], the row of each supervised token; tokens: int64 [pairs, 2], supervised ones of both answers;
+    reference: fp32 [pairs, 2], their log-probabilities under the base model, in nats (zeros where it is not asked).
+    """
+
+    row_of: Tensor
+    tokens: Tensor
+    reference: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows as the model takes them, and what it is to predict.
 
     input_ids, position_ids, attention_mask: int64 [1, tokens] with rows end to end (packed), or [rows, longest]
     (padded).
     row_lengths: tokens of each row. supervised: int64 [n], positions in the flattened input whose next token is supervised;
-    targets: int64 [n], those next tokens. tokens: real ones, padding and filling left out.
+    targets: int64 [n], those next tokens. tokens: real ones, padding and filling left out. pairs: of preference pairs,
+    what else there is to know of them.
     """
 
     input_ids: Tensor
@@ -37,6 +51,7 @@ class Batch:
     supervised: Tensor
     targets: Tensor
     tokens: int
+    pairs: Pairs | None = None
 
 
 @dataclass(frozen=True)
@@ -120,12 +135,18 @@ def micro_batch_tokens(conf: FinetuneConf) -> int:
 
 
 def steps_of(
-    data: datasets.Dataset, schedule: Schedule, rank: int, workers: int, start: int, end: int
+    data: datasets.Dataset,
+    schedule: Schedule,
+    rank: int,
+    workers: int,
+    start: int,
+    end: int,
+    reference: Tensor | None = None,
 ) -> Iterator[list[Batch]]:
     """The batches of worker `rank` for steps `start` to `end` (exclusive): a list of one batch per forward pass, for
-    each step."""
+    each step. `reference`: as of :func:`collate`."""
     for step in range(start, end):
-        yield [collate(data, indices, schedule.packed) for indices in schedule.take(step, rank, workers)]
+        yield [collate(data, indices, schedule.packed, reference) for indices in schedule.take(step, rank, workers)]
 
 
 def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> list[list[int]]:
@@ -134,13 +155,17 @@ def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> lis
     return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).take(0, rank, workers)
 
 
-def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
+def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference: Tensor | None = None) -> Batch:
     """Lay the rows out. Without any, one row with nothing supervised: the worker has to take part in the step all the
-    same."""
+    same. `reference`: of a data set of pairs, fp32 [all pairs, 2], log-probabilities of their answers under the base
+    model."""
     rows: list[tuple[list[int], list[int]]] = []
+    pairs = "chosen" in data.column_names
     for index in indices or [0]:
         row = data[index]
-        rows.append((row["input_ids"], row["labels"] if indices else [IGNORED] * len(row["labels"])))
+        ids, labels = row["input_ids"], row["labels"] if indices else [IGNORED] * len(row["labels"])
+        cut = row["chosen"] if pairs else len(ids)
+        rows += [(ids[part], labels[part]) for part in (slice(0, cut), slice(cut, None))[: 1 + pairs]]
     lengths = [len(ids) for ids, _ in rows]
     width = sum(lengths) if packed else max(lengths)
     input_ids = torch.zeros(1 if packed else len(rows), width, dtype=torch.int64)
@@ -162,4 +187,22 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool) -> Batch:
         place = to
     flat = target.flatten()
     supervised = (flat != IGNORED).nonzero()[:, 0]
-    return Batch(input_ids, position_ids, mask, lengths, supervised, flat[supervised], sum(lengths) if indices else 0)
+    return Batch(
+        input_ids,
+        position_ids,
+        mask,
+        lengths,
+        supervised,
+        flat[supervised],
+        sum(lengths) if indices else 0,
+        _pairs(indices, lengths, supervised, width, packed, reference) if pairs else None,
+    )
+
+
+def _pairs(
+    indices: list[int], lengths: list[int], supervised: Tensor, width: int, packed: bool, reference: Tensor | None
+) -> Pairs:
+    ends = torch.tensor(lengths).cumsum(0)
+    row_of = torch.bucketize(supervised, ends, right=True) if packed else supervised // width
+    tokens = torch.bincount(row_of, minlength=2 * len(indices))[: 2 * len(indices)].view(-1, 2)
+    return Pairs(row_of, tokens, torch.zeros(len(indices), 2) if reference is None else reference[indices])

@@ -21,6 +21,7 @@ from llm_ray.models.load import Base, load_empty_model
 from llm_ray.progress import duration
 from llm_ray.train.batches import micro_batch_tokens, plan_steps
 from llm_ray.train.model import add_adapters, learning_modules, weight_dtype
+from llm_ray.train.objectives import objective_of
 from llm_ray.train.trial import measure
 
 PROCESS_BYTES = 0.9e9
@@ -75,7 +76,8 @@ class Estimate:
             return [*lines, f"duration not measured: {self.unmeasured}"]
         like = "here" if conf.runtime.mode == "local" else "on hosts like this one, without network overhead"
         validation = self.seconds - self.step_seconds
-        parts = f", {duration(validation)} of it validation" if validation > 1 else ""
+        what = "validation and the base model's log-probabilities" if objective_of(conf).reference else "validation"
+        parts = f", {duration(validation)} of it {what}" if validation > 1 else ""
         return [
             *lines,
             *self.notes,
@@ -129,6 +131,8 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     step_seconds = tokens * cost.seconds_per_token
     validations = 1 + steps / (conf.training.validate_every or schedule.steps_per_epoch)
     validated = data.validation.tokens * validations if data.validation else 0
+    if objective_of(conf).reference:  # the base model's log-probabilities of all pairs: a forward pass each
+        validated += data.train.tokens + (data.validation.tokens if data.validation else 0)
     return replace(
         planned,
         memory_per_worker=cost.memory + RAY_BYTES,

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llm_ray.train.attention import set_rows
 from llm_ray.train.batches import Batch
+from llm_ray.train.objectives import CrossEntropy, Objective
 
 LARGE = 1e4
 """Logits that are tried, from minus to plus so many, to see whether a model caps them."""
@@ -73,22 +74,108 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     return _LinearCrossEntropy.apply(hidden, weight, bias, target)
 
 
+class _LinearLogProbabilities(torch.autograd.Function):
+    """Log-probability of each target under `hidden @ weight.T + bias`: fp32 [n]. Shapes as above."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        learn_hidden, *learn_head = ctx.needs_input_grad[:3]
+        # What each token's gradient is multiplied by is known in the backward pass alone. Where the projection rests,
+        # the gradient with respect to a token's hidden state can be taken at once, and multiplied then.
+        at_once = learn_hidden and not any(learn_head)
+        grad_hidden = torch.empty_like(hidden) if at_once else None
+        given, norms = torch.empty(len(hidden)), torch.empty(len(hidden))
+        for part in _blocks(hidden, weight):
+            h, t = hidden[part], target[part, None]
+            logits = _logits(h, weight, bias)
+            norm = logits.logsumexp(1, keepdim=True)
+            given[part], norms[part] = (logits.gather(1, t) - norm)[:, 0], norm[:, 0]
+            if grad_hidden is not None:
+                torch.mm(_slope(logits, norm, t).to(h.dtype), weight.to(h.dtype), out=grad_hidden[part])
+        ctx.save_for_backward(grad_hidden, *(() if at_once else (hidden, weight, bias, target, norms)))
+        return given
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, *saved = ctx.saved_tensors
+        if grad_hidden is not None:
+            return grad_hidden * grad[:, None].to(grad_hidden.dtype), None, None, None
+        hidden, weight, bias, target, norms = saved
+        learn_hidden, learn_weight, learn_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if learn_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and learn_bias else None
+        for part in _blocks(hidden, weight):
+            h = hidden[part]
+            slope = _slope(_logits(h, weight, bias), norms[part, None], target[part, None]) * grad[part, None]
+            low = slope.to(h.dtype)
+            if grad_hidden is not None:
+                torch.mm(low, weight.to(h.dtype), out=grad_hidden[part])
+            if grad_weight is not None:
+                grad_weight += (low.T @ h).float()
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+        )
+
+
+def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    block = max(16, BLOCK_BYTES // (4 * weight.shape[0]))
+    return [slice(start, start + block) for start in range(0, hidden.shape[0], block)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(hidden, weight.to(hidden.dtype), bias if bias is None else bias.to(hidden.dtype)).float()
+
+
+def _slope(logits: Tensor, norm: Tensor, target: Tensor) -> Tensor:
+    """The gradient of each target's log-probability with respect to the logits, which it overwrites."""
+    slope = logits.sub_(norm).exp_().neg_()
+    return slope.scatter_add_(1, target, torch.ones_like(norm))
+
+
+def linear_log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """Log-probability, in nats, of each target [n] under the projection of hidden [n, d] by weight [v, d]: fp32 [n]."""
+    return _LinearLogProbabilities.apply(hidden, weight, bias, target)
+
+
 class SupervisedLoss(nn.Module):
-    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the summed loss
-    (fp32 scalar).
+    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the sums of
+    `objective`: of the loss alone, unless it says otherwise.
 
     `model` is a transformers causal model or a peft model around one; with `packed` its attention is
     ``llm_ray.train.attention``'s.
     """
 
-    def __init__(self, model: nn.Module, causal: PreTrainedModel, packed: bool) -> None:
+    def __init__(
+        self, model: nn.Module, causal: PreTrainedModel, packed: bool, objective: Objective | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.packed = packed
+        self.objective = objective or CrossEntropy()
         self.blockwise = False
         self._causal = [causal]  # in a list: a second registration would name every weight twice
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, log_probabilities: bool = False) -> Tensor:
+        """The objective's figures, each summed over the batch: fp32 [figures], the loss first; or those of
+        :meth:`log_probabilities`, which have to be asked of what wraps this module."""
+        return self.log_probabilities(batch) if log_probabilities else self.objective.sums(self, batch)
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Log-probabilities of a batch of pairs, in nats, summed over the supervised tokens of each row: fp32
+        [rows]."""
+        if batch.pairs is None:
+            raise ValueError("log-probabilities of rows are those of pairs")
+        of_tokens = self._blockwise_log_probabilities if self.blockwise else self._plain_log_probabilities
+        return torch.zeros(len(batch.row_lengths)).index_add(0, batch.pairs.row_of, of_tokens(batch))
+
+    def cross_entropy(self, batch: Batch) -> Tensor:
+        """Summed over the supervised tokens, in nats: fp32 scalar."""
         return self._blockwise_loss(batch) if self.blockwise else self._plain_loss(batch)
 
     @property
@@ -150,11 +237,25 @@ class SupervisedLoss(nn.Module):
         logits = logits.flatten(0, 1)[batch.supervised].float()
         return F.cross_entropy(logits, batch.targets, reduction="sum")
 
+    def _plain_log_probabilities(self, batch: Batch) -> Tensor:
+        logits = self.model(**self._inputs(batch)).logits
+        logits = logits.flatten(0, 1)[batch.supervised].float()
+        return -F.cross_entropy(logits, batch.targets, reduction="none")
+
+    def _blockwise_log_probabilities(self, batch: Batch) -> Tensor:
+        hidden, head = self._hidden(batch)
+        with torch.autocast("cpu", enabled=False):
+            return linear_log_probabilities(hidden, head.weight, head.bias, batch.targets)
+
     def _blockwise_loss(self, batch: Batch) -> Tensor:
+        hidden, head = self._hidden(batch)
+        with torch.autocast("cpu", enabled=False):
+            return linear_cross_entropy(hidden, head.weight, head.bias, batch.targets)
+
+    def _hidden(self, batch: Batch) -> tuple[Tensor, nn.Linear]:
+        """The hidden states of the supervised tokens [n, d] as the output embeddings take them, and these."""
         head = self.causal.get_output_embeddings()
         hidden = self.causal.base_model(**self._inputs(batch))[0]
         if torch.is_autocast_enabled("cpu"):
             hidden = hidden.to(torch.get_autocast_dtype("cpu"))
-        hidden = hidden.flatten(0, 1)[batch.supervised]
-        with torch.autocast("cpu", enabled=False):
-            return linear_cross_entropy(hidden, head.weight, head.bias, batch.targets)
+        return hidden.flatten(0, 1)[batch.supervised], head

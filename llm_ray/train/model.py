@@ -31,6 +31,7 @@ from llm_ray.models.load import Base, has_experts, load_empty_model, load_model
 from llm_ray.nearest import nearest_names
 from llm_ray.train.attention import switch_to_packed
 from llm_ray.train.loss import SupervisedLoss
+from llm_ray.train.objectives import objective_of
 
 _ALL = "all-linear"
 _NAME = re.compile(r"[\w.-]+")  # of a layer, in place of a pattern of names
@@ -68,7 +69,7 @@ def adapt(conf: FinetuneConf, causal: PreTrainedModel, dtype: torch.dtype, packe
         speed_up_adapters(model)
     if conf.training.accelerator == "ipex":
         _optimize_with_ipex(model, dtype)
-    return SupervisedLoss(model, causal, packed)
+    return SupervisedLoss(model, causal, packed, objective_of(conf))
 
 
 def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:

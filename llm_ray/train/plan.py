@@ -10,7 +10,7 @@ from typing import Any
 from llm_ray.conf.finetune import EarlyStopping, FinetuneConf
 from llm_ray.conf.section import as_run
 from llm_ray.data.formats import Conversation
-from llm_ray.data.prepare import TOO_LONG, DataStats, asked_in_training, lengths_of, open_split
+from llm_ray.data.prepare import DataStats, asked_in_training, cut_off, lengths_of, open_split
 from llm_ray.hardware import choose_precision, cpu_flags
 from llm_ray.train.auto import Choice, rate_for
 from llm_ray.train.batches import plan_steps
@@ -39,6 +39,7 @@ def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, 
             if conf.tuning.method == "lora"
             else {}
         ),
+        **({"dpo": conf.tuning.dpo.model_dump(mode="json")} if conf.tuning.objective == "dpo" else {}),
         **training.model_dump(mode="json", exclude_none=True),
         "epochs": epochs,
         "max_steps": steps,
@@ -89,7 +90,7 @@ def warnings(
             f"{conf.tuning.method} for a model of this width ({usual:g}): little will be learned; raise it, or set "
             "it to auto"
         )
-    cut = data.truncated + sum(count for why, count in data.dropped.items() if why == TOO_LONG)
+    cut = data.truncated + cut_off(data.dropped)
     if cut * 2 > data.read:
         found.append(f"answers of {cut} of {data.read} rows are cut off by data.max_length {data.max_length}: raise it")
     guards = training.best_checkpoint or isinstance(training.early_stopping, EarlyStopping)
@@ -106,8 +107,13 @@ def warnings(
         )
     if data.contradicting:
         found.append(
-            f"training rows with the same question as another one, but a different answer: {data.contradicting} of "
-            f"{rows}. The model cannot learn both: correct them (the first are listed with the data)"
+            (
+                "training pairs that prefer the answer that another pair rejects, out of the same two"
+                if conf.objective.reads == "pairs"
+                else "training rows with the same question as another one, but a different answer"
+            )
+            + f": {data.contradicting} of {rows}. The model cannot learn both: correct them (the first are listed "
+            "with the data)"
         )
     if data.leaked and data.validation:
         found.append(

@@ -28,6 +28,7 @@ from llm_ray.conf.section import as_run
 from llm_ray.data.prepare import has_validation, lengths_of, open_split
 from llm_ray.errors import LlmRayError, TrainError
 from llm_ray.hardware import (
+    Precision,
     choose_precision,
     cpu_flags,
     forget_peak_memory,
@@ -42,7 +43,9 @@ from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.attention import why_not_packed
 from llm_ray.train.batches import Batch, collate, passes_over, plan_steps, steps_of
 from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load, weight_dtype
+from llm_ray.train.objectives import Objective, means
 from llm_ray.train.optimizer import learning_rate, make_optimizer
+from llm_ray.train.reference import reference_folder, reference_log_probabilities
 from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total, use_threads
 
 NOTES_FILE = ".notes"
@@ -73,9 +76,11 @@ class Outcome(TypedDict):
 @dataclass(frozen=True)
 class Setup:
     module: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     packed: bool
+    precision: Precision
     notes: list[str]
     """What the user should know of how it is computed."""
 
@@ -99,20 +104,43 @@ def train(task: Task) -> Outcome:
     except (LlmRayError, OSError) as error:
         problem = f"{error} (worker {rank} on {socket.gethostname()})"
     if (failed := agree(problem)) or setup is None:
-        return Outcome(
-            status="failed", reason=failed or "", step=0, total_steps=0, best_step=None, best_validation_loss=None
-        )
-    module, optimizer = setup.module, setup.optimizer
+        return _before_steps("failed", failed or "")
+    module, objective, optimizer = setup.module, setup.objective, setup.optimizer
     if rank == 0 and setup.notes:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{NOTES_FILE}.partial"
         partial.write_text("\n".join(setup.notes), encoding="utf-8")
         partial.rename(folder / NOTES_FILE)
     training = conf.training
-    schedule, total_steps = plan_steps(conf, lengths_of(training_data), setup.packed)
-    validation_lengths = lengths_of(validation_data) if validation_data else None
+    schedule, total_steps = plan_steps(conf, lengths_of(training_data, padded=not setup.packed), setup.packed)
+    validation_lengths = lengths_of(validation_data, padded=not setup.packed) if validation_data else None
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
+
+    # The base model's log-probabilities, before any weight is another.
+    reference: dict[str, Tensor] = {}
+    if objective.reference:
+        kept = first(str(reference_folder(conf, task["base"], setup.precision)) if rank == 0 else "")
+        for name, data in (("train", training_data), ("validation", validation_data)):
+            if data is None:
+                continue
+            try:
+                found_reference = reference_log_probabilities(
+                    module,
+                    data,
+                    Path(kept) / name,
+                    packed=setup.packed,
+                    limit=schedule.limit,
+                    rank=rank,
+                    workers=workers,
+                    autocast=setup.autocast,
+                    stop=stop_file(conf.run_dir),
+                )
+            except TrainError as error:  # raised by all workers
+                return _before_steps("failed", str(error), total_steps)
+            if found_reference is None:
+                return _before_steps("stopped", "stopped before the first step as asked", total_steps)
+            reference[name] = found_reference
 
     # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all
     # follow.
@@ -124,11 +152,14 @@ def train(task: Task) -> Outcome:
         try:
             progress = checkpoints.load(Path(start_from), module, optimizer, rank)
         except TrainError as error:  # raised by all workers
-            return Outcome(
-                status="failed", reason=str(error), step=0, total_steps=0, best_step=None, best_validation_loss=None
-            )
+            return _before_steps("failed", str(error))
     metrics = (
-        MetricsWriter(conf.run_dir, tensorboard=conf.tracking.tensorboard, resume_from_step=progress.step)
+        MetricsWriter(
+            conf.run_dir,
+            tensorboard=conf.tracking.tensorboard,
+            resume_from_step=progress.step,
+            perplexity=objective.likelihood,
+        )
         if rank == 0
         else None
     )
@@ -143,19 +174,20 @@ def train(task: Task) -> Outcome:
             best_validation_loss=progress.best_validation_loss,
         )
 
-    def validate() -> float | None:
+    def validate() -> dict[str, float]:
+        """The objective's figures over the validation data, called `validation_` and so on; none without any."""
         if validation_lengths is None:
-            return None
-        summed, tokens = 0.0, 0.0
+            return {}
+        sums, weight = torch.zeros(len(objective.figures), dtype=torch.float64), 0
         module.eval()
         with torch.no_grad(), setup.autocast():
             for indices in passes_over(validation_lengths, schedule.limit, rank, workers):
-                batch = collate(validation_data, indices, setup.packed)
-                summed += module(batch).item()
-                tokens += len(batch.targets)
+                batch = collate(validation_data, indices, setup.packed, reference.get("validation"))
+                sums += module(batch)
+                weight += objective.weight(batch)
         module.train()
-        summed, tokens = total(summed, tokens)
-        return summed / tokens
+        *all_sums, all_weight = total(*sums.tolist(), weight)
+        return {f"validation_{name}": mean for name, mean in means(objective, all_sums, all_weight).items()}
 
     def save() -> None:
         path = checkpoints.save(folder, module, optimizer, progress, rank)
@@ -168,25 +200,27 @@ def train(task: Task) -> Outcome:
             checkpoints.prune(folder, conf.checkpoint.keep)
 
     try:
-        if progress.step == 0 and (before := validate()) is not None and metrics:
-            metrics.write({"step": 0, "validation_loss": before})
+        if progress.step == 0 and (before := validate()) and metrics:
+            metrics.write({"step": 0, **before})
         saved_at = progress.step
         began = time.perf_counter()
-        for batches in steps_of(training_data, schedule, rank, workers, progress.step, total_steps):
+        steps = (progress.step, total_steps, reference.get("train"))
+        for batches in steps_of(training_data, schedule, rank, workers, *steps):
             forget_peak_memory()
             rate = learning_rate(conf, progress.step, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            loss_sum, supervised, tokens = accumulate(setup, batches)
+            sums, weight, tokens = accumulate(setup, batches)
 
-            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all supervised
-            # tokens.
+            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all that the
+            # objective counts (supervised tokens, or pairs).
             stop = float(rank == 0 and stop_file(conf.run_dir).exists())
             memory = float(peak_memory())
-            loss_sum, supervised, tokens, stop, memory = total(loss_sum, supervised, tokens, stop, memory)
-            norm = average_gradients(module, workers / max(1, supervised))
-            mean_loss = loss_sum / max(1, supervised)
+            *sums, weight, tokens, stop, memory = total(*sums, weight, tokens, stop, memory)
+            norm = average_gradients(module, workers / max(1.0, weight))
+            figures = means(objective, sums, weight)
+            mean_loss = figures["loss"]
             if not torch.isfinite(torch.tensor([mean_loss, norm])).all():
                 kept = f"the checkpoint of step {saved_at} is intact" if saved_at else "there is no checkpoint yet"
                 raise TrainError(
@@ -202,7 +236,7 @@ def train(task: Task) -> Outcome:
                 "step": progress.step,
                 "total_steps": total_steps,
                 "epoch": progress.step / schedule.steps_per_epoch,
-                "loss": mean_loss,
+                **figures,
                 "learning_rate": rate,
                 "gradient_norm": norm,
                 "tokens": int(tokens),
@@ -212,19 +246,16 @@ def train(task: Task) -> Outcome:
             }
             last = progress.step == total_steps
             patience = training.early_stopping if isinstance(training.early_stopping, EarlyStopping) else None
-            if last or progress.step % validate_every == 0:
-                validation_loss = validate()
-                if validation_loss is not None:
-                    row["validation_loss"] = validation_loss
-                    best = math.inf if progress.best_validation_loss is None else progress.best_validation_loss
-                    enough = validation_loss < best - (patience.min_delta if patience else 0.0)
-                    progress.validations_without_improvement = (
-                        0 if enough else progress.validations_without_improvement + 1
-                    )
-                    if validation_loss < best:
-                        progress.best_validation_loss, progress.best_step = validation_loss, progress.step
-                        if training.best_checkpoint:
-                            checkpoints.save_best(folder, module, rank)
+            if (last or progress.step % validate_every == 0) and (validated := validate()):
+                row |= validated
+                validation_loss = validated["validation_loss"]
+                best = math.inf if progress.best_validation_loss is None else progress.best_validation_loss
+                enough = validation_loss < best - (patience.min_delta if patience else 0.0)
+                progress.validations_without_improvement = 0 if enough else progress.validations_without_improvement + 1
+                if validation_loss < best:
+                    progress.best_validation_loss, progress.best_step = validation_loss, progress.step
+                    if training.best_checkpoint:
+                        checkpoints.save_best(folder, module, rank)
             if metrics:
                 metrics.write(row)
             early = bool(patience and progress.validations_without_improvement >= patience.patience)
@@ -248,6 +279,13 @@ def train(task: Task) -> Outcome:
         if metrics:
             metrics.close()
     return outcome("done")
+
+
+def _before_steps(status: Literal["stopped", "failed"], reason: str, total_steps: int = 0) -> Outcome:
+    """The outcome of a training that has taken no step."""
+    return Outcome(
+        status=status, reason=reason, step=0, total_steps=total_steps, best_step=None, best_validation_loss=None
+    )
 
 
 def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -> Setup:
@@ -288,21 +326,22 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
     if conf.training.strategy == "ddp":
         keep_freed_memory()
     module.train()
-    return Setup(module, make_optimizer(module, conf), autocast, loss.packed, notes)
+    return Setup(module, loss.objective, make_optimizer(module, conf), autocast, loss.packed, precision, notes)
 
 
-def accumulate(setup: Setup, batches: list[Batch]) -> tuple[float, float, float]:
-    """The forward and backward passes of a step on this worker: its summed loss, supervised tokens, and tokens."""
-    loss_sum, supervised, tokens = 0.0, 0.0, 0.0
+def accumulate(setup: Setup, batches: list[Batch]) -> tuple[list[float], float, float]:
+    """The forward and backward passes of a step on this worker: its sums of the objective's figures, what they are
+    means over (supervised tokens, or pairs), and tokens."""
+    sums, weight, tokens = torch.zeros(len(setup.objective.figures), dtype=torch.float64), 0.0, 0.0
     for number, batch in enumerate(batches):
         with gradient_sync(setup.module, last=number == len(batches) - 1):
             with setup.autocast():
-                loss: Tensor = setup.module(batch)
-            loss.backward()
-        loss_sum += loss.item()
-        supervised += len(batch.targets)
+                figures: Tensor = setup.module(batch)
+            figures[0].backward()
+        sums += figures.detach()
+        weight += setup.objective.weight(batch)
         tokens += batch.tokens
-    return loss_sum, supervised, tokens
+    return sums.tolist(), weight, tokens
 
 
 def average_gradients(module: nn.Module, factor: float) -> float:

@@ -155,7 +155,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     setup = set_up(conf, base, cpus, rank, workers)
     data = open_split(prepared, "train")
     lengths = lengths_of(data)
-    schedule, total_steps = plan_steps(conf, lengths, setup.packed)
+    schedule, total_steps = plan_steps(conf, lengths_of(data, padded=not setup.packed), setup.packed)
     looked_at = range(min(total_steps, 200))
     passes = [pass_ for step in looked_at for pass_ in schedule.take(step, rank, workers)]
     heaviest = max(passes, key=lambda rows: _computed(lengths[rows], setup.packed))
@@ -168,8 +168,8 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
 
     def step(batches: list[Batch]) -> float:
         began = time.perf_counter()
-        _, supervised, _ = accumulate(setup, batches)
-        update(setup, average_gradients(setup.module, 1 / max(1, supervised)), conf.training.max_grad_norm)
+        _, weight, _ = accumulate(setup, batches)
+        update(setup, average_gradients(setup.module, 1 / max(1.0, weight)), conf.training.max_grad_norm)
         return time.perf_counter() - began
 
     # A first look with few tokens, and with more: it warms up, and tells whether the real pass takes too long to wait

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import threading
@@ -217,6 +218,105 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
     for conf in (two, one):
         run(conf, cluster)
     assert losses(one) == pytest.approx(losses(two), rel=1e-3)
+
+
+PREFERENCE_FIGURES = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+@pytest.fixture(scope="module")
+def make_pairs(make: Callable[..., FinetuneConf], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """A prepared run on preference pairs."""
+    file = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{'No ' * (n % 3)}idea, ask somebody."}
+        for n, row in enumerate(ROWS)
+    ]
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def made(name: str, **sections: dict[str, Any]) -> FinetuneConf:
+        tuning = {"objective": "dpo", "lora": {"r": 4}} | sections.pop("tuning", {})
+        return make(name, data={"train": str(file), "validation": 0.2, "max_length": 96}, tuning=tuning, **sections)
+
+    return made
+
+
+def preferences(conf: FinetuneConf) -> dict[str, list[float]]:
+    """The figures of each step."""
+    losses(conf)
+    rows = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
+    return {name: [row[name] for row in rows] for name in PREFERENCE_FIGURES}
+
+
+@pytest.fixture(scope="module")
+def preferring(make_pairs: Callable[..., FinetuneConf], cluster: Cluster) -> FinetuneConf:
+    conf = make_pairs("preferring")
+    assert run(conf, cluster)["status"] == "done"
+    return conf
+
+
+def test_preferences_are_learned_from_a_reference_that_is_kept(preferring: FinetuneConf) -> None:
+    rows = read_metrics(preferring.run_dir / "metrics.jsonl")
+    assert rows[0]["validation_loss"] == pytest.approx(math.log(2), abs=1e-3), "the base model against itself"
+    assert "validation_perplexity" not in rows[0]
+    assert abs(rows[0]["validation_rewards/margins"]) < 1e-2
+    assert rows[-1]["validation_loss"] < 0.9 * rows[0]["validation_loss"]
+    assert rows[-1]["validation_rewards/accuracies"] == 1
+    assert rows[-1]["rewards/chosen"] > rows[-1]["rewards/rejected"]
+    kept = sorted(file.name for file in preferring.run_dir.glob("prepared/reference/*/*/*"))
+    assert kept == ["000000000.npy"] * 2, "of training and validation pairs"
+
+
+def test_a_stopped_run_of_preferences_goes_on_and_computes_no_reference_again(
+    make_pairs: Callable[..., FinetuneConf], cluster: Cluster, preferring: FinetuneConf
+) -> None:
+    conf = make_pairs("preferring-stopped")
+
+    def stop_at_step_three() -> None:
+        while not (rows := read_metrics(conf.run_dir / "metrics.jsonl", last=1)) or rows[-1]["step"] < 3:
+            time.sleep(0.02)
+        stop_file(conf.run_dir).touch()
+
+    threading.Thread(target=stop_at_step_three, daemon=True).start()
+    with pytest.raises(Stopped, match="with a checkpoint"):
+        run(conf, cluster)
+    assert 3 <= len(losses(conf)) < STEPS
+    written = {file: file.stat().st_mtime_ns for file in conf.run_dir.glob("prepared/reference/*/*/*")}
+    assert run(conf, cluster)["status"] == "done"
+    assert written == {file: file.stat().st_mtime_ns for file in conf.run_dir.glob("prepared/reference/*/*/*")}
+    unbroken = preferences(preferring)
+    for name, figures in preferences(conf).items():
+        assert figures == pytest.approx(unbroken[name], rel=1e-3, abs=1e-4), name
+
+
+def test_one_worker_has_the_preferences_of_two(
+    make_pairs: Callable[..., FinetuneConf], cluster: Cluster, preferring: FinetuneConf
+) -> None:
+    one = make_pairs("preferring-alone", runtime={"workers": 1}, training={"micro_batch_tokens": 200})
+    run(one, cluster)
+    two = preferences(preferring)
+    for name, figures in preferences(one).items():
+        assert figures == pytest.approx(two[name], rel=2e-3, abs=1e-3), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fsdp_has_the_preferences_of_ddp(
+    make_pairs: Callable[..., FinetuneConf], cluster: Cluster, method: str
+) -> None:
+    confs = [
+        make_pairs(
+            f"preferring-{method}-{strategy}",
+            tuning={"method": method},
+            training={"strategy": strategy, "max_steps": 3, "learning_rate": 1e-4},
+            checkpoint={"every_steps": 100},
+        )
+        for strategy in ("ddp", "fsdp")
+    ]
+    for conf in confs:
+        run(conf, cluster)
+    ddp, fsdp = map(preferences, confs)
+    for name, figures in fsdp.items():
+        assert figures == pytest.approx(ddp[name], rel=2e-3, abs=1e-3), name
 
 
 @pytest.mark.long

@@ -98,3 +98,13 @@ def test_the_code_of_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [f.name for f in code_of("pieces.cut:Own")] == ["__init__.py", "cut.py", "knife.py"]
     assert code_of("wikitext") == [Path(processors.__file__).with_name("wikitext.py")]
     assert code_of("no.such:Thing") == code_of("wikitexts") == []
+
+
+def test_what_preferences_are_learnt_by_decides_no_other_training(folder: Path) -> None:
+    def trained(*settings: str) -> str:
+        conf = load_finetune(str(folder / "conf.yaml"), settings)
+        return _inputs(conf, base_of(conf))["train"]
+
+    assert trained("tuning.dpo.beta=0.5") == trained()
+    dpo = "tuning.objective=dpo"
+    assert trained(dpo, "tuning.dpo.beta=0.5") != trained(dpo) != trained()

@@ -197,8 +197,8 @@ def _row(row: PreviewRow) -> str:
             f"<mark>{html.escape(span.text)}</mark>" if span.supervised else f"<span>{html.escape(span.text)}</span>"
             for span in one.spans
         )
-        parts.append(
-            f'<p class="count">{one.tokens} tokens, {one.supervised} trained on</p><pre class="row">{text}</pre>'
-        )
+        learnt = f"{one.answer}: {one.tokens} tokens, {one.supervised} compared" if one.answer else ""
+        count = learnt or f"{one.tokens} tokens, {one.supervised} trained on"
+        parts.append(f'<p class="count">{count}</p><pre class="row">{text}</pre>')
     dropped = f'<p class="count">dropped: {html.escape(row.dropped)}</p>' if row.dropped else ""
     return f"<article><h3>{html.escape(Path(row.place).name)}</h3>{dropped}{''.join(parts)}</article>"

@@ -237,6 +237,10 @@ def _curves(rows: list[dict[str, Any]]) -> str:
 
     charts = [
         figures.curves("Loss", {"loss": of("loss"), "validation loss": of("validation_loss")}),
+        figures.curves(
+            "Share of pairs preferred",
+            {"training": of("rewards/accuracies"), "validation": of("validation_rewards/accuracies")},
+        ),
         figures.curves("Learning rate", {"learning rate": of("learning_rate")}),
         figures.curves("Tokens per second", {"tokens/s": of("tokens_per_second")}),
     ]

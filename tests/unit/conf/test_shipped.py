@@ -24,7 +24,7 @@ LOAD: dict[str, Any] = {"finetune": load_finetune, "serve": load_serve}
 TEMPLATES = [(kind, name) for kind in LOAD for name in shipped(kind)]
 # What a template needs to be given.
 NEEDS = {
-    **{("finetune", name): ["train=tickets.jsonl"] for name in ("lora", "full", "pretrain", "cluster")},
+    **{("finetune", name): ["train=tickets.jsonl"] for name in ("lora", "full", "pretrain", "dpo", "cluster")},
     ("serve", "lora"): ["runs=support-bot"],
 }
 each_template = pytest.mark.parametrize(("kind", "name"), TEMPLATES)
@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with the data that the templates' heads speak of."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLM_RAY_HOME", str(tmp_path / "home"))
-    for name in ("tickets.jsonl", "host.pem", "host.key"):
+    for name in ("tickets.jsonl", "pairs.jsonl", "host.pem", "host.key"):
         (tmp_path / name).touch()
     for name in ("manuals", "my-model", "my-adapter"):
         (tmp_path / name).mkdir()
@@ -44,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_templates_that_are_promised() -> None:
-    assert set(shipped("finetune")) == {"quickstart", "lora", "full", "pretrain", "cluster"}
+    assert set(shipped("finetune")) == {"quickstart", "lora", "full", "pretrain", "dpo", "cluster"}
     assert set(shipped("serve")) == {"quickstart", "chat", "openvino", "lora", "autoscale", "models", "cluster"}
 
 

@@ -20,9 +20,8 @@ FILE = "/data/rows.jsonl"
 @pytest.fixture
 def convert(conf: Make) -> Callable[..., Conversation | Text]:
     def of(values: dict[str, Any], *, objective: str = "sft", **data: Any) -> Conversation | Text:
-        return Formatter(conf(FILE, objective=objective, **data).data, pretrain=objective == "pretrain")(
-            Row(FILE, 7, values)
-        )
+        made = conf(FILE, objective=objective, **data)
+        return Formatter(made.data, made.objective.reads)(Row(FILE, 7, values))
 
     return of
 
@@ -224,7 +223,7 @@ def test_turns_of_two_kinds_in_one_column(convert: Convert) -> None:
 
 
 def test_each_file_has_its_own_format(conf: Make) -> None:
-    formatter = Formatter(conf(FILE).data, pretrain=False)
+    formatter = Formatter(conf(FILE).data, "conversations")
     assert formatter(Row("/a.json", 1, {"instruction": "Hi", "output": "Hello"})) == qa("Hi", "Hello")
     assert formatter(Row("/b.json", 1, {"prompt": "Hi", "completion": "Hello"})) == qa("Hi", "Hello")
     assert formatter.formats == ["alpaca", "prompt_completion"]
@@ -335,7 +334,7 @@ def test_renamed_column_that_is_not_there(convert: Convert) -> None:
 
 def test_columns_with_an_unknown_name(conf: Make) -> None:
     with pytest.raises(ConfError, match=r"'instructions' is not a column of format alpaca; .*nearest: instruction"):
-        Formatter(conf(FILE, format="alpaca", columns={"instructions": "question"}).data, pretrain=False)
+        Formatter(conf(FILE, format="alpaca", columns={"instructions": "question"}).data, "conversations")
 
 
 # Columns that are not used --------------------------------------------------------------------------------------------
@@ -389,14 +388,14 @@ def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str,
     ],
 )
 def test_what_is_not_used_of_a_row_is_counted(conf: Make, values: dict[str, Any], left_out: set[str]) -> None:
-    formatter = Formatter(conf(FILE).data, pretrain=False)
+    formatter = Formatter(conf(FILE).data, "conversations")
     for line in (1, 2):
         formatter(Row(FILE, line, values))
     assert formatter.left_out == dict.fromkeys(left_out, 2)
 
 
 def test_columns_named_in_the_conf_are_used(conf: Make) -> None:
-    formatter = Formatter(conf(FILE, columns={"prompt": "question", "completion": "answer"}).data, pretrain=False)
+    formatter = Formatter(conf(FILE, columns={"prompt": "question", "completion": "answer"}).data, "conversations")
     formatter(Row(FILE, 1, {"question": "Hi", "answer": "Hello", "prompt_id": 3}))
     assert formatter.left_out == {"prompt_id": 1}
 

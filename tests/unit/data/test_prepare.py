@@ -16,11 +16,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.data.encode import IGNORED, ChatEncoder, Encoded
+from llm_ray.data.encode import IGNORED, NO_ANSWER, TOO_LONG, ChatEncoder, Encoded
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import (
-    NO_ANSWER,
-    TOO_LONG,
     DataStats,
     asked_in_training,
     evaluation_rows,

@@ -85,3 +85,26 @@ def test_a_card_without_figures_or_licence(make_conf: MakeConf) -> None:
     assert "## Results" not in text
     assert "apply_chat_template" not in text
     assert "\n\n\n" not in text
+
+
+def test_a_card_of_preferences(make_conf: MakeConf) -> None:
+    conf = make_conf(tuning={"objective": "dpo", "dpo": {"beta": 0.2, "sft_weight": 0.5}})
+    evaluation = {
+        "rows": 0,
+        "base": {"validation_loss": 0.6931},
+        "finetuned": {"validation_loss": 0.51, "reward_accuracy": 0.8, "reward_margin": 0.4},
+    }
+    with opened_run(conf, force=False) as run:
+        text = model_card(chosen(conf), base_of(conf), run.lineage(), {"evaluation": evaluation})
+    assert ModelCard(text).data.to_dict()["tags"] == ["llm-ray", "dpo", "lora", "conversational"]
+    for part in (
+        "on pairs of answers, to prefer the chosen one of each to the rejected one.",
+        "| preference loss | sigmoid |",
+        "| beta | 0.2 |",
+        "| weight of the sft term | 0.5 |",
+        "| validation loss | 0.6931 | 0.51 |",
+        "| held-out pairs of which the chosen answer is preferred | – | 0.8 |",
+        "apply_chat_template",
+    ):
+        assert part in text
+    assert "label smoothing" not in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,7 +56,7 @@ def chosen(
     st.integers(1, 10**6),
     st.integers(16, 16384),
     st.sampled_from(["lora", "full"]),
-    st.sampled_from(["sft", "pretrain"]),
+    st.sampled_from(["sft", "pretrain", "dpo"]),
     st.booleans(),
 )
 def test_nothing_stays_auto_and_each_choice_has_its_reason(
@@ -116,3 +117,11 @@ def test_validation_guards_auto_epochs_alone() -> None:
     assert isinstance(chosen(500, validation=50).conf.training.early_stopping, EarlyStopping)
     assert chosen(500).conf.training.early_stopping is None
     assert chosen(500, validation=50, training={"early_stopping": None}).conf.training.early_stopping is None
+
+
+def test_preferences_take_a_tenth_of_the_rate_no_dropout_and_few_passes() -> None:
+    sft, dpo = chosen(300), chosen(300, objective="dpo")
+    assert float(dpo.conf.training.learning_rate) == pytest.approx(float(sft.conf.training.learning_rate) / 10, rel=0.1)
+    assert (sft.conf.tuning.lora.dropout, dpo.conf.tuning.lora.dropout) == (0.1, 0.0)
+    assert dpo.conf.training.epochs == chosen(100, objective="dpo").conf.training.epochs == 3
+    assert "objective dpo" in dpo.reasons["training.learning_rate"] and "pairs" in dpo.reasons["training.epochs"]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from llm_ray.data.prepare import TOO_LONG, DataStats
+from llm_ray.data.encode import PAIR_TOO_LONG, TOO_LONG
+from llm_ray.data.prepare import DataStats
 from llm_ray.train.auto import choose
 from llm_ray.train.plan import warnings
 from llm_ray.train.verdict import not_learned
@@ -30,6 +31,7 @@ def test_a_good_plan_has_no_warnings() -> None:
     [
         ({"truncated": 60}, {}, "answers of 60 of 100 rows are cut off by data.max_length 1024"),
         ({"dropped": {TOO_LONG: 51}}, {}, "answers of 51 of 100 rows are cut off"),
+        ({"dropped": {PAIR_TOO_LONG: 51}}, {}, "answers of 51 of 100 rows are cut off"),
         ({"repeated": 12}, {}, "training rows that repeat another one: 12 of 90"),
         (
             {"contradicting": 1},
@@ -45,6 +47,12 @@ def test_what_speaks_against_a_plan(change: dict[str, Any], training: dict[str, 
     data = data_of(90, validation=10).model_copy(update=change)
     (warning,) = warned(data, training=training)
     assert words in warning
+
+
+def test_contradictions_between_pairs_are_of_another_kind() -> None:
+    data = data_of(90).model_copy(update={"contradicting": 2})
+    (warning,) = warned(data, objective="dpo")
+    assert "training pairs that prefer the answer which another one rejects in favour of the same: 2 of 90" in warning
 
 
 def test_few_steps_and_few_validation_rows() -> None:

@@ -108,7 +108,7 @@ def renderer(smollm2: Path) -> BaseRenderer[Any]:
 
 def learnt_prompts(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[list[int]]:
     """The tokens before each answer that is learnt."""
-    conversation = Formatter(Data(train=("rows.jsonl",)), pretrain=False)(Row("rows.jsonl", 1, copy.deepcopy(row)))
+    conversation = Formatter(Data(train=("rows.jsonl",)), "conversations")(Row("rows.jsonl", 1, copy.deepcopy(row)))
     assert isinstance(conversation, Conversation)
     (encoded,) = ChatEncoder(tokenizer, 4096).encode([conversation])
     assert isinstance(encoded, Encoded), encoded

@@ -1,0 +1,110 @@
+"""The log-probabilities of preference pairs under the base model, which an objective measures the trained one against.
+
+They are computed once, before a weight has moved: then the model with its fresh adapters, which add nothing yet, or with
+all weights as they were loaded, is the base model itself. So no second copy of it is kept in memory, and a step costs
+what it costs without a reference. They lie beside the prepared data, a file for each `PART` pairs: a run that is broken
+off goes on from the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.data.prepare import lengths_of
+from llm_ray.errors import TrainError
+from llm_ray.hardware import Precision
+from llm_ray.models.load import Base, identity
+from llm_ray.runs.folder import inputs_hash
+from llm_ray.train.batches import collate, passes_over
+from llm_ray.train.workers import agree, first, world_size
+
+PART = 256
+FORM = 1
+"""Number of the form of the files: those of another one are computed again."""
+
+
+def reference_folder(conf: FinetuneConf, base: Base, precision: Precision) -> Path:
+    """Where those of the run's prepared data are, by what they depend on besides the data: the model, and all that its
+    arithmetic depends on."""
+    computed = [conf.model.dtype, precision, conf.training.accelerator, conf.training.strategy, conf.tuning.method]
+    key = inputs_hash(FORM, PART, identity(base), computed)
+    return conf.run_dir / "prepared" / "reference" / key[:16]
+
+
+def reference_log_probabilities(
+    module: nn.Module,
+    data: datasets.Dataset,
+    folder: Path,
+    *,
+    packed: bool,
+    limit: int,
+    rank: int,
+    workers: int,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    stop: Path,
+) -> Tensor | None:
+    """Log-probabilities, in nats, of the chosen and the rejected answer of every pair of `data`: fp32 [pairs, 2]. Every
+    worker calls it, and gets all of them.
+
+    `module` is what is about to be trained, untouched; `limit`, the most tokens of a pass; `folder`, where they are
+    kept. None when the file `stop` was found between two parts. Raises TrainError on all workers when they cannot be
+    written.
+    """
+    lengths = lengths_of(data, padded=not packed)
+    parts: list[np.ndarray] = []
+    for begin in range(0, len(data), PART):
+        rows = range(begin, min(begin + PART, len(data)))
+        file = folder / f"{begin:09d}.npy"
+        known = first(_kept(file, len(rows)) if rank == 0 else None)
+        if known is None:
+            if first(stop.exists()):
+                return None
+            known = torch.zeros(len(rows), 2, dtype=torch.float64)
+            module.eval()
+            with torch.no_grad(), autocast():
+                for indices in passes_over(lengths[begin : rows.stop], limit, rank, workers):
+                    given = module(collate(data, [begin + i for i in indices], packed), log_probabilities=True)
+                    if indices:
+                        known[indices] = given.view(-1, 2).double()
+            module.train()
+            if world_size() > 1:
+                dist.all_reduce(known)
+            known = known.numpy()
+            if failed := agree(_write(file, known) if rank == 0 else None):
+                raise TrainError(
+                    f"the base model's log-probabilities {file} could not be written: {failed}. Make room, then run the "
+                    "same command again: those before it are kept"
+                )
+        parts.append(known)
+    return torch.from_numpy(np.concatenate(parts)).float()
+
+
+def _kept(file: Path, rows: int) -> np.ndarray | None:
+    try:
+        values = np.load(file)
+    except (OSError, ValueError):  # not there, or not whole
+        return None
+    return values if values.shape == (rows, 2) else None
+
+
+def _write(file: Path, values: np.ndarray) -> str | None:
+    """Why it could not be written; None where it could."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as out:
+            np.save(out, values)
+        partial.rename(file)
+    except OSError as error:
+        return str(error)
+    return None
