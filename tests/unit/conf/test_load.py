@@ -260,7 +260,7 @@ def test_lines_are_the_templates(write: Write) -> None:
 
 
 def test_no_such_conf(folder: Path) -> None:
-    assert "Shipped: cluster, full, lora, pretrain, quickstart" in message("nowhere.yaml")
+    assert "Shipped: cluster, dpo, full, lora, pretrain, quickstart" in message("nowhere.yaml")
     assert "did you mean quickstart?" in message("qickstart")
     (folder / "support.yaml").touch()
     assert f"did you mean {folder}/support.yaml?" in message(folder / "suport.yaml")

@@ -52,7 +52,7 @@ def test_what_speaks_against_a_plan(change: dict[str, Any], training: dict[str, 
 def test_contradictions_between_pairs_are_of_another_kind() -> None:
     data = data_of(90).model_copy(update={"contradicting": 2})
     (warning,) = warned(data, objective="dpo")
-    assert "training pairs that prefer the answer which another one rejects in favour of the same: 2 of 90" in warning
+    assert "training pairs that prefer the answer that another pair rejects, out of the same two: 2 of 90" in warning
 
 
 def test_few_steps_and_few_validation_rows() -> None:
