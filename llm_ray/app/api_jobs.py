@@ -45,6 +45,7 @@ from llm_ray.serve.gateway.finetuning.service import (
 
 _ID = re.compile(r"ftjob-[0-9a-f]{12}")
 _RECORD = "job.json"
+_STILL_ENDING = "The job `{}` is still ending what it did: resume it in a moment."
 _STARTS = 3
 """How often a job is begun again whose process was killed."""
 
@@ -68,8 +69,9 @@ class Record:
     """Whether it has come to the queue."""
     cancelled: int | None = None
     paused: int | None = None
-    ended: bool = False
-    """Whether nothing is to be looked after any more."""
+    ended: State | None = None
+    """How it ended, once nothing is to be looked after any more: its run may be deleted."""
+    finished: int | None = None
     killed: int = 0
     """How often its process was."""
     notes: tuple[tuple[int, Level, str], ...] = ()
@@ -122,13 +124,7 @@ class Jobs:
         for folder in (self._place.parent.parent, self._place.parent, self._place):
             folder.mkdir(exist_ok=True, mode=0o700, parents=True)
         with self._changing():
-            if len([job for job in self.all() if job.state in ("queued", "running")]) >= self._settings.max_jobs:
-                raise Problem(
-                    429,
-                    f"You have {self._settings.max_jobs} jobs that wait or run, as many as you may: wait for one, or "
-                    "cancel it.",
-                    "too_many_jobs",
-                )
+            self._check_room()
             with self._told(record):
                 folder = self._place / f".{id}"
                 folder.mkdir(mode=0o700)
@@ -168,8 +164,10 @@ class Jobs:
             if record.cancelled or not (record.paused or standing.state in ("failed", "cancelled")):
                 raise Problem(400, f"The job `{id}` is {standing.state}: only one that is paused or failed can go on.")
             if standing.alive:
-                raise Problem(503, f"The job `{id}` is still ending its step: resume it in a moment.", "still_ending")
-            again = _noted(replace(record, paused=None, ended=False, killed=0), "info", "The job goes on")
+                raise Problem(503, _STILL_ENDING.format(id), "still_ending")
+            if not record.paused:
+                self._check_room()
+            again = _noted(replace(record, paused=None, ended=None, finished=None, killed=0), "info", "The job goes on")
             with self._told(record):
                 self._submit(again, self._conf(record))
         return self.get(id)
@@ -191,7 +189,7 @@ class Jobs:
                             again = _noted(again, "warn", "The job's process was ended from outside: it goes on")
                         self._submit(again, self._conf(record))
                 if standing.state in ("succeeded", "failed", "cancelled") and not standing.alive:
-                    self._write(replace(record, ended=True))
+                    self._write(replace(record, ended=standing.state, finished=standing.finished))
 
     def events(self, id: str) -> list[Event]:
         """What has happened to a job, the oldest first. Raises Problem where there is none."""
@@ -243,6 +241,15 @@ class Jobs:
             None,
         )
 
+    def _check_room(self) -> None:
+        """Raises Problem where there are as many jobs as there may be."""
+        if len([job for job in self.all() if job.state in ("queued", "running")]) >= self._settings.max_jobs:
+            raise Problem(
+                429,
+                f"You have {self._settings.max_jobs} jobs that wait or run, as many as you may: wait for one, or cancel it.",
+                "too_many_jobs",
+            )
+
     # How a job stands -------------------------------------------------------------------------------------------------
 
     def _queue(self) -> dict[str, jobs.Job]:
@@ -271,7 +278,7 @@ class Jobs:
         if state == "stopped":
             return _Standing("cancelled", finished=at)  # on the machine
         if not queued and state is None and record.submitted:
-            return _Standing("cancelled", finished=record.created)  # taken away on the machine
+            return _Standing(record.ended or "cancelled", finished=record.finished or record.created)  # taken away here
         if state == "running" and holder(self._runs / record.run) is not None:
             return _Standing("running", alive=True)  # by a command of the machine
         if record.killed >= _STARTS:
@@ -442,6 +449,8 @@ class Jobs:
             yield
         except Problem:
             raise
+        except jobs.Busy as error:
+            raise Problem(503, _STILL_ENDING.format(record.id), "still_ending") from error
         except LlmRayError as error:
             raise Problem(400, self._words(str(error), record)) from error
 

@@ -42,6 +42,10 @@ _LOCK_SECONDS = 1.0  # who looks at the queue holds a lock for a moment
 State = Literal["waiting", "starting", "running", "failed"]
 
 
+class Busy(RunError):
+    """The process of a finetune of this name has not ended yet."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A finetune that waits, runs, or has failed before there was a run."""
@@ -95,7 +99,7 @@ def submit(
     run on this machine.
 
     A run of that name that was broken off is gone on with. `command` is the command line that does the same. Raises
-    RunError where the run is waiting or running, or was made with another conf; ConfError.
+    RunError where the run is waiting or running (Busy), or was made with another conf; ConfError.
     """
     runs, name = conf.paths.runs, conf.name
     folder = runs / _QUEUE
@@ -103,7 +107,7 @@ def submit(
     refuse_other_conf(conf, conf.run_dir)
     with _lock(folder / f"{name}.lock") as lock:
         if lock is None:
-            raise RunError(f"{name} is waiting or running already: give this one another name, or stop that one first")
+            raise Busy(f"{name} is waiting or running already: give this one another name, or stop that one first")
         if holder(conf.run_dir) is not None:
             raise RunError(f"the run {name} is at work: wait for it or stop it, or give this one another name")
         with locked(folder / ".lock"):

@@ -70,18 +70,15 @@ def service(home: Path) -> Iterator[ApiService]:
         until(lambda: not processes(home))
 
 
-def processes(home: Path) -> list[psutil.Process]:
-    found = []
+def processes(home: Path) -> dict[str, psutil.Process]:
+    """Those of jobs, by their runs; a process that has just begun is still this one's child and not among them."""
+    found = {}
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[3:5] == ["llm_ray.cli.job", str(home / "runs")]:
-                found.append(process)
+        with contextlib.suppress(psutil.Error):  # it ends just now
+            command = process.cmdline()
+            if command[3:5] == ["llm_ray.cli.job", str(home / "runs")] and process.ppid() != psutil.Process().pid:
+                found[command[5]] = process
     return found
-
-
-def detached(home: Path) -> dict[str, psutil.Process]:
-    """Those that are no child of this process, by their runs."""
-    return {process.cmdline()[5]: process for process in processes(home) if process.ppid() != psutil.Process().pid}
 
 
 def until(true: Callable[[], object]) -> None:
@@ -151,8 +148,8 @@ def test_a_job_is_paused_resumed_and_cancelled_while_it_waits(service: ApiServic
 def test_one_whose_process_was_killed_goes_on_in_its_place(service: ApiService, home: Path) -> None:
     alice = Client(service, "alice")
     first, second = alice.create(), alice.create()
-    until(lambda: first.run in detached(home))  # Ray would end a child with its parent
-    detached(home)[first.run].kill()
+    until(lambda: first.run in processes(home))  # Ray would end a child with its parent
+    processes(home)[first.run].kill()
     until(lambda: queue.queue(home / "runs")[0].killed)
     assert alice.job(first).state == "queued"
     open_service(home, FinetuningApi(enabled=True)).recover()  # another process's, after this one was killed
@@ -161,8 +158,16 @@ def test_one_whose_process_was_killed_goes_on_in_its_place(service: ApiService, 
     assert "The job's process was ended from outside: it goes on" in alice.told(first)
     queue.cancel(home / "runs", second.run)  # by the page
     assert alice.job(second).state == "cancelled"
+    third, _ = alice.create(), alice.create()
+    with pytest.raises(Problem, match="as many as you may"):
+        service.resume(alice.owner, second.id)
+    service.cancel(alice.owner, third.id)
+    until(lambda: second.run not in processes(home))  # until then it is 503
+    assert service.resume(alice.owner, second.id).state == "queued"
+    queue.cancel(home / "runs", second.run)
     service.recover()
-    assert [job.name for job in queue.queue(home / "runs")] == [first.run]
+    assert first.run in {job.name for job in queue.queue(home / "runs")}
+    assert second.run not in {job.name for job in queue.queue(home / "runs")}
 
 
 def test_what_a_run_comes_to_is_what_its_job_comes_to(service: ApiService, home: Path) -> None:
@@ -214,6 +219,10 @@ def test_what_a_run_comes_to_is_what_its_job_comes_to(service: ApiService, home:
     assert service.may_ask(service.owner_of("bob"), name) is False
     assert service.may_ask(service.owner_of(None), name) is False
     assert service.may_ask(alice.owner, "ft:base:bot:ffffffffffff") is None
+    service.recover()
+    run.rename(home / "deleted")
+    assert (alice.job(job).state, alice.job(job).fine_tuned_model) == ("succeeded", name)
+    (home / "deleted").rename(run)
     (run / "output").mkdir()
     again = alice.create(model=name, named=Named(name, run / "output", True, False), suffix="two")
     assert alice.service._jobs(alice.owner)._record(again.id).model == f"ft:base:two:{again.id[6:]}"

@@ -67,7 +67,7 @@ class Operations:
         """Answer at the API's paths."""
         made = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
         looked = (400, 401, 404, 500)
-        changed = (400, 401, 404, 429, 500)
+        changed = (400, 401, 404, 429, 500, 503)
         job = f"{JOBS}/{{fine_tuning_job_id}}"
         described: list[tuple[str, str, Callable[..., Any], dict[str, Any], Sequence[int], dict[str, Any]]] = [
             ("POST", FILES, self.create_file, {"model": objects.FileObject}, made, _FORM),
@@ -303,7 +303,7 @@ async def _told(work: Awaitable[T]) -> T:
     try:
         return await work
     except Problem as problem:
-        retry = 30 if problem.status == 429 else None
+        retry = {429: 30, 503: 2}.get(problem.status)
         raise ApiError(problem.status, str(problem), problem.code, param=problem.param, retry_after=retry) from problem
 
 
