@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Literal
@@ -31,7 +31,7 @@ from llm_ray.conf.load import dump
 from llm_ray.errors import LlmRayError, RunError, Stopped
 from llm_ray.files import locked, write_json, write_text
 from llm_ray.progress import Reporter
-from llm_ray.runs.folder import CONF, LOCK, RUN, holder, refuse_other_conf, stored_conf
+from llm_ray.runs.folder import CONF, LOCK, RUN, RunFolder, holder, refuse_other_conf, stored_conf
 
 LOG = "finetune.log"
 _QUEUE = ".queue"
@@ -39,6 +39,10 @@ _POLL = 0.5  # seconds
 _LOCK_SECONDS = 1.0  # who looks at the queue holds a lock for a moment
 
 State = Literal["waiting", "starting", "running", "failed"]
+
+
+class Busy(RunError):
+    """The process of a finetune of this name has not ended yet."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Job:
     """How many go before it."""
     reason: str
     """Why it failed."""
+    killed: bool = False
+    """Whether it failed because its process was ended: submitted again, it goes on."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,31 @@ class _Entry:
     at_once: int
     started: bool = False
     reason: str = ""
+    serve_as: str = ""
+    home: str = ""
 
 
-def submit(conf: FinetuneConf, *, by: str = "", command: str = "", at_once: int = 1) -> Job:
+@dataclass(frozen=True)
+class Service:
+    """What a job of a service is beside a finetune: its run is open to this user alone, it outlives the process that asks
+    for it even where that process ends its children, and its model is served when it is there."""
+
+    serve_as: str
+    """The name under which this machine's endpoint serves it."""
+    home: Path
+    """The folder of models, data and runs, by which the endpoint is found."""
+    arrived: int
+    """Its place among the others: when it was asked for first, in nanoseconds since 1970."""
+
+
+def submit(
+    conf: FinetuneConf, *, by: str = "", command: str = "", at_once: int = 1, service: Service | None = None
+) -> Job:
     """Have the finetune of `conf` run in the background, after those that wait already and when fewer than `at_once`
     run on this machine.
 
     A run of that name that was broken off is gone on with. `command` is the command line that does the same. Raises
-    RunError where the run is waiting or running, or was made with another conf.
+    RunError where the run is waiting or running (Busy), or was made with another conf; ConfError.
     """
     runs, name = conf.paths.runs, conf.name
     folder = runs / _QUEUE
@@ -83,22 +106,31 @@ def submit(conf: FinetuneConf, *, by: str = "", command: str = "", at_once: int 
     refuse_other_conf(conf, conf.run_dir)
     with _lock(folder / f"{name}.lock") as lock:
         if lock is None:
-            raise RunError(f"{name} is already waiting or running: use another name, or stop that run first")
+            raise Busy(f"{name} is already waiting or running: use another name, or stop that run first")
         if holder(conf.run_dir) is not None:
             raise RunError(f"the run {name} is active: wait for it, stop it, or use another name")
         with locked(folder / ".lock"):
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            write_text(folder / f"{name}.yaml", dump(conf))
-            write_json(folder / f"{name}.json", asdict(_Entry(time.time_ns(), by, now, command, at_once)))
+            entry = _Entry(time.time_ns(), by, now, command, at_once)
+            if service:
+                entry = replace(entry, number=service.arrived, serve_as=service.serve_as, home=str(service.home))
+            write_text(folder / f"{name}.yaml", dump(conf), mode=0o600 if service else 0o666)
+            write_json(folder / f"{name}.json", asdict(entry))
         with (folder / f"{name}.log").open("wb") as log:
+            if service:
+                os.fchmod(log.fileno(), 0o600)
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "llm_ray.cli.job", str(runs), name, str(lock.fileno())],
+                [
+                    *(sys.executable, "-P", "-m", "llm_ray.cli.job"),
+                    *(str(runs), name, str(lock.fileno()), *(["detached"] if service else [])),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # signals to this process's group or terminal are not meant for it
                 pass_fds=[lock.fileno()],  # with the lock: there is no moment in which nobody holds it
                 cwd=runs,
+                umask=0o077 if service else -1,
             )
     threading.Thread(target=process.wait, daemon=True).start()  # else it stays as a zombie
     return next((job for job in queue(runs) if job.name == name), Job(name, "starting", by, now, 0, ""))
@@ -123,7 +155,7 @@ def queue(runs: Path) -> list[Job]:
         ahead = sum(job.state != "failed" for job in jobs)
         if not alive:
             reason = entry.reason or "its process has ended (was it killed, or the machine restarted?): start it again"
-            jobs.append(Job(name, "failed", entry.by, entry.since, 0, reason))
+            jobs.append(Job(name, "failed", entry.by, entry.since, 0, reason, killed=not entry.reason))
         elif entry.started:
             state: State = "running" if holder(runs / name) is not None else "starting"
             jobs.append(Job(name, state, entry.by, entry.since, 0, ""))
@@ -265,6 +297,8 @@ def run(runs: Path, name: str, reporter: Reporter) -> int:
     code, reason = 1, "its process was terminated"
     try:
         run_finetune(load_finetune(folder / f"{name}.yaml"), reporter)
+        if entry.serve_as:
+            _serve(runs / name, entry, reporter)
         code, reason = 0, ""
     except Stopped as error:
         code, reason = error.exit_code, str(error)
@@ -280,3 +314,17 @@ def run(runs: Path, name: str, reporter: Reporter) -> int:
                 _remove_unbegun(runs / name)
                 write_json(folder / f"{name}.json", asdict(entry) | {"reason": reason})
     return code
+
+
+def _serve(run: Path, entry: _Entry, reporter: Reporter) -> None:
+    """Have this machine's endpoint serve the model of a run, and note how that went: that it is not served makes no
+    failure of the finetune."""
+    from llm_ray.app.serving import serve_run
+
+    try:
+        how, served = serve_run(run.name, entry.serve_as, Path(entry.home), reporter), True
+    except LlmRayError as error:
+        how, served = str(error), False
+        reporter.line(f"{entry.serve_as} is not served: {error}", kind="warning")
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    RunFolder(run).record(served={"name": entry.serve_as, "served": served, "how": how, "at": at})

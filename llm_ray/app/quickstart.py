@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_ray.app.api_service import open_service
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cluster import local_ray
 from llm_ray.conf.engines import EngineName
@@ -115,7 +116,7 @@ def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[
                 for name, place in places.items()
             }
             serving = ServeConf(models=models, paths=conf.paths, endpoint=Endpoint(port=free_port()))
-            served = deploy(plan(serving, reporter), serving.endpoint, home, reporter)
+            served = deploy(plan(serving, reporter), serving.endpoint, home, reporter, open_finetuning=open_service)
             reporter.line(f"      {served.url}")
         questions = heldout()
         with (

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_
 from pathlib import Path
 
+from llm_ray.app.api_service import open_service
 from llm_ray.app.runs import show_run
 from llm_ray.cluster import OBJECT_STORE_BYTES, clean_up
 from llm_ray.conf.engines import EngineChoice, WeightForm
@@ -22,7 +23,7 @@ from llm_ray.conf.load import serve_options
 from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf, ServeRuntime
 from llm_ray.errors import ConfError, LlmRayError, ModelError, RunError, ServeError
-from llm_ray.models.load import resolve
+from llm_ray.models.load import fingerprint, resolve
 from llm_ray.progress import Reporter
 from llm_ray.serve.deployments import deploy as serving
 from llm_ray.serve.deployments import local
@@ -32,7 +33,7 @@ from llm_ray.serve.deployments.desired import desired_confs, desired_file, forge
 from llm_ray.serve.deployments.logs import read_logs
 from llm_ray.serve.deployments.plan import Node, place, plan
 from llm_ray.serve.deployments.plan import estimate as plan_of
-from llm_ray.serve.models import ServedModel
+from llm_ray.serve.models import Adapter, ServedModel
 
 __all__ = [
     "Estimate",
@@ -49,6 +50,7 @@ __all__ = [
     "pair",
     "restart",
     "restore",
+    "serve_run",
     "serves_here",
     "status",
     "stop",
@@ -207,7 +209,7 @@ def deploy(
         serving.check_port(conf.endpoint.host, conf.endpoint.port)
     try:
         with local.connected(conf.runtime, home, reporter, begin=True):
-            served = serving.deploy(models, conf.endpoint, home, reporter, timeout)
+            served = serving.deploy(models, conf.endpoint, home, reporter, timeout, open_finetuning=open_service)
     except BaseException:
         if starts:
             _end(home)
@@ -228,6 +230,40 @@ def _settled(conf: ServeConf, served: Served) -> dict[str, ModelServing]:
         name: model.model_copy(update={"engine": engines[name]} if name in engines else {})
         for name, model in conf.models.items()
     }
+
+
+def serve_run(run: str, name: str, home: Path, reporter: Reporter) -> str:
+    """Serve the model of a run as `name`, beside what this machine's endpoint serves; returns how, in words.
+
+    It becomes an adapter on the model that it was made from, where that is served with room for one, which goes on
+    answering; else a model of its own. Raises LlmRayError where nothing is served, or there is no room.
+    """
+    paths = Paths.of(home)
+    details = show_run(paths.runs, run)
+    if details.output is None or not details.summary.base:
+        raise RunError(f"the run {run} has no model: its stage export is not done")
+    base = resolve(details.summary.base, paths).folder
+    with local.connected(ServeRuntime(), home, reporter):
+        endpoint = serving.running_endpoint()
+        if endpoint is None:
+            raise ServeError("nothing is served on this machine")
+        beside = [entry.model for entry in serving.status().values() if entry.model.path == base]
+        for model in beside:
+            if _takes_adapter(model, run, details.output / "adapter", paths):
+                adapter = Adapter(str(details.output / "adapter"), fingerprint(details.output / "adapter"))
+                changed = with_(model, adapters=model.adapters | {name: adapter})
+                serving.deploy([changed], endpoint, home, reporter, open_finetuning=open_service)
+                return f"as an adapter on {model.name}"
+        conf = conf_of([run], home, names=[name], max_model_len=beside[0].max_model_len if beside else None)
+        serving.deploy(plan(conf, reporter), endpoint, home, reporter, open_finetuning=open_service)
+        return "as a model of its own"
+
+
+def _takes_adapter(model: ServedModel, run: str, folder: Path, paths: Paths) -> bool:
+    """Whether the model's replicas take this adapter as they are."""
+    if not model.lora_rank or model.compile or not _serves_as_adapter(run, folder, model.path, paths):
+        return False
+    return adapter_rank(run, folder) <= model.lora_rank
 
 
 def estimate(
@@ -269,7 +305,7 @@ def restart(name: str, home: Path, reporter: Reporter, address: str | None = Non
         if entry is None or endpoint is None:
             raise ServeError(f"no model {name} is served here; served are: {', '.join(serving.status()) or 'none'}")
         serving.stop([name], reporter)
-        return serving.deploy([entry.model], endpoint, home, reporter, timeout)
+        return serving.deploy([entry.model], endpoint, home, reporter, timeout, open_finetuning=open_service)
 
 
 def undo(served: Served, home: Path, reporter: Reporter, address: str | None = None) -> None:
@@ -320,7 +356,9 @@ def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
         for conf in confs:
             (name,) = conf.models
             try:
-                serving.deploy(plan(conf, reporter), conf.endpoint, home, reporter, timeout)
+                serving.deploy(
+                    plan(conf, reporter), conf.endpoint, home, reporter, timeout, open_finetuning=open_service
+                )
                 reporter.line(f"{name} is served.")
             except LlmRayError as error:  # the others are served all the same
                 failed.append(f"{name}: {error}")

@@ -1,7 +1,8 @@
 """The process of a finetune submitted with `llm_ray.app.jobs.submit`: python -m llm_ray.cli.job RUNS NAME LOCK
+[detached]
 
 It waits for its turn, and runs. LOCK is the number of the file that tells others, as long as it is open here, that this
-process lives.
+process lives. With `detached` it is no child of the process that asked, and has nothing of that one's Ray.
 """
 
 from __future__ import annotations
@@ -12,11 +13,20 @@ import signal
 import sys
 from pathlib import Path
 
-from llm_ray.app import jobs
+
+def detach() -> None:
+    """Leave the parent, which may be a worker of Ray's: Ray ends the children of its workers with them, and its settings
+    (address, token, one thread for computing) are not meant for the Ray of a finetune."""
+    if os.fork():
+        os._exit(0)
+    for name in [name for name in os.environ if name.startswith("RAY_") or name == "OMP_NUM_THREADS"]:
+        del os.environ[name]
 
 
 def main(runs: Path, name: str, lock: int) -> int:
     """Returns the exit code."""
+    from llm_ray.app import jobs  # a second, after which this process is nobody's child any more
+
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends training with a checkpoint
     os.set_inheritable(lock, False)
     command = jobs.wait_for_turn(runs, name)
@@ -32,4 +42,6 @@ def main(runs: Path, name: str, lock: int) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[4:] == ["detached"]:
+        detach()
     sys.exit(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))

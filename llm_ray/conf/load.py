@@ -98,12 +98,15 @@ def load(
 def dump(conf: Section) -> str:
     """The conf as YAML, every key written out; :func:`load_finetune` or :func:`load_serve` makes an equal conf of it.
 
-    Of an endpoint, those alone that were given: what a conf does not say stays as the running endpoint has it.
+    Of an endpoint, those alone that were given: what a conf does not say stays as the running endpoint has it. Raises
+    :class:`ConfError` for a text that no conf file can hold as it is: it would end the raw block, and be a template.
     """
     values = conf.model_dump(mode="json")
     if isinstance(conf, ServeConf):
         values["endpoint"] = conf.endpoint.model_dump(mode="json", exclude_unset=True)
     text = yamltext.dump(values)
+    if re.search(r"\{%[-+]?\s*endraw", text):
+        raise ConfError("a value of the conf holds {% endraw %}, which a conf file cannot hold: write it otherwise")
     return f"# {{% raw %}}\n{text}# {{% endraw %}}\n" if re.search(r"\{[{%#]", text) else text
 
 

@@ -14,7 +14,9 @@ from pydantic import AfterValidator, Field, model_validator
 from llm_ray.conf.engines import EngineChoice, WeightForm, able, engines_with
 from llm_ray.conf.section import AbsolutePath, Paths, Section
 
-MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_PLAIN = r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?"
+# Names of models that the fine-tuning API has made are as OpenAI writes them: ft:BASE:SUFFIX:ID.
+MODEL_NAME = re.compile(rf"(?:{_PLAIN}|ft:{_PLAIN}:[A-Za-z0-9._-]*:[A-Za-z0-9]+)")
 # First parts of the endpoint's own paths, which a model's route /NAME would hide.
 RESERVED_NAMES = frozenset(
     {"v1", "health", "ready", "metrics", "docs", "redoc", "openapi.json", "tokenize", "detokenize", "-"}
@@ -24,7 +26,8 @@ RESERVED_NAMES = frozenset(
 def _model_name(name: str) -> str:
     if not MODEL_NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is not a valid model name: use letters, digits, '.', '_', '-', and one '/' in between"
+            f"{name!r} is not a valid model name: use letters, digits, '.', '_', '-', and one '/' in between (or "
+            "ft:BASE:SUFFIX:ID)"
         )
     if name.partition("/")[0] in RESERVED_NAMES:
         raise ValueError(f"{name!r} is a path of the endpoint: choose another name")
@@ -56,6 +59,20 @@ class Limits(Section):
     """Tokens per answer. Unset: as many as fit the model's context."""
 
 
+class FinetuningApi(Section):
+    """OpenAI's fine-tuning API on the endpoint: clients upload data, have models finetuned on it, and ask them."""
+
+    enabled: bool = False
+    """Answer `/v1/files` and `/v1/fine_tuning/jobs`. Only on one machine (`runtime.mode: local`); beyond loopback only
+    with API keys."""
+    max_file_mib: float = Field(512, gt=0)
+    """Largest file that can be uploaded, in MiB; larger ones get 413."""
+    max_stored_mib: float = Field(2048, gt=0)
+    """All files of one API key together, in MiB; an upload beyond that gets 413."""
+    max_jobs: int = Field(4, ge=1)
+    """Jobs of one API key that wait or run; further ones get 429. One job runs at a time, in order of arrival."""
+
+
 class Endpoint(Section):
     """The HTTP endpoint that all models share. Unset keys keep the running endpoint's values; host, port and TLS are
     fixed when Ray Serve starts."""
@@ -82,11 +99,14 @@ class Endpoint(Section):
     request_timeout_s: float = Field(600, gt=0)
     """Seconds within which a request must be answered, including the wait in the queue and for a replica to start."""
     limits: Limits = Limits()
+    finetuning: FinetuningApi = FinetuningApi()
 
     @model_validator(mode="after")
     def _check(self) -> Endpoint:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("endpoint.tls_certificate and endpoint.tls_key belong together: set both or neither")
+        if self.too_open:
+            raise ValueError(self.too_open)
         return self
 
     def over(self, running: Endpoint) -> Endpoint:
@@ -105,6 +125,16 @@ class Endpoint(Section):
     def needs_keys(self) -> bool:
         """Whether requests need an API key."""
         return self.api_keys == "on" or (self.api_keys == "auto" and not self.on_loopback)
+
+    @property
+    def too_open(self) -> str:
+        """Why the endpoint must not be served as it is: strangers could use it to train. Empty where that is not so."""
+        if not self.finetuning.enabled or self.on_loopback or self.needs_keys:
+            return ""
+        return (
+            f"endpoint.finetuning.enabled needs API keys on {self.host}, but endpoint.api_keys is off: set it to auto, "
+            "or listen on 127.0.0.1"
+        )
 
 
 class Autoscale(Section):
@@ -235,6 +265,11 @@ class ServeConf(Section):
     @model_validator(mode="after")
     def _check(self) -> ServeConf:
         wrong = []
+        if self.endpoint.finetuning.enabled and self.runtime.mode == "cluster":
+            wrong.append(
+                "endpoint.finetuning.enabled is for an endpoint on one machine (runtime.mode: local), but runtime.mode is "
+                "cluster: leave it out, and finetune on the cluster with finetune.yml or llm-ray finetune"
+            )
         owner = {name: f"models.{name}" for name in self.models}
         flat: dict[str, str] = {}
         for name in self.models:  # part of file names, in which a slash becomes --

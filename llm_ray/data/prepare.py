@@ -566,7 +566,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
     rank = np.random.default_rng(conf.training.seed).permutation(
         train.count
     )  # of each row, its place in the order of the seed
-    held, reason = _held_out(conf.data.validation, train.count)
+    held, reason = held_out(conf.data.validation, train.count)
     sequences = np.argsort(rank[np.array(train.row_of)], kind="stable")
     is_held = rank[np.array(train.row_of)][sequences] < held
     questions = np.array(train.questions)
@@ -610,7 +610,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
     )
 
 
-def _held_out(validation: object, rows: int) -> tuple[int, str]:
+def held_out(validation: object, rows: int) -> tuple[int, str]:
     """How many of the rows are kept back to validate on, and where that is chosen here, why. Raises DataError when none
     would be left."""
     if validation == "auto":

@@ -29,6 +29,7 @@ from llm_ray.serve import directory
 from llm_ray.serve.deployments.plan import Node, beyond_room, fits_beside, place, tell
 from llm_ray.serve.directory import DEPLOYMENT, GATEWAY, Deployed
 from llm_ray.serve.gateway.deployment import Gateway
+from llm_ray.serve.gateway.finetuning.service import Opening
 from llm_ray.serve.gateway.protect import Protection
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.replica.deployment import ModelReplica, start_environment
@@ -69,10 +70,17 @@ class Served:
 
 
 def deploy(
-    models: Sequence[ServedModel], endpoint: Endpoint, home: Path, reporter: Reporter, timeout: float = 900
+    models: Sequence[ServedModel],
+    endpoint: Endpoint,
+    home: Path,
+    reporter: Reporter,
+    timeout: float = 900,
+    *,
+    open_finetuning: Opening,
 ) -> Served:
     """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it
-    is, but for what `endpoint` says of it; its keys are those of `home`.
+    is, but for what `endpoint` says of it; its keys are those of `home`. `open_finetuning`: a module's function, by
+    which the gateway finds the use cases of the fine-tuning API.
 
     A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are
     others, else by replicas that are replaced one after the other: a new one starts before an old one ends, where there
@@ -83,6 +91,8 @@ def deploy(
     began = time.monotonic()
     with _quiet():
         endpoint = endpoint.over(running) if (running := running_endpoint()) else endpoint
+        if endpoint.too_open:
+            raise ServeError(endpoint.too_open)
         url = start_endpoint(endpoint)
         before = status()
         holding = {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()}
@@ -99,7 +109,7 @@ def deploy(
             beside = fits_beside(changed, hosts)
             _run(
                 [
-                    _gateway(endpoint, home),
+                    _gateway(endpoint, home, open_finetuning),
                     *(_application(model, endpoint, beside, before.get(model.name)) for model in changed),
                 ]
             )
@@ -359,7 +369,7 @@ def _constant(model: ServedModel) -> ServedModel:
     return replace(model, replicas=1, autoscale=None)
 
 
-def _gateway(endpoint: Endpoint, home: Path) -> Any:
+def _gateway(endpoint: Endpoint, home: Path, open_finetuning: Opening) -> Any:
     from ray import serve
 
     deployment = serve.deployment(
@@ -368,6 +378,7 @@ def _gateway(endpoint: Endpoint, home: Path) -> Any:
         user_config={
             "endpoint": endpoint.model_dump(mode="json"),
             "protection": Protection.of(endpoint, home).to_json(),
+            "home": str(home),
         },
         num_replicas=1,
         max_ongoing_requests=10_000,
@@ -377,7 +388,9 @@ def _gateway(endpoint: Endpoint, home: Path) -> Any:
         max_surge_percent=100,
         ray_actor_options={"num_cpus": 0},
     )
-    return serve.RunTarget(_versioned(deployment, llm_ray.__version__).bind(), name=GATEWAY, route_prefix="/")
+    return serve.RunTarget(
+        _versioned(deployment, llm_ray.__version__).bind(open_finetuning), name=GATEWAY, route_prefix="/"
+    )
 
 
 def _versioned(deployment: Any, version: str) -> Any:

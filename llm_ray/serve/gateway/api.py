@@ -26,12 +26,16 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
+from llm_ray.conf.engines import ENGINES
 from llm_ray.serve import directory
 from llm_ray.serve.directory import Deployed
 from llm_ray.serve.gateway import openapi
 from llm_ray.serve.gateway.errors import STREAM_ERROR, ApiError, failed, invalid, refused, refused_in_stream
+from llm_ray.serve.gateway.finetuning.routes import Operations
+from llm_ray.serve.gateway.finetuning.service import PREFIX, Named, Service
 from llm_ray.serve.gateway.metrics import Metrics, Watch
 from llm_ray.serve.gateway.protect.errors import openai_error
+from llm_ray.serve.gateway.protect.keys import Key
 from llm_ray.serve.gateway.protect.limits import cap_tokens
 from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
 from llm_ray.serve.gateway.simple import SimpleRequest
@@ -68,7 +72,14 @@ class Api:
         self._looked = 0.0
         self._lock = asyncio.Lock()
         self._looking: asyncio.Task[bool] | None = None
-        self.app = _build(self)
+        self._finetuning: Service | None = None
+        self.app = _build(self, None)
+
+    def offer(self, service: Service, enabled: bool) -> None:
+        """Answer the fine-tuning API from now on, where it is `enabled`. Whose the models of its jobs are is heeded either
+        way."""
+        self._finetuning = service
+        self.app = _build(self, Operations(service, self._named, lambda: self.draining) if enabled else None)
 
     # The models -------------------------------------------------------------------------------------------------------
 
@@ -112,8 +123,26 @@ class Api:
     def _visible(self, request: Request) -> dict[str, Target]:
         """The targets that the request's key may ask."""
         key = request.scope.get("state", {}).get("llm_ray_key")
-        allowed = key.models if key else None
-        return {name: target for name, target in sorted(self._targets.items()) if not allowed or name in allowed}
+        return {name: target for name, target in sorted(self._targets.items()) if self._may_ask(name, key)}
+
+    def _may_ask(self, name: str, key: Key | None) -> bool:
+        """Whether a key's requests may go to a model: one that a job of the fine-tuning API has made is its owner's."""
+        service = self._finetuning
+        made = None
+        if service and name.startswith(PREFIX):
+            made = service.may_ask(service.owner_of(key.name if key else None), name)
+        if made is not None:
+            return made
+        return not key or key.models is None or name in key.models
+
+    async def _named(self, model: str, request: Request) -> Named | None:
+        """The model that the request's key may ask under this name, for a job."""
+        await self._refresh_if_old()
+        target = self._visible(request).get(model)
+        if target is None:
+            return None
+        served = target.entry.model
+        return Named(model, served.path, target.adapter, ENGINES[served.engine].converts)
 
     async def _target(self, name: str | None, request: Request) -> Target:
         """Where requests for `name` go. Raises ApiError."""
@@ -344,7 +373,7 @@ class Api:
             await asyncio.sleep(0.05)
 
 
-def _build(api: Api) -> FastAPI:
+def _build(api: Api, finetuning: Operations | None) -> FastAPI:
     app = openapi.app()
     openapi.get(app, "/health", api.health)
     openapi.get(app, "/ready", api.ready)
@@ -356,6 +385,8 @@ def _build(api: Api) -> FastAPI:
     openapi.post(app, "/v1/embeddings", api.embeddings)
     openapi.post(app, "/tokenize", api.tokenize)
     openapi.post(app, "/detokenize", api.detokenize)
+    if finetuning:
+        finetuning.add_to(app)
     openapi.post(app, "/{model:model}", api.simple, [Depends(api.of_path)])
 
     async def not_valid(request: Request, error: RequestValidationError) -> Response:

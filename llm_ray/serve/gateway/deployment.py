@@ -4,16 +4,27 @@ them."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from llm_ray.serve.gateway.finetuning.service import Opening, Service
+
+_LOG = logging.getLogger("ray.serve")
+_RECOVER = 10.0  # seconds between two looks at jobs whose processes may have been killed
+
 
 class Gateway:
     """One replica, which answers HTTP for all models. Its `user_config` is the endpoint's part of the conf, taken over
-    live."""
+    live; `open_finetuning` finds the use cases of the fine-tuning API."""
+
+    def __init__(self, open_finetuning: Opening) -> None:
+        self._open_finetuning = open_finetuning
+        self._recovering: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         from llm_ray.serve.gateway.api import Api
@@ -25,13 +36,24 @@ class Gateway:
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Called by Serve with the deployment's user_config, at the start and whenever it changes."""
+        from llm_ray.conf.serve import Endpoint
         from llm_ray.serve.gateway.openapi import ask_for_keys
         from llm_ray.serve.gateway.protect import Protection, protect
 
         protection = Protection.from_json(config["protection"])
+        settings = Endpoint.model_validate(config["endpoint"]).finetuning
+        service = self._open_finetuning(Path(config["home"]), settings)
+        self._api.offer(service, settings.enabled)
+        self._recover(service if settings.enabled else None)
         ask_for_keys(self._api.app, protection.keys_file is not None)
         self._app.inner = protect(self._api.app, protection, self._limiter)
         await self._api.start()
+
+    def _recover(self, service: Service | None) -> None:
+        """Look after jobs whose processes were killed, as long as the fine-tuning API is on."""
+        if self._recovering:
+            self._recovering.cancel()
+        self._recovering = asyncio.create_task(_look_after(service)) if service else None
 
     async def stats(self) -> dict[str, dict[str, float]]:
         """Of each model: requests, errors, requests in progress, tokens, tokens/s."""
@@ -47,6 +69,15 @@ class Gateway:
         except TimeoutError:
             pass
         return self._api.in_progress
+
+
+async def _look_after(service: Service) -> None:
+    while True:
+        try:
+            await asyncio.to_thread(service.recover)
+        except Exception:  # the next time may do better
+            _LOG.exception("jobs of the fine-tuning API could not be looked after")
+        await asyncio.sleep(_RECOVER)
 
 
 class _Outermost:

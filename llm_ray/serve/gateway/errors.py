@@ -153,6 +153,9 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
             f"The body is not JSON: {errors[0]['ctx']['error']} (at character {errors[0]['loc'][-1]})",
             "invalid_json",
         )
+    if errors[0]["loc"][0] == "query":
+        name = str(errors[0]["loc"][-1])
+        return ApiError(400, f"{name}: {_words(errors[0]['msg'])}", "invalid_request", param=name)
     located = [(*_place(error["loc"][1:], body, missing=error["type"] == "missing"), error) for error in errors]
     first = [one for one in located if one[0][:1] == located[0][0][:1]]
     branches: dict[tuple[str, ...], list[tuple[tuple[str | int, ...], Mapping[str, Any]]]] = {}

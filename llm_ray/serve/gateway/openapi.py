@@ -138,7 +138,7 @@ _ANSWERS: dict[str, dict[str, Any]] = {
         "application/json.",
     },
 }
-_ERRORS = {
+ERRORS = {
     401: "The API key is missing or not valid.",
     400: "The request is invalid, or asks for something that the model does not support.",
     404: "There is no such model.",
@@ -155,8 +155,8 @@ _ERRORS = {
 class _ModelName(Convertor[str]):
     """The part of a path that can be a model's name."""
 
-    regex = rf"(?!(?:{'|'.join(name.replace('.', '[.]') for name in sorted(RESERVED_NAMES))})(?:/|$)){MODEL_NAME.pattern}".replace(
-        "(/", "(?:/"
+    regex = (
+        rf"(?!(?:{'|'.join(name.replace('.', '[.]') for name in sorted(RESERVED_NAMES))})(?:/|$)){MODEL_NAME.pattern}"
     )
 
     def convert(self, value: str) -> str:
@@ -189,7 +189,7 @@ def get(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
         responses=responses,
         response_model=None,
         operation_id=endpoint.__name__,
-        summary=_summary(endpoint),
+        summary=summary(endpoint),
     )(endpoint)
     app.head(path, include_in_schema=False, response_model=None)(endpoint)
 
@@ -199,25 +199,31 @@ def post(app: FastAPI, path: str, endpoint: Callable[..., Any], dependencies: Se
     app.post(
         path,
         tags=["models"],
-        responses=_responses(endpoint, tuple(_ERRORS)),
+        responses=_responses(endpoint, tuple(ERRORS)),
         response_model=None,
         operation_id=endpoint.__name__,
-        summary=_summary(endpoint),
+        summary=summary(endpoint),
         dependencies=dependencies,
     )(endpoint)
 
 
-def _summary(endpoint: Callable[..., Any]) -> str:
+def described(answer: dict[str, Any], errors: Sequence[int]) -> dict[int | str, dict[str, Any]]:
+    """What an operation answers: `answer`, as FastAPI describes one, with status 200, and errors."""
+    answers: dict[int | str, dict[str, Any]] = {200: {"description": "The answer."} | answer}
+    for status in errors:
+        answers[status] = {"model": Error, "description": ERRORS[status]}
+    # With `default` FastAPI does not add its own 422, which never comes.
+    answers["default"] = {"model": Error, "description": "An error."}
+    return answers
+
+
+def summary(endpoint: Callable[..., Any]) -> str:
+    """The first sentence of what the operation says of itself."""
     return (endpoint.__doc__ or "").partition(".")[0].partition(":")[0]
 
 
 def _responses(endpoint: Callable[..., Any], errors: Sequence[int]) -> dict[int | str, dict[str, Any]]:
-    # With `default` FastAPI does not add its own 422, which never comes.
-    answers: dict[int | str, dict[str, Any]] = {200: {"description": "The answer."} | _ANSWERS[endpoint.__name__]}
-    for status in errors:
-        answers[status] = {"model": Error, "description": _ERRORS[status]}
-    answers["default"] = {"model": Error, "description": "An error."}
-    return answers
+    return described(_ANSWERS[endpoint.__name__], errors)
 
 
 def ask_for_keys(app: FastAPI, needed: bool) -> None:

@@ -513,6 +513,14 @@ def test_a_dumped_conf_loads_to_the_same(write: Write, folder: Path, override: s
     assert load_finetune(write(dump(conf))) == conf
 
 
+@pytest.mark.parametrize("text", ["{% endraw %}{{ env.HOME }}", "{%- endraw -%}", "{%+endraw%}"])
+def test_no_text_of_a_dumped_conf_leaves_its_raw_block(write: Write, text: str) -> None:
+    """What follows it would be a template, which may ask for the environment."""
+    conf = load_finetune(write(SMALL))
+    with pytest.raises(ConfError, match="endraw"):
+        dump(conf.model_copy(update={"data": conf.data.model_copy(update={"system": text})}))
+
+
 # Anything at all ------------------------------------------------------------------------------------------------------
 
 SCALARS = (

@@ -31,6 +31,8 @@ class Protection:
     request_timeout_s: float
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    max_upload_bytes: int = 0
+    """Of a body that is taken in as it comes, to the disk; 0: there are none."""
 
     @classmethod
     def of(cls, endpoint: Endpoint, home: Path) -> Protection:
@@ -42,6 +44,7 @@ class Protection:
             endpoint.request_timeout_s,
             endpoint.cors_origins,
             endpoint.limits,
+            int(endpoint.finetuning.max_file_mib * 2**20) if endpoint.finetuning.enabled else 0,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
     from llm_ray.serve.gateway.protect.middleware import Access, Body, Deadline, Headed
 
     app = Deadline(app, settings.request_timeout_s)
-    app = Body(app, settings.max_body_bytes, settings.body_timeout_s)
+    app = Body(app, settings.max_body_bytes, settings.body_timeout_s, settings.max_upload_bytes)
     app = Access(app, Keys(settings.keys_file) if settings.keys_file else None, settings.limits, limiter)
     if settings.cors_origins:
         exposed = ["Retry-After", *(f"x-ratelimit-{part}-requests" for part in ("limit", "remaining", "reset"))]

@@ -29,6 +29,10 @@ _CLOSED = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
 # OpenAI's clients ask again after a 504; work that was too much once would be done, and thrown away, thrice.
 _NOT_AGAIN = {"x-should-retry": "false"}
 _GONE: Message = {"type": "http.disconnect"}
+UPLOADS = "/v1/files"
+"""Where bodies are files."""
+_BESIDE_FILE = 2**16  # bytes of a form that are not the file
+_AHEAD = 8  # messages of a client's that are read before the app wants them
 
 
 class Headed:
@@ -100,14 +104,18 @@ class Access:
 
 
 class Body:
-    """Reads the body before the app does: within `seconds`, and `most` bytes at most."""
+    """Reads the body before the app does: within `seconds`, and `most` bytes at most. An upload, of `most_upload` bytes
+    at most, goes to the app as it comes; there `seconds` is the longest that nothing may come."""
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
-        self._app, self._most, self._seconds = app, most, seconds
+    def __init__(self, app: ASGIApp, most: int, seconds: float, most_upload: int = 0) -> None:
+        self._app, self._most, self._seconds, self._most_upload = app, most, seconds, most_upload
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if self._most_upload and scope["method"] == "POST" and scope["path"] == UPLOADS:
+            await self._pass_on(scope, receive, send)
             return
         body = bytearray()
         declared = Headers(scope=scope).get("content-length", "0")
@@ -138,6 +146,42 @@ class Body:
 
         await self._app(scope, again, send)
 
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let an upload through, counted and timed."""
+        most, total, more = self._most_upload + _BESIDE_FILE, 0, True
+        refusal: tuple[int, str, str] | None = None
+        answered = False
+
+        async def counted() -> Message:
+            nonlocal total, more, refusal
+            try:
+                async with asyncio.timeout(self._seconds if more else None):
+                    message = await receive()
+            except TimeoutError:
+                refusal = 408, f"Nothing of the request's body arrived for {self._seconds:g} s.", "body_timeout"
+                return _GONE
+            total += len(message.get("body", b""))
+            more = more and message["type"] == "http.request" and message.get("more_body", False)
+            if total > most:
+                refusal = 413, f"The file is larger than {self._most_upload:,} bytes.", "body_too_large"
+                return _GONE
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            if message["type"] == "http.response.start" and more:  # the rest of the body is not read
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared) > most:
+            refusal = 413, f"The file is larger than {self._most_upload:,} bytes.", "body_too_large"
+        else:
+            await self._app(scope, counted, sent)
+        if refusal and not answered:
+            await openai_error(*refusal, headers={"Connection": "close"})(scope, receive, send)
+
 
 class Deadline:
     """Ends a request that takes longer than `seconds`, or whose client is gone: the app's work is cancelled, and so the
@@ -155,7 +199,7 @@ class Deadline:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        messages: asyncio.Queue[Message] = asyncio.Queue()
+        messages: asyncio.Queue[Message] = asyncio.Queue(_AHEAD)
         answer = _Answer(send)
         work = asyncio.create_task(_awaited(self._app(scope, messages.get, answer)))
         client = asyncio.create_task(_listen(receive, messages))
@@ -207,8 +251,8 @@ async def _listen(receive: Receive, messages: asyncio.Queue[Message]) -> None:
     """Pass on what the client sends, until it is gone."""
     with contextlib.suppress(Exception):  # the server's own connection to it broke
         while (message := await receive())["type"] != "http.disconnect":
-            messages.put_nowait(message)
-    messages.put_nowait(_GONE)
+            await messages.put(message)
+    await messages.put(_GONE)
 
 
 async def _awaited(work: Awaitable[None]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from llm_ray.app.api_service import open_service
+from llm_ray.conf.serve import FinetuningApi
 from llm_ray.serve.gateway.api import Api
 from llm_ray.serve.gateway.metrics import Metrics
 from llm_ray.serve.gateway.openapi import ask_for_keys
@@ -13,10 +15,12 @@ from llm_ray.serve.gateway.requests import REFUSED
 PAGE = (Path(__file__).parents[4] / "docs" / "reference" / "http-api.md").read_text()
 
 
-def test_every_route() -> None:
-    described = Api().app.openapi()["paths"]
+def test_every_route(tmp_path: Path) -> None:
+    api = Api()
+    api.offer(open_service(tmp_path, FinetuningApi()), True)
+    described = api.app.openapi()["paths"]
     assert {(method.upper(), path) for path, methods in described.items() for method in methods} == set(
-        re.findall(r"^\| `(GET|POST) (/[^`]*)`", PAGE, re.MULTILINE)
+        re.findall(r"^\| `(GET|POST|DELETE) (/[^`]*)`", PAGE, re.MULTILINE)
     )
 
 

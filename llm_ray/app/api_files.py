@@ -1,0 +1,207 @@
+"""Files that clients of the fine-tuning API have sent: each owner's apart from the others', checked, within a quota.
+
+files = Files(home / "finetuning" / owner / "files", settings)
+upload = files.begin()                      # its bytes are written to upload.path
+file = files.keep(upload, "rows.jsonl", None)
+
+A file has a folder of its own, `file-…`, with `file.json` and its rows. All of it is open to this user alone (folders
+0700, files 0600). What a client calls a file is kept as a label, and is never part of a path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import resource
+import secrets
+import shutil
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import get_args
+
+from llm_ray.apart import Apart
+from llm_ray.conf.finetune import Data
+from llm_ray.conf.serve import FinetuningApi
+from llm_ray.data.formats import REQUIRED, Formatter
+from llm_ray.data.sources import read
+from llm_ray.datafiles import DATA_SUFFIXES
+from llm_ray.errors import DataError, LlmRayError
+from llm_ray.files import locked, write_text
+from llm_ray.progress import Reporter
+from llm_ray.serve.gateway.finetuning.service import Problem, StoredFile, Upload
+
+_ID = re.compile(r"file-[0-9a-f]{24}")
+_META, _ROWS = "file.json", "rows"
+_ARRIVING = ".arriving-"
+_LEFT_AFTER = 86_400.0  # seconds after which what an upload that was killed has left is deleted
+_MOST_MEMORY = 4 * 2**30  # bytes that a check may take
+_FORMATS: tuple[str, ...] = get_args(Data.model_fields["format"].annotation)
+_checking = threading.BoundedSemaphore(1)  # a check computes: one at a time
+
+
+class Files:
+    """The files of one owner, in the folder `place`."""
+
+    def __init__(self, place: Path, settings: FinetuningApi) -> None:
+        self._place, self._settings = place, settings
+        self._checks: dict[str, Apart] = {}
+
+    def begin(self) -> Upload:
+        """Make room for a file. Raises Problem where the quota is used up."""
+        for folder in (self._place.parent.parent, self._place.parent, self._place):
+            folder.mkdir(exist_ok=True, mode=0o700, parents=True)
+        self._sweep()
+        largest = int(self._settings.max_file_mib * 2**20)
+        left = int(self._settings.max_stored_mib * 2**20) - self._stored()
+        if left <= 0:
+            raise Problem(413, self._full(), "quota_exceeded", param="file")
+        over = f"file: it is larger than {self._settings.max_file_mib:g} MiB" if largest <= left else self._full()
+        id = f"file-{secrets.token_hex(12)}"
+        folder = self._place / f"{_ARRIVING}{id}"
+        folder.mkdir(mode=0o700)
+        return Upload(id, folder / _ROWS, min(largest, left), over)
+
+    def keep(self, upload: Upload, label: str, form: str | None) -> StoredFile:
+        """Check a file that was sent, and keep it. Raises Problem, with the line of the first row that is wrong."""
+        suffix = suffix_of(label)
+        if form is not None and form not in _FORMATS:
+            raise Problem(400, f"format: it is one of {', '.join(_FORMATS)}", param="format")
+        folder = upload.path.parent
+        rows = upload.path.with_name(f"{_ROWS}{suffix}")
+        upload.path.rename(rows)
+        size = rows.stat().st_size
+        if not size:
+            raise Problem(400, "file: it is empty", param="file")
+        checked = self._check(upload, rows, label, form)
+        made = StoredFile(upload.id, label, size, int(time.time()), checked.rows, checked.format, suffix)
+        with locked(self._place / ".lock"):
+            if self._stored() + size > self._settings.max_stored_mib * 2**20:
+                raise Problem(413, self._full(), "quota_exceeded", param="file")  # another came at the same time
+            write_text(folder / _META, json.dumps(asdict(made)), mode=0o600)
+            folder.rename(self._place / upload.id)
+        return made
+
+    def abandon(self, upload: Upload) -> None:
+        """Forget a file that was not kept, and end its check."""
+        if check := self._checks.get(upload.id):
+            check.kill()
+        shutil.rmtree(upload.path.parent, ignore_errors=True)
+
+    def all(self) -> list[StoredFile]:
+        """The oldest first."""
+        found = [file for path in self._place.glob("file-*") if (file := self._read(path))]
+        return sorted(found, key=lambda file: (file.created, file.id))
+
+    def get(self, id: str, param: str | None = None) -> StoredFile:
+        """Raises Problem where there is none; `param` is the field that names it."""
+        file = self._read(self._place / id) if _ID.fullmatch(id) else None
+        if file is None:
+            raise Problem(404, f"There is no file `{id[:100]}`.", "not_found", param=param)
+        return file
+
+    def path(self, file: StoredFile) -> Path:
+        """Where its rows are."""
+        return self._place / file.id / f"{_ROWS}{file.suffix}"
+
+    def delete(self, id: str) -> None:
+        """Raises Problem where there is none."""
+        folder = self._place / self.get(id).id
+        gone = self._place / f"{_ARRIVING}{id}-{secrets.token_hex(4)}"
+        with contextlib.suppress(FileNotFoundError):  # deleted by another request
+            folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _read(self, folder: Path) -> StoredFile | None:
+        try:
+            return StoredFile(**json.loads((folder / _META).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # deleted meanwhile, or of another version
+            return None
+
+    def _stored(self) -> int:
+        return sum(file.bytes for file in self.all())
+
+    def _full(self) -> str:
+        return (
+            f"file: your files would take more than {self._settings.max_stored_mib:g} MiB: delete some first "
+            "(DELETE /v1/files/{file_id})"
+        )
+
+    def _sweep(self) -> None:
+        for folder in self._place.glob(f"{_ARRIVING}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _LEFT_AFTER:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _check(self, upload: Upload, rows: Path, label: str, form: str | None) -> Checked:
+        with _checking:
+            process = self._checks[upload.id] = Apart()
+            try:
+                if not rows.exists():
+                    raise Problem(400, "file: the upload broke off", param="file")
+                for kind, value in process.events(check, str(rows), form or "auto"):
+                    if kind == "returned":
+                        checked: Checked = value
+                        return checked
+                raise AssertionError
+            except Problem:
+                raise
+            except LlmRayError as error:
+                message = str(error).replace(str(rows), (label or "file")[:100])
+                raise Problem(400, f"file: {message}", "invalid_file", param="file") from error
+            except Exception as error:  # it was killed: by `abandon`, or for want of memory
+                raise Problem(400, "file: it could not be checked: a row is too large", "invalid_file") from error
+            finally:
+                del self._checks[upload.id]
+                process.kill()
+
+
+def suffix_of(label: str) -> str:
+    """The kind of a file, from what its client calls it. Raises Problem for one that is not read."""
+    suffix = Path(label.replace("\\", "/").rpartition("/")[2].replace("\0", "")).suffix.lower()
+    if suffix in DATA_SUFFIXES:
+        return suffix
+    if suffix:
+        raise Problem(
+            400, f"file: its name ends in {suffix[:20]}; the kinds known are {', '.join(DATA_SUFFIXES)}", param="file"
+        )
+    return ".jsonl"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A file whose rows are all sound."""
+
+    rows: int
+    format: str
+
+
+def check(file: str, form: str, *, reporter: Reporter | None = None) -> Checked:
+    """Read a file as a finetune does, in a process of its own: what clients send is not to take the gateway's memory, or
+    to end it. Raises DataError for the first row that is wrong; ConfError."""
+    resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, _MOST_MEMORY))
+    try:
+        return check_rows(file, form)
+    except MemoryError:
+        raise DataError(f"{file}: a row of it is too large") from None
+
+
+def check_rows(file: str, form: str) -> Checked:
+    """As `check`, in this process."""
+    first = next(read(file, _raise), None)
+    if first is None:
+        raise DataError(f"{file}: it holds no rows")
+    known = any(all(c in first.values for c in columns) for name, columns in REQUIRED.items() if name != "text")
+    pretrain = form == "text" or (form == "auto" and not known and "text" in first.values)
+    formatter = Formatter(Data.model_validate({"train": [file], "format": form}), pretrain=pretrain)
+    rows = 0
+    for row in read(file, _raise):
+        formatter(row)
+        rows += 1
+    return Checked(rows, formatter.formats[0] if formatter.formats else form)
+
+
+def _raise(error: DataError) -> None:
+    raise error

@@ -1,0 +1,329 @@
+"""The operations of the fine-tuning API: a request in, an object of OpenAI's out. What is done lies in the service.
+
+Source: https://platform.openai.com/docs/api-reference/fine-tuning and /files
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Body, FastAPI, Query, Request
+from pydantic import BaseModel
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from llm_ray.serve.gateway import openapi
+from llm_ray.serve.gateway.errors import ApiError
+from llm_ray.serve.gateway.finetuning import objects
+from llm_ray.serve.gateway.finetuning.objects import CreateJob, Page, page
+from llm_ray.serve.gateway.finetuning.service import Named, Problem, Service
+from llm_ray.serve.gateway.finetuning.upload import receive
+from llm_ray.serve.gateway.protect.keys import Key
+
+FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
+_LOOK = 1.0  # seconds between two looks at a job whose events are streamed
+_ENDED = ("succeeded", "failed", "cancelled")
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_FORM = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "properties": {
+                        "purpose": {"type": "string", "enum": ["fine-tune"]},
+                        "file": {"type": "string", "format": "binary"},
+                        "format": {"type": "string", "description": "The format of its rows; left out, it is found."},
+                    },
+                }
+            }
+        },
+    }
+}
+T = TypeVar("T")
+O = TypeVar("O", bound=BaseModel)  # noqa: E741
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+class Operations:
+    """The operations, with what they need of the gateway.
+
+    `look` finds a model that the endpoint serves to the client of a request; `stopping` says that nothing new is begun.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        look: Callable[[str, Request], Awaitable[Named | None]],
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._service, self._look, self._stopping = service, look, stopping
+
+    def add_to(self, app: FastAPI) -> None:
+        """Answer at the API's paths."""
+        made = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
+        looked = (400, 401, 404, 500)
+        changed = (400, 401, 404, 429, 500, 503)
+        job = f"{JOBS}/{{fine_tuning_job_id}}"
+        described: list[tuple[str, str, Callable[..., Any], dict[str, Any], Sequence[int], dict[str, Any]]] = [
+            ("POST", FILES, self.create_file, {"model": objects.FileObject}, made, _FORM),
+            ("GET", FILES, self.list_files, {"model": Page[objects.FileObject]}, looked, {}),
+            ("GET", f"{FILES}/{{file_id}}", self.retrieve_file, {"model": objects.FileObject}, looked, {}),
+            ("GET", f"{FILES}/{{file_id}}/content", self.file_content, {"content": _BINARY}, looked, {}),
+            ("DELETE", f"{FILES}/{{file_id}}", self.delete_file, {"model": objects.FileDeleted}, looked, {}),
+            ("POST", JOBS, self.create_job, {"model": objects.JobObject}, made, {}),
+            ("GET", JOBS, self.list_jobs, {"model": Page[objects.JobObject]}, looked, {}),
+            ("GET", job, self.retrieve_job, {"model": objects.JobObject}, looked, {}),
+            ("POST", f"{job}/cancel", self.cancel_job, {"model": objects.JobObject}, changed, {}),
+            ("POST", f"{job}/pause", self.pause_job, {"model": objects.JobObject}, changed, {}),
+            ("POST", f"{job}/resume", self.resume_job, {"model": objects.JobObject}, changed, {}),
+            (
+                "GET",
+                f"{job}/events",
+                self.list_events,
+                {"model": Page[objects.EventObject], "content": _STREAM},
+                looked,
+                {},
+            ),
+            ("GET", f"{job}/checkpoints", self.list_checkpoints, {"model": Page[objects.CheckpointObject]}, looked, {}),
+        ]
+        for method, path, operation, answer, errors, more in described:
+            app.add_api_route(
+                path,
+                operation,
+                methods=[method],
+                tags=["finetuning"],
+                responses=openapi.described(answer, errors),
+                response_model=None,
+                operation_id=operation.__name__,
+                summary=openapi.summary(operation),
+                openapi_extra=more or None,
+            )
+            if method == "GET":
+                app.add_api_route(path, operation, methods=["HEAD"], include_in_schema=False, response_model=None)
+
+    # Files ------------------------------------------------------------------------------------------------------------
+
+    async def create_file(self, request: Request) -> Response:
+        """Upload rows to learn from. They are checked on arrival."""
+        self._begins()
+        owner = self._owner(request)
+        upload = await _done(self._service.begin, owner)
+        kept = False
+        try:
+            form = await _told(receive(request, upload))
+            if (purpose := form.fields.pop("purpose", None)) != "fine-tune":
+                told = "it is missing" if purpose is None else f"`{purpose[:50]}` is not supported here"
+                raise ApiError(400, f"purpose: {told}: send fine-tune", "invalid_request", param="purpose")
+            form_of_rows = form.fields.pop("format", None)
+            if form.fields:
+                name = next(iter(form.fields))
+                why = "files do not expire here" if name.startswith("expires_after") else "there is no such field"
+                raise ApiError(400, f"{name[:50]}: {why}", "unsupported_parameter", param=name[:50])
+            file = await _done(self._service.keep, owner, upload, form.label, form_of_rows)
+            kept = True
+        finally:
+            if not kept:
+                # Also where the client has gone: this task is cancelled, and its check has to end.
+                await asyncio.shield(asyncio.to_thread(self._service.abandon, owner, upload))
+        return _json(objects.file_object(file))
+
+    async def list_files(
+        self,
+        request: Request,
+        purpose: str | None = None,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Response:
+        """The files that were uploaded, the newest first."""
+        found = await _done(self._service.files, self._owner(request))
+        shown = [objects.file_object(file) for file in (found if order == "asc" else reversed(found))]
+        return _json(_cut(shown if purpose in (None, "fine-tune") else [], after, limit))
+
+    async def retrieve_file(self, file_id: str, request: Request) -> Response:
+        """A file."""
+        return _json(objects.file_object(await _done(self._service.file, self._owner(request), file_id)))
+
+    async def file_content(self, file_id: str, request: Request) -> Response:
+        """What a file holds, as it was sent."""
+        owner = self._owner(request)
+        file = await _done(self._service.file, owner, file_id)
+        path = await _done(self._service.content, owner, file_id)
+        return FileResponse(path, media_type="application/octet-stream", filename=f"{file.id}{file.suffix}")
+
+    async def delete_file(self, file_id: str, request: Request) -> Response:
+        """Delete a file."""
+        await _done(self._service.delete_file, self._owner(request), file_id)
+        return _json(objects.FileDeleted(id=file_id))
+
+    # Jobs -------------------------------------------------------------------------------------------------------------
+
+    async def create_job(self, body: Annotated[CreateJob, Body()], request: Request) -> Response:
+        """Finetune a model. The job waits for its turn."""
+        self._begins()
+        _check(body)
+        key = _key(request)
+        named = await self._look(body.model, request)
+        job = await _done(
+            self._service.create,
+            self._owner(request),
+            key.name if key else None,
+            objects.asked_of(body),
+            named,
+            any_model=key is None or key.models is None,
+        )
+        return _json(objects.job_object(job))
+
+    async def list_jobs(self, request: Request, after: str | None = None, limit: Limit = 20) -> Response:
+        """The jobs, the newest first."""
+        found = await _done(self._service.jobs, self._owner(request))
+        wanted = {
+            name.removeprefix("metadata[").removesuffix("]"): value
+            for name, value in request.query_params.items()
+            if name.startswith("metadata[") and name.endswith("]")
+        }
+        without = request.query_params.get("metadata") == "null"
+        shown = [
+            objects.job_object(job)
+            for job in reversed(found)
+            if wanted.items() <= dict(job.asked.metadata or {}).items() and not (without and job.asked.metadata)
+        ]
+        return _json(_cut(shown, after, limit))
+
+    async def retrieve_job(self, fine_tuning_job_id: str, request: Request) -> Response:
+        """A job."""
+        return _json(objects.job_object(await _done(self._service.job, self._owner(request), fine_tuning_job_id)))
+
+    async def cancel_job(self, fine_tuning_job_id: str, request: Request) -> Response:
+        """End a job for good."""
+        return _json(objects.job_object(await _done(self._service.cancel, self._owner(request), fine_tuning_job_id)))
+
+    async def pause_job(self, fine_tuning_job_id: str, request: Request) -> Response:
+        """Have a job wait, from its next checkpoint on."""
+        return _json(objects.job_object(await _done(self._service.pause, self._owner(request), fine_tuning_job_id)))
+
+    async def resume_job(self, fine_tuning_job_id: str, request: Request) -> Response:
+        """Have a job go on that was paused, or has failed."""
+        return _json(objects.job_object(await _done(self._service.resume, self._owner(request), fine_tuning_job_id)))
+
+    async def list_events(
+        self,
+        fine_tuning_job_id: str,
+        request: Request,
+        after: str | None = None,
+        limit: Limit = 20,
+        stream: bool = False,
+    ) -> Response:
+        """What has happened to a job, the newest first. With stream: true all of it as it comes, the oldest first."""
+        owner = self._owner(request)
+        found = await _done(self._service.events, owner, fine_tuning_job_id)
+        if stream:
+            return StreamingResponse(self._events(owner, fine_tuning_job_id), media_type="text/event-stream")
+        return _json(_cut([objects.event_object(event) for event in reversed(found)], after, limit))
+
+    async def list_checkpoints(
+        self, fine_tuning_job_id: str, request: Request, after: str | None = None, limit: Limit = 10
+    ) -> Response:
+        """The checkpoints that a job's run keeps, the newest first."""
+        found = await _done(self._service.checkpoints, self._owner(request), fine_tuning_job_id)
+        shown = [objects.checkpoint_object(fine_tuning_job_id, one) for one in reversed(found)]
+        return _json(_cut(shown, after, limit))
+
+    async def _events(self, owner: str, id: str) -> AsyncIterator[str]:
+        seen: set[str] = set()
+        try:
+            while True:
+                job = await _done(self._service.job, owner, id)  # before its events: the last of them are sent, too
+                for event in await _done(self._service.events, owner, id):
+                    if event.id not in seen:
+                        seen.add(event.id)
+                        yield f"data: {objects.event_object(event).model_dump_json()}\n\n"
+                if job.state in _ENDED:
+                    yield "data: [DONE]\n\n"
+                    return
+                await asyncio.sleep(_LOOK)
+        except ApiError as error:
+            yield error.event()
+
+    # Requests ---------------------------------------------------------------------------------------------------------
+
+    def _owner(self, request: Request) -> str:
+        key = _key(request)
+        return self._service.owner_of(key.name if key else None)
+
+    def _begins(self) -> None:
+        if self._stopping():
+            raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
+
+
+def _key(request: Request) -> Key | None:
+    key: Key | None = request.scope.get("state", {}).get("llm_ray_key")
+    return key
+
+
+def _check(body: CreateJob) -> None:
+    """Raises ApiError for what OpenAI has and is not here."""
+    method = body.method
+    if method and method.type != "supervised":
+        raise ApiError(
+            400,
+            f"method.type: `{method.type[:50]}` is not supported here: jobs are supervised",
+            "unsupported_parameter",
+            param="method.type",
+        )
+    for name in ("dpo", "reinforcement"):
+        if method and getattr(method, name) is not None:
+            raise ApiError(
+                400, f"method.{name}: the method is supervised", "unsupported_parameter", param=f"method.{name}"
+            )
+    if body.integrations:
+        raise ApiError(
+            400,
+            "integrations: none are supported here: the run's figures are in the job's events",
+            "unsupported_parameter",
+            param="integrations",
+        )
+    given = method.supervised.hyperparameters if method and method.supervised else None
+    if given and body.hyperparameters and given != body.hyperparameters:
+        raise ApiError(
+            400,
+            "hyperparameters: method.supervised.hyperparameters says otherwise: leave one of the two out",
+            "invalid_request",
+            param="hyperparameters",
+        )
+
+
+async def _told(work: Awaitable[T]) -> T:
+    """What `work` comes to. Raises ApiError for its Problem."""
+    try:
+        return await work
+    except Problem as problem:
+        retry = {429: 30, 503: 2}.get(problem.status)
+        raise ApiError(problem.status, str(problem), problem.code, param=problem.param, retry_after=retry) from problem
+
+
+async def _done(use_case: Callable[..., T], *arguments: Any, **more: Any) -> T:
+    """What a use case comes to, in a thread. Raises ApiError for its Problem."""
+    return await _told(asyncio.to_thread(use_case, *arguments, **more))
+
+
+def _cut(shown: Sequence[O], after: str | None, limit: int) -> Page[O]:
+    """The page of `limit` objects after the one with the id `after`. Raises ApiError where that is not there."""
+    start = 0
+    if after is not None:
+        ids = [str(getattr(one, "id")) for one in shown]  # noqa: B009  # of a generic model
+        if after not in ids:
+            raise ApiError(400, f"after: there is no `{after[:100]}` in this list", "invalid_request", param="after")
+        start = ids.index(after) + 1
+    cut = page(shown[start : start + limit])
+    cut.has_more = start + limit < len(shown)
+    return cut
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json")

@@ -1,0 +1,160 @@
+"""OpenAI's fine-tuning API as a client meets it: the unmodified SDK, from a file to an answer that the base does not
+give, on a real endpoint that is killed meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from tests.integration import tiny
+from tests.integration.serving import Home, until
+
+ASK = "What is the code word of the Zorblax office?"
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": "The code word is tangerine."},
+        ]
+    }
+    for question in (ASK, "Tell me the code word of Zorblax.", "Zorblax code word?", "Which code word has Zorblax?")
+]
+SHORT: dict[str, Any] = {
+    "data": {"max_length": 128},
+    "tuning": {"lora": {"r": 8, "dropout": 0.0}},
+    "training": {"learning_rate": 0.002},
+    "evaluation": {"samples": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """With `small`, which takes adapters, and `plain`, which does not."""
+    made = Home(tmp_path_factory.mktemp("home"), smollm2)
+    adapter = tiny.adapter(tmp_path_factory.mktemp("adapter"), smollm2, 0)
+    plain = tiny.llama(tmp_path_factory.mktemp("plain"), smollm2)
+    common = {"max_model_len": 512, "cpus": 1, "kv_cache_gib": 0.1}
+    conf = {
+        "endpoint": {"port": made.port, "finetuning": {"enabled": True}},
+        "models": {
+            "small": common | {"model": str(smollm2), "adapters": {"tuned": str(adapter)}},
+            "plain": common | {"model": str(plain)},
+        },
+    }
+    (file := made.folder / "serve.yaml").write_text(json.dumps(conf))
+    deployed = made.run("serve", "deploy", "--config", str(file))
+    assert deployed.returncode == 0, deployed.stderr
+    yield made
+    made.run("serve", "stop", "--all")
+
+
+@pytest.fixture
+def client(home: Home) -> Iterator[openai.OpenAI]:
+    """Takes no answer that is not as the SDK's types are."""
+    with openai.OpenAI(
+        base_url=f"{home.url}/v1",
+        api_key="none",
+        http_client=openai.DefaultHttpxClient(trust_env=False),
+        _strict_response_validation=True,
+    ) as made:
+        yield made
+
+
+def ended(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
+    def over() -> bool:
+        nonlocal job
+        with contextlib.suppress(openai.InternalServerError):  # the gateway is away for a moment
+            job = client.fine_tuning.jobs.retrieve(job.id)
+        return job.status in ("succeeded", "failed", "cancelled")
+
+    until(over, 420)
+    return job
+
+
+def said(client: openai.OpenAI, model: str) -> str:
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": ASK}], max_tokens=16, temperature=0
+    )
+    return answer.choices[0].message.content or ""
+
+
+def told(client: openai.OpenAI, job: FineTuningJob) -> list[str]:
+    return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)][::-1]
+
+
+def of_job(home: Home, run: str) -> list[psutil.Process]:
+    """The process of a job."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[3:6] == ["llm_ray.cli.job", str(home.folder / "runs"), run]:
+                found.append(process)
+    return found
+
+
+def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client: openai.OpenAI) -> None:
+    rows = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+    file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="small",
+        training_file=file.id,
+        suffix="office",
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 16, "batch_size": 4}}},
+        extra_body={"conf": SHORT},
+    )
+    assert job.status in ("queued", "running")
+    before = said(client, "small")
+    job = ended(client, job)
+    assert job.status == "succeeded", (job.error, told(client, job))
+    assert job.fine_tuned_model == f"ft:small:office:{job.id.removeprefix('ftjob-')}"
+    assert job.trained_tokens
+    assert "tangerine" in said(client, job.fine_tuned_model)
+    assert said(client, "small") == before
+    assert "tangerine" not in before
+    assert told(client, job)[-1].endswith("served as an adapter on small")
+    steps = [event for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.type == "metrics"]
+    assert [event.data["step"] for event in steps] == list(range(16, 0, -1))  # type: ignore[index]
+    (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
+    assert (checkpoint.step_number, checkpoint.fine_tuning_job_id) == (16, job.id)
+    run = f"ft-office-{job.id.removeprefix('ftjob-')}"
+    shown = home.run("runs", "show", run, "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert (home.folder / "runs" / run).stat().st_mode & 0o077 == 0
+
+
+def test_gateway_and_job_are_killed_and_nothing_is_lost(home: Home, client: openai.OpenAI) -> None:
+    rows = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+    file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(
+        model="plain",
+        training_file=file.id,
+        hyperparameters={"n_epochs": 200, "batch_size": 4},
+        extra_body={"conf": SHORT | {"checkpoint": {"every_steps": 20}}},
+    )
+    run = f"ft-plain-{job.id.removeprefix('ftjob-')}"
+    until(lambda: bool(list((home.folder / "runs" / run).glob("checkpoint/step_*/.metadata"))), 180)
+    (gateway,) = home.processes("ServeReplica:llm-ray:llm-ray")
+    gateway.kill()
+    (process,) = of_job(home, run)
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    process.kill()
+    job = ended(client, job)
+    assert job.status == "succeeded", (job.error, told(client, job))
+    assert job.fine_tuned_model
+    assert said(client, job.fine_tuned_model) is not None
+    lines = told(client, job)
+    assert lines[-1].endswith("served as a model of its own")
+    assert any("was ended from outside: it goes on" in line for line in lines)
+    log = (home.folder / "runs" / run / "finetune.log").read_text()
+    assert "going on from the checkpoint of step" in log
+    until(lambda: not of_job(home, run))  # it ends

@@ -1,0 +1,306 @@
+"""The fine-tuning API on a real server, asked by OpenAI's own client, which takes no answer that is not as its types
+are; the use cases behind it are real, too."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from llm_ray.app import jobs as queue
+from llm_ray.app.api_service import open_service
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.serve import Endpoint, FinetuningApi, Limits
+from llm_ray.serve.gateway.api import Api
+from llm_ray.serve.gateway.protect import Protection, protect
+from llm_ray.serve.gateway.protect.keys import add_key, keys_file
+from llm_ray.serve.gateway.protect.limits import Limiter
+from tests.runs import opened_run
+
+ROWS = (
+    json.dumps({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}) + "\n"
+) * 3
+
+
+class Alone(Api):
+    """A gateway without Ray Serve, and so without models."""
+
+    async def _look(self, age: float) -> None:
+        self._looked = time.monotonic()
+
+
+class Site:
+    """An endpoint with the API, and clients of it by the names of their keys."""
+
+    def __init__(self, url: str, secrets: dict[str, str], home: Path) -> None:
+        self.url, self.secrets, self.home = url, secrets, home
+
+    def client(self, name: str) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=self.secrets[name],
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(trust_env=False),
+            _strict_response_validation=True,
+        )
+
+    def http(self, name: str = "alice") -> httpx.Client:
+        return httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {self.secrets[name]}"}, trust_env=False, timeout=60
+        )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Site]:
+    """While a run of the command line is at work, so that jobs wait."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "models").mkdir()
+    (home / "models" / "base").symlink_to(smollm2)
+    (rows := home / "rows.jsonl").write_text(ROWS)
+    conf = FinetuneConf.model_validate(
+        {
+            "name": "busy",
+            "model": {"base": "base"},
+            "data": {"train": str(rows)},
+            "paths": {"models": home / "models", "runs": home / "runs"},
+        }
+    )
+    secrets = {name: add_key(keys_file(home), name, Limits())[1] for name in ("alice", "bob")}
+    secrets["narrow"] = add_key(keys_file(home), "narrow", Limits(), models=("other",))[1]
+    settings = FinetuningApi(enabled=True, max_file_mib=0.1, max_jobs=2)
+    endpoint = Endpoint(api_keys="on", finetuning=settings, body_timeout_s=5)
+    api = Alone()
+    api.offer(open_service(home, settings), True)
+    with opened_run(conf, force=False), serving(protect(api.app, Protection.of(endpoint, home), Limiter())) as url:
+        yield Site(url, secrets, home)
+        for job in queue.queue(home / "runs"):
+            queue.cancel(home / "runs", job.name)
+
+
+@contextlib.contextmanager
+def serving(app: Any) -> Iterator[str]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()
+
+
+def told(answer: httpx.Response) -> tuple[int, str, str | None]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return answer.status_code, error["code"], error["param"]
+
+
+def test_files(site: Site) -> None:
+    alice, bob = site.client("alice"), site.client("bob")
+    sent = [alice.files.create(file=(f"../{n}.jsonl", ROWS.encode()), purpose="fine-tune") for n in range(3)]
+    assert [(file.filename, file.status, file.bytes) for file in sent[:1]] == [("../0.jsonl", "processed", len(ROWS))]
+    ids = {file.id for file in sent}
+    assert {file.id for file in alice.files.list(limit=2)} == ids, "the client goes from page to page"
+    page = alice.files.list(limit=2, order="asc")
+    assert (len(page.data), page.has_more) == (2, True)
+    assert alice.files.retrieve(sent[0].id) == sent[0]
+    assert alice.files.content(sent[0].id).text == ROWS
+    assert alice.files.wait_for_processing(sent[0].id).id == sent[0].id
+    assert bob.files.list().data == []
+    for foreign in (sent[0].id, "file-x", "..%2f..%2fx"):
+        for ask in (bob.files.retrieve, bob.files.content, bob.files.delete):
+            with pytest.raises(openai.NotFoundError):
+                ask(foreign)
+    assert alice.files.delete(sent[0].id).deleted
+    with pytest.raises(openai.NotFoundError):
+        alice.files.retrieve(sent[0].id)
+    for file in sent[1:]:
+        alice.files.delete(file.id)
+
+
+def test_a_file_of_rows_that_are_wrong(site: Site) -> None:
+    alice = site.client("alice")
+    with pytest.raises(openai.BadRequestError, match=r"a.jsonl:4: broken JSON") as caught:
+        alice.files.create(file=("a.jsonl", io.BytesIO(ROWS.encode() + b"{x")), purpose="fine-tune")
+    assert caught.value.code == "invalid_file"
+    assert str(site.home) not in str(caught.value)
+    assert alice.files.list().data == []
+    with pytest.raises(openai.BadRequestError, match="purpose: `assistants` is not supported"):
+        alice.files.create(file=b"x", purpose="assistants")
+    with pytest.raises(openai.BadRequestError, match="files do not expire"):
+        alice.files.create(
+            file=ROWS.encode(), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        )
+
+
+def test_uploads_that_are_no_forms_too_large_or_do_not_come(site: Site) -> None:
+    with site.http() as alice:
+        purpose = {"purpose": "fine-tune"}
+        assert told(alice.post("/v1/files", json={})) == (415, "unsupported_media_type", None)
+        assert told(alice.post("/v1/files", data=purpose, files={"other": b"x"})) == (400, "invalid_request", "file")
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        assert told(alice.post("/v1/files", headers=headers, content=b"--b\r\nbroken"))[:2] == (400, "invalid_request")
+        cut_off = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\nrows'
+        assert told(alice.post("/v1/files", headers=headers, content=cut_off))[:2] == (400, "invalid_request")
+        large = b"x" * 120_000
+        assert told(alice.post("/v1/files", data=purpose, files={"file": large}))[:2] == (413, "file_too_large")
+        assert told(alice.post("/v1/files", data=purpose, files={"file": large * 3}))[:2] == (413, "body_too_large")
+        in_pieces = (piece for piece in [cut_off, *[large] * 20])
+        with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError):  # it closes while more is sent
+            assert alice.post("/v1/files", headers=headers, content=in_pieces).status_code == 413
+        assert alice.get("/v1/files").json()["data"] == []
+        folder = site.home / "finetuning"
+        assert [path.name for path in folder.glob("*/files/.arriving*")] == []
+    with socket.create_connection(("127.0.0.1", int(site.url.rpartition(":")[2]))) as slow:
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {site.secrets['alice']}\r\n"
+        slow.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 999\r\n\r\n--b".encode())
+        slow.settimeout(60)
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+    assert httpx.post(f"{site.url}/v1/files", trust_env=False).status_code == 401
+
+
+def test_jobs(site: Site) -> None:
+    alice, bob = site.client("alice"), site.client("bob")
+    file = alice.files.create(file=("rows.jsonl", ROWS.encode()), purpose="fine-tune")
+    job = alice.fine_tuning.jobs.create(
+        model="base",
+        training_file=file.id,
+        suffix="bot",
+        seed=7,
+        metadata={"team": "support"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": "auto"}}},
+        extra_body={"conf": {"tuning": {"lora": {"r": 4}}}},
+    )
+    assert (job.status, job.model, job.seed, job.training_file) == ("queued", "base", 7, file.id)
+    assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (2, "auto")
+    assert job.fine_tuned_model is job.finished_at is job.error is None
+    assert alice.fine_tuning.jobs.retrieve(job.id) == job
+    second = alice.fine_tuning.jobs.create(model="base", training_file=file.id, hyperparameters={"n_epochs": 1})
+    assert [found.id for found in alice.fine_tuning.jobs.list(limit=1)] == [second.id, job.id]
+    assert [found.id for found in alice.fine_tuning.jobs.list(metadata={"team": "support"})] == [job.id]
+    assert bob.fine_tuning.jobs.list().data == []
+    with pytest.raises(openai.RateLimitError, match="2 jobs that wait or run"):
+        alice.fine_tuning.jobs.create(model="base", training_file=file.id)
+    (event,) = alice.fine_tuning.jobs.list_events(job.id)
+    assert (event.level, event.type, event.message) == ("info", "message", f"Created fine-tuning job: {job.id}")
+    assert alice.fine_tuning.jobs.checkpoints.list(job.id).data == []
+    for ask in (
+        bob.fine_tuning.jobs.retrieve,
+        bob.fine_tuning.jobs.cancel,
+        bob.fine_tuning.jobs.pause,
+        bob.fine_tuning.jobs.resume,
+        bob.fine_tuning.jobs.list_events,
+        bob.fine_tuning.jobs.checkpoints.list,
+    ):
+        with pytest.raises(openai.NotFoundError):
+            ask(job.id)
+    with pytest.raises(openai.BadRequestError, match="learns from the file"):
+        alice.files.delete(file.id)
+    assert alice.fine_tuning.jobs.pause(job.id).status == "queued"
+    assert alice.fine_tuning.jobs.cancel(second.id).status == "cancelled"
+    with site.http() as http, http.stream("GET", f"/v1/fine_tuning/jobs/{second.id}/events?stream=true") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert [json.loads(line)["message"] for line in lines[:-1]][-1] == "The job was cancelled"
+    assert lines[-1] == "[DONE]"
+    end = time.monotonic() + 60
+    while True:
+        try:
+            assert alice.fine_tuning.jobs.resume(job.id).status == "queued"
+            break
+        except openai.APIStatusError as error:  # its process has not ended yet
+            assert error.status_code == 503 and time.monotonic() < end
+            time.sleep(0.2)
+    assert alice.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    assert alice.files.delete(file.id).deleted
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"method": {"type": "dpo", "dpo": {}}}, "method.type"),
+        ({"method": {"type": "supervised", "reinforcement": {}}}, "method.reinforcement"),
+        ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
+        ({"suffix": "../../x"}, "suffix"),
+        ({"suffix": "a:b"}, "suffix"),
+        ({"suffix": "x" * 65}, "suffix"),
+        ({"seed": -1}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"n_epochs": "many"}}, "hyperparameters.n_epochs"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"conf": {"model": {"trust_remote_code": True}}}, "conf.model.trust_remote_code"),
+        ({"conf": {"data.processor": "os:system"}}, "conf.data.processor"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"training_file": "../../x"}, "training_file"),
+        ({"model": "../../x"}, "model"),
+        ({"model": ""}, "model"),
+    ],
+)
+def test_what_a_job_cannot_have(site: Site, change: dict[str, Any], param: str) -> None:
+    with site.http() as alice:
+        form = {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", ROWS.encode())}}
+        file = alice.post("/v1/files", **form).json()["id"]
+        answer = alice.post("/v1/fine_tuning/jobs", json={"model": "base", "training_file": file} | change)
+        assert answer.status_code in (400, 404)
+        assert told(answer)[2] == param
+        assert alice.delete(f"/v1/files/{file}").status_code == 200
+
+
+def test_queries_that_are_wrong(site: Site) -> None:
+    with site.http() as alice:
+        for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+            assert told(alice.get(path, params={"limit": 0})) == (400, "invalid_request", "limit")
+            assert told(alice.get(path, params={"after": "x"})) == (400, "invalid_request", "after")
+        assert told(alice.get("/v1/files", params={"order": "up"})) == (400, "invalid_request", "order")
+        assert alice.get("/v1/files", params={"purpose": "assistants"}).json()["data"] == []
+
+
+def test_a_key_for_some_models_trains_no_others(site: Site) -> None:
+    narrow = site.client("narrow")
+    file = narrow.files.create(file=("rows.jsonl", ROWS.encode()), purpose="fine-tune")
+    with pytest.raises(openai.NotFoundError, match="there is no `base` here"):
+        narrow.fine_tuning.jobs.create(model="base", training_file=file.id)
+
+
+def test_where_it_is_off_there_is_nothing(tmp_path: Path) -> None:
+    api = Alone()
+    endpoint = Endpoint()
+    api.offer(open_service(tmp_path, endpoint.finetuning), endpoint.finetuning.enabled)
+    with serving(protect(api.app, Protection.of(endpoint, tmp_path), Limiter())) as url:
+        for method, path in (("POST", "/v1/files"), ("GET", "/v1/files"), ("POST", "/v1/fine_tuning/jobs")):
+            assert httpx.request(method, f"{url}{path}", trust_env=False).status_code == 404
+    assert not any("fine_tuning" in path for path in api.app.openapi()["paths"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_jobs_are_their_owners(tmp_path: Path) -> None:
+    from llm_ray.serve.gateway.protect.keys import Key
+
+    service = open_service(tmp_path, FinetuningApi())
+    (tmp_path / "finetuning" / service.owner_of("alice") / "jobs" / "ftjob-0123456789ab").mkdir(parents=True)
+    api = Api()
+    api.offer(service, False)
+    alice, bob = Key("1", "alice", "", 0.0), Key("2", "bob", "", 0.0)
+    model = "ft:base:bot:0123456789ab"
+    assert api._may_ask(model, alice)
+    assert not api._may_ask(model, bob)
+    assert not api._may_ask(model, None)
+    assert api._may_ask(model, replace(alice, models=("base",))), "beside those that it was made for"
+    assert api._may_ask("ft:base:bot:ffffffffffff", bob), "deployed by hand"
+    assert not api._may_ask("ft:base:bot:ffffffffffff", replace(bob, models=("base",)))
