@@ -195,7 +195,9 @@ def check_rows(file: str, form: str) -> Checked:
         raise DataError(f"{file}: it holds no rows")
     known = any(all(c in first.values for c in columns) for name, columns in REQUIRED.items() if name != "text")
     pretrain = form == "text" or (form == "auto" and not known and "text" in first.values)
-    formatter = Formatter(Data.model_validate({"train": [file], "format": form}), pretrain=pretrain)
+    formatter = Formatter(
+        Data.model_validate({"train": [file], "format": form}), "texts" if pretrain else "conversations"
+    )
     rows = 0
     for row in read(file, _raise):
         formatter(row)

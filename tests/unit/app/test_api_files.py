@@ -61,14 +61,14 @@ def test_what_is_no_id_is_no_path(files: Files, id: str) -> None:
     [
         (CHAT + '{"messages": 7}\n', "a.jsonl", "a.jsonl:2: 'messages' must be a list of turns"),
         (CHAT + "{broken\n", "a.jsonl", "a.jsonl:2: broken JSON"),
-        ('{"prompt": "a"}\n', "", "file:1: cannot tell the format"),
+        ('{"prompt": "a"}\n', "", "file:1: cannot detect the format"),
         ('{"messages": [{"role": "assistent", "content": "x"}]}\n', "a.jsonl", "turn 1 of 'messages': role is"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "a.jsonl", "preference pairs"),
         ("\n\n", "a.jsonl", "it holds no rows"),
         ("", "a.jsonl", "it is empty"),
         ("prompt,completion\na\n", "a.csv", "a.csv:2: "),
         (CHAT, "a.xlsx", "its name ends in .xlsx; the kinds known are"),
-        ("not parquet", "a.parquet", "not a whole Parquet file"),
+        ("not parquet", "a.parquet", "not a complete Parquet file"),
     ],
 )
 def test_a_broken_file_is_refused_with_line_and_field_and_nothing_is_left(

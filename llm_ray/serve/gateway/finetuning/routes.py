@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/fine-tuning and /files
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from llm_ray.serve.gateway import openapi
 from llm_ray.serve.gateway.errors import ApiError
 from llm_ray.serve.gateway.finetuning import objects
 from llm_ray.serve.gateway.finetuning.objects import CreateJob, Page, page
-from llm_ray.serve.gateway.finetuning.service import Named, Problem, Service
+from llm_ray.serve.gateway.finetuning.service import Named, Problem, Service, Upload
 from llm_ray.serve.gateway.finetuning.upload import receive
 from llm_ray.serve.gateway.protect.keys import Key
 
@@ -112,9 +113,10 @@ class Operations:
         """Upload rows to learn from. They are checked on arrival."""
         self._begins()
         owner = self._owner(request)
-        upload = await _done(self._service.begin, owner)
+        begun = asyncio.ensure_future(_done(self._service.begin, owner))
         kept = False
         try:
+            upload = await asyncio.shield(begun)
             form = await _told(receive(request, upload))
             if (purpose := form.fields.pop("purpose", None)) != "fine-tune":
                 told = "it is missing" if purpose is None else f"`{purpose[:50]}` is not supported here"
@@ -129,8 +131,13 @@ class Operations:
         finally:
             if not kept:
                 # Also where the client has gone: this task is cancelled, and its check has to end.
-                await asyncio.shield(asyncio.to_thread(self._service.abandon, owner, upload))
+                await asyncio.shield(self._abandon(owner, begun))
         return _json(objects.file_object(file))
+
+    async def _abandon(self, owner: str, begun: asyncio.Future[Upload]) -> None:
+        with contextlib.suppress(ApiError):  # there was no room for it
+            upload = await begun
+            await asyncio.to_thread(self._service.abandon, owner, upload)
 
     async def list_files(
         self,
