@@ -130,7 +130,7 @@ def test_tensor_in_two_shards(sharded: Path) -> None:
     first, second = weight_files(sharded)[:2]
     tensors = load_file(first) | load_file(second)
     save_file(tensors, second, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{second.name} holds .* too, which {INDEX} names in {first.name}"):
+    with pytest.raises(ModelError, match=rf"{second.name} contains .* too, which {INDEX} assigns to {first.name}"):
         check_folder(sharded)
 
 

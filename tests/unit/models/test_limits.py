@@ -79,7 +79,7 @@ def test_rows_longer_than_the_positions(tmp_path: Path, paths: Paths, smollm2: P
     base = made(tmp_path / "m", kind, smollm2)
     look_ahead(checked := conf(base, paths, max_length=256), base_of(checked), ["train"])
     with pytest.raises(
-        ConfError, match=r"data\.max_length is 257, and the model .* has positions for 256 tokens: set it to 256"
+        ConfError, match=r"data\.max_length is 257, but the model .* has positions for 256 tokens: set it to 256"
     ):
         look_ahead(checked := conf(base, paths, max_length=257), base_of(checked), ["train"])
 

@@ -140,7 +140,7 @@ def test_missing_weights(tiny: Path, paths: Paths) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tiny / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, as model\.layers\.1\.mlp\.up_proj\.weight"
+        ModelError, match=r"lacks 1 weights of a LlamaForCausalLM, such as model\.layers\.1\.mlp\.up_proj\.weight"
     ):
         load_model(find_base(Model(base=str(tiny)), paths), torch.float32)
 

@@ -190,7 +190,7 @@ def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
     both = [subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [process.communicate(timeout=60)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 1]
-    assert sum("exists already" in text for text in errors) == 1
+    assert sum("already exists" in text for text in errors) == 1
     assert describe(tmp_path / "models" / "small").problem is None
 
 
