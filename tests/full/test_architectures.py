@@ -107,7 +107,8 @@ def write() -> None:
     ]
     left = ", ".join(sorted(LARGE | OTHERS))
     PAGE.write_text(
-        head + "\n".join(lines) + f"\n\nNot checked, because no small model of them can be made: {left}.\n", encoding="utf-8"
+        head + "\n".join(lines) + f"\n\nNot checked, because no small model of them can be made: {left}.\n",
+        encoding="utf-8",
     )
 
 
