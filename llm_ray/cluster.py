@@ -97,7 +97,7 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _local_ray(num_cpus: int | None) -> Iterator[None]:
-    with _session_folder() as folder, _environment(_settings(_make_token(folder))), _quiet_ray():
+    with _session_folder() as folder, _environment(_settings(_make_token(folder)) | malloc_environment()), _quiet_ray():
         options: dict[str, Any] = {
             "num_cpus": num_cpus or os.cpu_count(),
             "include_dashboard": False,
@@ -394,7 +394,6 @@ def _settings(token: Path) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
-        **malloc_environment(),
     }
 
 

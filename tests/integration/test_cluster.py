@@ -79,6 +79,29 @@ def test_workers_allocate_by_tcmalloc(cluster: Cluster) -> None:
     assert "tcmalloc" in ray.get(libraries.remote()), "is libgoogle-perftools4 installed?"
 
 
+def test_a_connection_within_another_is_the_same_one(cluster: Cluster) -> None:
+    """Also where a malloc is preloaded: of what a connection puts into the environment, a further one depends on
+    nothing."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom llm_ray.cluster import join_local\n"
+        "with join_local(sys.argv[1], Path(sys.argv[2])) as outer, join_local(sys.argv[1], Path(sys.argv[2])) as inner:\n"
+        "    print(outer == inner)\n"
+    )
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, address, environment["RAY_AUTH_TOKEN_PATH"]],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 def test_errors_of_ray_are_logged_and_not_written_among_a_commands_output(
     cluster: Cluster, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

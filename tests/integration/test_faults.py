@@ -217,7 +217,7 @@ def test_stopped_by_another_process(bench: Bench) -> None:
         stop_run(bench.runs, "trial").state == "running"
     )  # from here: a command takes seconds to start, preparing does not last longer
     code, seen = command.ends()
-    assert (code, "stopped before stage train as asked" in seen) == (130, True), seen
+    assert (code, "stopped before stage train as requested" in seen) == (130, True), seen
 
     command = bench.start()
     until(lambda: len(bench.checkpoints()) >= 1)
@@ -296,7 +296,7 @@ def test_a_full_disk(bench: Bench) -> None:
         pytest.param(
             "read-only",
             1,
-            r"the run's folder \S+/trial cannot be written: Read-only file system: \S+ \(.* free\): mend .* or set paths.runs",
+            r"the run's folder \S+/trial cannot be written: Read-only file system: \S+ \(.* free\): fix .* or set paths.runs",
             marks=pytest.mark.root,
         ),
         ("a file in the way", 1, r"the run's folder \S+/trial cannot be written: Not a directory: \S+ \(.* free\)"),

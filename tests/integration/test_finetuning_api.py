@@ -156,5 +156,5 @@ def test_gateway_and_job_are_killed_and_nothing_is_lost(home: Home, client: open
     assert lines[-1].endswith("served as a model of its own")
     assert any("was ended from outside: it goes on" in line for line in lines)
     log = (home.folder / "runs" / run / "finetune.log").read_text()
-    assert "going on from the checkpoint of step" in log
+    assert "resuming from the checkpoint of step" in log
     until(lambda: not of_job(home, run))  # it ends

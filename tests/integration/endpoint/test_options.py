@@ -63,7 +63,7 @@ def test_infer_tells_the_models_where_a_route_names_none(home: Guarded) -> None:
         "--model",
         "red",
     )
-    assert (done.returncode, f"give {home.url}/v1" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, f"use {home.url}/v1" in done.stderr) == (2, True), done.stderr
 
 
 def test_a_model_that_is_not_ready_in_time_is_taken_back(home: Guarded, bert: tuple[Path, Path]) -> None:

@@ -96,7 +96,7 @@ def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(
     expect(tab.locator("#run-curves svg").first).to_be_visible(timeout=LONG)
     _start(tab, page, tmp_path, "second")
     expect(tab.locator("#run-state h2")).to_have_text(re.compile("second: waiting, 1 ahead"), timeout=LONG)
-    expect(tab.locator("#run-state")).to_contain_text("asked for by alice")
+    expect(tab.locator("#run-state")).to_contain_text("requested by alice")
 
     tab.goto(f"{page.url}/runs?run=first")
     tab.get_by_role("button", name="Stop", exact=True).click()
