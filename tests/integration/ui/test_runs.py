@@ -63,6 +63,7 @@ def _send_conf(tab: Page, page: Running, tmp_path: Path, name: str, text: str | 
     file.write_text(
         text or yaml.safe_dump({**conf, "checkpoint": {"every_steps": 200}, "stages": ["prepare", "train"]})
     )
+    tab.wait_for_load_state()  # else what is still on its way breaks the next navigation off
     tab.goto(f"{page.url}/train")
     expect(tab.get_by_label("Model", exact=True)).to_have_value("tiny", timeout=LONG)
     tab.set_input_files("input[type=file]", file)
