@@ -372,6 +372,7 @@ class PairEncoder:
         return [self._laid_out(next(encoded), next(encoded)) for _ in pairs]
 
     def _laid_out(self, chosen: Encoded | DataError, rejected: Encoded | DataError) -> Encoded | DataError:
+        answers: list[Encoded] = []
         for name, side in (("chosen", chosen), ("rejected", rejected)):
             if isinstance(side, DataError):
                 return DataError(f"{name}: {side}")
@@ -380,16 +381,18 @@ class PairEncoder:
                     f"{name}: the chat template writes its turns otherwise once others follow, so that they are no one "
                     "answer: end chosen and rejected after the first answer in which they differ"
                 )
-        assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)  # noqa: S101 (for mypy)
-        pair = Encoded(longest=max(chosen.longest, rejected.longest), truncated=chosen.truncated or rejected.truncated)
-        if pair.truncated:
+            answers.append(side)
+        longest, truncated = max(side.longest for side in answers), any(side.truncated for side in answers)
+        pair = Encoded(longest=longest, truncated=truncated)
+        first, second = (side.sequences for side in answers)
+        if truncated:
             pair.lost = PAIR_TOO_LONG
-        elif not chosen.sequences or not rejected.sequences:
+        elif not first or not second:
             pair.lost = NO_ANSWER
-        elif chosen.sequences == rejected.sequences:
+        elif first == second:
             pair.lost = SAME
         else:
-            (a,), (b,) = chosen.sequences, rejected.sequences
+            (a,), (b,) = first, second
             pair.sequences = [Sequence(a.input_ids + b.input_ids, a.labels + b.labels, len(a.input_ids))]
         return pair
 

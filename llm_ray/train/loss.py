@@ -30,30 +30,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-        learn_hidden, learn_weight, learn_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if learn_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and learn_bias else None
+        gradients = _Gradients(ctx.needs_input_grad, hidden, weight, bias)
         projection = weight.to(hidden.dtype)
-        block = max(16, BLOCK_BYTES // (4 * weight.shape[0]))
         loss = torch.zeros((), dtype=torch.float32)
-        for start in range(0, hidden.shape[0], block):
-            h, t = hidden[start : start + block], target[start : start + block, None]
-            logits = F.linear(h, projection, bias if bias is None else bias.to(h.dtype)).float()
+        for part in _blocks(hidden, weight):
+            t = target[part, None]
+            logits = _logits(hidden[part], projection, bias)
             norm = logits.logsumexp(1, keepdim=True)
             loss += (norm - logits.gather(1, t)).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = logits.sub_(norm).exp_()
-            grad.scatter_add_(1, t, torch.full_like(norm, -1.0))
-            low = grad.to(h.dtype)
-            if grad_hidden is not None:
-                torch.mm(low, projection, out=grad_hidden[start : start + block])
-            if grad_weight is not None:
-                grad_weight += (low.T @ h).float()
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            if gradients.hidden is not None or gradients.weight is not None:
+                gradients.add(part, _slope(logits, norm, t), hidden, projection)
+        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         return loss
 
@@ -85,13 +72,14 @@ class _LinearLogProbabilities(torch.autograd.Function):
         at_once = learn_hidden and not any(learn_head)
         grad_hidden = torch.empty_like(hidden) if at_once else None
         given, norms = torch.empty(len(hidden)), torch.empty(len(hidden))
+        projection = weight.to(hidden.dtype)
         for part in _blocks(hidden, weight):
-            h, t = hidden[part], target[part, None]
-            logits = _logits(h, weight, bias)
+            t = target[part, None]
+            logits = _logits(hidden[part], projection, bias)
             norm = logits.logsumexp(1, keepdim=True)
             given[part], norms[part] = (logits.gather(1, t) - norm)[:, 0], norm[:, 0]
             if grad_hidden is not None:
-                torch.mm(_slope(logits, norm, t).to(h.dtype), weight.to(h.dtype), out=grad_hidden[part])
+                torch.mm(_slope(logits, norm, t).to(hidden.dtype), projection, out=grad_hidden[part])
         ctx.save_for_backward(grad_hidden, *(() if at_once else (hidden, weight, bias, target, norms)))
         return given
 
@@ -99,26 +87,17 @@ class _LinearLogProbabilities(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, *saved = ctx.saved_tensors
         if grad_hidden is not None:
-            return grad_hidden * grad[:, None].to(grad_hidden.dtype), None, None, None
+            return grad_hidden * -grad[:, None].to(grad_hidden.dtype), None, None, None
         hidden, weight, bias, target, norms = saved
-        learn_hidden, learn_weight, learn_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if learn_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and learn_bias else None
+        gradients = _Gradients(ctx.needs_input_grad, hidden, weight, bias)
+        projection = weight.to(hidden.dtype)
         for part in _blocks(hidden, weight):
-            h = hidden[part]
-            slope = _slope(_logits(h, weight, bias), norms[part, None], target[part, None]) * grad[part, None]
-            low = slope.to(h.dtype)
-            if grad_hidden is not None:
-                torch.mm(low, weight.to(h.dtype), out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += (low.T @ h).float()
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
+            slope = _slope(_logits(hidden[part], projection, bias), norms[part, None], target[part, None])
+            gradients.add(part, slope.mul_(-grad[part, None]), hidden, projection)
         return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
+            gradients.hidden,
+            None if gradients.weight is None else gradients.weight.to(weight.dtype),
+            None if gradients.bias is None else gradients.bias.to(bias.dtype),
             None,
         )
 
@@ -128,14 +107,33 @@ def _blocks(hidden: Tensor, weight: Tensor) -> list[slice]:
     return [slice(start, start + block) for start in range(0, hidden.shape[0], block)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(hidden, weight.to(hidden.dtype), bias if bias is None else bias.to(hidden.dtype)).float()
+def _logits(hidden: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(hidden, projection, bias if bias is None else bias.to(hidden.dtype)).float()
 
 
 def _slope(logits: Tensor, norm: Tensor, target: Tensor) -> Tensor:
-    """The gradient of each target's log-probability with respect to the logits, which it overwrites."""
-    slope = logits.sub_(norm).exp_().neg_()
-    return slope.scatter_add_(1, target, torch.ones_like(norm))
+    """The gradient of each target's cross entropy with respect to the logits, which it overwrites."""
+    return logits.sub_(norm).exp_().scatter_add_(1, target, torch.full_like(norm, -1.0))
+
+
+class _Gradients:
+    """Gradients with respect to hidden states, projection and bias, of those that learn; summed block by block."""
+
+    def __init__(self, learn: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """`learn`: autograd's needs_input_grad of the three, in this order."""
+        self.hidden = torch.empty_like(hidden) if learn[0] else None
+        self.weight = torch.zeros_like(weight, dtype=torch.float32) if learn[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and learn[2] else None
+
+    def add(self, part: slice, slope: Tensor, hidden: Tensor, projection: Tensor) -> None:
+        """Of the block `part`, whose logits have the gradient `slope` [block, v]."""
+        low = slope.to(hidden.dtype)
+        if self.hidden is not None:
+            torch.mm(low, projection, out=self.hidden[part])
+        if self.weight is not None:
+            self.weight += (low.T @ hidden[part]).float()
+        if self.bias is not None:
+            self.bias += slope.sum(0)
 
 
 def linear_log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
