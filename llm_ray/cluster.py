@@ -97,7 +97,11 @@ def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def _local_ray(num_cpus: int | None) -> Iterator[None]:
-    with _session_folder() as folder, _environment(_settings(_make_token(folder)) | malloc_environment()), _quiet_ray():
+    with (
+        _session_folder() as folder,
+        _ray_environment(_settings(_make_token(folder)) | malloc_environment()),
+        _quiet_ray(),
+    ):
         options: dict[str, Any] = {
             "num_cpus": num_cpus or os.cpu_count(),
             "include_dashboard": False,
@@ -164,7 +168,7 @@ def _joined(address: str, settings: dict[str, str], **options: object) -> Iterat
 
 @contextlib.contextmanager
 def _connection(address: str, settings: dict[str, str], options: dict[str, object]) -> Iterator[None]:
-    with _environment(settings), _quiet_ray():
+    with _ray_environment(settings), _quiet_ray():
         try:
             _init(address=address, **options)
             yield
@@ -415,10 +419,10 @@ def _short_temp_dir() -> str:
 
 
 @contextlib.contextmanager
-def _environment(settings: dict[str, str]) -> Iterator[None]:
+def environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process, and of those that start meanwhile; afterwards as they were."""
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
-    _reload_ray_config()
     try:
         yield
     finally:
@@ -427,6 +431,16 @@ def _environment(settings: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+@contextlib.contextmanager
+def _ray_environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """The same, also for the Ray of this process."""
+    try:
+        with environment(settings):
+            _reload_ray_config()
+            yield
+    finally:
         _reload_ray_config()
 
 

@@ -11,20 +11,18 @@ out and exchanges nothing), and what the network costs is not seen.
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
 import queue
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llm_ray.cluster import environment
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import LlmRayError, TrainError
 from llm_ray.hardware import forget_peak_memory, malloc_environment, peak_memory
@@ -67,7 +65,7 @@ def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
             for rank in range(conf.runtime.workers if local else 1)
         ]
         try:
-            with _environment(malloc_environment()):  # that of Ray's workers
+            with environment(malloc_environment()):  # that of Ray's workers
                 for worker in workers:
                     worker.start()
             costs = [_result(workers, results) for _ in workers]
@@ -78,17 +76,6 @@ def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
                     worker.join()
     slowest = max(costs, key=lambda cost: cost.seconds_per_token)
     return replace(slowest, memory=max(cost.memory for cost in costs))
-
-
-@contextlib.contextmanager
-def _environment(added: dict[str, str]) -> Iterator[None]:
-    """Processes that start meanwhile find these variables, which must not be set yet."""
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
 
 
 def _result(workers: list[Any], results: Any) -> Cost:

@@ -27,7 +27,7 @@ from llm_ray.models.registry import has_chat_template, import_model, template_te
 from llm_ray.models.tokens import check_alike
 from llm_ray.progress import Reporter
 from llm_ray.serve.deployments.adapters import adapter_rank, check_adapter, find_adapter
-from llm_ray.serve.deployments.engine import choose_engine
+from llm_ray.serve.deployments.engine import Choice, choose_engine
 from llm_ray.serve.models import (
     DEFAULT_MAX_MODEL_LEN,
     SIZES,
@@ -80,12 +80,14 @@ def plan(conf: ServeConf, reporter: Reporter, only: Sequence[str] = ()) -> list[
     ]
 
 
-def _planned(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
+def _planned(
+    name: str, asked: ModelServing, paths: Paths, reporter: Reporter, choice: Choice | None = None
+) -> ServedModel:
     source = _folder(asked.model, paths, reporter)
     tokenizer = _folder(asked.tokenizer, paths, reporter) if asked.tokenizer else None
     if tokenizer:
         check_tokenizer(tokenizer)
-    engine, path, weights = _engine(name, asked, source, paths, reporter)
+    engine, path, weights = _engine(name, asked, source, paths, reporter, choice)
     check_alike(tokenizer or path)
     _check_kind(asked, engine, path)
     check_tokenizer_fits(path, tokenizer or path)
@@ -141,9 +143,10 @@ def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     """The model as it will be served, without converting it where that would be needed: its memory is then reckoned.
     Raises ModelError."""
     source = _folder(asked.model, paths, reporter)
-    engine = choose_engine(asked, source, paths.models).engine
+    choice = choose_engine(asked, source, paths.models)
+    engine = choice.engine
     if not ENGINES[engine].converts or is_openvino(source) or find_conversion(source, asked.weights, paths.models):
-        return _planned(name, asked, paths, reporter)
+        return _planned(name, asked, paths, reporter, choice)
     like = _planned(name, asked.model_copy(update={"engine": "transformers", "weights": None}), paths, reporter)
     weights = like.memory_bytes - like.kv_cache_bytes - _PROGRAM_BYTES
     smaller = int(weights * SIZES[asked.weights or DEFAULT_WEIGHTS] / SIZES[like.precision])
@@ -164,10 +167,10 @@ def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
 
 
 def _engine(
-    name: str, asked: ModelServing, source: Path, paths: Paths, reporter: Reporter
+    name: str, asked: ModelServing, source: Path, paths: Paths, reporter: Reporter, choice: Choice | None
 ) -> tuple[EngineName, Path, Weights]:
     """The engine, and the folder with weights in its form. A model that `auto` cannot convert is served as it is."""
-    choice = choose_engine(asked, source, paths.models)
+    choice = choice or choose_engine(asked, source, paths.models)
     if asked.engine == "auto":
         reporter.line(f"{name}: engine {choice.engine} (auto: {choice.reason})")
     try:
