@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_
+from functools import partial
 from pathlib import Path
 
 from llm_ray.app.api_service import open_service
@@ -57,6 +58,10 @@ __all__ = [
     "stop_all",
     "undo",
 ]
+
+
+# Whatever is deployed, the gateway finds the fine-tuning API's use cases in this layer.
+_serve = partial(serving.deploy, open_finetuning=open_service)
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,7 @@ def deploy(
         serving.check_port(conf.endpoint.host, conf.endpoint.port)
     try:
         with local.connected(conf.runtime, home, reporter, begin=True):
-            served = serving.deploy(models, conf.endpoint, home, reporter, timeout, open_finetuning=open_service)
+            served = _serve(models, conf.endpoint, home, reporter, timeout)
     except BaseException:
         if starts:
             _end(home)
@@ -252,10 +257,10 @@ def serve_run(run: str, name: str, home: Path, reporter: Reporter) -> str:
             if _takes_adapter(model, run, details.output / "adapter", paths):
                 adapter = Adapter(str(details.output / "adapter"), fingerprint(details.output / "adapter"))
                 changed = with_(model, adapters=model.adapters | {name: adapter})
-                serving.deploy([changed], endpoint, home, reporter, open_finetuning=open_service)
+                _serve([changed], endpoint, home, reporter)
                 return f"as an adapter on {model.name}"
         conf = conf_of([run], home, names=[name], max_model_len=beside[0].max_model_len if beside else None)
-        serving.deploy(plan(conf, reporter), endpoint, home, reporter, open_finetuning=open_service)
+        _serve(plan(conf, reporter), endpoint, home, reporter)
         return "as a model of its own"
 
 
@@ -305,7 +310,7 @@ def restart(name: str, home: Path, reporter: Reporter, address: str | None = Non
         if entry is None or endpoint is None:
             raise ServeError(f"no model {name} is served here; served are: {', '.join(serving.status()) or 'none'}")
         serving.stop([name], reporter)
-        return serving.deploy([entry.model], endpoint, home, reporter, timeout, open_finetuning=open_service)
+        return _serve([entry.model], endpoint, home, reporter, timeout)
 
 
 def undo(served: Served, home: Path, reporter: Reporter, address: str | None = None) -> None:
@@ -356,9 +361,7 @@ def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
         for conf in confs:
             (name,) = conf.models
             try:
-                serving.deploy(
-                    plan(conf, reporter), conf.endpoint, home, reporter, timeout, open_finetuning=open_service
-                )
+                _serve(plan(conf, reporter), conf.endpoint, home, reporter, timeout)
                 reporter.line(f"{name} is served.")
             except LlmRayError as error:  # the others are served all the same
                 failed.append(f"{name}: {error}")

@@ -5,14 +5,20 @@ Source: https://platform.openai.com/docs/api-reference/fine-tuning and /files
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm_ray.serve.gateway.finetuning.service import Asked, Checkpoint, Event, Job, StoredFile
 
-T = TypeVar("T", bound=BaseModel)
+
+class Listed(BaseModel):
+    """What lists are made of."""
+
+    id: str
+
+
+L = TypeVar("L", bound=Listed)
 
 
 class Strict(BaseModel):
@@ -75,10 +81,9 @@ class CreateJob(Strict):
     )
 
 
-class FileObject(BaseModel):
+class FileObject(Listed):
     """A file."""
 
-    id: str
     object: Literal["file"] = "file"
     bytes: int
     created_at: int
@@ -128,10 +133,9 @@ class JobError(BaseModel):
     param: str | None = None
 
 
-class JobObject(BaseModel):
+class JobObject(Listed):
     """A job."""
 
-    id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
     finished_at: int | None
@@ -154,10 +158,9 @@ class JobObject(BaseModel):
     run: str = Field(description="The run, as llm-ray runs shows it on the machine.")
 
 
-class EventObject(BaseModel):
+class EventObject(Listed):
     """Something that has happened to a job."""
 
-    id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
     level: Literal["info", "warn", "error"]
@@ -166,10 +169,9 @@ class EventObject(BaseModel):
     data: dict[str, float | int]
 
 
-class CheckpointObject(BaseModel):
+class CheckpointObject(Listed):
     """A checkpoint of a job."""
 
-    id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
     created_at: int
     fine_tuning_job_id: str
@@ -178,20 +180,14 @@ class CheckpointObject(BaseModel):
     metrics: dict[str, float]
 
 
-class Page(BaseModel, Generic[T]):
+class Page(BaseModel, Generic[L]):
     """A part of a list."""
 
     object: Literal["list"] = "list"
-    data: list[T]
+    data: list[L]
     has_more: bool
     first_id: str | None
     last_id: str | None
-
-
-def page(found: Sequence[T]) -> Page[T]:
-    """A page of what is there; `has_more` is set by who cuts it."""
-    ids = [str(getattr(one, "id")) for one in found]  # noqa: B009  # of a generic model
-    return Page(data=list(found), has_more=False, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
 
 
 def file_object(file: StoredFile) -> FileObject:

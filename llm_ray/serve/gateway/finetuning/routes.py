@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from llm_ray.serve.gateway import openapi
 from llm_ray.serve.gateway.errors import ApiError
 from llm_ray.serve.gateway.finetuning import objects
-from llm_ray.serve.gateway.finetuning.objects import CreateJob, Page, page
+from llm_ray.serve.gateway.finetuning.objects import CreateJob, L, Page
 from llm_ray.serve.gateway.finetuning.service import Named, Problem, Service, Upload
 from llm_ray.serve.gateway.finetuning.upload import receive
 from llm_ray.serve.gateway.protect.keys import Key
@@ -46,7 +46,6 @@ _FORM = {
     }
 }
 T = TypeVar("T")
-O = TypeVar("O", bound=BaseModel)  # noqa: E741
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -319,17 +318,16 @@ async def _done(use_case: Callable[..., T], *arguments: Any, **more: Any) -> T:
     return await _told(asyncio.to_thread(use_case, *arguments, **more))
 
 
-def _cut(shown: Sequence[O], after: str | None, limit: int) -> Page[O]:
+def _cut(shown: Sequence[L], after: str | None, limit: int) -> Page[L]:
     """The page of `limit` objects after the one with the id `after`. Raises ApiError where that is not there."""
-    start = 0
+    ids, start = [one.id for one in shown], 0
     if after is not None:
-        ids = [str(getattr(one, "id")) for one in shown]  # noqa: B009  # of a generic model
         if after not in ids:
             raise ApiError(400, f"after: there is no `{after[:100]}` in this list", "invalid_request", param="after")
         start = ids.index(after) + 1
-    cut = page(shown[start : start + limit])
-    cut.has_more = start + limit < len(shown)
-    return cut
+    cut = slice(start, start + limit)
+    first, last = (ids[cut][0], ids[cut][-1]) if ids[cut] else (None, None)
+    return Page(data=list(shown[cut]), has_more=cut.stop < len(shown), first_id=first, last_id=last)
 
 
 def _json(answer: BaseModel) -> Response:
