@@ -68,6 +68,11 @@ def client(home: Home) -> Iterator[openai.OpenAI]:
         yield made
 
 
+def uploaded(client: openai.OpenAI) -> openai.types.FileObject:
+    rows = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
+    return client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+
+
 def ended(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     def over() -> bool:
         nonlocal job
@@ -101,8 +106,7 @@ def of_job(home: Home, run: str) -> list[psutil.Process]:
 
 
 def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client: openai.OpenAI) -> None:
-    rows = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
-    file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    file = uploaded(client)
     job = client.fine_tuning.jobs.create(
         model="small",
         training_file=file.id,
@@ -131,8 +135,7 @@ def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client
 
 
 def test_gateway_and_job_are_killed_and_nothing_is_lost(home: Home, client: openai.OpenAI) -> None:
-    rows = "".join(f"{json.dumps(row)}\n" for row in ROWS).encode()
-    file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
+    file = uploaded(client)
     job = client.fine_tuning.jobs.create(
         model="plain",
         training_file=file.id,

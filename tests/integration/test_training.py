@@ -192,11 +192,8 @@ def test_with_a_host_lost_fewer_workers_finish_the_run_with_the_same_losses(
     assert read_metrics(conf.run_dir / "metrics.jsonl", last=1)[0]["step"] == STEPS
 
 
-@pytest.mark.long
-def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
-    make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf
-) -> None:
-    conf = make("stopped")
+def stopped_at_step_three(conf: FinetuneConf, cluster: Cluster) -> None:
+    """Run `conf` until somebody asks it to stop at its third step."""
 
     def stop_at_step_three() -> None:
         while not (rows := read_metrics(conf.run_dir / "metrics.jsonl", last=1)) or rows[-1]["step"] < 3:
@@ -206,6 +203,15 @@ def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
     threading.Thread(target=stop_at_step_three, daemon=True).start()
     with pytest.raises(Stopped, match="with a checkpoint"):
         run(conf, cluster)
+
+
+@pytest.mark.long
+def test_a_stopped_run_goes_on_with_the_losses_of_an_unbroken_one(
+    make: Callable[..., FinetuneConf], cluster: Cluster, unbroken: FinetuneConf
+) -> None:
+    conf = make("stopped")
+
+    stopped_at_step_three(conf, cluster)
     reached = len(losses(conf))
     assert 3 <= reached < STEPS
     assert run(conf, cluster)["status"] == "done"
@@ -271,14 +277,7 @@ def test_a_stopped_run_of_preferences_goes_on_and_computes_no_reference_again(
 ) -> None:
     conf = make_pairs("preferring-stopped")
 
-    def stop_at_step_three() -> None:
-        while not (rows := read_metrics(conf.run_dir / "metrics.jsonl", last=1)) or rows[-1]["step"] < 3:
-            time.sleep(0.02)
-        stop_file(conf.run_dir).touch()
-
-    threading.Thread(target=stop_at_step_three, daemon=True).start()
-    with pytest.raises(Stopped, match="with a checkpoint"):
-        run(conf, cluster)
+    stopped_at_step_three(conf, cluster)
     assert 3 <= len(losses(conf)) < STEPS
     written = {file: file.stat().st_mtime_ns for file in conf.run_dir.glob("prepared/reference/*/*/*")}
     assert run(conf, cluster)["status"] == "done"

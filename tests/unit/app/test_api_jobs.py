@@ -15,10 +15,9 @@ import pytest
 
 from llm_ray.app import jobs as queue
 from llm_ray.app.api_service import ApiService, open_service
-from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.serve import FinetuningApi
 from llm_ray.serve.gateway.finetuning.service import Asked, Job, Named, Problem
-from tests.runs import opened_run
+from tests.runs import conf_of, opened_run
 
 ROW = '{"prompt": "Who?", "completion": "Me."}\n'
 
@@ -55,14 +54,7 @@ def home(tmp_path: Path, smollm2: Path) -> Path:
 def service(home: Path) -> Iterator[ApiService]:
     """While a run of the command line is at work, so that jobs wait; in the end none is left."""
     (rows := home / "rows.jsonl").write_text(ROW)
-    conf = FinetuneConf.model_validate(
-        {
-            "name": "busy",
-            "model": {"base": "base"},
-            "data": {"train": str(rows)},
-            "paths": {"models": home / "models", "runs": home / "runs"},
-        }
-    )
+    conf = conf_of(home, "busy", rows)
     with opened_run(conf, force=False):
         yield open_service(home, FinetuningApi(enabled=True, max_jobs=3))
         for job in queue.queue(home / "runs"):

@@ -11,11 +11,10 @@ import pytest
 import torch._dynamo  # noqa: F401  # fails once Ansible's code, of other tests, has put its own sys.intern in place
 
 from llm_ray.app.serving import ModelStatus, ServedModel, pair
-from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from llm_ray.serve.models import Adapter
 from tests.integration.tiny import adapter, llama
-from tests.runs import opened_run
+from tests.runs import conf_of, opened_run
 
 
 def _served(name: str, home: Path, **more: Any) -> dict[str, ModelStatus]:
@@ -29,14 +28,7 @@ def home(tmp_path: Path, smollm2: Path) -> Path:
     (tmp_path / "models").mkdir()
     llama(tmp_path / "models" / "base", smollm2, hidden_size=16)
     (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "Who?", "completion": "Me."}\n')
-    conf = FinetuneConf.model_validate(
-        {
-            "name": "tuned",
-            "model": {"base": "base"},
-            "data": {"train": str(rows)},
-            "paths": {"models": tmp_path / "models", "runs": tmp_path / "runs"},
-        }
-    )
+    conf = conf_of(tmp_path, "tuned", rows)
     with opened_run(conf, force=False):
         pass
     return tmp_path

@@ -21,13 +21,12 @@ import uvicorn
 
 from llm_ray.app import jobs as queue
 from llm_ray.app.api_service import open_service
-from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.serve import Endpoint, FinetuningApi, Limits
 from llm_ray.serve.gateway.api import Api
 from llm_ray.serve.gateway.protect import Protection, protect
 from llm_ray.serve.gateway.protect.keys import add_key, keys_file
 from llm_ray.serve.gateway.protect.limits import Limiter
-from tests.runs import opened_run
+from tests.runs import conf_of, opened_run
 
 ROWS = (
     json.dumps({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}) + "\n"
@@ -69,14 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Si
     (home / "models").mkdir()
     (home / "models" / "base").symlink_to(smollm2)
     (rows := home / "rows.jsonl").write_text(ROWS)
-    conf = FinetuneConf.model_validate(
-        {
-            "name": "busy",
-            "model": {"base": "base"},
-            "data": {"train": str(rows)},
-            "paths": {"models": home / "models", "runs": home / "runs"},
-        }
-    )
+    conf = conf_of(home, "busy", rows)
     secrets = {name: add_key(keys_file(home), name, Limits())[1] for name in ("alice", "bob")}
     secrets["narrow"] = add_key(keys_file(home), "narrow", Limits(), models=("other",))[1]
     settings = FinetuningApi(enabled=True, max_file_mib=0.1, max_jobs=2)
