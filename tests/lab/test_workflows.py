@@ -89,7 +89,7 @@ def test_a_conf_for_nodes_of_the_other_runtime_is_refused(cluster: Cluster, work
     other = "docker" if here == "bare_metal" else "bare_metal"
     run = cluster.play("finetune.yml", *work.finetune("wrong", **{"runtime.nodes": other}), ok=False)
     assert run.code != 0
-    assert f"runtime.nodes is {other}, and the cluster''s nodes run as {here}" in _words(run)
+    assert f"runtime.nodes is {other}, but the cluster''s nodes run as {here}" in _words(run)
 
 
 @pytest.fixture(scope="module")
