@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -29,6 +27,7 @@ from llm_ray.errors import ConfError
 from llm_ray.hardware import Precision, has_bf16, torch_dtype
 from llm_ray.models.load import Base, has_experts, load_empty_model, load_model
 from llm_ray.nearest import nearest_names
+from llm_ray.train.adapters import speed_up_adapters
 from llm_ray.train.attention import switch_to_packed
 from llm_ray.train.loss import SupervisedLoss
 from llm_ray.train.objectives import objective_of
@@ -183,39 +182,6 @@ def learning_modules(model: nn.Module) -> list[str]:
     lines = [f"{kind}: {how}, {len(sizes)} of them, {sum(sizes):,} parameters" for (kind, how), sizes in kinds.items()]
     still = [kind for kind in resting if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
     return [*lines, *([f"frozen: {', '.join(still)}"] if still else [])]
-
-
-def speed_up_adapters(model: nn.Module) -> None:
-    """Let plain LoRA layers add their adapter's output within its matrix product.
-
-    peft casts, scales and adds in passes of their own over the layer's whole output, in the forward and again in the
-    backward pass: on a CPU, and for a small model, that costs as much as the products themselves. Adapters and their
-    names stay peft's.
-    """
-    for layer in model.modules():
-        if type(layer) is LoraLinear and not layer.lora_variant and len(layer.active_adapters) == 1:
-            layer.forward = functools.partial(_lora_forward, layer, layer.active_adapters[0])
-
-
-def _lora_forward(layer: LoraLinear, adapter: str, x: Tensor) -> Tensor:
-    base = layer.base_layer(x)
-    down, up = layer.lora_A[adapter].weight.to(base.dtype), layer.lora_B[adapter].weight.to(base.dtype)
-    dropout = layer.lora_dropout[adapter]
-    if isinstance(dropout, nn.Dropout) and dropout.training:
-        x = _dropped(x, dropout.p)
-    low = F.linear(x.to(base.dtype), down)
-    return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=layer.scaling[adapter]).view(base.shape)
-
-
-def _dropped(x: Tensor, share: float) -> Tensor:
-    """`x` with a random share of its values set to 0, to 1/65536 exact, and the others scaled up to make up for it.
-
-    torch's own dropout on CPUs draws 32 bits for each value, on one thread: a quarter of a step's time. Here 64 are drawn
-    for four values.
-    """
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = drawn.view(torch.int16)[: x.numel()].view_as(x) >= round(share * 2**16) - 2**15
-    return x * kept.to(x.dtype).mul_(1 / (1 - share))
 
 
 def compile_layers(causal: PreTrainedModel) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ from transformers import (
 from llm_ray.conf.finetune import Lora
 from llm_ray.errors import ConfError
 from llm_ray.export.stage import save_adapter
-from llm_ray.train.model import _dropped, add_adapters, learning_modules, speed_up_adapters
+from llm_ray.train import adapters
+from llm_ray.train.adapters import _Shared, dropped, speed_up_adapters
+from llm_ray.train.model import add_adapters, learning_modules
 
 IDS = torch.arange(24).reshape(2, 12)
 
@@ -65,15 +69,55 @@ def test_fast_adapters_give_the_logits_and_gradients_of_pefts(lora: Lora) -> Non
 def test_dropout_keeps_its_share_and_the_mean(dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     x = torch.ones(3, 501, 333, dtype=dtype, requires_grad=True)
-    dropped = _dropped(x, 0.1)
-    share = (dropped == 0).float().mean(0)
+    given = dropped(x, 0.1)
+    share = (given == 0).float().mean(0)
     assert share.mean().item() == pytest.approx(0.1, abs=0.002)
     assert share.std().item() == pytest.approx(math.sqrt(0.1 * 0.9 / 3), abs=0.005), "each value by itself"
-    assert set(dropped.detach().unique().tolist()) == {0.0, torch.tensor(1 / 0.9, dtype=dtype).item()}
-    dropped.sum().backward()
-    assert torch.equal(x.grad, dropped.detach())
+    assert set(given.detach().unique().tolist()) == {0.0, torch.tensor(1 / 0.9, dtype=dtype).item()}
+    given.sum().backward()
+    assert torch.equal(x.grad, given.detach())
     torch.manual_seed(3)
-    assert torch.equal(_dropped(x, 0.1), dropped), "a run that goes on draws what the unbroken one draws"
+    assert torch.equal(dropped(x, 0.1), given), "a run that goes on draws what the unbroken one draws"
+
+
+def test_layers_of_one_input_drop_the_same_values_and_nothing_is_kept_longer_than_it() -> None:
+    shared, x = _Shared(), torch.randn(7, 33)
+    given, kept = shared.made_of(x, torch.bfloat16, 0.5)
+    assert given.dtype == kept.dtype == torch.bfloat16
+    assert 0.3 < (kept == 0).float().mean() < 0.7
+    assert shared.made_of(x, torch.bfloat16, 0.5)[1] is kept
+    with torch.no_grad():
+        assert shared.made_of(x, torch.bfloat16, 0.5)[1] is not kept, "it would have no gradient"
+    again = shared.made_of(x, torch.bfloat16, 0.5)[1]
+    x.mul_(2)
+    assert not torch.equal(shared.made_of(x, torch.bfloat16, 0.5)[1], again), "it is another input"
+    assert shared.made_of(x, torch.float32, 0.0)[1] is x
+    assert not torch.equal(*(shared.made_of(torch.ones(7, 33), torch.float32, 0.5)[1] for _ in range(2)))
+    last = weakref.ref(shared.made_of(x, torch.float32, 0.5)[1])
+    assert last() is not None
+    del x
+    assert last() is None
+
+
+def test_queries_keys_and_values_drop_alike_and_layers_apart_do_not() -> None:
+    model = adapted(Lora(r=4, dropout=0.5)).train()
+    speed_up_adapters(model)
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_hook(lambda layer, inputs, output, name=name: seen.update({name: inputs[0]}))
+    drawn = 0
+
+    def count(*arguments: Any) -> torch.Tensor:
+        nonlocal drawn
+        drawn += 1
+        return dropped(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "dropped", count)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert drawn == 2 * 4, "for q, k and v; o; gate and up; down: of two layers"
+    assert len({id(value) for value in seen.values()}) == drawn
 
 
 def test_dropout_in_training_alone() -> None:
