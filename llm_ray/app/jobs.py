@@ -184,14 +184,24 @@ def forget(runs: Path, name: str) -> None:
             _remove(runs / _QUEUE, name)
 
 
+def has_process(runs: Path, name: str) -> bool:
+    """Whether a process waits, works, or is still ending as the job `name`."""
+    return _held(runs / _QUEUE / f"{name}.lock")
+
+
+def log_file(runs: Path, name: str) -> Path:
+    """Where the finetune's process says what it does; there may be nothing yet."""
+    own = runs / name / LOG
+    return own if own.exists() else runs / _QUEUE / f"{name}.log"
+
+
 def read_log(runs: Path, name: str, last: int = 1 << 16) -> str:
     """The last bytes of what the finetune's process has said; empty where there is nothing."""
-    for file in (runs / name / LOG, runs / _QUEUE / f"{name}.log"):
-        with contextlib.suppress(OSError), file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - last))
-            text = stream.read().decode(errors="replace")
-            return text if size <= last else text.partition("\n")[2]
+    with contextlib.suppress(OSError), log_file(runs, name).open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - last))
+        text = stream.read().decode(errors="replace")
+        return text if size <= last else text.partition("\n")[2]
     return ""
 
 

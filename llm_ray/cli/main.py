@@ -37,6 +37,7 @@ COMMANDS = {
     "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
     "status": ("llm_ray.cli.status:status", "Show the cluster, its jobs, and what is served."),
     "runs": ("llm_ray.cli.runs:runs", "List, show, compare, stop and delete runs."),
+    "jobs": ("llm_ray.cli.jobs:jobs", "Finetune in the background, one after the other."),
     "ui": ("llm_ray.cli.ui:ui", "Open the page in which models are finetuned, deployed and asked."),
     "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),
 }

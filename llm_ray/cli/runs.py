@@ -53,11 +53,11 @@ def list_(folder: Path | None, as_json: bool) -> None:
     """
     from llm_ray.app.runs import age, list_runs
 
-    found = list_runs(_folder(folder))
+    found = list_runs(folder_of(folder))
     if as_json:
         _print_json([vars(run) for run in found])
     elif not found:
-        click.echo(f"no runs in {_folder(folder)}: start one with llm-ray finetune")
+        click.echo(f"no runs in {folder_of(folder)}: start one with llm-ray finetune")
     else:
         head = ("name", "state", "base", "method", "steps", "loss", "validation", "tokens/s", "age")
         lines = [
@@ -74,7 +74,7 @@ def list_(folder: Path | None, as_json: bool) -> None:
             )
             for run in found
         ]
-        click.echo(_table([head, *lines]))
+        click.echo(table([head, *lines]))
 
 
 @runs.command()
@@ -90,7 +90,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     """
     from llm_ray.app.runs import show_run
 
-    details = show_run(_folder(folder), name)
+    details = show_run(folder_of(folder), name)
     run, conf, lineage, result = details.summary, details.conf, details.lineage, details.result
     if as_json:
         output = str(details.output) if details.output else None
@@ -117,7 +117,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
             (key.replace("_", " "), value, evaluation["finetuned"].get(key))
             for key, value in evaluation["base"].items()
         ]
-        click.echo(_table([("", "base", "finetuned"), *rows], indent="  "))
+        click.echo(table([("", "base", "finetuned"), *rows], indent="  "))
     git = lineage.get("git")
     _section(
         "lineage",
@@ -157,7 +157,7 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
 
     if len(set(names)) < 2:
         raise click.UsageError("name at least two runs to compare")
-    found = compare_runs(_folder(folder), names, metric)
+    found = compare_runs(folder_of(folder), names, metric)
     if png:
         png_plot(found, png)
         click.echo(f"the plot is in {png}", err=True)
@@ -167,7 +167,7 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
     tables = [("conf", found.conf), ("figures", found.figures)]
     for title, values in tables:
         if values:
-            click.echo(_table([(title, *found.runs), *((key, *of_runs) for key, of_runs in values.items())]) + "\n")
+            click.echo(table([(title, *found.runs), *((key, *of_runs) for key, of_runs in values.items())]) + "\n")
     if not found.conf:
         click.echo("the confs are the same\n")
     color = sys.stdout.isatty()
@@ -198,7 +198,7 @@ def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
     """
     from llm_ray.app.runs import stop_run
 
-    run = stop_run(_folder(folder), name, wait)
+    run = stop_run(folder_of(folder), name, wait)
     if as_json:
         _print_json(vars(run))
     elif run.state == "running":
@@ -220,14 +220,15 @@ def delete(name: str, yes: bool, folder: Path | None) -> None:
     """
     from llm_ray.app.runs import delete_run, find_run
 
-    path = find_run(_folder(folder), name)
+    path = find_run(folder_of(folder), name)
     if not yes:
         click.confirm(f"Delete {path} with its checkpoints and model?", abort=True, err=True)
-    delete_run(_folder(folder), name)
+    delete_run(folder_of(folder), name)
     click.echo(f"{path} is deleted", err=True)
 
 
-def _folder(folder: Path | None) -> Path:
+def folder_of(folder: Path | None) -> Path:
+    """The folder of runs that the option --runs names."""
     return folder.expanduser().absolute() if folder else home() / "runs"
 
 
@@ -268,7 +269,7 @@ def _section(title: str, lines: Iterable[tuple[str, object]]) -> None:
     shown = [(key, value) for key, value in lines if value not in (None, "")]
     if shown:
         click.secho(f"\n{title}", bold=True)
-        click.echo(_table(shown, indent="  "))
+        click.echo(table(shown, indent="  "))
 
 
 def _cell(value: object) -> str:
@@ -279,7 +280,7 @@ def _cell(value: object) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict, bool)) else str(value)
 
 
-def _table(rows: Sequence[Sequence[object]], indent: str = "") -> str:
+def table(rows: Sequence[Sequence[object]], indent: str = "") -> str:
     """Rows as columns of one width each."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
