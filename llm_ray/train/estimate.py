@@ -128,7 +128,7 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     if unmeasured:
         return planned
     cost = measure(conf, base, prepared, cpus)
-    step_seconds = tokens * cost.seconds_per_token
+    step_seconds = tokens * cost.seconds_per_token + cost.first_step_seconds
     validations = 1 + steps / (conf.training.validate_every or schedule.steps_per_epoch)
     validated = data.validation.tokens * validations if data.validation else 0
     if objective_of(conf).reference:  # the base model's log-probabilities of all pairs: a forward pass each

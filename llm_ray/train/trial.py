@@ -47,6 +47,8 @@ class Cost:
     memory: float
     notes: tuple[str, ...] = ()
     """What the user should know of how it is computed."""
+    first_step_seconds: float = 0.0
+    """What the first step takes beside what its tokens cost: caches are cold, and the optimizer makes its state."""
 
 
 def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
@@ -163,7 +165,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     # for, or more memory than there is.
     few, more = _parts(heaviest, lengths, setup.packed)
     tokens_few, tokens_more = (_computed(lengths[rows], setup.packed) for rows in (few, more))
-    pass_seconds(few)
+    cold = pass_seconds(few)
     before, _ = _peak(lambda: 0.0)
     memory_few, seconds_few = _peak(lambda: min(pass_seconds(few) for _ in range(3)))
     too_slow = seconds_few * whole / tokens_few > LONG_PASS
@@ -191,6 +193,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
 
     setup.optimizer.zero_grad()
     rates: list[float] = []
+    warming = max(0.0, cold - seconds_few)
     began = time.perf_counter()
     number = -1
     while first(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
@@ -200,8 +203,10 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
             lengths[rows].sum() for other in range(workers) for rows in schedule.take(number, other, workers) if rows
         )
         seconds = step([collate(data, rows, setup.packed) for rows in mine])
-        if number:  # the first has the optimizer make its state
+        if number:
             rates.append(seconds / tokens)
+        else:
+            first_tokens, first_seconds = tokens, seconds
     memory, _ = _peak(lambda: pass_seconds(heaviest))
     setup.module.eval()
     with torch.no_grad(), setup.autocast():
@@ -209,8 +214,10 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
         began = time.perf_counter()
         setup.module(batch)
         validation = (time.perf_counter() - began) / batch.tokens / workers
-    # Whatever else runs on the host makes steps slower, never faster: the faster half is what they cost.
-    return Cost(float(statistics.median(sorted(rates)[: len(rates) // 2 + 1])), validation, memory, tuple(setup.notes))
+    # Steps that something else on the host has interrupted, as long as they are fewer than half, do not count.
+    rate = statistics.median(rates)
+    warming += max(0.0, first_seconds - rate * first_tokens)
+    return Cost(float(rate), validation, memory, tuple(setup.notes), float(warming))
 
 
 def _computed(lengths: np.ndarray, packed: bool) -> int:
