@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.training import messages, write_rows
 from llm_ray.cli.terminal import Terminal
-from llm_ray.cluster import local_ray
+from llm_ray.cluster import fit_workers, local_ray
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
 from llm_ray.models.load import find_base, load_tokenizer
@@ -55,13 +55,8 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         cpus = cores // conf.runtime.workers
         told = estimate(conf, base, stats, prepared, cpus)
         with local_ray(cores) as cluster:
-            run_training(
-                conf.model_copy(update={"runtime": conf.runtime.model_copy(update={"cpus_per_worker": cpus})}),
-                base,
-                cluster,
-                None,
-                Terminal(),
-            )
+            runtime = conf.runtime.model_copy(update={"cpus_per_worker": cpus})
+            run_training(conf, base, fit_workers(runtime, cluster), None, Terminal())
         steps = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
         took = {
             "seconds": sum(row["seconds"] for row in steps),

@@ -1,18 +1,22 @@
-"""A short training by llm-ray, measured from its metrics.jsonl, and the loss of what was trained."""
+"""A short training by llm-ray, measured from its metrics.jsonl, and the loss and the answers of what was trained."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_ray.cli.terminal import Terminal
-from llm_ray.cluster import local_ray
+from llm_ray.cluster import fit_workers, local_ray
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.data.prepare import open_split, prepare
+from llm_ray.data.formats import Conversation
+from llm_ray.data.prepare import Split, open_split, prepare
+from llm_ray.evaluate.generate import answers
 from llm_ray.models.load import find_base, load_tokenizer
+from llm_ray.quickstart.judge import is_right
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.batches import collate
 from llm_ray.train.launch import run_training
@@ -48,7 +52,7 @@ def train(
     base = find_base(conf.model, conf.paths)
     prepare(conf, load_tokenizer(base), conf.run_dir / "prepared", lambda line: None)
     with local_ray(workers * cpus) as cluster:
-        run_training(conf, base, cluster, None, Terminal())
+        run_training(conf, base, fit_workers(conf.runtime, cluster), None, Terminal())
     rows = read_metrics(conf.run_dir / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row][1:]
     validations = [row["validation_loss"] for row in rows if "validation_loss" in row]
@@ -68,7 +72,20 @@ def held_out_loss(folder: Path, prepared: Path) -> float:
     return mean_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), prepared, "train")
 
 
-def mean_loss(causal: Any, prepared: Path, split: str) -> float:
+def right_share(
+    folder: Path, asked: Sequence[tuple[str, Sequence[str]]], *, system: str | None = None, max_new_tokens: int
+) -> float:
+    """The share of questions that the model in `folder` answers rightly in fp32; each comes with what an answer has to
+    hold (`llm_ray.quickstart.judge`)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    before = [{"role": "system", "content": system}] if system else []
+    questions = [Conversation([*before, {"role": "user", "content": prompt}], None) for prompt, _ in asked]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = answers(model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=16)
+    return sum(is_right(answer, expect) for answer, (_, expect) in zip(given, asked, strict=True)) / len(asked)
+
+
+def mean_loss(causal: Any, prepared: Path, split: Split) -> float:
     """Mean loss of the supervised tokens in a split of `prepared`."""
     rows = open_split(prepared, split)
     module = SupervisedLoss(causal, causal.eval(), packed=False)

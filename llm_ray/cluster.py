@@ -79,6 +79,15 @@ class Cluster:
         return sum(self.node_cpus.values())
 
 
+@dataclass(frozen=True)
+class Workers:
+    """A finetune's workers as the cluster has room for them: how many, and the CPUs of each."""
+
+    cluster: Cluster
+    number: int
+    cpus: int
+
+
 def host_cluster() -> Cluster:
     """What `mode: local` would have here, without starting it."""
     return Cluster({"this host": os.cpu_count() or 1}, [socket.gethostname()])
@@ -236,11 +245,10 @@ def room_for(runtime: Runtime, cluster: Cluster, cpus: int) -> int:
     return min(room, runtime.workers)
 
 
-def check_resources(runtime: Runtime, cluster: Cluster) -> int:
-    """CPUs that each worker gets. Raises ClusterError when the workers do not fit the cluster; Ray itself would wait
-    for ever."""
-    cluster = cluster.of(runtime.hosts)
-    nodes = sorted(cluster.node_cpus.values(), reverse=True)
+def fit_workers(runtime: Runtime, cluster: Cluster) -> Workers:
+    """The workers that the cluster has room for. Raises ClusterError when they do not fit; Ray itself would wait for
+    ever."""
+    nodes = sorted(cluster.of(runtime.hosts).node_cpus.values(), reverse=True)
     workers, fewest = runtime.workers, runtime.min_workers or runtime.workers
     strict = runtime.placement == "strict_spread"
     if strict and fewest > len(nodes):
@@ -266,7 +274,7 @@ def check_resources(runtime: Runtime, cluster: Cluster) -> int:
             f"{len(nodes)} node(s), room for {room}: lower runtime.{'min_' if runtime.min_workers else ''}workers or "
             "runtime.cpus_per_worker"
         )
-    return wanted
+    return Workers(cluster, room, wanted)
 
 
 def results(tasks: Any) -> Any:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llm_ray.cluster import Cluster, check_resources, host_cluster, ray_session
+from llm_ray.cluster import Workers, fit_workers, host_cluster, ray_session
 from llm_ray.conf.finetune import STAGES, FinetuneConf, Stage
+from llm_ray.conf.objectives import OBJECTIVES
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import FORM, DataStats, evaluation_rows, largest_token, prepare, read_stats
 from llm_ray.data.processors import code_of
@@ -73,17 +74,17 @@ def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
     if "convert" in conf.stages:
         check_environment()
     if conf.runtime.mode == "local":
-        cpus = check_resources(conf.runtime, host_cluster())
+        workers = fit_workers(conf.runtime, host_cluster())
     else:
         with ray_session(conf.runtime) as cluster:
-            cpus = check_resources(conf.runtime, cluster)
+            workers = fit_workers(conf.runtime, cluster)
     with tempfile.TemporaryDirectory(prefix="llm-ray-plan-") as folder:
         prepared = Path(folder) / "prepared"
         data = prepare(conf, load_tokenizer(base), prepared, reporter.line)
         choice = _choose(conf, base, prepared)
         if "train" in conf.stages:
             reporter.line("Running some steps to measure their cost …")
-        guess = estimate(choice.conf, base, data, prepared, cpus)
+        guess = estimate(choice.conf, base, data, prepared, workers.cpus)
         size = size_on_disk(guess.parameters, conf.convert.weights) if "convert" in conf.stages else None
         return Plan(data, choice, guess, _warnings(choice.conf, base, prepared, guess.steps), notes, size)
 
@@ -164,7 +165,7 @@ def _run_stages(
     for stage in (s for s in STAGES if s in conf.stages and s not in due):
         reporter.line(f"{stage}: already done with the same inputs, skipped (--force repeats it)")
     with contextlib.ExitStack() as stack:
-        cluster: Cluster | None = None
+        workers: Workers | None = None
         if due:
             check_model(base)  # before hours of preparation, not after
         for line in look_ahead(conf, base, due):
@@ -173,7 +174,7 @@ def _run_stages(
             check_environment()
         if set(due) - {"prepare", "convert"}:
             cluster = stack.enter_context(ray_session(conf.runtime))
-            check_resources(conf.runtime, cluster)
+            workers = fit_workers(conf.runtime, cluster)
             run.record(hosts=cluster.hosts)
         choice: Choice | None = None
         for stage in due:
@@ -192,14 +193,14 @@ def _run_stages(
                 _prepare(conf, base, run, reporter)
             elif stage == "convert":
                 _convert(conf, force, reporter)
-            elif cluster is not None and choice is not None:
+            elif workers is not None and choice is not None:
                 if stage == "train":
                     again = resume if resume != "auto" or (same and not force) else "no"
-                    _train(choice, base, run, cluster, again, reporter)
+                    _train(choice, base, run, workers, again, reporter)
                 elif stage == "evaluate":
-                    _evaluate(choice.conf, base, run, cluster, reporter)
+                    _evaluate(choice.conf, base, run, workers, reporter)
                 else:
-                    _export(choice.conf, base, run, cluster, reporter)
+                    _export(choice.conf, base, run, workers, reporter)
             seconds = time.perf_counter() - began
             run.mark_done(stage, inputs[stage], seconds)
             reporter.line(f"{stage}: done in {seconds:.0f} s")
@@ -230,7 +231,8 @@ def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
         FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model
     )
     # Keys of other objectives make no other training.
-    tuning = conf.tuning.model_dump(mode="json", exclude=None if conf.tuning.objective == "dpo" else {"dpo"})
+    others = {objective.section for objective in OBJECTIVES.values() if objective.section} - {conf.objective.section}
+    tuning = conf.tuning.model_dump(mode="json", exclude=others)
     trained = inputs_hash(prepared, tuning, conf.training, RULES)
     evaluated = inputs_hash(trained, conf.evaluation, file_hashes(conf.evaluation.data or ()))
     return {
@@ -313,30 +315,30 @@ def _warnings(conf: FinetuneConf, base: Base, prepared: Path, steps: int) -> lis
     return warnings(conf, read_stats(prepared), steps, width_of(load_config(base)), asked, prepared)
 
 
-def _train(choice: Choice, base: Base, run: RunFolder, cluster: Cluster, resume: Resume, reporter: Reporter) -> None:
+def _train(choice: Choice, base: Base, run: RunFolder, workers: Workers, resume: Resume, reporter: Reporter) -> None:
     from llm_ray.train.launch import run_training
     from llm_ray.train.plan import describe_plan
 
     conf, prepared = choice.conf, choice.conf.run_dir / "prepared"
     initial = _starting_point(conf.run_dir / "checkpoint", resume, reporter)
-    params, lines = describe_plan(choice, prepared, check_resources(conf.runtime, cluster))
+    params, lines = describe_plan(choice, prepared, workers.cpus)
     params["warnings"] = _warnings(conf, base, prepared, params["max_steps"])
     run.write_params(params)
     for line in lines:
         reporter.line(f"  {line}")
     for warning in params["warnings"]:
         reporter.line(f"  warning: {warning}", kind="warning")
-    outcome = run_training(conf, base, cluster, initial, reporter)
+    outcome = run_training(conf, base, workers, initial, reporter)
     run.update_result("training", {**outcome, **_training_figures(conf.run_dir / "metrics.jsonl")})
     if outcome["reason"]:
         reporter.line(f"  {outcome['reason']}")
 
 
-def _evaluate(conf: FinetuneConf, base: Base, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
+def _evaluate(conf: FinetuneConf, base: Base, run: RunFolder, workers: Workers, reporter: Reporter) -> None:
     from llm_ray.evaluate.stage import evaluate
     from llm_ray.train.trained import final_checkpoint
 
-    figures = evaluate(conf, base, cluster, final_checkpoint(conf), reporter)
+    figures = evaluate(conf, base, workers, final_checkpoint(conf), reporter)
     run.update_result("evaluation", figures)
     if figures["rows"]:
         reporter.line(f"  {figures['rows']} questions asked: {figures['questions']}")
@@ -357,13 +359,13 @@ def _judge(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
         reporter.line(f"warning: {conf.name} has not learned: {reason}", kind="warning")
 
 
-def _export(conf: FinetuneConf, base: Base, run: RunFolder, cluster: Cluster, reporter: Reporter) -> None:
+def _export(conf: FinetuneConf, base: Base, run: RunFolder, workers: Workers, reporter: Reporter) -> None:
     from llm_ray.export.stage import export
     from llm_ray.runs.card import model_card
     from llm_ray.train.trained import final_checkpoint
 
     card = model_card(conf, base, run.lineage(), run.result())
-    output = export(conf, base, cluster, final_checkpoint(conf), card, reporter)
+    output = export(conf, base, workers, final_checkpoint(conf), card, reporter)
     reporter.line(f"  the model is in {output}")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llm_ray.conf.engines import WeightForm
-from llm_ray.conf.objectives import OBJECTIVES, Objective, ObjectiveName
+from llm_ray.conf.objectives import OBJECTIVES, PAIR_FORMATS, Objective, ObjectiveName, objectives_reading
 from llm_ray.conf.section import AbsolutePath, Auto, OrAuto, Paths, Section, Texts, listed
 
 Stage = Literal["prepare", "train", "evaluate", "export", "convert"]
@@ -111,11 +111,21 @@ class Data(Section):
     % of the rows, at most 500, from 200 rows on; none below that, because a handful of rows would say little and each
     is needed for training. `null`: none."""
     format: Literal[
-        "auto", "alpaca", "dolly", "messages", "sharegpt", "prompt_completion", "question_answer", "preference", "text"
+        "auto",
+        "alpaca",
+        "dolly",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "question_answer",
+        "preference",
+        "openai_preference",
+        "text",
     ] = "auto"
     """Shape of the rows: alpaca (instruction, input, output), dolly (instruction, context, response), messages (role,
     content), sharegpt (conversations of from, value), prompt_completion (prompt, completion), question_answer
-    (question, answer, context), preference (chosen, rejected, prompt; of text or turns), text. `auto` detects it from the
+    (question, answer, context), preference (chosen, rejected, prompt; of text or turns),
+    openai_preference (input, preferred_output, non_preferred_output), text. `auto` detects it from the
     first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Maps the format's column names to yours, e.g. `{question: title, answer: body}`."""
@@ -214,16 +224,26 @@ class Dpo(Section):
         return self
 
 
+class Orpo(Section):
+    """Odds ratio preference optimization (`tuning.objective: orpo`; Hong et al. 2024, arXiv:2403.07691): learns to give
+    the chosen answers, as sft does, and to prefer them to the rejected ones, in one training and without a reference."""
+
+    beta: float = Field(0.1, gt=0)
+    """Weight of the preference beside the chosen answer's own loss (the paper's lambda, TRL's beta)."""
+
+
 class Tuning(Section):
     """The objective, and which weights are trained."""
 
     objective: ObjectiveName = "sft"
     """`sft`: only the assistant's turns are supervised, including their end-of-turn token. `pretrain`: every token of
-    plain text is. `dpo`: learns to prefer the chosen of two answers to a prompt to the rejected one (see `dpo`)."""
+    plain text is. `dpo`: learns to prefer the chosen of two answers to a prompt to the rejected one (see `dpo`). `orpo`: as
+    well, and at the same time to give the chosen one, for a model that has not been finetuned yet (see `orpo`)."""
     method: Literal["lora", "full"] = "lora"
     """`lora` trains small adapters on frozen weights; `full` trains all weights."""
     lora: Lora = Lora()
     dpo: Dpo = Dpo()
+    orpo: Orpo = Orpo()
 
 
 class EarlyStopping(Section):
@@ -396,15 +416,16 @@ class FinetuneConf(Section):
                 f"tuning.objective {self.tuning.objective} learns plain text, but data.format is {self.data.format}: "
                 "use format text, or objective sft"
             )
-        if self.objective.reads == "pairs" and self.data.format not in ("auto", "preference", "text"):
+        if self.objective.reads == "pairs" and self.data.format not in ("auto", "text", *PAIR_FORMATS):
             wrong.append(
                 f"tuning.objective {self.tuning.objective} learns from pairs of answers, but data.format is "
                 f"{self.data.format}: use format preference, or objective sft"
             )
-        if self.objective.reads == "conversations" and self.data.format == "preference":
+        if self.objective.reads == "conversations" and self.data.format in PAIR_FORMATS:
             wrong.append(
-                f"tuning.objective {self.tuning.objective} learns from one answer a row, but data.format is preference: "
-                "use another format, or objective dpo"
+                f"tuning.objective {self.tuning.objective} learns from one answer a row, but data.format is "
+                f"{self.data.format}: "
+                f"use another format, or objective {objectives_reading('pairs')}"
             )
         if self.objective.answers and self.data.format == "text":
             wrong.append(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-ObjectiveName = Literal["sft", "pretrain", "dpo"]
+PAIR_FORMATS = ("preference", "openai_preference")
+"""Those of `data.format` whose rows are pairs of answers."""
+ObjectiveName = Literal["sft", "pretrain", "dpo", "orpo"]
 Reads = Literal["conversations", "texts", "pairs"]
 
 
@@ -23,6 +25,8 @@ class Objective:
     """What it makes of a row, and learns from."""
     taught: str
     """For the model card: what it was shown, and what of that was learnt."""
+    section: str | None = None
+    """The section of `tuning` that sets it, if it has one."""
 
     @property
     def answers(self) -> bool:
@@ -35,7 +39,19 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType(
         "sft": Objective(reads="conversations", taught="on conversations: the assistant's turns were supervised"),
         "pretrain": Objective(reads="texts", taught="on plain text: every token was supervised"),
         "dpo": Objective(
-            reads="pairs", taught="on pairs of answers, to prefer the chosen one of each to the rejected one"
+            reads="pairs",
+            taught="on pairs of answers, to prefer the chosen one of each to the rejected one",
+            section="dpo",
+        ),
+        "orpo": Objective(
+            reads="pairs",
+            taught="on pairs of answers, to give the chosen one of each and to prefer it to the rejected one",
+            section="orpo",
         ),
     }
 )
+
+
+def objectives_reading(reads: Reads) -> str:
+    """Those that learn from it, by name, for people: "dpo or orpo"."""
+    return " or ".join(name for name, objective in OBJECTIVES.items() if objective.reads == reads)

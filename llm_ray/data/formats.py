@@ -9,6 +9,7 @@
 | prompt_completion | prompt, completion, [label, system] |
 | question_answer | question, answer, [context, system] |
 | preference | chosen, rejected, [prompt, conversations, tools, system] |
+| openai_preference | input: {messages, [tools]}, preferred_output, non_preferred_output: lists of messages, [system] |
 | text | text |
 
 A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_ray.conf.finetune import Data
-from llm_ray.conf.objectives import Reads
+from llm_ray.conf.objectives import PAIR_FORMATS, Reads, objectives_reading
 from llm_ray.data.jsontext import Parser, Unsound, reason
 from llm_ray.data.sources import Row
 from llm_ray.errors import ConfError, DataError
@@ -46,6 +47,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
     "preference": ("chosen", "rejected"),
+    "openai_preference": ("input", "preferred_output", "non_preferred_output"),
     "text": ("text",),
 }
 OPTIONAL: dict[str, tuple[str, ...]] = {
@@ -56,6 +58,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("label", "system"),
     "question_answer": ("context", "system"),
     "preference": ("prompt", "conversations", "tools", "system"),
+    "openai_preference": ("system",),
     "text": (),
 }
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool"}
@@ -168,26 +171,26 @@ class Formatter:
                 f"tuning.objective pretrain needs a column 'text', the row has {_names(values)}: name yours in "
                 f"data.columns, e.g. {{text: {next(iter(values), 'body')}}}"
             )
-        pair = "chosen" in values and "rejected" in values
+        pair = next((form for form in PAIR_FORMATS if all(c in values for c in REQUIRED[form])), None)
         if self.reads == "pairs":
             if pair:
-                return "preference"
+                return pair
             raise _Bad(
-                f"tuning.objective dpo needs the columns 'chosen' and 'rejected', the row has {_names(values)}: name "
+                f"tuning.objective {objectives_reading('pairs')} needs the columns 'chosen' and 'rejected', the row has {_names(values)}: name "
                 f"yours in data.columns, e.g. {{chosen: {next(iter(values), 'better')}}}, or learn from rows with one "
                 "answer each by objective sft"
             )
         if pair:
             raise _Bad(
-                "preference pairs (chosen, rejected), which tuning.objective dpo learns from; for sft use rows with "
-                "one answer each"
+                f"preference pairs ({', '.join(REQUIRED[pair])}), which tuning.objective {objectives_reading('pairs')} "
+                "learns from; for sft use rows with one answer each"
             )
         for form, required in REQUIRED.items():
-            if form not in ("preference", "text") and all(c in values for c in required):
+            if form not in (*PAIR_FORMATS, "text") and all(c in values for c in required):
                 return form
         if "text" in values:
             raise _Bad("plain text has no answers for tuning.objective sft: use objective pretrain, or another format")
-        shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items() if f != "preference")
+        shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items() if f not in PAIR_FORMATS)
         wanted = [c for r in REQUIRED.values() for c in r]
         near = {c: nearest_names(str(c), wanted) for c in values if c not in wanted}
         hints = [f"{column!r} looks like {match[0]!r}" for column, match in near.items() if match]
@@ -202,14 +205,14 @@ class Formatter:
         missing = [c for c in REQUIRED[form] if values.get(c) is None]
         if missing:
             lacks = " and ".join(f"{c!r}, which is {'null here' if c in values else 'missing'}" for c in missing)
-            both = ": give it, or leave the row out (data.on_bad_row: skip)" if form == "preference" else ""
+            both = ": give it, or leave the row out (data.on_bad_row: skip)" if form in PAIR_FORMATS else ""
             raise _Bad(f"format {form} needs {lacks}; the row has {_names(values)}{both}")
         if form == "text":
             text = Text(_string(values, "text"))
             self.left_out.update(unused)
             return text
-        if form == "preference":
-            pair = self._pair(values, unused)
+        if form in PAIR_FORMATS:
+            pair = self._pair(form, values, unused)
             self.left_out.update(unused)
             return pair
         unused |= _check_label(form, values)
@@ -241,9 +244,12 @@ class Formatter:
             if system:
                 messages.insert(0, {"role": "system", "content": system})
 
-    def _pair(self, values: dict[str, Any], unused: set[str]) -> Pair:
-        prompt = _prompt(values, unused)
-        chosen, rejected = (_side(values, column, prompt, unused) for column in ("chosen", "rejected"))
+    def _pair(self, form: str, values: dict[str, Any], unused: set[str]) -> Pair:
+        if form == "openai_preference":
+            prompt, tools = _input(values, unused)
+        else:
+            prompt, tools = _prompt(values, unused), _tools(values.get("tools"))
+        chosen, rejected = (_side(values, column, prompt, unused) for column in REQUIRED[form][-2:])
         shared = _parting(chosen, rejected)
         if not shared:
             raise _Bad(
@@ -255,7 +261,6 @@ class Formatter:
             raise _Bad(
                 "'prompt' differs from the turns before the answers in 'chosen' and 'rejected': leave one of the two out"
             )
-        tools = _tools(values.get("tools"))
         for messages in (chosen, rejected):
             _check_media(values, messages)
             before = len(messages)
@@ -402,7 +407,23 @@ def _prompt(values: dict[str, Any], unused: set[str]) -> list[Message]:
         return []
     if column == "prompt" and values.get("conversations"):
         unused.add("conversations")
-    messages = _turns(_as_turns(values, column, "user"), column, unused)
+    return _asking(_turns(_as_turns(values, column, "user"), column, unused), column)
+
+
+def _input(values: dict[str, Any], unused: set[str]) -> tuple[list[Message], list[dict[str, Any]] | None]:
+    """Prompt and tools of a pair in OpenAI's form."""
+    given = _parsed(values["input"], "'input'")
+    if not isinstance(given, dict) or not given.get("messages"):
+        raise _Bad(f"'input' must be an object with the prompt in 'messages', but is {_shown(given)}")
+    unused |= {
+        f"input.{key}" for key, value in given.items() if key not in ("messages", "tools") and not _is_empty(value)
+    }
+    column = "input.messages"
+    messages = _turns({column: given["messages"]}, column, unused)
+    return _asking(messages, column), _tools(given.get("tools"))
+
+
+def _asking(messages: list[Message], column: str) -> list[Message]:
     if messages[-1]["role"] in ("assistant", "system"):
         raise _Bad(f"{column!r} ends in a turn of the {messages[-1]['role']}'s, which is nothing to answer")
     return messages

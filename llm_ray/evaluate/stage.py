@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any, TypedDict
 
-from llm_ray.cluster import Cluster, check_resources, node_selector, results
+from llm_ray.cluster import Workers, node_selector, results
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import evaluation_rows, questions_from
@@ -27,7 +27,7 @@ class Share(TypedDict):
     pairs: dict[int, tuple[list[float], list[int]]]
 
 
-def evaluate(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
+def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
     """Figures before and after, for result.json; writes evaluation.md and answers.jsonl into the run's folder.
 
     Raises DataError as :func:`questions` does.
@@ -35,37 +35,36 @@ def evaluate(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path,
     import ray
 
     rows = questions(conf, base)
-    workers = conf.runtime.workers
-    cpus = check_resources(conf.runtime, cluster)
+    number = conf.runtime.workers
     share = ray.remote(
-        num_cpus=cpus,
+        num_cpus=workers.cpus,
         max_retries=conf.runtime.max_failures,
         scheduling_strategy="SPREAD",
-        label_selector=node_selector(conf.runtime, cluster),
+        label_selector=node_selector(conf.runtime, workers.cluster),
     )(_share)
     figures: dict[str, Any] = {"rows": len(rows), "questions": questions_from(conf, conf.run_dir / "prepared")}
     given: dict[str, list[str]] = {}
     pairs: dict[str, dict[int, tuple[list[float], list[int]]]] = {"base": {}, "finetuned": {}}
-    with reporter.bar("evaluating", 2 * workers) as bar:
+    with reporter.bar("evaluating", 2 * number) as bar:
         parts = {
             (which, rank): share.remote(
                 conf.model_dump(mode="json"),
                 base,
                 str(checkpoint) if which == "finetuned" else None,
-                [q for q, _ in rows[rank::workers]],
+                [q for q, _ in rows[rank::number]],
                 rank,
-                cpus,
+                workers.cpus,
             )
             for which in ("base", "finetuned")
-            for rank in range(workers)
+            for rank in range(number)
         }
         pending = list(parts.values())
         while pending:
             _, pending = ray.wait(pending)
-            bar.update(2 * workers - len(pending), 2 * workers)
+            bar.update(2 * number - len(pending), 2 * number)
     for which in ("base", "finetuned"):
-        shares: list[Share] = results([parts[which, rank] for rank in range(workers)])
-        given[which] = [shares[n % workers]["answers"][n // workers] for n in range(len(rows))]
+        shares: list[Share] = results([parts[which, rank] for rank in range(number)])
+        given[which] = [shares[n % number]["answers"][n // number] for n in range(len(rows))]
         figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
         for share_of in shares:
             pairs[which].update(share_of["pairs"])
@@ -167,18 +166,18 @@ def _preferred(
     is_base: bool,
 ) -> dict[str, float]:
     """The objective's loss over validation pairs, and how many of them the model prefers the chosen answer of, more than
-    its base does. Of the base itself, which nothing is measured against, the loss alone."""
+    its base does where the objective measures it against that; of such a base itself, the loss alone."""
     import torch
 
-    from llm_ray.train.objectives import Preference, means
+    from llm_ray.train.objectives import means, preference_of
 
     numbers = sorted(base)
     reference, given = (torch.tensor([of[n][0] for n in numbers]) for of in (base, model))
-    objective = Preference(conf.tuning.dpo)
+    objective = preference_of(conf.tuning)
     sums = objective.figures_of(given, reference, torch.tensor([base[n][1] for n in numbers]))
     found = means(objective, sums.tolist(), len(numbers))
     preferred = {"reward_accuracy": found["rewards/accuracies"], "reward_margin": found["rewards/margins"]}
-    return {"validation_loss": found["loss"], **({} if is_base else preferred)}
+    return {"validation_loss": found["loss"], **({} if is_base and objective.reference else preferred)}
 
 
 def _figures(shares: list[Share], answers: list[str], references: list[str]) -> dict[str, float]:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_ray.cluster import Cluster, check_resources, node_selector, results
+from llm_ray.cluster import Workers, node_selector, results
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from llm_ray.files import replace_folder, write_text
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def export(conf: FinetuneConf, base: Base, cluster: Cluster, checkpoint: Path, card: str, reporter: Reporter) -> Path:
+def export(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, card: str, reporter: Reporter) -> Path:
     """Write `output/` of the run, whole or not at all; returns it. `card` is the model card's text."""
     import ray
 
-    cpus = check_resources(conf.runtime, cluster)
     with reporter.bar("exporting", 1) as bar:
         checked = results(
             ray.remote(
-                num_cpus=cpus,
+                num_cpus=workers.cpus,
                 max_retries=conf.runtime.max_failures,
-                label_selector=node_selector(conf.runtime, cluster),
+                label_selector=node_selector(conf.runtime, workers.cluster),
             )(export_here).remote(conf.model_dump(mode="json"), base, str(checkpoint), card)
         )
         bar.update(1, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from llm_ray.conf.finetune import Dpo, FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf, Tuning
 from llm_ray.conf.section import as_run
 from llm_ray.models.load import Base
 from llm_ray.models.registry import licence
@@ -95,7 +95,7 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
         **(adapter if conf.tuning.method == "lora" else {}),
-        **(_preference(conf.tuning.dpo) if conf.tuning.objective == "dpo" else {}),
+        **_preference(conf.tuning),
         **({"steps": training.max_steps} if training.max_steps else {"epochs": f"{as_run(training.epochs):g}"}),
         "rows per step": as_run(training.global_batch_size),
         "longest sequence": f"{conf.data.max_length} tokens",
@@ -109,7 +109,12 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
     }
 
 
-def _preference(dpo: Dpo) -> dict[str, object]:
+def _preference(tuning: Tuning) -> dict[str, object]:
+    dpo = tuning.dpo
+    if tuning.objective == "orpo":
+        return {"beta": f"{tuning.orpo.beta:g}"}
+    if tuning.objective != "dpo":
+        return {}
     return {
         "preference loss": dpo.loss,
         "beta": f"{dpo.beta:g}",

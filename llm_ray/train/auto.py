@@ -66,6 +66,8 @@ HABITS: Mapping[ObjectiveName, Habits] = MappingProxyType(
         # Lambert et al. 2024, Tülu 3 (arXiv:2411.15124): 5e-6 for sft and 5e-7 for dpo of the same 8B model. Dropout would
         # make noise of what is measured against the base model.
         "dpo": Habits(rate=0.1, repeats=False, dropout=False),
+        # Beside the preference it learns the chosen answers as sft does.
+        "orpo": Habits(),
     }
 )
 

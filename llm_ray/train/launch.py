@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llm_ray.cluster import Cluster, check_resources, describe, node_selector, room_for
+from llm_ray.cluster import Workers, describe, node_selector, room_for
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import LlmRayError, Stopped, TrainError
 from llm_ray.models.load import Base
@@ -35,18 +35,16 @@ class Recurring(TrainError):
 
 
 def run_training(
-    conf: FinetuneConf, base: Base, cluster: Cluster, resume_from: Path | None, reporter: Reporter
+    conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path | None, reporter: Reporter
 ) -> Outcome:
     """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an
     end; the second Ctrl-C ends at once.
 
     A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come
     back: training goes on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises
-    ClusterError when the workers do not fit, Stopped when it was asked to, TrainError when training failed.
+    Stopped when it was asked to, TrainError when training failed.
     """
     folder = conf.run_dir / "checkpoint"
-    cpus = check_resources(conf.runtime, cluster)
-    workers = room_for(conf.runtime, cluster, cpus)
     lost = 0
     stop = _Stop(stop_file(conf.run_dir), reporter)
     (folder / NOTES_FILE).unlink(missing_ok=True)
@@ -55,7 +53,7 @@ def run_training(
             while True:
                 # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
                 (folder / SNAPSHOT).unlink(missing_ok=True)
-                fit = _Fit(_trainer(conf, base, cluster, workers, cpus, resume_from))
+                fit = _Fit(_trainer(conf, base, workers, resume_from))
                 _follow(fit, conf, bar, stop, reporter)
                 try:
                     outcome = fit.outcome(conf)
@@ -69,8 +67,8 @@ def run_training(
                             f"{error} (This was failure {lost}; runtime.max_failures is {conf.runtime.max_failures}.)"
                         ) from error
                     reporter.line(f"  {_told(error)}")
-                    cluster, workers = _what_is_left(conf, cpus, stop, reporter)
-                    reporter.line(f"  {workers} worker(s) continue from {_last_checkpoint(folder)}")
+                    workers = _what_is_left(conf, workers.cpus, stop, reporter)
+                    reporter.line(f"  {workers.number} worker(s) continue from {_last_checkpoint(folder)}")
     finally:
         stop.file.unlink(missing_ok=True)
     if outcome["status"] == "failed":
@@ -80,9 +78,7 @@ def run_training(
     return outcome
 
 
-def _trainer(
-    conf: FinetuneConf, base: Base, cluster: Cluster, workers: int, cpus: int, resume_from: Path | None
-) -> Any:
+def _trainer(conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path | None) -> Any:
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -93,14 +89,14 @@ def _trainer(
         train_loop_config=Task(
             conf=conf.model_dump(mode="json"),
             base=base,
-            cpus=cpus,
+            cpus=workers.cpus,
             resume_from=str(resume_from) if resume_from else None,
         ),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            resources_per_worker={"CPU": cpus},
+            num_workers=workers.number,
+            resources_per_worker={"CPU": workers.cpus},
             placement_strategy=conf.runtime.placement.upper(),
-            label_selector=node_selector(conf.runtime, cluster) or None,
+            label_selector=node_selector(conf.runtime, workers.cluster) or None,
         ),
         run_config=ray.train.RunConfig(
             name="checkpoint",
@@ -127,7 +123,7 @@ def _is_no_fault(error: BaseException | None) -> bool:
     )
 
 
-def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> tuple[Cluster, int]:
+def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> Workers:
     """The cluster after a loss, and how many workers it has room for. Hosts are waited for, a short time where fewer
     workers may go on.
 
@@ -140,7 +136,7 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
         room = room_for(conf.runtime, now, cpus)
         waited = time.monotonic() - began
         if room == conf.runtime.workers or (room >= fewest and waited > _SETTLE_SECONDS):
-            return now, room
+            return Workers(now, room, cpus)
         if stop.asked():
             raise Stopped(f"{conf.name}: stopped while waiting for hosts. {_goes_on(conf)}")
         if waited > _HOST_SECONDS:

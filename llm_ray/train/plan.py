@@ -39,7 +39,7 @@ def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, 
             if conf.tuning.method == "lora"
             else {}
         ),
-        **({"dpo": conf.tuning.dpo.model_dump(mode="json")} if conf.tuning.objective == "dpo" else {}),
+        **conf.tuning.model_dump(mode="json", include={conf.objective.section} if conf.objective.section else set()),
         **training.model_dump(mode="json", exclude_none=True),
         "epochs": epochs,
         "max_steps": steps,

@@ -50,6 +50,7 @@ from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, tot
 
 NOTES_FILE = ".notes"
 """In the checkpoint folder: lines from worker 0 for the user."""
+_REFERENCE = "before the first step, the base model's log-probabilities of all pairs are computed, unless kept"
 
 
 class Task(TypedDict):
@@ -71,6 +72,8 @@ class Outcome(TypedDict):
     total_steps: int
     best_step: int | None
     best_validation_loss: float | None
+    reference_seconds: float
+    """That the base model's log-probabilities took, where the objective measures against them."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,11 @@ def train(task: Task) -> Outcome:
     if (failed := agree(problem)) or setup is None:
         return _before_steps("failed", failed or "")
     module, objective, optimizer = setup.module, setup.objective, setup.optimizer
-    if rank == 0 and setup.notes:
+    notes = [*setup.notes, *([_REFERENCE] if objective.reference else [])]
+    if rank == 0 and notes:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{NOTES_FILE}.partial"
-        partial.write_text("\n".join(setup.notes), encoding="utf-8")
+        partial.write_text("\n".join(notes), encoding="utf-8")
         partial.rename(folder / NOTES_FILE)
     training = conf.training
     schedule, total_steps = plan_steps(conf, lengths_of(training_data, padded=not setup.packed), setup.packed)
@@ -119,6 +123,7 @@ def train(task: Task) -> Outcome:
 
     # The base model's log-probabilities, before any weight is another.
     reference: dict[str, Tensor] = {}
+    began = time.perf_counter()
     if objective.reference:
         kept = first(str(reference_folder(conf, task["base"], setup.precision)) if rank == 0 else "")
         for name, data in (("train", training_data), ("validation", validation_data)):
@@ -141,6 +146,7 @@ def train(task: Task) -> Outcome:
             if found_reference is None:
                 return _before_steps("stopped", "stopped before the first step as asked", total_steps)
             reference[name] = found_reference
+    reference_seconds = time.perf_counter() - began if objective.reference else 0.0
 
     # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all
     # follow.
@@ -172,6 +178,7 @@ def train(task: Task) -> Outcome:
             total_steps=total_steps,
             best_step=progress.best_step,
             best_validation_loss=progress.best_validation_loss,
+            reference_seconds=reference_seconds,
         )
 
     def validate() -> dict[str, float]:
@@ -284,7 +291,13 @@ def train(task: Task) -> Outcome:
 def _before_steps(status: Literal["stopped", "failed"], reason: str, total_steps: int = 0) -> Outcome:
     """The outcome of a training that has taken no step."""
     return Outcome(
-        status=status, reason=reason, step=0, total_steps=total_steps, best_step=None, best_validation_loss=None
+        status=status,
+        reason=reason,
+        step=0,
+        total_steps=total_steps,
+        best_step=None,
+        best_validation_loss=None,
+        reference_seconds=0.0,
     )
 
 

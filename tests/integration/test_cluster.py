@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llm_ray.cluster import Cluster, check_resources, local_ray, ray_session
+from llm_ray.cluster import Cluster, fit_workers, local_ray, ray_session
 from llm_ray.conf.finetune import Runtime
 from llm_ray.errors import ClusterError
 
@@ -166,7 +166,7 @@ def test_an_address_where_no_cluster_is_is_told_at_once(address: str, message: s
     ],
 )
 def test_cpus_are_shared_among_the_workers(nodes: list[int], runtime: Runtime, cpus: int) -> None:
-    assert check_resources(runtime, _made(nodes)) == cpus
+    assert fit_workers(runtime, _made(nodes)).cpus == cpus
 
 
 def _made(nodes: list[int]) -> Cluster:
@@ -196,4 +196,4 @@ def _made(nodes: list[int]) -> Cluster:
 )
 def test_what_does_not_fit_is_refused(nodes: list[int], runtime: Runtime, message: str) -> None:
     with pytest.raises(ClusterError, match=message):
-        check_resources(runtime, _made(nodes))
+        fit_workers(runtime, _made(nodes))

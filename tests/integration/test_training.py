@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, local_ray
+from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, fit_workers, local_ray
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import ClusterError, TrainError
@@ -75,7 +75,7 @@ def make(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 
 def run(conf: FinetuneConf, cluster: Cluster) -> Outcome:
-    return run_training(conf, base_of(conf), cluster, None, Silent())
+    return run_training(conf, base_of(conf), fit_workers(conf.runtime, cluster), None, Silent())
 
 
 def losses(conf: FinetuneConf) -> list[float]:
@@ -295,6 +295,24 @@ def test_one_worker_has_the_preferences_of_two(
     two = preferences(preferring)
     for name, figures in preferences(one).items():
         assert figures == pytest.approx(two[name], rel=2e-3, abs=1e-3), name
+
+
+def test_odds_ratios_need_no_reference_and_are_those_of_one_worker(
+    make_pairs: Callable[..., FinetuneConf], cluster: Cluster
+) -> None:
+    odds: dict[str, Any] = {"tuning": {"objective": "orpo"}}
+    two = make_pairs("odds", **odds)
+    one = make_pairs("odds-alone", runtime={"workers": 1}, training={"micro_batch_tokens": 200}, **odds)
+    for conf in (two, one):
+        assert run(conf, cluster)["status"] == "done"
+    rows = read_metrics(two.run_dir / "metrics.jsonl")
+    assert rows[-1]["validation_loss"] < 0.9 * rows[0]["validation_loss"]
+    assert rows[-1]["validation_log_odds_ratio"] > rows[0]["validation_log_odds_ratio"]
+    assert rows[-1]["nll_loss"] < rows[1]["nll_loss"]
+    assert not (two.run_dir / "prepared" / "reference").exists()
+    of_two = preferences(two)
+    for name, figures in preferences(one).items():
+        assert figures == pytest.approx(of_two[name], rel=2e-3, abs=1e-3), name
 
 
 @pytest.mark.long

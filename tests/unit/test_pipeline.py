@@ -108,3 +108,6 @@ def test_what_preferences_are_learnt_by_decides_no_other_training(folder: Path) 
     assert trained("tuning.dpo.beta=0.5") == trained()
     dpo = "tuning.objective=dpo"
     assert trained(dpo, "tuning.dpo.beta=0.5") != trained(dpo) != trained()
+    assert trained(dpo, "tuning.orpo.beta=0.5") == trained(dpo)
+    orpo = "tuning.objective=orpo"
+    assert trained(orpo, "tuning.orpo.beta=0.5") != trained(orpo) == trained(orpo, "tuning.dpo.beta=0.5")

@@ -66,12 +66,30 @@ SHAPES: list[dict[str, Any]] = [
         "rejected": json.dumps([says("Go away.")]),
     },
 ]
+OPENAI: dict[str, Any] = {
+    "input": {"messages": [user("Hi")], "tools": [], "parallel_tool_calls": True},
+    "preferred_output": [says("Hello.")],
+    "non_preferred_output": [says("Go away.")],
+}
 
 
 @pytest.mark.parametrize("values", SHAPES, ids=range(len(SHAPES)))
 def test_the_same_pair_in_every_shape(convert: Callable[..., Pair], values: dict[str, Any]) -> None:
     assert convert(values) == HI
     assert convert(values, format="preference") == HI
+
+
+def test_a_pair_in_openais_form(convert: Callable[..., Pair], conf: Make) -> None:
+    assert convert(OPENAI) == HI
+    assert convert(OPENAI, format="openai_preference") == HI
+    assert convert(OPENAI | {"input": json.dumps(OPENAI["input"])}) == HI, "as in a CSV"
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    pair = convert(OPENAI | {"input": {"messages": [user("Hi")], "tools": tools}})
+    assert pair.chosen.tools == pair.rejected.tools == tools
+    made = conf(FILE, objective="dpo")
+    formatter = Formatter(made.data, "pairs")
+    formatter(Row(FILE, 7, OPENAI))
+    assert formatter.left_out == {"input.parallel_tool_calls": 1}
 
 
 def test_columns_of_other_names_and_systems(convert: Callable[..., Pair]) -> None:
@@ -122,7 +140,7 @@ def test_several_turns_and_tools(convert: Callable[..., Pair]) -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"prompt": "Hi", "chosen": "a"}, r"tuning\.objective dpo needs the columns 'chosen' and 'rejected', the row has the columns prompt, chosen"),
+    ({"prompt": "Hi", "chosen": "a"}, r"tuning\.objective dpo or orpo needs the columns 'chosen' and 'rejected', the row has the columns prompt, chosen"),
     ({"prompt": "Hi", "completion": "a"}, "or learn from rows with one answer each by objective sft"),
     ({"prompt": "Hi", "chosen": "a", "rejected": None}, "needs 'rejected', which is null here; .*: give it, or leave the row out"),
     ({"chosen": "a", "rejected": "b"}, r"the answers have no prompt: give it in a column 'prompt'"),
@@ -141,6 +159,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "'prompt' differs from the turns before the answers",
     ),
     ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, "turn 1 of 'chosen' must be an object, but is 3"),
+    (OPENAI | {"input": [user("Hi")]}, "'input' must be an object with the prompt in 'messages', but is "),
+    (OPENAI | {"input": {"messages": [user("Hi"), says("a")]}}, "'input.messages' ends in a turn of the assistant's"),
+    (OPENAI | {"preferred_output": 3}, "turn 1 of 'preferred_output' must be an object, but is 3"),
     ({"prompt": "<image> Hi", "chosen": "a", "rejected": "b", "images": ["x.png"]}, "only text can be trained on"),
 ]  # fmt: skip
 
@@ -154,8 +175,10 @@ def test_a_bad_row_is_told_by_place_fault_and_remedy(
 
 
 def test_sft_names_the_objective_that_learns_from_pairs(conf: Make) -> None:
-    with pytest.raises(DataError, match=r"pairs\.jsonl:7: .* which tuning\.objective dpo learns from"):
+    with pytest.raises(DataError, match=r"pairs\.jsonl:7: .* which tuning\.objective dpo or orpo learns from"):
         Formatter(conf(FILE).data, "conversations")(Row(FILE, 7, SHAPES[0]))
+    with pytest.raises(DataError, match=r"preference pairs \(input, preferred_output, non_preferred_output\), which"):
+        Formatter(conf(FILE).data, "conversations")(Row(FILE, 7, OPENAI))
 
 
 def test_formats_and_objectives_that_do_not_fit(conf: Make) -> None:

@@ -108,3 +108,11 @@ def test_a_card_of_preferences(make_conf: MakeConf) -> None:
     ):
         assert part in text
     assert "label smoothing" not in text
+
+
+def test_a_card_of_odds_ratios(make_conf: MakeConf) -> None:
+    conf = make_conf(tuning={"objective": "orpo", "orpo": {"beta": 0.3}})
+    with opened_run(conf, force=False) as run:
+        text = model_card(chosen(conf), base_of(conf), run.lineage(), {})
+    assert "to give the chosen one of each and to prefer it to the rejected one." in text
+    assert "| beta | 0.3 |" in text and "preference loss" not in text

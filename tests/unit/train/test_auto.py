@@ -56,7 +56,7 @@ def chosen(
     st.integers(1, 10**6),
     st.integers(16, 16384),
     st.sampled_from(["lora", "full"]),
-    st.sampled_from(["sft", "pretrain", "dpo"]),
+    st.sampled_from(["sft", "pretrain", "dpo", "orpo"]),
     st.booleans(),
 )
 def test_nothing_stays_auto_and_each_choice_has_its_reason(
@@ -125,3 +125,8 @@ def test_preferences_take_a_tenth_of_the_rate_no_dropout_and_few_passes() -> Non
     assert (sft.conf.tuning.lora.dropout, dpo.conf.tuning.lora.dropout) == (0.1, 0.0)
     assert dpo.conf.training.epochs == chosen(100, objective="dpo").conf.training.epochs == 3
     assert "objective dpo" in dpo.reasons["training.learning_rate"] and "pairs" in dpo.reasons["training.epochs"]
+
+
+def test_odds_ratios_teach_answers_as_sft_does() -> None:
+    sft, orpo = chosen(300).conf, chosen(300, objective="orpo").conf
+    assert orpo.training == sft.training and orpo.tuning.lora == sft.tuning.lora

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llm_ray.conf.finetune import Dpo, FinetuneConf
+from llm_ray.conf.finetune import Dpo, FinetuneConf, Orpo
 from llm_ray.data.encode import IGNORED
 from llm_ray.evaluate.stage import _preferred
 from llm_ray.train import loss as loss_module
@@ -25,7 +25,7 @@ from llm_ray.train.attention import use_packed_attention
 from llm_ray.train.batches import collate
 from llm_ray.train.loss import SupervisedLoss, linear_log_probabilities
 from llm_ray.train.model import adapt
-from llm_ray.train.objectives import CrossEntropy, Preference, means, objective_of
+from llm_ray.train.objectives import CrossEntropy, DirectPreference, OddsRatio, Preference, means, objective_of
 from llm_ray.train.recipe import Setup, accumulate, average_gradients
 from llm_ray.train.reference import reference_log_probabilities
 
@@ -45,6 +45,8 @@ CONFS = [
     {"loss": "ipo", "beta": 0.05},
     {"loss": "ipo", "beta": 1.0, "sft_weight": 1.0},
     {"loss": "hinge", "beta": 2.0},
+    {"loss": "orpo"},
+    {"loss": "orpo", "beta": 3.0},
 ]
 each_loss = pytest.mark.parametrize("settings", CONFS, ids=lambda s: "-".join(map(str, s.values())))
 
@@ -66,10 +68,16 @@ def tiny(seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.3, **sizes)).eval()
 
 
-def setup_of(causal: LlamaForCausalLM, dpo: dict[str, Any], *, packed: bool, blockwise: bool) -> Setup:
+def objective(settings: dict[str, Any]) -> Preference:
+    if settings["loss"] == "orpo":
+        return OddsRatio(Orpo(**{key: value for key, value in settings.items() if key != "loss"}))
+    return DirectPreference(Dpo(**settings))
+
+
+def setup_of(causal: LlamaForCausalLM, settings: dict[str, Any], *, packed: bool, blockwise: bool) -> Setup:
     if packed:
         assert use_packed_attention(causal)
-    module = SupervisedLoss(causal, causal, packed, Preference(Dpo(**dpo)))
+    module = SupervisedLoss(causal, causal, packed, objective(settings))
     module.blockwise = blockwise
     return Setup(
         module, module.objective, torch.optim.SGD(module.parameters()), contextlib.nullcontext, packed, "fp32", []
@@ -110,6 +118,11 @@ def straightforward(policy: nn.Module, base: nn.Module, dpo: dict[str, Any]) -> 
                 loss = ((1 - epsilon) * right - epsilon * wrong) / (1 - 2 * epsilon)
             else:
                 loss = (1 - epsilon) * right + epsilon * wrong
+        if dpo["loss"] == "orpo":  # arXiv:2403.07691, eq. 3 to 7
+            p_w, p_r = torch.exp(w / w_tokens), torch.exp(r / r_tokens)
+            odds_ratio = (p_w / (1 - p_w)) / (p_r / (1 - p_r))
+            loss = -w / w_tokens - beta * torch.log(1 / (1 + torch.exp(-torch.log(odds_ratio))))
+            w, w0, r, r0 = w / w_tokens, torch.tensor(0), r / r_tokens, torch.tensor(0)  # as rewards are told
         losses.append(loss - weight * w / w_tokens)
         chosen_rewards.append(beta * (w - w0).item())
         rejected_rewards.append(beta * (r - r0).item())
@@ -180,7 +193,7 @@ def test_the_base_model_itself_has_no_rewards_and_the_loss_of_a_coin() -> None:
 
 
 def test_accuracy_and_log_probabilities_by_hand() -> None:
-    objective = Preference(Dpo(beta=0.5))
+    objective = DirectPreference(Dpo(beta=0.5))
     given, base = torch.tensor([[-1.0, -4.0], [-6.0, -2.0]]), torch.tensor([[-2.0, -4.0], [-5.0, -3.0]])
     figures = means(objective, objective.figures_of(given, base, torch.ones(2, 2)).tolist(), 2)
     assert figures == pytest.approx(
@@ -194,6 +207,45 @@ def test_accuracy_and_log_probabilities_by_hand() -> None:
             "logps/rejected": -3.0,
         }
     )
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_odds_ratio_by_hand(beta: float) -> None:
+    objective = OddsRatio(Orpo(beta=beta))
+    given = torch.tensor([[4 * math.log(0.5), 2 * math.log(0.2)]])
+    figures = means(objective, objective.figures_of(given, given, torch.tensor([[4, 2]])).tolist(), 1)
+    assert figures == pytest.approx(  # odds of 1 and of 1 to 4
+        {
+            "loss": math.log(2) - beta * math.log(4 / 5),
+            "nll_loss": math.log(2),
+            "log_odds_ratio": math.log(4),
+            "rewards/chosen": beta * math.log(0.5),
+            "rewards/rejected": beta * math.log(0.2),
+            "rewards/margins": beta * math.log(2.5),
+            "rewards/accuracies": 1.0,
+            "logps/chosen": math.log(0.5),
+            "logps/rejected": math.log(0.2),
+        },
+        rel=1e-5,
+    )
+
+
+@pytest.mark.parametrize("chosen", [0.0, -1e-12, -1e-3, -0.69, -0.7, -50.0, -3000.0])
+@pytest.mark.parametrize("rejected", [0.0, -1e-6, -1.0, -3000.0])
+def test_odds_of_answers_that_are_certain_or_impossible_are_finite(chosen: float, rejected: float) -> None:
+    given = torch.tensor([[chosen, rejected]], requires_grad=True)
+    figures = OddsRatio(Orpo()).figures_of(given, given, torch.ones(1, 2))
+    figures[0].backward()
+    assert torch.isfinite(figures).all()
+    assert given.grad is not None and torch.isfinite(given.grad).all() and given.grad[0, 0] < 0
+
+
+def test_the_evaluation_of_an_objective_without_a_reference_measures_the_base_as_well(conf: FinetuneConf) -> None:
+    orpo = conf.model_copy(update={"tuning": conf.tuning.model_copy(update={"objective": "orpo"})})
+    base = {0: ([-10.0, -10.0], [4, 5]), 1: ([-5.0, -7.0], [2, 3])}
+    found = _preferred(orpo, base, base, True)
+    assert found.keys() == {"validation_loss", "reward_accuracy", "reward_margin"}
+    assert found["reward_accuracy"] == 0
 
 
 def test_the_evaluation_measures_the_trained_model_against_its_base(conf: FinetuneConf) -> None:
@@ -227,10 +279,13 @@ def test_a_pair_is_two_rows_that_do_not_see_each_other(packed: bool) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("blockwise", [False, True])
-def test_without_pairs_there_is_something_to_compute_but_nothing_to_learn(packed: bool, blockwise: bool) -> None:
-    setup = setup_of(tiny(), {"loss": "sigmoid", "sft_weight": 1.0}, packed=packed, blockwise=blockwise)
+@pytest.mark.parametrize("settings", [{"loss": "sigmoid", "sft_weight": 1.0}, {"loss": "orpo"}], ids=str)
+def test_without_pairs_there_is_something_to_compute_but_nothing_to_learn(
+    settings: dict[str, Any], packed: bool, blockwise: bool
+) -> None:
+    setup = setup_of(tiny(), settings, packed=packed, blockwise=blockwise)
     sums, weight, tokens = accumulate(setup, [collate(pairs(), [], packed, torch.zeros(4, 2))])
-    assert (sums, weight, tokens) == ([0.0] * 7, 0, 0)
+    assert (sums, weight, tokens) == ([0.0] * len(setup.objective.figures), 0, 0)
     assert all(p.grad is not None and not p.grad.any() for p in setup.module.parameters()), "fsdp waits for all of them"
 
 
@@ -339,9 +394,10 @@ def test_a_stop_between_two_parts_keeps_the_first(
 # Learning ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"loss": loss} for loss in ("sigmoid", "ipo", "hinge")], ids=str)
+@pytest.mark.parametrize("settings", [{"loss": loss} for loss in ("sigmoid", "ipo", "hinge", "orpo")], ids=str)
 def test_a_model_comes_to_prefer_what_was_chosen(settings: dict[str, Any], conf: FinetuneConf) -> None:
-    tuning = conf.tuning.model_copy(update={"dpo": Dpo(**settings)})
+    chosen = {"objective": "orpo"} if settings["loss"] == "orpo" else {"dpo": Dpo(**settings)}
+    tuning = conf.tuning.model_copy(update=chosen)
     module = adapted(conf.model_copy(update={"tuning": tuning}))
     base = references(tiny())
     before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
