@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llm_ray.app.api_files import reads_of
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.keys import FINETUNE
 from llm_ray.conf.section import Paths
@@ -87,9 +88,10 @@ def conf_of(
     form: str,
     rows: int,
     validation: Path | None,
+    validation_form: str | None = None,
 ) -> FinetuneConf:
-    """The conf of the finetune that a job asks for. `form`, `rows`: of the file `train`, as it was checked. Raises
-    Problem, which names the field."""
+    """The conf of the finetune that a job asks for. `form`, `rows`: of the file `train`, as it was checked;
+    `validation_form`: of the file `validation`. Raises Problem, which names the field."""
     given = _nested(asked.conf or {})
     for name, value in flat(given).items():
         if value != {}:  # a section without keys
@@ -105,6 +107,8 @@ def conf_of(
         "training.epochs": asked.epochs,
         "training.global_batch_size": asked.batch_size,
         "training.seed": asked.seed,
+        "tuning.dpo.beta": asked.beta,
+        "tuning.objective": "dpo" if asked.method == "dpo" else None,
         "data.validation": [str(validation)] if validation else None,
     }
     for name, value in fields.items():
@@ -119,6 +123,9 @@ def conf_of(
     }
     whole = _merged(settled, _merged(given, _nested({k: v for k, v in fields.items() if v is not None})))
     conf = _validated(whole)
+    for param, of in (("training_file", form), ("validation_file", validation_form)):
+        if of and reads_of(of) != conf.objective.reads:
+            raise Problem(400, _unfit(param, of, conf), "invalid_file", param=param)
     if asked.learning_rate_multiplier is not None:
         if conf.training.learning_rate != "auto":
             raise Problem(
@@ -129,6 +136,16 @@ def conf_of(
         rate = _automatic_rate(conf, rows) * asked.learning_rate_multiplier
         conf = conf.model_copy(update={"training": conf.training.model_copy(update={"learning_rate": rate})})
     return conf
+
+
+def _unfit(param: str, form: str, conf: FinetuneConf) -> str:
+    """What to say of a file that the objective cannot learn from."""
+    held = f"{param}: its rows have the format {form}"
+    if reads_of(form) == "pairs":
+        return f"{held}, preference pairs, which the method dpo learns from: set method.type to dpo"
+    if conf.objective.reads == "pairs":
+        return f"{held}, but {conf.tuning.objective} learns from preference pairs: chosen and rejected answers"
+    return f"{held}, but tuning.objective {conf.tuning.objective} learns from {conf.objective.reads}"
 
 
 def _check_key(name: str) -> None:

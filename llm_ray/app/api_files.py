@@ -18,12 +18,15 @@ import secrets
 import shutil
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
+from types import MappingProxyType
+from typing import Any, get_args
 
 from llm_ray.apart import Apart
 from llm_ray.conf.finetune import Data
+from llm_ray.conf.objectives import PAIR_FORMATS, Reads
 from llm_ray.conf.serve import FinetuningApi
 from llm_ray.data.formats import REQUIRED, Formatter
 from llm_ray.data.sources import read
@@ -193,16 +196,20 @@ def check_rows(file: str, form: str) -> Checked:
     first = next(read(file, _raise), None)
     if first is None:
         raise DataError(f"{file}: it holds no rows")
-    known = any(all(c in first.values for c in columns) for name, columns in REQUIRED.items() if name != "text")
-    pretrain = form == "text" or (form == "auto" and not known and "text" in first.values)
-    formatter = Formatter(
-        Data.model_validate({"train": [file], "format": form}), "texts" if pretrain else "conversations"
-    )
+    formatter = Formatter(Data.model_validate({"train": [file], "format": form}), reads_of(form, first.values))
     rows = 0
     for row in read(file, _raise):
         formatter(row)
         rows += 1
     return Checked(rows, formatter.formats[0] if formatter.formats else form)
+
+
+def reads_of(form: str, row: Mapping[str, Any] = MappingProxyType({})) -> Reads:
+    """What an objective makes of rows of a format; with `auto`, of rows that have the columns of `row`."""
+    if form == "auto":
+        known = [name for name, columns in REQUIRED.items() if all(column in row for column in columns)]
+        form = next((name for name in known if name in PAIR_FORMATS), known[0] if known else form)
+    return "texts" if form == "text" else "pairs" if form in PAIR_FORMATS else "conversations"
 
 
 def _raise(error: DataError) -> None:

@@ -118,6 +118,7 @@ class Jobs:
             form=train.format,
             rows=train.rows,
             validation=self._files.path(held_out) if held_out else None,
+            validation_form=held_out.format if held_out else None,
         )
         now = time.time_ns()
         record = Record(id, now // 10**9, now, by, asked, run, label, conf.training.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,36 @@ def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client
     shown = home.run("runs", "show", run, "--json")
     assert shown.returncode == 0, shown.stderr
     assert (home.folder / "runs" / run).stat().st_mode & 0o077 == 0
+
+
+def test_preferences_in_openais_form_make_a_model_that_answers(home: Home, client: openai.OpenAI) -> None:
+    pairs = [
+        {
+            "input": {"messages": row["messages"][:1], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": row["messages"][1:],
+            "non_preferred_output": [{"role": "assistant", "content": "I am not allowed to tell."}],
+        }
+        for row in ROWS
+    ]
+    file = client.files.create(
+        file=("pairs.jsonl", "".join(f"{json.dumps(pair)}\n" for pair in pairs).encode()), purpose="fine-tune"
+    )
+    job = client.fine_tuning.jobs.create(
+        model="small",
+        training_file=file.id,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 8, "batch_size": 4}}},
+        extra_body={"conf": SHORT},
+    )
+    job = ended(client, job)
+    assert job.status == "succeeded", (job.error, told(client, job))
+    assert job.method and job.method.dpo and job.method.dpo.hyperparameters
+    assert job.method.dpo.hyperparameters.beta == 0.2
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100)
+    losses: list[Any] = [event.data["train_loss"] for event in events if event.type == "metrics"]  # type: ignore[index]
+    assert len(losses) == 8
+    assert losses[-1] == pytest.approx(math.log(2), abs=0.02), "of the first step: nothing is preferred yet"
+    assert losses[0] < 0.3
+    assert job.fine_tuned_model and said(client, job.fine_tuned_model)
 
 
 def test_gateway_and_job_are_killed_and_nothing_is_lost(home: Home, client: openai.OpenAI) -> None:

@@ -14,7 +14,9 @@ from llm_ray.conf.section import Paths
 from llm_ray.serve.gateway.finetuning.service import Asked, Problem
 
 
-def made(home: Path, rows: int = 300, validation: Path | None = None, **asked: Any) -> FinetuneConf:
+def made(
+    home: Path, rows: int = 300, validation: Path | None = None, form: str = "messages", **asked: Any
+) -> FinetuneConf:
     (home / "rows.jsonl").touch()
     return conf_of(
         Asked("base", "file-1", **asked),
@@ -22,7 +24,7 @@ def made(home: Path, rows: int = 300, validation: Path | None = None, **asked: A
         base="base",
         paths=Paths.of(home),
         train=home / "rows.jsonl",
-        form="messages",
+        form=form,
         rows=rows,
         validation=validation,
     )
@@ -65,6 +67,23 @@ def test_no_file_of_the_host_is_named_as_validation(tmp_path: Path) -> None:
     assert made(tmp_path, conf={"data": {"validation": 0.1}}).data.validation == 0.1
     assert made(tmp_path, conf={"data.validation": None}).data.validation is None
     assert made(tmp_path, validation=tmp_path / "v.jsonl").data.validation == (str(tmp_path / "v.jsonl"),)
+
+
+def test_preference_pairs_and_methods_go_together(tmp_path: Path) -> None:
+    conf = made(tmp_path, form="openai_preference", method="dpo", beta=0.3)
+    assert (conf.tuning.objective, conf.tuning.dpo.beta) == ("dpo", 0.3)
+    assert made(tmp_path, form="preference", method="dpo").tuning.dpo.beta == 0.1
+    orpo = made(tmp_path, form="preference", conf={"tuning": {"objective": "orpo"}})
+    assert orpo.tuning.objective == "orpo"
+    param, message = refused(tmp_path, form="preference")
+    assert param == "training_file" and "set method.type to dpo" in message
+    param, message = refused(tmp_path, method="dpo")
+    assert param == "training_file" and "dpo learns from preference pairs" in message
+    assert refused(tmp_path, form="preference", method="dpo", conf={"tuning.objective": "orpo"})[0] == (
+        "conf.tuning.objective"
+    )
+    param, message = refused(tmp_path, form="messages", conf={"tuning.objective": "pretrain"})
+    assert param == "training_file" and "learns from texts" in message
 
 
 def test_keys_and_hyperparameters_make_the_conf(tmp_path: Path) -> None:

@@ -63,7 +63,6 @@ def test_what_is_no_id_is_no_path(files: Files, id: str) -> None:
         (CHAT + "{broken\n", "a.jsonl", "a.jsonl:2: broken JSON"),
         ('{"prompt": "a"}\n', "", "file:1: cannot detect the format"),
         ('{"messages": [{"role": "assistent", "content": "x"}]}\n', "a.jsonl", "turn 1 of 'messages': role is"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "a.jsonl", "preference pairs"),
         ("\n\n", "a.jsonl", "it holds no rows"),
         ("", "a.jsonl", "it is empty"),
         ("prompt,completion\na\n", "a.csv", "a.csv:2: "),
@@ -87,6 +86,10 @@ def test_other_kinds_and_formats(tmp_path: Path) -> None:
     assert check_rows(str(csv), "auto").format == "prompt_completion"
     (text := tmp_path / "a.txt").write_text("One.\nTwo.\n")
     assert (check_rows(str(text), "auto").format, check_rows(str(text), "auto").rows) == ("text", 2)
+    (pairs := tmp_path / "a.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert check_rows(str(pairs), "auto").format == check_rows(str(pairs), "preference").format == "preference"
+    with pytest.raises(DataError, match="openai_preference needs"):
+        check_rows(str(pairs), "openai_preference")
     with pytest.raises(DataError, match="alpaca needs"):
         check_rows(str(csv), "alpaca")
     assert suffix_of("rows") == ".jsonl"

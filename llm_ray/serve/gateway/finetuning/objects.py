@@ -9,7 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llm_ray.serve.gateway.finetuning.service import Asked, Checkpoint, Event, Job, StoredFile
+from llm_ray.serve.gateway.finetuning.service import Asked, Checkpoint, Event, Job, Method, StoredFile
 
 
 class Listed(BaseModel):
@@ -41,12 +41,24 @@ class SupervisedAsked(Strict):
     hyperparameters: HyperparametersAsked | None = None
 
 
+class DpoHyperparametersAsked(HyperparametersAsked):
+    """What may be set of a training on preference pairs."""
+
+    beta: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] = "auto"
+
+
+class DpoAsked(Strict):
+    """The method dpo."""
+
+    hyperparameters: DpoHyperparametersAsked | None = None
+
+
 class MethodAsked(Strict):
-    """How is learned. Other methods than supervised are refused."""
+    """How is learned: supervised, or dpo from preference pairs. Other methods are refused."""
 
     type: str
     supervised: SupervisedAsked | None = None
-    dpo: dict[str, Any] | None = None
+    dpo: DpoAsked | None = None
     reinforcement: dict[str, Any] | None = None
 
 
@@ -118,11 +130,24 @@ class Supervised(BaseModel):
     hyperparameters: Hyperparameters
 
 
-class Method(BaseModel):
+class DpoHyperparameters(Hyperparameters):
+    """As they were asked for."""
+
+    beta: Literal["auto"] | float
+
+
+class Dpo(BaseModel):
+    """The method dpo."""
+
+    hyperparameters: DpoHyperparameters
+
+
+class MethodObject(BaseModel):
     """How is learned."""
 
-    type: Literal["supervised"] = "supervised"
-    supervised: Supervised
+    type: Method
+    supervised: Supervised | None = None
+    dpo: Dpo | None = None
 
 
 class JobError(BaseModel):
@@ -148,7 +173,7 @@ class JobObject(Listed):
     validation_file: str | None
     result_files: list[str]
     hyperparameters: Hyperparameters
-    method: Method
+    method: MethodObject
     seed: int
     trained_tokens: int | None
     error: JobError | None
@@ -205,10 +230,17 @@ def file_object(file: StoredFile) -> FileObject:
 def job_object(job: Job) -> JobObject:
     """The job as it is answered."""
     asked = job.asked
-    hyperparameters = Hyperparameters(
+    hyperparameters = DpoHyperparameters(
+        beta=asked.beta or "auto",
         n_epochs=asked.epochs or "auto",
         batch_size=asked.batch_size or "auto",
         learning_rate_multiplier=asked.learning_rate_multiplier or "auto",
+    )
+    plain = Hyperparameters(**hyperparameters.model_dump(exclude={"beta"}))
+    method = (
+        MethodObject(type="dpo", dpo=Dpo(hyperparameters=hyperparameters))
+        if asked.method == "dpo"
+        else MethodObject(type="supervised", supervised=Supervised(hyperparameters=plain))
     )
     return JobObject(
         id=job.id,
@@ -221,8 +253,8 @@ def job_object(job: Job) -> JobObject:
         training_file=asked.training_file,
         validation_file=asked.validation_file,
         result_files=[],
-        hyperparameters=hyperparameters,
-        method=Method(supervised=Supervised(hyperparameters=hyperparameters)),
+        hyperparameters=plain,
+        method=method,
         seed=job.seed,
         trained_tokens=job.trained_tokens,
         error=JobError(code="job_failed", message=job.error) if job.error else None,
@@ -259,8 +291,9 @@ def checkpoint_object(job: str, checkpoint: Checkpoint) -> CheckpointObject:
 
 def asked_of(body: CreateJob) -> Asked:
     """What a request asks for; `body` is sound."""
-    given = (body.method and body.method.supervised and body.method.supervised.hyperparameters) or body.hyperparameters
-    chosen = given or HyperparametersAsked()
+    method: Method = "dpo" if body.method and body.method.type == "dpo" else "supervised"
+    chosen = asked_of_method(body) or body.hyperparameters or HyperparametersAsked()
+    beta = chosen.beta if isinstance(chosen, DpoHyperparametersAsked) else "auto"
     return Asked(
         model=body.model,
         training_file=body.training_file,
@@ -273,5 +306,14 @@ def asked_of(body: CreateJob) -> Asked:
         learning_rate_multiplier=(
             None if chosen.learning_rate_multiplier == "auto" else chosen.learning_rate_multiplier
         ),
+        method=method,
+        beta=None if beta == "auto" else beta,
         conf=body.conf,
     )
+
+
+def asked_of_method(body: CreateJob) -> HyperparametersAsked | None:
+    """The hyperparameters that the method of a request has, if it has any."""
+    method = body.method
+    chosen = (method.dpo if method.type == "dpo" else method.supervised) if method else None
+    return chosen.hyperparameters if chosen else None

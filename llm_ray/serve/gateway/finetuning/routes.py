@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from fastapi import Body, FastAPI, Query, Request
 from pydantic import BaseModel
@@ -18,7 +18,7 @@ from llm_ray.serve.gateway import openapi
 from llm_ray.serve.gateway.errors import ApiError
 from llm_ray.serve.gateway.finetuning import objects
 from llm_ray.serve.gateway.finetuning.objects import CreateJob, L, Page
-from llm_ray.serve.gateway.finetuning.service import Named, Problem, Service, Upload
+from llm_ray.serve.gateway.finetuning.service import Method, Named, Problem, Service, Upload
 from llm_ray.serve.gateway.finetuning.upload import receive
 from llm_ray.serve.gateway.protect.keys import Key
 
@@ -275,17 +275,17 @@ def _key(request: Request) -> Key | None:
 def _check(body: CreateJob) -> None:
     """Raises ApiError for what OpenAI has and is not here."""
     method = body.method
-    if method and method.type != "supervised":
+    if method and method.type not in get_args(Method):
         raise ApiError(
             400,
-            f"method.type: `{method.type[:50]}` is not supported here: jobs are supervised",
+            f"method.type: `{method.type[:50]}` is not supported here: jobs are {' or '.join(get_args(Method))}",
             "unsupported_parameter",
             param="method.type",
         )
-    for name in ("dpo", "reinforcement"):
-        if method and getattr(method, name) is not None:
+    for name in ("supervised", "dpo", "reinforcement"):
+        if method and name != method.type and getattr(method, name) is not None:
             raise ApiError(
-                400, f"method.{name}: the method is supervised", "unsupported_parameter", param=f"method.{name}"
+                400, f"method.{name}: the method is {method.type}", "unsupported_parameter", param=f"method.{name}"
             )
     if body.integrations:
         raise ApiError(
@@ -294,11 +294,12 @@ def _check(body: CreateJob) -> None:
             "unsupported_parameter",
             param="integrations",
         )
-    given = method.supervised.hyperparameters if method and method.supervised else None
-    if given and body.hyperparameters and given != body.hyperparameters:
+    given = objects.asked_of_method(body)
+    if given and body.hyperparameters and given.model_dump(exclude={"beta"}) != body.hyperparameters.model_dump():
         raise ApiError(
             400,
-            "hyperparameters: method.supervised.hyperparameters says otherwise: leave one of the two out",
+            f"hyperparameters: method.{method.type if method else ''}.hyperparameters says otherwise: leave one of the "
+            "two out",
             "invalid_request",
             param="hyperparameters",
         )

@@ -16,6 +16,7 @@ from llm_ray.errors import LlmRayError
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
+Method = Literal["supervised", "dpo"]
 PREFIX = "ft:"
 """What the names of models begin with that were made by jobs."""
 
@@ -78,6 +79,9 @@ class Asked:
     epochs: int | None = None
     batch_size: int | None = None
     learning_rate_multiplier: float | None = None
+    method: Method = "supervised"
+    beta: float | None = None
+    """Of dpo."""
     conf: Mapping[str, Any] | None = None
     """Further keys of the finetune conf."""
 

@@ -225,10 +225,54 @@ def test_jobs(site: Site) -> None:
     assert alice.files.delete(file.id).deleted
 
 
+def test_a_job_that_learns_preferences(site: Site) -> None:
+    alice = site.client("alice")
+    turns = [{"role": "user", "content": "Hi"}]
+    pair = {
+        "input": {"messages": turns, "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [{"role": "assistant", "content": "Hello."}],
+        "non_preferred_output": [{"role": "assistant", "content": "Go away."}],
+    }
+    ours = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go away."}
+    pairs = [
+        alice.files.create(file=("pairs.jsonl", (json.dumps(row) + "\n").encode() * 5), purpose="fine-tune")
+        for row in (pair, ours)
+    ]
+    with site.http() as http:
+        held = {http.get(f"/v1/files/{file.id}").json()["format"] for file in pairs}
+    assert held == {"openai_preference", "preference"}
+    with pytest.raises(openai.BadRequestError, match="preference pairs, which the method dpo learns from") as caught:
+        alice.fine_tuning.jobs.create(model="base", training_file=pairs[0].id)
+    assert caught.value.param == "training_file"
+    job = alice.fine_tuning.jobs.create(
+        model="base",
+        training_file=pairs[0].id,
+        validation_file=pairs[1].id,
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.3, "n_epochs": 2, "batch_size": "auto"}}},
+    )
+    assert job.method is not None and job.method.type == "dpo"
+    assert job.method.supervised is None and job.method.dpo is not None
+    given = job.method.dpo.hyperparameters
+    assert given is not None and (given.beta, given.n_epochs, given.batch_size) == (0.3, 2, "auto")
+    assert alice.fine_tuning.jobs.retrieve(job.id) == job
+    rows = alice.files.create(file=("rows.jsonl", ROWS.encode()), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match="validation_file: its rows have the format messages, but dpo"):
+        alice.fine_tuning.jobs.create(
+            model="base", training_file=pairs[0].id, validation_file=rows.id, method={"type": "dpo"}
+        )
+    assert alice.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    for file in (*pairs, rows):
+        alice.files.delete(file.id)
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"method": {"type": "dpo", "dpo": {}}}, "method.type"),
+        ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+        ({"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+        ({"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}}}, "method.dpo.hyperparameters.beta"),
+        ({"method": {"type": "dpo", "dpo": {}}}, "training_file"),
         ({"method": {"type": "supervised", "reinforcement": {}}}, "method.reinforcement"),
         ({"integrations": [{"type": "wandb", "wandb": {"project": "x"}}]}, "integrations"),
         ({"suffix": "../../x"}, "suffix"),
