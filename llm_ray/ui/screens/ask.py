@@ -139,6 +139,7 @@ def build(site: Site) -> None:
         talk, changed = secrets.token_hex(8), threading.Event()
         running = [generation for generation in asked if generation]
         _IN_PROGRESS[visitor.name, talk] = running
+        begun: Any = talk
         try:
             for generation in running:
                 generation.begin(changed)
@@ -146,9 +147,18 @@ def build(site: Site) -> None:
                 done = all(generation.done for generation in running)
                 answers = [generation.said() if generation else None for generation in asked]
                 now = [*turns, Turn(question, (answers[0], answers[1]))]
-                yield shown(now, 0), shown(now, 1), now, talk, "" if done else gr.skip(), row(now, 0, settings.system)
+                chats = [shown(now, side) if asked[side] else gr.skip() for side in (0, 1)]
                 if done:
+                    yield *chats, now, begun, "", row(now, 0, settings.system)
                     return
+                yield (
+                    *chats,
+                    gr.skip(),
+                    begun,
+                    gr.skip(),
+                    gr.skip(),
+                )  # what a browser draws anew with each word is little
+                begun = gr.skip()
                 changed.wait(1.0)
                 changed.clear()
                 if any(answer and answer.text for answer in answers):  # the first word is shown at once
