@@ -17,7 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 import llm_ray
-from benchmarks import defaults, estimates, learning, page, scaling, serving, tools, training, waiting
+from benchmarks import (
+    defaults,
+    estimates,
+    learning,
+    page,
+    preferences,
+    scaling,
+    seeds,
+    serving,
+    tools,
+    training,
+    waiting,
+)
 from llm_ray.models.registry import import_model
 
 BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
@@ -27,6 +39,8 @@ BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
     "estimates": estimates.measure,
     "learning": learning.measure,
     "page": page.measure,
+    "preferences": preferences.measure,
+    "seeds": seeds.measure,
     "serving": serving.measure,
     "tools": tools.measure,
     "waiting": waiting.measure,

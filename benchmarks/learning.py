@@ -17,14 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.facts import Question, facts
+from benchmarks.facts import facts
+from benchmarks.ours import right_share
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.load import load_finetune
-from llm_ray.data.formats import Conversation
-from llm_ray.evaluate.generate import answers
-from llm_ray.hardware import torch_dtype
-from llm_ray.quickstart.judge import is_right
 
 _SYSTEM = "You answer questions from visitors of the archive."
 _WORDINGS = 3  # of a fact in the rows
@@ -76,7 +73,11 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         began = time.monotonic()
         run = run_finetune(conf, Terminal())
         minutes = (time.monotonic() - began) / 60
-        before, after = (_right(folder, questions, system=form == "messages") for folder in (model, run / "output"))
+        asked = [(question.prompt, [question.value]) for question in questions]
+        system = _SYSTEM if form == "messages" else None
+        before, after = (
+            right_share(folder, asked, system=system, max_new_tokens=40) for folder in (model, run / "output")
+        )
         figures[case] = {"questions": len(questions), "right before": before, "right": after, "minutes": minutes}
         print(case, figures[case], flush=True)  # what is known is not lost if the rest is broken off
         table += [
@@ -97,16 +98,3 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             },
         ]
     return {"ours": figures, "table": table}
-
-
-def _right(folder: Path, questions: list[Question], *, system: bool) -> float:
-    """The share that the model in `folder` answers rightly."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype("fp32"))
-    before = [{"role": "system", "content": _SYSTEM}] if system else []
-    asked = [Conversation([*before, {"role": "user", "content": question.prompt}], None) for question in questions]
-    given = answers(model, AutoTokenizer.from_pretrained(folder), asked, max_new_tokens=40, batch_size=16)
-    return sum(is_right(answer, [question.value]) for answer, question in zip(given, questions, strict=True)) / len(
-        questions
-    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.vllm_floor import PROMPT, TOKENS
+from llm_ray.app.api_service import open_service
 from llm_ray.bench.load import Load, run_load
 from llm_ray.cli.terminal import Terminal
 from llm_ray.client.endpoint import parse
@@ -48,7 +49,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         (served,), figures = plan(conf, Terminal()), {}
         began = time.monotonic()
         with local_ray():
-            endpoint = deploy([served], conf.endpoint, home(), Terminal())
+            endpoint = deploy([served], conf.endpoint, home(), Terminal(), open_finetuning=open_service)
             _over_http(endpoint.url, 1, 1, tokens=1)
             figures["deploy to first token, s"] = time.monotonic() - began
             for count in (1, 16):

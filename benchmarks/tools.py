@@ -19,6 +19,7 @@ import openai
 
 from benchmarks.serving import ENGINES
 from benchmarks.training import conversations
+from llm_ray.app.api_service import open_service
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
@@ -125,7 +126,7 @@ def _shares(model: Path, options: dict[str, Any], asked: list[Any], work: Path) 
     )
     functions = calls = 0
     with local_ray():
-        endpoint = deploy(plan(conf, Terminal()), conf.endpoint, home(), Terminal())
+        endpoint = deploy(plan(conf, Terminal()), conf.endpoint, home(), Terminal(), open_finetuning=open_service)
         with openai.OpenAI(
             base_url=endpoint.url, api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False)
         ) as client:

@@ -61,15 +61,13 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
         trainer.train()
     loss = mean_loss(trainer.model.get_base_model(), prepared, "validation")
     steps = len(clock.ends)
-    tokens, seconds = (
-        tokens * (steps - 1) / steps,
-        clock.ends[-1] - clock.ends[0],
-    )  # without the first step, as for ours
+    seconds = clock.ends[-1] - clock.ends[0]  # without the first step, as for ours
+    counted = tokens * (steps - 1) / steps
     print(
         json.dumps(
             {
-                "tokens_per_second": tokens / seconds,
-                "tokens": tokens,
+                "tokens_per_second": counted / seconds,
+                "tokens": counted,
                 "seconds": seconds,
                 "steps": steps,
                 "loss_after": loss,

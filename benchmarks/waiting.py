@@ -12,6 +12,7 @@ import httpx
 import psutil
 
 from benchmarks.serving import row
+from llm_ray.app.api_service import open_service
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
 from llm_ray.conf.section import Paths, home
@@ -41,7 +42,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         local_ray(),
         httpx.Client(base_url=f"http://127.0.0.1:{conf.endpoint.port}", timeout=300, trust_env=False) as client,
     ):
-        deploy([served], conf.endpoint, home(), Terminal())
+        deploy([served], conf.endpoint, home(), Terminal(), open_finetuning=open_service)
         _answer(client, 1)
         deployed = time.monotonic() - began
         while _replica():

@@ -1,0 +1,78 @@
+"""The floor: TRL's DPOTrainer on the same pairs, in a process of its own. Prints one line of JSON.
+
+python -m benchmarks.trl_dpo_floor MODEL PAIRS.jsonl THREADS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+
+import datasets
+import psutil
+import torch
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+from benchmarks.ours import SETTINGS
+from benchmarks.preferences import BETA, RATE
+from benchmarks.trl_floor import Clock
+
+
+class Memory(Clock):
+    """And the most memory that was in use after a step, bytes."""
+
+    most = 0
+
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
+        super().on_step_end(*args, **kwargs)
+        self.most = max(self.most, psutil.Process().memory_info().rss)
+
+
+def main(model: str, pairs: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    clock = Memory()
+    rows = datasets.Dataset.from_json(pairs)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                output_dir=folder,
+                num_train_epochs=1,
+                max_length=int(SETTINGS["max_length"]),
+                learning_rate=RATE,
+                beta=BETA,
+                logging_steps=1,
+                report_to="none",
+                save_strategy="no",
+                use_cpu=True,
+            ),
+            train_dataset=rows,
+            peft_config=LoraConfig(
+                r=int(SETTINGS["r"]),
+                lora_alpha=int(SETTINGS["alpha"]),
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
+            ),
+            callbacks=[clock],
+        )
+        trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    a_step = (clock.ends[-1] - clock.ends[0]) / (len(clock.ends) - 1)  # without the first step
+    print(
+        json.dumps(
+            {
+                "pairs_per_second": len(rows) / (a_step * len(clock.ends)),
+                "step_seconds": a_step,
+                "memory": clock.most,
+                "loss_first": steps[0]["loss"],
+                "loss": steps[-1]["loss"],
+                "margin": steps[-1]["rewards/margins"],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
