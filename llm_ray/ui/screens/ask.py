@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOBODY = "none"
 _SHOW_EVERY = 0.05  # seconds
+_FIRST = 0.25  # seconds that the first word is waited for: what a browser draws before it makes it later
 _IN_PROGRESS: dict[tuple[str, str], list[Generation]] = {}
 """By the name of who asks, and the talk."""
 _NO_TALK = "[]"  # an empty gr.Code has an ARIA label where none may be
@@ -143,6 +144,7 @@ def build(site: Site) -> None:
         try:
             for generation in running:
                 generation.begin(changed)
+            changed.wait(_FIRST)
             while True:
                 done = all(generation.done for generation in running)
                 answers = [generation.said() if generation else None for generation in asked]
