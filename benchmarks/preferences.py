@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.ours import SETTINGS
+from benchmarks.training import run_trl
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import fit_workers, local_ray
 from llm_ray.conf.finetune import Data, FinetuneConf
@@ -80,11 +79,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     with local_ray(cores) as cluster:
         outcome = run_training(conf, base, fit_workers(conf.runtime, cluster), None, Terminal())
     given = _ours(conf, pairs, outcome["reference_seconds"])
-    command = [sys.executable, "-m", "benchmarks.trl_dpo_floor", str(model), str(train), str(cores)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        sys.exit(f"TRL failed:\n{process.stderr[-2000:]}")
-    floor = json.loads(process.stdout.strip().splitlines()[-1])
+    floor = run_trl("trl_dpo_floor", model, train, cores)
     table = [
         {
             "figure": f"DPO, LoRA, {pairs} pairs: pairs/s against TRL",

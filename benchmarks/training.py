@@ -54,24 +54,22 @@ def messages(file: Path) -> Path:
     return path
 
 
+def run_trl(module: str, *arguments: object) -> dict[str, float]:
+    """What a module of the floor prints, run in a process of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"TRL failed:\n{process.stderr[-2000:]}")
+    figures: dict[str, float] = json.loads(process.stdout.strip().splitlines()[-1])
+    return figures
+
+
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     """Both sides, one after the other, on all cores of this machine."""
     cores = len(os.sched_getaffinity(0))
     train, held_out = write_rows(data, rows, work)
     given = ours.train("training", model, messages(train), messages(held_out), work, workers=1, cpus=cores)
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.trl_floor",
-        str(model),
-        str(train),
-        str(work / "runs" / "training" / "prepared"),
-        str(cores),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode:
-        sys.exit(f"TRL failed:\n{process.stderr[-2000:]}")
-    floor = json.loads(process.stdout.strip().splitlines()[-1])
+    floor = run_trl("trl_floor", model, train, work / "runs" / "training" / "prepared", cores)
     ratio = given["tokens_per_second"] / floor["tokens_per_second"]
     loss = given["loss_after"] / floor["loss_after"]
     table = [

@@ -12,12 +12,11 @@ import tempfile
 import datasets
 import psutil
 import torch
-from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.ours import SETTINGS
 from benchmarks.preferences import BETA, RATE
-from benchmarks.trl_floor import Clock
+from benchmarks.trl_floor import Clock, adapters
 
 
 class Memory(Clock):
@@ -49,12 +48,7 @@ def main(model: str, pairs: str, threads: int) -> None:
                 use_cpu=True,
             ),
             train_dataset=rows,
-            peft_config=LoraConfig(
-                r=int(SETTINGS["r"]),
-                lora_alpha=int(SETTINGS["alpha"]),
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=adapters(),
             callbacks=[clock],
         )
         trainer.train()

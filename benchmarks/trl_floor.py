@@ -34,6 +34,13 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
+def adapters() -> LoraConfig:
+    """The adapters that both sides train."""
+    return LoraConfig(
+        r=int(SETTINGS["r"]), lora_alpha=int(SETTINGS["alpha"]), target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
 def main(model: str, rows: str, prepared: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     clock = Clock()
@@ -49,12 +56,7 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
                 use_cpu=True,
             ),
             train_dataset=datasets.Dataset.from_json(rows),
-            peft_config=LoraConfig(
-                r=int(SETTINGS["r"]),
-                lora_alpha=int(SETTINGS["alpha"]),
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
+            peft_config=adapters(),
             callbacks=[clock],
         )
         tokens = sum(min(len(row["input_ids"]), int(SETTINGS["max_length"])) for row in trainer.train_dataset)

@@ -10,12 +10,17 @@ import getpass
 import json
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from llm_ray.cli.options import config_options
 from llm_ray.cli.runs import folder_of, folder_option, json_option, table
 from llm_ray.conf.section import home
+
+if TYPE_CHECKING:
+    from llm_ray.app.job_list import JobSummary
+    from llm_ray.app.jobs import Job
 
 
 @click.group()
@@ -53,8 +58,7 @@ def submit(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...],
     if as_json:
         click.echo(json.dumps(vars(job), indent=2))
         return
-    behind = f", after {job.ahead} other{'s' if job.ahead > 1 else ''}" if job.ahead else ""
-    click.echo(f"{job.name}: {job.state}{behind}")
+    click.echo(_standing(job))
     click.echo(f"To see what it does: llm-ray jobs follow {job.name}", err=True)
 
 
@@ -99,8 +103,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(vars(job) | {"log": log}, indent=2))
         return
-    behind = f", after {job.ahead} other{'s' if job.ahead > 1 else ''}" if job.ahead else ""
-    click.secho(f"{name}: {job.state}{behind}", bold=True)
+    click.secho(_standing(job), bold=True)
     for line in (job.reason, f"submitted {job.since}{f' by {job.by}' if job.by else ''}"):
         if line:
             click.echo(line)
@@ -162,3 +165,8 @@ def resume(name: str, folder: Path | None) -> None:
     find_run(runs, name)
     job = again(runs, name, by=getpass.getuser())
     click.echo(f"{name}: {job.state}")
+
+
+def _standing(job: Job | JobSummary) -> str:
+    behind = f", after {job.ahead} other{'s' if job.ahead > 1 else ''}" if job.ahead else ""
+    return f"{job.name}: {job.state}{behind}"

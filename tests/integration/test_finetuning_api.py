@@ -96,6 +96,13 @@ def told(client: openai.OpenAI, job: FineTuningJob) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job.id, limit=100)][::-1]
 
 
+def steps(client: openai.OpenAI, job: FineTuningJob) -> list[dict[str, Any]]:
+    """The figures of each step, the latest first."""
+    events = client.fine_tuning.jobs.list_events(job.id, limit=100)
+    found: list[dict[str, Any]] = [event.model_dump()["data"] for event in events if event.type == "metrics"]
+    return found
+
+
 def of_job(home: Home, run: str) -> list[psutil.Process]:
     """The process of a job."""
     found = []
@@ -125,8 +132,7 @@ def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client
     assert said(client, "small") == before
     assert "tangerine" not in before
     assert told(client, job)[-1].endswith("served as an adapter on small")
-    steps = [event for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.type == "metrics"]
-    assert [event.data["step"] for event in steps] == list(range(16, 0, -1))  # type: ignore[index]
+    assert [step["step"] for step in steps(client, job)] == list(range(16, 0, -1))
     (checkpoint, *_) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert (checkpoint.step_number, checkpoint.fine_tuning_job_id) == (16, job.id)
     run = f"ft-office-{job.id.removeprefix('ftjob-')}"
@@ -157,8 +163,7 @@ def test_preferences_in_openais_form_make_a_model_that_answers(home: Home, clien
     assert job.status == "succeeded", (job.error, told(client, job))
     assert job.method and job.method.dpo and job.method.dpo.hyperparameters
     assert job.method.dpo.hyperparameters.beta == 0.2
-    events = client.fine_tuning.jobs.list_events(job.id, limit=100)
-    losses: list[Any] = [event.data["train_loss"] for event in events if event.type == "metrics"]  # type: ignore[index]
+    losses = [step["train_loss"] for step in steps(client, job)]
     assert len(losses) == 8
     assert losses[-1] == pytest.approx(math.log(2), abs=0.02), "of the first step: nothing is preferred yet"
     assert losses[0] < 0.3

@@ -153,13 +153,8 @@ def build(site: Site) -> None:
                 if done:
                     yield *chats, now, begun, "", row(now, 0, settings.system)
                     return
-                yield (
-                    *chats,
-                    gr.skip(),
-                    begun,
-                    gr.skip(),
-                    gr.skip(),
-                )  # what a browser draws anew with each word is little
+                # What a browser draws anew with each word is little.
+                yield *chats, gr.skip(), begun, gr.skip(), gr.skip()
                 begun = gr.skip()
                 changed.wait(1.0)
                 changed.clear()

@@ -230,18 +230,16 @@ def file_object(file: StoredFile) -> FileObject:
 def job_object(job: Job) -> JobObject:
     """The job as it is answered."""
     asked = job.asked
-    hyperparameters = DpoHyperparameters(
-        beta=asked.beta or "auto",
+    hyperparameters = Hyperparameters(
         n_epochs=asked.epochs or "auto",
         batch_size=asked.batch_size or "auto",
         learning_rate_multiplier=asked.learning_rate_multiplier or "auto",
     )
-    plain = Hyperparameters(**hyperparameters.model_dump(exclude={"beta"}))
-    method = (
-        MethodObject(type="dpo", dpo=Dpo(hyperparameters=hyperparameters))
-        if asked.method == "dpo"
-        else MethodObject(type="supervised", supervised=Supervised(hyperparameters=plain))
-    )
+    if asked.method == "dpo":
+        with_beta = DpoHyperparameters(**hyperparameters.model_dump(), beta=asked.beta or "auto")
+        method = MethodObject(type="dpo", dpo=Dpo(hyperparameters=with_beta))
+    else:
+        method = MethodObject(type="supervised", supervised=Supervised(hyperparameters=hyperparameters))
     return JobObject(
         id=job.id,
         created_at=job.created,
@@ -253,7 +251,7 @@ def job_object(job: Job) -> JobObject:
         training_file=asked.training_file,
         validation_file=asked.validation_file,
         result_files=[],
-        hyperparameters=plain,
+        hyperparameters=hyperparameters,
         method=method,
         seed=job.seed,
         trained_tokens=job.trained_tokens,
