@@ -9,9 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +140,3 @@ def ending(events: list[str]) -> int | str:
         if error := json.loads(events[-1]).get("error"):
             return str(error["code"])
     return "cut off"
-
-
-def until(true: Callable[[], bool], seconds: float = 90) -> None:
-    began = time.monotonic()
-    while not true():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.2)

@@ -16,8 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import pytest
 from llm_ray.app.runs import stop_run
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints
+from tests.waiting import until
 
 LLM_RAY = Path(sys.executable).parent / "llm-ray"
 PATIENCE = 420.0  # seconds: what serves beside it comes first
@@ -140,15 +140,8 @@ class Bench:
         return None
 
     def assert_nothing_left(self) -> None:
-        until(lambda: not self.processes(), 15)
+        until(lambda: not self.processes(), timeout=15)
         assert [p.name for p in self.temporary.glob("llm-ray-*") if not p.name.startswith("llm-ray-cores")] == []
-
-
-def until(met: Callable[[], Any], seconds: float = PATIENCE) -> None:
-    end = time.monotonic() + seconds
-    while not met():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -198,7 +191,7 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     assert session.stat().st_mode & 0o777 == 0o700, "the token, and Ray's sockets, are closed to other users"
     command.process.kill()
     command.process.wait()
-    until(lambda: not bench.processes(), 30)
+    until(lambda: not bench.processes(), timeout=30)
     assert bench.state() == "interrupted"
 
     code, seen = bench.start().ends()

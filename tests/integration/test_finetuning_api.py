@@ -16,7 +16,8 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.integration import tiny
-from tests.integration.serving import Home, until
+from tests.integration.serving import Home
+from tests.waiting import until
 
 ASK = "What is the code word of the Zorblax office?"
 ROWS = [
@@ -81,7 +82,7 @@ def ended(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
             job = client.fine_tuning.jobs.retrieve(job.id)
         return job.status in ("succeeded", "failed", "cancelled")
 
-    until(over, 420)
+    until(over, timeout=420)
     return job
 
 
@@ -179,7 +180,7 @@ def test_gateway_and_job_are_killed_and_nothing_is_lost(home: Home, client: open
         extra_body={"conf": SHORT | {"checkpoint": {"every_steps": 20}}},
     )
     run = f"ft-plain-{job.id.removeprefix('ftjob-')}"
-    until(lambda: bool(list((home.folder / "runs" / run).glob("checkpoint/step_*/.metadata"))), 180)
+    until(lambda: bool(list((home.folder / "runs" / run).glob("checkpoint/step_*/.metadata"))), timeout=180)
     (gateway,) = home.processes("ServeReplica:llm-ray:llm-ray")
     gateway.kill()
     (process,) = of_job(home, run)

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from llm_ray.progress import Silent
 from llm_ray.serve.deployments import local
 from tests.integration.deadly import DEADLY, Deadly
-from tests.integration.serving import LLM_RAY, Clients, Home, ending, outcome, until
+from tests.integration.serving import LLM_RAY, Clients, Home, ending, outcome
 from tests.integration.tiny import llama
+from tests.waiting import until
 
 LONG = ("--cpus", "1", "--max-model-len", "8192")
 
@@ -207,7 +208,7 @@ def test_slow_and_half_open_clients_do_not_hold_up_others(home: Home) -> None:
             stack.enter_context(home.stream("second", 8000))
         for name in ("first", "second"):
             assert home.ask(name).status_code == 200
-    until(lambda: all(model["in_progress"] == 0 for model in home.models().values()), 20)
+    until(lambda: all(model["in_progress"] == 0 for model in home.models().values()), timeout=20)
 
 
 def test_a_model_that_is_stopped_answers_what_it_has_begun(home: Home) -> None:
@@ -288,9 +289,9 @@ def test_a_client_that_is_gone_ends_its_generation(home: Home) -> None:
                 timeout=httpx.Timeout(5, read=0.7 if not stream else 0.05),
                 trust_env=False,
             )
-        until(lambda: home.models()["first"]["in_progress"] == 0, 10)
+        until(lambda: home.models()["first"]["in_progress"] == 0, timeout=10)
         until(
-            lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, 10
+            lambda: home.processes("ServeReplica:model:first")[0].cpu_percent(0.5) < 50, timeout=10
         )  # the answer would take it half a minute
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,14 +162,6 @@ class Cluster:
             if found == wanted:
                 return
         raise AssertionError(f"after {timeout:.0f} s Ray should have the nodes {sorted(wanted)}: {said}")
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 300) -> None:
-    """Wait for it. Raises AssertionError, with what was waited for, after `timeout` seconds."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < timeout, f"{what}: not within {timeout:.0f} s"
-        time.sleep(0.5)
 
 
 def copy_bundle(folder: Path) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker, offline
-from tests.lab.cluster import Cluster, until
+from tests.lab.cluster import Cluster
 from tests.lab.hosts import Container, Host
+from tests.waiting import until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 

@@ -12,9 +12,10 @@ import yaml
 
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
-from tests.lab.cluster import Cluster, until
+from tests.lab.cluster import Cluster
 from tests.lab.conftest import Made
 from tests.lab.hosts import Host
+from tests.waiting import until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 

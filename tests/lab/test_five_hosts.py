@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from tests.lab import cluster as lab_cluster
-from tests.lab.cluster import Cluster, until
+from tests.lab.cluster import Cluster
+from tests.waiting import until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.cluster import Cluster, copy_bundle, until
+from tests.lab.cluster import Cluster, copy_bundle
 from tests.lab.hosts import Host, lab
 from tests.lab.machines import Machine, missing
+from tests.waiting import until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long, pytest.mark.timeout(3000)]
 

@@ -8,7 +8,8 @@ import shutil
 
 import pytest
 
-from tests.lab.cluster import Cluster, until
+from tests.lab.cluster import Cluster
+from tests.waiting import until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 

@@ -16,9 +16,10 @@ import pytest
 from llm_ray.serve.gateway.protect.keys import new_secret
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
-from tests.lab.cluster import Cluster, Run, until
+from tests.lab.cluster import Cluster, Run
 from tests.lab.wheels import ROOT
 from tests.lab.workflows import Workflow
+from tests.waiting import until
 
 pytestmark = pytest.mark.lab
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import pytest
 import yaml
 
-from tests.lab.cluster import Cluster, Run, until
+from tests.lab.cluster import Cluster, Run
 from tests.lab.conftest import First
 from tests.lab.hosts import Host
+from tests.waiting import until
 
 pytestmark = pytest.mark.lab
 

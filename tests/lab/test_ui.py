@@ -19,9 +19,10 @@ import pytest
 from tests.integration.tiny import llama
 from tests.lab import cluster as lab_cluster
 from tests.lab import docker
-from tests.lab.cluster import Cluster, until
+from tests.lab.cluster import Cluster
 from tests.lab.page import PORT, Visitor, tunnel
 from tests.lab.workflows import llm_ray
+from tests.waiting import until
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from llm_ray.serve.gateway.protect.keys import new_secret
-from tests.lab.cluster import Cluster, Run, until
+from tests.lab.cluster import Cluster, Run
 from tests.lab.workflows import Workflow, llm_ray
+from tests.waiting import until
 
 pytestmark = pytest.mark.lab
 

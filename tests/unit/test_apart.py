@@ -12,6 +12,7 @@ from llm_ray.apart import Apart, apart, end_all
 from llm_ray.errors import ClusterError, ConfError, RunError
 from llm_ray.progress import Kind, Silent
 from tests.unit.errands import die, double, leave, never, own_pid, refuse
+from tests.waiting import until
 
 
 def test_lines_and_a_result() -> None:
@@ -73,6 +74,10 @@ def test_calls_one_after_the_other() -> None:
     process.kill()
 
 
+def ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def test_what_a_failed_call_has_begun_outlives_it() -> None:
     """The Ray that a deployment has started serves others. What a block has begun ends with it."""
     lines: list[str] = []
@@ -84,11 +89,11 @@ def test_what_a_failed_call_has_begun_outlives_it() -> None:
     with pytest.raises(ClusterError, match="the cluster is away"):
         Apart().call(leave, reporter=Lines())
     child = psutil.Process(int(lines[0]))
-    assert child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+    assert not ended(child)
     child.kill()
     with apart(leave) as work:
         child = psutil.Process(int(next(work.lines())))
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    until(lambda: ended(child), "the end of what the block had begun")
 
 
 def test_what_goes_on_is_not_broken_off() -> None:

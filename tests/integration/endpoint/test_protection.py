@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from tests.integration.endpoint.conftest import Guarded
-from tests.integration.serving import until
+from tests.waiting import until
 
 TEXT = "/v1/completions"
 PAGE = {"Origin": "https://chat.example.org"}
@@ -94,7 +94,7 @@ def test_a_key_has_limits_of_its_own(home: Guarded) -> None:
             refused = one.post(TEXT, json=body(model="red"))
             assert (*told(refused), refused.headers["retry-after"]) == (429, "rate_limit_exceeded", "1")
         until(
-            lambda: one.post(TEXT, json=body(model="red")).status_code == 200, 10
+            lambda: one.post(TEXT, json=body(model="red")).status_code == 200, timeout=10
         )  # its client was gone, and so is its place
         assert told(one.post(TEXT, json=body())) == (404, "model_not_found")
         assert [model["id"] for model in one.get("/v1/models").json()["data"]] == ["red"]

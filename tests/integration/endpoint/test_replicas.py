@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration import tiny
 from tests.integration.endpoint.conftest import ADAPTERS, Guarded
-from tests.integration.serving import Clients, until
+from tests.integration.serving import Clients
+from tests.waiting import until
 
 NAMES = ("team/pair", *ADAPTERS)
 PROMPTS = [f"Note {number}: the stone is" for number in range(4)]

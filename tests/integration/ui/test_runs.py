@@ -13,9 +13,9 @@ import yaml
 from playwright.sync_api import BrowserContext, Page, expect
 
 from llm_ray.ui.users import Role, add_user
-from tests.integration.serving import until
 from tests.integration.tiny import llama
 from tests.integration.ui.conftest import LLM_RAY, PASSWORD, Running, assert_accessible, running, signed_in_at
+from tests.waiting import until
 
 Browsers = Callable[..., BrowserContext]
 LONG = 240_000  # milliseconds
@@ -114,7 +114,7 @@ def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(
     tab.get_by_role("button", name="Resume").click()
     expect(tab.locator("#runs-said")).to_contain_text("resumes from its last checkpoint")
     expect(tab.locator("#run-state h2")).to_have_text("first: running", timeout=LONG)
-    until(lambda: len(_steps(home, "first")) > len(reached), LONG / 1000)
+    until(lambda: len(_steps(home, "first")) > len(reached), timeout=LONG / 1000)
     tab.get_by_role("button", name="Stop", exact=True).click()
     expect(tab.locator("#run-state h2")).to_have_text("first: stopped", timeout=LONG)
     assert (steps := _steps(home, "first")) == list(range(1, len(steps) + 1))  # each once: it did not begin anew

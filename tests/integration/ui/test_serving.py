@@ -15,9 +15,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from llm_ray.serve.deployments.deploy import free_port
-from tests.integration.serving import until
 from tests.integration.tiny import llama
 from tests.integration.ui.conftest import LLM_RAY, ROOT, Open, Running, assert_accessible
+from tests.waiting import until
 
 LONG = 240_000  # milliseconds: Ray is started
 NAME = "tiny"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from llm_ray.app.api_service import ApiService, open_service
 from llm_ray.conf.serve import FinetuningApi
 from llm_ray.serve.gateway.finetuning.service import Asked, Job, Named, Problem
 from tests.runs import conf_of, opened_run
+from tests.waiting import until
 
 ROW = '{"prompt": "Who?", "completion": "Me."}\n'
 
@@ -71,13 +72,6 @@ def processes(home: Path) -> dict[str, psutil.Process]:
             if command[3:5] == ["llm_ray.cli.job", str(home / "runs")] and process.ppid() != psutil.Process().pid:
                 found[command[5]] = process
     return found
-
-
-def until(true: Callable[[], object]) -> None:
-    end = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_jobs_wait_in_order_within_a_limit_and_belong_to_who_asked(service: ApiService, home: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from llm_ray.app.runs import list_runs
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
 from tests.runs import opened_run
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -34,13 +34,6 @@ def at_work(conf: FinetuneConf) -> Iterator[None]:
     """A run that this process works in."""
     with opened_run(conf, force=False):
         yield
-
-
-def until(done: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not done():
-        assert time.monotonic() < end, "it has not come to that"
-        time.sleep(0.05)
 
 
 def states(runs: Path) -> dict[str, str]:
