@@ -15,6 +15,7 @@ from pathlib import Path
 
 from llm_ray.client.ask import Answer, Asker, OnText, Settings, choose_model
 from llm_ray.client.batch import InOrder, OnAnswer, answer_all, open_answers
+from llm_ray.client.connections import Connections
 from llm_ray.client.endpoint import Endpoint, Key, certificates, find_key, parse
 from llm_ray.client.errors import Failed
 from llm_ray.client.prompts import Prompt, read_prompts
@@ -24,6 +25,7 @@ from llm_ray.progress import Reporter
 __all__ = [
     "Answer",
     "Batch",
+    "Connections",
     "Endpoint",
     "Failed",
     "InOrder",
@@ -75,9 +77,10 @@ async def ask(
     settings: Settings,
     reporter: Reporter,
     on_text: OnText | None = None,
+    connections: Connections | None = None,
 ) -> Answer:
     """The answer of `model` (None: the only one there is) to `prompt`; with `on_text` it is streamed, and each piece
-    handed over as it comes.
+    handed over as it comes. `connections` are kept for other questions of this event loop.
 
     `reporter` gets a line when the endpoint is busy and is asked again later. Cancelled, it ends the generation. Raises
     ConfError, ServeError.
@@ -88,7 +91,7 @@ async def ask(
 
     _check(endpoint, settings, [prompt])
     named = await choose_model(endpoint, model, settings.timeout)
-    async with Asker(endpoint, named, settings, on_wait) as asker:
+    async with Asker(endpoint, named, settings, on_wait, connections) as asker:
         return await asker.ask(prompt, on_text)
 
 

@@ -17,15 +17,13 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llm_ray.client.endpoint import Endpoint, certificates
+from llm_ray.client.connections import Connections
+from llm_ray.client.endpoint import Endpoint
 from llm_ray.client.errors import Broken, Failed, Refused, failed, refused
 from llm_ray.client.prompts import Prompt
 from llm_ray.errors import ConfError, ServeError
-
-if TYPE_CHECKING:
-    from openai import AsyncOpenAI
 
 OnText = Callable[[str], None]
 OnWait = Callable[[float, Refused], None]
@@ -78,15 +76,20 @@ class Answer:
 
 
 class Asker:
-    """Asks one model with the same settings; connections are kept between prompts. An async context manager."""
+    """Asks one model with the same settings; connections are kept between prompts, and beyond where `connections` are
+    given. An async context manager."""
 
     def __init__(
-        self, endpoint: Endpoint, model: str, settings: Settings, on_wait: OnWait = lambda seconds, error: None
+        self,
+        endpoint: Endpoint,
+        model: str,
+        settings: Settings,
+        on_wait: OnWait = lambda seconds, error: None,
+        connections: Connections | None = None,
     ) -> None:
         self.endpoint, self.model, self.settings = endpoint, model, settings
         self._on_wait = on_wait
-        self._http = endpoint.http(settings.timeout)
-        self._sdk = _sdk(endpoint, settings.timeout) if endpoint.openai else None
+        self._connections, self._own = connections or Connections(), connections is None
 
     async def __aenter__(self) -> Asker:
         return self
@@ -94,9 +97,8 @@ class Asker:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._http.aclose()
-        if self._sdk:
-            await self._sdk.close()
+        if self._own:
+            await self._connections.close()
 
     async def ask(self, prompt: Prompt, on_text: OnText | None = None) -> Answer:
         """The answer to `prompt`; with `on_text` it is streamed, and each piece handed over as it comes.
@@ -118,7 +120,7 @@ class Asker:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _ask(self, prompt: Prompt, on_text: OnText | None, deadline: float) -> Answer:
-        ask = self._from_sdk if self._sdk else self._from_route
+        ask = self._from_sdk if self.endpoint.openai else self._from_route
         began = time.monotonic()
         texts: list[str] = []
         finish: str | None = None
@@ -135,21 +137,24 @@ class Asker:
                         on_text(text)
         except TimeoutError as error:
             raise failed(self.endpoint, error, self.settings.timeout) from error
-        if self._sdk and not texts:
+        if self.endpoint.openai and not texts:
             raise self._foreign()
-        if self._sdk and finish is None:
+        if self.endpoint.openai and finish is None:
             raise Broken(f"{self.endpoint.url} ended the answer early (without a finish_reason)")
         return Answer(self.model, "".join(texts), finish, usage, time.monotonic() - began)
 
     async def _from_sdk(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
         import openai
 
-        arguments: dict[str, Any] = {"model": self.model, "stream": stream, "extra_body": self.settings.sampling()}
-        if not self.endpoint.key:
-            arguments["extra_headers"] = {"Authorization": openai.omit}
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "stream": stream,
+            "extra_body": self.settings.sampling(),
+            "extra_headers": self.endpoint.headers or {"Authorization": openai.omit},
+        }
         if stream:
             arguments["stream_options"] = {"include_usage": True}
-        sdk: Any = self._sdk
+        sdk: Any = self._connections.sdk(self.endpoint, self.settings.timeout)
         try:
             if self.settings.completion:
                 reply = await sdk.completions.create(**arguments, prompt=prompt.content)
@@ -181,9 +186,10 @@ class Asker:
             "config": {names.get(name, name): value for name, value in self.settings.sampling().items()},
             "stream": stream,
         }
-        headers = {"Accept": "text/plain" if stream else "application/json"}
+        headers = {"Accept": "text/plain" if stream else "application/json"} | self.endpoint.headers
+        http = self._connections.http(self.endpoint, self.settings.timeout)
         try:
-            async with self._http.stream("POST", self.endpoint.url, json=body, headers=headers) as response:
+            async with http.stream("POST", self.endpoint.url, json=body, headers=headers) as response:
                 if response.status_code != 200:
                     text = (await response.aread()).decode(errors="replace")
                     raise refused(self.endpoint, response.status_code, response.headers, text)
@@ -218,21 +224,6 @@ class Asker:
         return error if listed in str(error) else Refused(f"{error}. {self.endpoint.base} serves {listed}", 404)
 
 
-def _sdk(endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
-    """The SDK's client, which does not ask again by itself."""
-    import openai
-
-    return openai.AsyncOpenAI(
-        base_url=endpoint.url,
-        api_key=endpoint.key.value if endpoint.key else "none",
-        timeout=timeout,
-        max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(
-            trust_env=endpoint.trust_env, verify=certificates(endpoint.trust_env)
-        ),
-    )
-
-
 def _piece(reply: Any, part: str) -> Piece:
     """Text, finish_reason and usage of an answer or a chunk of the SDK; a completion has its text in the choice
     itself."""
@@ -255,7 +246,7 @@ async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
 
     async with endpoint.http(timeout) as client:
         try:
-            response = await client.get(f"{endpoint.base}/models")
+            response = await client.get(f"{endpoint.base}/models", headers=endpoint.headers)
             if response.status_code != 200:
                 raise refused(endpoint, response.status_code, response.headers, response.text)
             return [model["id"] for model in response.json()["data"]]

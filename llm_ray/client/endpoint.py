@@ -65,13 +65,12 @@ class Endpoint:
         return {"Authorization": f"Bearer {self.key.value}"} if self.key else {}
 
     def http(self, timeout: float) -> httpx.AsyncClient:
-        """A client that sends the key, with `timeout` seconds for each step of a request."""
+        """A client, with `timeout` seconds for each step of a request; :attr:`headers` have the key."""
         import httpx
 
         limits = httpx.Limits(max_connections=None)
         connect = min(timeout, CONNECT_SECONDS)
         return httpx.AsyncClient(
-            headers=self.headers,
             timeout=httpx.Timeout(timeout, connect=connect),
             limits=limits,
             trust_env=self.trust_env,

@@ -44,7 +44,7 @@ async def _ask(url: str, served: ServedModel, question: str, key: Key, seconds: 
 async def _embed(url: str, model: str, text: str, key: Key, seconds: float) -> str:
     endpoint = parse(url, key)
     async with endpoint.http(seconds) as http:
-        response = await http.post(f"{url}/embeddings", json={"model": model, "input": text})
+        response = await http.post(f"{url}/embeddings", json={"model": model, "input": text}, headers=endpoint.headers)
     if response.status_code != 200:
         raise refused(endpoint, response.status_code, response.headers, response.text)
     return f"a vector of {len(response.json()['data'][0]['embedding'])} numbers"

@@ -31,7 +31,7 @@ from llm_ray.ui.users import Users, list_users, users_file
 
 _LOG = logging.getLogger("llm_ray.ui")
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-_LOOKS_FOR_WORK = 0.02  # seconds: what that adds to an answer nobody notices
+_LOOKS_FOR_WORK, _LOOKS_FOR_PROGRESS = 0.005, 1.0  # seconds; no handler tells of progress by Gradio's own way
 _SWEEP_EVERY = 1.0  # seconds
 
 
@@ -175,7 +175,7 @@ def build(site: Site, screens: tuple[Screen, ...]) -> gr.Blocks:  # type: ignore
             screen.build(site)
     blocks.queue(api_open=False, max_size=256)
     # Gradio looks for work a thousand times a second, whether or not anybody has the page open: 3 % of a core.
-    blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = _LOOKS_FOR_WORK, _LOOKS_FOR_WORK
+    blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = _LOOKS_FOR_WORK, _LOOKS_FOR_PROGRESS
     check(blocks)
     return blocks
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import concurrent.futures
+import functools
 import json
+import logging
 import re
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_ray.app.ask import Answer, Endpoint, Prompt, Settings, ask
+from llm_ray.app.ask import Answer, Connections, Endpoint, Prompt, Settings, ask
 from llm_ray.errors import LlmRayError
 from llm_ray.progress import Silent
 
+_LOG = logging.getLogger("llm_ray.ui")
 _GONE = 20.0  # seconds in which nobody takes what comes: the reader is gone
 # What models put around their thoughts and the tools that they call.
 _PARTS = re.compile(r"<(think|thinking|tool_call)>(.*?)(?:</\1>|\Z)", re.S)
@@ -84,9 +87,17 @@ def parts(text: str) -> list[tuple[str, str]]:
     return [(title, piece.strip("\n")) for title, piece in found if piece.strip()]
 
 
+@functools.cache
+def _asking() -> tuple[asyncio.AbstractEventLoop, Connections]:
+    """The event loop of all answers, in a thread of its own, and its connections."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="answers", daemon=True).start()
+    return loop, Connections()
+
+
 @dataclass
 class Generation:
-    """An answer while it is made, in a thread of its own. It ends with `stop`, and when nobody has looked at it for a
+    """An answer while it is made. It ends with `stop`, and when nobody has looked at it for a
     while."""
 
     endpoint: Endpoint
@@ -99,22 +110,19 @@ class Generation:
     _first: float | None = None
     _answer: Answer | None = None
     _problem: str = ""
-    _stopped: bool = False
     _looked: float = field(default_factory=time.monotonic)
-    _loop: asyncio.AbstractEventLoop | None = None
-    _task: asyncio.Task[Answer] | None = None
+    _task: concurrent.futures.Future[None] | None = None
 
     def begin(self, changed: threading.Event) -> None:
         """`changed` is set whenever there is more to show."""
         self._changed = changed
-        threading.Thread(target=self._run, daemon=True).start()
+        self._task = asyncio.run_coroutine_threadsafe(self._run(), _asking()[0])
+        self._task.add_done_callback(self._end)
 
     def stop(self) -> None:
         """End the generation, in the engine, too."""
-        self._stopped = True
-        if self._loop and self._task:
-            with contextlib.suppress(RuntimeError):  # it has just ended
-                self._loop.call_soon_threadsafe(self._task.cancel)
+        if self._task:
+            self._task.cancel()
 
     def said(self) -> Said:
         """What it has said so far."""
@@ -128,31 +136,28 @@ class Generation:
             return Said(text, self._problem)
         return Said(text, "Stopped.", whole=bool(text))
 
-    def _run(self) -> None:
+    async def _run(self) -> None:
+        asked = asyncio.create_task(self._ask())
         try:
-            self._answer = asyncio.run(self._ask())
+            while not (await asyncio.wait({asked}, timeout=1))[0]:
+                if time.monotonic() - self._looked > _GONE:
+                    asked.cancel()
+            self._answer = asked.result()
         except LlmRayError as error:
             self._problem = _problem(error)
-        except asyncio.CancelledError:
-            pass  # stopped
-        except BaseException:
+        except Exception:
+            _LOG.exception("while a model was asked")
             self._problem = "This is a bug in llm-ray; see the log of llm-ray ui."
-            raise
         finally:
-            self.done = True
-            self._changed.set()
+            asked.cancel()
 
     async def _ask(self) -> Answer:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.ensure_future(self._asked())
-        if self._stopped:
-            self._task.cancel()
-        while not (await asyncio.wait({self._task}, timeout=1))[0]:
-            if time.monotonic() - self._looked > _GONE:
-                self._task.cancel()
-        return self._task.result()
+        connections = _asking()[1]
+        return await ask(self.endpoint, self.model, self.prompt, self.settings, Silent(), self._more, connections)
 
-    async def _asked(self) -> Answer:
-        return await ask(self.endpoint, self.model, self.prompt, self.settings, Silent(), self._more)
+    def _end(self, task: concurrent.futures.Future[None]) -> None:
+        self.done = True
+        self._changed.set()
 
     def _more(self, text: str) -> None:
         if self._first is None:

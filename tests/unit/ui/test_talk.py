@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
 
 import pytest
 
+from llm_ray.app.ask import Key, Prompt, Settings, parse
 from llm_ray.errors import ConfError
+from llm_ray.ui import talk
 from llm_ray.ui.fields import decimal, whole
 from llm_ray.ui.figures import table
 from llm_ray.ui.screens.deploy import snippets
-from llm_ray.ui.talk import Said, Turn, parts, row, shown
+from llm_ray.ui.talk import Generation, Said, Turn, parts, row, shown
+from tests.unit.client.server import KEY, Server, serving
+from tests.waiting import until
 
 TALK = [
     Turn("Hi", (Said("Hello", "5 tokens", whole=True), None)),
@@ -70,3 +76,67 @@ def test_snippets_are_programs(task: str, key: bool) -> None:
 
 def test_what_is_in_a_table_is_escaped() -> None:
     assert "<b>" not in table("<b>", ["<b>"], [["<b>"]])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+def generation(server: Server, model: str, key: str | None = None) -> tuple[Generation, threading.Event]:
+    made = Generation(
+        parse(f"{server.base}/v1", Key(key, "a test") if key else None), model, Prompt("how are you"), Settings()
+    )
+    changed = threading.Event()
+    made.begin(changed)
+    return made, changed
+
+
+def ended(made: Generation) -> Said:
+    until(lambda: made.done, "the answer")
+    return made.said()
+
+
+def test_an_answer_is_told_by_words_and_at_last_with_its_figures(server: Server) -> None:
+    made, changed = generation(server, "echo")
+    assert changed.wait(60)
+    said = ended(made)
+    assert said.text == "how are you" and said.whole
+    assert "first token after" in said.note
+
+
+def test_each_answer_is_asked_for_with_its_own_key(server: Server) -> None:
+    """Over connections that all share."""
+    server.keys = True
+    try:
+        right, wrong, none = (generation(server, "echo", key)[0] for key in (KEY, "sk-wrong", None))
+        assert ended(right).text == "how are you"
+        assert [ended(made).note.partition(":")[0][:31] for made in (wrong, none)] == [
+            "The endpoint requires an API ke"
+        ] * 2
+    finally:
+        server.keys = False
+
+
+def test_a_stopped_answer_ends_at_the_endpoint(server: Server) -> None:
+    server.gone.clear()
+    server.requests.clear()
+    made, _ = generation(server, "slow")
+    until(lambda: server.requests, "the question", 60)
+    made.stop()
+    assert ended(made) == Said("", "Stopped.")
+    assert server.gone.wait(60)
+
+
+def test_an_answer_that_nobody_takes_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(talk, "_GONE", 0.5)
+    server.gone.clear()
+    made, _ = generation(server, "slow")
+    assert server.gone.wait(60)
+    assert ended(made).note == "Stopped."
+
+
+def test_what_an_endpoint_refuses_is_told(server: Server) -> None:
+    made, _ = generation(server, "down")
+    assert "503" in ended(made).note
