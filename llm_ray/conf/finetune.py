@@ -7,10 +7,11 @@ are errors. Cross-field rules are checked here too, where the conf is built, and
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from llm_ray.conf.engines import WeightForm
 from llm_ray.conf.objectives import OBJECTIVES, PAIR_FORMATS, Objective, ObjectiveName, objectives_reading
@@ -179,6 +180,37 @@ class Lora(Section):
     """Layers trained in full and saved with the adapter, e.g. `[embed_tokens, lm_head]` after adding tokens."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): more stable at high ranks."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Ranks of some layers, where they differ from `r`: by name, or by a pattern (regular expression) that matches the
+    end of full names, e.g. `{q_proj: 32, 'layers\\.0\\..*': 4}`."""
+    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """`alpha` of some layers, as in `rank_pattern`. Where `alpha` is unset, layers of `rank_pattern` have twice their
+    own rank."""
+    dora: bool = False
+    """Learn the length of each row of a layer's weights apart from its direction (DoRA; Liu et al. 2024,
+    arXiv:2402.09353): often better at low ranks, and slower. Dropout is on the adapter's input alone. Such an adapter
+    cannot be served on its base: deploy the merged model."""
+    loraplus_lr_ratio: float = Field(1.0, ge=1)
+    """The learning rate of the adapters' B matrices, as a multiple of `training.learning_rate` (LoRA+; Hayou et al. 2024,
+    arXiv:2402.12354, who use 16)."""
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"tuning.lora.{info.field_name}: {pattern!r} is not a regular expression: {error}"
+                ) from error
+        return value
+
+    @property
+    def alphas(self) -> dict[str, int]:
+        """alpha_pattern as run."""
+        own = {} if self.alpha else {pattern: 2 * rank for pattern, rank in self.rank_pattern.items()}
+        return own | self.alpha_pattern
 
     @property
     def scale(self) -> int:
@@ -435,6 +467,11 @@ class FinetuneConf(Section):
         if self.training.strategy == "fsdp" and self.runtime.workers == 1:
             wrong.append(
                 "training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers"
+            )
+        if self.training.accelerator == "ipex" and self.tuning.method == "lora" and self.tuning.lora.dora:
+            wrong.append(
+                "tuning.lora.dora needs the base model's weights as they are, but training.accelerator ipex changes "
+                "their layout: use accelerator torch, or remove dora"
             )
         if self.training.accelerator == "ipex" and (self.tuning.method != "lora" or self.training.strategy != "ddp"):
             wrong.append(

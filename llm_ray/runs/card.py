@@ -85,11 +85,17 @@ def _file(entry: dict[str, Any]) -> str:
 def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
     training, lora = conf.training, conf.tuning.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
-    adapter = {
+    variants = [name for name, used in (("rsLoRA", lora.rslora), ("DoRA", lora.dora)) if used]
+    if lora.loraplus_lr_ratio != 1:
+        variants.append(f"LoRA+ with {lora.loraplus_lr_ratio:g} times the learning rate for B")
+    adapter: dict[str, object] = {
         "LoRA rank": lora.r,
-        "LoRA alpha": lora.alpha or 2 * lora.r,
+        "LoRA alpha": lora.scale,
         "LoRA dropout": lora.dropped,
         "LoRA targets": targets,
+        **({"LoRA ranks of some layers": _listed(lora.rank_pattern)} if lora.rank_pattern else {}),
+        **({"LoRA alphas of some layers": _listed(lora.alphas)} if lora.alphas else {}),
+        **({"LoRA variants": ", ".join(variants)} if variants else {}),
     }
     return {
         "objective": conf.tuning.objective,
@@ -107,6 +113,10 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
         "strategy": f"{training.strategy}, {conf.runtime.workers} worker(s)",
         "seed": training.seed,
     }
+
+
+def _listed(pattern: dict[str, int]) -> str:
+    return ", ".join(f"`{name}` {value}" for name, value in pattern.items())
 
 
 def _preference(tuning: Tuning) -> dict[str, object]:

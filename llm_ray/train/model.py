@@ -27,7 +27,7 @@ from llm_ray.errors import ConfError
 from llm_ray.hardware import Precision, has_bf16, torch_dtype
 from llm_ray.models.load import Base, has_experts, load_empty_model, load_model
 from llm_ray.nearest import nearest_names
-from llm_ray.train.adapters import speed_up_adapters
+from llm_ray.train.adapters import set_magnitudes, speed_up_adapters
 from llm_ray.train.attention import switch_to_packed
 from llm_ray.train.loss import SupervisedLoss
 from llm_ray.train.objectives import objective_of
@@ -95,6 +95,9 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
         target_modules=targets,
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alphas),
     )
     try:
         convert_peft_config_for_transformers(
@@ -109,12 +112,15 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
                     sorted(_ROUTERS & {name.rpartition(".")[2] for name in _linear(causal)}) or None
                 )
         _check_names(causal, lora, config)
-        return get_peft_model(causal, config)
+        model = get_peft_model(causal, config)
     except (ValueError, re.error) as error:
         raise ConfError(
             f"tuning.lora.target_modules: {lora.target_modules!r} does not match this model{_layers(causal)}. peft "
             f"reports: {error}"
         ) from error
+    _check_patterns(model, lora)
+    set_magnitudes(model)
+    return model
 
 
 def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> None:
@@ -134,12 +140,34 @@ def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> Non
             f"tuning.lora.target_modules: the pattern {pattern!r} matches no layer's full name, such as "
             f"{_linear(causal)[0]}{_layers(causal)}"
         )
+    if lora.dora and config.target_parameters:
+        raise ConfError(
+            f"tuning.lora.dora: peft has no DoRA for adapters on experts ({', '.join(sorted(config.target_parameters))}): "
+            "remove dora, or choose layers outside the experts, such as tuning.lora.target_modules: [q_proj, k_proj, "
+            "v_proj, o_proj]"
+        )
     if lora.dropped and config.target_parameters:
         raise ConfError(
             f"tuning.lora.dropout is {lora.dropped:g}, but peft has no dropout for adapters on experts "
             f"({', '.join(sorted(config.target_parameters))}): set it to 0, or choose layers outside the experts, "
             "such as tuning.lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
         )
+
+
+def _check_patterns(model: nn.Module, lora: Lora) -> None:
+    """Raises ConfError for a pattern that no layer with an adapter has (peft passes over it)."""
+    adapted = [
+        name.removeprefix("base_model.model.")
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    for key, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):  # as peft matches them
+                kinds = sorted({name.rpartition(".")[2] for name in adapted})
+                near = nearest_names(pattern, kinds)
+                hint = f": do you mean {near[0]}?" if near else f"; these have one: {', '.join(kinds)}"
+                raise ConfError(f"tuning.lora.{key}: no layer with an adapter matches {pattern!r}{hint}")
 
 
 def _linear(causal: PreTrainedModel) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +12,33 @@ from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.section import as_run
 
 
-def make_optimizer(module: nn.Module, conf: FinetuneConf) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.ndim >= 2], "weight_decay": conf.training.weight_decay},
-        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
+class Optimizer(torch.optim.AdamW):
+    """AdamW whose groups of weights learn at multiples of one rate. `factors`: of each group; they are no part of its
+    state, which a checkpoint holds."""
+
+    def __init__(self, groups: list[dict[str, Any]], factors: list[float], **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self._factors = factors
+
+    def set_rate(self, rate: float) -> None:
+        """Let the next step be taken at this learning rate."""
+        for group, factor in zip(self.param_groups, self._factors, strict=True):
+            group["lr"] = rate * factor
+
+
+def make_optimizer(module: nn.Module, conf: FinetuneConf) -> Optimizer:
+    """AdamW with weight decay on matrices only, and the B matrices of adapters at `tuning.lora.loraplus_lr_ratio` times
+    the learning rate."""
+    ratio = conf.tuning.lora.loraplus_lr_ratio if conf.tuning.method == "lora" else 1.0
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            group = (ratio if ".lora_B." in name else 1.0, parameter.ndim >= 2)
+            groups.setdefault(group, []).append(parameter)
+    kinds = sorted(groups, key=lambda group: (group[0], not group[1]))
+    return Optimizer(
+        [{"params": groups[kind], "weight_decay": conf.training.weight_decay if kind[1] else 0.0} for kind in kinds],
+        [factor for factor, _ in kinds],
         lr=as_run(conf.training.learning_rate),
         betas=conf.training.betas,
         eps=conf.training.eps,

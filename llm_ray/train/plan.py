@@ -35,7 +35,10 @@ def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, 
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
         **(
-            {"lora": conf.tuning.lora.model_dump(mode="json") | {"alpha": conf.tuning.lora.scale}}
+            {
+                "lora": conf.tuning.lora.model_dump(mode="json")
+                | {"alpha": conf.tuning.lora.scale, "alpha_pattern": conf.tuning.lora.alphas}
+            }
             if conf.tuning.method == "lora"
             else {}
         ),

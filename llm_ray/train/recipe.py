@@ -44,7 +44,7 @@ from llm_ray.train.attention import why_not_packed
 from llm_ray.train.batches import Batch, collate, passes_over, plan_steps, steps_of
 from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load, weight_dtype
 from llm_ray.train.objectives import Objective, means
-from llm_ray.train.optimizer import learning_rate, make_optimizer
+from llm_ray.train.optimizer import Optimizer, learning_rate, make_optimizer
 from llm_ray.train.reference import reference_folder, reference_log_probabilities
 from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total, use_threads
 
@@ -80,7 +80,7 @@ class Outcome(TypedDict):
 class Setup:
     module: nn.Module
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     packed: bool
     precision: Precision
@@ -215,8 +215,7 @@ def train(task: Task) -> Outcome:
         for batches in steps_of(training_data, schedule, rank, workers, *steps):
             forget_peak_memory()
             rate = learning_rate(conf, progress.step, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            optimizer.set_rate(rate)
 
             sums, weight, tokens = accumulate(setup, batches)
 

@@ -365,6 +365,21 @@ def test_fsdp_has_the_losses_of_ddp_and_memory_as_told(
 
 
 @pytest.mark.long
+def test_variants_of_lora_go_on_and_are_the_same_with_fsdp(make: Callable[..., FinetuneConf], cluster: Cluster) -> None:
+    """DoRA, LoRA+, rsLoRA and ranks by layer, all at once."""
+    variants = {"dora": True, "rslora": True, "loraplus_lr_ratio": 4, "rank_pattern": {"q_proj": 8}, "dropout": 0}
+    whole, sharded = (
+        make(f"variants-{strategy}", tuning={"lora": {"r": 4, **variants}}, training={"strategy": strategy})
+        for strategy in ("ddp", "fsdp")
+    )
+    assert run(whole, cluster)["status"] == "done"
+    stopped_at_step_three(sharded, cluster)
+    assert run(sharded, cluster)["status"] == "done"
+    assert losses(sharded) == pytest.approx(losses(whole), rel=1e-3)
+    assert losses(whole)[-1] < losses(whole)[0]
+
+
+@pytest.mark.long
 def test_training_ends_early_when_validation_no_longer_improves(
     make: Callable[..., FinetuneConf], cluster: Cluster
 ) -> None:

@@ -48,8 +48,7 @@ def train(model: str, folder: str, accelerator: str, precision: str, steps: str)
     losses, norms, tokens, seconds = [], [], 0, 0.0
     for step, batches in enumerate(steps_of(data, schedule, 0, 1, 0, total)):
         began = time.perf_counter()
-        for group in setup.optimizer.param_groups:
-            group["lr"] = learning_rate(conf, step, total)
+        setup.optimizer.set_rate(learning_rate(conf, step, total))
         (batch,) = batches
         with setup.autocast():
             loss = setup.module(batch)

@@ -34,6 +34,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     ("tuning", "apart"),
     [
         ({"lora": {"r": 4}}, False),
+        ({"lora": {"r": 4, "dora": True}}, False),
+        ({"lora": {"r": 4, "rslora": True, "rank_pattern": {"q_proj": 2, "up_proj": 8}}}, False),
         ({"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}}, True),
         ({"lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}, True),
         ({"lora": {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}}, True),

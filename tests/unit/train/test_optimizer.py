@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.finetune import FinetuneConf, Lora, Tuning
 from llm_ray.train.optimizer import learning_rate, make_optimizer
 
 
@@ -49,3 +50,21 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
     assert decaying["weight_decay"] == 0.1
     assert others["weight_decay"] == 0.0
     assert len(others["params"]) == 3
+
+
+def test_the_b_matrices_of_adapters_learn_at_a_multiple_of_the_rate() -> None:
+    """LoRA+. What a checkpoint holds of the optimizer stays as it is without."""
+    module = nn.Module()
+    module.lora_A, module.lora_B = (nn.ModuleDict({"default": nn.Linear(3, 2, bias=False)}) for _ in "AB")
+    module.whole = nn.Linear(2, 2)
+    tuning = Tuning(lora=Lora(loraplus_lr_ratio=16))
+    optimizer = make_optimizer(nn.ModuleDict({"layer": module}), conf().model_copy(update={"tuning": tuning}))
+    optimizer.set_rate(0.5)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {name: rates[parameter] for name, parameter in module.named_parameters()} == {
+        "lora_A.default.weight": 0.5,
+        "lora_B.default.weight": 8.0,
+        "whole.weight": 0.5,
+        "whole.bias": 0.5,
+    }
+    assert optimizer.param_groups[0].keys() == torch.optim.AdamW([nn.Parameter(torch.ones(1))]).param_groups[0].keys()
