@@ -65,6 +65,8 @@ class Record:
     base: str
     """The model that it began from, for the name of what it makes."""
     seed: int
+    urgent: bool = False
+    """Whether it goes before those that are not."""
     submitted: bool = False
     """Whether it has come to the queue."""
     cancelled: int | None = None
@@ -74,6 +76,8 @@ class Record:
     finished: int | None = None
     killed: int = 0
     """How often its process was."""
+    deleted: int | None = None
+    """When its model was."""
     notes: tuple[tuple[int, Level, str], ...] = ()
     """What has happened to it beside its run: when, and in words."""
 
@@ -102,8 +106,8 @@ class Jobs:
         self._paths = Paths.of(home)
         self._runs = self._paths.runs
 
-    def create(self, asked: Asked, by: str, named: Named | None, *, any_model: bool) -> Job:
-        """Put a job into the queue. Raises Problem."""
+    def create(self, asked: Asked, by: str, named: Named | None, *, any_model: bool, urgent: bool = False) -> Job:
+        """Put a job into the queue, `urgent` before those that are not. Raises Problem."""
         train = self._files.get(asked.training_file, "training_file")
         held_out = self._files.get(asked.validation_file, "validation_file") if asked.validation_file else None
         base, label = self._base(asked.model, named, any_model)
@@ -121,7 +125,7 @@ class Jobs:
             validation_form=held_out.format if held_out else None,
         )
         now = time.time_ns()
-        record = Record(id, now // 10**9, now, by, asked, run, label, conf.training.seed)
+        record = Record(id, now // 10**9, now, by, asked, run, label, conf.training.seed, urgent)
         for folder in (self._place.parent.parent, self._place.parent, self._place):
             folder.mkdir(exist_ok=True, mode=0o700, parents=True)
         with self._changing():
@@ -172,6 +176,21 @@ class Jobs:
             with self._told(record):
                 self._submit(again, self._conf(record))
         return self.get(id)
+
+    def delete_model(self, model: str, stop: Callable[[str], None] | None) -> str:
+        """Take the model of a job away, by `stop` where it is served; returns what is kept. Raises Problem."""
+        record = self._made(model)
+        if record is None:
+            raise Problem(404, f"There is no model `{model[:100]}` that a job of yours has made.", "model_not_found")
+        if stop:
+            stop(model)
+        with self._changing():
+            deleted = replace(self._record(record.id), deleted=int(time.time()))
+            self._write(_noted(deleted, "info", f"The model {model} was deleted"))
+        return (
+            f"The run {record.run} with its checkpoints and model stays on the machine: llm-ray runs delete {record.run} "
+            "deletes it as well"
+        )
 
     def recover(self) -> None:
         """Have jobs go on whose processes were killed, and end those that are to end."""
@@ -338,7 +357,7 @@ class Jobs:
     # Changing a job ---------------------------------------------------------------------------------------------------
 
     def _submit(self, record: Record, conf: FinetuneConf) -> None:
-        service = jobs.Service(record.model, self._home, record.arrived)
+        service = jobs.Service(record.model, self._home, record.arrived, record.urgent)
         self._runs.mkdir(parents=True, exist_ok=True)
         again = f"llm-ray finetune --config {self._runs / record.run / CONF}"
         jobs.submit(conf, by=record.by, command=again, service=service)
@@ -405,7 +424,7 @@ class Jobs:
         """The job of this owner that has made a model."""
         with contextlib.suppress(Problem):
             record = self._record(f"ftjob-{model.rpartition(':')[2]}")
-            if record.model == model and (self._runs / record.run / "output").is_dir():
+            if record.model == model and not record.deleted and (self._runs / record.run / "output").is_dir():
                 return record
         return None
 

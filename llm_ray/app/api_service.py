@@ -11,7 +11,10 @@ a hash: names of keys are people's own, and no parts of paths.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from llm_ray.app.api_files import Files
@@ -28,6 +31,7 @@ from llm_ray.serve.gateway.finetuning.service import (
     Upload,
 )
 
+_LOG = logging.getLogger("ray.serve")
 _LOCAL = "local"
 _MADE = re.compile(r"[0-9a-f]{12}")
 
@@ -82,9 +86,11 @@ class ApiService:
             )
         self._of(owner).delete(id)
 
-    def create(self, owner: str, key: str | None, asked: Asked, named: Named | None, *, any_model: bool) -> Job:
-        """Put a job into the queue. Raises Problem."""
-        return self._jobs(owner).create(asked, f"{key or _LOCAL} (API)", named, any_model=any_model)
+    def create(
+        self, owner: str, key: str | None, asked: Asked, named: Named | None, *, any_model: bool, urgent: bool = False
+    ) -> Job:
+        """Put a job into the queue, `urgent` before those that are not. Raises Problem."""
+        return self._jobs(owner).create(asked, f"{key or _LOCAL} (API)", named, any_model=any_model, urgent=urgent)
 
     def jobs(self, owner: str) -> list[Job]:
         """The oldest first."""
@@ -113,6 +119,29 @@ class ApiService:
     def checkpoints(self, owner: str, id: str) -> list[Checkpoint]:
         """The oldest first. Raises Problem."""
         return self._jobs(owner).checkpoints(id)
+
+    def delete_model(self, owner: str, model: str, *, served: bool, any_owner: bool) -> str:
+        """Take a model away that a job has made, and from the endpoint if it is `served`; returns what is kept. Raises
+        Problem."""
+        id = model.rpartition(":")[2]
+        if any_owner and _MADE.fullmatch(id):
+            owner = next((found.parent.parent.name for found in self._root.glob(f"*/jobs/ftjob-{id}")), owner)
+        return self._jobs(owner).delete_model(model, self._stop if served else None)
+
+    def _stop(self, model: str) -> None:
+        """Have the endpoint serve a model no more, by a process that has nothing of this one's Ray. Raises Problem."""
+        ended = subprocess.run(
+            [sys.executable, "-P", "-m", "llm_ray.cli.unserve", str(self._home), model],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ended.returncode:
+            _LOG.warning(f"{model} could not be taken away: {ended.stderr}")
+            raise Problem(
+                503, f"The model `{model}` could not be taken away now: ask again in a moment.", "still_served"
+            )
 
     def may_ask(self, owner: str, model: str) -> bool | None:
         """Whether the job that has made a model is this owner's; None where no job has."""

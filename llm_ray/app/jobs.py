@@ -1,5 +1,8 @@
 """Background finetunes: each in its own process, which outlives its caller, one at a time on this machine.
 
+They begin in the order in which they came; but urgent ones before others, and of someone who has several, the second
+after everybody's first, and so on.
+
 job = submit(conf)          # waits for its turn, and runs
 queue(conf.paths.runs)      # found again by any process, from files and the locks of those that work
 cancel(conf.paths.runs, "support-bot")
@@ -20,7 +23,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -76,6 +80,7 @@ class _Entry:
     reason: str = ""
     serve_as: str = ""
     home: str = ""
+    urgent: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,8 @@ class Service:
     """The folder of models, data and runs, by which the endpoint is found."""
     arrived: int
     """Its place among the others: when it was asked for first, in nanoseconds since 1970."""
+    urgent: bool = False
+    """Whether it goes before those that are not."""
 
 
 def submit(
@@ -113,7 +120,13 @@ def submit(
             now = datetime.now(UTC).isoformat(timespec="seconds")
             entry = _Entry(time.time_ns(), by, now, command, at_once)
             if service:
-                entry = replace(entry, number=service.arrived, serve_as=service.serve_as, home=str(service.home))
+                entry = replace(
+                    entry,
+                    number=service.arrived,
+                    serve_as=service.serve_as,
+                    home=str(service.home),
+                    urgent=service.urgent,
+                )
             write_text(folder / f"{name}.yaml", dump(conf), mode=0o600 if service else 0o666)
             write_json(folder / f"{name}.json", asdict(entry))
         with (folder / f"{name}.log").open("wb") as log:
@@ -148,8 +161,9 @@ def queue(runs: Path) -> list[Job]:
     folder = runs / _QUEUE
     jobs: list[Job] = []
     entries = _entries(folder)
-    for name, entry in entries.items():
-        alive = _held(folder / f"{name}.lock")
+    held = {name for name in entries if _held(folder / f"{name}.lock")}
+    for name in _in_order(entries, held):
+        entry, alive = entries[name], name in held
         if not alive and (runs / name / RUN).is_file() and entry.started:
             continue  # an ended run, which says so itself
         ahead = sum(job.state != "failed" for job in jobs)
@@ -211,6 +225,17 @@ def _entries(folder: Path) -> dict[str, _Entry]:
         with contextlib.suppress(OSError, ValueError, TypeError):  # taken away meanwhile, or of another version
             found[file.stem] = _Entry(**json.loads(file.read_text(encoding="utf-8")))
     return dict(sorted(found.items(), key=lambda item: item[1].number))
+
+
+def _in_order(entries: dict[str, _Entry], alive: Set[str]) -> list[str]:
+    """Those that have started, then those that wait, in the order in which they begin: urgent ones first, then by how
+    many of the same person's go before it, then as they came."""
+    before: Counter[str] = Counter()
+    order: dict[str, tuple[bool, bool, int]] = {}  # and among equals, as they came
+    for name, entry in entries.items():
+        order[name] = (not entry.started, not entry.urgent, before[entry.by] if not entry.started else 0)
+        before[entry.by] += name in alive
+    return sorted(entries, key=order.__getitem__)
 
 
 def _remove(folder: Path, name: str) -> None:
@@ -277,7 +302,7 @@ def _turn(runs: Path, name: str) -> bool | None:
         if own is None:
             return None
         alive = {other for other in entries if other == name or _held(folder / f"{other}.lock")}
-        if any(entry.number < own.number and not entry.started for other, entry in entries.items() if other in alive):
+        if next(other for other in _in_order(entries, alive) if other in alive and not entries[other].started) != name:
             return False
         busy = {other for other in alive if entries[other].started} | _at_work(runs)
         if len(busy) >= own.at_once:

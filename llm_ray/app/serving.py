@@ -323,10 +323,20 @@ def undo(served: Served, home: Path, reporter: Reporter, address: str | None = N
 
 
 def stop(names: Sequence[str], home: Path, reporter: Reporter, address: str | None = None) -> None:
-    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not
-    deployed."""
+    """Take models away, when the requests they work on are answered, and adapters from the models that they are on,
+    which go on answering. Raises ServeError for a name that is not deployed."""
     with local.connected(_runtime(address), home, reporter):
-        serving.stop(names, reporter)
+        served, endpoint = serving.status(), serving.running_endpoint()
+        under = {adapter: name for name, entry in served.items() for adapter in entry.model.adapters}
+        if models := [name for name in names if name in served or name not in under]:
+            serving.stop(models, reporter)
+        for base in dict.fromkeys(under[name] for name in names if name not in models):
+            if endpoint is None or base in models:
+                continue
+            away, model = [name for name in names if under.get(name) == base], served[base].model
+            reporter.line(f"Taking {', '.join(away)} away from {base}.")
+            kept = {name: adapter for name, adapter in model.adapters.items() if name not in away}
+            _serve([with_(model, adapters=kept)], endpoint, home, reporter)
     if address:
         forget(desired_file(home), names)
 

@@ -15,10 +15,15 @@ from pathlib import Path
 
 
 def detach() -> None:
-    """Leave the parent, which may be a worker of Ray's: Ray ends the children of its workers with them, and its settings
-    (address, token, one thread for computing) are not meant for the Ray of a finetune."""
+    """Leave the parent, which may be a worker of Ray's: Ray ends the children of its workers with them."""
     if os.fork():
         os._exit(0)
+    forget_ray()
+
+
+def forget_ray() -> None:
+    """Have nothing of the Ray whose worker this process comes from: its address, its token, its one thread for
+    computing are not meant for another."""
     for name in [name for name in os.environ if name.startswith("RAY_") or name == "OMP_NUM_THREADS"]:
         del os.environ[name]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llm_ray.cli.options import from_stdin
 from llm_ray.conf.section import home
 
+if TYPE_CHECKING:
+    from llm_ray.app.keys import Scope
+
+_SCOPE = click.Choice(["ask", "train", "admin"])
 _UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -45,6 +49,14 @@ def keys() -> None:
     "--model", "models", multiple=True, metavar="NAME", help="A model it may use; repeat for more. Default: all."
 )
 @click.option("--expires", type=_Duration(), metavar="30d|12h|…", help="When it expires. Default: never.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=_SCOPE,
+    multiple=True,
+    help="What it may do; repeat for more: `ask` models, `train` by the fine-tuning API, or `admin`: both, and its jobs "
+    "go before others'. Default: ask and train.",
+)
 def add(
     name: str,
     requests_per_minute: int | None,
@@ -52,6 +64,7 @@ def add(
     max_tokens: int | None,
     models: tuple[str, ...],
     expires: float | None,
+    scopes: tuple[Scope, ...],
 ) -> None:
     """Create a key and print it once; only its hash is stored.
 
@@ -59,11 +72,13 @@ def add(
     Examples:
       llm-ray serve keys add alice
       llm-ray serve keys add batch --requests-per-minute 60 --concurrent 4 --expires 30d > key.txt
+      llm-ray serve keys add web --scope ask
     """
-    from llm_ray.app.keys import Limits, add_key, keys_file
+    from llm_ray.app.keys import USUAL_SCOPES, Limits, add_key, keys_file
 
     limits = Limits(requests_per_minute=requests_per_minute, concurrent=concurrent, max_tokens=max_tokens)
-    key, secret = add_key(keys_file(home()), name, limits, models or None, time.time() + expires if expires else None)
+    until = time.time() + expires if expires else None
+    key, secret = add_key(keys_file(home()), name, limits, models or None, until, scopes or USUAL_SCOPES)
     click.echo(f"Key {key.name} (id {key.id}). It is shown only once: send it as Authorization: Bearer KEY.", err=True)
     click.echo(secret)
 
@@ -91,6 +106,7 @@ def list_(as_json: bool) -> None:
                 "expires": key.expires,
                 "expired": key.expired,
                 "models": key.models,
+                "scopes": key.scopes,
                 "limits": key.limits.model_dump(),
             }
             for key in found
@@ -104,12 +120,18 @@ def list_(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*("name", "id", "created", "expires", "models", "limits"), box=box.SIMPLE)
+    table = Table(*("name", "id", "created", "expires", "scopes", "models", "limits"), box=box.SIMPLE)
     for key in found:
         limits = ", ".join(f"{name} {value}" for name, value in key.limits.model_dump().items() if value is not None)
         expires = "never" if key.expires is None else _day(key.expires) + (" (expired)" if key.expired else "")
         table.add_row(
-            key.name, key.id, _day(key.created), expires, ", ".join(key.models or ["all"]), limits or "the endpoint's"
+            key.name,
+            key.id,
+            _day(key.created),
+            expires,
+            ", ".join(key.scopes),
+            ", ".join(key.models or ["all"]),
+            limits or "the endpoint's",
         )
     console = Console(markup=False)
     if not console.is_terminal:
@@ -147,6 +169,23 @@ def import_() -> None:
     wanted = {name: secret.strip() if isinstance(secret, str) else secret for name, secret in given.items()}
     changed = import_keys(keys_file(home()), wanted)
     click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
+
+
+@keys.command()
+@click.argument("name", metavar="NAME|ID")
+@click.argument("scopes", type=_SCOPE, nargs=-1, required=True)
+def scopes(name: str, scopes: tuple[Scope, ...]) -> None:
+    """Let a key do this and nothing else from now on: ask, train, admin.
+
+    \b
+    Examples:
+      llm-ray serve keys scopes web ask
+      llm-ray serve keys scopes alice ask train
+    """
+    from llm_ray.app.keys import keys_file, set_scopes
+
+    key = set_scopes(keys_file(home()), name, tuple(dict.fromkeys(scopes)))
+    click.echo(f"Key {key.name} (id {key.id}) may now: {', '.join(key.scopes)}", err=True)
 
 
 def _day(seconds: float) -> str:

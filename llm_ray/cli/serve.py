@@ -303,7 +303,7 @@ def status(as_json: bool, address: str | None) -> None:
 @click.option("everything", "--all", is_flag=True, help="All models; on this machine also the Ray that serves.")
 @_ADDRESS
 def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
-    """Remove models once their requests in progress are answered.
+    """Remove models once their requests in progress are answered, or adapters from their models.
 
     \b
     Examples:

@@ -140,6 +140,16 @@ def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client
     shown = home.run("runs", "show", run, "--json")
     assert shown.returncode == 0, shown.stderr
     assert (home.folder / "runs" / run).stat().st_mode & 0o077 == 0
+    deleted = client.models.delete(job.fine_tuned_model)
+    assert deleted.deleted
+    assert f"llm-ray runs delete {run}" in deleted.model_dump()["kept"]
+    until(lambda: job.fine_tuned_model not in [model.id for model in client.models.list()], "the end of the model")
+    with pytest.raises(openai.NotFoundError):
+        said(client, job.fine_tuned_model)
+    assert said(client, "small") == before
+    assert {"small", "tuned"} <= {model.id for model in client.models.list()}
+    with pytest.raises(openai.NotFoundError, match="that a job of yours has made"):
+        client.models.delete("small")
 
 
 def test_preferences_in_openais_form_make_a_model_that_answers(home: Home, client: openai.OpenAI) -> None:

@@ -126,9 +126,6 @@ def stop(names: Sequence[str], reporter: Reporter) -> None:
     with _quiet():
         deployed_now = status()
         if unknown := [name for name in names if name not in deployed_now]:
-            adapters = {adapter: name for name, entry in deployed_now.items() for adapter in entry.model.adapters}
-            if unknown[0] in adapters:
-                raise ServeError(f"{unknown[0]} is an adapter on {adapters[unknown[0]]}: deploy that model without it")
             raise ServeError(f"no model {unknown[0]} is served here; served are: {', '.join(deployed_now) or 'none'}")
         reporter.line(f"Stopping {', '.join(names)}.")
         _delete([directory.app_name(name) for name in names], reporter)

@@ -41,13 +41,16 @@ def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
 
 
 def forget(file: Path, names: Sequence[str] | None = None) -> None:
-    """Keep these models no more; all of them where none are named. Raises ServeError."""
+    """Keep these models and adapters no more; nothing where none are named. Raises ServeError."""
     if not _kept_in(file).exists():
         return
     with _changing(file) as kept:
         kept["models"] = {
             name: entry for name, entry in kept.get("models", {}).items() if names is not None and name not in names
         }
+        for entry in kept["models"].values():
+            for name in names or ():
+                entry["model"].get("adapters", {}).pop(name, None)
 
 
 def desired_confs(file: Path) -> list[ServeConf]:

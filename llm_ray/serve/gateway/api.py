@@ -38,6 +38,7 @@ from llm_ray.serve.gateway.protect.errors import openai_error
 from llm_ray.serve.gateway.protect.keys import Key
 from llm_ray.serve.gateway.protect.limits import cap_tokens
 from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
+from llm_ray.serve.gateway.scopes import check_scope, key_of
 from llm_ray.serve.gateway.simple import SimpleRequest
 
 # How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name
@@ -122,17 +123,18 @@ class Api:
 
     def _visible(self, request: Request) -> dict[str, Target]:
         """The targets that the request's key may ask."""
-        key = request.scope.get("state", {}).get("llm_ray_key")
+        key = key_of(request)
         return {name: target for name, target in sorted(self._targets.items()) if self._may_ask(name, key)}
 
     def _may_ask(self, name: str, key: Key | None) -> bool:
-        """Whether a key's requests may go to a model: one that a job of the fine-tuning API has made is its owner's."""
+        """Whether a key's requests may go to a model: one that a job of the fine-tuning API has made is its owner's, and
+        admins'."""
         service = self._finetuning
         made = None
         if service and name.startswith(PREFIX):
             made = service.may_ask(service.owner_of(key.name if key else None), name)
         if made is not None:
-            return made
+            return made or (key is not None and key.may("admin"))
         return not key or key.models is None or name in key.models
 
     async def _named(self, model: str, request: Request) -> Named | None:
@@ -247,6 +249,7 @@ class Api:
 
     async def _begin(self, body: Any, request: Request) -> Target:
         """Where the body is to go; its model is named. Raises ApiError."""
+        check_scope(request, "ask")
         if self.draining:
             raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
         target = await self._target(body.model, request)

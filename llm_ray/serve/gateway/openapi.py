@@ -141,6 +141,7 @@ _ANSWERS: dict[str, dict[str, Any]] = {
 ERRORS = {
     401: "The API key is missing or not valid.",
     400: "The request is invalid, or asks for something that the model does not support.",
+    403: "The API key may not do this.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import gradio as gr
 
@@ -42,6 +42,12 @@ def build(site: Site) -> None:
         name = gr.Textbox(label="New key's name", info="Name of its person or program")
         rate = optional("Requests a minute", "Empty: unlimited")
         days = optional("Ends after days", "Empty: never")
+        scopes = gr.CheckboxGroup(
+            list(get_args(keys.Scope)),
+            value=list(keys.USUAL_SCOPES),
+            label="It may",
+            info="ask models; train by the fine-tuning API; admin: both, and its jobs go before others'",
+        )
         add = gr.Button("Add a key …")
     secret = gr.Textbox(
         label="The new key",
@@ -114,17 +120,21 @@ def build(site: Site) -> None:
         return ask("drain", node, "Choose a worker first. A cluster of one host has none.", text)
 
     @handler(Role.ADMIN)
-    def ask_add(visitor: Visitor, name: str, rate: str, days: str) -> tuple[Any, str, list[Any]]:
+    def ask_add(
+        visitor: Visitor, name: str, rate: str, days: str, scopes: list[keys.Scope]
+    ) -> tuple[Any, str, list[Any]]:
+        if not scopes:
+            raise ConfError("Choose what the key may do first.")
         found = ask(
             "add",
             name,
             "Give the key a name first.",
-            f"Create a key called {name}? Whoever has it can use every model.",
+            f"Create a key called {name}? Whoever has it may {' and '.join(scopes)}, with every model.",
         )
         return (
             found[0],
             found[1],
-            ["add", [name.strip(), whole(rate, "Requests a minute"), whole(days, "Ends after days")]],
+            ["add", [name.strip(), whole(rate, "Requests a minute"), whole(days, "Ends after days"), scopes]],
         )
 
     @handler(Role.ADMIN)
@@ -145,9 +155,9 @@ def build(site: Site) -> None:
         what, value = asked
         away, same = gr.update(visible=False), gr.skip()
         if what == "add":
-            name, rate, days = value
-            limits = keys.Limits(requests_per_minute=rate)
-            made, secret = keys.add_key(file, name, limits, None, time.time() + days * 86400 if days else None)
+            name, rate, days, scopes = value
+            limits, until = keys.Limits(requests_per_minute=rate), time.time() + days * 86400 if days else None
+            made, secret = keys.add_key(file, name, limits, None, until, tuple(scopes))
             yield (
                 away,
                 [],
@@ -178,7 +188,7 @@ def build(site: Site) -> None:
     on(show.click, show_keys, None, [listed, key], **quiet)
     on(restart.click, ask_restart, model, [sure, really, asked], **quiet)
     on(drain.click, ask_drain, node, [sure, really, asked], **quiet)
-    on(add.click, ask_add, [name, rate, days], [sure, really, asked], **quiet)
+    on(add.click, ask_add, [name, rate, days, scopes], [sure, really, asked], **quiet)
     on(revoke.click, ask_revoke, key, [sure, really, asked], **quiet)
     on(no.click, leave, None, [sure, asked], **quiet)
     on(yes.click, do, asked, [sure, asked, progress, secret, listed, key], **quiet)
@@ -264,6 +274,7 @@ def _keys(found: list[keys.Key]) -> str:
             entry.id,
             day(entry.created),
             f"{day(entry.expires)}{' (it has)' if entry.expired else ''}",
+            ", ".join(entry.scopes),
             ", ".join(entry.models) if entry.models else "all",
             entry.limits.requests_per_minute or "no limit",
         ]
@@ -271,4 +282,4 @@ def _keys(found: list[keys.Key]) -> str:
     ]
     if not rows:
         return note("There are no keys yet.")
-    return table("API keys", ["Name", "Id", "Made", "Ends", "Models", "Requests a minute"], rows)
+    return table("API keys", ["Name", "Id", "Made", "Ends", "May", "Models", "Requests a minute"], rows)

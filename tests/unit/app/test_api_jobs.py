@@ -224,6 +224,33 @@ def test_what_a_run_comes_to_is_what_its_job_comes_to(service: ApiService, home:
     assert f"base: {job.run}\n" in stored
 
 
+def test_the_model_of_a_job_is_deleted_by_its_owner_or_an_admin_and_its_run_stays(
+    service: ApiService, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, taken = Client(service, "alice"), list[str]()
+    monkeypatch.setattr(ApiService, "_stop", lambda self, model: taken.append(model))
+    jobs = [alice.create(suffix="bot") for _ in range(2)]
+    names = [f"ft:base:bot:{job.id[6:]}" for job in jobs]
+    for job in jobs:
+        (home / "runs" / job.run / "output").mkdir(parents=True)
+    bob = service.owner_of("bob")
+    for owner, name in ((bob, names[0]), (alice.owner, "base"), (alice.owner, "ft:base:bot:ffffffffffff")):
+        with pytest.raises(Problem, match="There is no model") as caught:
+            service.delete_model(owner, name, served=True, any_owner=False)
+        assert caught.value.status == 404
+    assert taken == []
+    kept = service.delete_model(alice.owner, names[0], served=True, any_owner=False)
+    assert f"llm-ray runs delete {jobs[0].run}" in kept
+    assert (home / "runs" / jobs[0].run / "output").is_dir()
+    service.delete_model(bob, names[1], served=False, any_owner=True)
+    assert taken == [names[0]]
+    assert alice.told(jobs[0])[-1] == f"The model {names[0]} was deleted"
+    with pytest.raises(Problem):
+        service.delete_model(alice.owner, names[0], served=False, any_owner=False)
+    with pytest.raises(Problem, match="there is no"):
+        alice.create(model=names[0])
+
+
 @pytest.mark.parametrize(
     "model", ["../models/base", "nothing", "..", ".", "", "busy", "rows.jsonl", "ft:a:b:ffffffffffff"]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,6 +64,38 @@ def test_they_wait_for_what_runs_can_be_cancelled_and_run(conf: Callable[..., Fi
     assert "llm-ray finetune --config lora --set name=first" in (runs / "first" / "run.json").read_text()
     with pytest.raises(RunError, match="with a different conf"):
         jobs.submit(conf("first", **{"data.max_length": "64"}))
+
+
+def test_everybodys_first_goes_before_somebodys_second_and_urgent_ones_before_all(
+    conf: Callable[..., FinetuneConf], tmp_path: Path
+) -> None:
+    runs = conf("first").paths.runs
+
+    def order() -> list[str]:
+        return [job.name for job in jobs.queue(runs)]
+
+    with at_work(conf("busy")):
+        for name, by in (
+            ("a1", "alice"),
+            ("a2", "alice"),
+            ("a3", "alice"),
+            ("b1", "bob"),
+            ("b2", "bob"),
+            ("c1", "carol"),
+        ):
+            jobs.submit(conf(name), by=by)
+        assert order() == ["a1", "b1", "c1", "a2", "b2", "a3"]
+        assert [job.ahead for job in jobs.queue(runs)] == [0, 1, 2, 3, 4, 5]
+        jobs.submit(conf("now"), by="alice", service=jobs.Service("", tmp_path, time.time_ns(), urgent=True))
+        assert order() == ["now", "a1", "b1", "c1", "a2", "b2", "a3"]
+        for name in order()[1:3]:
+            jobs.cancel(runs, name)
+        assert order() == ["now", "a2", "b2", "c1", "a3"], "what is gone counts no more"
+        for name in ("a2", "a3", "b2"):
+            jobs.cancel(runs, name)
+    until(lambda: states(runs) == {})
+    began = {run.name: run.created for run in list_runs(runs)}
+    assert began["now"] < began["c1"]
 
 
 def test_one_that_fails_before_there_is_a_run_says_why(conf: Callable[..., FinetuneConf], tmp_path: Path) -> None:

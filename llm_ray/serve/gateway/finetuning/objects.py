@@ -108,6 +108,15 @@ class FileObject(Listed):
     rows: int
 
 
+class ModelDeleted(BaseModel):
+    """A model that is gone."""
+
+    id: str
+    object: Literal["model"] = "model"
+    deleted: Literal[True] = True
+    kept: str = Field(description="What is kept of it, in words.")
+
+
 class FileDeleted(BaseModel):
     """A file that is gone."""
 

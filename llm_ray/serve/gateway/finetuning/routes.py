@@ -20,7 +20,7 @@ from llm_ray.serve.gateway.finetuning import objects
 from llm_ray.serve.gateway.finetuning.objects import CreateJob, L, Page
 from llm_ray.serve.gateway.finetuning.service import Method, Named, Problem, Service, Upload
 from llm_ray.serve.gateway.finetuning.upload import receive
-from llm_ray.serve.gateway.protect.keys import Key
+from llm_ray.serve.gateway.scopes import check_scope, key_of
 
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
 _LOOK = 1.0  # seconds between two looks at a job whose events are streamed
@@ -65,9 +65,9 @@ class Operations:
 
     def add_to(self, app: FastAPI) -> None:
         """Answer at the API's paths."""
-        made = (400, 401, 404, 408, 413, 415, 429, 500, 503, 504)
-        looked = (400, 401, 404, 500)
-        changed = (400, 401, 404, 429, 500, 503)
+        made = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
+        looked = (400, 401, 403, 404, 500)
+        changed = (400, 401, 403, 404, 429, 500, 503)
         job = f"{JOBS}/{{fine_tuning_job_id}}"
         described: list[tuple[str, str, Callable[..., Any], dict[str, Any], Sequence[int], dict[str, Any]]] = [
             ("POST", FILES, self.create_file, {"model": objects.FileObject}, made, _FORM),
@@ -89,6 +89,7 @@ class Operations:
                 looked,
                 {},
             ),
+            ("DELETE", "/v1/models/{model:path}", self.delete_model, {"model": objects.ModelDeleted}, changed, {}),
             ("GET", f"{job}/checkpoints", self.list_checkpoints, {"model": Page[objects.CheckpointObject]}, looked, {}),
         ]
         for method, path, operation, answer, errors, more in described:
@@ -173,7 +174,7 @@ class Operations:
         """Finetune a model. The job waits for its turn."""
         self._begins()
         _check(body)
-        key = _key(request)
+        key = key_of(request)
         named = await self._look(body.model, request)
         job = await _done(
             self._service.create,
@@ -182,6 +183,7 @@ class Operations:
             objects.asked_of(body),
             named,
             any_model=key is None or key.models is None,
+            urgent=key is not None and key.may("admin"),
         )
         return _json(objects.job_object(job))
 
@@ -240,6 +242,15 @@ class Operations:
         shown = [objects.checkpoint_object(fine_tuning_job_id, one) for one in reversed(found)]
         return _json(_cut(shown, after, limit))
 
+    async def delete_model(self, model: str, request: Request) -> Response:
+        """Take a model away that a job has made."""
+        owner = self._owner(request)
+        key = key_of(request)
+        served = await self._look(model, request) is not None
+        admin = key is not None and key.may("admin")
+        kept = await _done(self._service.delete_model, owner, model, served=served, any_owner=admin)
+        return _json(objects.ModelDeleted(id=model, kept=kept))
+
     async def _events(self, owner: str, id: str) -> AsyncIterator[str]:
         seen: set[str] = set()
         try:
@@ -259,17 +270,13 @@ class Operations:
     # Requests ---------------------------------------------------------------------------------------------------------
 
     def _owner(self, request: Request) -> str:
-        key = _key(request)
+        check_scope(request, "train")
+        key = key_of(request)
         return self._service.owner_of(key.name if key else None)
 
     def _begins(self) -> None:
         if self._stopping():
             raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
-
-
-def _key(request: Request) -> Key | None:
-    key: Key | None = request.scope.get("state", {}).get("llm_ray_key")
-    return key
 
 
 def _check(body: CreateJob) -> None:

@@ -152,9 +152,11 @@ class Service(Protocol):
 
     def delete_file(self, owner: str, id: str) -> None: ...
 
-    def create(self, owner: str, key: str | None, asked: Asked, named: Named | None, *, any_model: bool) -> Job:
-        """Put a job into the queue. `named`: the model, where the endpoint serves it to this client; else it is one of
-        the registry, if `any_model`."""
+    def create(
+        self, owner: str, key: str | None, asked: Asked, named: Named | None, *, any_model: bool, urgent: bool
+    ) -> Job:
+        """Put a job into the queue, `urgent` before those that are not. `named`: the model, where the endpoint serves it
+        to this client; else it is one of the registry, if `any_model`."""
 
     def jobs(self, owner: str) -> Sequence[Job]:
         """The oldest first."""
@@ -172,6 +174,10 @@ class Service(Protocol):
 
     def checkpoints(self, owner: str, id: str) -> Sequence[Checkpoint]:
         """The oldest first."""
+
+    def delete_model(self, owner: str, model: str, *, served: bool, any_owner: bool) -> str:
+        """Take a model away that a job has made, of whomever if `any_owner`, and from the endpoint if it is `served`;
+        returns what is kept, in words."""
 
     def may_ask(self, owner: str, model: str) -> bool | None:
         """Whether a model whose name begins with `PREFIX` is this owner's; None where no job of anybody has made it."""

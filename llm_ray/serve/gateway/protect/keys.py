@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -30,6 +30,10 @@ _PREFIX = "llmray"
 _SECRET = re.compile(rf"{_PREFIX}-[0-9a-f]{{8}}-[\w-]{{43}}")
 _NOBODY = "0" * 64  # a hash that no key has
 _LONGEST_NAME = 64
+Scope = Literal["ask", "train", "admin"]
+"""What a key may do: ask models; train, with files and jobs of the fine-tuning API; or both, before others, and with all
+models that jobs have made."""
+USUAL_SCOPES: tuple[Scope, ...] = ("ask", "train")
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,14 @@ class Key:
     """Those it may ask. None: all."""
     limits: Limits = field(default_factory=Limits)
     """Its own; what is unset there the endpoint's conf decides."""
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = USUAL_SCOPES
 
     @property
     def expired(self) -> bool:
         return self.expires is not None and time.time() >= self.expires
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
 
 
 _KEYS = TypeAdapter(dict[str, Key])
@@ -81,7 +89,12 @@ class Keys:
 
 
 def add_key(
-    path: Path, name: str, limits: Limits, models: tuple[str, ...] | None = None, expires: float | None = None
+    path: Path,
+    name: str,
+    limits: Limits,
+    models: tuple[str, ...] | None = None,
+    expires: float | None = None,
+    scopes: tuple[Scope, ...] = USUAL_SCOPES,
 ) -> tuple[Key, str]:
     """A new key, and its secret, which is kept nowhere. Raises ConfError for a name that is none, ServeError."""
     _check_name(name)
@@ -93,7 +106,7 @@ def add_key(
             )
         taken = {*keys, *(key.name for key in keys.values())}
         secret = next(made for made in iter(new_secret, None) if _identity(made) not in taken)
-        key = Key(_identity(secret), name, _hash(secret), time.time(), expires, models, limits)
+        key = Key(_identity(secret), name, _hash(secret), time.time(), expires, models, limits, scopes)
         keys[key.id] = key
     return key, secret
 
@@ -141,15 +154,27 @@ def list_keys(path: Path) -> list[Key]:
 def revoke_key(path: Path, called: str) -> Key:
     """Take a key away, by its name or id. Raises ServeError."""
     with _file(path).writing() as keys:
-        found = [key for key in keys.values() if called in (key.id, key.name)]
-        if not found:
-            names = ", ".join(key.name for key in keys.values()) or "none"
-            raise ServeError(f"no key called {called}; there are: {names}")
-        if len(found) > 1:
-            raise ServeError(
-                f"{len(found)} keys are called {called}: choose one by its id ({', '.join(key.id for key in found)})"
-            )
-        return keys.pop(found[0].id)
+        return keys.pop(_found(keys, called).id)
+
+
+def set_scopes(path: Path, called: str, scopes: tuple[Scope, ...]) -> Key:
+    """Let a key, by its name or id, do this and nothing else from now on. Raises ServeError."""
+    with _file(path).writing() as keys:
+        key = replace(_found(keys, called), scopes=scopes)
+        keys[key.id] = key
+    return key
+
+
+def _found(keys: Mapping[str, Key], called: str) -> Key:
+    found = [key for key in keys.values() if called in (key.id, key.name)]
+    if not found:
+        names = ", ".join(key.name for key in keys.values()) or "none"
+        raise ServeError(f"no key called {called}; there are: {names}")
+    if len(found) > 1:
+        raise ServeError(
+            f"{len(found)} keys are called {called}: choose one by its id ({', '.join(key.id for key in found)})"
+        )
+    return found[0]
 
 
 def effective(key: Key | None, common: Limits) -> Limits:

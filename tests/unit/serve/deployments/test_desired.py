@@ -42,6 +42,13 @@ def test_what_is_stopped_does_not_come_back(file: Path) -> None:
     assert desired_confs(file) == []
 
 
+def test_an_adapter_that_is_taken_away_does_not_come_back(file: Path) -> None:
+    conf = ServeConf.model_validate({"models": {"a": {"model": "one", "adapters": {"x": "run-x", "y": "run-y"}}}})
+    remember(file, conf, ["a"])
+    forget(file, ["x"])
+    assert desired_confs(file)[0].models["a"].adapters == {"y": "run-y"}
+
+
 def test_what_an_earlier_version_kept_comes_back_until_it_is_stopped(file: Path) -> None:
     remember(file, _conf(a="one", b="two"), ["a", "b"])
     file.rename(earlier := file.with_name("declared.json"))

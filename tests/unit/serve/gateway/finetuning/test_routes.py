@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import openai
@@ -24,9 +24,10 @@ from llm_ray.app.api_service import open_service
 from llm_ray.conf.serve import Endpoint, FinetuningApi, Limits
 from llm_ray.serve.gateway.api import Api
 from llm_ray.serve.gateway.protect import Protection, protect
-from llm_ray.serve.gateway.protect.keys import add_key, keys_file
+from llm_ray.serve.gateway.protect.keys import Scope, add_key, keys_file, set_scopes
 from llm_ray.serve.gateway.protect.limits import Limiter
 from tests.runs import conf_of, opened_run
+from tests.waiting import until
 
 ROWS = (
     json.dumps({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}) + "\n"
@@ -70,6 +71,8 @@ def site(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Si
     (rows := home / "rows.jsonl").write_text(ROWS)
     conf = conf_of(home, "busy", rows)
     secrets = {name: add_key(keys_file(home), name, Limits())[1] for name in ("alice", "bob")}
+    for scope in get_args(Scope):
+        secrets[scope] = add_key(keys_file(home), scope, Limits(), scopes=(scope,))[1]
     secrets["narrow"] = add_key(keys_file(home), "narrow", Limits(), models=("other",))[1]
     settings = FinetuningApi(enabled=True, max_file_mib=0.1, max_jobs=2)
     endpoint = Endpoint(api_keys="on", finetuning=settings, body_timeout_s=5)
@@ -315,6 +318,47 @@ def test_a_key_for_some_models_trains_no_others(site: Site) -> None:
     file = narrow.files.create(file=("rows.jsonl", ROWS.encode()), purpose="fine-tune")
     with pytest.raises(openai.NotFoundError, match="there is no `base` here"):
         narrow.fine_tuning.jobs.create(model="base", training_file=file.id)
+
+
+def test_a_key_may_do_what_its_scopes_are(site: Site) -> None:
+    """And as they change, from the next request on."""
+    chat: Any = {"model": "base", "messages": [{"role": "user", "content": "Who?"}]}
+    with pytest.raises(openai.PermissionDeniedError, match=r"may not train: its scopes are ask.*scopes .* ask train"):
+        site.client("ask").files.list()
+    with pytest.raises(openai.PermissionDeniedError) as caught:
+        site.client("train").chat.completions.create(**chat)
+    assert caught.value.code == "insufficient_scope"
+    for http in (site.http("train"), site.http("ask")):
+        with http:
+            assert http.get("/v1/models").status_code == 200
+    for name in ("train", "admin"):
+        assert site.client(name).files.list().data == []
+    for name in ("ask", "admin"):
+        with pytest.raises(openai.NotFoundError):  # there is no such model here
+            site.client(name).chat.completions.create(**chat)
+    set_scopes(keys_file(site.home), "ask", ("train",))
+    try:
+        assert site.client("ask").files.list().data == []
+        with pytest.raises(openai.PermissionDeniedError):
+            site.client("ask").chat.completions.create(**chat)
+    finally:
+        set_scopes(keys_file(site.home), "ask", ("ask",))
+
+
+def test_an_admins_job_goes_before_others(site: Site) -> None:
+    jobs = []
+    for name in ("alice", "admin"):
+        client = site.client(name)
+        file = client.files.create(file=ROWS.encode(), purpose="fine-tune")
+        jobs.append((client, client.fine_tuning.jobs.create(model="base", training_file=file.id)))
+    by = [job.by for job in queue.queue(site.home / "runs")]
+    assert by == ["admin (API)", "alice (API)"]
+    for client, job in jobs:
+        client.fine_tuning.jobs.cancel(job.id)
+    until(lambda: queue.queue(site.home / "runs") == [], "the end of the jobs")
+    for client, _ in jobs:
+        for file in client.files.list():
+            client.files.delete(file.id)
 
 
 def test_where_it_is_off_there_is_nothing(tmp_path: Path) -> None:

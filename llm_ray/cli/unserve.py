@@ -1,0 +1,31 @@
+"""The process that takes a model away from the endpoint of this machine, for a worker of Ray's, which is joined to a Ray
+already: python -m llm_ray.cli.unserve HOME MODEL
+
+Why it could not is on standard error.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llm_ray.cli.job import forget_ray
+from llm_ray.errors import LlmRayError
+
+
+def main(home: Path, model: str) -> int:
+    """Returns the exit code."""
+    from llm_ray.app.serving import stop
+    from llm_ray.cli.terminal import Terminal
+
+    try:
+        stop([model], home, Terminal())
+    except LlmRayError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    forget_ray()
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
