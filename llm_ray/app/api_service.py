@@ -130,15 +130,16 @@ class ApiService:
 
     def _stop(self, model: str) -> None:
         """Have the endpoint serve a model no more, by a process that has nothing of this one's Ray. Raises Problem."""
-        ended = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "llm_ray.cli.unserve", str(self._home), model],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            check=False,
         )
-        if ended.returncode:
-            _LOG.warning(f"{model} could not be taken away: {ended.stderr}")
+        said, _ = process.communicate()
+        if process.returncode:
+            _LOG.warning(f"{model} could not be taken away: {said}")
             raise Problem(
                 503, f"The model `{model}` could not be taken away now: ask again in a moment.", "still_served"
             )
