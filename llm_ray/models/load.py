@@ -80,13 +80,8 @@ def resolve(base: str, paths: Paths) -> Location:
             )
     elif base.count("/") == 1 and all(base.split("/")):
         return Location(base, None)
-    known = sorted(
-        p.name
-        for place in (paths.models, paths.runs)
-        if place.is_dir()
-        for p in place.iterdir()
-        if not p.name.startswith(".")
-    )
+    registered = [place.name for place in paths.models.glob("*") if not place.name.startswith(".")]
+    known = sorted([*registered, *(output.parent.name for output in paths.runs.glob("*/output"))])
     near = nearest_names(base, known, 3)
     hint = f"Did you mean {' or '.join(near)}? " if near else f"There are: {', '.join(known[:5])}. " if known else ""
     raise ModelError(

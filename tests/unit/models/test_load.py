@@ -43,6 +43,7 @@ def test_resolve(tiny: Path, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> N
         "./gone": "no such folder",
         "/gone/too": "no such folder",
         "a/b/c": "no such model",
+        "something else": r"There are: small, support-bot\. To add",  # and not those that nothing can be loaded from
     }.items():
         with pytest.raises(ModelError, match=words):
             resolve(base, paths)
