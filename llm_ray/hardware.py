@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llm_ray.host import facts
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,10 +20,7 @@ Precision = Literal["fp32", "bf16"]
 
 def cpu_flags() -> frozenset[str]:
     """Instruction set flags of this host's CPU, as Linux names them."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.split(":", 1)[1].split())
-    return frozenset()
+    return frozenset(facts.cpu_flags(facts.read("/proc/cpuinfo")))
 
 
 def has_bf16(flags: frozenset[str]) -> str | None:
@@ -56,10 +55,13 @@ def malloc_environment() -> dict[str, str]:
     """Environment that starts a process with tcmalloc in place of glibc's malloc, which fragments under the large blocks
     of a training step. Empty where tcmalloc is not installed (Debian: libgoogle-perftools4), and where LD_PRELOAD is
     set already, even to nothing."""
-    if "LD_PRELOAD" in os.environ:
-        return {}
-    library = ctypes.util.find_library("tcmalloc") or ctypes.util.find_library("tcmalloc_minimal")
+    library = None if "LD_PRELOAD" in os.environ else find_tcmalloc()
     return {"LD_PRELOAD": library} if library else {}
+
+
+def find_tcmalloc() -> str | None:
+    """The file name of the tcmalloc that is installed, the whole or the smaller one."""
+    return ctypes.util.find_library("tcmalloc") or ctypes.util.find_library("tcmalloc_minimal")
 
 
 def return_freed_memory() -> None:

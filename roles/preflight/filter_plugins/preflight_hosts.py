@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+# The package beside the roles, also for an ansible-playbook of another environment.
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+from llm_ray.host import rules
+
 Problem = dict[str, Any]
-_GIB = 2**30
-# Ray refuses an object store that is larger than /dev/shm; so much must stay to everything else.
-_STORE_SHARE = 0.8
+_GIB = rules.GIB
 _SUPPORTED = {"Debian": ["12"], "Ubuntu": ["22.04", "24.04"], "RedHat": ["8", "9"]}
 
 
@@ -64,7 +68,7 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     """What a node runs: its Python, by itself or in an image, and the CPU that its packages are built for."""
     problems = []
     python = probe["python"]
-    if probe["runtime"] == "bare_metal" and python["version"] and not _fits(python):
+    if probe["runtime"] == "bare_metal" and python["version"] and not rules.python_fits(python["version"]):
         fix = (
             "Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or "
             "uv:3.11.14, or set llm_ray_runtime to docker"
@@ -76,11 +80,10 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
         fix = "not there: install a standalone Python at that path (uv python install 3.11), or set llm_ray_runtime to docker"
         problems.append(problem(host, "python_runtime_python", python["path"], fix))
     image = probe["image_python"]
-    if probe["runtime"] == "docker" and image and not _fits({"version": [*map(int, image.split("."))]}):
+    if probe["runtime"] == "docker" and image and not rules.python_fits([*map(int, image.split("."))]):
         fix = f"the image has Python {image}, and Ray nodes need 3.11 or 3.12: take another, such as python:3.11.14-slim-bookworm"
         problems.append(problem(host, "ray_node_image_base", image, fix))
-    missing = sorted(set(probe["settings"]["cpu_flags"]) - set(probe["flags"]))
-    if missing:
+    if missing := rules.missing_flags(probe["flags"], probe["settings"]["cpu_flags"]):
         fix = "the CPU lacks it, and torch and vLLM are built for it: use another host, or change preflight_cpu_flags"
         problems.append(problem(host, "preflight_cpu_flags", missing, fix))
     return problems
@@ -97,17 +100,18 @@ def _power(host: str, probe: Mapping[str, Any]) -> list[Problem]:
         fix = f"GiB of memory: at least {settings['min_memory_gib']} are needed (preflight_min_memory_gib)"
         problems.append(problem(host, "memory", round(memory, 1), fix))
     store, shm = probe["object_store_gib"], probe["shm"] / _GIB
-    if store > shm:
+    fault = rules.store_fault(store, shm, memory)
+    if fault == "shm":
         fix = f"larger than /dev/shm ({shm:.1f} GiB): Ray would not start; lower it, or mount /dev/shm larger"
         problems.append(problem(host, "ray_node_object_store_gib", store, fix))
-    elif store > _STORE_SHARE * memory:
-        fix = f"leaves too little of {memory:.1f} GiB of memory to everything else: at most {_STORE_SHARE * memory:.1f}"
+    elif fault == "memory":
+        fix = f"leaves too little of {memory:.1f} GiB of memory to everything else: at most {rules.STORE_SHARE * memory:.1f}"
         problems.append(problem(host, "ray_node_object_store_gib", store, fix))
     return problems
 
 
 def _disk(host: str, probe: Mapping[str, Any]) -> list[Problem]:
-    needed = 1 if probe["installed"] else probe["settings"]["min_disk_gib"]  # what is installed needs no room again
+    needed = rules.needed_disk(probe["installed"], probe["settings"]["min_disk_gib"])
     fix = "GiB free: at least {} are needed where {} lies: free some space (preflight_min_disk_gib)"
     return [
         problem(host, f"disk of {path}", round(free / _GIB, 1), fix.format(needed, path))
@@ -131,7 +135,7 @@ def _network(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     for target, reason in probe["unreached"].items():
         fix = f"cannot be reached from {host} ({reason}): check routes, firewalls and ray_node_address"
         problems.append(problem(host, "address of the head or the NFS server", target, fix))
-    skew = max(probe["started"] - probe["now"], probe["now"] - probe["finished"], 0)
+    skew = rules.clock_skew(probe["started"], probe["now"], probe["finished"])
     if skew > allowed:
         fix = (
             f"seconds off this machine's clock, {allowed} are allowed: set the clocks by NTP (preflight_max_clock_skew)"
@@ -213,7 +217,7 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
     versions = {
         host: _dotted(p["python"]["version"])
         for host, p in nodes.items()
-        if p["runtime"] == "bare_metal" and _fits(p["python"])
+        if p["runtime"] == "bare_metal" and rules.python_fits(p["python"]["version"])
     }
     homes = {
         host: str(p["home"]["inode"])
@@ -276,10 +280,6 @@ def _dropped(probes: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Mappin
             )
             problems.append(problem(host, "ufw", dropped, fix))
     return problems
-
-
-def _fits(python: Mapping[str, Any]) -> bool:
-    return (3, 11) <= tuple(python["version"][:2]) <= (3, 12)
 
 
 def _dotted(version: Sequence[int]) -> str:

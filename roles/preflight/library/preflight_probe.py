@@ -1,22 +1,31 @@
 #!/usr/bin/python
 """What preflight wants to know of a host beside Ansible's facts. It changes nothing and needs only Python's own
-library."""
+library. What `llm-ray doctor` asks as well is in host_facts (llm_ray/host/facts.py)."""
 
 from __future__ import annotations
 
 import errno
 import grp
-import json
 import os
 import pwd
 import re
-import shutil
 import socket
 import subprocess
 import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.host_facts import (
+    cpu_flags,
+    filesystems,
+    free_disk,
+    interpreter,
+    read,
+    shared_memory,
+    taken,
+    total_memory,
+    usable_cpus,
+)
 
 DOCUMENTATION = """
 module: preflight_probe
@@ -67,11 +76,11 @@ def main():
         changed=False,
         probe={
             "now": time.time(),
-            "flags": cpu_flags(Path("/proc/cpuinfo").read_text()),
-            "cores": len(os.sched_getaffinity(0)),
-            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "shm": shutil.disk_usage("/dev/shm").total,  # noqa: S108
-            "free": {path: shutil.disk_usage(existing(path)).free for path in asked["paths"]},
+            "flags": cpu_flags(read("/proc/cpuinfo")),
+            "cores": usable_cpus(),
+            "memory": total_memory(),
+            "shm": shared_memory(),
+            "free": {path: free_disk(path) for path in asked["paths"]},
             "taken": taken(asked["ports"], own),
             "unreached": {
                 address: why for address in asked["reach"] if (why := unreached(address, asked["reach_port"]))
@@ -86,58 +95,6 @@ def main():
             "filesystems": filesystems(),
         },
     )
-
-
-def read(path):
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
-
-
-def cpu_flags(text):
-    """The flags of the first core."""
-    found = re.search(r"^flags\s*:(.*)$", text, re.M)
-    return found[1].split() if found else []
-
-
-def existing(path):
-    """The nearest folder above that is there."""
-    folder = Path(path)
-    return next(one for one in (folder, *folder.parents) if one.is_dir())
-
-
-def listening(text):
-    """Port, user and inode of every listening socket of a /proc/net/tcp."""
-    for line in text.splitlines()[1:]:
-        words = line.split()
-        if words[3] == "0A":
-            yield int(words[1].rsplit(":", 1)[1], 16), int(words[7]), words[9]
-
-
-def taken(ports, own):
-    """Of the ports those on which a process listens that is none of our users'."""
-    sockets = [one for path in ("/proc/net/tcp", "/proc/net/tcp6") for one in listening(read(path))]
-    found = {}
-    for name, value in ports.items():
-        low, _, high = str(value).partition("-")
-        for port, owner, inode in sockets:
-            if int(low) <= port <= int(high or low) and owner not in own:
-                found[name] = {"name": name, "port": port, "by": process(inode)}
-    return list(found.values())
-
-
-def process(inode):
-    """Name and id of the process that holds a socket; empty where it cannot be seen."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if any(str(link.readlink()) == f"socket:[{inode}]" for link in (entry / "fd").iterdir()):
-                return f"{read(entry / 'comm')} (process {entry.name})"
-        except OSError:
-            continue
-    return ""
 
 
 def unreached(address, port):
@@ -223,27 +180,6 @@ def folder(path):
     mounted = place.is_mount()
     entries = 0 if mounted else len(list(place.iterdir()))
     return {"path": path, "directory": True, "mounted": mounted, "entries": entries, "inode": place.stat().st_ino}
-
-
-def interpreter(candidates):
-    """The first candidate that runs, and its version."""
-    for path in candidates:
-        try:
-            line = [path, "-c", "import json, sys; print(json.dumps(sys.version_info[:3]))"]
-            return {
-                "path": path,
-                "version": json.loads(subprocess.run(line, capture_output=True, timeout=30, check=True).stdout),
-            }
-        except (OSError, subprocess.SubprocessError, ValueError):
-            continue
-    return {"path": candidates[0] if candidates else "", "version": []}
-
-
-def filesystems():
-    """Of nfs and nfsd those that the kernel has, loaded or as modules."""
-    modules = Path("/lib/modules") / os.uname().release
-    text = read("/proc/filesystems") + read(modules / "modules.dep") + read(modules / "modules.builtin")
-    return [name for name in ("nfs", "nfsd") if re.search(rf"\b{name}$|/{name}\.ko", text, re.M)]
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-_GIB = 2**30
+from llm_ray.host import facts, rules
+
+_GIB = rules.GIB
 _SETTINGS = {
     "cpu_flags": ["avx2"],
     "min_cores": 2,
@@ -267,7 +270,7 @@ Anywhere                   ALLOW OUT   10.0.0.6
 
 def test_what_the_probe_reads(probe: ModuleType, tmp_path: Path) -> None:
     assert probe.cpu_flags("processor: 0\nflags\t\t: fpu avx2 amx_tile\n") == ["fpu", "avx2", "amx_tile"]
-    assert probe.existing(str(tmp_path / "a/b")) == tmp_path
+    assert facts.existing(str(tmp_path / "a/b")) == tmp_path
     assert probe.interpreter(["/no/such/python", "python3"])["version"][0] == 3
     assert probe.interpreter(["/no/such/python"]) == {"path": "/no/such/python", "version": []}
     (tmp_path / "file").write_text("x")
@@ -287,3 +290,12 @@ def test_accounts_of_this_machine(probe: ModuleType) -> None:
 def test_homes_of_others_in_folders_of_the_cluster(probe: ModuleType) -> None:
     text = "ray:x:1200:1200::/var/lib/llm-ray:/usr/sbin/nologin\nbob:x:1000:1000::/data/ray/bob:/bin/sh\nodd\n"
     assert probe.homes(text, ["/data/ray", "/var/lib/llm-ray", "/data/ray/bo"], ["ray"]) == {"/data/ray": "bob"}
+
+
+def test_the_roles_defaults_are_the_rules_that_doctor_has(roles: str) -> None:
+    defaults = yaml.safe_load(Path(roles, "preflight/defaults/main.yml").read_text())
+    assert defaults["preflight_cpu_flags"] == [*rules.CPU_FLAGS]
+    assert defaults["preflight_min_cores"] == rules.MIN_CORES
+    assert defaults["preflight_min_memory_gib"] == rules.MIN_MEMORY_GIB
+    assert defaults["preflight_min_disk_gib"] == rules.MIN_DISK_GIB
+    assert defaults["preflight_max_clock_skew"] == rules.MAX_CLOCK_SKEW

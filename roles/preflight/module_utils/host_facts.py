@@ -1,0 +1,1 @@
+../../../llm_ray/host/facts.py
