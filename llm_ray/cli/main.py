@@ -39,6 +39,7 @@ COMMANDS = {
     "runs": ("llm_ray.cli.runs:runs", "List, show, compare, stop and delete runs."),
     "jobs": ("llm_ray.cli.jobs:jobs", "Finetune in the background, one after the other."),
     "ui": ("llm_ray.cli.ui:ui", "Open the page in which models are finetuned, deployed and asked."),
+    "doctor": ("llm_ray.cli.doctor:doctor", "Check this host and its environment, with a fix for each finding."),
     "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),
 }
 

@@ -1,0 +1,42 @@
+"""What is wrong, or could be better, with this host and its environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_ray.doctor.collect import check_host
+from llm_ray.doctor.finding import LEVELS, Finding, Level
+from llm_ray.progress import Reporter
+
+__all__ = ["LEVELS", "Finding", "Level", "doctor", "worst"]
+
+
+def doctor(home: Path, environment: Mapping[str, str], reporter: Reporter) -> list[Finding]:
+    """Check this host: what every check found, in groups.
+
+    environment: that of the commands. Ray, torch and the engines are imported in processes of their own;
+    that they are missing or broken is a finding, too.
+    """
+    reporter.line("Checking this host; importing torch, Ray and the engines takes some seconds.")
+    return check_host(home, environment, _serving(home))
+
+
+def worst(findings: list[Finding]) -> Level:
+    return max((one.level for one in findings), key=LEVELS.index, default="ok")
+
+
+def _serving(home: Path) -> set[int]:
+    """Ids of the processes of the Ray that serves on this machine."""
+    import psutil
+
+    from llm_ray.serve.deployments import local
+
+    found = local.running(home)
+    if found is None:
+        return set()
+    try:
+        process = psutil.Process(found.pid)
+        return {found.pid, *(child.pid for child in process.children(recursive=True))}
+    except psutil.NoSuchProcess:  # it has just ended
+        return set()

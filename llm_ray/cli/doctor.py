@@ -1,0 +1,53 @@
+"""``llm-ray doctor``: what is wrong with this host and its environment, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+
+import click
+
+from llm_ray.app.doctor import Finding, worst
+from llm_ray.app.doctor import doctor as check
+from llm_ray.cli.terminal import Terminal
+from llm_ray.conf.section import home
+
+_COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@click.command()
+@click.option("as_json", "--json", is_flag=True, help="Print JSON: every check with its level, text, fix and values.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Check this host and its environment, with a fix for each finding.
+
+    Hardware, limits, packages, storage, ports, proxies and the clock; nothing is changed. ok: as it should be; note: it
+    works, but slower or with less than it could; problem: something will fail. The exit code is 1 only with problems.
+
+    \b
+    Examples:
+      llm-ray doctor
+      llm-ray doctor --json
+    """
+    findings = check(home(), os.environ, Terminal())
+    if as_json:
+        click.echo(json.dumps({"level": worst(findings), "findings": [asdict(one) for one in findings]}, indent=2))
+    else:
+        _show(findings)
+    ctx.exit(1 if worst(findings) == "problem" else 0)
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    width = max(len(one.check) for one in findings)
+    for group, members in groupby(findings, key=lambda one: one.group):
+        click.secho(f"\n{group}", bold=True)
+        for one in members:
+            level = click.style(f"{one.level:7}", fg=_COLOURS[one.level])
+            click.echo(f"  {level}  {one.check:{width}}  {one.text}")
+            if one.fix:
+                click.echo(f"  {'':7}  {'':{width}}  {click.style('fix:', bold=True)} {one.fix}")
+    counts = [sum(one.level == level for one in findings) for level in ("problem", "note", "ok")]
+    click.echo(f"\n{counts[0]} problem(s), {counts[1]} note(s), {counts[2]} ok")
