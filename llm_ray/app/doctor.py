@@ -5,21 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_ray.cluster import join_cluster
 from llm_ray.doctor.collect import check_host
 from llm_ray.doctor.finding import LEVELS, Finding, Level
+from llm_ray.doctor.nodes import check_nodes
+from llm_ray.errors import ClusterError
 from llm_ray.progress import Reporter
 
 __all__ = ["LEVELS", "Finding", "Level", "doctor", "worst"]
 
 
-def doctor(home: Path, environment: Mapping[str, str], reporter: Reporter) -> list[Finding]:
-    """Check this host: what every check found, in groups.
+def doctor(home: Path, environment: Mapping[str, str], reporter: Reporter, address: str | None = None) -> list[Finding]:
+    """Check this host, and with the `address` of a cluster its other nodes as well: what every check found, in groups.
 
-    environment: that of the commands. Ray, torch and the engines are imported in processes of their own;
-    that they are missing or broken is a finding, too.
+    environment: that of the commands. Ray, torch and the engines are imported in processes of their own; that they are
+    missing or broken is a finding, too, as is a cluster that cannot be joined.
     """
     reporter.line("Checking this host; importing torch, Ray and the engines takes some seconds.")
-    return check_host(home, environment, _serving(home))
+    return check_host(home, environment, _serving(home)) + (_cluster(address, reporter) if address else [])
+
+
+def _cluster(address: str, reporter: Reporter) -> list[Finding]:
+    reporter.line(f"Checking the nodes of the cluster ({address}).")
+    try:
+        with join_cluster(address):
+            return check_nodes()
+    except ImportError as error:
+        text, fix = f"not checked, since Ray does not import: {error}", "what mends Ray, above"
+    except ClusterError as error:
+        text, fix = str(error), "ansible-playbook -i INVENTORY status.yml; llm-ray doctor on the node itself"
+    return [Finding("Cluster", "nodes", "problem", text, fix)]
 
 
 def worst(findings: list[Finding]) -> Level:

@@ -20,8 +20,16 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 @click.command()
 @click.option("as_json", "--json", is_flag=True, help="Print JSON: every check with its level, text, fix and values.")
+@click.option(
+    "--address",
+    metavar="auto|HOST:PORT",
+    envvar="RAY_ADDRESS",
+    show_envvar=True,
+    help="Check the nodes of this cluster as well, and compare them: auto on one of its nodes, else its head's GCS. "
+    "Default: this host alone.",
+)
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, as_json: bool, address: str | None) -> None:
     """Check this host and its environment, with a fix for each finding.
 
     Hardware, limits, packages, storage, ports, proxies and the clock; nothing is changed. ok: as it should be; note: it
@@ -31,8 +39,9 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Examples:
       llm-ray doctor
       llm-ray doctor --json
+      llm-ray doctor --address auto
     """
-    findings = check(home(), os.environ, Terminal())
+    findings = check(home(), os.environ, Terminal(), address)
     if as_json:
         click.echo(json.dumps({"level": worst(findings), "findings": [asdict(one) for one in findings]}, indent=2))
     else:

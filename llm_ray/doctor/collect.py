@@ -96,8 +96,9 @@ def _software(environ: Mapping[str, str]) -> Iterable[Finding]:
 
 def _storage(home: Path, environ: Mapping[str, str]) -> Iterable[Finding]:
     mounts, user = facts.read("/proc/self/mountinfo"), os.geteuid()
+    own = {"home": home} | {name: home / name for name in ("models", "runs", "data")}
     for folders, move in (
-        ({name: home / name for name in ("models", "runs", "data", "serve")}, "export LLM_RAY_HOME=/larger/disk"),
+        (own, "export LLM_RAY_HOME=/larger/disk"),
         ({"temporary files": Path(environ.get("TMPDIR") or "/tmp")}, "export TMPDIR=/larger/disk"),  # noqa: S108
         ({"hub cache": storage.hub_cache(environ, Path.home())}, "export HF_HOME=/larger/disk"),
     ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import signal
@@ -12,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llm_ray.doctor.finding import Finding, Level
@@ -32,6 +31,8 @@ PACKAGES = {
 }
 _LOCKS = {False: ("all.txt", "torch.txt"), True: ("nodes.txt", "ipex.txt", "torch-ipex.txt")}
 _IMPORT_SECONDS = 180
+# What makes Python or ld.so take other files than those of the environment.
+_SUSPECTS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
 # In a process of its own: a package built for another CPU ends its process.
 _IMPORT = """
 import importlib, json, sys
@@ -121,6 +122,8 @@ class Imported:
     """Why it failed; empty where it did not."""
     cuda: str | None = None
     """The CUDA that a torch is built for."""
+    because_of: tuple[str, ...] = ()
+    """The variables of the environment without which it does not fail."""
 
 
 def import_all(modules: Iterable[str], environ: Mapping[str, str]) -> dict[str, Imported]:
@@ -131,12 +134,23 @@ def import_all(modules: Iterable[str], environ: Mapping[str, str]) -> dict[str, 
 
 
 def import_one(module: str, environ: Mapping[str, str]) -> Imported:
-    # OpenVINO does not survive tcmalloc, and is started without it.
-    own = {"LD_PRELOAD": ""} if module.startswith("openvino") else {}
+    """Import a module in a process of its own; where that fails, once more without what could lead it astray."""
+    if module.startswith("openvino"):  # OpenVINO does not survive tcmalloc, and is started without it
+        environ = {**environ, "LD_PRELOAD": ""}
+    result = _import(module, environ)
+    suspects = tuple(name for name in _SUSPECTS if environ.get(name))
+    if result.error and suspects:
+        others = {name: value for name, value in environ.items() if name not in suspects}
+        if not _import(module, others).error:
+            return replace(result, because_of=suspects)
+    return result
+
+
+def _import(module: str, environ: Mapping[str, str]) -> Imported:
     command = [sys.executable, "-P", "-c", _IMPORT, module]
     try:
         done = subprocess.run(
-            command, env={**environ, **own}, capture_output=True, text=True, check=False, timeout=_IMPORT_SECONDS
+            command, env=environ, capture_output=True, text=True, check=False, timeout=_IMPORT_SECONDS
         )
     except subprocess.TimeoutExpired:
         return Imported(f"not imported within {_IMPORT_SECONDS} s")
@@ -157,7 +171,7 @@ def package(name: str, have: str | None, lock: Mapping[str, str], result: Import
         level: Level = "problem" if needed or wanted else "note"
         return Finding(_GROUP, name, level, text, setup.again(), values)
     if result and result.error:
-        fix = setup.anew()
+        fix = f"unset {' '.join(result.because_of)}" if result.because_of else setup.anew()
         return Finding(_GROUP, name, "problem", f"{have} does not import: {result.error}", fix, values)
     if result and result.cuda:
         text = f"{have} is built for CUDA {result.cuda}: several GB of no use, and slower on CPUs"
@@ -211,7 +225,7 @@ def profile(setup: Setup, have: Mapping[str, str]) -> Finding:
 def conversion(folder: Path, setup: Setup) -> Finding:
     """The environment in which models are converted to OpenVINO, for engine auto."""
     values = {"folder": str(folder)}
-    if (folder / "bin" / "optimum-cli").is_file() and os.access(folder / "bin" / "python", os.X_OK):
+    if (folder / "bin" / "optimum-cli").is_file():
         return Finding(_GROUP, "conversion", "ok", f"{folder}: engine auto serves in int8", values=values)
     text = f"no environment in {folder}: engine auto serves with vllm, and not in int8 by openvino, which is faster"
     where = f"cd {shlex.quote(str(setup.bundle))} && " if setup.bundle else "in the bundle, "

@@ -34,6 +34,8 @@ class Place:
     """Folders on one file system, or one that cannot be written."""
 
     names: Sequence[str]
+    wanted: Sequence[Path]
+    """The folders; `folder` is the first or, where that is not there yet, the nearest above it."""
     folder: Path
     free: int
     """In bytes."""
@@ -63,14 +65,16 @@ def find_places(folders: Mapping[str, Path], mounts: str) -> list[Place]:
 
     mounts: /proc/self/mountinfo.
     """
-    found: dict[tuple[facts.Mount, Trial], tuple[list[str], Path]] = {}
+    found: dict[tuple[facts.Mount, Trial], dict[str, Path]] = {}
     for name, folder in folders.items():
         there = facts.existing(folder).resolve()
         key = facts.mount_of(there, mounts), try_folder(there)
-        found.setdefault(key, ([], there))[0].append(name)
-    return [
-        Place(names, folder, facts.free_disk(folder), mount, trial) for (mount, trial), (names, folder) in found.items()
-    ]
+        found.setdefault(key, {})[name] = folder
+    places = []
+    for (mount, trial), wanted in found.items():
+        there = facts.existing(next(iter(wanted.values()))).resolve()
+        places.append(Place([*wanted], [*wanted.values()], there, facts.free_disk(there), mount, trial))
+    return places
 
 
 def storage(place: Place, user: int, move: str) -> Finding:
@@ -99,7 +103,8 @@ def storage(place: Place, user: int, move: str) -> Finding:
         if network and user == 0:
             fix = f"root has no rights there (root_squash): run as the user that owns {place.folder}, or {move}"
         else:
-            fix = f"as root, chown {user} {quoted}, or {move}"
+            wanted = shlex.join(map(str, place.wanted))
+            fix = f"{move}; or, if these are to be this user's, as root: install -d -o {user} {wanted}"
         return problem(text, fix)
     if not place.trial.locks:
         fix = "mount it with locks (nfs: without nolock, and with rpc.statd for version 3; lustre: -o flock)"

@@ -156,9 +156,16 @@ def holder(inode: str) -> tuple[str, int]:
 
 
 def existing(path: str | Path) -> Path:
-    """The nearest folder above that is there."""
+    """The nearest folder above that is there, as far as this user can see."""
     folder = Path(path)
-    return next(one for one in (folder, *folder.parents) if one.is_dir())
+    return next(one for one in (folder, *folder.parents) if _is_folder(one))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # below a folder of another user's
+        return False
 
 
 def free_disk(path: str | Path) -> int:

@@ -41,7 +41,7 @@ def test_the_real_command_says_what_this_machine_is(tmp_path: Path) -> None:
     assert found["shared memory"]["values"]["total"] == shutil.disk_usage("/dev/shm").total
     assert found["torch"]["values"]["installed"] == importlib.metadata.version("torch")
     assert found["Python"]["values"]["version"] == [*sys.version_info[:3]]
-    assert found["models, runs, data, serve"]["values"]["folder"] == str(tmp_path.resolve())
+    assert found["home, models, runs, data"]["values"]["folder"] == str(tmp_path.resolve())
     assert all(bool(one["fix"]) == (one["level"] != "ok") for one in report["findings"])
     assert [*tmp_path.iterdir()] == []
 

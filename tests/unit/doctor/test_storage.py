@@ -18,6 +18,7 @@ _NFS = Mount("/srv", "nfs4", "nas:/llm")
 def _place(**changed: Any) -> Place:
     default = {
         "names": ["models", "runs"],
+        "wanted": [Path("/srv/my models/models"), Path("/srv/my models/runs")],
         "folder": Path("/srv/my models"),
         "free": 50 * _GIB,
         "mount": Mount("/", "ext4", "/dev/vda"),
@@ -33,7 +34,7 @@ def _place(**changed: Any) -> Place:
         (_place(free=3 * _GIB), 1000, "note", "enough for small models", "du -xh --max-depth=2 '/srv/my models'"),
         (_place(free=2**20), 1000, "problem", "1 MiB free, at least 1 GiB is needed", "move them"),
         (_place(free=0, trial=Trial("No space left on device")), 1000, "problem", "No space left on device", "du -xh"),
-        (_place(trial=Trial("Permission denied")), 1000, "problem", "cannot be written: Permission denied", "chown 1000 '/srv/my models', or move them"),
+        (_place(trial=Trial("Permission denied")), 1000, "problem", "cannot be written: Permission denied", "move them; or, if these are to be this user's, as root: install -d -o 1000 '/srv/my models/models' '/srv/my models/runs'"),
         (_place(trial=Trial("Permission denied"), mount=_NFS), 0, "problem", "cannot be written", "root_squash"),
         (_place(trial=Trial(uid=65534), mount=_NFS), 0, "note", "to uid 65534 (root_squash)", "sudo -u ray"),
         (_place(trial=Trial(uid=1000, locks=False), mount=_NFS), 1000, "problem", "cannot be locked", "rpc.statd"),
@@ -55,6 +56,7 @@ def test_folders_on_one_file_system_are_one_place(tmp_path: Path) -> None:
     models, rest = find_places(folders, mounts)
     assert (models.names, models.mount.type) == (["models"], "xfs")
     assert (rest.names, rest.mount.type, rest.folder) == (["runs", "data"], "ext4", tmp_path)
+    assert rest.wanted == [tmp_path / "runs", tmp_path / "data"]
     assert rest.trial == Trial(uid=os.geteuid())
     assert [*tmp_path.rglob("*")] == [tmp_path / "models"], "nothing stays"
 

@@ -102,3 +102,9 @@ def test_ansible_can_bring_it_to_hosts_where_nothing_of_ours_is_installed() -> N
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
+
+
+def test_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
+    assert facts.existing(tmp_path / "a/b") == tmp_path
+    (tmp_path / "file").touch()
+    assert facts.existing(tmp_path / "file/below") == tmp_path

@@ -1,0 +1,111 @@
+"""The nodes of the joined Ray: the checks of each, and whether they go together."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import llm_ray
+from llm_ray.conf.section import home
+from llm_ray.doctor import software
+from llm_ray.doctor.finding import Finding
+from llm_ray.errors import ClusterError
+from llm_ray.host import rules
+
+_GROUP = "Cluster"
+_SECONDS = 600  # for all checks of a node: it imports torch, Ray and the engines
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node runs, and how far its clock is off this host's."""
+
+    host: str
+    versions: Mapping[str, str | None]
+    """Of llm-ray, Python and packages; None where it lacks one."""
+    skew: float
+    """In seconds, at least."""
+
+
+def check_nodes() -> list[Finding]:
+    """Check every node of the joined Ray but this host, and compare all of them. Raises ClusterError when a node does
+    not answer, or runs an llm-ray without these checks."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+
+    def on(node: str, function: Callable[[], Any]) -> Any:
+        task = ray.remote(function).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+        )
+        return task.remote()
+
+    def answers(asked: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for node, task in asked.items():
+            try:
+                found[node] = ray.get(task, timeout=_SECONDS)
+            except ray.exceptions.RayError as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+                raise ClusterError(
+                    f"{alive[node]} cannot be checked: {reason}. Is its llm-ray as this one ({llm_ray.__version__})? "
+                    "upgrade.yml brings all nodes to one version"
+                ) from error
+        return found
+
+    answers({node: on(node, _who) for node in alive})  # starts their workers, so that the clocks are read at once
+    nodes = []
+    for node, host in alive.items():
+        before = time.time()
+        versions, now = answers({node: on(node, _who)})[node]
+        nodes.append(Node(host, versions, rules.clock_skew(before, now, time.time())))
+    others = answers({node: on(node, _check) for node in alive if node != here})
+    return compare(nodes) + [
+        replace(finding, group=f"{alive[node]}: {finding.group}")
+        for node, findings in others.items()
+        for finding in findings
+    ]
+
+
+def compare(nodes: Sequence[Node]) -> list[Finding]:
+    """What only a look at all nodes shows: versions and clocks that differ."""
+    found = []
+    names = [*dict.fromkeys(name for node in nodes for name in node.versions)]
+    for name in names:
+        by_host = {node.host: node.versions.get(name) for node in nodes}
+        common = Counter(by_host.values()).most_common(1)[0][0]
+        if odd := [f"{version or 'missing'} on {host}" for host, version in by_host.items() if version != common]:
+            text = f"{common or 'missing'} on most nodes, but {', '.join(odd)}"
+            fix = "ansible-playbook -i INVENTORY upgrade.yml"
+            found.append(Finding(_GROUP, name, "problem", text, fix, by_host))
+    if not found:
+        text = f"the same on {len(nodes)} node(s): {', '.join(node.host for node in nodes)}"
+        found.append(Finding(_GROUP, "versions", "ok", text, values=dict(nodes[0].versions)))
+    skews = {node.host: round(node.skew, 1) for node in nodes}
+    if late := [f"{host} {skew:g} s" for host, skew in skews.items() if skew > rules.MAX_CLOCK_SKEW]:
+        text = f"off this host's: {', '.join(late)}; {rules.MAX_CLOCK_SKEW} s are allowed"
+        found.append(Finding(_GROUP, "clocks", "problem", text, "timedatectl set-ntp true on these hosts", skews))
+    else:
+        found.append(Finding(_GROUP, "clocks", "ok", f"within {rules.MAX_CLOCK_SKEW} s", values=skews))
+    return found
+
+
+def _who() -> tuple[dict[str, str | None], float]:
+    """Versions and the time of the node that this runs on."""
+    have = software.installed()
+    versions = {"llm-ray": llm_ray.__version__, "Python": platform.python_version()}
+    return {**versions, **{name: have.get(name) for name in software.PACKAGES}}, time.time()
+
+
+def _check() -> list[Finding]:
+    """All checks of the node that this runs on."""
+    from llm_ray.doctor.collect import check_host
+
+    return check_host(home(), os.environ)

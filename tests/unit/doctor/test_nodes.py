@@ -1,0 +1,40 @@
+"""Whether the nodes of a cluster go together, and their checks on a real Ray."""
+
+from __future__ import annotations
+
+import platform
+
+import llm_ray
+from llm_ray.cluster import local_ray
+from llm_ray.doctor.nodes import Node, check_nodes, compare
+
+_VERSIONS = {"llm-ray": "0.2.0", "Python": "3.11.2", "ray": "2.60.0"}
+
+
+def _node(n: int, skew: float = 0, **changed: str | None) -> Node:
+    return Node(f"node{n}", _VERSIONS | changed, skew)
+
+
+def test_nodes_that_are_alike() -> None:
+    versions, clocks = compare([_node(1), _node(2, skew=1.2)])
+    assert (versions.level, clocks.level) == ("ok", "ok")
+    assert versions.text == "the same on 2 node(s): node1, node2"
+    assert clocks.values == {"node1": 0, "node2": 1.2}
+
+
+def test_nodes_that_differ() -> None:
+    python, ray, clocks = compare([_node(1), _node(2, Python="3.11.4"), _node(3, skew=9.04, ray=None)])
+    assert {python.level, ray.level, clocks.level} == {"problem"}
+    assert (python.check, python.text) == ("Python", "3.11.2 on most nodes, but 3.11.4 on node2")
+    assert (ray.check, ray.text) == ("ray", "2.60.0 on most nodes, but missing on node3")
+    assert "upgrade.yml" in python.fix
+    assert clocks.text == "off this host's: node3 9 s; 5 s are allowed"
+    assert "set-ntp true" in clocks.fix
+
+
+def test_a_node_answers_what_it_runs() -> None:
+    with local_ray(num_cpus=1):
+        versions, clocks = check_nodes()
+    assert (versions.level, clocks.level) == ("ok", "ok")
+    assert versions.values["llm-ray"] == llm_ray.__version__
+    assert versions.values["Python"] == platform.python_version()
