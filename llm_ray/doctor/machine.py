@@ -15,7 +15,7 @@ _GROUP = "Host"
 _FEW_TASKS = 2048
 _FEW_FILES, _ENOUGH_FILES = 4096, 65536  # Ray warns below the first, and raises its limit to the second where it may
 _LITTLE_FREE = 2 * rules.GIB  # about what a finetune of the quickstart's model takes
-_CLUSTER_STORE_GIB = 2  # ray_node_object_store_gib by default
+CLUSTER_STORE_GIB = 2  # ray_node_object_store_gib by default
 
 
 def cpu(flags: Collection[str]) -> Finding:
@@ -100,8 +100,8 @@ def shared_memory(total: int, free: int, memory: int) -> Finding:
             else "remove what lies there: ls -l /dev/shm"
         )
         return Finding(_GROUP, "shared memory", "problem", text, fix, values)
-    if rules.store_fault(_CLUSTER_STORE_GIB, total / rules.GIB, memory / rules.GIB):
-        text = f"{gib(total)}: enough for local runs, not for a cluster's node, which takes {_CLUSTER_STORE_GIB} GiB"
+    if rules.store_fault(CLUSTER_STORE_GIB, total / rules.GIB, memory / rules.GIB):
+        text = f"{gib(total)}: enough for local runs, not for a cluster's node, which takes {CLUSTER_STORE_GIB} GiB"
         fix = "before this host joins a cluster: ray_node_object_store_gib: 1, or mount -o remount,size=4G /dev/shm"
         return Finding(_GROUP, "shared memory", "note", text, fix, values)
     return Finding(_GROUP, "shared memory", "ok", f"{gib(total)}, {gib(free)} free", values=values)

@@ -39,7 +39,7 @@ def check_nodes() -> list[Finding]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    alive = _names([node for node in ray.nodes() if node["Alive"]])
 
     def on(node: str, function: Callable[[], Any]) -> Any:
         task = ray.remote(function).options(
@@ -95,6 +95,17 @@ def compare(nodes: Sequence[Node]) -> list[Finding]:
     else:
         found.append(Finding(_GROUP, "clocks", "ok", f"within {rules.MAX_CLOCK_SKEW} s", values=skews))
     return found
+
+
+def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the nodes are called, by id: their host names, with the address and port where several have the same."""
+    counts = Counter(node["NodeManagerHostname"] for node in nodes)
+    return {
+        node["NodeID"]: name
+        if counts[name := node["NodeManagerHostname"]] == 1
+        else f"{name} ({node['NodeManagerAddress']}:{node['NodeManagerPort']})"
+        for node in nodes
+    }
 
 
 def _who() -> tuple[dict[str, str | None], float]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from llm_ray.doctor import network
+from llm_ray.cli.ui import ui
+from llm_ray.conf.serve import Endpoint
+from llm_ray.doctor import machine, network
 
 
 def _held(name: str, by: str = "nginx (process 812)", pid: int = 812) -> dict[str, Any]:
@@ -52,3 +56,13 @@ def test_proxies(environ: dict[str, str], level: str) -> None:
     found = network.proxies(environ)
     assert found.level == level
     assert ("127.0.0.1,localhost" in found.fix) == (level == "problem")
+
+
+def test_ports_are_the_defaults_of_what_uses_them() -> None:
+    assert Endpoint.model_fields["port"].default == network.ENDPOINT
+    (page,) = (option.default for option in ui.params if option.name == "port")
+    assert page == network.PAGE
+    role = yaml.safe_load((Path(__file__).parents[3] / "roles/ray_node/defaults/main.yml").read_text())
+    names = ("port", "dashboard_port", "client_port", "dashboard_agent_port")
+    assert [*network.HEAD.values()] == [role[f"ray_node_{name}"] for name in names]
+    assert role["ray_node_object_store_gib"] == machine.CLUSTER_STORE_GIB

@@ -6,7 +6,7 @@ import platform
 
 import llm_ray
 from llm_ray.cluster import local_ray
-from llm_ray.doctor.nodes import Node, check_nodes, compare
+from llm_ray.doctor.nodes import Node, _names, check_nodes, compare
 
 _VERSIONS = {"llm-ray": "0.2.0", "Python": "3.11.2", "ray": "2.60.0"}
 
@@ -30,6 +30,14 @@ def test_nodes_that_differ() -> None:
     assert "upgrade.yml" in python.fix
     assert clocks.text == "off this host's: node3 9 s; 5 s are allowed"
     assert "set-ntp true" in clocks.fix
+
+
+def test_nodes_with_one_host_name_are_told_apart() -> None:
+    nodes = [
+        {"NodeID": str(n), "NodeManagerHostname": name, "NodeManagerAddress": f"10.0.0.{n}", "NodeManagerPort": 40}
+        for n, name in enumerate(("a", "b", "b"))
+    ]
+    assert _names(nodes) == {"0": "a", "1": "b (10.0.0.1:40)", "2": "b (10.0.0.2:40)"}
 
 
 def test_a_node_answers_what_it_runs() -> None:
