@@ -21,15 +21,17 @@ from llm_ray.doctor.network import PORTS
 
 # Two nodes on loopback, the command, and the end of both.
 _CLUSTER = """
-import subprocess, sys
+import subprocess, sys, tempfile
 from ray.cluster_utils import Cluster
-node = {"num_cpus": 1, "object_store_memory": 2**27, "node_ip_address": "127.0.0.1"}
-cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-try:
-    cluster.add_node(**node)
-    sys.exit(subprocess.call([*sys.argv[1:], "--address", cluster.address]))
-finally:
-    cluster.shutdown()
+with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:  # short: sockets lie in it
+    node = {"num_cpus": 1, "object_store_memory": 2**27, "node_ip_address": "127.0.0.1", "temp_dir": folder}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        cluster.add_node(**node)
+        code = subprocess.call([*sys.argv[1:], "--address", cluster.address])
+    finally:
+        cluster.shutdown()
+sys.exit(code)
 """
 
 
