@@ -51,12 +51,16 @@ def doctor(ctx: click.Context, as_json: bool, address: str | None) -> None:
 
 def _show(findings: Sequence[Finding]) -> None:
     width = max(len(one.check) for one in findings)
-    for group, members in groupby(findings, key=lambda one: one.group):
-        click.secho(f"\n{group}", bold=True)
-        for one in members:
+    for (host, group), of_group in groupby(findings, key=lambda one: (one.host, one.group)):
+        members = [*of_group]
+        shown = [one for one in members if not host or one.level != "ok"]  # of other nodes what is to be done there
+        click.secho(f"\n{host}: {group}" if host else f"\n{group}", bold=True)
+        for one in shown:
             level = click.style(f"{one.level:7}", fg=_COLOURS[one.level])
             click.echo(f"  {level}  {one.check:{width}}  {one.text}")
             if one.fix:
                 click.echo(f"  {'':7}  {'':{width}}  {click.style('fix:', bold=True)} {one.fix}")
+        if fine := len(members) - len(shown):
+            click.echo(f"  {click.style('ok     ', fg=_COLOURS['ok'])}  {fine} of {len(members)} checks")
     counts = [sum(one.level == level for one in findings) for level in ("problem", "note", "ok")]
     click.echo(f"\n{counts[0]} problem(s), {counts[1]} note(s), {counts[2]} ok")

@@ -24,6 +24,8 @@ class Finding:
     """What to do: a command wherever there is one. Never empty where something is not ok."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """The facts in numbers, for programs."""
+    host: str = ""
+    """Which other node of a cluster it is about; empty: this host."""
 
 
 def gib(size: float) -> str:

@@ -68,9 +68,7 @@ def check_nodes() -> list[Finding]:
         nodes.append(Node(host, versions, rules.clock_skew(before, now, time.time())))
     others = answers({node: on(node, _check) for node in alive if node != here})
     return compare(nodes) + [
-        replace(finding, group=f"{alive[node]}: {finding.group}")
-        for node, findings in others.items()
-        for finding in findings
+        replace(finding, host=alive[node]) for node, findings in others.items() for finding in findings
     ]
 
 
