@@ -56,7 +56,8 @@ class Load:
     """What to send. One of `concurrency` (so many at once, each sent when another is answered) and `rate` (requests per
     second on average, with the gaps of a Poisson process, however long answers take), and one of `requests` and
     `duration` (seconds in which requests are sent; those under way are waited for). `warmup` requests go before, one
-    after the other, and are in no figure. `timeout` is for one answer, in seconds. Raises ConfError when both or none
+    after the other, and are in no figure. `timeout` is for one answer, in seconds. Without `keep_alive` each request has
+    a connection of its own, for servers that close theirs after an answer without saying so. Raises ConfError when both or none
     of a pair are given."""
 
     concurrency: int | None = None
@@ -70,6 +71,7 @@ class Load:
     warmup: int = 1
     seed: int = 0
     timeout: float = 600.0
+    keep_alive: bool = True
 
     def __post_init__(self) -> None:
         if (self.concurrency is None) == (self.rate is None):
@@ -119,6 +121,7 @@ class Spread:
     mean: float
     p50: float
     p90: float
+    p95: float
     p99: float
 
     @classmethod
@@ -126,7 +129,11 @@ class Spread:
         """Percentiles are interpolated, as numpy does; None of no values."""
         import numpy as np
 
-        return cls(float(np.mean(values)), *(float(p) for p in np.percentile(values, [50, 90, 99]))) if values else None
+        return (
+            cls(float(np.mean(values)), *(float(p) for p in np.percentile(values, [50, 90, 95, 99])))
+            if values
+            else None
+        )
 
 
 @dataclass
@@ -215,7 +222,11 @@ async def _run(
 
     report = LoadReport(endpoint.url, model, load)
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE),
+        connector=(
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE)
+            if load.keep_alive
+            else aiohttp.TCPConnector(limit=0, force_close=True)
+        ),
         headers={"Content-Type": "application/json", "Accept-Encoding": "identity", **endpoint.headers},
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=load.timeout, sock_connect=min(load.timeout, CONNECT_SECONDS)),

@@ -72,9 +72,9 @@ def table(report: LoadReport) -> Iterator[str]:
     yield f"  client CPU        {report.client_cpu_seconds:.2f} s, {report.client_cpu_share:.0%} of a core"
     if report.client_cpu_share > CLIENT_BOUND:
         yield "                    (so high that the load generator may limit the figures)"
-    yield f"  {'milliseconds':<24}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}"
+    yield f"  {'milliseconds':<24}{'mean':>10}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}"
     for name, spread in spreads(report).items():
-        cells = [f"{value * 1000:.1f}" for value in asdict(spread).values()] if spread else ["–"] * 4
+        cells = [f"{value * 1000:.1f}" for value in asdict(spread).values()] if spread else ["–"] * 5
         yield f"  {name.replace('_', ' '):<24}" + "".join(f"{cell:>10}" for cell in cells)
 
 

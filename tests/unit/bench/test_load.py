@@ -69,6 +69,12 @@ def test_the_warmup_is_in_no_figure(server: Server) -> None:
         load(server, "nobody", warmup=1)
 
 
+@pytest.mark.parametrize("keep_alive", [True, False])
+def test_connections_are_kept_unless_each_request_shall_have_its_own(server: Server, keep_alive: bool) -> None:
+    assert not load(server, keep_alive=keep_alive).failures
+    assert {headers.get("connection") == "close" for headers in server.headers} == {not keep_alive}
+
+
 def test_a_duration(server: Server) -> None:
     report = load(server, requests=None, duration=0.3)
     assert len(report.samples) > 1
@@ -255,7 +261,7 @@ def test_the_command_as_json(server: Server, tmp_path: Path) -> None:
     result = bench(server.api, *arguments)
     found = json.loads(result.stdout)
     assert (found["answered"], found["failed"], found["load"]["rate"], found["output_tokens"]) == (5, 0, 100, 10)
-    assert set(found["time_to_first_token_seconds"]) == {"mean", "p50", "p90", "p99"}
+    assert set(found["time_to_first_token_seconds"]) == {"mean", "p50", "p90", "p95", "p99"}
     assert [request["messages"][0]["content"] for request in server.requests] == ["first one", "second one"] * 2 + [
         "first one"
     ]
