@@ -7,7 +7,7 @@ MINE := $(if $(filter 0,$(shell id -u)),,not root and )
 # With real Ray two files or folders at a time, for they wait a lot (of three on two cores, those that train wait for each other); threads of
 # an engine that wait must not take the others' cores.
 INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 25 tests/integration
-.PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench clean
+.PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench bench-serving clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -74,6 +74,10 @@ format: setup ## Format the code and write the generated files
 bench: ## Training against TRL, two workers against one: a table and bench-results/benchmarks.json
 	@scripts/setup bench
 	$(RUN)/python -m benchmarks $(if $(DATA),--data $(DATA))
+
+bench-serving: setup-convert ## The serving league: our engines beside vLLM, ray.serve.llm and llama.cpp; hours, or a part with OPTIONS='--rounds 1 --concurrency 1,4 --prompts 32'
+	@scripts/setup bench
+	$(RUN)/python -m benchmarks league $(OPTIONS)
 
 clean: ## Remove the environments and caches; models, data and runs stay
 	rm -rf .venv .venv-convert .mypy_cache .ruff_cache .pytest_cache .hypothesis bench-results

@@ -30,6 +30,7 @@ from benchmarks import (
     training,
     waiting,
 )
+from benchmarks.league.command import league
 from llm_ray.models.registry import import_model
 
 BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
@@ -48,7 +49,24 @@ BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
 SHIPPED = Path(llm_ray.__file__).parent / "quickstart" / "data" / "train.jsonl"
 
 
-@click.command()
+class _RunByDefault(click.Group):
+    """``python -m benchmarks training`` means ``python -m benchmarks run training``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_RunByDefault)
+def main() -> None:
+    """Measure this package: `run` (unless another command is named) its parts, `league` its serving beside others'."""
+
+
+main.add_command(league)
+
+
+@main.command()
 @click.argument("names", nargs=-1, type=click.Choice(list(BENCHMARKS)))
 @click.option(
     "--data",
@@ -61,8 +79,8 @@ SHIPPED = Path(llm_ray.__file__).parent / "quickstart" / "data" / "train.jsonl"
     "--model", type=click.Path(path_type=Path), help="A model folder (default: SmolLM2-135M-Instruct from PyPI)."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
-def main(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: Path) -> None:
-    """Run the benchmarks NAMES (all of them without any)."""
+def run(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: Path) -> None:
+    """Run the benchmarks NAMES (all of these without any)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     table = Table("figure", "ours", "floor", "ratio", "mark", title="llm-ray benchmarks")
     results: dict[str, Any] = {
