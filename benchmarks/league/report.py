@@ -115,6 +115,8 @@ def plot(summed: dict[str, Any], file: Path) -> None:
                     [at for at, _ in points], middle, bars, label=server, marker=mark, color=colour, capsize=2
                 )
             axes.set_xscale("log", base=2)
+            counts = sorted({load["concurrency"] for load in summed["loads"]})
+            axes.set_xticks(counts, labels=[str(count) for count in counts])
             axes.set_xlabel("requests at once")
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
