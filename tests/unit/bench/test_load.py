@@ -92,7 +92,9 @@ def test_poisson_arrivals(server: Server) -> None:
         late = np.array(sent) - expected
         assert late.min() >= 0
         assert np.median(late) < 1  # on a machine that is busy; at a tenth of the rate it is four times that
-    assert load(server, concurrency=None, rate=100.0, requests=None, duration=0.3).samples[-1].sent < 0.3
+    for_a_while = load(server, concurrency=None, rate=100.0, requests=None, duration=0.3, seed=1)
+    due = np.cumsum([0.0, *np.random.default_rng(1).exponential(1 / 100, 99)])
+    assert len(for_a_while.samples) == (due < 0.3).sum(), "those that are due in that time, and no others"
 
 
 def test_a_slow_answer_does_not_hold_up_arrivals(server: Server) -> None:
