@@ -24,6 +24,7 @@ from llm_ray.bench.prompts import SENTENCES, builtin_prompts
 from llm_ray.client.endpoint import parse
 from llm_ray.client.errors import Failed
 from llm_ray.client.prompts import Prompt
+from llm_ray.errors import RunError
 from llm_ray.files import write_json
 from llm_ray.models.folder import CONFIG, read_json
 from llm_ray.serve.deployments.deploy import free_port
@@ -100,7 +101,8 @@ class League:
         return self.folder / "league.json"
 
     def run(self) -> None:
-        """All rounds. What cannot be measured is a reason in the results. Raises ConfError for an unusable text."""
+        """All rounds. What cannot be measured is a reason in the results. Raises ConfError for an unusable text, RunError
+        where the machine's limits cannot be measured."""
         tokens = quality.tokens_of(self.text, self.setting.model, self.text_tokens)
         ready = {name: weights for name in self.names if (weights := self._prepare(name))}
         self._qualities(ready, tokens)
@@ -164,7 +166,13 @@ class League:
     def _limits(self) -> dict[str, Any]:
         self.say("limits of the machine")
         command = [sys.executable, "-m", "benchmarks.league.limits", "--threads", str(len(self.setting.cores))]
-        found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise RunError(
+                f"the limits of this machine cannot be measured: {why}. What was measured before is in {self.file}"
+            )
+        found: dict[str, Any] = json.loads(done.stdout)
         return found
 
     def _round(self, name: str, weights: Weights, number: int) -> None:
