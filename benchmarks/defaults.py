@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ours import held_out_loss
+from benchmarks.table import comparison
 from benchmarks.training import conversations
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cli.terminal import Terminal
@@ -76,7 +77,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             conf = _conf(method, f"{method}-{side}", model, train, work, settings)
             began = time.monotonic()
             run = run_finetune(conf, Terminal())
-            steps = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+            steps = [step for step in read_metrics(run / "metrics.jsonl") if "loss" in step]
             sides[side] = {
                 "loss": held_out_loss(run / "output", asked.run_dir / "prepared"),
                 "epochs": steps[-1]["epoch"],
@@ -87,13 +88,12 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         for peer in PEERS:
             ours, floor = sides["auto"]["loss"], sides[peer]["loss"]
             table.append(
-                {
-                    "figure": f"{method}: loss of {HELD_OUT} unseen rows after {rows}, auto against {peer}'s defaults",
-                    "ours": ours,
-                    "floor": floor,
-                    "ratio": ours / floor,
-                    "mark": "at most 1.01 x",
-                }
+                comparison(
+                    f"{method}: loss of {HELD_OUT} unseen rows after {rows}, auto against {peer}'s defaults",
+                    ours,
+                    floor,
+                    "at most 1.01 x",
+                )
             )
     return {**figures, "table": table}
 

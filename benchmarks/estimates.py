@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import comparison
 from benchmarks.training import messages, write_rows
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import fit_workers, local_ray
@@ -64,13 +65,13 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         }
         figures[name] = {"told": {"seconds": told.step_seconds, "memory": told.memory_per_worker}, "took": took}
         table += [
-            _row(
+            comparison(
                 f"{name}: seconds of the steps, told against taken",
                 told.step_seconds or 0.0,
                 took["seconds"],
                 "within 25 %",
             ),
-            _row(
+            comparison(
                 f"{name}: GiB of a worker, told against taken",
                 told.memory_per_worker / 2**30,
                 took["memory"] / 2**30,
@@ -78,7 +79,3 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             ),
         ]
     return {**figures, "table": table}
-
-
-def _row(figure: str, told: float, took: float, mark: str) -> dict[str, Any]:
-    return {"figure": figure, "ours": told, "floor": took, "ratio": told / took, "mark": mark}

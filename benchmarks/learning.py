@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.facts import facts
 from benchmarks.ours import right_share
+from benchmarks.table import comparison
 from llm_ray.app.finetune import run_finetune
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.load import load_finetune
@@ -81,20 +82,14 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         figures[case] = {"questions": len(questions), "right before": before, "right": after, "minutes": minutes}
         print(case, figures[case], flush=True)  # what is known is not lost if the rest is broken off
         table += [
-            {
-                "figure": f"{method}, {len(taught)} rows as {form}: right of {len(questions)} questions in new words, "
-                "%, after against before",
-                "ours": 100 * after,
-                "floor": 100 * before,
-                "ratio": after / max(before, 1 / len(questions)),
-                "mark": "at least 85 %",
-            },
-            {
-                "figure": f"{method}, {len(taught)} rows as {form}: minutes",
-                "ours": minutes,
-                "floor": 8.0,
-                "ratio": minutes / 8,
-                "mark": "below 1 x (8)",
-            },
+            comparison(
+                f"{method}, {len(taught)} rows as {form}: right of {len(questions)} questions in new words, %, after "
+                "against before",
+                100 * after,
+                100 * before,
+                "at least 85 %",
+                100 / len(questions),
+            ),
+            comparison(f"{method}, {len(taught)} rows as {form}: minutes", minutes, 8.0, "below 1 x (8)"),
         ]
     return {"ours": figures, "table": table}

@@ -18,7 +18,7 @@ import openai
 import psutil
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from benchmarks.serving import row
+from benchmarks.table import comparison
 from llm_ray.serve.deployments.deploy import free_port
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
@@ -61,9 +61,11 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     slowest = max(usable.values())
     page_ms, direct_ms = 1000 * statistics.median(through), 1000 * statistics.median(direct)
     table = [
-        row("page: slowest screen until usable, s", slowest, 2.0, "below 1 x (2 s)"),
-        row("page: a chat's first token, ms, against the API's", page_ms, direct_ms, "at most 50 ms more"),
-        row(f"page: CPU with {_TABS} tabs open while nothing happens, % of a core", 100 * idle, 5.0, "below 1 x (5 %)"),
+        comparison("page: slowest screen until usable, s", slowest, 2.0, "below 1 x (2 s)"),
+        comparison("page: a chat's first token, ms, against the API's", page_ms, direct_ms, "at most 50 ms more"),
+        comparison(
+            f"page: CPU with {_TABS} tabs open while nothing happens, % of a core", 100 * idle, 5.0, "below 1 x (5 %)"
+        ),
     ]
     return {
         "seconds to start": started,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ours import SETTINGS
+from benchmarks.table import comparison
 from benchmarks.training import run_trl
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import fit_workers, local_ray
@@ -81,27 +82,24 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     given = _ours(conf, pairs, outcome["reference_seconds"])
     floor = run_trl("trl_dpo_floor", model, train, cores)
     table = [
-        {
-            "figure": f"DPO, LoRA, {pairs} pairs: pairs/s against TRL",
-            "ours": given["pairs_per_second"],
-            "floor": floor["pairs_per_second"],
-            "ratio": given["pairs_per_second"] / floor["pairs_per_second"],
-            "mark": "3 x",
-        },
-        {
-            "figure": "the same: memory of the training process, GiB",
-            "ours": given["memory"] / 2**30,
-            "floor": floor["memory"] / 2**30,
-            "ratio": given["memory"] / floor["memory"],
-            "mark": "at most 1 x",
-        },
-        {
-            "figure": "the same: mean margin of rewards in the last step, thousandths",
-            "ours": 1000 * given["margin"],
-            "floor": 1000 * floor["margin"],
-            "ratio": given["margin"] / floor["margin"] if floor["margin"] else 0.0,
-            "mark": "",
-        },
+        comparison(
+            f"DPO, LoRA, {pairs} pairs: pairs/s against TRL",
+            given["pairs_per_second"],
+            floor["pairs_per_second"],
+            "3 x",
+        ),
+        comparison(
+            "the same: memory of the training process, GiB",
+            given["memory"] / 2**30,
+            floor["memory"] / 2**30,
+            "at most 1 x",
+        ),
+        comparison(
+            "the same: mean margin of rewards in the last step, thousandths",
+            1000 * given["margin"],
+            1000 * floor["margin"],
+            "",
+        ),
     ]
     return {"ours": given, "trl": floor, "table": table}
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ours
+from benchmarks.table import comparison
 from benchmarks.training import messages, write_rows
 
 
@@ -14,14 +15,12 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     train, held_out = (messages(file) for file in write_rows(data, rows, work))
     one = ours.train("one-worker", model, train, held_out, work, workers=1, cpus=1)
     two = ours.train("two-workers", model, train, held_out, work, workers=2, cpus=1)
-    ratio = two["tokens_per_second"] / one["tokens_per_second"]
     table = [
-        {
-            "figure": "two workers against one, tokens/s",
-            "ours": two["tokens_per_second"],
-            "floor": one["tokens_per_second"],
-            "ratio": ratio,
-            "mark": "1.8 x, then 1.9 x",
-        }
+        comparison(
+            "two workers against one, tokens/s",
+            two["tokens_per_second"],
+            one["tokens_per_second"],
+            "1.8 x, then 1.9 x",
+        )
     ]
     return {"one": one, "two": two, "table": table}

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.table import comparison
 from benchmarks.vllm_floor import PROMPT, TOKENS
 from llm_ray.app.api_service import open_service
 from llm_ray.bench.load import Load, run_load
@@ -60,7 +61,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         ours[name] = figures
     best = max(ours["vllm fp32"]["http 16"], ours["openvino fp32"]["http 16"])
     table = [
-        row(
+        comparison(
             f"{name}: 16 at once over HTTP, tokens/s, against directly",
             figures["http 16"],
             figures["direct 16"],
@@ -69,13 +70,13 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         for name, figures in ours.items()
     ]
     table += [
-        row(
+        comparison(
             "fp32, our best engine: 16 at once over HTTP, tokens/s, against vLLM offline",
             best,
             floor["16"],
             "1.2 x, then 1.5 x",
         ),
-        row(
+        comparison(
             "int8, one request at a time over HTTP, tokens/s, against vLLM fp32 offline",
             ours["openvino int8"]["http 1"],
             floor["1"],
@@ -83,7 +84,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         ),
     ]
     table += [
-        row(
+        comparison(
             f"{name}: deploy to first token, s, against ray.serve.llm as it comes",
             figures["deploy to first token, s"],
             _AS_IT_COMES_SECONDS,
@@ -113,8 +114,3 @@ def _process(module: str, argument: str) -> dict[str, float]:
         sys.exit(f"{module} failed:\n{done.stderr[-2000:]}")
     found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
-
-
-def row(figure: str, ours: float, floor: float, mark: str) -> dict[str, Any]:
-    """A line of the table."""
-    return {"figure": figure, "ours": ours, "floor": floor, "ratio": ours / floor, "mark": mark}

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 
 from benchmarks.serving import ENGINES
+from benchmarks.table import comparison
 from benchmarks.training import conversations
 from llm_ray.app.api_service import open_service
 from llm_ray.app.finetune import run_finetune
@@ -105,13 +106,13 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         for engine, options in SERVED.items()
     }
     table = [
-        {
-            "figure": f"{engine}: {what}, % of {len(asked)} held-out calls, after against before",
-            "ours": 100 * shares["after"][key],
-            "floor": 100 * shares["before"][key],
-            "ratio": shares["after"][key] / max(shares["before"][key], 1 / len(asked)),
-            "mark": "",
-        }
+        comparison(
+            f"{engine}: {what}, % of {len(asked)} held-out calls, after against before",
+            100 * shares["after"][key],
+            100 * shares["before"][key],
+            "",
+            100 / len(asked),
+        )
         for engine, shares in found.items()
         for key, what in {"function": "right function", "call": "right function and arguments"}.items()
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ours
+from benchmarks.table import comparison
 from llm_ray.conf.finetune import Data
 from llm_ray.data.formats import Conversation, Formatter
 from llm_ray.data.sources import read
@@ -70,22 +71,15 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     train, held_out = write_rows(data, rows, work)
     given = ours.train("training", model, messages(train), messages(held_out), work, workers=1, cpus=cores)
     floor = run_trl("trl_floor", model, train, work / "runs" / "training" / "prepared", cores)
-    ratio = given["tokens_per_second"] / floor["tokens_per_second"]
-    loss = given["loss_after"] / floor["loss_after"]
     table = [
-        {
-            "figure": "LoRA, real tokens/s against TRL",
-            "ours": given["tokens_per_second"],
-            "floor": floor["tokens_per_second"],
-            "ratio": ratio,
-            "mark": "2.3 x, then 3 x",
-        },
-        {
-            "figure": "validation loss reached, against TRL's",
-            "ours": given["loss_after"],
-            "floor": floor["loss_after"],
-            "ratio": loss,
-            "mark": "1 % at most above",
-        },
+        comparison(
+            "LoRA, real tokens/s against TRL",
+            given["tokens_per_second"],
+            floor["tokens_per_second"],
+            "2.3 x, then 3 x",
+        ),
+        comparison(
+            "validation loss reached, against TRL's", given["loss_after"], floor["loss_after"], "1 % at most above"
+        ),
     ]
     return {"ours": given, "trl": floor, "table": table}

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.serving import row
+from benchmarks.table import comparison
 from llm_ray.app.api_service import open_service
 from llm_ray.cli.terminal import Terminal
 from llm_ray.cluster import local_ray
@@ -52,8 +52,8 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         gone = _gone(client)
         stop_all(Terminal())
     table = [
-        row("asleep: request to first token, s, against starting Ray and deploying", woken, deployed, ""),
-        row(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole, ""),
+        comparison("asleep: request to first token, s, against starting Ray and deploying", woken, deployed, ""),
+        comparison(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole, ""),
     ]
     return {"ours": {"woken": woken, "gone": gone}, "table": table}
 
