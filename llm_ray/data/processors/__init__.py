@@ -37,6 +37,7 @@ SHIPPED = {
     "wikitext": "llm_ray.data.processors.wikitext:Wikitext",
     "deduplicate": "llm_ray.data.processors.deduplicate:Deduplicate",
     "join": "llm_ray.data.processors.join:Join",
+    "ranked": "llm_ray.data.processors.ranked:Ranked",
 }
 
 
@@ -72,7 +73,10 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
         raise ConfError(
             f"data.processor_args: {cls_name}{inspect.signature(made)} does not take {dict(arguments)}: {error}"
         ) from error
-    return made(**arguments)
+    try:
+        return made(**arguments)
+    except Exception as error:  # a user's own code may raise anything
+        raise ConfError(f"data.processor_args: {cls_name}: {type(error).__name__}: {error}") from error
 
 
 def code_of(name: str) -> list[Path]:

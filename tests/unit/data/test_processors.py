@@ -203,3 +203,51 @@ def test_text_that_is_no_unicode_is_the_processors(tmp_path: Path) -> None:
         DataError, match=r"rows.jsonl:1: data.processor function failed: UnicodeEncodeError: .*surrogates not allowed"
     ):
         list(process(halves, [Row("rows.jsonl", 1, {"text": "🙂"})]))
+
+
+RANKED = {"prompt": "Who?", "answers": ["best", "good", "bad"]}
+SCORED = {
+    "prompt": "Who?",
+    "completions": [{"response": name, "score": score} for name, score in (("b", 3), ("a", 5.5), ("c", 3), ("d", 1))],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "pairs"),
+    [
+        (RANKED, {}, ["best>bad"]),
+        (RANKED, {"pairs": "neighbours"}, ["best>good", "good>bad"]),
+        (RANKED, {"pairs": "all"}, ["best>good", "best>bad", "good>bad"]),
+        (SCORED, {"answers": "completions", "text": "response", "score": "score"}, ["a>d"]),
+        (SCORED, {"answers": "completions", "text": "response", "rank": "score"}, ["d>a"]),
+        (
+            SCORED,
+            {"answers": "completions", "text": "response", "score": "score", "pairs": "all"},
+            ["a>b", "a>c", "a>d", "b>d", "c>d"],  # b and c are as good
+        ),
+        ({"prompt": "Who?", "answers": ["alone"]}, {}, []),
+        ({"prompt": "Who?", "answers": []}, {"pairs": "all"}, []),
+    ],
+)
+def test_ranked_answers_make_pairs(row: dict[str, Any], arguments: dict[str, Any], pairs: list[str]) -> None:
+    found = run("ranked", [row], **arguments)
+    assert [f"{pair['chosen']}>{pair['rejected']}" for pair in found] == pairs
+    assert all(pair == {"prompt": "Who?", "chosen": pair["chosen"], "rejected": pair["rejected"]} for pair in found)
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "words"),
+    [
+        ({"prompt": "Who?"}, {}, "'answers' must be a list of answers; the row has the columns prompt"),
+        (RANKED, {"score": "score"}, "answer 1 of 'answers' has no number 'score'"),
+        (RANKED, {"text": "text"}, "an answer of 'answers' has no 'text'"),
+    ],
+)
+def test_answers_without_a_rank_are_told_by_line(row: dict[str, Any], arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1: data\.processor Ranked failed: ValueError: {words}"):
+        list(process(load_processor("ranked", arguments), [Row("rows.jsonl", 1, row)]))
+
+
+def test_arguments_that_a_processor_refuses_are_told() -> None:
+    with pytest.raises(ConfError, match=r"data\.processor_args: Ranked: ValueError: pairs is 'some': use extremes"):
+        load_processor("ranked", {"pairs": "some"})
