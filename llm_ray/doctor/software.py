@@ -111,7 +111,7 @@ def python(version: Sequence[int], prefix: Path) -> Finding:
     if rules.python_fits(version):
         return Finding(_GROUP, "Python", "ok", text, values=values)
     fix = "PYTHON=/path/to/python3.11 make setup"
-    return Finding(_GROUP, "Python", "problem", f"{text}: 3.11 or 3.12 is needed", fix, values)
+    return Finding(_GROUP, "Python", "problem", f"{text}: {rules.PYTHON_WORDS} is needed", fix, values)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 GIB = 2**30
-PYTHONS = ((3, 11), (3, 12))
+PYTHONS = ((3, 11), (3, 13))
 """The versions of Python that Ray nodes and the package run with, first and last."""
+PYTHON_WORDS = "3.11, 3.12 or 3.13"
 # The role preflight has these as defaults of its variables.
 CPU_FLAGS = ("avx2",)
 MIN_CORES = 2

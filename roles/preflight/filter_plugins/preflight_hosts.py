@@ -70,7 +70,7 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     python = probe["python"]
     if probe["runtime"] == "bare_metal" and python["version"] and not rules.python_fits(python["version"]):
         fix = (
-            "Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or "
+            f"Ray nodes need Python {rules.PYTHON_WORDS}: name one in python_runtime_python, such as /usr/bin/python3.12 or "
             "uv:3.11.14, or set llm_ray_runtime to docker"
         )
         problems.append(
@@ -81,7 +81,7 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
         problems.append(problem(host, "python_runtime_python", python["path"], fix))
     image = probe["image_python"]
     if probe["runtime"] == "docker" and image and not rules.python_fits([*map(int, image.split("."))]):
-        fix = f"the image has Python {image}, and Ray nodes need 3.11 or 3.12: take another, such as python:3.11.14-slim-bookworm"
+        fix = f"the image has Python {image}, and Ray nodes need {rules.PYTHON_WORDS}: take another, such as python:3.11.14-slim-bookworm"
         problems.append(problem(host, "ray_node_image_base", image, fix))
     if missing := rules.missing_flags(probe["flags"], probe["settings"]["cpu_flags"]):
         fix = "the CPU lacks it, and torch and vLLM are built for it: use another host, or change preflight_cpu_flags"

@@ -87,8 +87,8 @@ def test_fit_hosts_have_no_problems(preflight: SimpleNamespace) -> None:
         ({"os": "Debian", "version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported: Debian 12, "
             "Ubuntu 22.04 and 24.04"),
         ({"os": "SLES", "version": "15.5", "family": "Suse"}, "h0: operating system = \"SLES 15.5\": not supported"),
-        ({"python": {"path": "/usr/bin/python3", "version": [3, 10, 12], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.10.12\": Ray nodes need Python 3.11 or 3.12"),
-        ({"python": {"path": "/usr/bin/python3", "version": [3, 13, 1], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.13.1\": Ray nodes need Python 3.11 or 3.12: name one in python_runtime_python, such as /usr/bin/python3.12 or uv:3.11.14, or set"),
+        ({"python": {"path": "/usr/bin/python3", "version": [3, 10, 12], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.10.12\": Ray nodes need Python 3.11, 3.12 or 3.13"),
+        ({"python": {"path": "/usr/bin/python3", "version": [3, 14, 1], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.14.1\": Ray nodes need Python 3.11, 3.12 or 3.13: name one in python_runtime_python, such as /usr/bin/python3.12 or uv:3.11.14, or set"),
         (_account({"uid": 1000}), "h0: llm_ray_user = \"ray\": is on the host with the uid 1000, and not 1200 "
             "(llm_ray_uid): name a user"),
         (_account({"home": "/home/ray", "shell": "/bin/bash"}), "h0: llm_ray_user = \"ray\": is on the host as "
@@ -186,9 +186,9 @@ def test_one_host_with_another_runtime_has_the_others_python(preflight: SimpleNa
     assert _lines(preflight, docker, docker) == []
     assert _lines(preflight, {}, docker | {"image_python": "3.11.2"}) == []
     assert _lines(preflight, {}, docker | {"image_python": ""}) == []  # an image of one's own is not known
-    (found,) = _lines(preflight, docker | {"image_python": "3.13.1"})
+    (found,) = _lines(preflight, docker | {"image_python": "3.14.1"})
     assert found.startswith(
-        'h0: ray_node_image_base = "3.13.1": the image has Python 3.13.1, and Ray nodes need 3.11 or 3.12'
+        'h0: ray_node_image_base = "3.14.1": the image has Python 3.14.1, and Ray nodes need 3.11, 3.12 or 3.13'
     )
     (found,) = _lines(preflight, {}, docker)
     assert found.startswith(

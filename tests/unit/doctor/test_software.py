@@ -82,8 +82,8 @@ def test_profiles() -> None:
 
 
 def test_pythons() -> None:
-    assert python((3, 12, 1), Path("/b/.venv")).level == "ok"
-    assert "3.11 or 3.12 is needed" in python((3, 13, 0), Path("/b/.venv")).text
+    assert all(python((3, minor, 1), Path("/b/.venv")).level == "ok" for minor in (11, 12, 13))
+    assert "3.11, 3.12 or 3.13 is needed" in python((3, 14, 0), Path("/b/.venv")).text
 
 
 def test_the_environment_of_conversion(tmp_path: Path) -> None:
