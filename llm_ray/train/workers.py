@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -14,9 +16,12 @@ from llm_ray.errors import LlmRayError
 T = TypeVar("T")
 
 
-GATHERS, GATHERED = 16, 2**16
-"""Collectives, and bytes of each, after which every thread of gloo has computed once: it has two, and torch computes
-more than 2**15 elements with several threads."""
+_GATHERS, _GATHERED = 4, 2**20
+"""Collectives of a round, and bytes of each, which take a thread of gloo a millisecond: torch computes more than 2**15
+elements with several threads. They are the same on all workers, or these would wait for each other."""
+_COMPUTED = 100_000
+"""Nanoseconds on a core after which a thread has done more than to find nothing to do."""
+_ROUNDS = 200
 
 
 def use_threads(threads: int) -> None:
@@ -28,11 +33,29 @@ def use_threads(threads: int) -> None:
     """
     if dist.is_initialized() and dist.get_backend() == "gloo":
         torch.set_num_threads(1)  # what a thread finds when it first computes, it keeps
-        block = torch.zeros(GATHERED, dtype=torch.uint8)
-        into = [[torch.empty_like(block) for _ in range(world_size())] for _ in range(GATHERS)]
-        for work in [dist.all_gather(blocks, block, async_op=True) for blocks in into]:
-            work.wait()
+        block = torch.zeros(_GATHERED, dtype=torch.uint8)
+        waiting = set(_nanoseconds_of_gloo())
+        for _ in range(_ROUNDS):  # on a busy machine one of them may do the work of all before another wakes up
+            before = _nanoseconds_of_gloo()
+            into = [[torch.empty_like(block) for _ in range(world_size())] for _ in range(_GATHERS)]
+            for work in [dist.all_gather(blocks, block, async_op=True) for blocks in into]:
+                work.wait()
+            waiting -= {
+                thread for thread, on in _nanoseconds_of_gloo().items() if on - before.get(thread, on) > _COMPUTED
+            }
+            if not total(float(bool(waiting)))[0]:
+                break
     torch.set_num_threads(threads)
+
+
+def _nanoseconds_of_gloo() -> dict[str, int]:
+    """Nanoseconds that each of gloo's threads has been on a core, by its id; empty where the kernel does not tell."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if (task / "comm").read_text().strip() == "pt_gloo_runloop":
+                found[task.name] = int((task / "schedstat").read_text().split()[0])
+    return found
 
 
 def world_size() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,18 @@ dist.destroy_process_group()
 def test_threads_of_the_process_group_stay_alone(tmp_path: Path) -> None:
     """A checkpoint gathers its plan: with threads of OpenMP made for that, every later step was slower."""
     ended = subprocess.run(
-        [sys.executable, "-c", GATHER, str(tmp_path / "meeting")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", GATHER, f"{tmp_path}-meeting"], capture_output=True, text=True, check=True
     )
     assert ended.stdout.split() == ["2", "0"]
+
+
+def test_they_do_where_the_machine_is_busy(tmp_path: Path) -> None:
+    """One thread may then do the work of all before the other has woken up."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        for number in range(3):
+            test_threads_of_the_process_group_stay_alone(tmp_path / str(number))
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
