@@ -134,7 +134,8 @@ def _install_tcmalloc(system: Mapping[str, str]) -> str:
     kinds = {system.get("ID", ""), *system.get("ID_LIKE", "").split()}
     if kinds & {"rhel", "fedora", "centos"}:
         return "dnf install epel-release && dnf install gperftools-libs"
-    renamed = system.get("ID") == "ubuntu" and system.get("VERSION_ID", "") >= "24.04"  # for 64 bits of time
+    since = {"ubuntu": 24.04, "debian": 13.0}.get(system.get("ID", ""))  # for 64 bits of time
+    renamed = since is not None and float(system.get("VERSION_ID") or 0) >= since
     return f"apt-get install libgoogle-perftools4{'t64' if renamed else ''}"
 
 

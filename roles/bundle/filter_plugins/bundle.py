@@ -19,6 +19,7 @@ from jinja2.nativetypes import NativeEnvironment
 # and its family.
 DISTRIBUTIONS = {
     "debian-12": (("debian-12", "debian"), "Debian"),
+    "debian-13": (("debian-13", "debian"), "Debian"),
     "ubuntu-22.04": (("ubuntu-22", "ubuntu", "debian"), "Debian"),
     "ubuntu-24.04": (("ubuntu-24", "ubuntu", "debian"), "Debian"),
     "redhat-8": (("redhat-8", "redhat"), "RedHat"),

@@ -19,7 +19,7 @@ from llm_ray.host import rules
 
 Problem = dict[str, Any]
 _GIB = rules.GIB
-_SUPPORTED = {"Debian": ["12"], "Ubuntu": ["22.04", "24.04"], "RedHat": ["8", "9"]}
+_SUPPORTED = {"Debian": ["12", "13"], "Ubuntu": ["22.04", "24.04"], "RedHat": ["8", "9"]}
 
 
 def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
@@ -60,7 +60,7 @@ def _system(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     version = probe["version"] if family == "Ubuntu" else probe["version"].split(".")[0]
     if version in _SUPPORTED.get(family, []) or probe["settings"]["allow_other_os"]:
         return []
-    fix = "not supported: Debian 12, Ubuntu 22.04 and 24.04, RHEL or Rocky 8 and 9 are; to try all the same set preflight_allow_other_os"
+    fix = "not supported: Debian 12 and 13, Ubuntu 22.04 and 24.04, RHEL or Rocky 8 and 9 are; to try all the same set preflight_allow_other_os"
     return [problem(host, "operating system", f"{probe['os']} {probe['version']}", fix)]
 
 

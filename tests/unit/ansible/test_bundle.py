@@ -30,11 +30,14 @@ def test_every_supported_distribution_has_its_packages(bundle: ModuleType, roles
         "ca-certificates", "chrony", "libgoogle-perftools4", "nfs-common", "nfs-kernel-server", "nftables", "numactl", "python3",
         "python3-apt", "python3-venv", "sudo", "tar",
     ]  # fmt: skip
+    assert [*found["debian-13"]] == [name.replace("tools4", "tools4t64") for name in found["debian-12"]]
+    with_docker = bundle.bundle_packages(roles, WANTED | {"runtime": "docker"})
+    assert {"docker.io", "docker-cli", "docker-buildx"} <= {*with_docker["debian-13"]}
     assert "libgoogle-perftools4t64" in found["ubuntu-24.04"]
     assert "python3-venv" in found["ubuntu-22.04"]  # for uv, which brings a newer Python
     assert "python3.12" in bundle.bundle_packages(roles, WANTED | {"python": "python3.12"})["redhat-9"]
     assert {"python3.11", "nftables", "nfs-utils"} <= {*found["redhat-9"]}
-    assert len(found) == 5
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize(

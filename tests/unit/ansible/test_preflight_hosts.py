@@ -84,8 +84,8 @@ def test_fit_hosts_have_no_problems(preflight: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({"os": "Debian", "version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported: Debian 12, "
-            "Ubuntu 22.04 and 24.04"),
+        ({"os": "Debian", "version": "11.9"}, "h0: operating system = \"Debian 11.9\": not supported: Debian 12 "
+            "and 13, Ubuntu 22.04 and 24.04"),
         ({"os": "SLES", "version": "15.5", "family": "Suse"}, "h0: operating system = \"SLES 15.5\": not supported"),
         ({"python": {"path": "/usr/bin/python3", "version": [3, 10, 12], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.10.12\": Ray nodes need Python 3.11, 3.12 or 3.13"),
         ({"python": {"path": "/usr/bin/python3", "version": [3, 14, 1], "installable": True}}, "h0: python_runtime_python = \"/usr/bin/python3 is 3.14.1\": Ray nodes need Python 3.11, 3.12 or 3.13: name one in python_runtime_python, such as /usr/bin/python3.12 or uv:3.11.14, or set"),

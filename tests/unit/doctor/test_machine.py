@@ -44,6 +44,7 @@ def _sizes(**changed: int) -> dict[str, int]:
         (machine.allocator("libjemalloc.so.2", "libtcmalloc.so.4", [], _DEBIAN), "note", "is libjemalloc.so.2, so that", "unset LD_PRELOAD"),
         (machine.allocator("/no.so", None, ["/no.so"], _DEBIAN), "problem", "cannot be loaded, so that every program complains: /no.so", "unset LD_PRELOAD"),
         (machine.allocator(None, None, [], _DEBIAN), "note", "not installed", "apt-get install libgoogle-perftools4"),
+        (machine.allocator(None, None, [], {"ID": "debian", "VERSION_ID": "13"}), "note", "not installed", "install libgoogle-perftools4t64"),
         (machine.allocator(None, None, [], {"ID": "ubuntu", "VERSION_ID": "24.04"}), "note", "not installed", "libgoogle-perftools4t64"),
         (machine.allocator(None, None, [], {"ID": "rocky", "ID_LIKE": "rhel centos fedora"}), "note", "not installed", "gperftools-libs"),
         (machine.open_files(1024, 524288), "ok", "limit 65536", ""),
