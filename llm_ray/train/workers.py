@@ -16,12 +16,13 @@ from llm_ray.errors import LlmRayError
 T = TypeVar("T")
 
 
-_GATHERS, _GATHERED = 4, 2**20
-"""Collectives of a round, and bytes of each, which take a thread of gloo a millisecond: torch computes more than 2**15
+_GATHERS, _GATHERED = 2, 2**21
+"""Collectives of a round, and bytes of each, which take a thread of gloo some milliseconds: torch computes more than 2**15
 elements with several threads. They are the same on all workers, or these would wait for each other."""
-_COMPUTED = 100_000
-"""Nanoseconds on a core after which a thread has done more than to find nothing to do."""
-_ROUNDS = 200
+_COMPUTED, _SEEN = 400_000, 3
+"""Nanoseconds on a core after which a thread has done more than to find nothing to do, and in how many rounds that is
+to be seen: what a hypervisor takes from a core counts as well."""
+_ROUNDS = 500
 
 
 def use_threads(threads: int) -> None:
@@ -34,16 +35,15 @@ def use_threads(threads: int) -> None:
     if dist.is_initialized() and dist.get_backend() == "gloo":
         torch.set_num_threads(1)  # what a thread finds when it first computes, it keeps
         block = torch.zeros(_GATHERED, dtype=torch.uint8)
-        waiting = set(_nanoseconds_of_gloo())
+        seen = dict.fromkeys(_nanoseconds_of_gloo(), 0)
         for _ in range(_ROUNDS):  # on a busy machine one of them may do the work of all before another wakes up
             before = _nanoseconds_of_gloo()
             into = [[torch.empty_like(block) for _ in range(world_size())] for _ in range(_GATHERS)]
             for work in [dist.all_gather(blocks, block, async_op=True) for blocks in into]:
                 work.wait()
-            waiting -= {
-                thread for thread, on in _nanoseconds_of_gloo().items() if on - before.get(thread, on) > _COMPUTED
-            }
-            if not total(float(bool(waiting)))[0]:
+            for thread, on in _nanoseconds_of_gloo().items():
+                seen[thread] = seen.get(thread, 0) + (on - before.get(thread, on) > _COMPUTED)
+            if not total(float(any(times < _SEEN for times in seen.values())))[0]:
                 break
     torch.set_num_threads(threads)
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 GATHER = """
 import os, sys, torch, torch.distributed as dist
 from llm_ray.train.workers import use_threads
@@ -31,6 +33,7 @@ def test_threads_of_the_process_group_stay_alone(tmp_path: Path) -> None:
     assert ended.stdout.split() == ["2", "0"]
 
 
+@pytest.mark.long
 def test_they_do_where_the_machine_is_busy(tmp_path: Path) -> None:
     """One thread may then do the work of all before the other has woken up."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * (os.cpu_count() or 1))]
