@@ -102,13 +102,9 @@ def _openvino(folder: Path, precision: Any, ids: Any) -> Any:
     import torch
 
     from llm_ray.models.folder import OPENVINO
-    from llm_ray.serve.engines.openvino import arithmetic
+    from llm_ray.serve.engines.openvino import arithmetic, precision_properties
 
-    computes_in = arithmetic(precision)
-    properties = {"INFERENCE_PRECISION_HINT": computes_in, "KV_CACHE_PRECISION": computes_in}
-    if computes_in == "f32":
-        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-    model = ov.Core().compile_model(folder / OPENVINO, "CPU", properties)
+    model = ov.Core().compile_model(folder / OPENVINO, "CPU", precision_properties(arithmetic(precision)))
     length = ids.shape[1]
     given = {
         "input_ids": ids.numpy(),

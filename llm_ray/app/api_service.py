@@ -123,9 +123,8 @@ class ApiService:
     def delete_model(self, owner: str, model: str, *, served: bool, any_owner: bool) -> str:
         """Take a model away that a job has made, and from the endpoint if it is `served`; returns what is kept. Raises
         Problem."""
-        id = model.rpartition(":")[2]
-        if any_owner and _MADE.fullmatch(id):
-            owner = next((found.parent.parent.name for found in self._root.glob(f"*/jobs/ftjob-{id}")), owner)
+        if any_owner:
+            owner = self._maker(model) or owner
         return self._jobs(owner).delete_model(model, self._stop if served else None)
 
     def _stop(self, model: str) -> None:
@@ -146,6 +145,11 @@ class ApiService:
 
     def may_ask(self, owner: str, model: str) -> bool | None:
         """Whether the job that has made a model is this owner's; None where no job has."""
+        maker = self._maker(model)
+        return None if maker is None else maker == owner
+
+    def _maker(self, model: str) -> str | None:
+        """The owner of the job that has made a model, by the id at the end of its name; None where no job has."""
         id = model.rpartition(":")[2]
         if not _MADE.fullmatch(id):
             return None
@@ -154,7 +158,7 @@ class ApiService:
             if found is None:
                 return None
             self._owners[id] = found.parent.parent.name
-        return self._owners[id] == owner
+        return self._owners[id]
 
     def recover(self) -> None:
         """Have jobs go on whose processes were killed."""

@@ -29,7 +29,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.client.endpoint import CONNECT_SECONDS, Endpoint
@@ -57,8 +57,8 @@ class Load:
     second on average, with the gaps of a Poisson process, however long answers take), and one of `requests` and
     `duration` (seconds in which requests are sent; those under way are waited for). `warmup` requests go before, one
     after the other, and are in no figure. `timeout` is for one answer, in seconds. Without `keep_alive` each request has
-    a connection of its own, for servers that close theirs after an answer without saying so. Raises ConfError when both or none
-    of a pair are given."""
+    a connection of its own, for servers that close theirs after an answer without saying so. Raises ConfError when both
+    or none of a pair are given."""
 
     concurrency: int | None = None
     rate: float | None = None
@@ -129,11 +129,10 @@ class Spread:
         """Percentiles are interpolated, as numpy does; None of no values."""
         import numpy as np
 
-        return (
-            cls(float(np.mean(values)), *(float(p) for p in np.percentile(values, [50, 90, 95, 99])))
-            if values
-            else None
-        )
+        if not values:
+            return None
+        percentiles = [int(each.name.removeprefix("p")) for each in fields(cls) if each.name != "mean"]
+        return cls(float(np.mean(values)), *map(float, np.percentile(values, percentiles)))
 
 
 @dataclass

@@ -7,7 +7,7 @@ write(report, Path("bench-results/monday"))    # report.json and plot.png
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,10 @@ def table(report: LoadReport) -> Iterator[str]:
     yield f"  client CPU        {report.client_cpu_seconds:.2f} s, {report.client_cpu_share:.0%} of a core"
     if report.client_cpu_share > CLIENT_BOUND:
         yield "                    (so high that the load generator may limit the figures)"
-    yield f"  {'milliseconds':<24}{'mean':>10}{'p50':>10}{'p90':>10}{'p95':>10}{'p99':>10}"
+    columns = [field.name for field in fields(Spread)]
+    yield f"  {'milliseconds':<24}" + "".join(f"{column:>10}" for column in columns)
     for name, spread in spreads(report).items():
-        cells = [f"{value * 1000:.1f}" for value in asdict(spread).values()] if spread else ["–"] * 5
+        cells = [f"{value * 1000:.1f}" for value in asdict(spread).values()] if spread else ["–"] * len(columns)
         yield f"  {name.replace('_', ' '):<24}" + "".join(f"{cell:>10}" for cell in cells)
 
 

@@ -12,6 +12,7 @@ import click
 
 from llm_ray.app.doctor import Finding, worst
 from llm_ray.app.doctor import doctor as check
+from llm_ray.cli.options import address_option
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.section import home
 
@@ -20,13 +21,9 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 @click.command()
 @click.option("as_json", "--json", is_flag=True, help="Print JSON: every check with its level, text, fix and values.")
-@click.option(
-    "--address",
-    metavar="auto|HOST:PORT",
-    envvar="RAY_ADDRESS",
-    show_envvar=True,
-    help="Check the nodes of this cluster as well, and compare them: auto on one of its nodes, else its head's GCS. "
-    "Default: this host alone.",
+@address_option(
+    "Check the nodes of this cluster as well, and compare them: auto on one of its nodes, else its head's GCS. "
+    "Default: this host alone."
 )
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool, address: str | None) -> None:

@@ -52,6 +52,18 @@ def serve_config_options(command: F) -> F:
     return _config_options("models.my-bot.cpus=4", required=False)(command)
 
 
+def address_option(help: str) -> Callable[[F], F]:
+    """Adds ``--address``, the cluster: the argument `address`, None where none is named. `help`: what it is for, and what
+    holds without it."""
+    return click.option(
+        "--address",
+        metavar="auto|HOST:PORT",
+        envvar="RAY_ADDRESS",  # set on the nodes of a cluster that site.yml made
+        show_envvar=True,
+        help=help,
+    )
+
+
 _ENDPOINT = click.option(
     "url",
     "--model_endpoint",

@@ -11,7 +11,7 @@ import click
 
 from llm_ray.cli.foreground import until_interrupted
 from llm_ray.cli.keys import keys
-from llm_ray.cli.options import serve_config_options
+from llm_ray.cli.options import address_option, serve_config_options
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.engines import WEIGHTS, EngineChoice
 from llm_ray.conf.section import home
@@ -32,12 +32,8 @@ class _DeployByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-_ADDRESS = click.option(
-    "--address",
-    metavar="auto|HOST:PORT",
-    envvar="RAY_ADDRESS",  # set on the nodes of a cluster that site.yml made
-    show_envvar=True,
-    help="The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine.",
+_ADDRESS = address_option(
+    "The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine."
 )
 
 

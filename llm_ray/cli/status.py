@@ -8,19 +8,14 @@ from typing import Any
 
 import click
 
+from llm_ray.cli.options import address_option
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.section import home
 
 
 @click.command()
 @click.option("as_json", "--json", is_flag=True, help="Print JSON.")
-@click.option(
-    "--address",
-    metavar="auto|HOST:PORT",
-    envvar="RAY_ADDRESS",
-    show_envvar=True,
-    help="The cluster: auto on one of its nodes, else its head's GCS. Default: what this machine serves.",
-)
+@address_option("The cluster: auto on one of its nodes, else its head's GCS. Default: what this machine serves.")
 def status(as_json: bool, address: str | None) -> None:
     """Show nodes with their resources, running jobs, and deployed models.
 

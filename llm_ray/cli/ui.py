@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from llm_ray.cli.options import from_stdin
+from llm_ray.cli.options import address_option, from_stdin
 from llm_ray.conf.section import home
 
 _ROLES = ("viewer", "user", "admin")
@@ -49,13 +49,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     show_default=True,
     help="The largest file that may be uploaded.",
 )
-@click.option(
-    "--address",
-    metavar="auto|HOST:PORT",
-    envvar="RAY_ADDRESS",  # set on the nodes of a cluster that site.yml made
-    show_envvar=True,
-    help="The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine.",
-)
+@address_option("The cluster that serves: auto on one of its nodes, else its head's GCS. Default: this machine.")
 @click.pass_context
 def ui(
     ctx: click.Context,

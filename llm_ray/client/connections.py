@@ -1,13 +1,12 @@
 """Clients of endpoints that are kept between questions: a new one, with its connection, takes 25 ms.
 
-async with Connections() as connections:
-    async with Asker(endpoint, "support-bot", settings, connections=connections) as asker:
-        …
+connections = Connections()
+async with Asker(endpoint, "support-bot", settings, connections=connections) as asker:
+    …
 """
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from llm_ray.client.endpoint import Endpoint, certificates
@@ -19,19 +18,11 @@ if TYPE_CHECKING:
 
 class Connections:
     """A client of each kind for an endpoint's URL and the seconds for each step of a request, made at its first use.
-    They hold no API key, which goes with each request. Of one event loop; an async context manager that closes them."""
+    They hold no API key, which goes with each request. Of one event loop."""
 
     def __init__(self) -> None:
         self._http: dict[tuple[str, float], httpx.AsyncClient] = {}
         self._sdk: dict[tuple[str, float], AsyncOpenAI] = {}
-
-    async def __aenter__(self) -> Connections:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         for http in self._http.values():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,6 +15,17 @@ from pydantic_core import PydanticCustomError
 def home() -> Path:
     """The folder of models, data and runs: ``LLM_RAY_HOME``, else ``~/.llm-ray``."""
     return Path(os.environ.get("LLM_RAY_HOME") or Path.home() / ".llm-ray").expanduser().absolute()
+
+
+def conversion_folder(environ: Mapping[str, str]) -> Path:
+    """Where the environment in which models are converted to OpenVINO is, or is to be: LLM_RAY_CONVERT_ENV of `environ`,
+    or beside this one."""
+    return Path(environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
+
+
+def can_convert(folder: Path) -> bool:
+    """Whether models can be converted in a folder's environment."""
+    return (folder / "bin" / "optimum-cli").is_file()
 
 
 def _absolute(value: object) -> object:

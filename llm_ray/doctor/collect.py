@@ -13,6 +13,7 @@ from pathlib import Path
 
 import llm_ray
 from llm_ray import cores
+from llm_ray.conf.section import conversion_folder
 from llm_ray.doctor import machine, network, software, storage
 from llm_ray.doctor.finding import Finding
 from llm_ray.hardware import find_tcmalloc
@@ -53,7 +54,7 @@ def _machine(environ: Mapping[str, str]) -> Iterable[Finding]:
     yield machine.cpu(facts.cpu_flags(facts.read("/proc/cpuinfo")))
     yield machine.cores(os.cpu_count() or 1, facts.usable_cpus(), limits.cpus, physical)
     yield machine.memory(sizes, limits.memory)
-    yield machine.shared_memory(facts.shared_memory(), facts.free_disk("/dev/shm"), sizes["MemTotal"])  # noqa: S108
+    yield machine.shared_memory(facts.shared_memory(), facts.free_disk(facts.SHARED_MEMORY), sizes["MemTotal"])
     preload = environ.get("LD_PRELOAD")
     yield machine.allocator(preload, find_tcmalloc(), refused(preload), _system())
     yield machine.open_files(*resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -90,8 +91,7 @@ def _software(environ: Mapping[str, str]) -> Iterable[Finding]:
         yield software.package(name, have.get(name), lock, imported.get(module), setup)
     yield software.others(have, lock, setup)
     yield software.profile(setup, have)
-    folder = Path(environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
-    yield software.conversion(folder, setup)
+    yield software.conversion(conversion_folder(environ), setup)
 
 
 def _storage(home: Path, environ: Mapping[str, str]) -> Iterable[Finding]:

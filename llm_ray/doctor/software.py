@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llm_ray.conf.section import can_convert
 from llm_ray.doctor.finding import Finding, Level
 from llm_ray.host import rules
 
@@ -225,7 +226,7 @@ def profile(setup: Setup, have: Mapping[str, str]) -> Finding:
 def conversion(folder: Path, setup: Setup) -> Finding:
     """The environment in which models are converted to OpenVINO, for engine auto."""
     values = {"folder": str(folder)}
-    if (folder / "bin" / "optimum-cli").is_file():
+    if can_convert(folder):
         return Finding(_GROUP, "conversion", "ok", f"{folder}: engine auto serves in int8", values=values)
     text = f"no environment in {folder}: engine auto serves with vllm, and not in int8 by openvino, which is faster"
     where = f"cd {shlex.quote(str(setup.bundle))} && " if setup.bundle else "in the bundle, "

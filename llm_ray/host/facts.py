@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SHARED_MEMORY = "/dev/shm"  # noqa: S108
 _UNLIMITED = 2**60  # what cgroup v1 writes for no limit is a little below 2**63
 
 
@@ -174,8 +175,8 @@ def free_disk(path: str | Path) -> int:
 
 
 def shared_memory() -> int:
-    """The size of /dev/shm in bytes."""
-    return shutil.disk_usage("/dev/shm").total  # noqa: S108
+    """The size of shared memory in bytes."""
+    return shutil.disk_usage(SHARED_MEMORY).total
 
 
 def mount_of(path: Path, text: str) -> Mount:

@@ -20,13 +20,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from llm_ray.conf.engines import WEIGHTS, WeightForm
+from llm_ray.conf.section import can_convert, conversion_folder
 from llm_ray.errors import ModelError
 from llm_ray.files import locked, replace_folder, write_json
 from llm_ray.models.complete import check_complete
@@ -169,8 +169,8 @@ def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Rep
 def check_environment() -> Path:
     """The interpreter of the environment that conversion runs in. Raises ModelError, with the command that makes it,
     where there is none."""
-    folder = Path(os.environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
-    if not (folder / "bin" / "optimum-cli").is_file():
+    folder = conversion_folder(os.environ)
+    if not can_convert(folder):
         raise ModelError(
             f"conversion to OpenVINO runs in a separate environment, which {folder} is not: create it with `make "
             "setup-convert`, or install requirements/convert.txt into an environment and set LLM_RAY_CONVERT_ENV to "

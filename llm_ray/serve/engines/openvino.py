@@ -78,15 +78,11 @@ class OpenVinoCore:
                 f"model {model.name}: OpenVINO does not compute in bf16 on this processor, which lacks AVX-512: it "
                 "uses fp32, and keys and values need twice the memory"
             )
-        properties: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": computes_in,
-            "KV_CACHE_PRECISION": computes_in,
+        properties: dict[str, Any] = precision_properties(computes_in) | {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
             "sampler_num_threads": threads,
         }
-        if computes_in == "f32":  # else layers with int8 and int4 weights round what they multiply to 8 bits
-            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
         properties |= model.engine_options
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = _blocks(model, config, str(properties["KV_CACHE_PRECISION"]))
@@ -364,6 +360,14 @@ def arithmetic(precision: Precision) -> str:
         ov.Model([opset13.relu(number)], [number]), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"}
     )
     return "bf16" if compiled.get_property("INFERENCE_PRECISION_HINT") == ov.Type.bf16 else "f32"
+
+
+def precision_properties(computes_in: str) -> dict[str, Any]:
+    """OpenVINO's properties with which it computes in what :func:`arithmetic` has given, and keeps keys and values so."""
+    properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": computes_in, "KV_CACHE_PRECISION": computes_in}
+    if computes_in == "f32":  # else layers with int8 and int4 weights round what they multiply to 8 bits
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+    return properties
 
 
 def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:

@@ -38,7 +38,7 @@ from llm_ray.serve.gateway.protect.errors import openai_error
 from llm_ray.serve.gateway.protect.keys import Key
 from llm_ray.serve.gateway.protect.limits import cap_tokens
 from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embedding, Tokenize
-from llm_ray.serve.gateway.scopes import check_scope, key_of
+from llm_ray.serve.gateway.scopes import check_scope, is_admin, key_of
 from llm_ray.serve.gateway.simple import SimpleRequest
 
 # How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name
@@ -134,7 +134,7 @@ class Api:
         if service and name.startswith(PREFIX):
             made = service.may_ask(service.owner_of(key.name if key else None), name)
         if made is not None:
-            return made or (key is not None and key.may("admin"))
+            return made or is_admin(key)
         return not key or key.models is None or name in key.models
 
     async def _named(self, model: str, request: Request) -> Named | None:

@@ -20,7 +20,7 @@ from llm_ray.serve.gateway.finetuning import objects
 from llm_ray.serve.gateway.finetuning.objects import CreateJob, L, Page
 from llm_ray.serve.gateway.finetuning.service import Method, Named, Problem, Service, Upload
 from llm_ray.serve.gateway.finetuning.upload import receive
-from llm_ray.serve.gateway.scopes import check_scope, key_of
+from llm_ray.serve.gateway.scopes import check_scope, is_admin, key_of
 
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
 _LOOK = 1.0  # seconds between two looks at a job whose events are streamed
@@ -183,7 +183,7 @@ class Operations:
             objects.asked_of(body),
             named,
             any_model=key is None or key.models is None,
-            urgent=key is not None and key.may("admin"),
+            urgent=is_admin(key),
         )
         return _json(objects.job_object(job))
 
@@ -245,10 +245,9 @@ class Operations:
     async def delete_model(self, model: str, request: Request) -> Response:
         """Take a model away that a job has made."""
         owner = self._owner(request)
-        key = key_of(request)
         served = await self._look(model, request) is not None
-        admin = key is not None and key.may("admin")
-        kept = await _done(self._service.delete_model, owner, model, served=served, any_owner=admin)
+        any_owner = is_admin(key_of(request))
+        kept = await _done(self._service.delete_model, owner, model, served=served, any_owner=any_owner)
         return _json(objects.ModelDeleted(id=model, kept=kept))
 
     async def _events(self, owner: str, id: str) -> AsyncIterator[str]:

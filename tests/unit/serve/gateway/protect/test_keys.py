@@ -10,16 +10,27 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_ray.cli.keys import _SCOPE
 from llm_ray.cli.main import cli
 from llm_ray.conf.serve import Limits
 from llm_ray.errors import ConfError, ServeError
-from llm_ray.serve.gateway.protect.keys import Keys, add_key, effective, import_keys, list_keys, new_secret, revoke_key
+from llm_ray.serve.gateway.protect.keys import (
+    Keys,
+    Scope,
+    add_key,
+    effective,
+    import_keys,
+    list_keys,
+    new_secret,
+    revoke_key,
+)
 
 
 @pytest.fixture
@@ -283,6 +294,10 @@ def test_a_keys_own_limits_come_first(file: Path) -> None:
     key, _ = add_key(file, "alice", Limits(concurrent=2))
     assert effective(key, Limits(concurrent=9, max_tokens=5)) == Limits(concurrent=2, max_tokens=5)
     assert effective(None, Limits(concurrent=9)) == Limits(concurrent=9)
+
+
+def test_the_commands_know_every_scope() -> None:
+    assert tuple(_SCOPE.choices) == get_args(Scope)
 
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
