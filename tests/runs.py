@@ -1,8 +1,9 @@
-"""A small conf; its model, found, and a run's folder, opened, as a finetune does it."""
+"""A small conf; its model, found, and a run's folder, opened, as a finetune does it; a large model."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 
 from llm_ray.conf.finetune import FinetuneConf
@@ -28,3 +29,16 @@ def base_of(conf: FinetuneConf) -> Base:
 
 def opened_run(conf: FinetuneConf, *, force: bool) -> contextlib.AbstractContextManager[RunFolder]:
     return open_run(conf, base_of(conf), force=force)
+
+
+def large_model(folder: Path, billions: int) -> Path:
+    """A model folder whose weights are holes of a file: whole, as far as can be seen without loading it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folder / "tokenizer.json").write_text("{}")
+    size = billions * 10**9 * 2
+    header = json.dumps({"weight": {"dtype": "BF16", "shape": [billions, 10**9], "data_offsets": [0, size]}}).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    return folder

@@ -38,6 +38,7 @@ from llm_ray.models.load import (
 from llm_ray.progress import Reporter
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run, stop_file
 from llm_ray.train.auto import RULES, choose
+from llm_ray.train.fits import check_fits, with_fewer_weights
 
 if TYPE_CHECKING:
     from llm_ray.train.auto import Choice
@@ -129,19 +130,12 @@ def report_plan(conf: FinetuneConf, reporter: Reporter) -> PlanReport:
 
 def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
     """What would make a finetune fit that does not."""
-    fitting = int(guess.memory_here // guess.memory_per_worker)
     ways = []
-    if conf.runtime.mode == "local" and 1 <= fitting < conf.runtime.workers:
-        ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")
-    if conf.tuning.method == "full":
-        ways.append("tuning.method lora: optimizer and gradients only for small adapters")
     if not conf.training.gradient_checkpointing:
         ways.append("training.gradient_checkpointing true: less memory, about a third slower")
     if (conf.training.micro_batch_tokens or 4096) > conf.data.max_length:
         ways.append(f"training.micro_batch_tokens {conf.data.max_length}: fewer tokens at once")
-    if conf.runtime.mode == "local":
-        ways.append("a cluster (runtime.mode cluster, training.strategy fsdp), which shards the weights")
-    return [*ways, "a smaller model"]
+    return [*ways, *with_fewer_weights(conf, guess.memory_per_worker, guess.memory_here)]
 
 
 def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False, resume: Resume = "auto") -> Path:
@@ -168,6 +162,8 @@ def _run_stages(
         workers: Workers | None = None
         if due:
             check_model(base)  # before hours of preparation, not after
+        if "train" in due:
+            check_fits(conf, base)
         for line in look_ahead(conf, base, due):
             reporter.line(line)
         if "convert" in due:

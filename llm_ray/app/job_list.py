@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_ray.app.jobs import LOG, cancel, has_process, log_file, queue
+from llm_ray.app.job_queue import LOG
+from llm_ray.app.jobs import cancel, has_process, log_file, queue
 from llm_ray.app.runs import stop_run
 from llm_ray.errors import RunError
 from llm_ray.nearest import nearest_names

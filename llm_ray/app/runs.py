@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_ray.app.jobs import LOG, forget
+from llm_ray.app.job_queue import LOG
+from llm_ray.app.jobs import forget
 from llm_ray.errors import RunError
 from llm_ray.runs import folder
 from llm_ray.runs.compare import Comparison, compare, png_plot, terminal_plot

@@ -30,20 +30,21 @@ def forget_ray() -> None:
 
 def main(runs: Path, name: str, lock: int) -> int:
     """Returns the exit code."""
-    from llm_ray.app import jobs  # a second, after which this process is nobody's child any more
+    from llm_ray.app import job_process  # a second, after which this process is nobody's child any more
+    from llm_ray.app.job_queue import LOG
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends training with a checkpoint
     os.set_inheritable(lock, False)
-    command = jobs.wait_for_turn(runs, name)
+    command = job_process.wait_for_turn(runs, name)
     if command is None:
         return 0
-    with (runs / name / jobs.LOG).open("ab") as log:
+    with (runs / name / LOG).open("ab") as log:
         for output in (1, 2):
             os.dup2(log.fileno(), output)
     sys.argv = shlex.split(command) or sys.argv  # which the run's lineage tells
     from llm_ray.cli.terminal import Terminal
 
-    return jobs.run(runs, name, Terminal())
+    return job_process.run(runs, name, Terminal())
 
 
 if __name__ == "__main__":

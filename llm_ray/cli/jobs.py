@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def jobs() -> None:
-    """Finetune in the background of this machine: submit, list, show, follow, cancel and resume.
+    """Finetune in the background of this machine: submit, list, show, follow, cancel, resume and recover.
 
     One finetune runs at a time, in order of arrival, in the same queue as those of the page and of the fine-tuning API. A
     job outlives the terminal.
@@ -165,6 +165,23 @@ def resume(name: str, folder: Path | None) -> None:
     find_run(runs, name)
     job = again(runs, name, by=getpass.getuser())
     click.echo(f"{name}: {job.state}")
+
+
+@jobs.command()
+@folder_option
+def recover(folder: Path | None) -> None:
+    """After a restart of the machine, have the jobs go on that it has ended, each in its place in the queue.
+
+    A page that starts on the machine does the same. Jobs whose process alone was killed are left to jobs resume.
+
+    \b
+    Example:
+      llm-ray jobs recover
+    """
+    from llm_ray.app.jobs import recover as begin
+
+    begun = begin(folder_of(folder))
+    click.echo(f"go on: {', '.join(begun)}" if begun else "a restart of this machine has ended no job")
 
 
 def _standing(job: Job | JobSummary) -> str:

@@ -20,12 +20,11 @@ from llm_ray.hardware import choose_precision, cpu_flags
 from llm_ray.models.load import Base, load_empty_model
 from llm_ray.progress import duration
 from llm_ray.train.batches import micro_batch_tokens, plan_steps
-from llm_ray.train.model import add_adapters, learning_modules, weight_dtype
+from llm_ray.train.fits import PROCESS_BYTES, state_bytes, weight_precision
+from llm_ray.train.model import add_adapters, learning_modules
 from llm_ray.train.objectives import objective_of
 from llm_ray.train.trial import measure
 
-PROCESS_BYTES = 0.9e9
-"""A worker's memory before it holds a model: Python, torch, transformers, Ray."""
 RAY_BYTES = 0.15e9
 """What a worker of Ray's holds beyond the same process without it."""
 
@@ -93,7 +92,6 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     causal = load_empty_model(base, torch.float32)
     parameters = sum(p.numel() for p in causal.parameters())
     config = causal.config.get_text_config()
-    frozen_bytes = torch.finfo(weight_dtype(conf, precision, flags)).bits // 8
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learning = learning_modules(model)
@@ -102,9 +100,7 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
     memory = float(psutil.virtual_memory().total)
 
-    weights = (parameters if conf.tuning.method == "lora" else 0) * frozen_bytes + trainable * (4 + 4 + 8)
-    if conf.training.strategy == "fsdp":
-        weights /= conf.runtime.workers
+    weights = state_bytes(conf, parameters, trainable, weight_precision(conf, precision, flags))
     here = conf.runtime.workers if conf.runtime.mode == "local" else 1
     free = psutil.virtual_memory().available
     unmeasured = "" if "train" in conf.stages else "stages does not include train"

@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_ray.conf.finetune import FinetuneConf, Lora
 from llm_ray.errors import ConfError
-from llm_ray.hardware import Precision, has_bf16, torch_dtype
 from llm_ray.models.load import Base, has_experts, load_empty_model, load_model
 from llm_ray.nearest import nearest_names
 from llm_ray.train.adapters import set_magnitudes, speed_up_adapters
@@ -35,15 +34,6 @@ from llm_ray.train.objectives import objective_of
 _ALL = "all-linear"
 _NAME = re.compile(r"[\w.-]+")  # of a layer, in place of a pattern of names
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
-
-
-def weight_dtype(conf: FinetuneConf, precision: Precision, flags: frozenset[str]) -> torch.dtype:
-    """Data type the base model is loaded in: fp32 where its weights learn, else the conf's or the fast one."""
-    if conf.tuning.method == "full" or (conf.training.strategy == "fsdp" and precision == "fp32"):
-        return torch.float32
-    if conf.model.dtype == "auto":
-        return torch_dtype("bf16" if precision == "bf16" and has_bf16(flags) else "fp32")
-    return torch_dtype(conf.model.dtype)
 
 
 def load(conf: FinetuneConf, base: Base, dtype: torch.dtype, rank: int) -> PreTrainedModel:

@@ -35,6 +35,7 @@ from llm_ray.hardware import (
     keep_freed_memory,
     peak_memory,
     return_freed_memory,
+    torch_dtype,
 )
 from llm_ray.models.load import Base
 from llm_ray.runs.folder import stop_file
@@ -42,7 +43,8 @@ from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.attention import why_not_packed
 from llm_ray.train.batches import Batch, collate, passes_over, plan_steps, steps_of
-from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load, weight_dtype
+from llm_ray.train.fits import weight_precision
+from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load
 from llm_ray.train.objectives import Objective, means
 from llm_ray.train.optimizer import Optimizer, learning_rate, make_optimizer
 from llm_ray.train.reference import reference_folder, reference_log_probabilities
@@ -311,7 +313,7 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
     def autocast() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
-    dtype = weight_dtype(conf, precision, flags)
+    dtype = torch_dtype(weight_precision(conf, precision, flags))
 
     def loaded() -> tuple[PreTrainedModel, str]:
         causal = load(conf, base, dtype, rank)

@@ -21,6 +21,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 
 from llm_ray import apart
+from llm_ray.app.jobs import recover
+from llm_ray.conf.section import Paths
 from llm_ray.errors import ConfError, ServeError
 from llm_ray.ui.guard import Door, Guard
 from llm_ray.ui.login import Link, Login
@@ -102,6 +104,8 @@ def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Sc
             timeout_graceful_shutdown=2,  # streams of open pages end then
             ws="none",
         )
+        if begun := recover(Paths.of(settings.home).runs):
+            _LOG.warning(f"This machine was restarted: {', '.join(begun)} resume")
         _Server(config, app, link.renew if link else (lambda: announce(url))).run(sockets=[listening])
 
 

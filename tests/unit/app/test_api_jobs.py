@@ -17,7 +17,7 @@ from llm_ray.app import jobs as queue
 from llm_ray.app.api_service import ApiService, open_service
 from llm_ray.conf.serve import FinetuningApi
 from llm_ray.serve.gateway.finetuning.service import Asked, Job, Named, Problem
-from tests.runs import conf_of, opened_run
+from tests.runs import conf_of, large_model, opened_run
 from tests.waiting import until
 
 ROW = '{"prompt": "Who?", "completion": "Me."}\n'
@@ -217,7 +217,7 @@ def test_what_a_run_comes_to_is_what_its_job_comes_to(service: ApiService, home:
     run.rename(home / "deleted")
     assert (alice.job(job).state, alice.job(job).fine_tuned_model) == ("succeeded", name)
     (home / "deleted").rename(run)
-    (run / "output").mkdir()
+    (run / "output").symlink_to(home / "models" / "base")
     again = alice.create(model=name, named=Named(name, run / "output", True, False), suffix="two")
     assert alice.service._jobs(alice.owner)._record(again.id).model == f"ft:base:two:{again.id[6:]}"
     stored = (home / "finetuning" / alice.owner / "jobs" / again.id / "conf.yaml").read_text()
@@ -266,6 +266,17 @@ def test_models_that_cannot_be_trained(service: ApiService, home: Path) -> None:
         with pytest.raises(Problem) as caught:
             alice.create("x", named)
         assert (caught.value.status, caught.value.code) == (400, "invalid_model")
+
+
+def test_what_can_never_fit_is_refused_with_the_figures(service: ApiService, home: Path) -> None:
+    large_model(home / "models" / "large", billions=200)
+    alice = Client(service, "alice")
+    with pytest.raises(Problem, match=r"at least .* GiB of memory, and this host has .*200.00 billion") as caught:
+        alice.create("large")
+    assert caught.value.status == 400
+    with pytest.raises(Problem, match=r"runtime\.workers"):
+        alice.create(conf={"runtime.workers": 999})
+    assert service.jobs(alice.owner) == []
 
 
 def test_a_text_cannot_leave_the_conf_for_a_template(service: ApiService, home: Path) -> None:

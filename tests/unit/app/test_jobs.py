@@ -6,16 +6,18 @@ import contextlib
 import fcntl
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llm_ray.app import jobs
+from llm_ray.app import job_queue, jobs
 from llm_ray.app.confs import conf_of
+from llm_ray.app.job_queue import LOG
 from llm_ray.app.runs import list_runs
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.errors import RunError
-from tests.runs import opened_run
+from llm_ray.errors import ClusterError, ConfError, RunError
+from tests.runs import large_model, opened_run
 from tests.waiting import until
 
 
@@ -60,7 +62,7 @@ def test_they_wait_for_what_runs_can_be_cancelled_and_run(conf: Callable[..., Fi
     found = {run.name: run.state for run in list_runs(runs)}
     assert found == {"busy": "done", "first": "done"}
     assert "prepare: done in" in jobs.read_log(runs, "first")
-    assert (runs / "first" / jobs.LOG).is_file()
+    assert (runs / "first" / LOG).is_file()
     assert "llm-ray finetune --config lora --set name=first" in (runs / "first" / "run.json").read_text()
     with pytest.raises(RunError, match="with a different conf"):
         jobs.submit(conf("first", **{"data.max_length": "64"}))
@@ -134,6 +136,67 @@ def test_a_killed_one_is_told_from_one_that_waits(conf: Callable[..., FinetuneCo
         jobs.cancel(made.paths.runs, "killed")
 
 
+def test_after_a_restart_of_the_machine_jobs_go_on_in_their_places(
+    conf: Callable[..., FinetuneConf], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = conf("ran").paths.runs
+    with at_work(conf("busy")):
+        for name in ("ran", "first", "second", "mine"):
+            jobs.submit(conf(name), by="alice")
+        jobs.submit(conf("service"), service=jobs.Service("", tmp_path, time.time_ns()))
+        with opened_run(conf("ran"), force=False) as ran:  # it was at work
+            job_queue.write_entry(
+                runs / ".queue", "ran", replace(job_queue.entries(runs / ".queue")["ran"], started=True)
+            )
+            _kill(runs, "ran")
+        ran.set_state("running")
+        _kill(runs, "first")
+        _kill(runs, "second")
+        until(lambda: list(states(runs).values()).count("failed") == 2)
+        assert jobs.recover(runs) == [], "they were killed, and the machine goes on"
+        (restarted := tmp_path / "boot_id").write_text("another\n")
+        monkeypatch.setattr(job_queue, "_BOOT_ID", restarted)
+        until(lambda: not job_queue.is_held(runs / ".queue", "ran"))
+        assert jobs.recover(runs) == ["ran", "first", "second"], "what lives, and a service's, stays as it is"
+        assert [job.name for job in jobs.queue(runs) if job.by] == ["ran", "first", "second", "mine"]
+        assert jobs.recover(runs) == [], "they are at work"
+        jobs.cancel(runs, "service")
+    until(lambda: states(runs) == {})
+    assert {run.name: run.state for run in list_runs(runs)} == dict.fromkeys(
+        ["busy", "ran", "first", "second", "mine"], "done"
+    )
+
+
+def test_what_the_command_line_has_gone_on_with_is_not_begun_again(
+    conf: Callable[..., FinetuneConf], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = conf("ran").paths.runs
+    with at_work(conf("busy")):
+        jobs.submit(conf("ran"))
+        entry = job_queue.entries(runs / ".queue")["ran"]
+        _kill(runs, "ran")
+    until(lambda: not job_queue.is_held(runs / ".queue", "ran"))
+    with at_work(conf("ran")):
+        pass
+    job_queue.write_entry(runs / ".queue", "ran", replace(entry, started=True, boot=f"{entry.boot.split()[0]} before"))
+    assert jobs.recover(runs) == []
+    assert job_queue.entries(runs / ".queue") == {}
+
+
+def test_what_can_never_fit_is_refused_before_it_waits(conf: Callable[..., FinetuneConf], tmp_path: Path) -> None:
+    large = large_model(tmp_path / "large", billions=200)
+    asked = conf("large", model=str(large), stages="[prepare,train]")
+    with pytest.raises(ConfError, match=r"large needs at least .* GiB of memory, and this host has") as caught:
+        jobs.submit(asked)
+    assert "200.00 billion parameters" in str(caught.value)
+    assert "training.strategy fsdp" in str(caught.value)
+    wide = conf("wide", stages="[prepare,train]", **{"runtime.workers": "999"})
+    with pytest.raises(ClusterError, match=r"runtime\.workers"):
+        jobs.submit(wide)
+    assert jobs.queue(asked.paths.runs) == []
+    assert not asked.run_dir.exists()
+
+
 def test_looking_at_the_queue_disturbs_nobody(conf: Callable[..., FinetuneConf]) -> None:
     made = conf("looked-at")
     with at_work(conf("busy")):
@@ -155,5 +218,8 @@ def _kill(runs: Path, name: str) -> None:
         except psutil.Error:  # one of another test that has just ended
             return False
 
-    (found,) = filter(matches, psutil.Process().children())
-    found.kill()
+    def found() -> list[psutil.Process]:
+        return list(filter(matches, psutil.Process().children()))
+
+    until(found)  # its command line is there a moment after it
+    found()[0].kill()

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from llm_ray.app import job_queue
 from llm_ray.app.confs import conf_of
 from llm_ray.cli.main import cli
+from llm_ray.conf.load import dump
 from tests.runs import opened_run
+from tests.waiting import until
 
 Run = Callable[..., Result]
 
@@ -102,3 +106,19 @@ def test_a_conf_that_is_wrong_comes_to_no_queue(run: Run, submit: Run) -> None:
     result = submit("wrong", "--set", "training.epoch=3")
     assert result.exit_code == 2 and "training.epoch" in result.output
     assert states(run) == {}
+
+
+def test_those_that_a_restart_has_ended_go_on(run: Run, submit: Run, asked: dict[str, str], tmp_path: Path) -> None:
+    assert run("recover").output == "a restart of this machine has ended no job\n"
+    with opened_run(conf_of(asked | {"name": "busy"}, tmp_path), force=False):
+        submit("first")
+        folder = tmp_path / "runs" / ".queue"
+        entry = job_queue.entries(folder)["first"]
+        run("cancel", "first")  # its process ends; what is left is as after a restart
+        until(lambda: not job_queue.is_held(folder, "first"))
+        (folder / "first.yaml").write_text(dump(conf_of(asked | {"name": "first"}, tmp_path)))
+        job_queue.write_entry(folder, "first", replace(entry, boot=f"{entry.boot.split()[0]} before"))
+        assert states(run) == {"first": "failed"}
+        assert run("recover").output == "go on: first\n"
+        assert states(run) == {"first": "waiting"}
+    assert run("follow", "first").stderr == "first: done\n"

@@ -1,0 +1,114 @@
+"""The process of a finetune in the background (llm_ray/cli/job.py): it waits for its turn, and runs.
+
+command = wait_for_turn(runs, "support-bot")
+code = run(runs, "support-bot", reporter)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from llm_ray.app.job_queue import LOG, QUEUE, Entry, entries, in_order, is_held, remove, write_entry
+from llm_ray.errors import LlmRayError, Stopped
+from llm_ray.files import locked
+from llm_ray.progress import Reporter
+from llm_ray.runs.folder import CONF, LOCK, RUN, RunFolder, holder
+
+_POLL = 0.5  # seconds
+
+
+def wait_for_turn(runs: Path, name: str) -> str | None:
+    """Wait until it is the turn of the finetune `name`; returns the command line that does the same, None where it was
+    cancelled."""
+    while not (turn := _turn(runs, name)):
+        if turn is None:
+            return None
+        time.sleep(_POLL)
+    (runs / name).mkdir(exist_ok=True)
+    return entries(runs / QUEUE)[name].command
+
+
+def _turn(runs: Path, name: str) -> bool | None:
+    """Whether it is this one's turn, which is then noted; None where it was cancelled."""
+    folder = runs / QUEUE
+    with locked(folder / ".lock"):
+        queued = entries(folder)
+        own = queued.get(name)
+        if own is None:
+            return None
+        alive = {other for other in queued if other == name or is_held(folder, other)}
+        if next(other for other in in_order(queued, alive) if other in alive and not queued[other].started) != name:
+            return False
+        busy = {other for other in alive if queued[other].started} | _at_work(runs)
+        if len(busy) >= own.at_once:
+            return False
+        write_entry(folder, name, replace(own, started=True))
+        return True
+
+
+def _at_work(runs: Path) -> set[str]:
+    """The runs that a process of this machine works in, those of the command line too."""
+    here = socket.gethostname()
+    return {
+        path.parent.name
+        for path in runs.glob(f"*/{RUN}")
+        if (found := holder(path.parent)) is not None and found.get("host") == here
+    }
+
+
+def run(runs: Path, name: str, reporter: Reporter) -> int:
+    """Run the finetune `name`, whose turn it is; returns the exit code. What goes wrong is told to `reporter` and kept
+    for `queue`."""
+    from llm_ray.app.finetune import run_finetune
+    from llm_ray.conf.load import load_finetune
+
+    folder = runs / QUEUE
+    entry = entries(folder)[name]
+    code, reason = 1, "its process was terminated"
+    try:
+        run_finetune(load_finetune(folder / f"{name}.yaml"), reporter)
+        if entry.serve_as:
+            _serve(runs / name, entry, reporter)
+        code, reason = 0, ""
+    except Stopped as error:
+        code, reason = error.exit_code, str(error)
+        reporter.line(reason)
+    except LlmRayError as error:
+        code, reason = error.exit_code, str(error)
+        reporter.line(f"Error: {error}", kind="warning")
+    finally:
+        with locked(folder / ".lock"):
+            if (runs / name / RUN).is_file():
+                remove(folder, name)
+            else:
+                _remove_unbegun(runs / name)
+                write_entry(folder, name, replace(entry, reason=reason))
+    return code
+
+
+def _remove_unbegun(folder: Path) -> None:
+    """Take away what was made of a run that has not begun; the folder stays where it holds anything else, which was
+    there before."""
+    for name in (LOG, LOCK, CONF):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _serve(run: Path, entry: Entry, reporter: Reporter) -> None:
+    """Have this machine's endpoint serve the model of a run, and note how that went: that it is not served makes no
+    failure of the finetune."""
+    from llm_ray.app.serving import serve_run
+
+    try:
+        how, served = serve_run(run.name, entry.serve_as, Path(entry.home), reporter), True
+    except LlmRayError as error:
+        how, served = str(error), False
+        reporter.line(f"{entry.serve_as} is not served: {error}", kind="warning")
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    RunFolder(run).record(served={"name": entry.serve_as, "served": served, "how": how, "at": at})

@@ -1,0 +1,76 @@
+"""What a training takes of memory at least: counted from the conf and the model's files, before anything is loaded."""
+
+from __future__ import annotations
+
+import psutil
+
+from llm_ray.cluster import fit_workers, host_cluster
+from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.errors import ConfError
+from llm_ray.hardware import Precision, choose_precision, cpu_flags, has_bf16
+from llm_ray.models.folder import check_folder
+from llm_ray.models.load import Base
+
+PROCESS_BYTES = 0.9e9
+"""A worker's memory before it holds a model: Python, torch, transformers, Ray."""
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+_LEARNING = 4 + 4 + 8
+"""Bytes of a parameter that learns: fp32 weight and gradient, and AdamW's two moments."""
+
+
+def weight_precision(conf: FinetuneConf, precision: Precision, flags: frozenset[str]) -> Precision:
+    """What the base model is loaded in: fp32 where its weights learn, else the conf's or the fast one. `precision`: of
+    the products."""
+    if conf.tuning.method == "full" or (conf.training.strategy == "fsdp" and precision == "fp32"):
+        return "fp32"
+    if conf.model.dtype == "auto":
+        return "bf16" if precision == "bf16" and has_bf16(flags) else "fp32"
+    return conf.model.dtype
+
+
+def state_bytes(conf: FinetuneConf, parameters: int, trainable: int, held: Precision) -> float:
+    """Bytes of weights, gradients and optimizer in each worker. `parameters`: of the base model; `held`: its
+    precision."""
+    frozen = parameters if conf.tuning.method == "lora" else 0
+    whole = float(frozen * _BYTES[held] + trainable * _LEARNING)
+    return whole / conf.runtime.workers if conf.training.strategy == "fsdp" else whole
+
+
+def check_fits(conf: FinetuneConf, base: Base) -> None:
+    """Raise ConfError or ClusterError for a training that this host can never hold, ModelError where the model is not
+    whole.
+
+    Counted is the least: what learns of a LoRA run, and all that is computed, come on top. Nothing is said of a cluster,
+    and of models whose files are not in a folder here or are a GGUF.
+    """
+    if conf.runtime.mode != "local" or "train" not in conf.stages:
+        return
+    fit_workers(conf.runtime, host_cluster())
+    if not base.location.folder or conf.model.gguf_file:
+        return
+    parameters = check_folder(base.location.folder, tokenizer=not conf.model.tokenizer).parameters
+    flags = cpu_flags()
+    held = weight_precision(conf, choose_precision(conf.training.precision, flags)[0], flags)
+    learning = parameters if conf.tuning.method == "full" else 0
+    each = PROCESS_BYTES + state_bytes(conf, parameters, learning, held)
+    here = float(psutil.virtual_memory().total)
+    if each * conf.runtime.workers > here:
+        raise ConfError(
+            f"{conf.name} needs at least {each * conf.runtime.workers / 2**30:.1f} GiB of memory, and this host has "
+            f"{here / 2**30:.1f} GiB: model.base {conf.model.base} has {parameters / 1e9:.2f} billion parameters, "
+            f"tuning.method is {conf.tuning.method}, runtime.workers {conf.runtime.workers}. Try "
+            + "; or ".join(with_fewer_weights(conf, each, here))
+        )
+
+
+def with_fewer_weights(conf: FinetuneConf, each: float, here: float) -> list[str]:
+    """What would make weights, gradients and optimizer take less. `each`: bytes of a worker, `here`: of this host."""
+    fitting = int(here // each)
+    ways = []
+    if conf.runtime.mode == "local" and 1 <= fitting < conf.runtime.workers:
+        ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")
+    if conf.tuning.method == "full":
+        ways.append("tuning.method lora: optimizer and gradients only for small adapters")
+    if conf.runtime.mode == "local":
+        ways.append("a cluster (runtime.mode cluster, training.strategy fsdp), which shards the weights")
+    return [*ways, "a smaller model"]
