@@ -110,7 +110,14 @@ class SimpleAnswer(BaseModel):
     model: str
 
 
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": _EVENTS}}
+EVENT_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    }
+}
+"""Server-sent events; the keyword is OpenAPI 3.2's, since a `schema` is read as that of each event by some tools, and as
+that of the whole stream by others."""
+_STREAM = {"text/event-stream": EVENT_STREAM["text/event-stream"] | {"example": _EVENTS}}
 # What each operation answers with status 200.
 _ANSWERS: dict[str, dict[str, Any]] = {
     "health": {"model": Health},

@@ -7,59 +7,30 @@ from typing import Any
 
 import httpx
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
-from schemathesis import GenerationMode
-from schemathesis.specs.openapi import checks as openapi
 
-CHECKS = [
-    schemathesis.checks.not_a_server_error,
-    openapi.status_code_conformance,
-    openapi.content_type_conformance,
-    openapi.response_schema_conformance,
-]
+from tests import fuzzing
 
 
 @pytest.mark.long
 def test_no_request_is_answered_otherwise_than_described(base: str, subtests: pytest.Subtests) -> None:
-    for found in schemathesis.openapi.from_url(f"{base}/openapi.json").get_all_operations():
-        operation = found.ok()
-        modes = [(GenerationMode.POSITIVE, 12)]
-        if operation.body:  # else there is nothing in it that could be wrong: any text can be a model's name
-            modes.append((GenerationMode.NEGATIVE, 20))
-        for mode, examples in modes:
-            with subtests.test(operation.label, mode=mode.value):
-                # That a model is not ready for a moment is what /ready is there to tell.
-                allowed = [
-                    check
-                    for check in CHECKS
-                    if operation.path != "/ready" or check is not schemathesis.checks.not_a_server_error
-                ]
-                _fuzz(operation.as_strategy(generation_mode=mode), examples, allowed)
+    for operation in fuzzing.operations(base):
+        # That a model is not ready for a moment is what /ready is there to tell.
+        checks = [
+            check for check in fuzzing.CHECKS if operation.path != "/ready" or check is not fuzzing.NO_SERVER_ERROR
+        ]
+        fuzzing.fuzz(operation, subtests, _ask_small, checks)
 
 
-def _fuzz(cases: Any, examples: int, checks: list[Any]) -> None:
-    @given(case=cases)
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
-    def ask(case: Any) -> None:
-        if isinstance(case.body, dict):  # to a model that is there, and for a short answer
-            settings_of_answer = case.body.setdefault("config", {}) if "text" in case.body else case.body
-            if isinstance(settings_of_answer, dict):
-                settings_of_answer.setdefault("max_new_tokens" if "text" in case.body else "max_tokens", 4)
-            if "model" not in (case.path_parameters or {}):
-                case.body["model"] = "small"
-        if case.method == "POST" and case.path_parameters:
-            case.path_parameters["model"] = "small"
-        case.call_and_validate(timeout=60, checks=checks)
-
-    ask()
+def _ask_small(case: Any) -> None:
+    """Have the case ask a model that is there, for a short answer."""
+    if isinstance(case.body, dict):
+        settings_of_answer = case.body.setdefault("config", {}) if "text" in case.body else case.body
+        if isinstance(settings_of_answer, dict):
+            settings_of_answer.setdefault("max_new_tokens" if "text" in case.body else "max_tokens", 4)
+        if "model" not in (case.path_parameters or {}):
+            case.body["model"] = "small"
+    if case.method == "POST" and case.path_parameters:
+        case.path_parameters["model"] = "small"
 
 
 def test_the_endpoint_is_well_afterwards(http: httpx.Client) -> None:

@@ -26,7 +26,6 @@ FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
 _LOOK = 1.0  # seconds between two looks at a job whose events are streamed
 _ENDED = ("succeeded", "failed", "cancelled")
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 _FORM = {
     "requestBody": {
         "required": True,
@@ -85,7 +84,7 @@ class Operations:
                 "GET",
                 f"{job}/events",
                 self.list_events,
-                {"model": Page[objects.EventObject], "content": _STREAM},
+                {"model": Page[objects.EventObject], "content": openapi.EVENT_STREAM},
                 looked,
                 {},
             ),
