@@ -1,6 +1,6 @@
-"""Load tests of an endpoint, for `llm-ray bench serve`, and for other benchmarks through
-:func:`llm_ray.bench.load.run_load`.
+"""Load tests of an endpoint, for `llm-ray bench serve` and, through :func:`llm_ray.bench.load.run_load`, for other
+benchmarks.
 
-:mod:`~llm_ray.bench.load` loads the endpoint and measures, :mod:`~llm_ray.bench.report` turns the measurements into
-figures, a table, JSON and a plot, :mod:`~llm_ray.bench.prompts` has built-in prompts.
+:mod:`~llm_ray.bench.load` sends the requests and measures, :mod:`~llm_ray.bench.report` writes the results as a table,
+JSON and a plot, :mod:`~llm_ray.bench.prompts` holds built-in prompts.
 """

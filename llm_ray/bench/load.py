@@ -1,24 +1,24 @@
 """Sends streamed requests to an OpenAI endpoint and measures when each token arrives.
 
-report = run_load(endpoint, "quickstart", builtin_prompts(64), Load(concurrency=16, requests=128))
-print(report.output_tokens_per_second, report.time_to_first_token)
+    report = run_load(endpoint, "quickstart", builtin_prompts(64), Load(concurrency=16, requests=128))
+    print(report.output_tokens_per_second, report.time_to_first_token)
 
-The figures are defined as ``vllm bench serve`` defines them (vllm/benchmarks/serve.py, endpoint_request_func.py):
+Metrics are defined as in ``vllm bench serve`` (vllm/benchmarks/serve.py, endpoint_request_func.py):
 
 - time to first token (TTFT): from sending the request to the first chunk with a token;
-- end to end: from sending it to the last chunk with a token (the chunk with the usage comes later and does not count);
+- end to end: from sending the request to the last chunk with a token (the later usage chunk does not count);
 - time per output token (TPOT), for each request with more than one token: (end to end - TTFT) / (output tokens - 1);
-- inter-token latency (ITL): between one chunk with tokens and the next, over all requests. Where a server puts several tokens into a
-  chunk, or several chunks into a packet, this is the time between what the client can show;
-- tokens as the server counts them (``usage``); throughputs are of whole answers alone, over the time from the first request to the end of
-  the last.
+- inter-token latency (ITL): between consecutive chunks with tokens, over all requests. Where a server puts several
+  tokens into a chunk, or several chunks into a packet, this is the interval at which the client can show text;
+- tokens are counted by the server (``usage``); throughput covers complete answers only, over the time from the first
+  request to the end of the last.
 
-One thing differs: the first chunk of a chat, which names the role and holds no token, is not taken for a token. On vLLM
-it arrives together with the first one, so that TTFT is the same and ITL loses one interval of zero for each request.
+One difference: the first chunk of a chat, which names the role and holds no token, does not count as a token. vLLM
+sends it together with the first token, so TTFT is the same, and ITL loses one zero interval per request.
 
-A request without a whole answer is a failure, counted by its kind ("status 503", "timeout", "broken", "unreachable"),
-and in no other figure. One process of one thread sends and reads: :attr:`LoadReport.client_cpu_share` says how much of
-a core that took.
+A request without a complete answer is a failure. It is counted by kind ("status 503", "timeout", "broken",
+"unreachable") and excluded from all other metrics. A single thread sends and reads everything;
+:attr:`LoadReport.client_cpu_share` is the share of a core that it used.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     import aiohttp
 
 BACKOFF = 0.1
-"""Seconds for which one of `concurrency` rests after a failure: an endpoint that refuses at once would be asked as fast
-as this machine can."""
+"""Pause after a failure, in seconds, before a worker sends its next request. Without it, a failing endpoint would be
+flooded."""
 KEEP_ALIVE = 3.0
-"""Seconds for which an idle connection is kept: less than servers do, so that none is taken up again that is being
-closed."""
+"""Seconds to keep an idle connection: shorter than servers do, so that no connection is reused while the server closes
+it."""
 
 Progress = Callable[["LoadReport"], None]
 Request = Callable[[], Coroutine[Any, Any, bool]]
@@ -53,12 +53,16 @@ Request = Callable[[], Coroutine[Any, Any, bool]]
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to send. One of `concurrency` (so many at once, each sent when another is answered) and `rate` (requests per
-    second on average, with the gaps of a Poisson process, however long answers take), and one of `requests` and
-    `duration` (seconds in which requests are sent; those under way are waited for). `warmup` requests go before, one
-    after the other, and are in no figure. `timeout` is for one answer, in seconds. Without `keep_alive` each request has
-    a connection of its own, for servers that close theirs after an answer without saying so. Raises ConfError when both
-    or none of a pair are given."""
+    """The load to generate.
+
+    Set exactly one of `concurrency` (requests in flight; each answer triggers the next request) and `rate` (mean
+    requests per second of a Poisson process, independent of response times), and exactly one of `requests` and
+    `duration` (seconds during which requests are sent; those in flight are awaited). `warmup` requests run first, one
+    at a time, and are not measured. `timeout` is per request, in seconds. `keep_alive` False opens a connection per
+    request, for servers that close connections without announcing it.
+
+    Raises ConfError if both or neither of a pair are set.
+    """
 
     concurrency: int | None = None
     rate: float | None = None
@@ -82,8 +86,8 @@ class Load:
 
 @dataclass(slots=True)
 class Sample:
-    """One answer: `sent` in seconds since the load began, `arrivals` of its chunks with tokens in seconds since it was
-    sent (at least one), and tokens as the server counts them."""
+    """One complete answer. `sent` is in seconds since the load began; `arrivals` are the times of its chunks with
+    tokens, in seconds since it was sent (at least one). Token counts are the server's."""
 
     sent: float
     arrivals: list[float]
@@ -100,13 +104,13 @@ class Sample:
 
     @property
     def per_token(self) -> float | None:
-        """Seconds per token after the first; None for an answer of one."""
+        """Seconds per token after the first; None for a one-token answer."""
         return (self.last - self.first) / (self.output_tokens - 1) if self.output_tokens > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A request without a whole answer: when it was sent and given up, in seconds since the load began, and why."""
+    """A request without a complete answer. `sent` and `ended` are in seconds since the load began."""
 
     sent: float
     ended: float
@@ -126,7 +130,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread | None:
-        """Percentiles are interpolated, as numpy does; None of no values."""
+        """Returns mean and percentiles, interpolated as numpy does; None if `values` is empty."""
         import numpy as np
 
         if not values:
@@ -137,8 +141,8 @@ class Spread:
 
 @dataclass
 class LoadReport:
-    """What was measured. `seconds` are those from the first request to the end of the last, `client_cpu_seconds` those
-    of this process."""
+    """The measurements. `seconds` runs from the first request to the end of the last; `client_cpu_seconds` is the CPU
+    time of this process."""
 
     url: str
     model: str
@@ -192,19 +196,18 @@ class LoadReport:
 
     @property
     def client_cpu_share(self) -> float:
-        """Of one core. Near 1 the figures are those of this process, not of the endpoint."""
+        """CPU time as a share of one core. Near 1, this process limits the results rather than the endpoint."""
         return self.client_cpu_seconds / self.seconds
 
 
 def run_load(
     endpoint: Endpoint, model: str, prompts: Iterator[Prompt], load: Load, progress: Progress | None = None
 ) -> LoadReport:
-    """Loads `endpoint` (an OpenAI API) as `load` says, with `prompts` in their order; there must be enough of them, or
-    no end.
+    """Runs `load` against `endpoint` (an OpenAI API) and returns the measurements. `prompts` are sent in order and must
+    not run out.
 
-    `progress` is called after each request with the report as far as it is. Raises ConfError for a model's own route,
-    which does not stream tokens, and Failed when a request of the warm-up fails; failures of the load itself are in the
-    report.
+    `progress` is called after each request with the report so far. Raises ConfError for a model's own route, which does
+    not stream tokens, and Failed if a warm-up request fails; later failures are recorded in the report.
     """
     if not endpoint.openai:
         raise ConfError(
@@ -237,7 +240,7 @@ async def _run(
         began, cpu = time.perf_counter(), time.process_time()
 
         async def request() -> bool:
-            """Sends the next request; whether it was answered."""
+            """Sends the next request; returns whether it succeeded."""
             body = _body(model, next(prompts), load)
             sent = time.perf_counter() - began
             try:
@@ -259,7 +262,7 @@ async def _run(
 
 
 async def _at_once(concurrency: int, request: Request, load: Load, began: float) -> None:
-    """`concurrency` requests at once, until all are sent or the time is over."""
+    """Keeps `concurrency` requests in flight until all are sent or the duration has passed."""
     waiting = iter(range(load.requests) if load.requests is not None else itertools.count())
 
     async def worker() -> None:
@@ -275,7 +278,8 @@ async def _at_once(concurrency: int, request: Request, load: Load, began: float)
 
 
 async def _poisson(rate: float, request: Request, load: Load, began: float) -> None:
-    """Requests at the times of a Poisson process of `rate` a second, until all are sent or the time is over."""
+    """Sends requests at the times of a Poisson process of `rate` per second until all are sent or the duration has
+    passed."""
     import numpy as np
 
     gaps = np.random.default_rng(load.seed)
@@ -290,7 +294,7 @@ async def _poisson(rate: float, request: Request, load: Load, began: float) -> N
 
 
 def _body(model: str, prompt: Prompt, load: Load) -> bytes:
-    """The request. A completion takes the text of a prompt as it is."""
+    """Returns the JSON request body. A completion sends the prompt's content unchanged."""
     asked: dict[str, Any] = {"prompt": prompt.content} if load.completion else {"messages": prompt.messages(None)}
     if load.ignore_eos:
         asked["ignore_eos"] = True
@@ -307,7 +311,7 @@ def _body(model: str, prompt: Prompt, load: Load) -> bytes:
 
 
 async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, load: Load, sent: float) -> Sample:
-    """One request, read to its end. Raises Failed."""
+    """Sends one request and reads the whole stream. Raises Failed."""
     import aiohttp
 
     url = f"{endpoint.url}/{'completions' if load.completion else 'chat/completions'}"
@@ -325,7 +329,7 @@ async def _ask(session: aiohttp.ClientSession, endpoint: Endpoint, body: bytes, 
 
 
 class _Stream:
-    """Server-sent events of one answer, read packet by packet: as little work a token as there can be."""
+    """Parser of one answer's server-sent events, kept cheap per token so that the client does not limit the load."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -335,12 +339,13 @@ class _Stream:
         self._finished = False
 
     def read(self, packet: bytes, now: float) -> None:
-        """Takes a packet that came at `now`; an event that is not whole yet waits for the next."""
+        """Parses a packet received at `now` (seconds since the request was sent). An incomplete event is kept for the
+        next packet."""
         lines = (self._rest + packet).split(b"\n")
         self._rest = lines.pop()
         for line in lines:
             if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
-                continue  # an empty line, a comment, or the end
+                continue  # empty line, comment, or the end
             chunk = json.loads(line[5:])
             try:
                 if "error" in chunk:
@@ -358,7 +363,7 @@ class _Stream:
                 ) from error
 
     def sample(self, sent: float) -> Sample:
-        """The answer, when all of it came."""
+        """Returns the finished answer. Raises Broken if the stream ended early or reported no usage."""
         if not self._arrivals or not self._finished:
             raise Broken(f"{self._endpoint.url} ended the answer early (without a finish_reason)")
         if self._usage is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from llm_ray.client.prompts import Prompt
 
 TOKENS_PER_WORD = 1.25
-"""Of these sentences, with SmolLM2's tokenizer; others are near it."""
+"""Average for these sentences with SmolLM2's tokenizer; other tokenizers are close."""
 
 SENTENCES = (
     "The night train leaves the harbour at ten and reaches the mountains before anyone is awake.",
@@ -39,9 +39,9 @@ SENTENCES = (
 
 
 def builtin_prompts(tokens: int, seed: int = 0) -> Iterator[Prompt]:
-    """Prompts of about `tokens` tokens each without end, the same for the same `seed`.
+    """Yields prompts of about `tokens` tokens each, without end; the same `seed` gives the same prompts.
 
-    Each begins with a number of its own, so that no server finds it in its prefix cache.
+    Each prompt begins with its own number, so that no server finds it in its prefix cache.
     """
     import numpy as np
 

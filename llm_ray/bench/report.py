@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 CLIENT_BOUND = 0.7
-"""Share of a core from which on the load generator may be what limits the figures."""
+"""Share of a core above which the load generator may limit the results."""
 
 
 def spreads(report: LoadReport) -> dict[str, Spread | None]:
-    """The latencies, by name, in seconds."""
+    """Returns the latency metrics by name, in seconds."""
     return {
         "time_to_first_token": report.time_to_first_token,
         "time_per_output_token": report.time_per_output_token,
@@ -33,7 +33,7 @@ def spreads(report: LoadReport) -> dict[str, Spread | None]:
 
 
 def figures(report: LoadReport) -> dict[str, Any]:
-    """All figures as JSON; latencies in seconds, null when there is none."""
+    """Returns all metrics as a JSON object; latencies in seconds, null without samples."""
     return {
         "endpoint": report.url,
         "model": report.model,
@@ -58,7 +58,7 @@ def figures(report: LoadReport) -> dict[str, Any]:
 
 
 def table(report: LoadReport) -> Iterator[str]:
-    """The figures for a reader, line by line."""
+    """Yields the lines of a table for the terminal."""
     load, answered = report.load, len(report.samples)
     how = f"{load.concurrency} at once" if load.concurrency else f"{load.rate:g} requests/s on average"
     yield f"{report.model} at {report.url}: {how}, at most {load.max_tokens} tokens per answer"
@@ -80,8 +80,8 @@ def table(report: LoadReport) -> Iterator[str]:
 
 
 def write(report: LoadReport, folder: Path) -> None:
-    """`folder`/report.json, with a row for each request, and `folder`/plot.png. Raises LlmRayError when they cannot be
-    written."""
+    """Writes `folder`/report.json, with one row per request, and `folder`/plot.png. Raises LlmRayError if they cannot
+    be written."""
     rows = [
         {
             "sent": round(sample.sent, 6),
@@ -101,7 +101,8 @@ def write(report: LoadReport, folder: Path) -> None:
 
 
 def plot(report: LoadReport, file: Path) -> None:
-    """Three pictures side by side as PNG: how latencies are distributed, and the course of the load. Raises OSError."""
+    """Writes a PNG with three plots: distributions of request latencies and of token latencies, and the load over time.
+    Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -130,7 +131,7 @@ def plot(report: LoadReport, file: Path) -> None:
 
 
 def _distribution(axes: Axes, label: str, values: list[float], unit: str) -> None:
-    """The share of values that are at most so large."""
+    """Plots the cumulative distribution of `values`."""
     if values:
         axes.ecdf(values, label=label, linewidth=1.4)
     axes.set_xlabel(unit)
@@ -138,11 +139,11 @@ def _distribution(axes: Axes, label: str, values: list[float], unit: str) -> Non
 
 
 def _course(axes: Axes, report: LoadReport) -> None:
-    """Output tokens in each second, and requests under way in the middle of it."""
+    """Plots output tokens per second and the number of requests in flight at the middle of each second."""
     import numpy as np
 
     seconds = np.arange(int(report.seconds) + 2)
-    # A chunk may hold several tokens: those of a request are shared out evenly among its chunks.
+    # A chunk may hold several tokens, so a request's tokens are spread evenly over its chunks.
     arrived = [sample.sent + at for sample in report.samples for at in sample.arrivals]
     weights = [sample.output_tokens / len(sample.arrivals) for sample in report.samples for _ in sample.arrivals]
     rate, _ = np.histogram(arrived, bins=seconds, weights=weights)

@@ -1,6 +1,7 @@
-"""Client of a deployed model, for `llm-ray infer`: one prompt or a file of them.
+"""Client of a deployed model, for `llm-ray infer`: one prompt or a file of prompts.
 
-:mod:`~llm_ray.client.endpoint` tells the two kinds of URL apart and finds the API key, :mod:`~llm_ray.client.ask` asks,
-:mod:`~llm_ray.client.connections` keeps clients between questions, :mod:`~llm_ray.client.prompts` reads files of
-prompts, :mod:`~llm_ray.client.batch` asks them all and keeps the answers, and :mod:`~llm_ray.client.errors` says in words what an endpoint or the way to it refused.
+:mod:`~llm_ray.client.endpoint` parses the URL and finds the API key, :mod:`~llm_ray.client.ask` sends prompts,
+:mod:`~llm_ray.client.connections` keeps HTTP clients between requests, :mod:`~llm_ray.client.prompts` reads prompt
+files, :mod:`~llm_ray.client.batch` answers a whole file and stores the answers, and :mod:`~llm_ray.client.errors` turns
+HTTP and network errors into messages for the user.
 """

@@ -1,12 +1,11 @@
 """Ask a model over the OpenAI API or its own route, streamed or not.
 
-async with Asker(parse("http://127.0.0.1:8000/v1"), "quickstart", Settings(max_tokens=64)) as asker:
-    answer = await asker.ask(Prompt("What is Ray?"), on_text=print)
+    async with Asker(parse("http://127.0.0.1:8000/v1"), "quickstart", Settings(max_tokens=64)) as asker:
+        answer = await asker.ask(Prompt("What is Ray?"), on_text=print)
 
-The OpenAI API is spoken by the openai SDK. A model's own route (``http://HOST:PORT/MODEL``) takes the simple request of
-the old workflow, ``{"text": …, "config": {…}, "stream": …}``, and answers in plain text, or in JSON when asked for it.
-An endpoint that is busy (429, or 503 with Retry-After) is asked again after the time that it says, as long as that lies
-within the timeout.
+The OpenAI API is called through the openai SDK. A model's own route (``http://HOST:PORT/MODEL``) takes the simple
+request of the old workflow, ``{"text": …, "config": {…}, "stream": …}``, and answers in plain text, or in JSON on
+request. A busy endpoint (429, or 503 with Retry-After) is retried after the delay that it gives, within the timeout.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ OnText = Callable[[str], None]
 OnWait = Callable[[float, Refused], None]
 Usage = dict[str, int]
 Piece = tuple[str, str | None, Usage | None]
-"""A piece of an answer: text, and finish_reason and usage where they come with it."""
+"""Part of an answer: text, finish_reason and usage; the latter two are None unless they come with it."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
-"""Seconds before a busy endpoint that does not say when is asked again: the first, doubled each time up to the
+"""Delay in seconds before retrying a busy endpoint without Retry-After: the first one, doubled each time up to the
 longest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to ask. What is None is left to the endpoint; `timeout` is for the whole answer, with waits for a busy
-    endpoint, in seconds."""
+    """Settings of a request. None leaves the choice to the endpoint. `timeout` covers the whole answer in seconds,
+    including retries of a busy endpoint."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -52,21 +51,20 @@ class Settings:
     timeout: float = 600.0
 
     def given(self) -> dict[str, Any]:
-        """What of it shapes the answer, as JSON: those that are set."""
+        """Returns the set values that affect the answer, as JSON."""
         values = {**asdict(self), "stop": list(self.stop), "completion": self.completion or None}
         return {name: value for name, value in values.items() if value not in (None, []) and name != "timeout"}
 
     def sampling(self) -> dict[str, Any]:
-        """Those set that choose tokens, under their names in the OpenAI API (and top_k, which servers have beside
-        it)."""
+        """Returns the set sampling parameters under their OpenAI names (plus top_k, a common extension)."""
         return {name: value for name, value in self.given().items() if name not in ("system", "completion")}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer. `usage` (prompt_tokens, completion_tokens, total_tokens) and `finish_reason` (stop, length, …) are
-    None where the endpoint does not tell, as a route does not when it streams. `seconds` are those from asking to the
-    last word."""
+    None if the endpoint does not report them, as when a model's own route streams. `seconds` runs from the request to
+    the end of the answer."""
 
     model: str
     text: str
@@ -76,8 +74,8 @@ class Answer:
 
 
 class Asker:
-    """Asks one model with the same settings; connections are kept between prompts, and beyond where `connections` are
-    given. An async context manager."""
+    """Sends prompts to one model with fixed settings. An async context manager. Connections are reused between prompts;
+    `connections` given by the caller stay open afterwards."""
 
     def __init__(
         self,
@@ -101,7 +99,8 @@ class Asker:
             await self._connections.close()
 
     async def ask(self, prompt: Prompt, on_text: OnText | None = None) -> Answer:
-        """The answer to `prompt`; with `on_text` it is streamed, and each piece handed over as it comes.
+        """Returns the answer to `prompt`. With `on_text` it is streamed, and each piece of text is passed on as it
+        arrives.
 
         Raises Failed (Refused, Unreachable, TimedOut, Broken).
         """
@@ -170,9 +169,9 @@ class Asker:
             raise refused(self.endpoint, error.status_code, error.response.headers, error.response.text) from error
         except (openai.APIConnectionError, ValueError) as error:
             raise failed(self.endpoint, error, self.settings.timeout) from error
-        except openai.APIError as error:  # an error in the middle of a stream
+        except openai.APIError as error:  # an error event in the stream
             raise Broken(f"{self.endpoint.url} aborted the answer: {error.message}") from error
-        except (AttributeError, IndexError, TypeError) as error:  # the SDK does not check what came
+        except (AttributeError, IndexError, TypeError) as error:  # the SDK does not validate responses
             raise self._foreign() from error
 
     async def _from_route(self, prompt: Prompt, stream: bool) -> AsyncGenerator[Piece, None]:
@@ -213,7 +212,7 @@ class Asker:
         return Broken(f"{self.endpoint.url} does not answer like {form}: is this the right address?")
 
     async def _with_models(self, error: Refused) -> Refused:
-        """The error, with the models that there are when it is that one was not found."""
+        """Returns the error, with the served models added to a 404."""
         if error.status != 404:
             return error
         try:
@@ -225,7 +224,7 @@ class Asker:
 
 
 def _piece(reply: Any, part: str) -> Piece:
-    """Text, finish_reason and usage of an answer or a chunk of the SDK; a completion has its text in the choice
+    """Returns text, finish_reason and usage of an SDK response or chunk. A completion has its text in the choice
     itself."""
     usage = reply.usage
     tokens = (
@@ -233,7 +232,7 @@ def _piece(reply: Any, part: str) -> Piece:
         if usage
         else None
     )
-    if not reply.choices and usage:  # the chunk after the last, which holds the usage
+    if not reply.choices and usage:  # the last chunk, with usage only
         return "", None, tokens
     choice = reply.choices[0]
     text = choice.text if "text" in choice.model_fields_set else getattr(choice, part).content
@@ -241,7 +240,7 @@ def _piece(reply: Any, part: str) -> Piece:
 
 
 async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
-    """The names of the models that the endpoint lists. Raises Failed."""
+    """Returns the names of the models that the endpoint lists. Raises Failed."""
     import httpx
 
     async with endpoint.http(timeout) as client:
@@ -257,9 +256,10 @@ async def served_models(endpoint: Endpoint, timeout: float) -> list[str]:
 
 
 async def choose_model(endpoint: Endpoint, model: str | None, timeout: float) -> str:
-    """The model to ask: the one named, or the only one that an OpenAI API lists; of a model's own route that one.
+    """Returns the model to ask: the named one, or the only one that an OpenAI API lists, or the model of a model's own
+    route.
 
-    Raises ConfError when several are listed and none is named, or when one is named to a route; ServeError when none is
+    Raises ConfError if several are listed and none is named, or if one is named for a route; ServeError if none is
     listed.
     """
     if not endpoint.openai:

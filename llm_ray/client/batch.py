@@ -1,11 +1,10 @@
-"""A file of prompts: asked concurrently, with each answer stored as it arrives.
+"""Answers a file of prompts concurrently and stores each answer as it arrives.
 
-with open_answers(Path("answers.jsonl"), prompts, "quickstart", settings) as answers:
-    failures = answer_all(endpoint, "quickstart", settings, answers.open_prompts, 8, answers.keep)
+    with open_answers(Path("answers.jsonl"), prompts, "quickstart", settings) as answers:
+        failures = answer_all(endpoint, "quickstart", settings, answers.open_prompts, 8, answers.keep)
 
-The answers are JSON lines, in the order in which they came: index (of the prompt, from 0), prompt, model, text,
-finish_reason, usage, seconds, settings. A file that is there already is gone on with: what it answers is not asked
-again.
+Answers are JSON lines in order of completion: index (of the prompt, from 0), prompt, model, text, finish_reason, usage,
+seconds, settings. An existing file is continued: prompts that it already answers are skipped.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from llm_ray.progress import Bar
 Numbered = tuple[int, Prompt]
 OnAnswer = Callable[[int, Prompt, Answer | Failed], None]
 BEGINNING = b'{"index": '
-"""How each row begins."""
+"""Start of each row; identifies a partly written one."""
 
 
 def row(index: int, prompt: Prompt, answer: Answer, settings: Settings) -> dict[str, Any]:
-    """An answer as it is written."""
+    """Returns an answer as a JSON row."""
     values = asdict(answer)
     return {
         "index": index,
@@ -54,11 +53,11 @@ def answer_all(
     keep: OnAnswer,
     bar: Bar | None = None,
 ) -> list[tuple[Prompt, Failed]]:
-    """Asks all prompts, `concurrency` at once, and hands each answer, or why there is none, to `keep` as it comes; what
-    failed is returned.
+    """Sends all prompts, `concurrency` at a time, passes each answer or error to `keep` as it completes, and returns
+    the failures.
 
-    `bar` shows prompts done and tokens/s. Raises Failed when the endpoint cannot be asked at all: no
-    connection, a wrong key, an unknown model.
+    `bar` shows prompts done and tokens/s. Raises Failed if every request would fail the same way: no connection, a
+    wrong key, an unknown model.
     """
     failures: list[tuple[Prompt, Failed]] = []
     began, done, tokens = time.monotonic(), 0, 0
@@ -101,8 +100,8 @@ def answer_all(
 
 
 class InOrder:
-    """Prints answers in the order of the prompts: texts with an empty line between them, or with `settings` JSON
-    lines."""
+    """Prints answers in the order of the prompts: as text separated by empty lines, or as JSON lines if `settings` are
+    given."""
 
     def __init__(self, file: TextIO, settings: Settings | None) -> None:
         self._file, self._settings = file, settings
@@ -110,8 +109,8 @@ class InOrder:
         self._early: dict[int, str] = {}
 
     def keep(self, index: int, prompt: Prompt, answer: Answer | Failed) -> None:
-        """Prints an answer when all before it are printed; one that failed leaves a gap, which standard error tells
-        of."""
+        """Prints the answer once all earlier ones are printed. A failed one is skipped; it is reported on standard
+        error."""
         if isinstance(answer, Failed):
             self._early[index] = ""
         elif self._settings:
@@ -125,14 +124,14 @@ class InOrder:
 
 
 class Answers:
-    """The file of answers, open to be gone on with. `open_prompts` are those that it does not answer yet."""
+    """The open answers file. `open_prompts` are the prompts that it does not answer yet."""
 
     def __init__(self, file: TextIO, prompts: list[Prompt], done: set[int], settings: Settings) -> None:
         self.open_prompts = [(index, prompt) for index, prompt in enumerate(prompts) if index not in done]
         self._file, self._settings = file, settings
 
     def keep(self, index: int, prompt: Prompt, answer: Answer | Failed) -> None:
-        """Writes an answer, whole; one that failed is asked again the next time."""
+        """Appends an answer. Failures are not stored, so the next run retries them."""
         if isinstance(answer, Failed):
             return
         self._file.write(json.dumps(row(index, prompt, answer, self._settings), ensure_ascii=False) + "\n")
@@ -141,10 +140,10 @@ class Answers:
 
 @contextlib.contextmanager
 def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> Iterator[Answers]:
-    """The answers to `prompts` in `path`, made when it is not there; a torn last line is taken off.
+    """Opens (or creates) and locks the answers file `path`, and removes an incomplete last line.
 
-    Raises ConfError when the file holds answers to other prompts, of another model or with other settings, when it is
-    no file of answers, or when another process writes it; DataError when it cannot be written.
+    Raises ConfError if the file holds answers to other prompts, of another model or with other settings, is not an
+    answers file, or is locked by another process; DataError if it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,13 +160,13 @@ def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settin
 
 
 def _done(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> set[int]:
-    """The indices answered in `path`, checked against what is asked now."""
+    """Returns the indices answered in `path`, after checking its rows against prompts, model and settings."""
     done = set()
     whole = 0
     with path.open("rb+") as file:
         for line, raw in enumerate(file, 1):
             if not raw.endswith(b"\n") and raw[: len(BEGINNING)] == BEGINNING[: len(raw)]:
-                file.truncate(whole)  # a row that was being written when the process was killed
+                file.truncate(whole)  # an incomplete row: the process was killed while writing
                 break
             whole += len(raw)
             try:

@@ -1,4 +1,4 @@
-"""Clients of endpoints that are kept between questions: a new one, with its connection, takes 25 ms.
+"""HTTP clients kept between requests: creating one and connecting takes 25 ms.
 
 connections = Connections()
 async with Asker(endpoint, "support-bot", settings, connections=connections) as asker:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class Connections:
-    """A client of each kind for an endpoint's URL and the seconds for each step of a request, made at its first use.
-    They hold no API key, which goes with each request. Of one event loop."""
+    """Cache of clients by URL and timeout (seconds per step of a request), created on first use. They hold no API key,
+    which goes with each request. Use from one event loop only."""
 
     def __init__(self) -> None:
         self._http: dict[tuple[str, float], httpx.AsyncClient] = {}
@@ -37,7 +37,7 @@ class Connections:
         return found
 
     def sdk(self, endpoint: Endpoint, timeout: float) -> AsyncOpenAI:
-        """The openai SDK, which does not ask again by itself."""
+        """Returns an openai SDK client with retries disabled."""
         found = self._sdk.get((endpoint.url, timeout))
         if found is None:
             found = self._sdk[endpoint.url, timeout] = _sdk(endpoint, timeout)

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 KEY_VARIABLES = ("LLM_RAY_API_KEY", "OPENAI_API_KEY")
 CONNECT_SECONDS = 10.0
-"""How long a host may take to accept a connection."""
+"""Timeout for connecting to a host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key, and where it was found, which errors name in its place."""
+    """An API key and its source; errors name the source, never the key."""
 
     value: str = field(repr=False)
     source: str
@@ -34,8 +34,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """`url` without a slash at its end; `openai` when it is the base of an OpenAI API (…/v1), else it is one model's
-    own route."""
+    """`url` has no trailing slash. `openai` is True for the base of an OpenAI API (…/v1), False for a model's own
+    route."""
 
     url: str
     openai: bool
@@ -43,17 +43,17 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """Of a model's route, the model: it may have a slash in its name."""
+        """The model of a model's own route; may contain a slash."""
         return urlsplit(self.url).path.removeprefix("/")
 
     @property
     def base(self) -> str:
-        """The OpenAI base that belongs to the URL."""
+        """The base URL of the OpenAI API at this address."""
         return self.url if self.openai else f"{self.url.removesuffix(self.name)}v1"
 
     @property
     def trust_env(self) -> bool:
-        """Whether proxies of the environment count: never for this machine, which no proxy reaches."""
+        """Whether to use proxies from the environment: never for loopback, which proxies cannot reach."""
         host = urlsplit(self.url).hostname or ""
         try:
             return not ipaddress.ip_address(host).is_loopback
@@ -65,7 +65,7 @@ class Endpoint:
         return {"Authorization": f"Bearer {self.key.value}"} if self.key else {}
 
     def http(self, timeout: float) -> httpx.AsyncClient:
-        """A client, with `timeout` seconds for each step of a request; :attr:`headers` have the key."""
+        """Returns a new client with `timeout` seconds for each step of a request. Send :attr:`headers` for the key."""
         import httpx
 
         limits = httpx.Limits(max_connections=None)
@@ -80,14 +80,15 @@ class Endpoint:
 
 @functools.cache
 def certificates(trust_env: bool) -> ssl.SSLContext:
-    """The authorities that are trusted, read once: that takes 40 ms, of every client that reads them for itself."""
+    """Returns a TLS context with the trusted CAs, cached because loading them takes 40 ms."""
     import httpx
 
     return httpx.create_ssl_context(trust_env=trust_env)
 
 
 def parse(url: str, key: Key | None = None) -> Endpoint:
-    """The endpoint at `url`. Raises ConfError when it is no http(s) URL with the path of an API or of a model."""
+    """Returns the endpoint at `url`. Raises ConfError unless it is an http(s) URL with the path of an API or of a
+    model."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
@@ -110,10 +111,10 @@ def parse(url: str, key: Key | None = None) -> Endpoint:
 
 
 def find_key(given: str | None, file: Path | None, environment: Mapping[str, str]) -> Key | None:
-    """The key as given (`--api-key`), else in `file` (`--api-key-file`), else in LLM_RAY_API_KEY or OPENAI_API_KEY of
-    the environment; else None.
+    """Returns the API key from `given` (`--api-key`), else `file` (`--api-key-file`), else LLM_RAY_API_KEY or
+    OPENAI_API_KEY in `environment`; None if there is none.
 
-    Raises ConfError when both are given, the file cannot be read, or what was found is no key.
+    Raises ConfError if both options are given, the file cannot be read, or the key is malformed.
     """
     if given is not None and file is not None:
         raise ConfError("--api-key and --api-key-file cannot be combined")

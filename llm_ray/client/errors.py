@@ -1,7 +1,7 @@
 """Errors between a client and an endpoint, with messages that say what to do.
 
-Each error has a ``kind``, by which failures are counted ("status 503", "timeout", …), and says whether it is ``fatal``:
-the next request would end the same way.
+Each error has a ``kind``, by which failures are counted ("status 503", "timeout", …), and a flag ``fatal``: the next
+request would fail the same way.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from llm_ray.client.endpoint import Endpoint
 from llm_ray.errors import ServeError
 
 SHOWN = 300
-"""Characters of a foreign answer that an error shows."""
+"""Maximum characters of a server's response that an error quotes."""
 
 
 class Failed(ServeError):
-    """A request that brought no whole answer."""
+    """A request without a complete answer."""
 
     kind = "broken"
     fatal = False
 
 
 class Unreachable(Failed):
-    """No connection: nothing listens, the host is not known, or TLS failed."""
+    """No connection: nothing listens, the host is unknown, or TLS failed."""
 
     kind = "unreachable"
     fatal = True
 
 
 class Broken(Failed):
-    """The connection ended, or what came is not what was agreed on."""
+    """The connection was lost, or the response is malformed."""
 
 
 class TimedOut(Failed):
-    """No whole answer within the time given."""
+    """The answer was not complete within the timeout."""
 
     kind = "timeout"
 
 
 class Refused(Failed):
-    """The endpoint answered with an error. `retry_after` is in seconds, None when it does not say."""
+    """The endpoint answered with an error. `retry_after` is in seconds, None if not given."""
 
     def __init__(self, message: str, status: int, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class Refused(Failed):
 
 
 def refused(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: str) -> Refused:
-    """The error for an answer with `status` (4xx or 5xx); `headers` compare without case."""
+    """Returns the error for a response with `status` (4xx or 5xx). `headers` must be case-insensitive."""
     reason = _message(body)
     key, url = endpoint.key, endpoint.url
     if status == 401 and key is None:
@@ -84,7 +84,8 @@ def refused(endpoint: Endpoint, status: int, headers: Mapping[str, str], body: s
 
 
 def failed(endpoint: Endpoint, error: BaseException, timeout: float) -> Failed:
-    """The error for an exception of an HTTP library (httpx, aiohttp, the openai SDK), told by what lies under it."""
+    """Returns the error for an exception of an HTTP library (httpx, aiohttp, the openai SDK), classified by its
+    causes."""
     url = endpoint.url
     causes = list(_causes(error))
     for cause in causes:
@@ -113,7 +114,7 @@ def failed(endpoint: Endpoint, error: BaseException, timeout: float) -> Failed:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came of, innermost last."""
+    """Yields the error and its causes, innermost last."""
     while error is not None:
         yield error
         if isinstance(error, BaseExceptionGroup):
@@ -123,7 +124,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _message(body: str) -> str:
-    """The message of an error in OpenAI's form, or the beginning of another answer."""
+    """Returns the message of an OpenAI error, or the beginning of any other body."""
     try:
         value = json.loads(body)
     except ValueError:
@@ -139,7 +140,7 @@ def _short(text: str) -> str:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, which is a number or a date."""
+    """Returns the seconds of a Retry-After header, which is a number or a date; None if absent or malformed."""
     value = headers.get("retry-after")
     if value is None:
         return None

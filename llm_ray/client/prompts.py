@@ -1,13 +1,14 @@
-"""Prompts from files: a line each of text, or rows of JSON lines, JSON, CSV and the other kinds that data is read from.
+"""Reads prompts from files: a text file with one prompt per line, or rows of JSON lines, JSON, CSV and other data
+formats.
 
-| columns (optional ones in brackets) | what is asked |
+| columns (optional ones in brackets) | prompt |
 | --- | --- |
 | messages | the conversation: a list of {role, content} |
 | prompt | the text |
 | text | the text |
-| instruction, [input] | both, an empty line between them |
+| instruction, [input] | both, separated by an empty line |
 
-Each may have `system`, which goes before the prompt.
+Each row may have `system`, a system message for its prompt.
 """
 
 from __future__ import annotations
@@ -25,22 +26,21 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`content` is a text, or a conversation; `place` is the file and line that it came from, empty for one that was
-    typed."""
+    """A prompt. `content` is text or a conversation; `place` is its file and line, empty for a typed prompt."""
 
     content: str | list[Message]
     place: str = ""
     system: str | None = None
 
     def messages(self, system: str | None) -> list[Message]:
-        """The conversation to send, after the prompt's own system message or else `system`."""
+        """Returns the conversation to send. Its system message is its own first turn, else the row's, else `system`."""
         turns = [{"role": "user", "content": self.content}] if isinstance(self.content, str) else self.content
         before = self.system or system
         return [{"role": "system", "content": before}, *turns] if before and turns[0]["role"] != "system" else turns
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """The prompts of `file`, in order; empty lines of a text are passed over.
+    """Returns the prompts of `file`, in order; empty lines of a text file are skipped.
 
     Raises DataError, with file and line, for a row without a prompt, and for a file without any.
     """
