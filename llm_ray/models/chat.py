@@ -1,10 +1,10 @@
-"""From a conversation to a prompt, in one way for training, evaluation and serving.
+"""Turns a conversation into a prompt, the same way for training, evaluation and serving.
 
     template = ChatTemplate(tokenizer)
     prompt = template.render(*template.adapt(messages, tools), prompt=True)
 
-In serving the front end is vLLM's, which rewrites messages before the chat template sees them. What is rendered here
-is, token for token, the prompt that a server computes of the same messages sent to it; a test holds the two together.
+In serving, vLLM's front end rewrites messages before the chat template sees them. The text rendered here is, token for
+token, the prompt that a server computes from the same messages; a test compares the two.
 
 Messages are those of OpenAI's chat API: role, content (text, or a list of parts ``{"type": "text", "text": …}``),
 tool_calls, and so on.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 Tool = dict[str, Any]
 
-# The form in which Qwen 2.5 and the Hermes models write tools and calls; vLLM's tool parser `hermes` reads it.
+# The format of tools and calls in Qwen 2.5 and the Hermes models; vLLM's tool parser `hermes` reads it.
 TOOLS = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -43,21 +43,21 @@ TOOL_RESPONSE = "<tool_response>\n{content}\n</tool_response>"
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a chat template writes, tried out."""
+    """What a chat template supports, found by rendering probe conversations."""
 
     takes_parts: bool
-    """A content that is a list of parts, and not only text."""
+    """Content as a list of parts, not only as text."""
     knows_tools: bool
-    """Tools (where some are given), calls and their results."""
+    """Tools (if any are given), calls and their results."""
     whole_system: bool
-    """All parts of a system message."""
+    """System messages of several parts; otherwise only the first part is rendered."""
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, used as a server uses it. The tokenizer must have one.
+    """A tokenizer's chat template, applied as a server applies it. The tokenizer must have one.
 
-    It may have two, `default` and `tool_use`: the latter writes conversations with tools. `forms` tells of both, by
-    whether tools are given.
+    There may be two templates, `default` and `tool_use` (for conversations with tools). `forms` maps whether tools are
+    given to the support of the template then used.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,25 +65,25 @@ class ChatTemplate:
         self.forms = {given: self._tried(given) for given in (False, True)}
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None, *, prompt: bool) -> str:
-        """The conversation as text; with `prompt`, as the prompt of the assistant's next answer. Raises what the
+        """Returns the conversation as text; with `prompt`, ready for the assistant's next answer. Raises what the
         template raises."""
         return self._rendered(messages, tools, self.forms[bool(tools)].takes_parts, prompt)
 
     def adapt(self, messages: list[Message], tools: list[Tool] | None) -> tuple[list[Message], list[Tool] | None]:
-        """Messages and tools in a form that the template knows: unchanged, by :func:`tell_tools`, or with a system
-        message in one part."""
+        """Returns messages and tools in a form that the template supports: unchanged, rewritten by :func:`tell_tools`,
+        or with the parts of a system message joined."""
         if self.in_words(messages, tools):
             messages, tools = tell_tools(messages, tools or []), None
         return self.with_whole_system(messages, tools), tools
 
     def in_words(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> bool:
-        """Whether tools, calls or results of the conversation have to be told by :func:`tell_tools`."""
+        """Whether :func:`tell_tools` has to rewrite the conversation's tools, calls or results as text."""
         calls = any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
         return bool(tools or calls) and not self.forms[bool(tools)].knows_tools
 
     def with_whole_system(self, messages: list[Message], tools: Sequence[Tool] | None) -> list[Message]:
-        """The messages; a system message's parts joined into one where the template would write but the first of
-        them."""
+        """Returns the messages, with a system message's parts joined if the template would render only the first
+        part."""
         if self.forms[bool(tools)].whole_system:
             return messages
         return [
@@ -95,14 +95,14 @@ class ChatTemplate:
 
     @property
     def takes_parts(self) -> bool | None:
-        """Whether the template takes contents that are lists of parts; None where that depends on whether there are
-        tools."""
+        """Whether the template takes content as a list of parts; None if that differs with and without tools."""
         with_tools, without = self.forms[True].takes_parts, self.forms[False].takes_parts
         return without if with_tools == without or self.alone else None
 
     @property
     def alone(self) -> str | None:
-        """The template to use for every conversation, where there is one for tools that does not write them whole."""
+        """The template to use for all conversations, if there is one for tools that does not render them completely;
+        else None."""
         templates = self._tokenizer.chat_template
         return templates.get("default") if isinstance(templates, dict) and not self.forms[True].knows_tools else None
 
@@ -148,12 +148,12 @@ class ChatTemplate:
             try:
                 if parts is not None:
                     return self._rendered(messages, tools, parts, prompt=False)
-                return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))  # as they are
-            except Exception:  # the template's way to say no
+                return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))  # unchanged
+            except Exception:  # templates reject input by raising
                 return ""
 
         text = written([asked, answered], None)
-        # A template of texts may also write the list as Python or JSON does.
+        # A template for text may also write the list as Python or JSON does.
         parts = all(
             word in text and f"'{word}'" not in text and f'"{word}"' not in text for pair in words for word in pair
         )
@@ -164,15 +164,15 @@ class ChatTemplate:
 
 
 def text_of(content: object) -> str:
-    """The content of a message as one text, its parts on lines of their own, as vLLM joins them for templates that take
+    """Returns a message's content as one text, its parts joined by newlines, as vLLM does for templates that take
     text."""
     return "\n".join(_texts(content))
 
 
 def tell_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
-    """The conversation for a template that knows no tools, in the form of Qwen 2.5 and Hermes.
+    """Rewrites a conversation for a template without tool support, in the format of Qwen 2.5 and Hermes.
 
-    The tools are described in the system message, calls become the assistant's words, and results the user's.
+    Tools are described in the system message, calls become the assistant's text, and results become user messages.
     """
     rewritten: list[Message] = []
     rest = list(messages)
@@ -205,11 +205,10 @@ def tell_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
 
 
 def as_learnt(messages: Sequence[Message]) -> list[Message]:
-    """A request's messages as training data has them: a call's keys in one order, and with a result the name of its
-    function.
+    """Returns a request's messages as training data has them: fixed key order in calls, and the function's name in
+    results.
 
-    Templates that write a whole call as JSON would else write a conversation's history in another way than it was
-    learnt.
+    Otherwise templates that write a whole call as JSON would render history differently than in training.
     """
     names: dict[str, str] = {}
     learnt: list[Message] = []
@@ -238,7 +237,7 @@ def _texts(content: object) -> list[str]:
 
 
 def _as_served(message: Message, parts: bool) -> Message:
-    """A message as vLLM gives it to the template (``vllm.renderers.chat_utils``)."""
+    """Returns a message as vLLM passes it to the template (``vllm.renderers.chat_utils``)."""
     role, content = message["role"], message.get("content")
     calls = message.get("tool_calls")
     texts = [] if calls and not content else _texts(content)
@@ -256,7 +255,7 @@ def _as_served(message: Message, parts: bool) -> Message:
 
 
 def _as_declared(tool: Tool) -> Tool:
-    """A tool as vLLM gives it to the template: the fields that OpenAI's API has, absent ones null."""
+    """Returns a tool as vLLM passes it to the template: the fields of OpenAI's API, absent ones null."""
     function = tool["function"]
     declared = {key: function.get(key) for key in ("name", "description", "parameters")}
     if function.get("strict") is not None:
@@ -265,7 +264,7 @@ def _as_declared(tool: Tool) -> Tool:
 
 
 def _described(tool: Tool) -> Tool:
-    """A tool without what is for the engine alone."""
+    """Returns a tool without null fields and without `strict`, which only the engine reads."""
     function = _as_declared(tool)["function"]
     return {
         "type": "function",
@@ -278,7 +277,7 @@ def _ordered(values: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _called(function: dict[str, Any]) -> dict[str, Any]:
-    """A call's name and arguments; those that are no JSON object are empty, as vLLM has them."""
+    """Returns a call's name and arguments. Arguments that are not a JSON object become empty, as in vLLM."""
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:

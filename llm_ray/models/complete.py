@@ -1,10 +1,9 @@
 """Checks that a model folder has every weight of its architecture, in the right size, before anything is loaded.
 
-transformers is asked itself, by loading the folder onto torch's meta device: names and shapes are read from the files'
-headers, and all its rules hold: tied weights, weights that may be missing, names that it changes, prefixes, experts
-that it stacks. It takes a moment, and no memory; values are read of weights alone that are stored twice though they are
-tied. Left out are quantized weights, whose names and shapes are those of their method, and models with Python code of
-their own.
+transformers does the check itself by loading the folder onto torch's meta device: it reads names and shapes from the
+files' headers and applies all its rules (tied weights, optional weights, renamed weights, prefixes, stacked experts).
+This takes a moment and no memory; values are read only for tied weights that are stored twice. Not checked are
+quantized weights, whose names and shapes depend on the method, and models with their own Python code.
 """
 
 from __future__ import annotations
@@ -26,12 +25,11 @@ _AGAIN = "copy or download it again, or use another model"
 
 
 def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """Raise ModelError unless the folder `path` has every weight of its architecture, or with `causal` of the model
-    that writes text.
+    """Raise ModelError unless the folder `path` has every weight of its architecture; with `causal`, of the causal
+    language model.
 
-    Returns the model without its weights; None where it was not looked at, or transformers cannot make it from its
-    configuration:
-    whoever is to load it says why.
+    Returns the model without its weights. Returns None if the model is not checked, or transformers cannot build it
+    from its configuration: loading it later explains why.
     """
     config = read_json(path / CONFIG)
     if "quantization_config" in config or (trust_remote_code and "auto_map" in config):
@@ -54,13 +52,13 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
                 local_files_only=True,
             )
     except Exception as error:
-        if "conversion of the weights" in str(error):  # experts, of which some lack a part, or have it in another size
+        if "conversion of the weights" in str(error):  # some experts lack a part or differ in size
             raise ModelError(
                 f"the model {path} lacks parts of its experts, or has them in inconsistent sizes: {_AGAIN}"
             ) from error
         return None
     missing = report["missing_keys"]
-    if not causal:  # of encoders, which are used without it
+    if not causal:  # encoders are used without their pooler
         missing = {name for name in missing if "pooler" not in name.split(".")}
     refuse_missing(str(path), model, missing)
     if wrong := sorted(report["mismatched_keys"]):
@@ -75,8 +73,7 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
 
 
 def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collection[str]) -> None:
-    """Raise ModelError for weights of layers beyond those that the configuration has: transformers would leave them
-    out."""
+    """Raise ModelError for weights of more layers than the configuration has: transformers would ignore them."""
     names = model.state_dict().keys()
     layers, alike = ({_LAYER.sub(form, name) for name in names} for form in (r"\1", r"\2*.\3"))
     if more := sorted(
@@ -89,8 +86,8 @@ def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collecti
 
 
 def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
-    """Raise ModelError where weights that the configuration ties are stored each with values of its own: engines differ
-    in which they read."""
+    """Raise ModelError if tied weights are stored separately with different values: engines differ in which one they
+    read."""
     for name, source in model.all_tied_weights_keys.items():
         if model.get_parameter(name) is model.get_parameter(source):
             continue
@@ -104,7 +101,7 @@ def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
 
 
 def _read(file: Path, names: Collection[str]) -> list[Tensor]:
-    """Those of the tensors that the file holds."""
+    """Returns those of the named tensors that the file contains."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
@@ -112,8 +109,7 @@ def _read(file: Path, names: Collection[str]) -> list[Tensor]:
 
 
 def refuse_missing(called: str, model: object, missing: Collection[str]) -> None:
-    """Raise ModelError where weights of a loaded model are missing: transformers goes on with random numbers in their
-    place."""
+    """Raise ModelError if weights of a loaded model are missing: transformers initializes them at random."""
     if missing:
         raise ModelError(
             f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, such as "
@@ -122,7 +118,7 @@ def refuse_missing(called: str, model: object, missing: Collection[str]) -> None
 
 
 def _class(config: dict[str, Any], causal: bool) -> Any:
-    """transformers' class for the model; None where it has none."""
+    """Returns transformers' class for the model; None if it has none."""
     import transformers
 
     if causal:

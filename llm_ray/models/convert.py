@@ -1,15 +1,14 @@
-"""Hugging Face models in OpenVINO form, which engine openvino serves.
+"""Converts Hugging Face models to OpenVINO form, for engine openvino.
 
     llm-ray model convert support-bot --to openvino --weights int8
 
-optimum-intel does the work, in a process and an environment of its own, since it wants an older transformers than
-serving does. `make setup-convert` makes that environment, beside the one that llm-ray runs in and under its name with
-``-convert`` at the end; LLM_RAY_CONVERT_ENV names another. A conversion is the model's folder with other weights:
-configuration, tokenizer, chat template and generation settings are the original's own files, so that all engines write
-and read the same tokens.
+optimum-intel does the conversion in its own process and environment, since it needs an older transformers than serving.
+`make setup-convert` creates that environment next to llm-ray's own, with ``-convert`` appended to its name;
+LLM_RAY_CONVERT_ENV overrides the location. A conversion is the model's folder with other weights: configuration,
+tokenizer, chat template and generation settings are copied from the original, so all engines use the same tokens.
 
-The bundle keeps a run's conversions in the run's folder (runs/NAME/openvino-int8), those of any other model in the
-registry (models/NAME-openvino-int8). What is there already for the same source and weights is not made again.
+Conversions of a run are kept in its folder (runs/NAME/openvino-int8), those of other models in the registry
+(models/NAME-openvino-int8). An existing conversion of the same source and weights is reused.
 """
 
 from __future__ import annotations
@@ -36,39 +35,39 @@ from llm_ray.models.openvino import LINEAGE, is_openvino, lineage, openvino_weig
 from llm_ray.progress import Bar, Reporter
 
 DEFAULT_WEIGHTS: WeightForm = "int8"
-# How optimum-intel is asked. 16 bits are f16, which rounds less than bf16. int8: a scale and zero point a row. int4:
-# one for 32 weights of a row, since the groups of 64 that others take cost SmolLM2 twice as much of its perplexity;
-# rows that 32 does not divide become int8.
+# Options of optimum-intel. bf16 becomes f16, which rounds less. int8: one scale and zero point per row. int4: one per
+# 32 weights of a row, since the usual groups of 64 double SmolLM2's increase in perplexity; rows not divisible by 32
+# become int8.
 _ASKED = {
     "fp32": ("--weight-format", "fp32"),
     "bf16": ("--weight-format", "fp16"),
     "int8": ("--weight-format", "int8"),
     "int4": ("--weight-format", "int4", "--group-size", "32", "--group-size-fallback", "adjust"),
 }
-# Bytes a weight, with scales.
+# Bytes per weight, including scales.
 _BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.02, "int4": 0.7}
-_PROGRAM_BYTES = 0.6e9  # torch and OpenVINO, without a model
-# Runs a module as `python -m` does, but dies with the process that asked for it.
+_PROGRAM_BYTES = 0.6e9  # torch and OpenVINO without a model
+# Runs a module like `python -m`, but dies with its parent process.
 _RUN = """
 import ctypes, runpy, signal
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 runpy.run_module("optimum.commands.optimum_cli", run_name="__main__")
 """
-# What optimum-intel says as it begins the next part of its work, and what that is.
+# Text that optimum-intel prints when a step begins, and the step's name for the progress bar.
 _PARTS = (
     ("Loading weights", "reading the weights"),
     ("TracerWarning", "tracing the layers"),
     ("INFO:nncf", "compressing the weights"),
 )
 _ERROR = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt)\b.*)")
-# What optimum-intel says of a type that it does not export; the last: not with the transformers that it has here.
+# optimum-intel's messages for model types that it cannot export; the last one refers to its installed transformers.
 _NOT_EXPORTED = (
     "unsupported architecture",
     "only supports the tasks",
     "does not recognize this architecture",
     "does not allow for the export of the model",
 )
-# Of the original only what is not weights.
+# Patterns of files that are not copied from the original.
 _WEIGHT_FILES = (
     ".*",
     "*.safetensors",
@@ -85,10 +84,9 @@ _WEIGHT_FILES = (
 
 
 def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, reporter: Reporter) -> Path:
-    """The model of the folder `source` in OpenVINO form: itself where it has it, else its conversion, made here unless
-    it is there.
+    """Returns `source` if it is in OpenVINO form, else its conversion, which is created if missing.
 
-    `weights` None takes the form that there is, int8 where there are several or none. Raises ModelError.
+    `weights` None uses the existing conversion, or int8 if there are several or none. Raises ModelError.
     """
     if is_openvino(source):
         form = openvino_weights(source).dtype
@@ -104,8 +102,8 @@ def openvino_folder(source: Path, weights: WeightForm | None, registry: Path, re
 
 
 def find_conversion(source: Path, weights: WeightForm | None, registry: Path) -> Path | None:
-    """Where the model of the folder `source` lies in OpenVINO form with these weights (None: with any, int8 first), if
-    it has been converted."""
+    """Returns the folder of an existing conversion of `source` with these weights (None: any, int8 first); None if
+    there is none."""
     identity = fingerprint(source)
     for form in (weights,) if weights else sorted(WEIGHTS, key=lambda form: form != DEFAULT_WEIGHTS):
         if _is_made(place := converted(source, form, registry), identity, form):
@@ -114,8 +112,7 @@ def find_conversion(source: Path, weights: WeightForm | None, registry: Path) ->
 
 
 def converted(source: Path, weights: WeightForm, registry: Path) -> Path:
-    """Where the bundle keeps the conversion of the model in the folder `source`: in its run's folder, else in the
-    registry."""
+    """Returns the folder for the conversion of `source`: inside its run's folder, else in the registry."""
     source = source.absolute()
     if source.name == "output" and (source.parent / "run.json").is_file():
         return source.parent / f"openvino-{weights}"
@@ -123,11 +120,11 @@ def converted(source: Path, weights: WeightForm, registry: Path) -> Path:
 
 
 def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Reporter, *, force: bool = False) -> Path:
-    """Write the Hugging Face model of the folder `source` to `target` in OpenVINO form, whole or not at all; returns
-    `target`.
+    """Convert the Hugging Face model in `source` and write it to `target`, completely or not at all; returns `target`.
 
-    Nothing is done when it is there for the same source and weights, unless `force`. A conversion of an earlier state
-    of `source` is replaced, another one only with `force`, and what is no conversion never. Raises ModelError.
+    An existing conversion of the same source and weights is kept unless `force`. A conversion of an earlier state of
+    `source` is replaced, any other conversion only with `force`, and a folder that is not a conversion never. Raises
+    ModelError.
     """
     source = source.absolute()
     found, identity = check_folder(source, tokenizer=False), fingerprint(source)
@@ -141,7 +138,7 @@ def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Rep
         _check_room(source, found, weights, target)
         reporter.line(f"Converting {source} to OpenVINO, {weights} …")
         with locked(target.with_name(f".{target.name}.lock")):
-            if not force and _is_made(target, identity, weights):  # meanwhile, by another process
+            if not force and _is_made(target, identity, weights):  # another process finished it meanwhile
                 return target
             with replace_folder(target) as new:
                 _export(python, source, new, weights, reporter)
@@ -167,8 +164,8 @@ def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Rep
 
 
 def check_environment() -> Path:
-    """The interpreter of the environment that conversion runs in. Raises ModelError, with the command that makes it,
-    where there is none."""
+    """Returns the Python interpreter of the conversion environment. Raises ModelError, with the command that creates
+    it, if there is none."""
     folder = conversion_folder(os.environ)
     if not can_convert(folder):
         raise ModelError(
@@ -180,12 +177,12 @@ def check_environment() -> Path:
 
 
 def size_on_disk(parameters: int, weights: WeightForm) -> int:
-    """About how many bytes a conversion of a model of so many parameters takes on disk."""
+    """Returns the approximate size in bytes of a conversion with this number of parameters."""
     return int(parameters * _BYTES[weights])
 
 
 def _is_made(target: Path, identity: str, weights: WeightForm) -> bool:
-    """Whether `target` is a whole conversion of the model with this fingerprint."""
+    """Whether `target` is a complete conversion of the model with this fingerprint."""
     if not is_openvino(target):
         return False
     try:
@@ -209,7 +206,7 @@ def _refuse_to_lose(target: Path, source: Path, weights: WeightForm, force: bool
 
 
 def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path) -> None:
-    """Raises ModelError where memory or disk are too small, before the work begins."""
+    """Raises ModelError if memory or disk space is insufficient, before the conversion starts."""
     import psutil
 
     loaded = found.parameters * (2.0 if found.dtype in ("bf16", "fp16") and weights != "fp32" else 4.0)
@@ -221,7 +218,7 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
         )
     disk = size_on_disk(found.parameters, weights) + (
         loaded if weights.startswith("int") else 0
-    )  # the uncompressed model lies there for a while
+    )  # temporarily includes the uncompressed model
     if disk > _free(target):
         raise ModelError(
             f"converting {source} to {weights} needs about {_gib(disk)} of disk at {target.parent}, but "
@@ -230,7 +227,7 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
 
 
 def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter: Reporter) -> None:
-    """Run optimum-intel, and bring the graph and its weights into the folder `new`."""
+    """Run optimum-intel, and move the graph and its weights into the folder `new`."""
     work = new / "work"
     (work / "tmp").mkdir(parents=True)
     options = [
@@ -242,7 +239,7 @@ def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter
         *_ASKED[weights],
     ]
     command = [str(python), "-I", "-c", _RUN, "export", "openvino", "--model", str(source), *options, str(work / "out")]
-    # OpenVINO's library does not live with another malloc than glibc's.
+    # OpenVINO's library works only with glibc's malloc.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": str(work / "tmp"), "LD_PRELOAD": ""}
     last = deque[str](maxlen=200)
     with (
@@ -262,7 +259,7 @@ def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter
 
 @contextlib.contextmanager
 def _process(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends with the block, however that ends; its words are read from stdout."""
+    """Starts a process and kills it when the block ends; its output is read from stdout."""
     with subprocess.Popen(
         command,
         env=environment,
@@ -280,7 +277,7 @@ def _process(command: list[str], environment: dict[str, str]) -> Iterator[subpro
 
 
 def _follow(lines: Iterable[str], last: deque[str], bar: Bar) -> None:
-    """Show how far optimum-intel is, from what it says; `last` keeps its last words."""
+    """Update the progress bar from optimum-intel's output; `last` keeps the last lines."""
     part, words = 0, "starting optimum-intel"
     bar.update(part, len(_PARTS) + 1, words)
     for line in lines:
@@ -292,7 +289,7 @@ def _follow(lines: Iterable[str], last: deque[str], bar: Bar) -> None:
 
 
 def _reason(code: int, output: list[str], source: Path) -> str:
-    """Why optimum-intel failed, in words for the user."""
+    """Returns why optimum-intel failed, as a message for the user."""
     text = "\n".join(output)
     kind = read_json(source / CONFIG).get("model_type", "unknown")
     if code == -9 or "MemoryError" in text or "can't allocate memory" in text:
@@ -308,7 +305,7 @@ def _reason(code: int, output: list[str], source: Path) -> str:
 
 
 def _versions(python: Path, *packages: str) -> dict[str, str]:
-    """The versions of these packages in the environment of `python`."""
+    """Returns the versions of these packages in the environment of `python`."""
     folders = [str(folder) for folder in python.parents[1].glob("lib/python3*/site-packages")]
     return {
         name: found.version for name in packages for found in importlib.metadata.distributions(name=name, path=folders)

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: whether one is complete, and what it contains."""
+"""Hugging Face model folders: completeness checks and contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm_ray.errors import ModelError
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
-"""Folder beside a tokenizer's files with chat templates besides its default one."""
+"""Folder next to a tokenizer's files with chat templates other than the default."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OPENVINO = "openvino_model.xml"
@@ -29,22 +29,22 @@ VOCABULARIES = (
     "*.tiktoken",
 )
 LFS_POINTER = b"version https://git-lfs"
-"""What a file begins with that is Git LFS's pointer to the true one."""
+"""First bytes of a Git LFS pointer, which stands in for the real file."""
 _DTYPE_NAMES = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How many parameters a model has, and the data type of most of them."""
+    """Number of parameters of a model, and the data type of most of them."""
 
     parameters: int
     dtype: str
 
 
 def check_folder(path: Path, tokenizer: bool = True) -> Weights:
-    """What weights the model folder `path` holds. Raises ModelError, saying what is missing, unless it is whole.
+    """Returns the weights of the model folder `path`. Raises ModelError, naming what is missing, if it is incomplete.
 
-    Whole is: a configuration, a tokenizer (unless that comes from elsewhere), and every file of weights in its full
+    A complete folder has a configuration, a tokenizer (unless `tokenizer` is False), and every weight file at full
     length.
     """
     if not path.is_dir():
@@ -76,7 +76,7 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raise ModelError unless the folder `path` holds a tokenizer's vocabulary, and its settings can be read."""
+    """Raise ModelError unless the folder `path` has a tokenizer's vocabulary and readable tokenizer settings."""
     if not any(next(path.glob(name), None) for name in VOCABULARIES):
         raise ModelError(
             f"{path} has no tokenizer ({', '.join(VOCABULARIES[:3])}): copy it from the model's source, or set "
@@ -86,12 +86,12 @@ def check_tokenizer(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files of weights of a model folder. Raises ModelError when one is missing."""
+    """Returns the weight files of a model folder. Raises ModelError if one is missing."""
     return list(_weight_files(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's file. Raises ModelError when it is none."""
+    """Returns the JSON object in a model's file. Raises ModelError if it cannot be read or is not an object."""
     try:
         _check_pointer(path)
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def _check_json(path: Path, *names: str) -> None:
 
 
 def _without_config(path: Path) -> str:
-    """Why there is no config.json in `path`, as far as its other files tell."""
+    """Returns why `path` has no config.json, judging by its other files."""
     if (path / "adapter_config.json").is_file():
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "its base model"
         return f"{path} is a LoRA adapter, not a model: use the merged model (a run's output folder), or {base}"
@@ -125,7 +125,7 @@ def _without_config(path: Path) -> str:
 
 
 def _weight_files(path: Path) -> dict[Path, set[str]]:
-    """The files of weights, and the tensors that each has to hold (none known: an empty set)."""
+    """Returns each weight file with the tensors that the index assigns to it (an empty set without an index)."""
     if (path / SINGLE).is_file() and not (path / INDEX).is_file():
         _check_alone(path, (file.name for file in path.glob("*.safetensors")))
         return {path / SINGLE: set()}
@@ -164,8 +164,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 
 
 def _check_alone(path: Path, names: Iterable[str], hint: str = "") -> None:
-    """Raise ModelError for other weights beside the file that holds all of them: some engines would read that one, some
-    the others."""
+    """Raise ModelError if other weights lie next to model.safetensors: engines differ in which they read."""
     if others := sorted(set(names) - {SINGLE}):
         raise ModelError(
             f"{path} contains its weights twice: {SINGLE}, and {len(others)} other file(s){hint} ({others[0]}). "
@@ -174,7 +173,7 @@ def _check_alone(path: Path, names: Iterable[str], hint: str = "") -> None:
 
 
 def _check_pointer(path: Path) -> None:
-    """Raise ModelError where Git LFS's pointer to a file lies in its place."""
+    """Raise ModelError if the file is a Git LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(
@@ -184,7 +183,8 @@ def _check_pointer(path: Path) -> None:
 
 
 def _tensors(file: Path) -> dict[str, tuple[int, str]]:
-    """Number of elements and data type of each tensor, from the header; the file's length is checked against it."""
+    """Returns the number of elements and data type of each tensor, from the header. Raises ModelError if the file is
+    damaged or truncated."""
     from safetensors import SafetensorError, safe_open
 
     _check_pointer(file)

@@ -1,5 +1,5 @@
-"""Corrects a model's generation settings so that transformers saves them: it refuses to save combinations that it loads
-with a warning."""
+"""Corrects a model's generation settings so that transformers can save them: it refuses to save combinations that it
+loads with a warning."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ISSUE = re.compile(r"^- `(\w+)`: (.*)$", re.MULTILINE)
 
 
 def mend(settings: GenerationConfig) -> list[str]:
-    """Change `settings` as little as it takes to save them; returns what was changed, in words for the user.
+    """Make the smallest changes to `settings` that let transformers save them; returns the changes as messages for the
+    user.
 
-    Temperatures and the like, without a word on whether to sample, mean sampling (that is how vLLM reads them). Other
-    values that have no effect beside the rest are dropped. Raises ValueError, with transformers' words, for those that
-    only a person can mend.
+    Sampling parameters without `do_sample` imply sampling (as vLLM reads them). Other values without effect are
+    removed. Raises ValueError, with transformers' message, for settings that need a manual fix.
     """
     changes = []
     sampling = [name for name, reason in _without_effect(settings).items() if "`do_sample`" in reason]
@@ -32,7 +32,7 @@ def mend(settings: GenerationConfig) -> list[str]:
 
 
 def _without_effect(settings: GenerationConfig) -> dict[str, str]:
-    """Names of settings that transformers ignores beside the others, with its reasons; it will not save them."""
+    """Returns the settings that transformers ignores, and so refuses to save, with its reasons."""
     try:
         settings.validate(strict=True)
     except ValueError as error:

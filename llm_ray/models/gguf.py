@@ -1,4 +1,5 @@
-"""A GGUF file as a Hugging Face folder: weights dequantized to fp32, tokenizer, chat template, generation settings."""
+"""Converts a GGUF file to a Hugging Face folder: weights dequantized to fp32, tokenizer, chat template, generation
+settings."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from typing import Any
 
 from llm_ray.errors import ModelError
 
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: end of text, of a turn, and of a message.
+# Kinds of end tokens (text, turn, message): https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 _ENDS = ("eos", "eot", "eom")
 
 
 def convert(file: Path, folder: Path) -> str | None:
-    """Write the model of the GGUF `file` into `folder`; returns the name of its licence, where the file says it.
+    """Write the model of the GGUF `file` into `folder`; returns the name of its licence, or None.
 
-    Raises ModelError when it is none that transformers reads.
+    Raises ModelError if transformers cannot read the file.
     """
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
@@ -37,7 +38,7 @@ def convert(file: Path, folder: Path) -> str | None:
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except Exception as error:  # whatever is in the file, transformers and gguf are to be asked no further
+    except Exception as error:  # a broken file can make transformers and gguf raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"{file} cannot be read as a model of type {fields.get('general.architecture', '?')}: {reason}"
@@ -60,7 +61,7 @@ def convert(file: Path, folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def _bars_on_terminals() -> Iterator[None]:
-    """Progress bars of tqdm, which would fill a log file with their redrawing, only on a terminal."""
+    """Shows tqdm's progress bars only on a terminal: their redrawing would fill a log file."""
     if sys.stderr.isatty():
         yield
         return
@@ -69,11 +70,11 @@ def _bars_on_terminals() -> Iterator[None]:
 
 
 def read_fields(file: Path) -> dict[str, Any]:
-    """The metadata of a GGUF without its long lists. Raises ModelError when it is no whole GGUF."""
+    """Returns the metadata of a GGUF without its long lists. Raises ModelError if it is not a complete GGUF."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(file)
         return {key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1}
-    except Exception as error:  # numpy's and Python's own, for bytes that make no sense
+    except Exception as error:  # numpy and Python raise many kinds of errors for invalid bytes
         raise ModelError(f"{file} is not a complete GGUF file ({error}): copy or download it again") from error

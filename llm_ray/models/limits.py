@@ -1,4 +1,4 @@
-"""A model's limits: tokens beyond its embeddings, and rows beyond its positions."""
+"""A model's limits: token ids with embeddings, and positions per row."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BEYOND_ROPE = ("mpt", "ctrl")
-"""Kinds whose table of positions is neither a weight nor a buffer."""
+"""Model types whose position table is neither a weight nor a buffer."""
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """Most tokens of a row for which the model (which may be without weights) has positions, where it has a table of
-    them; None where they are computed (rotary and relative ones), so that longer rows are only beyond what it was
-    trained on."""
+    """Returns the maximum tokens per row if the model has a position table; None if positions are computed (rotary,
+    relative), so that longer rows only exceed what it was trained on. The model may be without weights."""
     from torch import nn
 
     tables = []
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last) and "relative" not in last:
-            # Some begin to count after the padding token, or leave room at the beginning.
+            # Some tables start after the padding token, or reserve entries at the beginning.
             first = module.padding_idx + 1 if module.padding_idx is not None else getattr(module, "offset", 0)
             tables.append(module.num_embeddings - first)
     tables += [
@@ -38,7 +37,7 @@ def positions(model: PreTrainedModel) -> int | None:
 
 
 def vocabulary(path: Path) -> int | None:
-    """How many tokens the model in the folder `path` has embeddings for; None where its configuration does not say.
+    """Returns the number of tokens with embeddings of the model in `path`; None if its configuration does not say.
     Raises ModelError."""
     config = read_json(path / CONFIG)
     size = (config.get("text_config") or config).get("vocab_size")
@@ -46,8 +45,8 @@ def vocabulary(path: Path) -> int | None:
 
 
 def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
-    """Raise ModelError where the tokenizer in the folder `tokenizer` has tokens for which the model in `path` has no
-    embedding."""
+    """Raise ModelError if the tokenizer in the folder `tokenizer` has tokens without an embedding in the model
+    `path`."""
     most = vocabulary(path)
     if most is None or not (tokenizer / "tokenizer.json").is_file():
         return

@@ -29,14 +29,14 @@ _BLOCK = 1 << 20
 TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 MADE_BY = "llm-ray.json"
 LOADING = threading.RLock()
-"""Held while transformers makes or loads a model: it replaces methods of its classes meanwhile (`tie_weights`), and
-torch's default data type, with which another thread would make half a model; two that overlap leave them replaced for
-good."""
+"""Lock for creating or loading a model with transformers, which temporarily replaces methods of its classes
+(`tie_weights`) and torch's default data type. Another thread would get a broken model, and two overlapping loads would
+leave the replacements in place."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A model's folder on disk, or (`folder` is None) its id on the hub."""
+    """A model's folder on disk, or its id on the hub (`folder` is None)."""
 
     name: str
     folder: Path | None
@@ -47,8 +47,8 @@ class Location:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a conf names, found: its section of the conf, and where weights and tokenizer are. All that follows
-    takes it, on other hosts too."""
+    """The base model of a conf, resolved: its section of the conf, and the locations of weights and tokenizer. Later
+    steps use it, also on other hosts."""
 
     model: Model
     location: Location
@@ -56,14 +56,14 @@ class Base:
 
 
 def find_base(model: Model, paths: Paths) -> Base:
-    """Where the model of a conf is, and its tokenizer. Raises ModelError where one is not."""
+    """Returns the conf's model with its location and its tokenizer's. Raises ModelError if one is not found."""
     location = resolve(model.base, paths)
     return Base(model, location, resolve(model.tokenizer, paths) if model.tokenizer else location)
 
 
 def resolve(base: str, paths: Paths) -> Location:
-    """What `base` means: a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises
-    ModelError for none."""
+    """Resolves `base` as a folder, a name in the registry, an earlier run, or a hub id, in this order. Raises
+    ModelError if it is none of them."""
     folder = Path(base).expanduser()
     explicit = folder.is_absolute() or base.startswith(("./", "../"))
     if folder.is_dir() and (explicit or (folder / CONFIG).is_file()):
@@ -91,13 +91,13 @@ def resolve(base: str, paths: Paths) -> Location:
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the conf's chat template if it has one, and a padding token. Raises ModelError."""
+    """Returns the model's tokenizer, with the conf's chat template, if set, and a padding token. Raises ModelError."""
     model, location = base.model, base.tokenizer
     options: dict[str, Any] = {}
     if not model.tokenizer:
         options = {"revision": model.revision, **_gguf(base)}
     if location.folder and "gguf_file" not in options:
-        check_tokenizer(location.folder)  # without files transformers may make an empty one
+        check_tokenizer(location.folder)  # without vocabulary files, transformers may create an empty tokenizer
     with _explained(f"the tokenizer {location}", location):
         tokenizer = open_tokenizer(str(location), trust_remote_code=model.trust_remote_code, **options)
     if model.chat_template:
@@ -112,8 +112,8 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
 
 def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model, its weights in `dtype`, every one of them from its files; as it is, it can be saved. Raises
-    ModelError."""
+    """Returns the base model with all weights from its files, in `dtype`, ready to be saved. Raises ModelError if it is
+    incomplete, quantized or unreadable."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     check_model(base)
@@ -121,7 +121,7 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     if options:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
-        options["use_safetensors"] = True  # pickle may run code
+        options["use_safetensors"] = True  # pickle can run code
     with _explained(f"the model {location}", location):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             str(location),
@@ -134,7 +134,7 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
     refuse_missing(str(location), loaded, report["missing_keys"])
     if model.gguf_file:
         forget_quantization(loaded)
-    if getattr(loaded, "hf_quantizer", None):  # which would show when they are to be merged or saved
+    if getattr(loaded, "hf_quantizer", None):  # merging or saving would fail later
         raise ModelError(
             f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so it cannot be "
             "finetuned and exported: use the model that it was quantized from"
@@ -144,7 +144,7 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def mend_generation(settings: GenerationConfig, location: Location) -> list[str]:
-    """Make a model's generation settings such that they can be saved; returns what was changed. Raises ModelError."""
+    """Correct a model's generation settings so that they can be saved; returns the changes. Raises ModelError."""
     try:
         return mend(settings)
     except ValueError as error:
@@ -154,7 +154,7 @@ def mend_generation(settings: GenerationConfig, location: Location) -> list[str]
 
 
 def load_config(base: Base) -> PreTrainedConfig:
-    """The base model's configuration. Raises ModelError."""
+    """Returns the base model's configuration. Raises ModelError."""
     from transformers import AutoConfig
 
     with _explained(f"the model {base.location}", base.location):
@@ -167,7 +167,7 @@ def load_config(base: Base) -> PreTrainedConfig:
 
 
 def load_generation(base: Base) -> GenerationConfig | None:
-    """The base model's generation settings; None where it has no file of them. Raises ModelError."""
+    """Returns the base model's generation settings; None if it has no file for them. Raises ModelError."""
     from transformers import GenerationConfig
 
     location = base.location
@@ -176,7 +176,7 @@ def load_generation(base: Base) -> GenerationConfig | None:
     with (
         _explained(f"{GENERATION} of the model {location}", location),
         contextlib.suppress(OSError),
-    ):  # of the hub, and none there
+    ):  # the hub has no such file
         return GenerationConfig.from_pretrained(str(location), revision=base.model.revision)
     return None
 
@@ -188,13 +188,13 @@ def has_experts(config: PreTrainedConfig) -> bool:
 
 
 def width_of(config: PreTrainedConfig) -> int:
-    """The model's hidden size."""
+    """Returns the model's hidden size."""
     text = config.get_text_config()
     return int(next(size for key in ("hidden_size", "d_model", "n_embd", "dim") if (size := getattr(text, key, None))))
 
 
 def load_empty_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model's layers without memory for weights (torch's meta device). Raises ModelError."""
+    """Returns the base model without memory for its weights (torch's meta device). Raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -204,8 +204,7 @@ def load_empty_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def stored_dtype(base: Base) -> torch.dtype:
-    """The data type in which the base model's weights are stored; fp32 where that is not told or is a quantized one.
-    Raises ModelError."""
+    """Returns the data type of the base model's stored weights; fp32 if unknown or quantized. Raises ModelError."""
     import torch
 
     if base.model.gguf_file:
@@ -217,22 +216,23 @@ def stored_dtype(base: Base) -> torch.dtype:
 
 
 def check_model(base: Base) -> None:
-    """Raise ModelError when only half of the base model is there (models of the hub are not looked into)."""
+    """Raise ModelError if the base model is incomplete (hub models are not checked)."""
     if (folder := base.location.folder) and not _gguf(base):
         check_folder(folder, tokenizer=not base.model.tokenizer)
         check_complete(folder, causal=True, trust_remote_code=base.model.trust_remote_code)
 
 
 def identity(base: Base) -> dict[str, Any]:
-    """What tells one base model from another: what the conf calls it, and of a folder a fingerprint of its files."""
+    """Returns what identifies a base model: its names in the conf and, for a folder, its path and a fingerprint of its
+    files."""
     model, folder = base.model, base.location.folder
     named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
     return named | ({"folder": str(folder), "fingerprint": fingerprint(folder)} if folder else {})
 
 
 def tokenizer_files(base: Base) -> list[Path]:
-    """The files of this machine that decide how text becomes tokens: the conf's chat template, and the tokenizer's
-    folder without weights. A hub id has none, and of a GGUF :func:`identity` tells."""
+    """Returns the local files that determine tokenization: the conf's chat template, and the tokenizer folder's files
+    except weights. Hub ids have no local files; for a GGUF, :func:`identity` covers the file."""
     own = [base.model.chat_template] if base.model.chat_template else []
     if base.tokenizer.folder is None:
         return own
@@ -246,7 +246,7 @@ def tokenizer_files(base: Base) -> list[Path]:
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Make a model that was read from a GGUF and dequantized an ordinary one, which can be trained and saved."""
+    """Turn a model that was dequantized from a GGUF into an ordinary one that can be trained and saved."""
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None
@@ -255,7 +255,7 @@ def forget_quantization(model: PreTrainedModel) -> None:
 
 
 def _gguf(base: Base) -> dict[str, Any]:
-    """The option of `from_pretrained` that takes a GGUF, where the conf says so."""
+    """Returns the `from_pretrained` option for the conf's GGUF, if any. Raises ModelError if the file is missing."""
     wanted, folder = base.model.gguf_file, base.location.folder
     if not wanted:
         return {}
@@ -266,7 +266,7 @@ def _gguf(base: Base) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one model folder's contents from another's. Texts about a model do not make it."""
+    """Returns a hash of a model folder's files, except README.md, llm-ray.json and hidden files."""
     digest = hashlib.sha256()
     for path in sorted(
         p
@@ -278,7 +278,8 @@ def fingerprint(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> bytes:
-    """Name, size, and first and last MiB of a file: weights are large, and those tell one training's from another's."""
+    """Returns a file's name, size, and first and last MiB: enough to distinguish trainings without reading all
+    weights."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         sample = f"{path.name}\0{size}\0".encode()
@@ -290,8 +291,8 @@ def file_digest(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _explained(what: str, location: Location) -> Iterator[None]:
-    """Turn whatever transformers raises about a model's files into a ModelError for the user: a damaged one can make it
-    raise anything."""
+    """Raises ModelError, with a message for the user, for whatever transformers raises: damaged files can cause any
+    exception."""
     try:
         with quietly(warnings_too=False):
             yield
@@ -303,10 +304,9 @@ def _explained(what: str, location: Location) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly(warnings_too: bool = True) -> Iterator[None]:
-    """transformers' progress bars are off in the block; its warnings and Python's, too, where the user is told in other
-    words.
+    """Disables transformers' progress bars in the block, and its and Python's warnings if `warnings_too`.
 
-    One thread at a time (LOADING).
+    Holds LOADING, so one thread at a time.
     """
     from transformers.utils import logging
 

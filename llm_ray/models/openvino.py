@@ -1,7 +1,7 @@
 """Contents of a folder in OpenVINO form: openvino_model.xml (the graph), openvino_model.bin (the weights), and a
 tokenizer.
 
-``llm-ray model convert`` makes such folders, and optimum-intel and the hub's organisation OpenVINO give them out.
+``llm-ray model convert`` creates such folders; optimum-intel and the hub's organisation OpenVINO provide them too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llm_ray.errors import ModelError
 from llm_ray.models.folder import CONFIG, OPENVINO, Weights, check_folder, read_json
 
 LINEAGE = "llm-ray.json"
-# A constant of the graph: its type, shape, and place in the file of weights.
+# A constant of the graph: its type, shape, and offset and size in the weights file.
 _CONSTANT = re.compile(r'<data element_type="(\w+)" shape="([\d, ]*)" offset="(\d+)" size="(\d+)"')
 _DTYPE_NAMES = {
     "f32": "fp32",
@@ -36,14 +36,13 @@ def is_openvino(path: Path) -> bool:
 
 
 def check_model_folder(path: Path) -> Weights:
-    """What weights the model folder holds, in Hugging Face or OpenVINO form. Raises ModelError unless it is whole."""
+    """Returns the weights of a model folder in Hugging Face or OpenVINO form. Raises ModelError if it is incomplete."""
     return openvino_weights(path) if is_openvino(path) else check_folder(path)
 
 
 def openvino_weights(path: Path) -> Weights:
-    """What weights the OpenVINO folder `path` holds, in the words of ``--weights`` (16-bit ones are bf16). Raises
-    ModelError unless it is whole: a configuration, the graph, and all the weights that it names.
-    """
+    """Returns the weights of the OpenVINO folder `path`, with data types as in ``--weights`` (16-bit ones are bf16).
+    Raises ModelError unless the configuration, the graph and all weights that it names are there."""
     read_json(path / CONFIG)
     graph, binary = path / OPENVINO, (path / OPENVINO).with_suffix(".bin")
     try:
@@ -56,7 +55,7 @@ def openvino_weights(path: Path) -> Weights:
         shape = [int(part) for part in sizes.split(",") if part.strip()]
         if (
             kind in _DTYPE_NAMES and shape and shape[-1] > 1
-        ):  # scales and zero points of compressed weights have one a row
+        ):  # skips scales and zero points of compressed weights, one per row
             counts[_DTYPE_NAMES[kind]] += prod(shape)
     if not counts or not text.rstrip().endswith("</net>"):
         raise ModelError(f"{graph} is not a complete OpenVINO model: convert or copy it again")
@@ -66,6 +65,5 @@ def openvino_weights(path: Path) -> Weights:
 
 
 def lineage(path: Path) -> dict[str, Any]:
-    """Where the model in the folder `path` comes from, and how it was made; empty where no one wrote it down. Raises
-    ModelError."""
+    """Returns the recorded origin of the model in `path`; empty if none is recorded. Raises ModelError."""
     return read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}

