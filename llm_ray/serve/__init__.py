@@ -1,1 +1,1 @@
-"""Serving: models deployed on Ray Serve with the OpenAI API, run by vLLM's CPU engine."""
+"""Serving: models deployed on Ray Serve with the OpenAI API, run by vLLM's CPU engine, OpenVINO or transformers."""

@@ -1,7 +1,7 @@
-"""What is deployed, as Ray Serve's controller tells it. It is the one registry: nothing else remembers what is served.
+"""Deployed models, as reported by Ray Serve's controller. The controller is the only registry of deployments.
 
-Each model is an application of its own, whose deployment carries the model's description as its `user_config`; the
-gateway is one more application. Deploying, changing or taking away one model leaves the others' applications alone.
+Each model is a Serve application whose deployment carries the model's description as `user_config`; the gateway is
+another application. Deploying, changing or removing a model does not touch the other applications.
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ _MODEL = TypeAdapter(ServedModel)
 
 @dataclass(frozen=True)
 class Deployed:
-    """A deployed model: what it is, and how it fares."""
+    """A deployed model and its status."""
 
     model: ServedModel
     status: str
-    """Of its application: DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, DELETING."""
+    """The application's: DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, DELETING."""
     message: str
     replicas: int
-    """That answer now."""
+    """Running replicas."""
     wanted: int
     created: int
-    """When it was deployed, in seconds since 1970."""
+    """Time of deployment, in seconds since 1970."""
 
     @property
     def held(self) -> int:
-        """Replicas that hold cores and memory, or are to."""
+        """Number of replicas that hold, or will hold, cores and memory."""
         return max(self.replicas, self.wanted)
 
     @property
     def ready(self) -> bool:
-        """Whether a request is answered, if only after a replica has been started for it."""
+        """Whether the model answers requests, possibly after starting a replica."""
         return self.status == "RUNNING" or self.replicas > 0
 
 
 def on_nodes(details: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The models with replicas on each node, by node id; one that has two there is named twice."""
+    """Returns the models with replicas on each node, by node id. A model with several replicas on a node is listed once
+    per replica."""
     found: dict[str, list[str]] = {}
     for name, app in sorted((details.get("applications") or {}).items()):
         deployment = app["deployments"].get(DEPLOYMENT)
@@ -60,18 +61,19 @@ def on_nodes(details: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def app_name(model: str) -> str:
-    """The Serve application of a model; the name becomes part of file names."""
+    """Returns the name of a model's Serve application, which is also used in file names."""
     return _PREFIX + model.replace("/", "--")
 
 
 def user_config(model: ServedModel) -> dict[str, Any]:
-    """What a model's deployment carries: its description, and the adapters that a replica takes over without a
+    """Returns a model's user_config: its description, including the adapters that a replica can change without a
     restart."""
     return {"model": _MODEL.dump_python(model, mode="json")}
 
 
 def endpoint(details: Mapping[str, Any]) -> Endpoint | None:
-    """The endpoint that is deployed, from the controller's details; the gateway's `user_config` has it."""
+    """Returns the deployed endpoint's conf from the controller's details, or None; the gateway's `user_config` holds
+    it."""
     app = (details.get("applications") or {}).get(GATEWAY)
     config = (
         app["deployments"][GATEWAY]["deployment_config"]["user_config"]
@@ -82,12 +84,12 @@ def endpoint(details: Mapping[str, Any]) -> Endpoint | None:
 
 
 def described(config: Mapping[str, Any]) -> ServedModel:
-    """The model that a deployment's user_config describes."""
+    """Returns the model that a deployment's user_config describes."""
     return _MODEL.validate_python(config["model"])
 
 
 def deployed(details: Mapping[str, Any]) -> dict[str, Deployed]:
-    """The deployed models by name, from the controller's details (`ServeInstanceDetails`)."""
+    """Returns the deployed models by name, from the controller's details (`ServeInstanceDetails`)."""
     found = {}
     for name, app in (details.get("applications") or {}).items():
         deployment = app["deployments"].get(DEPLOYMENT)

@@ -1,4 +1,4 @@
-"""From a model's conf to the parameters of a replica: folder, arithmetic, context, memory, cores."""
+"""Derives a replica's parameters from a model's conf: folder, precision, context length, memory, cores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llm_ray.models.folder import GENERATION, read_json
 
 Task = Literal["chat", "completions", "embeddings"]
 
-# More than this is taken only when asked for: the cache of a long context is what fills a host's memory.
+# Longer contexts must be requested explicitly, because their cache dominates a host's memory.
 DEFAULT_MAX_MODEL_LEN = 8192
-# Tokens of all requests at once that the cache holds by default, if that is room for two of the longest.
+# Default cache capacity in tokens over all requests, unless two requests of maximum length need more.
 DEFAULT_CACHED_TOKENS = 16384
-# Ends of the names of architectures that write text, as vLLM tells them (vllm.config.model).
+# Suffixes of architectures that generate text, as in vLLM (vllm.config.model).
 _WRITERS = ("ForCausalLM", "ForConditionalGeneration", "ChatModel", "LMHeadModel")
-# What config.json calls the most tokens of a model.
+# Keys of config.json for a model's maximum length.
 _LENGTHS = (
     "max_position_embeddings",
     "n_positions",
@@ -33,7 +33,7 @@ _LENGTHS = (
     "max_seq_length",
     "seq_len",
 )
-# Settings of sampling that vLLM takes from generation_config.json, as they are where nothing is set.
+# Sampling settings that vLLM reads from generation_config.json, with their neutral values.
 NEUTRAL: Mapping[str, float | None] = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -44,7 +44,7 @@ NEUTRAL: Mapping[str, float | None] = {
     "frequency_penalty": 0.0,
     "max_new_tokens": None,
 }
-# Bytes of a number.
+# Bytes per number.
 SIZES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -58,12 +58,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as it is to be served, everything decided. It travels to the replica."""
+    """A model to serve, with all settings resolved. It is sent to the replica."""
 
     name: str
-    """What clients call it: the `model` of a request."""
+    """Name that clients pass as `model`."""
     path: Path
-    """The model's folder: Hugging Face's form, for engine openvino with openvino_model.xml in it."""
+    """Folder in Hugging Face form; for engine openvino it contains openvino_model.xml."""
     engine: EngineName = WIDEST
     tokenizer: Path | None = None
     chat_template: Path | None = None
@@ -71,54 +71,54 @@ class ServedModel:
     max_model_len: int = DEFAULT_MAX_MODEL_LEN
     """Longest prompt and answer together, in tokens."""
     max_batch: int = 32
-    """Requests computed at the same time."""
+    """Requests computed concurrently."""
     max_queue: int = 128
     kv_cache_bytes: int = 2**30
     memory_bytes: int = 2**31
-    """What a replica takes at most: weights, cache, and the program itself."""
+    """Maximum memory of a replica: weights, cache, and the program itself."""
     cpus: int = 1
-    """Cores of a replica, its own. 0: it shares those of others."""
+    """Cores reserved for a replica. 0: it shares the cores of others."""
     threads: int = 1
-    """Compute threads where it shares cores."""
+    """Compute threads if it shares cores."""
     replicas: int = 1
     autoscale: Autoscale | None = None
     adapters: dict[str, Adapter] = field(default_factory=dict)
-    """LoRA adapters on it, by the name clients call them."""
+    """LoRA adapters, by the names that clients use."""
     lora_rank: int = 0
-    """Highest rank that an adapter may have; 0: no adapters."""
+    """Highest LoRA rank of an adapter; 0: no adapters."""
     task: Task = "chat"
-    """What it is for, by OpenAI's names: completions without a chat template, embeddings where it makes vectors in
-    place of text."""
+    """Task by OpenAI's names: completions if there is no chat template, embeddings if the model returns vectors instead
+    of text."""
     sampling: dict[str, float] = field(default_factory=dict)
-    """What samples the answer to a request that does not say, where that is not as OpenAI has it: by
-    generation_config.json's names."""
+    """Sampling defaults for requests that set none, where they differ from OpenAI's; named as in
+    generation_config.json."""
     tool_parser: str | None = None
     trust_remote_code: bool = False
     compile: bool = False
     engine_options: dict[str, Any] = field(default_factory=dict)
     identity: str = ""
-    """Hash of the model's files: other weights under the same path are another model."""
+    """Hash of the model's files, so that other weights under the same path count as another model."""
 
     def version(self) -> str:
-        """Hash of all that a replica has to be started anew for."""
+        """Returns a hash of all settings whose change requires new replicas."""
         fields = asdict(self) | {"autoscale": None, "replicas": None, "adapters": None}
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def sampling(path: Path) -> dict[str, float]:
-    """What the model's generation_config.json sets of sampling, other than OpenAI's defaults."""
+    """Returns the sampling settings of the model's generation_config.json that differ from OpenAI's defaults."""
     own = read_json(path / GENERATION) if (path / GENERATION).is_file() else {}
     return {name: own[name] for name, neutral in NEUTRAL.items() if own.get(name) not in (None, neutral)}
 
 
 def longest(path: Path, asked: int | None) -> int:
-    """Longest prompt and answer together, in tokens: as asked, else what the model was made for, at most
-    DEFAULT_MAX_MODEL_LEN."""
+    """Returns the maximum length of prompt plus answer, in tokens: `asked` if given, else the model's own maximum,
+    capped at DEFAULT_MAX_MODEL_LEN."""
     return asked or min(made_for(path) or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
 
 
 def made_for(path: Path) -> int | None:
-    """Most tokens that the model was made for, as vLLM reads it from config.json; None where that does not say."""
+    """Returns the model's maximum length in tokens, as vLLM reads it from config.json; None if unknown."""
     config = text_config(path)
     lengths = [int(config[key]) for key in _LENGTHS if isinstance(config.get(key), int | float)]
     if not lengths:
@@ -131,11 +131,10 @@ def made_for(path: Path) -> int | None:
 
 
 def writes(path: Path, engine_options: Mapping[str, Any]) -> bool:
-    """Whether the model writes text, rather than making vectors: as vLLM decides it where engine_options say
-    nothing."""
+    """Whether the model generates text rather than vectors, decided as in vLLM; engine_options can override it."""
     if (runner := engine_options.get("runner", "auto")) != "auto":
         return bool(runner == "generate")
-    if (path / "modules.json").is_file():  # of Sentence Transformers, whatever the architecture
+    if (path / "modules.json").is_file():  # Sentence Transformers, regardless of the architecture
         return False
     return any(
         name.endswith(_WRITERS) for name in read_json(path / "config.json").get("architectures") or ["ForCausalLM"]
@@ -143,8 +142,8 @@ def writes(path: Path, engine_options: Mapping[str, Any]) -> bool:
 
 
 def kv_cache_bytes(path: Path, precision: Precision, max_model_len: int) -> int:
-    """Bytes of the key and value cache, from the model's layers and heads, for DEFAULT_CACHED_TOKENS or two of the
-    longest requests."""
+    """Returns the size of the key-value cache in bytes, from the model's layers and heads, for DEFAULT_CACHED_TOKENS or
+    two requests of maximum length, whichever is larger."""
     config = text_config(path)
     heads = int(config.get("num_attention_heads") or config.get("n_head") or 1)
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 1)
@@ -155,7 +154,7 @@ def kv_cache_bytes(path: Path, precision: Precision, max_model_len: int) -> int:
 
 
 def text_config(path: Path) -> dict[str, Any]:
-    """The language model's part of config.json."""
+    """Returns the language model's part of config.json."""
     config = read_json(path / "config.json")
-    text: dict[str, Any] = config.get("text_config") or config  # models that see, too, keep their language part apart
+    text: dict[str, Any] = config.get("text_config") or config  # multimodal models keep it separate
     return text

@@ -1,1 +1,1 @@
-"""A replica: the process in which one model answers, with Ray's LLMServer before an engine."""
+"""A replica: the process that serves one model, with Ray's LLMServer in front of an engine."""

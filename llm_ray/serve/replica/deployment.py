@@ -1,5 +1,4 @@
-"""A replica of a model: what Ray Serve starts. It imports the engine itself, so the deploying process does not have
-to."""
+"""The replica class that Ray Serve starts. It imports the engine lazily, so the deploying process does not have to."""
 
 from __future__ import annotations
 
@@ -16,41 +15,41 @@ if TYPE_CHECKING:
     from llm_ray.serve.replica.server import ModelServer
 
 ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # the models are folders
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is a thread of this process
+    "HF_HUB_OFFLINE": "1",  # models are local folders
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs as a thread of this process
     "VLLM_NO_USAGE_STATS": "1",
-    # It would close the handlers of Serve's log, which the controller asks for when it comes back
+    # It would close the handlers of Serve's log, which the controller needs after a restart.
     "VLLM_CONFIGURE_LOGGING": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # llm_ray.cores binds
 }
-# Seconds for the clients whose requests the engine took with it to be told. What killed it would otherwise be asked of
-# another replica.
+# Seconds before a replica with a dead engine exits, so that its clients get their errors. Otherwise the requests that
+# killed the engine would be retried on another replica.
 _TOLD_WITHIN = 1.0
 
 
 def environment(model: ServedModel) -> dict[str, str]:
-    """What the model's process has to have in its environment before it imports the engine."""
-    # vLLM's sampler would compile parts of itself in the middle of the first request that wants logprobs: seconds in
-    # which all others wait, and the engine's death on a host without a C++ compiler.
+    """Returns environment variables that the model's process must set before importing the engine."""
+    # Otherwise vLLM's sampler compiles parts of itself during the first request with logprobs: all others wait for
+    # seconds, and without a C++ compiler the engine dies.
     return ENVIRONMENT if model.compile else {**ENVIRONMENT, "TORCH_COMPILE_DISABLE": "1"}
 
 
 def start_environment(model: ServedModel) -> dict[str, str]:
-    """What the model's process has to be started with, for Ray's runtime_env."""
+    """Returns environment variables that the model's process must start with, for Ray's runtime_env."""
     return {} if ENGINES[model.engine].any_malloc else {"LD_PRELOAD": ""}
 
 
 class ModelReplica:
-    """Methods as ``ray.serve.llm``'s LLMServer has them; each returns an asynchronous generator."""
+    """Has the methods of ``ray.serve.llm``'s LLMServer; each returns an asynchronous generator."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._server: ModelServer | None = None
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Called by Serve with the deployment's user_config: at the start, where the engine is loaded, and whenever it
-        changes."""
+        """Called by Serve with the deployment's user_config: at startup, when it loads the engine, and at every
+        change."""
         if self._server is None:
             os.environ.update(environment(self._model))
             logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
@@ -84,9 +83,8 @@ class ModelReplica:
         return await self.server.detokenize(request, info)
 
     async def check_health(self) -> None:
-        """Ends the process when its engine is dead. Serve replaces at once what has ended, and what is ill after three
-        checks only: until then every request that came to it would fail.
-        """
+        """Exits the process if its engine is dead. Serve replaces an exited process at once, but an unhealthy one only
+        after three checks, and until then all of its requests would fail."""
         try:
             await self.server.check_health()
         except Exception as error:

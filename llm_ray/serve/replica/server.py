@@ -1,4 +1,4 @@
-"""A model's server in its replica: ``ray.serve.llm``'s LLMServer with our engine, and adapters from folders."""
+"""A model's server in its replica: ``ray.serve.llm``'s LLMServer with our engine and with adapters from folders."""
 
 from __future__ import annotations
 
@@ -22,25 +22,22 @@ from llm_ray.serve.models import NEUTRAL, Adapter, ServedModel, sampling
 from llm_ray.serve.replica.streams import TOKEN_BY_TOKEN, collected
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-ADAPTERS_AT_ONCE = 8  # adapters whose requests are computed together
-_LOOKS = 300  # a tenth of a second apart
+ADAPTERS_AT_ONCE = 8  # adapters computed in one batch
+_LOOKS = 300  # checks for a new adapter, a tenth of a second apart
 _LORAS_KEPT = 64  # adapters in memory
 
 
 class NoDownload(CallbackBase):
-    """The model is a folder that is there: Ray's task that would fetch it, in a process that imports vLLM for that, is
-    left out."""
+    """Skips Ray's download task, whose process imports vLLM: the model is a local folder."""
 
     async def on_before_node_init(self) -> None:
         self.ctx.run_init_node = False
 
 
 class ModelServer(LLMServer):
-    """LLMServer with the engine that the model's conf names. `start()` loads it."""
+    """LLMServer with the engine from the model's conf. `start()` loads it."""
 
-    def __init__(
-        self, model: ServedModel
-    ) -> None:  # LLMServer's own is a coroutine, which Serve alone knows how to call
+    def __init__(self, model: ServedModel) -> None:  # LLMServer's __init__ is a coroutine that only Serve can call
         self._name = model.name
         self.adapters = dict(model.adapters)
         self._loading = asyncio.Lock()
@@ -50,8 +47,8 @@ class ModelServer(LLMServer):
         self._init_shared(llm_config(model, template), functools.partial(Engine, model))
 
     async def start(self) -> None:
-        """Load the engine and the adapters, and try the engine out: what it cannot compute shows now, not to the first
-        client.
+        """Load the engine and the adapters, and run a test generation, so that engine failures show before the first
+        request.
 
         Raises what the engine raises.
         """
@@ -61,44 +58,44 @@ class ModelServer(LLMServer):
             await self._load_adapter(name, adapter)
 
     async def _run_request(self, request: Any, *args: Any, **options: Any) -> Any:
-        # Not by Serve's multiplexing, which sends requests for a name to one replica until that is full: here all have
-        # all adapters.
+        # Serve's multiplexing would send requests for an adapter to one replica until it is full; here every replica
+        # has all adapters.
         if request.model != self._name:
             await self._load_adapter(request.model, await self._adapter(request.model))
         return await super()._run_request(request, *args, **options)
 
     @functools.cached_property
     def _versions(self) -> tempfile.TemporaryDirectory[str]:
-        """vLLM keeps what it has computed of a prompt by an adapter's name and path: here other weights have another
-        path."""
+        """Folder of symlinks to adapters. vLLM caches prompts by an adapter's name and path, so changed weights need a
+        new path."""
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Load an adapter unless it is loaded. Raises ModelError for one that vLLM does not take."""
+        """Load an adapter unless it is loaded. Raises ModelError if vLLM rejects it."""
         path = Path(self._versions.name) / adapter.identity
         if self.engine.adapter_path(name) == str(path):
             return
         async with self._loading:
             if self.engine.adapter_path(name) == str(path):
-                return  # another request has loaded it meanwhile
+                return  # loaded by a concurrent request
             self._link(adapter)
             await self.engine.load_adapter(name, path)
 
     def _link(self, adapter: Adapter) -> None:
         path = Path(self._versions.name) / adapter.identity
-        path.unlink(missing_ok=True)  # the same may lie elsewhere by now
+        path.unlink(missing_ok=True)  # the same adapter may have moved
         path.symlink_to(adapter.path)
 
     async def _adapter(self, name: str) -> Adapter:
-        """The adapter; the gateway may know of one a moment before its replicas do. Raises VLLMNotFoundError, for the
-        client a 404."""
+        """Returns the adapter, waiting up to 30 s because the gateway may learn of an adapter before its replicas do.
+        Raises VLLMNotFoundError (404 for the client)."""
         for _ in range(_LOOKS):
             if name in self.adapters:
                 return self.adapters[name]
             await asyncio.sleep(0.1)
         raise VLLMNotFoundError(f"The model `{name}` is no longer served.")
 
-    def _batch_output_stream(self, generator: Any) -> Any:  # the default waits 50 ms for each token, the first as well
+    def _batch_output_stream(self, generator: Any) -> Any:  # the default delays every token by 50 ms, even the first
         return collected(generator)
 
     async def chat(self, request: Any, raw_request_info: Any = None) -> Any:
@@ -109,29 +106,28 @@ class ModelServer(LLMServer):
         return await super().tokenize(told(request, self._template, tools=self._tools), raw_request_info)
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ModelError for one
-        that vLLM does not take."""
+        """Replace the served adapters; removed and changed ones are unloaded. Raises ModelError if vLLM rejects one."""
         before, self.adapters = (
             self.adapters,
             dict(adapters),
-        )  # first: requests that come meanwhile load what is to be served
+        )  # set first, so that concurrent requests load the new adapters
         for name in before.keys() - adapters.keys():
             self.engine.forget_adapter(name)
         for name, adapter in adapters.items():
             if before.get(name) != adapter:
-                self._link(adapter)  # vLLM reads it again where there are more adapters than it keeps
+                self._link(adapter)  # vLLM re-reads it after evicting it from memory
                 await self._load_adapter(name, adapter)
 
 
 def told(request: Any, template: ChatTemplate | None, *, tools: bool) -> Any:
-    """The request with its messages as training has them; with `tools`, those that the chat template does not know are
-    told in words."""
+    """Returns the request with its messages as in training data. With `tools`, tools that the chat template does not
+    support are described as text."""
     if messages := getattr(request, "messages", ()):
         request.messages = as_learnt(messages)
         if template and tools and template.in_words(request.messages, request.tools):
             wanted = request.tools or () if getattr(request, "tool_choice", "auto") != "none" else ()
             request.messages = tell_tools(request.messages, [tool.model_dump() for tool in wanted])
-            if request.tools:  # the template shall not write what it knows of them once more
+            if request.tools:  # keeps the template from writing the tools a second time
                 request.chat_template_kwargs = (request.chat_template_kwargs or {}) | {"tools": []}
         if template:
             request.messages = template.with_whole_system(request.messages, request.tools)
@@ -139,15 +135,16 @@ def told(request: Any, template: ChatTemplate | None, *, tools: bool) -> Any:
 
 
 def engine_arguments(model: ServedModel) -> dict[str, Any]:
-    """vLLM's AsyncEngineArgs for the model: for its own engine, and for the front end before others."""
+    """Returns vLLM's AsyncEngineArgs for the model: for vLLM's engine, and for vLLM's front end before other
+    engines."""
     engine: dict[str, Any] = {
         "max_model_len": model.max_model_len,
         "max_num_seqs": model.max_batch,
-        "kv_cache_memory_bytes": model.kv_cache_bytes,  # given, vLLM needs no forward pass to find it out
+        "kv_cache_memory_bytes": model.kv_cache_bytes,  # if given, vLLM skips its profiling forward pass
         "dtype": _DTYPES[model.precision],
         "enforce_eager": not model.compile,
         "trust_remote_code": model.trust_remote_code,
-        "load_format": "hf",  # else Mistral's consolidated.safetensors goes before the files that were checked
+        "load_format": "hf",  # else Mistral's consolidated.safetensors takes precedence over the checked files
         "override_generation_config": {
             name: NEUTRAL[name] for name in sampling(model.path).keys() - model.sampling.keys()
         },
@@ -167,7 +164,7 @@ def engine_arguments(model: ServedModel) -> dict[str, Any]:
 
 
 def chat_template(model: ServedModel) -> ChatTemplate | None:
-    """The template that writes the model's prompts; None where it takes no conversations. Raises what transformers
+    """Returns the template for the model's prompts; None if it takes no conversations. Raises what transformers
     raises."""
     if model.task != "chat":
         return None
@@ -180,7 +177,7 @@ def chat_template(model: ServedModel) -> ChatTemplate | None:
 
 
 def llm_config(model: ServedModel, template: ChatTemplate | None) -> LLMConfig:
-    """What ``ray.serve.llm`` wants to know of the model."""
+    """Returns the model's configuration for ``ray.serve.llm``."""
     engine = engine_arguments(model)
     if template:
         engine["chat_template_content_format"] = {True: "openai", False: "string", None: "auto"}[template.takes_parts]

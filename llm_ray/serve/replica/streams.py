@@ -1,10 +1,10 @@
-"""Stream batching: each token is sent immediately to few clients, several tokens together to many.
+"""Stream batching: tokens are sent one by one while a replica has few streams, and in groups when it has many.
 
-An event on its way from the engine to the client costs some milliseconds of computing time: in vLLM's front end, which
-makes it, in the replica, the gateway and Serve's proxy. At sixteen streams that is a third of what the tokens
-themselves cost on two cores. So the more streams a replica has, and the fewer cores there are, the longer new tokens
-are held back to become one event. The first token, and the end of an answer, always go at once; so does each token of
-an answer that may be a tool call, for it is parsed piece by piece.
+An event costs some milliseconds of CPU time on its way from the engine to the client: in vLLM's front end, the replica,
+the gateway and Serve's proxy. At sixteen streams that is a third of the cost of the tokens themselves on two cores. So
+tokens are held back longer, and merged into one event, the more streams a replica has and the fewer its cores. The
+first token and the end of an answer are always sent at once, as is each token of an answer that may be a tool call,
+because it is parsed incrementally.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-# Seconds that tokens are held back, for each stream beside the first, by the number of cores; and at most.
+# Seconds to hold back tokens: per additional stream (divided by the number of cores), and the maximum.
 _EACH = 0.04
 _MOST = 0.3
 
-# Whether the answer to the request at hand is sent token by token.
+# Whether to send the current request's answer token by token.
 TOKEN_BY_TOKEN: ContextVar[bool] = ContextVar("token_by_token", default=False)
 
 _streams: weakref.WeakSet[CoalescedOutputs] = weakref.WeakSet()
 
 
 class CoalescedOutputs(RequestOutputCollector):
-    """What vLLM's front end collects an answer's new tokens in; whoever takes them out gets those that have come
-    meanwhile as one."""
+    """vLLM's queue of new tokens of an answer, with a minimum interval between reads. Tokens that arrive in between are
+    merged."""
 
     output: RequestOutput | PoolingRequestOutput | Exception | None
 
@@ -45,10 +45,10 @@ class CoalescedOutputs(RequestOutputCollector):
             _streams.add(self)
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
-        """Take in what is new; it is ready at once, unless something was taken out a moment ago."""
+        """Add output; it becomes readable at once unless the last read was too recent."""
         last = isinstance(output, Exception) or output.finished
         if self._paced and not last and self.output is None and (wait := self._due - time.monotonic()) > 0:
-            self.output = output  # and whoever waits for it goes on waiting
+            self.output = output  # the reader is not woken yet
             self._timer = asyncio.get_running_loop().call_later(wait, self._now)
             return
         super().put(output)
@@ -63,23 +63,24 @@ class CoalescedOutputs(RequestOutputCollector):
         self.ready.set()
 
     async def get(self) -> RequestOutput | PoolingRequestOutput:
-        """What is new, as soon as it is ready. Raises what came in place of it."""
+        """Returns the merged output as soon as it is ready. Raises the exception that was put instead of output."""
         await self.ready.wait()
         self._due = time.monotonic() + min((len(_streams) - 1) * _EACH / (os.cpu_count() or 1), _MOST)
         return await super().get()
 
     def close(self) -> None:
-        """It is read no more."""
+        """Stop reading."""
         _streams.discard(self)
         super().close()
 
     def get_nowait(self) -> RequestOutput | PoolingRequestOutput | None:
-        """None: `get` waits until it is time."""
+        """Returns None, so that callers use `get`, which waits for the interval."""
         return None
 
 
 async def collected(events: AsyncGenerator[str, None]) -> AsyncGenerator[list[str], None]:
-    """The events, those that come together in one list. Raises what `events` raises, after what came before."""
+    """Yields lists of events, each with all events that arrived since the last one. Raises what `events` raises, after
+    yielding the events before it."""
     waiting: list[str] = []
     arrived = asyncio.Event()
 
