@@ -25,7 +25,7 @@ _AGAIN = "copy or download it again, or use another model"
 
 
 def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = False) -> PreTrainedModel | None:
-    """Raise ModelError unless the folder `path` has every weight of its architecture; with `causal`, of the causal
+    """Raises ModelError unless the folder `path` has every weight of its architecture; with `causal`, of the causal
     language model.
 
     Returns the model without its weights. Returns None if the model is not checked, or transformers cannot build it
@@ -73,7 +73,7 @@ def check_complete(path: Path, causal: bool = False, trust_remote_code: bool = F
 
 
 def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collection[str]) -> None:
-    """Raise ModelError for weights of more layers than the configuration has: transformers would ignore them."""
+    """Raises ModelError for weights of more layers than the configuration has: transformers would ignore them."""
     names = model.state_dict().keys()
     layers, alike = ({_LAYER.sub(form, name) for name in names} for form in (r"\1", r"\2*.\3"))
     if more := sorted(
@@ -86,7 +86,7 @@ def _refuse_more_layers(path: Path, model: PreTrainedModel, unexpected: Collecti
 
 
 def _refuse_untied(path: Path, model: PreTrainedModel) -> None:
-    """Raise ModelError if tied weights are stored separately with different values: engines differ in which one they
+    """Raises ModelError if tied weights are stored separately with different values: engines differ in which one they
     read."""
     for name, source in model.all_tied_weights_keys.items():
         if model.get_parameter(name) is model.get_parameter(source):
@@ -109,7 +109,7 @@ def _read(file: Path, names: Collection[str]) -> list[Tensor]:
 
 
 def refuse_missing(called: str, model: object, missing: Collection[str]) -> None:
-    """Raise ModelError if weights of a loaded model are missing: transformers initializes them at random."""
+    """Raises ModelError if weights of a loaded model are missing: transformers initializes them at random."""
     if missing:
         raise ModelError(
             f"the model {called} lacks {len(missing)} weights of a {type(model).__name__}, such as "

@@ -120,7 +120,7 @@ def converted(source: Path, weights: WeightForm, registry: Path) -> Path:
 
 
 def convert_model(source: Path, target: Path, weights: WeightForm, reporter: Reporter, *, force: bool = False) -> Path:
-    """Convert the Hugging Face model in `source` and write it to `target`, completely or not at all; returns `target`.
+    """Converts the Hugging Face model in `source` to `target`, completely or not at all; returns `target`.
 
     An existing conversion of the same source and weights is kept unless `force`. A conversion of an earlier state of
     `source` is replaced, any other conversion only with `force`, and a folder that is not a conversion never. Raises
@@ -227,7 +227,7 @@ def _check_room(source: Path, found: Weights, weights: WeightForm, target: Path)
 
 
 def _export(python: Path, source: Path, new: Path, weights: WeightForm, reporter: Reporter) -> None:
-    """Run optimum-intel, and move the graph and its weights into the folder `new`."""
+    """Runs optimum-intel, and moves the graph and its weights into the folder `new`."""
     work = new / "work"
     (work / "tmp").mkdir(parents=True)
     options = [
@@ -277,7 +277,7 @@ def _process(command: list[str], environment: dict[str, str]) -> Iterator[subpro
 
 
 def _follow(lines: Iterable[str], last: deque[str], bar: Bar) -> None:
-    """Update the progress bar from optimum-intel's output; `last` keeps the last lines."""
+    """Updates the progress bar from optimum-intel's output; `last` keeps the last lines."""
     part, words = 0, "starting optimum-intel"
     bar.update(part, len(_PARTS) + 1, words)
     for line in lines:

@@ -76,7 +76,7 @@ def check_folder(path: Path, tokenizer: bool = True) -> Weights:
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raise ModelError unless the folder `path` has a tokenizer's vocabulary and readable tokenizer settings."""
+    """Raises ModelError unless the folder `path` has a tokenizer's vocabulary and readable tokenizer settings."""
     if not any(next(path.glob(name), None) for name in VOCABULARIES):
         raise ModelError(
             f"{path} has no tokenizer ({', '.join(VOCABULARIES[:3])}): copy it from the model's source, or set "
@@ -164,7 +164,7 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 
 
 def _check_alone(path: Path, names: Iterable[str], hint: str = "") -> None:
-    """Raise ModelError if other weights lie next to model.safetensors: engines differ in which they read."""
+    """Raises ModelError if other weights lie next to model.safetensors: engines differ in which they read."""
     if others := sorted(set(names) - {SINGLE}):
         raise ModelError(
             f"{path} contains its weights twice: {SINGLE}, and {len(others)} other file(s){hint} ({others[0]}). "
@@ -173,7 +173,7 @@ def _check_alone(path: Path, names: Iterable[str], hint: str = "") -> None:
 
 
 def _check_pointer(path: Path) -> None:
-    """Raise ModelError if the file is a Git LFS pointer."""
+    """Raises ModelError if the file is a Git LFS pointer."""
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise ModelError(

@@ -13,7 +13,7 @@ _ISSUE = re.compile(r"^- `(\w+)`: (.*)$", re.MULTILINE)
 
 
 def mend(settings: GenerationConfig) -> list[str]:
-    """Make the smallest changes to `settings` that let transformers save them; returns the changes as messages for the
+    """Makes the smallest changes to `settings` that let transformers save them; returns the changes as messages for the
     user.
 
     Sampling parameters without `do_sample` imply sampling (as vLLM reads them). Other values without effect are

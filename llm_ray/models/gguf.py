@@ -17,7 +17,7 @@ _ENDS = ("eos", "eot", "eom")
 
 
 def convert(file: Path, folder: Path) -> str | None:
-    """Write the model of the GGUF `file` into `folder`; returns the name of its licence, or None.
+    """Writes the model of the GGUF `file` into `folder`; returns the name of its licence, or None.
 
     Raises ModelError if transformers cannot read the file.
     """

@@ -45,7 +45,7 @@ def vocabulary(path: Path) -> int | None:
 
 
 def check_tokenizer_fits(path: Path, tokenizer: Path) -> None:
-    """Raise ModelError if the tokenizer in the folder `tokenizer` has tokens without an embedding in the model
+    """Raises ModelError if the tokenizer in the folder `tokenizer` has tokens without an embedding in the model
     `path`."""
     most = vocabulary(path)
     if most is None or not (tokenizer / "tokenizer.json").is_file():

@@ -144,7 +144,7 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def mend_generation(settings: GenerationConfig, location: Location) -> list[str]:
-    """Correct a model's generation settings so that they can be saved; returns the changes. Raises ModelError."""
+    """Corrects a model's generation settings so that they can be saved; returns the changes. Raises ModelError."""
     try:
         return mend(settings)
     except ValueError as error:
@@ -216,7 +216,7 @@ def stored_dtype(base: Base) -> torch.dtype:
 
 
 def check_model(base: Base) -> None:
-    """Raise ModelError if the base model is incomplete (hub models are not checked)."""
+    """Raises ModelError if the base model is incomplete (hub models are not checked)."""
     if (folder := base.location.folder) and not _gguf(base):
         check_folder(folder, tokenizer=not base.model.tokenizer)
         check_complete(folder, causal=True, trust_remote_code=base.model.trust_remote_code)
@@ -246,7 +246,7 @@ def tokenizer_files(base: Base) -> list[Path]:
 
 
 def forget_quantization(model: PreTrainedModel) -> None:
-    """Turn a model that was dequantized from a GGUF into an ordinary one that can be trained and saved."""
+    """Turns a model that was dequantized from a GGUF into an ordinary one that can be trained and saved."""
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None

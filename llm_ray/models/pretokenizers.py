@@ -150,7 +150,7 @@ _COMPOSED = {"qwen2", "qwen35", "command-r"}
 
 
 def set_rule(tokenizer: Tokenizer, name: str) -> bool:
-    """Make the byte-level BPE `tokenizer` split text by the rule `name`. Returns False, leaving it unchanged, if the
+    """Makes the byte-level BPE `tokenizer` split text by the rule `name`. Returns False, leaving it unchanged, if the
     name is unknown."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 

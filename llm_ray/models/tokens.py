@@ -111,8 +111,8 @@ def read_alike(folder: Path, text: str = COMPOSED) -> bool:
 
 
 def mend_class(folder: Path) -> bool:
-    """If engines would misread the folder's tokenizer.json, change the class in its tokenizer configuration to one that
-    reads it correctly. Returns whether it was changed. Raises ModelError if that does not help."""
+    """Changes the class in the folder's tokenizer configuration if engines would misread its tokenizer.json with it.
+    Returns whether it was changed. Raises ModelError if that does not help."""
     if read_alike(folder, PROBE):
         return False
     settings = read_json(folder / SETTINGS)
@@ -125,7 +125,7 @@ def mend_class(folder: Path) -> bool:
 
 
 def check_alike(folder: Path) -> None:
-    """Raise ModelError if engines would read the folder's tokenizer differently from its tokenizer.json."""
+    """Raises ModelError if engines would read the folder's tokenizer differently from its tokenizer.json."""
     if not read_alike(folder):
         raise ModelError(
             f"{folder}: transformers, and with it every engine, reads the tokenizer differently from its {FILE}: the "

@@ -1,7 +1,7 @@
 """The HTTP API in front of all models: OpenAI's routes, one route per model, health, readiness, metrics.
 
-Answers are those of ``ray.serve.llm`` (and so of vLLM). Models are not bound at deployment, as in ``ray.serve.llm``'s
-ingress, but looked up in Ray Serve's controller, so they can be added and removed without redeploying it.
+Answers are those of ``ray.serve.llm`` (and so of vLLM). Unlike in ``ray.serve.llm``'s ingress, models are not bound at
+deployment but looked up in Ray Serve's controller, so they can be added and removed without redeploying the gateway.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from llm_ray.serve.gateway.requests import Chat, Completion, Detokenize, Embeddi
 from llm_ray.serve.gateway.scopes import check_scope, is_admin, key_of
 from llm_ray.serve.gateway.simple import SimpleRequest
 
-# How old the list of models may be, in seconds, before it is looked up again: beside a request, before it, for a name
-# that is not known.
+# Maximum age of the model list in seconds: before it is refreshed in the background, before a request waits for a
+# refresh, and for requests with an unknown name.
 _FRESH = 1.0
 _OLD = 10.0
 _LOOK_AGAIN = 0.2
-# How long an answer is waited for before it is looked whether its model is still there.
+# Seconds between checks that the model of a waiting request still exists.
 _STILL_THERE = 1.0
-# How long the controller has for an answer.
+# Timeout for the controller, in seconds.
 _ANSWERS_WITHIN = 5.0
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where requests for a name go: a model, or an adapter on it."""
+    """Destination of requests for a name: a model, or an adapter on one."""
 
     name: str
     entry: Deployed
@@ -62,7 +62,7 @@ class Target:
 
 
 class Api:
-    """The routes, and what they know: the models, their handles, and the counters."""
+    """The routes and their state: the models, their handles, and the metrics."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -77,7 +77,7 @@ class Api:
         self.app = _build(self, None)
 
     def offer(self, service: Service, enabled: bool) -> None:
-        """Answer the fine-tuning API from now on, where it is `enabled`. Whose the models of its jobs are is heeded either
+        """Serves the fine-tuning API if `enabled`. Ownership of the models that its jobs made is enforced either
         way."""
         self._finetuning = service
         self.app = _build(self, Operations(service, self._named, lambda: self.draining) if enabled else None)
@@ -85,11 +85,11 @@ class Api:
     # The models -------------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Look up the models, which fails where there is no controller."""
+        """Looks up the models. Raises if there is no controller."""
         await self._look(_OLD)
 
     async def _look(self, age: float) -> None:
-        """Look up the models, unless that was done within `age` seconds."""
+        """Looks up the models unless the list is younger than `age` seconds."""
         async with self._lock:
             if self._looked and time.monotonic() - self._looked < age:
                 return
@@ -105,8 +105,8 @@ class Api:
             self._looked = time.monotonic()
 
     async def _refresh(self, age: float) -> bool:
-        """Look up the models as `_look` does; False when the controller does not answer, as while it restarts: they are
-        as they were."""
+        """Looks up the models like `_look`. Returns False, keeping the old list, if the controller does not answer, as
+        during its restart."""
         try:
             await asyncio.wait_for(self._look(age), _ANSWERS_WITHIN)
         except Exception:
@@ -114,7 +114,7 @@ class Api:
         return True
 
     async def _refresh_if_old(self) -> None:
-        """Look up the models beside the request that is answered, or before it if that was long ago."""
+        """Refreshes the models in the background; waits for them only if the list is very old."""
         age = time.monotonic() - self._looked
         if age > _OLD:
             await self._refresh(_OLD)
@@ -122,13 +122,13 @@ class Api:
             self._looking = asyncio.create_task(self._refresh(_FRESH))
 
     def _visible(self, request: Request) -> dict[str, Target]:
-        """The targets that the request's key may ask."""
+        """Returns the targets that the request's key may use."""
         key = key_of(request)
         return {name: target for name, target in sorted(self._targets.items()) if self._may_ask(name, key)}
 
     def _may_ask(self, name: str, key: Key | None) -> bool:
-        """Whether a key's requests may go to a model: one that a job of the fine-tuning API has made is its owner's, and
-        admins'."""
+        """Whether the key may use a model. Models made by jobs of the fine-tuning API are only for their owner and
+        admins."""
         service = self._finetuning
         made = None
         if service and name.startswith(PREFIX):
@@ -138,7 +138,7 @@ class Api:
         return not key or key.models is None or name in key.models
 
     async def _named(self, model: str, request: Request) -> Named | None:
-        """The model that the request's key may ask under this name, for a job."""
+        """Returns the model that the request's key may use under this name, for a job; None if there is none."""
         await self._refresh_if_old()
         target = self._visible(request).get(model)
         if target is None:
@@ -147,7 +147,7 @@ class Api:
         return Named(model, served.path, target.adapter, ENGINES[served.engine].converts)
 
     async def _target(self, name: str | None, request: Request) -> Target:
-        """Where requests for `name` go. Raises ApiError."""
+        """Returns the target for `name`. Raises ApiError if it does not exist, or is ambiguous."""
         await self._refresh_if_old()
         visible = self._visible(request)
         if name not in visible:
@@ -171,7 +171,7 @@ class Api:
         return visible[name]
 
     async def of_path(self, model: str, request: Request) -> None:
-        """Raises ApiError for a path that names no model, before its body is looked at."""
+        """Checks that the path names a model before the body is read. Raises ApiError."""
         await self._target(model, request)
 
     def _handle(self, target: Target) -> DeploymentHandle:
@@ -184,18 +184,16 @@ class Api:
     # Asking a model ---------------------------------------------------------------------------------------------------
 
     async def _first(self, target: Target, method: str, body: Any) -> tuple[Any, Any]:
-        """The first piece of the answer, and the stream of the rest. Raises ApiError for whatever the model does not
-        do.
+        """Returns the first piece of the answer, and the stream of the rest. Raises ApiError for every failure.
 
-        Nothing of the HTTP request but its body goes to the model: headers could set priorities, ids, and caches of
-        other requests.
+        Only the HTTP request's body is passed on: headers could set priorities, ids, or other requests' caches.
         """
         for attempt in (1, 2):
             try:
                 stream = getattr(self._handle(target), method).remote(body)
                 first = await self._awaited(stream, target)
             except RayActorError as error:
-                if attempt == 1:  # nothing has been sent yet: another replica, or its successor, can answer
+                if attempt == 1:  # nothing was sent yet, so another replica can answer
                     continue
                 raise failed(error, target.name, target.entry) from error
             except ApiError:
@@ -211,8 +209,8 @@ class Api:
         raise AssertionError
 
     async def _awaited(self, stream: Any, target: Target) -> Any:
-        """The first piece; Serve waits for ever for replicas of a model that was taken away meanwhile, and a replica
-        for an adapter that it may be about to get. Raises ApiError."""
+        """Returns the first piece. While waiting, checks that the model still exists: Serve waits forever for replicas
+        of a removed model, and a replica waits for an adapter that may still arrive. Raises ApiError."""
         first = asyncio.ensure_future(anext(stream))
         try:
             while not (await asyncio.wait({first}, timeout=_STILL_THERE))[0]:
@@ -226,7 +224,7 @@ class Api:
                 first.cancel()
 
     async def _answer(self, method: str, body: Chat | Completion, request: Request) -> Any:
-        """The answer to a chat or a completion: a response of vLLM's, or the events of a stream. Raises ApiError."""
+        """Returns vLLM's response to a chat or a completion, or a stream of events. Raises ApiError."""
         target = await self._begin(body, request)
         if refusal := _too_much(body, target) or _over_key(body, target, request):
             raise refusal
@@ -248,34 +246,34 @@ class Api:
         return _Stream(first, rest, watch, hidden, target)
 
     async def _begin(self, body: Any, request: Request) -> Target:
-        """Where the body is to go; its model is named. Raises ApiError."""
+        """Returns the target of the body and sets its model name. Raises ApiError."""
         check_scope(request, "ask")
         if self.draining:
             raise ApiError(503, "This endpoint is being stopped.", "stopping", retry_after=5)
         target = await self._target(body.model, request)
-        if target.entry.status == "DELETING":  # its replicas only answer what they have begun
+        if target.entry.status == "DELETING":  # its replicas only finish running requests
             raise ApiError(503, f"The model `{target.name}` is being stopped.", "stopping", retry_after=5)
         body.model = target.name
         return target
 
     async def chat(self, body: Annotated[Chat, FromBody()], request: Request) -> Response:
-        """Answer a conversation."""
+        """Create a chat completion."""
         return _response(await self._answer("chat", body, request))
 
     async def completions(self, body: Annotated[Completion, FromBody()], request: Request) -> Response:
-        """Continue a text, or several."""
+        """Create completions of one or more prompts."""
         return _response(await self._answer("completions", body, request))
 
     async def embeddings(self, body: Annotated[Embedding, FromBody()], request: Request) -> Response:
-        """Vectors of texts, by a model that makes some; others answer 400."""
+        """Create embeddings of texts. Models without embeddings answer 400."""
         return await self._plain("embeddings", body, request)
 
     async def tokenize(self, body: Annotated[Tokenize, FromBody()], request: Request) -> Response:
-        """The tokens of a text, or of a conversation as the model's chat template writes it."""
+        """Tokenize a text, or a conversation formatted with the model's chat template."""
         return await self._plain("tokenize", body, request)
 
     async def detokenize(self, body: Annotated[Detokenize, FromBody()], request: Request) -> Response:
-        """The text of tokens."""
+        """Convert token ids to text."""
         return await self._plain("detokenize", body, request)
 
     async def _plain(self, method: str, body: Any, request: Request) -> Response:
@@ -295,7 +293,7 @@ class Api:
         return _response(result)
 
     async def simple(self, model: str, body: Annotated[SimpleRequest, FromBody()], request: Request) -> Response:
-        """Ask one model: a text or a conversation in, text out. A list of texts gets a list of answers."""
+        """Send a text or a conversation to one model. The answer is text; a list of texts gets a list of answers."""
         target = await self._target(model, request)
         served = target.entry.model
         if body.is_conversation and served.task != "chat":
@@ -310,7 +308,7 @@ class Api:
             raise _too_many(len(bodies), target, "text")
         method = "chat" if served.task == "chat" else "completions"
         try:
-            async with asyncio.TaskGroup() as group:  # where one is refused, the others end
+            async with asyncio.TaskGroup() as group:  # if one fails, the others are cancelled
                 asked = [group.create_task(self._answer(method, one, request)) for one in bodies]
         except BaseExceptionGroup as failed_ones:
             raise failed_ones.exceptions[0] from None
@@ -328,21 +326,21 @@ class Api:
     # About the endpoint -----------------------------------------------------------------------------------------------
 
     async def models(self, request: Request) -> dict[str, Any]:
-        """The models and adapters that answer here."""
+        """List the models and adapters that are served."""
         await self._refresh(_FRESH)
         return {"object": "list", "data": [_card(target) for target in self._visible(request).values()]}
 
     async def model(self, model: str, request: Request) -> dict[str, Any]:
-        """One model or adapter."""
+        """Retrieve a model or an adapter."""
         return _card(await self._target(model, request))
 
     async def health(self) -> dict[str, str]:
-        """Whether the endpoint is alive."""
+        """Check that the endpoint is alive."""
         return {"status": "ok"}
 
     async def ready(self) -> Response:
-        """Whether every model answers: 503 while one does not, or none is there."""
-        for age in (_FRESH, _LOOK_AGAIN):  # what has just been deployed is ready at once
+        """Check that every model is ready. Answers 503 while a model is not ready, or none is deployed."""
+        for age in (_FRESH, _LOOK_AGAIN):  # a model that was just deployed counts at once
             await self._refresh(age)
             states = {name: "ready" if entry.ready else entry.status.lower() for name, entry in self._models.items()}
             good = bool(states) and not self.draining and all(state == "ready" for state in states.values())
@@ -351,27 +349,27 @@ class Api:
         return JSONResponse({"ready": good, "models": states}, 200 if good else 503)
 
     async def prometheus(self) -> Response:
-        """Counters in Prometheus' text format."""
+        """Get metrics in Prometheus' text format."""
         await self._refresh(_FRESH)
         self.metrics.set_models(self._models)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        """Of each model and adapter: requests, errors, requests in progress, tokens, tokens/s."""
+        """Returns requests, errors, requests in progress, tokens and tokens/s of each model and adapter."""
         return {name: self.metrics.summary(name) for name in self._targets}
 
     @property
     def names(self) -> frozenset[str]:
-        """What answers here."""
+        """Names of the models and adapters that are served."""
         return frozenset(self._targets)
 
     @property
     def in_progress(self) -> int:
-        """Requests taken in and not answered yet."""
+        """Number of accepted requests without a complete answer."""
         return self.metrics.in_progress()
 
     async def idle(self) -> None:
-        """Return when no request is in progress."""
+        """Waits until no request is in progress."""
         while self.in_progress:
             await asyncio.sleep(0.05)
 
@@ -437,8 +435,7 @@ def _build(api: Api, finetuning: Operations | None) -> FastAPI:
 
 
 def _too_much(body: Chat | Completion, target: Target) -> ApiError | None:
-    """Why a request asks for too many answers at once: one request does not take more than the model computes at a
-    time."""
+    """Returns an error if a request asks for more answers than the model computes at a time, else None."""
     several = isinstance(body, Completion) and isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
     answers = (body.n or 1) * (len(body.prompt) if several else 1)
     return _too_many(answers, target, "prompt" if several else "n") if answers > target.entry.model.max_batch else None
@@ -454,14 +451,14 @@ def _too_many(answers: int, target: Target, param: str) -> ApiError:
 
 
 def _over_key(body: Chat | Completion, target: Target, request: Request) -> ApiError | None:
-    """Hold the request to the key's limit on an answer's tokens; why it is refused, if it asks for more."""
+    """Applies the key's limit on answer tokens to the request; returns an error if it asks for more, else None."""
     cap = request.scope.get("state", {}).get("llm_ray_max_tokens")
     refusal = None if cap is None else cap_tokens(body, cap, target.entry.model.max_model_len)
     return ApiError(400, refusal, "max_tokens_exceeded", param="max_tokens") if refusal else None
 
 
 def _ask_for_usage(body: Chat | Completion) -> bool:
-    """Have the stream end with its usage, which is counted; returns whether the client is not to see it."""
+    """Makes the stream end with its usage, for the metrics; returns whether to hide it from the client."""
     asked = bool(body.stream_options and body.stream_options.include_usage)
     if not asked:
         body.stream_options = StreamOptions(include_usage=True)
@@ -472,13 +469,13 @@ def _ask_for_usage(body: Chat | Completion) -> bool:
 
 
 class _Stream:
-    """A streamed answer that has begun."""
+    """A streamed answer after its first piece."""
 
     def __init__(self, first: Any, rest: Any, watch: Watch, hidden: bool, target: Target) -> None:
         self._first, self._rest, self._watch, self._hidden, self._target = first, rest, watch, hidden, target
 
     async def events(self) -> AsyncGenerator[str, None]:
-        """Its events, counted; an error in the middle becomes an event, for the headers are sent."""
+        """Yields the events and updates the metrics. Headers are already sent, so an error becomes an event."""
         try:
             piece = self._first
             while True:
@@ -490,7 +487,7 @@ class _Stream:
                     yield text
                 if refusal := refused_in_stream(
                     error + reason
-                ):  # vLLM goes on with [DONE]: here a stream that has it is whole
+                ):  # vLLM then sends [DONE], which here marks a complete stream
                     self._watch.end(refusal.status)
                     yield refusal.event()
                     return
@@ -503,15 +500,15 @@ class _Stream:
             yield refusal.event()
 
     def close(self) -> None:
-        """End it, and the engine's work for it, unless it has come to its end: its client is gone, or it took too
-        long."""
+        """Cancels the stream and the engine's work, unless it has ended: the client disconnected, or the request timed
+        out."""
         if not self._watch.ended:
             self._rest.cancel()
             self._watch.end()
 
 
 class _Streamed(StreamingResponse):
-    """The response with a streamed answer, which it closes however it ends."""
+    """Response for a streamed answer; closes the answer in any case."""
 
     def __init__(self, content: AsyncIterator[str], answer: _Stream, media_type: str) -> None:
         super().__init__(content, media_type=media_type)
@@ -531,8 +528,7 @@ def _response(answer: Any) -> Response:
 
 
 def _take_usage(text: str, watch: Watch, hidden: bool) -> str:
-    """Count the usage that comes with the last event of an answer, and leave that event out if the client did not ask
-    for it."""
+    """Records the usage from an answer's last event, and drops that event if the client did not ask for it."""
     kept = []
     for event in text.split("\n\n"):
         if '"usage":{' in event:
@@ -547,7 +543,7 @@ def _take_usage(text: str, watch: Watch, hidden: bool) -> str:
 
 
 async def _texts(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
-    """The bare text of a stream of events."""
+    """Yields the text from a stream of events."""
     async for chunk in events:
         for event in chunk.split("\n\n"):
             if not event.startswith("data: {"):
@@ -556,7 +552,7 @@ async def _texts(events: AsyncIterator[str]) -> AsyncGenerator[str, None]:
             if "error" in data:
                 raise ConnectionError(
                     data["error"]["message"]
-                )  # the stream breaks off: the client must not take it for whole
+                )  # break the connection, so that the client sees that the answer is incomplete
             for choice in data["choices"]:
                 if text := choice.get("text") or (choice.get("delta") or {}).get("content"):
                     yield text

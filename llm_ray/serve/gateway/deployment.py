@@ -1,4 +1,4 @@
-"""The gateway as Ray Serve starts it. Heavy modules are imported in the replica, so the deploying process needs none of
+"""The gateway class that Ray Serve starts. It imports heavy modules lazily, so the deploying process does not need
 them."""
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from llm_ray.serve.gateway.finetuning.service import Opening, Service
 
 _LOG = logging.getLogger("ray.serve")
-_RECOVER = 10.0  # seconds between two looks at jobs whose processes may have been killed
+_RECOVER = 10.0  # seconds between checks for jobs whose processes were killed
 
 
 class Gateway:
-    """One replica, which answers HTTP for all models. Its `user_config` is the endpoint's part of the conf, taken over
-    live; `open_finetuning` finds the use cases of the fine-tuning API."""
+    """One replica that serves HTTP for all models. Its `user_config` is the endpoint's part of the conf and is applied
+    live; `open_finetuning` creates the fine-tuning API's use cases."""
 
     def __init__(self, open_finetuning: Opening) -> None:
         self._open_finetuning = open_finetuning
@@ -35,7 +35,7 @@ class Gateway:
         return self._app
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
-        """Called by Serve with the deployment's user_config, at the start and whenever it changes."""
+        """Called by Serve with the deployment's user_config, at startup and whenever it changes."""
         from llm_ray.conf.serve import Endpoint
         from llm_ray.serve.gateway.openapi import ask_for_keys
         from llm_ray.serve.gateway.protect import Protection, protect
@@ -50,18 +50,17 @@ class Gateway:
         await self._api.start()
 
     def _recover(self, service: Service | None) -> None:
-        """Look after jobs whose processes were killed, as long as the fine-tuning API is on."""
+        """Restarts jobs whose processes were killed, periodically while the fine-tuning API is enabled."""
         if self._recovering:
             self._recovering.cancel()
         self._recovering = asyncio.create_task(_look_after(service)) if service else None
 
     async def stats(self) -> dict[str, dict[str, float]]:
-        """Of each model: requests, errors, requests in progress, tokens, tokens/s."""
+        """Returns requests, errors, requests in progress, tokens and tokens/s of each model and adapter."""
         return await self._api.stats()
 
     async def drain(self, seconds: float) -> int:
-        """Take no more requests, and wait until those that are in are answered; returns how many are not after
-        `seconds`."""
+        """Refuses new requests, and waits for those in progress; returns how many are unfinished after `seconds`."""
         self._api.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -75,13 +74,14 @@ async def _look_after(service: Service) -> None:
     while True:
         try:
             await asyncio.to_thread(service.recover)
-        except Exception:  # the next time may do better
+        except Exception:  # retried at the next check
             _LOG.exception("jobs of the fine-tuning API could not be looked after")
         await asyncio.sleep(_RECOVER)
 
 
 class _Outermost:
-    """An ASGI app whose inside can be exchanged while it runs. It counts what is refused before it comes to a model."""
+    """An ASGI app whose inner app can be replaced while it runs. Counts requests that fail before they reach a
+    model."""
 
     def __init__(self, inner: ASGIApp, refused: Callable[[int], None]) -> None:
         self.inner, self._refused = inner, refused

@@ -16,13 +16,13 @@ from vllm.exceptions import VLLMClientError, VLLMNotFoundError
 from llm_ray.serve.directory import Deployed
 from llm_ray.serve.gateway.protect.errors import error_body, openai_error
 
-# How an event of vLLM's begins that tells an error; nothing within an event can look like it.
+# Prefix of vLLM's error events; no other event can contain it.
 STREAM_ERROR = 'data: {"error"'
-_LONGEST = 1000  # characters of a message
+_LONGEST = 1000  # maximum characters of a message
 _TOO_LONG = re.compile(r"maximum context length|longer than the maximum model length|exceeds model's maximum")
-_DEAD = "EngineCore encountered an issue"  # and vLLM goes on to name a stack trace above, which the client does not see
+_DEAD = "EngineCore encountered an issue"  # vLLM then refers to a stack trace that the client cannot see
 _NO_TEMPLATE = re.compile(r"default chat template is no longer allowed")
-# vLLM repeats at a message's end what the error's param says.
+# vLLM repeats the error's param at the end of the message.
 _PARAMETER = re.compile(r" \(parameter=(?P<param>[\w.]+)(, value=.*)?\)$", re.DOTALL)
 _WORDS = (
     (re.compile(r"^(Value error|Assertion failed), "), ""),
@@ -44,7 +44,7 @@ _WORDS = (
 
 
 class ApiError(Exception):
-    """An answer with an error, in OpenAI's form."""
+    """An error response in OpenAI's form."""
 
     def __init__(
         self,
@@ -64,17 +64,17 @@ class ApiError(Exception):
         return openai_error(self.status, self.message, self.code, self.param, headers)
 
     def event(self) -> str:
-        """As an event of a stream whose headers have been sent."""
+        """Returns the error as an event, for a stream whose headers are sent."""
         return f"data: {json.dumps(error_body(self.status, self.message, self.code, self.param))}\n\n"
 
 
 def refused(answer: ErrorResponse) -> ApiError:
-    """What vLLM's front end says of a request that it does not do."""
+    """Returns the error for a request that vLLM's front end refused."""
     return _told(answer.error.code, answer.error.message, answer.error.param)
 
 
 def refused_in_stream(event: str) -> ApiError | None:
-    """The error in a stream's event, if it is one."""
+    """Returns the error in a stream's event, or None if it is no error event."""
     if not event.startswith(STREAM_ERROR):
         return None
     error = json.loads(event.removeprefix("data: ").partition("\n")[0])["error"]
@@ -106,7 +106,7 @@ def _told(status: object, message: str, param: str | None) -> ApiError:
 
 
 def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
-    """What a client is told of an exception that Ray or the engine raised while the model `name` answered."""
+    """Returns the error for an exception that Ray or the engine raised while the model `name` answered."""
     if isinstance(error, BackPressureError):
         text = f"The queue of the model `{name}` is full (max_queue {entry.model.max_queue})."
         return ApiError(429, text, "queue_full", retry_after=1)
@@ -140,10 +140,9 @@ def failed(error: Exception, name: str, entry: Deployed) -> ApiError:
 
 
 def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
-    """What a client is told of a body that is not valid, from pydantic's errors: the field, and shortly what is wrong
-    with it.
+    """Returns the error for an invalid body from pydantic's errors: the field, and briefly what is wrong with it.
 
-    For a field that may be several things pydantic tells what is wrong with each of them. Those that fit best are told.
+    For a union, pydantic reports errors for each alternative; only those of the best-fitting alternatives are used.
     """
     if not errors:
         return ApiError(400, "The body is not valid.", "invalid_request")
@@ -167,7 +166,7 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     matching = [error for path, error in best if path == place]
     matching = [
         error for error in matching if not error["type"].endswith("_type")
-    ] or matching  # of the right type, and wrong otherwise
+    ] or matching  # the type fits, so the value is wrong
     text = " or ".join(dict.fromkeys(_words(error["msg"]) for error in matching)).replace(" or it should be ", " or ")
     param = errors[0].get("ctx", {}).get("param") or _written(place)
     code = "unsupported_parameter" if errors[0]["type"] == "unsupported_parameter" else "invalid_request"
@@ -175,7 +174,7 @@ def invalid(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 
 
 def _place(loc: Sequence[str | int], body: Any, missing: bool) -> tuple[tuple[str | int, ...], tuple[str, ...]]:
-    """Pydantic's location, taken apart: the way in the body, and the alternatives of unions on it."""
+    """Splits pydantic's location into the path in the body and the union alternatives on the way."""
     path: list[str | int] = []
     tags: list[str] = []
     for number, part in enumerate(loc):
@@ -191,7 +190,7 @@ def _place(loc: Sequence[str | int], body: Any, missing: bool) -> tuple[tuple[st
 
 
 def _written(path: Sequence[str | int]) -> str | None:
-    """The way as OpenAI writes it: messages[0].content"""
+    """Returns the path in OpenAI's notation, such as messages[0].content."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".") or None
 
 

@@ -1,4 +1,4 @@
-"""The gateway's metrics, for Prometheus and `llm-ray serve status`, by requested name: a model's or an adapter's."""
+"""The gateway's metrics, for Prometheus and `llm-ray serve status`, by requested model or adapter."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ disable_created_metrics()
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _WINDOW = 60.0
-# The label of requests that name no model which is here.
+# Label of requests that reach no model.
 NO_MODEL = "-"
 
 
 class Metrics:
-    """Counters by model, in a registry of their own."""
+    """Counters by model, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -58,13 +58,13 @@ class Metrics:
         self._sums: defaultdict[str, _Sums] = defaultdict(_Sums)
 
     def begin(self, model: str) -> Watch:
-        """Begin to watch a request to `model`."""
+        """Starts tracking a request to `model`."""
         self._running.labels(model).inc()
         self._sums[model].in_progress += 1
         return Watch(self, model)
 
     def refuse(self, status: int) -> None:
-        """Count a request that never came to a model."""
+        """Counts a request that was refused before it reached a model."""
         self._count(NO_MODEL, status)
 
     def _count(self, model: str, status: int) -> None:
@@ -92,7 +92,7 @@ class Metrics:
         sums.forget(now)
 
     def set_models(self, models: Mapping[str, Deployed]) -> None:
-        """What is deployed now. Counters of models that are gone stay, as Prometheus wants it; their gauges do not."""
+        """Updates the gauges to the deployed models. Counters of removed models stay, as Prometheus requires."""
         self._replicas.clear()
         self._waiting.clear()
         for name, entry in models.items():
@@ -101,15 +101,16 @@ class Metrics:
             self._waiting.labels(name).set(max(0, running - entry.replicas * entry.model.max_batch))
 
     def in_progress(self) -> int:
-        """Requests taken in and not answered yet, of all models."""
+        """Returns the number of accepted requests without a complete answer, over all models."""
         return sum(sums.in_progress for sums in self._sums.values())
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns the metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def summary(self, model: str) -> dict[str, float]:
-        """Requests, failures, tokens since the gateway began, and generated tokens/s over the last minute."""
+        """Returns requests, errors and tokens since the gateway started, requests in progress, and generated tokens/s
+        over the last minute."""
         sums = self._sums[model]
         sums.forget(time.monotonic())
         return {
@@ -130,7 +131,7 @@ class _Sums:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     recent: deque[tuple[float, int]] = field(default_factory=deque)
-    """When answers ended, and their tokens."""
+    """End time and tokens of recent answers."""
 
     def forget(self, now: float) -> None:
         while self.recent and self.recent[0][0] < now - _WINDOW:
@@ -138,7 +139,7 @@ class _Sums:
 
 
 class Watch:
-    """One request, from its arrival to its end. `end` counts once."""
+    """Tracks one request. Only the first call of `end` counts."""
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics: Metrics | None = metrics
@@ -147,11 +148,11 @@ class Watch:
         self.first: float | None = None
         self.prompt_tokens = 0
         self.generated_tokens = 0
-        self.status = 499  # cancelled, for the client was gone or it took too long, unless something else is said
-        """HTTP status; a stream that breaks is a 5xx though its headers said 200."""
+        self.status = 499  # unless set otherwise: cancelled, by a disconnect or a timeout
+        """HTTP status; 5xx for a stream that breaks, although its headers said 200."""
 
     def token(self) -> None:
-        """The first piece of a streamed answer is there."""
+        """Records the first piece of a streamed answer."""
         if self.first is None:
             self.first = time.monotonic()
 

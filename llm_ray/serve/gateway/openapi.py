@@ -1,6 +1,6 @@
-"""The OpenAPI description of the endpoint, /openapi.json: routes, requests, answers and errors.
+"""The endpoint's OpenAPI description, /openapi.json: routes, requests, answers and errors.
 
-It holds for the endpoint as it is deployed: an API key is asked for in it where one is needed.
+It reflects the deployed endpoint: it requires an API key if the endpoint does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ data: [DONE]
 
 
 class ErrorInfo(BaseModel):
-    """What went wrong."""
+    """Details of an error."""
 
     message: str
     type: str = Field(
@@ -74,7 +74,7 @@ class Card(BaseModel):
 
 
 class Cards(BaseModel):
-    """What answers here."""
+    """The models and adapters that are served."""
 
     object: Literal["list"] = "list"
     data: list[Card]
@@ -87,14 +87,14 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether every model answers, and the state of each."""
+    """Whether every model is ready, and the state of each."""
 
     ready: bool
     models: dict[str, str]
 
 
 class Usage(BaseModel):
-    """Tokens that were counted."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -102,7 +102,7 @@ class Usage(BaseModel):
 
 
 class SimpleAnswer(BaseModel):
-    """An answer of a model's own route to a client that accepts JSON."""
+    """Answer of a model's own route, for clients that accept JSON."""
 
     text: str
     finish_reason: str | None
@@ -115,10 +115,10 @@ EVENT_STREAM: dict[str, Any] = {
         "itemSchema": {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
     }
 }
-"""Server-sent events; the keyword is OpenAPI 3.2's, since a `schema` is read as that of each event by some tools, and as
-that of the whole stream by others."""
+"""Server-sent events. Uses OpenAPI 3.2's `itemSchema`, since some tools read `schema` as describing each event, others
+the whole stream."""
 _STREAM = {"text/event-stream": EVENT_STREAM["text/event-stream"] | {"example": _EVENTS}}
-# What each operation answers with status 200.
+# Responses with status 200 by operation.
 _ANSWERS: dict[str, dict[str, Any]] = {
     "health": {"model": Health},
     "ready": {"model": Readiness},
@@ -161,7 +161,7 @@ ERRORS = {
 
 
 class _ModelName(Convertor[str]):
-    """The part of a path that can be a model's name."""
+    """Path segment that can be a model's name."""
 
     regex = (
         rf"(?!(?:{'|'.join(name.replace('.', '[.]') for name in sorted(RESERVED_NAMES))})(?:/|$)){MODEL_NAME.pattern}"
@@ -178,14 +178,15 @@ register_url_convertor("model", _ModelName())
 
 
 def app() -> FastAPI:
-    """An application without routes. It has no page of documentation: those load their scripts from elsewhere."""
+    """Returns an application without routes. Documentation pages are disabled because they load scripts from other
+    hosts."""
     return FastAPI(
         title="LLM on Ray", version=llm_ray.__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None
     )
 
 
 def get(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
-    """Answer GET, and HEAD, at `path`."""
+    """Registers a GET and a HEAD route at `path`."""
     about = path in ("/health", "/ready", "/metrics")
     errors = (500,) if about else (401, 404, 500, 503) if "{" in path else (401, 500, 503)
     responses = _responses(endpoint, errors)
@@ -203,7 +204,7 @@ def get(app: FastAPI, path: str, endpoint: Callable[..., Any]) -> None:
 
 
 def post(app: FastAPI, path: str, endpoint: Callable[..., Any], dependencies: Sequence[Depends] = ()) -> None:
-    """Answer POST at `path`; `dependencies` come before the body is looked at."""
+    """Registers a POST route at `path`; `dependencies` run before the body is read."""
     app.post(
         path,
         tags=["models"],
@@ -216,17 +217,17 @@ def post(app: FastAPI, path: str, endpoint: Callable[..., Any], dependencies: Se
 
 
 def described(answer: dict[str, Any], errors: Sequence[int]) -> dict[int | str, dict[str, Any]]:
-    """What an operation answers: `answer`, as FastAPI describes one, with status 200, and errors."""
+    """Returns an operation's responses for FastAPI: `answer` with status 200, and the errors."""
     answers: dict[int | str, dict[str, Any]] = {200: {"description": "The answer."} | answer}
     for status in errors:
         answers[status] = {"model": Error, "description": ERRORS[status]}
-    # With `default` FastAPI does not add its own 422, which never comes.
+    # With `default`, FastAPI does not add its own 422, which is never sent.
     answers["default"] = {"model": Error, "description": "An error."}
     return answers
 
 
 def summary(endpoint: Callable[..., Any]) -> str:
-    """The first sentence of what the operation says of itself."""
+    """Returns the first sentence of the operation's docstring."""
     return (endpoint.__doc__ or "").partition(".")[0].partition(":")[0]
 
 
@@ -235,7 +236,7 @@ def _responses(endpoint: Callable[..., Any], errors: Sequence[int]) -> dict[int 
 
 
 def ask_for_keys(app: FastAPI, needed: bool) -> None:
-    """Describe the API key that requests need, or that they need none."""
+    """Describes whether requests need an API key."""
     app.openapi_schema = None
     described = app.openapi()
     if needed:

@@ -1,9 +1,8 @@
-"""Settings of Ray Serve's own processes: the error a client gets when the gateway dies during an answer, and polling
-intervals.
+"""Settings of Ray Serve's own processes: the response if the gateway dies during an answer, and polling intervals.
 
-Serve's HTTP proxy would break off without an answer, which its HTTP server turns into 500. Here it is 503 in OpenAI's
-form, or an error event in a stream. Serve takes all this from its environment: ``os.environ.update(proxy.ENVIRONMENT)``
-where Ray starts.
+Serve's HTTP proxy would close the connection without a response, which its HTTP server turns into 500. Here it becomes
+503 in OpenAI's form, or an error event in a stream. Serve reads all of this from its environment:
+``os.environ.update(proxy.ENVIRONMENT)`` where Ray starts.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "llm_ray.serve.gateway.proxy:middlewares",
-    # Ten times a second, as Serve comes, is 3 % of a core for the controller, and as much for others; a thread that
-    # computes has it less.
+    # Serve's default of ten times a second costs the controller 3 % of a core, and other processes as much, which
+    # compute threads then lack.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # at the third failure it is replaced; every 10 s as Serve comes
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",  # replaced after three failures; Serve's default is every 10 s
 }
 _LOST = {
     "error": {
@@ -40,7 +39,7 @@ def middlewares() -> list[Middleware]:
 
 
 class AlwaysAnswers:
-    """Ends what the app before it has not ended."""
+    """Completes responses the app left unfinished."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

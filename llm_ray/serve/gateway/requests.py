@@ -1,8 +1,7 @@
-"""Bodies of requests as clients may send them: vLLM's request models, less what is the engine's own business, and with
-bounds.
+"""Request bodies that clients may send: vLLM's request models without engine internals, and with bounds.
 
-What is refused here gets a 400 that says why, and is not in the OpenAPI description. What a client of OpenAI's sends
-and no engine here knows (`metadata`, `store`, `service_tier`, …) is passed over, as vLLM does.
+Refused parameters get a 400 with the reason, and are left out of the OpenAPI description. Parameters of OpenAI's API
+that no engine here uses (`metadata`, `store`, `service_tier`, …) are ignored, as in vLLM.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
-from typing_extensions import TypedDict  # typing's own, before Python 3.12, is refused by pydantic
+from typing_extensions import TypedDict  # pydantic rejects typing.TypedDict before Python 3.12
 from vllm.entrypoints.generate.base.protocol import (
     AnyResponseFormat,
     LegacyStructuralTagResponseFormat,
@@ -52,7 +51,7 @@ _FUNCTIONS = "it is an old form: use tools"
 
 # Parameters that a client may not set, and why.
 REFUSED: Mapping[str, str] = {
-    # would reach beyond the request: other hosts, other clients' places in the queue, code
+    # beyond the request itself: other hosts, other clients' queue positions, code
     "kv_transfer_params": _FETCH,
     "ec_transfer_params": _FETCH,
     "priority": "requests are answered in the order of their arrival",
@@ -63,10 +62,10 @@ REFUSED: Mapping[str, str] = {
     "chat_template": "a template is a program; the model's own is used (chat_template_kwargs sets its variables)",
     "mm_processor_kwargs": _IMAGES,
     "media_io_kwargs": _IMAGES,
-    # would cost many times what one answer costs
+    # many times the cost of one answer
     "use_beam_search": "it costs a request for each beam and token",
     "best_of": "it computes more answers than it returns: use n",
-    # would do nothing, which a client should know
+    # without effect, which the client should know
     "length_penalty": "it belongs to beam search, which is not supported here",
     "watermarking": "no engine here supports it",
     "thinking_token_budget": "no engine here counts them",
@@ -83,7 +82,7 @@ REFUSED: Mapping[str, str] = {
     "audio": "answers are text",
     "web_search_options": "nothing is fetched from the web",
 }
-# What the refused ones may be all the same: the value that means nothing is asked for.
+# Values of refused parameters that are accepted because they request nothing.
 _NOTHING: Mapping[str, Any] = {
     "priority": 0,
     "use_beam_search": False,
@@ -94,8 +93,7 @@ _NOTHING: Mapping[str, Any] = {
 
 
 class Body(BaseModel):
-    """A request's body, which fails with a ValidationError alone, whatever a validator raises for what it did not
-    expect."""
+    """A request body. Validation fails only with ValidationError, whatever else a validator raises."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -115,7 +113,7 @@ class Body(BaseModel):
         except VLLMClientError as error:
             detail = {"told": str(error.args[0]), "param": getattr(error, "parameter", None)}
             raise PydanticCustomError("value_error", "{told}", detail) from error
-        except Exception as error:  # vLLM's validators look into values before their types are checked
+        except Exception as error:  # vLLM's validators use values before checking their types
             raise PydanticCustomError("value_error", "one of its values is of the wrong type", {}) from error
 
     @classmethod
@@ -128,7 +126,8 @@ class Body(BaseModel):
 
 
 def _check_text(data: Any) -> None:
-    """Half a surrogate pair is JSON, but no text: tokenizers and answers cannot hold it. Raises PydanticCustomError."""
+    """Raises PydanticCustomError for half a surrogate pair: it is valid JSON, but tokenizers and responses cannot
+    encode it."""
     waiting = [data]
     while waiting:
         value = waiting.pop()
@@ -160,21 +159,21 @@ _Url = Annotated[str, AfterValidator(_inline), Field(json_schema_extra={"pattern
 
 
 class TextPart(TypedDict):
-    """A text within a message."""
+    """Text in a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(TypedDict):
-    """An image, within the request itself."""
+    """An image, inline in the request."""
 
     url: _Url
     detail: NotRequired[Literal["auto", "low", "high"] | None]
 
 
 class ImagePart(TypedDict):
-    """An image within a message, for models that see."""
+    """An image in a message, for vision models."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -188,7 +187,7 @@ class InputAudio(TypedDict):
 
 
 class AudioPart(TypedDict):
-    """A sound within a message, for models that hear."""
+    """A sound in a message, for audio models."""
 
     type: Literal["input_audio"]
     input_audio: InputAudio
@@ -217,7 +216,7 @@ _Parts = (
 
 
 class SystemMessage(TypedDict):
-    """What the model is told before the conversation."""
+    """Instructions for the model before the conversation."""
 
     role: Literal["system", "developer"]
     content: _Texts
@@ -225,7 +224,7 @@ class SystemMessage(TypedDict):
 
 
 class UserMessage(TypedDict):
-    """What the user says."""
+    """A message of the user."""
 
     role: Literal["user"]
     content: _Parts
@@ -243,7 +242,7 @@ class AssistantMessage(TypedDict):
 
 
 class ToolMessage(TypedDict):
-    """What a tool returned."""
+    """The result of a tool call."""
 
     role: Literal["tool"]
     content: _Texts
@@ -269,7 +268,7 @@ _MAX_TOKENS = 2**24
 
 
 class StructuredOutputs(TypedDict, total=False):
-    """vLLM's own way to ask for an answer of a form: one of these."""
+    """vLLM's constraints on the form of an answer; set one of them."""
 
     json: dict[str, Any] | str
     regex: Annotated[str, Field(min_length=1, max_length=10_000)]
@@ -304,14 +303,14 @@ def _with_schema(asked: Any) -> Any:
 
 
 def _enforced(fault: Fault | None) -> None:
-    """Raises PydanticCustomError for what of a schema would not be enforced."""
+    """Raises PydanticCustomError if a part of a schema would not be enforced."""
     if fault:
         raise PydanticCustomError("unenforced", "{said}", {"param": fault.place, "said": fault.said})
 
 
 class _Sampling(Body):
-    """What chats and completions have in common. Bounds are OpenAI's where it has some, else what one request may
-    cost."""
+    """Common parameters of chats and completions. Bounds are OpenAI's where it has any, else limit the cost of a
+    request."""
 
     model: str | None = _MODEL
     n: int | None
@@ -345,20 +344,18 @@ class _Sampling(Body):
 
     @model_validator(mode="after")
     def _narrowest(self) -> Self:
-        """OpenAI takes a `top_p` of 0, vLLM does not."""
+        """Accepts a `top_p` of 0 as OpenAI does; vLLM rejects it."""
         if self.top_p == 0:
             self.temperature, self.top_p = 0.0, None
         return self
 
     def to_sampling_params(self, max_tokens: int, *args: Any) -> SamplingParams:
-        """As vLLM's. Several answers of the likeliest tokens, which it refuses, are the same answer several times, as
-        OpenAI has it.
+        """Returns vLLM's parameters. vLLM rejects `n` > 1 at temperature 0; here, as at OpenAI, the same answer is
+        returned `n` times.
 
         Raises VLLMValidationError for a prompt that leaves no room for an answer.
         """
-        if (
-            max_tokens < 1 and self.max_tokens != 0
-        ):  # vLLM calls it a wrong max_tokens, of which the client may have sent none
+        if max_tokens < 1 and self.max_tokens != 0:  # vLLM would blame max_tokens, even if the client sent none
             text = "The prompt fills the model's maximum context length, which leaves no token for an answer."
             raise VLLMValidationError(text, parameter="input_tokens")
         several, self.n = self.n or 1, 1
@@ -399,8 +396,8 @@ class Chat(_Sampling, ChatCompletionRequest):
 
     @model_validator(mode="after")
     def _strict(self) -> Chat:
-        """A call that is demanded has arguments of the tool's schema, unless the tool says `strict: false`: a small
-        model makes up others."""
+        """Enforces the tool's schema for a required call, unless the tool says `strict: false`: small models invent
+        arguments."""
         if not self.tools or self.tool_choice in ("none", None):
             return self
         named = None if isinstance(self.tool_choice, str) else self.tool_choice.function.name

@@ -1,9 +1,8 @@
 """Checks JSON schemas for answers: finds what no engine here enforces before the request reaches one.
 
-xgrammar, which all engines constrain answers with, reads one of `$ref`, `const`, `enum`, `anyOf`, `oneOf`, `allOf` and
-`type` in each schema, the first of these that is there, and passes over the rest without a word. An answer may then
-break the schema though the client was told 200. `unenforced` is the list of what remains; tests/full/test_schemas.py
-holds each keyword against each engine.
+All engines constrain answers with xgrammar. In each schema it reads only the first of `$ref`, `const`, `enum`, `anyOf`,
+`oneOf`, `allOf` and `type`, and silently ignores the rest, so an answer could break the schema despite status 200.
+`unenforced` finds these cases; tests/full/test_schemas.py checks each keyword with each engine.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from vllm.v1.structured_output.backend_xgrammar import STRING_SUPPORTED_FORMATS
 
 
 class Fault(NamedTuple):
-    """A place in a schema that would not be enforced, and why or what to write instead."""
+    """A place in a schema that would not be enforced, with the reason or a replacement."""
 
     place: str
     said: str
@@ -26,7 +25,7 @@ class Fault(NamedTuple):
 _LENGTHS = {"minLength", "maxLength"}
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _OF_PROPERTIES = "properties required additionalProperties unevaluatedProperties patternProperties propertyNames minProperties maxProperties"
-# What is enforced beside each type.
+# Keywords enforced together with each type.
 _BESIDE: Mapping[str, frozenset[str]] = {
     "object": frozenset(_OF_PROPERTIES.split()),
     "array": frozenset(("items", "prefixItems", "unevaluatedItems", "minItems", "maxItems")),
@@ -37,7 +36,7 @@ _BESIDE: Mapping[str, frozenset[str]] = {
     "null": frozenset(),
 }
 _HEADS = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf", "type")
-# What no engine enforces, whatever stands beside it.
+# Keywords that no engine ever enforces.
 _NEVER = frozenset(
     [
         "not",
@@ -54,24 +53,24 @@ _NEVER = frozenset(
     ]
 )
 _ASSERTIONS = frozenset().union(_HEADS, *_BESIDE.values())
-# Keywords that make a schema without a type one of objects or of arrays, as xgrammar has it.
+# Keywords from which xgrammar infers the type object or array, if none is given.
 _IMPLIES = {
     "object": ("properties", "additionalProperties", "unevaluatedProperties"),
     "array": ("items", "prefixItems", "unevaluatedItems"),
 }
 _UNENFORCED = "it is not enforced here: remove it, and check the answer yourself"
-# Larger ones are not compared: it would take as long as an answer.
+# Larger schemas are not compared, because that would take as long as an answer.
 _MOST_BRANCHES, _MOST_VALUES, _DEEPEST = 100, 10_000, 32
 _REFERS = "only references within this schema are followed: # and #/…, with names without ~ and %"
-# (?:…) alone of all groups with a question mark; escapes that are read as in ECMAScript.
+# Of the groups with a question mark only (?:…), and only escapes that mean the same as in ECMAScript.
 _PATTERN = re.compile(
     r"\\(?:[^a-zA-Z0-9]|[dDwWsSnrtfv0]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|c[a-zA-Z])|\[\^?|\(\?:|[^\\]", re.DOTALL
 )
 
 
 def unenforced(schema: Any, place: str) -> Fault | None:
-    """The first part of a schema that answers might break; None where they follow all of it. `place` is the schema's
-    own in the request.
+    """Returns the first part of a schema that would not be enforced; None if all of it is. `place` is the schema's path
+    in the request.
 
     Raises VLLMValidationError for a schema nested too deeply.
     """
@@ -80,7 +79,7 @@ def unenforced(schema: Any, place: str) -> Fault | None:
 
 
 def unenforced_tag(tag: Any, place: str) -> Fault | None:
-    """The same of the schemas and patterns within a structural tag."""
+    """Returns the first unenforced part of the schemas and patterns in a structural tag, or None."""
     waiting = [(tag, place)]
     while waiting:
         part, at = waiting.pop()
@@ -102,8 +101,7 @@ def unenforced_tag(tag: Any, place: str) -> Fault | None:
 
 
 def unenforced_pattern(pattern: str) -> str | None:
-    """What of a regular expression would be read otherwise than ECMAScript has it, or passed over; None where nothing
-    is."""
+    """Returns what in a regular expression would be ignored or read differently from ECMAScript; None if nothing is."""
     parts: list[str] = []
     at, in_class = 0, False
     while at < len(pattern):
@@ -137,23 +135,23 @@ def unenforced_pattern(pattern: str) -> str | None:
 
 
 class _Schema:
-    """A whole schema, within which references are looked up."""
+    """A complete schema, in which references are resolved."""
 
     def __init__(self, root: Any, place: str) -> None:
         self._root, self._place = root, place
         self._referred = {"#"}
-        self._waiting: list[tuple[str, Any]] = [("#", root)]  # references, with what they refer to
-        self._straight: set[str] = set()  # references that are known not to lead to themselves
-        self._known: dict[int, set[str]] = {}  # the types of a schema's values, by its id()
+        self._waiting: list[tuple[str, Any]] = [("#", root)]  # references and their targets
+        self._straight: set[str] = set()  # references known not to be circular
+        self._known: dict[int, set[str]] = {}  # types of a schema's values, by the schema's id()
 
     def all(self) -> Iterator[Fault]:
-        """What would not be enforced of all that the root leads to."""
+        """Yields the faults of the root and of everything it references."""
         while self._waiting:
             reference, schema = self._waiting.pop()
             yield from self.faults(schema, self._place + reference[1:].replace("/", "."))
 
     def faults(self, schema: Any, place: str) -> Iterator[Fault]:
-        """What would not be enforced of a part of the schema. What it refers to is looked at later."""
+        """Yields the faults of a part of the schema. Its references are queued."""
         if schema is True:
             return
         if schema is False:
@@ -198,7 +196,7 @@ class _Schema:
             self._waiting.append((reference, target[0]))
 
     def _target(self, reference: Any) -> tuple[Any] | None:
-        """What a reference refers to, in a tuple; None where it is not one that is followed."""
+        """Returns a reference's target in a 1-tuple; None if the reference is not supported."""
         if not isinstance(reference, str) or not re.fullmatch(r"#(/[^~%/]+)*", reference):
             return None
         found = self._root
@@ -209,7 +207,7 @@ class _Schema:
         return (found,)
 
     def _circular(self, reference: str) -> bool:
-        """Whether a reference leads to itself without a property or an item between."""
+        """Whether a reference leads back to itself without a property or an item in between."""
         path, way = [(reference, iter(self._onward(reference)))], {reference}
         while path:
             name, onward = path[-1]
@@ -226,7 +224,7 @@ class _Schema:
         return False
 
     def _onward(self, reference: str) -> set[str]:
-        """The references that stand for what one refers to, or for a branch of it."""
+        """Returns the references that a target consists of, directly or as a branch."""
         waiting, found = [*(self._target(reference) or ())], set()
         while waiting:
             schema = waiting.pop()
@@ -364,11 +362,11 @@ class _Schema:
     # What a schema allows ---------------------------------------------------------------------------------------------
 
     def _types(self, schema: Any, depth: int = 0) -> set[str]:
-        """The types of a schema's values, at most."""
+        """Returns the types that a schema's values may have (an upper bound)."""
         if not isinstance(schema, dict) or depth > _DEEPEST:
             return set(_BESIDE)
         if id(schema) not in self._known:
-            self._known[id(schema)] = set(_BESIDE)  # of a schema within itself nothing is known
+            self._known[id(schema)] = set(_BESIDE)  # recursive schema: any type until known
             self._known[id(schema)] = self._types_of(
                 schema, next((keyword for keyword in _HEADS if keyword in schema), None), depth
             )
@@ -392,7 +390,7 @@ class _Schema:
         return schema
 
     def _values(self, schema: Any) -> list[Any] | None:
-        """The values that a schema allows, where it lists them."""
+        """Returns the values that a schema lists; None if it does not list them."""
         schema = self._resolved(schema)
         if not isinstance(schema, dict):
             return None
@@ -401,7 +399,7 @@ class _Schema:
         )
 
     def _apart(self, one: Any, other: Any) -> bool:
-        """Whether no value can follow both schemas."""
+        """Whether no value can match both schemas."""
         if not self._types(one) & self._types(other):
             return True
         one, other = self._resolved(one), self._resolved(other)
@@ -417,7 +415,7 @@ class _Schema:
 
 
 def _differ(some: list[Any] | None, others: list[Any] | None) -> bool:
-    """Whether two lists of values have none in common; 1 and true are two."""
+    """Whether two lists have no value in common; 1 and true differ."""
     if some is None or others is None or len(some) * len(others) > _MOST_VALUES:
         return False
     return not any(
@@ -426,7 +424,7 @@ def _differ(some: list[Any] | None, others: list[Any] | None) -> bool:
 
 
 def _declared(schema: dict[str, Any]) -> set[str]:
-    """The types that a schema's keywords tell."""
+    """Returns the types that a schema's keywords allow."""
     implied = [kind for kind, keywords in _IMPLIES.items() if schema.keys() & set(keywords)][:1]
     types = schema.get("type", implied or [*_BESIDE])
     found = {kind for kind in (types if isinstance(types, list) else [types]) if isinstance(kind, str)}

@@ -1,4 +1,4 @@
-"""What the key of a request may do."""
+"""Scopes of a request's key."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _FOR = {"ask": "ask models", "train": "train", "admin": "do this"}
 
 
 def key_of(request: Request) -> Key | None:
-    """None where the endpoint wants none."""
+    """Returns the request's key; None if the endpoint requires none."""
     key: Key | None = request.scope.get("state", {}).get("llm_ray_key")
     return key
 
 
 def is_admin(key: Key | None) -> bool:
-    """Without keys there are no admins: everybody may do the same."""
+    """Whether the key is an admin's. Without keys nobody is: all clients have the same rights."""
     return key is not None and key.may("admin")
 
 
 def check_scope(request: Request, scope: Scope) -> None:
-    """Raises ApiError where the request's key may not do this."""
+    """Raises ApiError if the request's key lacks the scope."""
     key = key_of(request)
     if key and not key.may(scope):
         raise ApiError(

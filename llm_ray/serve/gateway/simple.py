@@ -1,11 +1,10 @@
-"""The request of a model's own route, `/<model>`: a text, or a conversation, and a few settings.
+"""The request of a model's own route, `/<model>`: a text or a conversation, and a few settings.
 
 curl http://127.0.0.1:8000/support-bot -H 'Content-Type: application/json' \\
     -d '{"text": "What is Ray?", "config": {"max_new_tokens": 32}, "stream": false}'
 
-It is that of the earlier LLM on Ray, and becomes a request of OpenAI's kind. A text is a user's message to a model with
-a chat template, and to others the beginning to be continued. The answer is plain text, or JSON for a client that
-accepts JSON.
+The format is that of the earlier LLM on Ray; it is converted to an OpenAI request. With a chat template, a text is a
+user message; without one, it is a prompt to continue. The answer is plain text, or JSON for clients that accept JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class SimpleMessage(BaseModel):
 
 
 class SimpleConfig(BaseModel):
-    """Settings of the answer, by the names of Hugging Face's generate."""
+    """Settings of the answer, named as in Hugging Face's generate."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -67,7 +66,7 @@ class SimpleRequest(Body):
         return isinstance(self.text, list) and isinstance(self.text[0], SimpleMessage)
 
     def bodies(self, model: str, chat: bool) -> list[Chat] | list[Completion]:
-        """The requests of OpenAI's kind that this one means: several for a list of texts."""
+        """Returns the equivalent OpenAI requests: several for a list of texts."""
         common = self._settings() | {"model": model, "stream": self.stream}
         if isinstance(self.text, list) and isinstance(self.text[0], SimpleMessage):
             messages = [m.model_dump() for m in self.text if isinstance(m, SimpleMessage)]

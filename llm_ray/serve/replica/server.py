@@ -47,7 +47,7 @@ class ModelServer(LLMServer):
         self._init_shared(llm_config(model, template), functools.partial(Engine, model))
 
     async def start(self) -> None:
-        """Load the engine and the adapters, and run a test generation, so that engine failures show before the first
+        """Loads the engine and the adapters, and runs a test generation, so that engine failures show before the first
         request.
 
         Raises what the engine raises.
@@ -71,7 +71,7 @@ class ModelServer(LLMServer):
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Load an adapter unless it is loaded. Raises ModelError if vLLM rejects it."""
+        """Loads an adapter unless it is loaded. Raises ModelError if vLLM rejects it."""
         path = Path(self._versions.name) / adapter.identity
         if self.engine.adapter_path(name) == str(path):
             return
@@ -106,7 +106,8 @@ class ModelServer(LLMServer):
         return await super().tokenize(told(request, self._template, tools=self._tools), raw_request_info)
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Replace the served adapters; removed and changed ones are unloaded. Raises ModelError if vLLM rejects one."""
+        """Replaces the served adapters; removed and changed ones are unloaded. Raises ModelError if vLLM rejects
+        one."""
         before, self.adapters = (
             self.adapters,
             dict(adapters),

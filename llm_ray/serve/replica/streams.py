@@ -45,7 +45,7 @@ class CoalescedOutputs(RequestOutputCollector):
             _streams.add(self)
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
-        """Add output; it becomes readable at once unless the last read was too recent."""
+        """Adds output; it becomes readable at once unless the last read was too recent."""
         last = isinstance(output, Exception) or output.finished
         if self._paced and not last and self.output is None and (wait := self._due - time.monotonic()) > 0:
             self.output = output  # the reader is not woken yet
@@ -69,7 +69,7 @@ class CoalescedOutputs(RequestOutputCollector):
         return await super().get()
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stops reading."""
         _streams.discard(self)
         super().close()
 

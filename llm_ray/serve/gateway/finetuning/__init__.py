@@ -1,5 +1,5 @@
-"""OpenAI's fine-tuning API at the gateway: `/v1/files` and `/v1/fine_tuning/jobs`, over use cases that it is given.
+"""OpenAI's fine-tuning API at the gateway: `/v1/files` and `/v1/fine_tuning/jobs`, on top of use cases passed in.
 
-`service.py` says what those use cases are (`llm_ray.app.api_service` has them), `objects.py` how their results are
-written, `upload.py` takes a file in, `routes.py` has the operations.
+`service.py` defines the interface of the use cases (implemented in `llm_ray.app.api_service`), `objects.py` the API's
+objects, `upload.py` receives files, `routes.py` holds the operations.
 """

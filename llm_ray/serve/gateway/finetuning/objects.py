@@ -1,4 +1,4 @@
-"""The objects of the fine-tuning API, as OpenAI's clients read them.
+"""The fine-tuning API's objects in OpenAI's form.
 
 Source: https://platform.openai.com/docs/api-reference/fine-tuning and /files
 """
@@ -13,7 +13,7 @@ from llm_ray.serve.gateway.finetuning.service import Asked, Checkpoint, Event, J
 
 
 class Listed(BaseModel):
-    """What lists are made of."""
+    """An element of a list."""
 
     id: str
 
@@ -22,13 +22,13 @@ L = TypeVar("L", bound=Listed)
 
 
 class Strict(BaseModel):
-    """A part of a request: what it has not is an error."""
+    """Part of a request; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class HyperparametersAsked(Strict):
-    """What may be set of the training; the rest is among the keys of `conf`."""
+    """Training hyperparameters; other settings go into `conf`."""
 
     n_epochs: Literal["auto"] | Annotated[int, Field(ge=1, le=1000)] = "auto"
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1, le=65536)] = "auto"
@@ -36,25 +36,25 @@ class HyperparametersAsked(Strict):
 
 
 class SupervisedAsked(Strict):
-    """The method supervised."""
+    """Settings of method supervised."""
 
     hyperparameters: HyperparametersAsked | None = None
 
 
 class DpoHyperparametersAsked(HyperparametersAsked):
-    """What may be set of a training on preference pairs."""
+    """Hyperparameters for training on preference pairs."""
 
     beta: Literal["auto"] | Annotated[float, Field(gt=0, le=1000)] = "auto"
 
 
 class DpoAsked(Strict):
-    """The method dpo."""
+    """Settings of method dpo."""
 
     hyperparameters: DpoHyperparametersAsked | None = None
 
 
 class MethodAsked(Strict):
-    """How is learned: supervised, or dpo from preference pairs. Other methods are refused."""
+    """Training method: supervised, or dpo on preference pairs. Other methods are rejected."""
 
     type: str
     supervised: SupervisedAsked | None = None
@@ -63,7 +63,7 @@ class MethodAsked(Strict):
 
 
 class CreateJob(Strict):
-    """A job that is asked for."""
+    """Request to create a job."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -94,7 +94,7 @@ class CreateJob(Strict):
 
 
 class FileObject(Listed):
-    """A file."""
+    """An uploaded file."""
 
     object: Literal["file"] = "file"
     bytes: int
@@ -109,7 +109,7 @@ class FileObject(Listed):
 
 
 class ModelDeleted(BaseModel):
-    """A model that is gone."""
+    """Confirmation that a model was deleted."""
 
     id: str
     object: Literal["model"] = "model"
@@ -118,7 +118,7 @@ class ModelDeleted(BaseModel):
 
 
 class FileDeleted(BaseModel):
-    """A file that is gone."""
+    """Confirmation that a file was deleted."""
 
     id: str
     object: Literal["file"] = "file"
@@ -126,7 +126,7 @@ class FileDeleted(BaseModel):
 
 
 class Hyperparameters(BaseModel):
-    """As they were asked for."""
+    """Hyperparameters as requested."""
 
     n_epochs: Literal["auto"] | int
     batch_size: Literal["auto"] | int
@@ -134,25 +134,25 @@ class Hyperparameters(BaseModel):
 
 
 class Supervised(BaseModel):
-    """The method supervised."""
+    """Settings of method supervised."""
 
     hyperparameters: Hyperparameters
 
 
 class DpoHyperparameters(Hyperparameters):
-    """As they were asked for."""
+    """Hyperparameters as requested."""
 
     beta: Literal["auto"] | float
 
 
 class Dpo(BaseModel):
-    """The method dpo."""
+    """Settings of method dpo."""
 
     hyperparameters: DpoHyperparameters
 
 
 class MethodObject(BaseModel):
-    """How is learned."""
+    """Training method."""
 
     type: Method
     supervised: Supervised | None = None
@@ -160,7 +160,7 @@ class MethodObject(BaseModel):
 
 
 class JobError(BaseModel):
-    """Why a job has failed."""
+    """Why a job failed."""
 
     code: str
     message: str
@@ -168,7 +168,7 @@ class JobError(BaseModel):
 
 
 class JobObject(Listed):
-    """A job."""
+    """A fine-tuning job."""
 
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
     created_at: int
@@ -193,7 +193,7 @@ class JobObject(Listed):
 
 
 class EventObject(Listed):
-    """Something that has happened to a job."""
+    """An event of a job."""
 
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
@@ -215,7 +215,7 @@ class CheckpointObject(Listed):
 
 
 class Page(BaseModel, Generic[L]):
-    """A part of a list."""
+    """One page of a list."""
 
     object: Literal["list"] = "list"
     data: list[L]
@@ -225,7 +225,7 @@ class Page(BaseModel, Generic[L]):
 
 
 def file_object(file: StoredFile) -> FileObject:
-    """The file as it is answered."""
+    """Returns the API object of a file."""
     return FileObject(
         id=file.id,
         bytes=file.bytes,
@@ -237,7 +237,7 @@ def file_object(file: StoredFile) -> FileObject:
 
 
 def job_object(job: Job) -> JobObject:
-    """The job as it is answered."""
+    """Returns the API object of a job."""
     asked = job.asked
     hyperparameters = Hyperparameters(
         n_epochs=asked.epochs or "auto",
@@ -273,7 +273,7 @@ def job_object(job: Job) -> JobObject:
 
 
 def event_object(event: Event) -> EventObject:
-    """The event as it is answered."""
+    """Returns the API object of an event."""
     return EventObject(
         id=event.id,
         created_at=event.created,
@@ -285,7 +285,7 @@ def event_object(event: Event) -> EventObject:
 
 
 def checkpoint_object(job: str, checkpoint: Checkpoint) -> CheckpointObject:
-    """The checkpoint as it is answered."""
+    """Returns the API object of a checkpoint."""
     return CheckpointObject(
         id=checkpoint.id,
         created_at=checkpoint.created,
@@ -297,7 +297,7 @@ def checkpoint_object(job: str, checkpoint: Checkpoint) -> CheckpointObject:
 
 
 def asked_of(body: CreateJob) -> Asked:
-    """What a request asks for; `body` is sound."""
+    """Converts a validated request to the service's form."""
     method: Method = "dpo" if body.method and body.method.type == "dpo" else "supervised"
     chosen = asked_of_method(body) or body.hyperparameters or HyperparametersAsked()
     beta = chosen.beta if isinstance(chosen, DpoHyperparametersAsked) else "auto"
@@ -320,7 +320,7 @@ def asked_of(body: CreateJob) -> Asked:
 
 
 def asked_of_method(body: CreateJob) -> HyperparametersAsked | None:
-    """The hyperparameters that the method of a request has, if it has any."""
+    """Returns the hyperparameters of the request's method, or None."""
     method = body.method
     chosen = (method.dpo if method.type == "dpo" else method.supervised) if method else None
     return chosen.hyperparameters if chosen else None

@@ -1,4 +1,4 @@
-"""The operations of the fine-tuning API: a request in, an object of OpenAI's out. What is done lies in the service.
+"""The operations of the fine-tuning API: they parse requests, call the service, and return OpenAI's objects.
 
 Source: https://platform.openai.com/docs/api-reference/fine-tuning and /files
 """
@@ -23,7 +23,7 @@ from llm_ray.serve.gateway.finetuning.upload import receive
 from llm_ray.serve.gateway.scopes import check_scope, is_admin, key_of
 
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
-_LOOK = 1.0  # seconds between two looks at a job whose events are streamed
+_LOOK = 1.0  # seconds between checks of a job whose events are streamed
 _ENDED = ("succeeded", "failed", "cancelled")
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _FORM = {
@@ -49,9 +49,10 @@ Limit = Annotated[int, Query(ge=1, le=100)]
 
 
 class Operations:
-    """The operations, with what they need of the gateway.
+    """The operations and their dependencies.
 
-    `look` finds a model that the endpoint serves to the client of a request; `stopping` says that nothing new is begun.
+    `look` returns the model that the endpoint serves to a request's client under a name; `stopping` is true once the
+    gateway accepts no new work.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Operations:
         self._service, self._look, self._stopping = service, look, stopping
 
     def add_to(self, app: FastAPI) -> None:
-        """Answer at the API's paths."""
+        """Registers the routes."""
         made = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
         looked = (400, 401, 403, 404, 500)
         changed = (400, 401, 403, 404, 429, 500, 503)
@@ -109,7 +110,7 @@ class Operations:
     # Files ------------------------------------------------------------------------------------------------------------
 
     async def create_file(self, request: Request) -> Response:
-        """Upload rows to learn from. They are checked on arrival."""
+        """Upload a training file. Its rows are validated on arrival."""
         self._begins()
         owner = self._owner(request)
         begun = asyncio.ensure_future(_done(self._service.begin, owner))
@@ -129,12 +130,12 @@ class Operations:
             kept = True
         finally:
             if not kept:
-                # Also where the client has gone: this task is cancelled, and its check has to end.
+                # Also when the client disconnects and this task is cancelled: the file's check must end.
                 await asyncio.shield(self._abandon(owner, begun))
         return _json(objects.file_object(file))
 
     async def _abandon(self, owner: str, begun: asyncio.Future[Upload]) -> None:
-        with contextlib.suppress(ApiError):  # there was no room for it
+        with contextlib.suppress(ApiError):  # there was no room for the upload
             upload = await begun
             await asyncio.to_thread(self._service.abandon, owner, upload)
 
@@ -146,17 +147,17 @@ class Operations:
         limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
-        """The files that were uploaded, the newest first."""
+        """List the uploaded files, newest first by default."""
         found = await _done(self._service.files, self._owner(request))
         shown = [objects.file_object(file) for file in (found if order == "asc" else reversed(found))]
         return _json(_cut(shown if purpose in (None, "fine-tune") else [], after, limit))
 
     async def retrieve_file(self, file_id: str, request: Request) -> Response:
-        """A file."""
+        """Retrieve a file."""
         return _json(objects.file_object(await _done(self._service.file, self._owner(request), file_id)))
 
     async def file_content(self, file_id: str, request: Request) -> Response:
-        """What a file holds, as it was sent."""
+        """Download a file as it was uploaded."""
         owner = self._owner(request)
         file = await _done(self._service.file, owner, file_id)
         path = await _done(self._service.content, owner, file_id)
@@ -170,7 +171,7 @@ class Operations:
     # Jobs -------------------------------------------------------------------------------------------------------------
 
     async def create_job(self, body: Annotated[CreateJob, Body()], request: Request) -> Response:
-        """Finetune a model. The job waits for its turn."""
+        """Create a fine-tuning job. It waits in the queue."""
         self._begins()
         _check(body)
         key = key_of(request)
@@ -187,7 +188,7 @@ class Operations:
         return _json(objects.job_object(job))
 
     async def list_jobs(self, request: Request, after: str | None = None, limit: Limit = 20) -> Response:
-        """The jobs, the newest first."""
+        """List the jobs, newest first."""
         found = await _done(self._service.jobs, self._owner(request))
         wanted = {
             name.removeprefix("metadata[").removesuffix("]"): value
@@ -203,19 +204,19 @@ class Operations:
         return _json(_cut(shown, after, limit))
 
     async def retrieve_job(self, fine_tuning_job_id: str, request: Request) -> Response:
-        """A job."""
+        """Retrieve a job."""
         return _json(objects.job_object(await _done(self._service.job, self._owner(request), fine_tuning_job_id)))
 
     async def cancel_job(self, fine_tuning_job_id: str, request: Request) -> Response:
-        """End a job for good."""
+        """Cancel a job permanently."""
         return _json(objects.job_object(await _done(self._service.cancel, self._owner(request), fine_tuning_job_id)))
 
     async def pause_job(self, fine_tuning_job_id: str, request: Request) -> Response:
-        """Have a job wait, from its next checkpoint on."""
+        """Pause a job at its next checkpoint."""
         return _json(objects.job_object(await _done(self._service.pause, self._owner(request), fine_tuning_job_id)))
 
     async def resume_job(self, fine_tuning_job_id: str, request: Request) -> Response:
-        """Have a job go on that was paused, or has failed."""
+        """Resume a paused or failed job."""
         return _json(objects.job_object(await _done(self._service.resume, self._owner(request), fine_tuning_job_id)))
 
     async def list_events(
@@ -226,7 +227,7 @@ class Operations:
         limit: Limit = 20,
         stream: bool = False,
     ) -> Response:
-        """What has happened to a job, the newest first. With stream: true all of it as it comes, the oldest first."""
+        """List a job's events, newest first. With stream: true, all events are streamed as they occur, oldest first."""
         owner = self._owner(request)
         found = await _done(self._service.events, owner, fine_tuning_job_id)
         if stream:
@@ -236,13 +237,13 @@ class Operations:
     async def list_checkpoints(
         self, fine_tuning_job_id: str, request: Request, after: str | None = None, limit: Limit = 10
     ) -> Response:
-        """The checkpoints that a job's run keeps, the newest first."""
+        """List the checkpoints that a job's run keeps, newest first."""
         found = await _done(self._service.checkpoints, self._owner(request), fine_tuning_job_id)
         shown = [objects.checkpoint_object(fine_tuning_job_id, one) for one in reversed(found)]
         return _json(_cut(shown, after, limit))
 
     async def delete_model(self, model: str, request: Request) -> Response:
-        """Take a model away that a job has made."""
+        """Delete a model that a job made."""
         owner = self._owner(request)
         served = await self._look(model, request) is not None
         any_owner = is_admin(key_of(request))
@@ -253,7 +254,7 @@ class Operations:
         seen: set[str] = set()
         try:
             while True:
-                job = await _done(self._service.job, owner, id)  # before its events: the last of them are sent, too
+                job = await _done(self._service.job, owner, id)  # read first, so that its last events are sent
                 for event in await _done(self._service.events, owner, id):
                     if event.id not in seen:
                         seen.add(event.id)
@@ -278,7 +279,7 @@ class Operations:
 
 
 def _check(body: CreateJob) -> None:
-    """Raises ApiError for what OpenAI has and is not here."""
+    """Raises ApiError for features of OpenAI that are not supported here."""
     method = body.method
     if method and method.type not in get_args(Method):
         raise ApiError(
@@ -311,7 +312,7 @@ def _check(body: CreateJob) -> None:
 
 
 async def _told(work: Awaitable[T]) -> T:
-    """What `work` comes to. Raises ApiError for its Problem."""
+    """Awaits `work`. Raises ApiError for its Problem."""
     try:
         return await work
     except Problem as problem:
@@ -320,12 +321,12 @@ async def _told(work: Awaitable[T]) -> T:
 
 
 async def _done(use_case: Callable[..., T], *arguments: Any, **more: Any) -> T:
-    """What a use case comes to, in a thread. Raises ApiError for its Problem."""
+    """Runs a use case in a thread and returns its result. Raises ApiError for its Problem."""
     return await _told(asyncio.to_thread(use_case, *arguments, **more))
 
 
 def _cut(shown: Sequence[L], after: str | None, limit: int) -> Page[L]:
-    """The page of `limit` objects after the one with the id `after`. Raises ApiError where that is not there."""
+    """Returns the page of `limit` objects after the one with the id `after`. Raises ApiError if that does not exist."""
     ids, start = [one.id for one in shown], 0
     if after is not None:
         if after not in ids:

@@ -1,7 +1,7 @@
-"""What the operations of the fine-tuning API ask for: values without HTTP, and the use cases behind them.
+"""Interface between the fine-tuning API's operations and its use cases, without HTTP.
 
-The gateway lies below the use cases (docs/design/architecture.md), so that it is given them when it is deployed: an
-`Opening`, which makes a `Service` of a home and of the endpoint's settings.
+The gateway is a layer below the use cases (docs/design/architecture.md), so they are injected at deployment: an
+`Opening` creates a `Service` from a home folder and the endpoint's settings.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Level = Literal["info", "warn", "error"]
 Method = Literal["supervised", "dpo"]
 PREFIX = "ft:"
-"""What the names of models begin with that were made by jobs."""
+"""Prefix of the names of models made by jobs."""
 
 
 class Problem(LlmRayError):
-    """A request that is not done: an HTTP status, words for the client, and the field that is wrong."""
+    """A request that fails, with an HTTP status, a message for the client, and the invalid field."""
 
     def __init__(self, status: int, message: str, code: str = "invalid_request", *, param: str | None = None) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class Problem(LlmRayError):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file that a client has sent. `label` is what the client called it, and no name of anything here."""
+    """An uploaded file. `label` is the client's file name; it is never used as a path here."""
 
     id: str
     label: str
@@ -41,34 +41,34 @@ class StoredFile:
     rows: int
     format: str
     suffix: str
-    """Of its kind, as `.jsonl`."""
+    """File extension, such as `.jsonl`."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file on its way: where its bytes are written, and how many it may have."""
+    """An upload in progress: where to write it, and its maximum size in bytes."""
 
     id: str
     path: Path
     most: int
     over: str
-    """What to say of a file that has more."""
+    """Error message for a larger file."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A model that the endpoint serves, as a job may name it."""
+    """A served model that a job can train from."""
 
     name: str
     folder: Path
     adapter: bool
     converted: bool
-    """Whether the folder is in another form than Hugging Face's, from which nothing can be trained."""
+    """Whether the folder is not in Hugging Face form, and so cannot be trained."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A job as its client asks for it; None is auto, or not given."""
+    """A job as requested; None means auto or unset."""
 
     model: str
     training_file: str
@@ -81,14 +81,14 @@ class Asked:
     learning_rate_multiplier: float | None = None
     method: Method = "supervised"
     beta: float | None = None
-    """Of dpo."""
+    """For dpo."""
     conf: Mapping[str, Any] | None = None
     """Further keys of the finetune conf."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stands."""
+    """A job's current state."""
 
     id: str
     asked: Asked
@@ -99,7 +99,7 @@ class Job:
     seed: int
     finished: int | None = None
     fine_tuned_model: str | None = None
-    """Once it has succeeded."""
+    """Set once it has succeeded."""
     trained_tokens: int | None = None
     estimated_finish: int | None = None
     error: str = ""
@@ -107,7 +107,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that has happened to a job. `data`: figures of a step, where it is one."""
+    """An event of a job. `data` holds a training step's metrics, if it is one."""
 
     id: str
     created: int
@@ -118,7 +118,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that a job's run keeps, with the figures of its step."""
+    """A checkpoint that a job's run keeps, with its step's metrics."""
 
     id: str
     created: int
@@ -128,23 +128,23 @@ class Checkpoint:
 
 
 class Service(Protocol):
-    """The use cases. `owner` is whose files and jobs are meant (`owner_of`): others' are not there. All raise Problem,
-    and may take a while: call them in a thread."""
+    """The use cases. `owner` (from `owner_of`) owns the files and jobs; those of others are invisible. All methods
+    may raise Problem and block, so call them in a thread."""
 
     def owner_of(self, key: str | None) -> str:
-        """The owner for the name of an API key; without keys there is one."""
+        """Returns the owner for an API key's name; without keys, all clients share one."""
 
     def begin(self, owner: str) -> Upload:
-        """Make room for a file that is being sent."""
+        """Reserves space for an upload."""
 
     def keep(self, owner: str, upload: Upload, label: str, form: str | None) -> StoredFile:
-        """Check the file that was sent, and keep it; `form` is its format, where that is told."""
+        """Checks the uploaded file and stores it; `form` is its format, if the client gave it."""
 
     def abandon(self, owner: str, upload: Upload) -> None:
-        """Forget a file that was not kept, and end its check."""
+        """Deletes an upload that was not kept, and ends its check."""
 
     def files(self, owner: str) -> Sequence[StoredFile]:
-        """The oldest first."""
+        """Returns files, oldest first."""
 
     def file(self, owner: str, id: str) -> StoredFile: ...
 
@@ -155,11 +155,11 @@ class Service(Protocol):
     def create(
         self, owner: str, key: str | None, asked: Asked, named: Named | None, *, any_model: bool, urgent: bool
     ) -> Job:
-        """Put a job into the queue, `urgent` before those that are not. `named`: the model, where the endpoint serves it
-        to this client; else it is one of the registry, if `any_model`."""
+        """Enqueues a job, an `urgent` one ahead of others. `named` is the model if the endpoint serves it to this
+        client; otherwise it is looked up in the registry, if `any_model`."""
 
     def jobs(self, owner: str) -> Sequence[Job]:
-        """The oldest first."""
+        """Returns jobs, oldest first."""
 
     def job(self, owner: str, id: str) -> Job: ...
 
@@ -170,21 +170,21 @@ class Service(Protocol):
     def resume(self, owner: str, id: str) -> Job: ...
 
     def events(self, owner: str, id: str) -> Sequence[Event]:
-        """The oldest first."""
+        """Returns events, oldest first."""
 
     def checkpoints(self, owner: str, id: str) -> Sequence[Checkpoint]:
-        """The oldest first."""
+        """Returns checkpoints, oldest first."""
 
     def delete_model(self, owner: str, model: str, *, served: bool, any_owner: bool) -> str:
-        """Take a model away that a job has made, of whomever if `any_owner`, and from the endpoint if it is `served`;
-        returns what is kept, in words."""
+        """Deletes a model that a job made (anybody's if `any_owner`), and removes it from the endpoint if it is
+        `served`; returns a message on what is kept."""
 
     def may_ask(self, owner: str, model: str) -> bool | None:
-        """Whether a model whose name begins with `PREFIX` is this owner's; None where no job of anybody has made it."""
+        """Whether this owner may use a model whose name begins with `PREFIX`; None if no job made it."""
 
     def recover(self) -> None:
-        """Have jobs go on whose processes were killed."""
+        """Restarts jobs whose processes were killed."""
 
 
 Opening = Callable[[Path, FinetuningApi], Service]
-"""Makes the use cases: of a home (the folder of models, data and runs), and settings of the endpoint."""
+"""Creates the use cases for a home (the folder of models, data and runs) and the endpoint's settings."""

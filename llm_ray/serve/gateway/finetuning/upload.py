@@ -1,7 +1,7 @@
-"""A file that a client sends as multipart/form-data: written to disk as it comes, never held whole in memory.
+"""Receives a file as multipart/form-data and streams it to disk, without holding it in memory.
 
-Form: RFC 7578. Its parts are `purpose` and `file`, as OpenAI's clients send them, and `format`, where the client tells
-the format of its rows.
+Form: RFC 7578. Its parts are `purpose` and `file`, as OpenAI's clients send them, and optionally `format`, the format
+of the file's rows.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from starlette.requests import Request
 
 from llm_ray.serve.gateway.finetuning.service import Problem, Upload
 
-_AT_ONCE = 1 << 20  # bytes that go to the disk together
+_AT_ONCE = 1 << 20  # bytes written to disk at a time
 _FIELD_BYTES = 4096
 _FIELDS = 16
-_LABEL = 255  # characters of a file's name that are kept
+_LABEL = 255  # maximum characters kept of a file's name
 
 
 class Form:
-    """The parts of a form as they come: fields in memory, the file on disk."""
+    """Incremental parser of a form: fields are kept in memory, the file is written to disk."""
 
     def __init__(self, boundary: bytes, upload: Upload) -> None:
         self.fields: dict[str, str] = {}
@@ -37,7 +37,7 @@ class Form:
         self._content: bytearray | None = None
         self._disposition = b""
         self._whole = False
-        self._busy = threading.Lock()  # a client that goes has the form closed while a piece is written
+        self._busy = threading.Lock()  # a disconnecting client closes the form while a piece is written
         self._parser = MultipartParser(
             boundary,
             {
@@ -53,7 +53,7 @@ class Form:
         )
 
     def write(self, data: bytes) -> None:
-        """Take a piece of the body. Raises Problem for what is no form, or more than the file may have."""
+        """Parses a piece of the body. Raises Problem for an invalid form or a file that is too large."""
         with self._busy:
             try:
                 self._parser.write(data)
@@ -61,7 +61,7 @@ class Form:
                 raise Problem(400, f"The body is no multipart/form-data: {error}") from error
 
     def close(self) -> None:
-        """Close the file, if the form broke off within it."""
+        """Closes the file if the form ended within it."""
         with self._busy:
             self._close()
 
@@ -73,7 +73,7 @@ class Form:
             self._file = None
 
     def check(self) -> None:
-        """Raise Problem where the form is not whole, or lacks what it needs."""
+        """Raises Problem if the form is incomplete or has no file."""
         if not self._whole:
             raise Problem(400, "The body ends before its last part does: send it again.")
         if not self.files:
@@ -131,8 +131,8 @@ class Form:
 
 
 async def receive(request: Request, upload: Upload) -> Form:
-    """The form of a request, whose file then lies at `upload.path`. Raises Problem; ClientDisconnect where the client is
-    gone."""
+    """Returns the form of a request; its file is stored at `upload.path`. Raises Problem, and ClientDisconnect if the
+    client disconnects."""
     kind, options = parse_options_header(request.headers.get("content-type"))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise Problem(415, "The body has to be multipart/form-data, with a boundary.", "unsupported_media_type")

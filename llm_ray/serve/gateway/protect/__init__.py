@@ -1,4 +1,4 @@
-"""Protection of the endpoint: API keys, limits, time-outs, sizes.
+"""Protection of the endpoint: API keys, limits, timeouts, size limits.
 
 app = protect(app, Protection.of(conf.endpoint, home), Limiter())
 """
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Protection:
-    """What of an endpoint's conf the gateway heeds. It can change while the gateway runs."""
+    """The part of an endpoint's conf that protects the gateway. It can change while the gateway runs."""
 
     keys_file: Path | None
-    """None: no key is needed."""
+    """None: no key is required."""
     max_body_bytes: int
     body_timeout_s: float
     request_timeout_s: float
     cors_origins: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     max_upload_bytes: int = 0
-    """Of a body that is taken in as it comes, to the disk; 0: there are none."""
+    """Limit for bodies that are streamed to disk; 0: no uploads."""
 
     @classmethod
     def of(cls, endpoint: Endpoint, home: Path) -> Protection:
-        """The protection that an endpoint's conf asks for, with the keys of `home`."""
+        """Returns the protection from an endpoint's conf, with the keys of `home`."""
         return cls(
             keys_file(home) if endpoint.needs_keys else None,
             int(endpoint.max_body_mib * 2**20),
@@ -48,7 +48,7 @@ class Protection:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, for a deployment's user_config."""
+        """Returns the settings as JSON values, for a deployment's user_config."""
         document: dict[str, Any] = TypeAdapter(Protection).dump_python(self, mode="json")
         return document
 
@@ -58,8 +58,8 @@ class Protection:
 
 
 def protect(app: ASGIApp, settings: Protection, limiter: Limiter) -> ASGIApp:
-    """The app behind its protection; the outermost comes last here. `limiter` knows what has been asked, under whatever
-    settings."""
+    """Returns the app wrapped in middleware; the last one applied is the outermost. `limiter` keeps its counts when the
+    settings change."""
     from starlette.middleware.cors import CORSMiddleware
 
     from llm_ray.serve.gateway.protect.keys import Keys

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them.
+"""Errors in the form of OpenAI's API.
 
 Form: https://platform.openai.com/docs/guides/error-codes
 """
@@ -14,12 +14,12 @@ _OURS = 500
 
 
 def error_type(status: int) -> str:
-    """OpenAI's name of the kind of error that an HTTP status is."""
+    """Returns OpenAI's error type for an HTTP status."""
     return "server_error" if status >= _OURS else _TYPES.get(status, "invalid_request_error")
 
 
 def error_body(status: int, message: str, code: str | None = None, param: str | None = None) -> dict[str, object]:
-    """The error, as a response's body or a stream's event holds it."""
+    """Returns the error as the content of a response or of a stream's event."""
     return {"error": {"message": message, "type": error_type(status), "param": param, "code": code}}
 
 
@@ -30,5 +30,5 @@ def openai_error(
     param: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
-    """A response with the error."""
+    """Returns an error response."""
     return JSONResponse(error_body(status, message, code, param), status, headers=headers)

@@ -2,8 +2,8 @@
 
 llm-ray serve keys add alice
 
-A key is `llmray-ID-SECRET`: the public id finds its entry, the secret has 256 random bits. So much cannot be guessed,
-and a plain SHA-256 of it is as good as a slow hash, which is for what people think up.
+A key is `llmray-ID-SECRET`. The public id finds its entry. The secret has 256 random bits, which cannot be guessed, so
+a plain SHA-256 suffices; slow hashes are for passwords that people choose.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _SECRET = re.compile(rf"{_PREFIX}-[0-9a-f]{{8}}-[\w-]{{43}}")
 _NOBODY = "0" * 64  # a hash that no key has
 _LONGEST_NAME = 64
 Scope = Literal["ask", "train", "admin"]
-"""What a key may do: ask models; train, with files and jobs of the fine-tuning API; or both, before others, and with all
-models that jobs have made."""
+"""What a key may do. `ask`: send requests to models. `train`: use files and jobs of the fine-tuning API. `admin`: both,
+with priority for jobs and access to all models made by jobs."""
 USUAL_SCOPES: tuple[Scope, ...] = ("ask", "train")
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key as it is kept: no secret, its hash."""
+    """A stored key, with the hash of its secret."""
 
     id: str
     name: str
     sha256: str
     created: float
-    """Seconds since 1970, as `expires`."""
+    """Seconds since 1970, like `expires`."""
     expires: float | None = None
     models: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Those it may ask. None: all."""
+    """Models that it may use. None: all."""
     limits: Limits = field(default_factory=Limits)
-    """Its own; what is unset there the endpoint's conf decides."""
+    """Its own limits; unset ones come from the endpoint's conf."""
     scopes: Annotated[tuple[Scope, ...], Field(min_length=1)] = USUAL_SCOPES
 
     @property
@@ -68,13 +68,13 @@ def _file(path: Path) -> PrivateFile[Key]:
 
 
 def keys_file(home: Path) -> Path:
-    """Where the keys are kept: on a cluster, on shared storage."""
+    """Returns the path of the keys file; on a cluster it is on shared storage."""
     return home / "serve" / "keys.json"
 
 
 class Keys:
-    """The keys of a file, as the gateway asks for them. A file that cannot be read, or trusted, opens nothing; the log
-    says so once."""
+    """The gateway's view of a keys file. If the file is unreadable or untrusted, no key is accepted, and the log says
+    so once."""
 
     def __init__(self, path: Path) -> None:
         self._keys = Watched(
@@ -82,7 +82,7 @@ class Keys:
         )
 
     def check(self, secret: str) -> Key | None:
-        """The key whose secret this is, unless it is unknown, revoked or expired."""
+        """Returns the key with this secret; None if it is unknown, revoked or expired."""
         key = self._keys.entries().get(_identity(secret))
         same = hmac.compare_digest(_hash(secret), key.sha256 if key else _NOBODY)
         return key if key and same and not key.expired else None
@@ -96,7 +96,8 @@ def add_key(
     expires: float | None = None,
     scopes: tuple[Scope, ...] = USUAL_SCOPES,
 ) -> tuple[Key, str]:
-    """A new key, and its secret, which is kept nowhere. Raises ConfError for a name that is none, ServeError."""
+    """Creates a key; returns it and its secret, which is not stored. Raises ConfError for an invalid name, ServeError
+    if the name is taken or the file cannot be used."""
     _check_name(name)
     with _file(path).writing() as keys:
         if name in keys or any(key.name == name and not key.expired for key in keys.values()):
@@ -112,14 +113,13 @@ def add_key(
 
 
 def new_secret() -> str:
-    """A key that is kept nowhere yet."""
+    """Returns a new secret, not stored yet."""
     return f"{_PREFIX}-{secrets.token_hex(4)}-{secrets.token_urlsafe(32)}"
 
 
 def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
-    """Keep these keys (secrets by name): new ones are added, one whose secret is another takes the place of the old.
-    The names of those that were changed. Others stay. Raises ConfError for what is no name or no key of `new_secret`,
-    ServeError."""
+    """Stores keys (secrets by name): adds new ones, and replaces the secret of a name if it differs. Other keys stay.
+    Returns the changed names. Raises ConfError for an invalid name or a secret not made by `new_secret`, ServeError."""
     for name, secret in wanted.items():
         _check_name(name)
         if not isinstance(secret, str) or not _SECRET.fullmatch(secret):
@@ -147,18 +147,18 @@ def import_keys(path: Path, wanted: Mapping[str, str]) -> list[str]:
 
 
 def list_keys(path: Path) -> list[Key]:
-    """All keys, the oldest first. Raises ServeError."""
+    """Returns all keys, oldest first. Raises ServeError."""
     return sorted(_file(path).stored().values(), key=lambda key: key.created)
 
 
 def revoke_key(path: Path, called: str) -> Key:
-    """Take a key away, by its name or id. Raises ServeError."""
+    """Deletes a key by its name or id, and returns it. Raises ServeError."""
     with _file(path).writing() as keys:
         return keys.pop(_found(keys, called).id)
 
 
 def set_scopes(path: Path, called: str, scopes: tuple[Scope, ...]) -> Key:
-    """Let a key, by its name or id, do this and nothing else from now on. Raises ServeError."""
+    """Replaces the scopes of a key, by its name or id; returns the changed key. Raises ServeError."""
     with _file(path).writing() as keys:
         key = replace(_found(keys, called), scopes=scopes)
         keys[key.id] = key
@@ -178,7 +178,7 @@ def _found(keys: Mapping[str, Key], called: str) -> Key:
 
 
 def effective(key: Key | None, common: Limits) -> Limits:
-    """The key's limits, and the endpoint's where it has none of its own."""
+    """Returns the key's limits, completed by the endpoint's."""
     if key is None:
         return common
     own = {name: value for name, value in key.limits.model_dump().items() if value is not None}

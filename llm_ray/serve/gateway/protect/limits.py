@@ -1,5 +1,5 @@
-"""Limits of an API key: requests per minute, concurrent requests, tokens per answer. One gateway counts, in one event
-loop."""
+"""Limits of an API key: requests per minute, concurrent requests, tokens per answer. Not thread-safe: one gateway
+counts in one event loop."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class _Usage:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is not taken, and after how many seconds it is worth trying again."""
+    """Why a request is refused, and after how many seconds to retry."""
 
     message: str
     retry_after: int
 
 
 class Limiter:
-    """What each key (or, without keys, everybody) has asked within the last minute, and is asking."""
+    """Counts each key's requests of the last minute and those in progress; without keys, everybody's together."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -39,8 +39,8 @@ class Limiter:
 
     @contextlib.contextmanager
     def slot(self, who: str, limits: Limits) -> Iterator[Refusal | None]:
-        """Count a request of `who` as long as the block lasts, however it ends; one over the limits is refused, and not
-        counted."""
+        """Counts a request of `who` while the block runs. Yields a Refusal, without counting, if it exceeds the limits,
+        else None."""
         usage = self._usage.setdefault(who, _Usage())
         refusal = self._refusal(usage, limits)
         if refusal:
@@ -67,7 +67,7 @@ class Limiter:
         return None
 
     def headers(self, who: str, limits: Limits) -> dict[str, str]:
-        """What is left, as OpenAI's API tells it:
+        """Returns the remaining requests as headers of OpenAI's API:
         https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers"""
         if limits.requests_per_minute is None:
             return {}
@@ -81,16 +81,16 @@ class Limiter:
 
 
 def cap_tokens(body: Any, cap: int, longest: int) -> str | None:
-    """Hold a request (of vLLM's models for completions and chat) to answers of `cap` tokens; returns why one that asks
-    for more is refused.
+    """Limits a request (vLLM's models for completions and chat) to answers of `cap` tokens; returns the error if it
+    asks for more.
 
-    Who asks for no number gets so many at most; `longest` is what the model can do, prompt and answer together.
+    Requests without max_tokens get this cap; `longest` is the model's maximum for prompt and answer together.
     """
     fields = type(body).model_fields
     values = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens") if name in fields}
     asked = {
         name: value for name, value in values.items() if value not in (None, fields[name].default)
-    }  # vLLM fills defaults in
+    }  # vLLM fills in defaults
     for name, value in asked.items():
         if value > cap:
             return f"{name} is {value}; the maximum is {cap}."

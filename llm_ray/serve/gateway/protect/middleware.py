@@ -1,5 +1,5 @@
-"""Middleware in front of the API: body sizes and timeouts, keys, limits, request timeouts, disconnected clients. Plain
-ASGI, for streams.
+"""ASGI middleware in front of the API: body sizes and timeouts, keys, limits, request timeouts, disconnected clients.
+Plain ASGI keeps streams unbuffered.
 
 Specification: https://asgi.readthedocs.io/en/latest/specs/www.html
 """
@@ -23,20 +23,20 @@ from llm_ray.serve.gateway.protect.keys import Key, Keys, effective
 from llm_ray.serve.gateway.protect.limits import Limiter
 
 _LOG = logging.getLogger("ray.serve")
-# Asked by load balancers and service managers, which have no key.
+# Used without a key by load balancers and service managers.
 _OPEN = frozenset({"/health", "/ready"})
 _CLOSED = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-# OpenAI's clients ask again after a 504; work that was too much once would be done, and thrown away, thrice.
+# OpenAI's clients retry after a 504, which would repeat work that was already too much.
 _NOT_AGAIN = {"x-should-retry": "false"}
 _GONE: Message = {"type": "http.disconnect"}
 UPLOADS = "/v1/files"
-"""Where bodies are files."""
-_BESIDE_FILE = 2**16  # bytes of a form that are not the file
-_AHEAD = 8  # messages of a client's that are read before the app wants them
+"""Path whose bodies are streamed as files."""
+_BESIDE_FILE = 2**16  # bytes of a form other than the file
+_AHEAD = 8  # client messages to read ahead of the app
 
 
 class Headed:
-    """Headers that every answer has."""
+    """Adds headers to every response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -46,13 +46,14 @@ class Headed:
 
 
 class Access:
-    """Lets in who has a key, within the key's limits. `keys` None: everybody, within the common limits."""
+    """Requires a valid key and enforces its limits. `keys` None: no key is required, and all clients share the common
+    limits."""
 
     def __init__(self, app: ASGIApp, keys: Keys | None, common: Limits, limiter: Limiter) -> None:
         self._app, self._keys, self._common, self._limiter = app, keys, common, limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":  # the API has none, and what is not checked is not let in
+        if scope["type"] == "websocket":  # the API has no websockets, and unchecked requests are refused
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] != "http" or (scope["path"] in _OPEN and scope["method"] in ("GET", "HEAD")):
@@ -76,7 +77,7 @@ class Access:
         state = scope.setdefault("state", {})
         state["llm_ray_key"] = key
         state["llm_ray_max_tokens"] = limits.max_tokens
-        if scope["method"] != "POST":  # to look costs nothing
+        if scope["method"] != "POST":  # only POST requests are limited
             await self._app(scope, receive, send)
             return
         who = key.id if key else ""
@@ -91,7 +92,7 @@ class Access:
                 return
 
             async def sent(message: Message) -> None:
-                if _is_last(message):  # who has read the answer may ask again at once
+                if _is_last(message):  # a client with the whole answer may send the next request at once
                     slot.close()
                 await send(message)
 
@@ -104,8 +105,8 @@ class Access:
 
 
 class Body:
-    """Reads the body before the app does: within `seconds`, and `most` bytes at most. An upload, of `most_upload` bytes
-    at most, goes to the app as it comes; there `seconds` is the longest that nothing may come."""
+    """Reads the body before the app runs: within `seconds`, and at most `most` bytes. Uploads, of at most `most_upload`
+    bytes, are streamed to the app; for them `seconds` is the maximum pause between pieces."""
 
     def __init__(self, app: ASGIApp, most: int, seconds: float, most_upload: int = 0) -> None:
         self._app, self._most, self._seconds, self._most_upload = app, most, seconds, most_upload
@@ -147,7 +148,7 @@ class Body:
         await self._app(scope, again, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let an upload through, counted and timed."""
+        """Streams an upload to the app with its size and pauses limited."""
         most, total, more = self._most_upload + _BESIDE_FILE, 0, True
         refusal: tuple[int, str, str] | None = None
         answered = False
@@ -184,12 +185,10 @@ class Body:
 
 
 class Deadline:
-    """Ends a request that takes longer than `seconds`, or whose client is gone: the app's work is cancelled, and so the
-    engine's.
+    """Cancels a request, in the app and the engine, that takes longer than `seconds` or whose client disconnects.
 
-    Only when that work has ended does the request end here, and its slot become free. Neither FastAPI nor Starlette
-    listen for clients that go while an answer is worked on. The status of a late answer is 504, since the client has
-    done its part; 408 is for a body that is late.
+    The request ends, and frees its slot, only once that work has stopped. Neither FastAPI nor Starlette detects
+    disconnects while an answer is computed. A late answer is 504, since the server is late; 408 is for a late body.
     """
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
@@ -205,7 +204,7 @@ class Deadline:
         client = asyncio.create_task(_listen(receive, messages))
         try:
             await asyncio.wait({work, client}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
-            if answer.whole:  # what the app does afterwards is not for the client
+            if answer.whole:  # the client has its answer; let the app finish
                 await asyncio.wait({work}, timeout=self._seconds)
             if work.done():
                 work.result()
@@ -227,11 +226,11 @@ class Deadline:
             body = f"data: {json.dumps(error_body(504, message, 'request_timeout'))}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": False})
         else:
-            raise TimeoutError(message)  # the connection breaks off: the client must not take the answer for whole
+            raise TimeoutError(message)  # break the connection, so that the client sees that the answer is incomplete
 
 
 class _Answer:
-    """Sends an answer, and knows how far it is."""
+    """Sends an answer and tracks its progress."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -248,8 +247,8 @@ class _Answer:
 
 
 async def _listen(receive: Receive, messages: asyncio.Queue[Message]) -> None:
-    """Pass on what the client sends, until it is gone."""
-    with contextlib.suppress(Exception):  # the server's own connection to it broke
+    """Forwards the client's messages until it disconnects."""
+    with contextlib.suppress(Exception):  # the server's connection to the client broke
         while (message := await receive())["type"] != "http.disconnect":
             await messages.put(message)
     await messages.put(_GONE)
@@ -260,20 +259,20 @@ async def _awaited(work: Awaitable[None]) -> None:
 
 
 async def _stopped(task: asyncio.Task[Any]) -> None:
-    """Cancel a task, and wait until it has ended."""
+    """Cancels a task and waits until it has ended."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
-        task.exception()  # it was stopped: what it says to that is of no interest
+        task.exception()  # retrieve the exception, so that asyncio does not log it
 
 
 def _is_last(message: Message) -> bool:
-    """Whether an answer is whole with this."""
+    """Whether this message completes the response."""
     return message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
-    """`send`, with headers for the answer where it does not have them itself."""
+    """Returns `send`, adding headers that the response does not set itself."""
     if not headers:
         return send
 
@@ -289,7 +288,7 @@ def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
 
 
 def _secret(headers: Headers) -> str | None:
-    """The key of a request, in the places where clients put it."""
+    """Returns the request's key from the headers that clients use."""
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and bearer.strip():
         return bearer.strip()
@@ -297,7 +296,7 @@ def _secret(headers: Headers) -> str | None:
 
 
 def _asked(scope: Scope) -> str:
-    """Method and path for the log, in one line whatever they hold."""
+    """Returns method and path for the log, escaped to one line."""
     return f"{scope['method']} {scope['path']!r}"
 
 
