@@ -176,8 +176,8 @@ class Work(Generic[T]):
 
 @contextlib.contextmanager
 def apart(function: Callable[..., T], *arguments: Any) -> Iterator[Work[T]]:
-    """Begin `function(*arguments, reporter=…)` in a process of its own, which ends with the block. Function, arguments
-    and result are pickled."""
+    """Starts `function(*arguments, reporter=…)` in its own process, which is killed when the block ends. Function,
+    arguments and result are pickled."""
     process = Apart()
     _AT_WORK.add(process)
     try:

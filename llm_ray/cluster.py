@@ -316,7 +316,7 @@ def _connect(address: str, **options: object) -> None:
     try:
         with _our_sigterm(), cores.background():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
-        ray._private.worker.print_to_stdstream = _log  # Ray's own writes errors to stdout, which is a command's output
+        ray._private.worker.print_to_stdstream = _log  # by default Ray writes errors to stdout
     except Exception as error:  # Ray raises many types: connection, authentication, memory, ports
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address == "local":

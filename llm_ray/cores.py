@@ -24,7 +24,7 @@ _held: list[int] = []  # file descriptors of the locks, released with the proces
 
 @dataclass(frozen=True)
 class Core:
-    """A logical CPU, the physical core it is a thread of, and its NUMA node."""
+    """A logical CPU with its physical core (package id, core id) and NUMA node."""
 
     cpu: int
     core: tuple[int, int]

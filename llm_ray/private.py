@@ -71,7 +71,7 @@ class PrivateFile(Generic[Entry]):
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder = path.parent.stat()
-            owner = (folder.st_uid, folder.st_gid) if os.geteuid() == 0 else None  # who serves is the folder's owner
+            owner = (folder.st_uid, folder.st_gid) if os.geteuid() == 0 else None  # a server runs as the folder's owner
             with locked(lock):
                 if owner:
                     os.chown(lock, *owner)

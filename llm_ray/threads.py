@@ -21,7 +21,7 @@ class Once(Generic[T]):
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._users: list[tuple[int, object]] = []  # thread, and a mark: a generator may be closed by another thread
+        self._users: list[tuple[int, object]] = []  # thread id, unique mark (another thread may close a generator)
         self._key: Hashable = None
         self._opened = ExitStack()
 

@@ -28,8 +28,7 @@ _OF_EVERY_RUN = ("name", "paths.")  # keys that always differ
 
 @dataclass(frozen=True)
 class Comparison:
-    """`conf` and `figures` hold a list with one value a run, in the order of `runs`; a run without the figure has
-    None."""
+    """`conf` and `figures` map each key to one value per run, in the order of `runs`; None for a run without it."""
 
     runs: list[str]
     conf: dict[str, list[Any]]

@@ -22,9 +22,9 @@ TAIL = 1000
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in a line. `state` is running, done, failed, stopped, interrupted (no process holds its lock any more) or
-    damaged (a file of it cannot be read, `reason` says which). Losses and tokens per second (real tokens, all workers)
-    are None before there are any."""
+    """A run for display. `state` is running, done, failed, stopped, interrupted (no process holds its lock) or damaged
+    (a file cannot be read; `reason` names it). Losses and tokens per second (excluding padding, all workers) are None
+    until measured."""
 
     name: str
     path: str
