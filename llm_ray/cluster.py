@@ -47,7 +47,7 @@ _TOO_SLOW = "timed out during startup"
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the joined Ray has: CPUs of each alive node by node id, and the nodes' host names."""
+    """Resources of the connected Ray: CPUs of each live node by node id, and the nodes' host names."""
 
     node_cpus: dict[str, int]
     hosts: list[str]

@@ -62,8 +62,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Service:
-    """Extra settings of a job submitted by a service: its files are private to this system user, its process is
-    detached from the caller's, and its model is deployed when finished."""
+    """Extra settings of a job submitted by a service: its files are private to this system user, its process survives
+    even a caller that kills its children, and its model is deployed when finished."""
 
     serve_as: str
     """Name under which this machine's endpoint serves the model."""

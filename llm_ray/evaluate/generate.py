@@ -28,7 +28,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        with contextlib.suppress(ModelError):  # of a template that cannot be trained on: plain text has been learnt
+        with contextlib.suppress(ModelError):  # its template cannot be trained on: it learned plain text
             ends.add(end_of_turn(tokenizer))
     return sorted(end for end in ends if end is not None)
 
