@@ -1,15 +1,15 @@
-"""Work in a separate process: it does not block this one, and if the cluster dies, Ray ends only that process.
+"""Runs calls in a separate process: they do not block this one, and if the cluster dies, Ray ends only that process.
 
-with apart(plan_report, conf) as work:      # ended with the block
+with apart(plan_report, conf) as work:      # the process ends with the block
     for line in work.lines():
         print(line)
     report = work.result()
 
-process = Apart()                           # for calls one after the other
+process = Apart()                           # for consecutive calls
 overview = process.call(cluster.overview, home, address, timeout=20)     # cluster.overview(home, address, reporter=…)
 
-python -m llm_ray.apart is such a process: pickled calls come in, what the reporter is told and what they return goes
-out.
+python -m llm_ray.apart is the child process: it reads pickled calls from stdin and writes progress and results to
+stdout.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _AT_WORK: set[Apart] = set()
 
 
 class _Ended(Exception):
-    """The process ended in the middle of a call; with this code."""
+    """The process ended during a call, with this exit code."""
 
     def __init__(self, code: int | None) -> None:
         super().__init__(code)
@@ -47,8 +47,8 @@ class _Ended(Exception):
 
 
 class Apart:
-    """A process that makes calls one after the other. The first begins it; it goes on to the end of its call when this
-    one ends."""
+    """A child process that makes one call at a time. The first call starts it; if the parent ends, it completes the
+    current call."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -62,8 +62,8 @@ class Apart:
         reporter: Reporter | None = None,
         timeout: float | None = None,
     ) -> T:
-        """What `function(*arguments, reporter=…)` returns. Raises its LlmRayError; ClusterError where the process dies
-        with Ray, or does not answer within `timeout` seconds: it is then ended."""
+        """Returns the result of `function(*arguments, reporter=…)`. Raises the function's LlmRayError, and ClusterError
+        if the process dies with Ray or does not answer within `timeout` seconds; the process is then killed."""
         with self._lock, contextlib.closing(_Bars(reporter or Silent())) as bars:
             try:
                 for kind, value in self.events(function, *arguments, timeout=timeout):
@@ -77,7 +77,7 @@ class Apart:
                     f"Ray does not answer within {timeout or 0:.0f} s: the cluster is unreachable or very busy"
                 ) from error
             except ClusterError:
-                self._end()  # the next call joins anew
+                self._end()  # the next call reconnects
                 raise
             except _Ended:
                 self._end()
@@ -86,8 +86,8 @@ class Apart:
     def events(
         self, function: Callable[..., Any], *arguments: Any, timeout: float | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Begin a call: what its reporter is told, and at last what it `returned`. Raises its LlmRayError, _Ended, and
-        queue.Empty after so many seconds."""
+        """Starts a call; yields its progress events, then `returned` with the result. Raises the function's
+        LlmRayError, _Ended if the process ends, and queue.Empty after `timeout` seconds."""
         process = self._begun()
         pickle.dump((function, arguments), process.stdin)  # type: ignore[arg-type]
         process.stdin.flush()  # type: ignore[union-attr]
@@ -105,14 +105,14 @@ class Apart:
                 return
 
     def close(self) -> None:
-        """End the process; what it does goes on to its end."""
+        """Ends the process after its current call."""
         with self._lock:
             if self._process and self._process.stdin:
                 with contextlib.suppress(OSError):
                     self._process.stdin.close()
 
     def kill(self) -> None:
-        """End the process and those that it has begun, in the middle of their work."""
+        """Kills the process and its descendants."""
         begun: list[psutil.Process] = []
         if self._process:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -123,7 +123,7 @@ class Apart:
         self._end()
 
     def _end(self) -> None:
-        """End the process alone: the Ray of a deployment, which it has begun, outlives it."""
+        """Kills only the process itself: a Ray that it started for a deployment must survive it."""
         process, self._process = self._process, None
         if process:
             process.kill()
@@ -143,14 +143,15 @@ class Apart:
 
 
 class Work(Generic[T]):
-    """One call in a process of its own: its lines as they come, then what it came to."""
+    """A call in its own process: progress lines as they arrive, then the result."""
 
     def __init__(self, events: Iterator[tuple[str, Any]]) -> None:
         self._events = events
         self._result: list[T] = []
 
     def lines(self) -> Iterator[str]:
-        """What the work says of its progress, until it is done. Raises LlmRayError as it did."""
+        """Yields progress lines until the call returns. Raises the call's LlmRayError, and RunError if its process
+        ends."""
         try:
             for kind, value in self._events:
                 if kind == "line":
@@ -165,7 +166,7 @@ class Work(Generic[T]):
             raise RunError(f"the work was interrupted: {why}") from None
 
     def result(self) -> T:
-        """What the work came to. Raises LlmRayError as it did."""
+        """Returns the result of the call. Raises the call's LlmRayError, and RunError if its process ended."""
         for _ in self.lines():
             pass
         if not self._result:
@@ -175,8 +176,8 @@ class Work(Generic[T]):
 
 @contextlib.contextmanager
 def apart(function: Callable[..., T], *arguments: Any) -> Iterator[Work[T]]:
-    """Begin `function(*arguments, reporter=…)` in a process of its own, which ends with the block. Function, arguments
-    and result are pickled."""
+    """Starts `function(*arguments, reporter=…)` in its own process, which is killed when the block ends. Function,
+    arguments and result are pickled."""
     process = Apart()
     _AT_WORK.add(process)
     try:
@@ -187,8 +188,8 @@ def apart(function: Callable[..., T], *arguments: Any) -> Iterator[Work[T]]:
 
 
 def end_all() -> None:
-    """Break off what is at work in an `apart`: this process is about to end, and would wait for the threads that wait
-    for it."""
+    """Kills all processes started by `apart`. Called at exit, which would otherwise wait for threads that wait for
+    them."""
     for process in list(_AT_WORK):
         process.kill()
 
@@ -202,7 +203,7 @@ def _read(process: subprocess.Popen[bytes], answers: queue.Queue[tuple[str, Any]
 
 
 class _Bars:
-    """Hands what the other process tells to a reporter."""
+    """Forwards progress events of the child process to a reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter, self._open = reporter, dict[int, tuple[Any, contextlib.ExitStack]]()
@@ -226,7 +227,7 @@ class _Bars:
 
 
 class _Teller:
-    """The reporter in the other process."""
+    """The reporter in the child process."""
 
     def __init__(self, tell: Callable[[str, Any], None]) -> None:
         self._tell, self._bars = tell, 0
@@ -258,12 +259,12 @@ class _Bar:
 
 
 def main() -> None:
-    """Make the calls that come in, until no more do."""
+    """Makes calls read from stdin until it is closed."""
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # prints of libraries must not mix with the answers
 
     def tell(kind: str, value: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # nobody waits any more; the work is done all the same
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone; complete the work anyway
             pickle.dump((kind, value), out)
             out.flush()
 

@@ -1,7 +1,7 @@
-"""Starting, joining and leaving Ray.
+"""Starts, joins and leaves Ray.
 
-``with ray_session(conf.runtime) as cluster:`` gives a connected Ray: its own instance on this machine (`mode: local`:
-free ports, no dashboard, every port behind a token of this session's own, gone afterwards) or the running cluster
+``with ray_session(conf.runtime) as cluster:`` connects to Ray: to an instance of its own on this machine (`mode:
+local`: free ports, no dashboard, ports protected by the session's token, removed afterwards) or to the running cluster
 (`mode: cluster`).
 """
 
@@ -31,31 +31,32 @@ from llm_ray.errors import ClusterError, LlmRayError
 from llm_ray.hardware import malloc_environment
 from llm_ray.threads import Once
 
-# Ray keeps objects in shared memory; the bundle hands data over as files, so that a small store is enough.
+# Ray's object store is shared memory; the bundle passes data as files, so a small store suffices.
 OBJECT_STORE_BYTES = 128 * 2**20
-# As on desktops, one machine is a whole cluster: every port on loopback. (An address of 127.0.0.1 alone is not heeded.)
+# As on desktops, the cluster is a single machine with all ports on loopback. (Ray ignores 127.0.0.1 as node address
+# alone.)
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
-# A process is connected to one Ray at a time, which takes its token and other settings from the process's environment
-# alone: threads that want the same one share the connection, those that want another wait for its end.
+# A process has one Ray connection, configured by process-wide environment variables (token and others): threads that
+# want the same Ray share it, threads that want another wait until it is closed.
 _RAY: Once[None] = Once()
 
-# What Ray says where its processes took longer than the 30 s that it gives them, as on a busy host.
+# Ray's message when its processes do not start within 30 s, as happens on a busy host.
 _TOO_SLOW = "timed out during startup"
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the joined Ray has: CPUs of each alive node by node id, and the nodes' host names."""
+    """Resources of the connected Ray: CPUs of each live node by node id, and the nodes' host names."""
 
     node_cpus: dict[str, int]
     hosts: list[str]
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of each node what its host is called: name and address."""
+    """Host name and address of each node, by node id."""
 
     def of(self, hosts: Sequence[str]) -> Cluster:
-        """Those of its nodes that are on these hosts (names or addresses); all, where none are named. Raises
-        ClusterError when one is not there."""
+        """Returns the part of the cluster on `hosts` (names or addresses), or all of it if `hosts` is empty. Raises
+        ClusterError if a host is missing."""
         if not hosts:
             return self
         if missing := [host for host in hosts if not any(host in names for names in self.names.values())]:
@@ -66,7 +67,7 @@ class Cluster:
         return self.among(hosts)
 
     def among(self, hosts: Sequence[str]) -> Cluster:
-        """The same, of hosts that may be lost: those that are there."""
+        """Like `of`, but skips missing hosts."""
         kept = [node for node in self.node_cpus if not hosts or set(hosts) & {*self.names.get(node, ())}]
         return Cluster(
             {node: self.node_cpus[node] for node in kept},
@@ -81,7 +82,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Workers:
-    """A finetune's workers as the cluster has room for them: how many, and the CPUs of each."""
+    """The workers of a finetune that fit into the cluster: their number and the CPUs of each."""
 
     cluster: Cluster
     number: int
@@ -89,16 +90,16 @@ class Workers:
 
 
 def host_cluster() -> Cluster:
-    """What `mode: local` would have here, without starting it."""
+    """Returns what `mode: local` would have on this host, without starting it."""
     return Cluster({"this host": os.cpu_count() or 1}, [socket.gethostname()])
 
 
 @contextlib.contextmanager
 def local_ray(num_cpus: int | None = None) -> Iterator[Cluster]:
-    """A Ray instance of this process' own, on free ports of loopback, closed by a token; stopped, and its files
-    removed, on leaving.
+    """Runs a Ray instance of this process on free loopback ports, protected by a token; on exit it is stopped and its
+    files are removed.
 
-    Raises ClusterError when Ray does not start.
+    Raises ClusterError if Ray does not start.
     """
     with _RAY.use(object(), lambda: _local_ray(num_cpus)):
         yield describe()
@@ -116,7 +117,7 @@ def _local_ray(num_cpus: int | None) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_node_ip_address": "127.0.0.1",
-            "_temp_dir": str(folder / "r"),  # Ray opens it to everybody: inside a folder that is closed
+            "_temp_dir": str(folder / "r"),  # Ray makes it world-readable, so it lies in a private folder
         }
         try:
             try:
@@ -137,7 +138,7 @@ def _local_ray(num_cpus: int | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ray_session(runtime: Runtime) -> Iterator[Cluster]:
-    """Ray as the conf's `runtime` wants it. Raises ClusterError when it can neither be started nor reached."""
+    """Starts or joins Ray as `runtime` specifies. Raises ClusterError if it cannot be started or reached."""
     if runtime.mode == "local":
         with local_ray() as cluster:
             yield cluster
@@ -148,9 +149,9 @@ def ray_session(runtime: Runtime) -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def join_cluster(address: str, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
-    """The running cluster at `address` (`auto`: the one this host is a node of), joined. Raises ClusterError.
+    """Joins the running cluster at `address` (`auto`: the cluster of this host). Raises ClusterError.
 
-    What is started there gets `environment` as well.
+    Processes started there also get `environment`.
     """
     settings = {"RAY_TRAIN_V2_ENABLED": "1"}
     if address != "auto":
@@ -163,7 +164,7 @@ def join_cluster(address: str, environment: Mapping[str, str] | None = None) -> 
 
 @contextlib.contextmanager
 def join_local(address: str, token: Path) -> Iterator[Cluster]:
-    """A Ray that another process of this user started with `local_ray`, joined. Raises ClusterError."""
+    """Joins a Ray that another process of this user started with `local_ray`. Raises ClusterError."""
     with _joined(address, _settings(token)) as cluster:
         yield cluster
 
@@ -186,7 +187,7 @@ def _connection(address: str, settings: dict[str, str], options: dict[str, objec
 
 
 def _check_address(address: str) -> None:
-    """Raises ClusterError when nothing listens there: Ray itself would try for minutes."""
+    """Raises ClusterError if nothing listens at `address`; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "/" in address:
         raise ClusterError(
@@ -203,8 +204,8 @@ def _check_address(address: str) -> None:
 
 
 def _is_on_loopback_alone(address: str) -> bool:
-    """Whether Ray, which asks at this host's outer address for one of loopback, would find nothing there, and try for
-    minutes."""
+    """Returns whether the cluster listens on loopback only. Ray replaces a loopback address by this host's external
+    one, and would retry for minutes."""
     from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
@@ -218,7 +219,7 @@ def _is_on_loopback_alone(address: str) -> bool:
 
 
 def describe() -> Cluster:
-    """The joined Ray as it is now: a lost host is in it no more."""
+    """Returns the current nodes of the connected Ray; lost hosts are not included."""
     import ray
 
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
@@ -230,12 +231,12 @@ def describe() -> Cluster:
 
 
 def node_selector(runtime: Runtime, cluster: Cluster) -> dict[str, str]:
-    """What keeps Ray's workers on the nodes of `runtime.hosts`; empty where all may be used."""
+    """Returns the label selector that keeps Ray's workers on the nodes of `runtime.hosts`; empty if all may be used."""
     return {"ray.io/node-id": f"in({','.join(cluster.among(runtime.hosts).node_cpus)})"} if runtime.hosts else {}
 
 
 def room_for(runtime: Runtime, cluster: Cluster, cpus: int) -> int:
-    """Workers of `cpus` CPUs each that the cluster has room for, at most `runtime.workers`."""
+    """Returns how many workers with `cpus` CPUs each fit into the cluster, at most `runtime.workers`."""
     nodes = cluster.among(runtime.hosts).node_cpus.values()
     room = (
         sum(1 for node in nodes if node >= cpus)
@@ -246,8 +247,8 @@ def room_for(runtime: Runtime, cluster: Cluster, cpus: int) -> int:
 
 
 def fit_workers(runtime: Runtime, cluster: Cluster) -> Workers:
-    """The workers that the cluster has room for. Raises ClusterError when they do not fit; Ray itself would wait for
-    ever."""
+    """Returns the workers that fit into the cluster. Raises ClusterError if there are too few; Ray itself would wait
+    forever."""
     nodes = sorted(cluster.of(runtime.hosts).node_cpus.values(), reverse=True)
     workers, fewest = runtime.workers, runtime.min_workers or runtime.workers
     strict = runtime.placement == "strict_spread"
@@ -256,7 +257,7 @@ def fit_workers(runtime: Runtime, cluster: Cluster) -> Workers:
             f"{_wanted(runtime)} and runtime.placement strict_spread, but Ray has {len(nodes)} node(s): use fewer "
             "workers or another placement"
         )
-    if strict:  # with some of the hosts lost
+    if strict:  # some hosts may be lost
         workers = min(workers, len(nodes))
     on_one_host = -(-workers // len(nodes))
     if runtime.cpus_per_worker != "auto":
@@ -278,8 +279,7 @@ def fit_workers(runtime: Runtime, cluster: Cluster) -> Workers:
 
 
 def results(tasks: Any) -> Any:
-    """What Ray tasks return. An error that is written for the user is raised as the task raised it, without Ray's
-    traceback around it."""
+    """Returns the results of Ray tasks. An LlmRayError is raised without Ray's traceback."""
     import ray
     from ray.exceptions import RayTaskError
 
@@ -306,7 +306,7 @@ def _init(address: str, **options: object) -> None:
         raise ClusterError("Ray is already started in this process")
     try:
         _connect(address, **options)
-    except SystemExit as error:  # Ray's answer to SIGTERM, as long as its handler is in place
+    except SystemExit as error:  # Ray's SIGTERM handler raises it
         raise KeyboardInterrupt from error
 
 
@@ -316,8 +316,8 @@ def _connect(address: str, **options: object) -> None:
     try:
         with _our_sigterm(), cores.background():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, namespace="llm-ray", **options)
-        ray._private.worker.print_to_stdstream = _log  # Ray's own writes errors to stdout, which is a command's output
-    except Exception as error:  # Ray raises whatever it meets: connection, authentication, memory, ports
+        ray._private.worker.print_to_stdstream = _log  # by default Ray writes errors to stdout
+    except Exception as error:  # Ray raises many types: connection, authentication, memory, ports
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if address == "local":
             raise ClusterError(f"Ray did not start on this machine: {reason}") from error
@@ -336,9 +336,8 @@ def _shut_down() -> None:
 
 @contextlib.contextmanager
 def _our_sigterm() -> Iterator[None]:
-    """Puts back what is done at SIGTERM: Ray's start puts its own in place and its end the system's, both of which end
-    the process without our clean-up.
-    """
+    """Restores the SIGTERM handler afterwards: Ray's start installs its own and its shutdown the default one, which
+    both skip our clean-up."""
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -353,10 +352,10 @@ def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
 
 
 def clean_up() -> None:
-    """Remove what killed processes left of their local sessions: folders, and Ray's agents, which write into them for
-    half a minute more."""
+    """Removes remains of killed local sessions: folders, and Ray's agents, which would keep writing into them for half
+    a minute."""
     for lock in Path(_short_temp_dir()).glob("llm-ray-*/lock"):
-        with contextlib.suppress(OSError), lock.open("ab") as file:  # it is held, or another user's
+        with contextlib.suppress(OSError), lock.open("ab") as file:  # locked, or another user's
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _end_orphans(lock.parent)
             shutil.rmtree(lock.parent, ignore_errors=True)
@@ -364,14 +363,13 @@ def clean_up() -> None:
 
 @contextlib.contextmanager
 def _session_folder() -> Iterator[Path]:
-    """A folder for one session, locked as long as the session lasts. Those that killed processes left behind are
-    removed first."""
+    """Yields a folder for one session, locked while it lasts. Remains of killed sessions are removed first."""
     clean_up()
-    hidden = Path(tempfile.mkdtemp(prefix=".llm-ray-", dir=_short_temp_dir()))  # mode 0700: the token lies in it
+    hidden = Path(tempfile.mkdtemp(prefix=".llm-ray-", dir=_short_temp_dir()))  # mode 0700, since it holds the token
     folder = hidden.with_name(hidden.name.removeprefix("."))
     with (hidden / "lock").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        hidden.rename(folder)  # only now do other sessions see it
+        hidden.rename(folder)  # only now visible to other sessions
         try:
             yield folder
         finally:
@@ -381,7 +379,7 @@ def _session_folder() -> Iterator[Path]:
 def _end_orphans(folder: Path) -> None:
     left = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # gone in between, or another user's
+        with contextlib.suppress(psutil.Error):  # ended meanwhile, or another user's
             if any(file.path.startswith(f"{folder}/r/") for file in process.open_files()):
                 process.kill()
                 left.append(process)
@@ -396,24 +394,25 @@ def _make_token(folder: Path) -> Path:
 
 
 def _settings(token: Path) -> dict[str, str]:
-    """Environment of a local session: closed by its token, nothing sent away."""
+    """Environment of a local session: protected by its token, no usage statistics sent."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         **LOOPBACK,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_TRAIN_METRICS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # Ray would give its workers the lowest priority
+        "RAY_worker_niceness": "0",  # Ray's default gives workers the lowest priority
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_V2_ENABLED": "1",
     }
 
 
 def _end_processes(folder: Path) -> None:
-    """End what Ray cannot, of the session in `folder`: processes of a start or a shutdown that Ctrl-C broke off."""
+    """Kills processes of the session in `folder` that Ray no longer tracks, after Ctrl-C during its start or
+    shutdown."""
     left = []
     for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # gone in between
+        with contextlib.suppress(psutil.Error):  # ended meanwhile
             if str(folder) in " ".join(process.cmdline()):
                 process.kill()
                 left.append(process)
@@ -421,14 +420,14 @@ def _end_processes(folder: Path) -> None:
 
 
 def _short_temp_dir() -> str:
-    # A socket's path may have 107 characters, and Ray appends about 70.
+    # A socket path is limited to 107 characters, and Ray appends about 70.
     chosen = tempfile.gettempdir()
     return chosen if len(chosen) <= 16 else "/tmp"  # noqa: S108
 
 
 @contextlib.contextmanager
 def environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Variables of this process, and of those that start meanwhile; afterwards as they were."""
+    """Sets environment variables during the block, for this process and the processes it starts."""
     before = {key: os.environ.get(key) for key in settings}
     os.environ.update(settings)
     try:
@@ -443,7 +442,7 @@ def environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ray_environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """The same, also for the Ray of this process."""
+    """Like `environment`, and makes Ray in this process reload its settings."""
     try:
         with environment(settings):
             _reload_ray_config()
@@ -453,7 +452,7 @@ def _ray_environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _reload_ray_config() -> None:
-    # Ray reads its settings once per process; a second session has another token.
+    # Ray reads its settings once per process, but a second session has another token.
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
 

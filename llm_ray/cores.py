@@ -1,11 +1,11 @@
-"""A host's cores, divided among the processes of the bundle.
+"""Divides a host's cores among the processes of the bundle.
 
-Ray counts CPUs but binds nothing: two workers on a host run on the same cores unless each is told its own. A process
+Ray counts CPUs but does not pin workers: without pinning, two workers on a host may run on the same cores. A process
 claims cores with file locks, which the kernel releases however the process dies.
 
-What computes comes first: its threads wait for each other at every layer of a model, so that a moment which Ray, Serve
-or a gateway takes from one is lost to all. Those are started in the `background`, where Linux has them wait for the end
-of a time slice (SCHED_BATCH, see sched(7)) and not interrupt; `foreground` is for what computes.
+Compute has priority: its threads synchronize at every layer of a model, so a moment taken from one thread by Ray, Serve
+or a gateway delays all. Such services are started in the `background`, where Linux lets them wait for the end of a time
+slice instead of preempting (SCHED_BATCH, see sched(7)); `foreground` is for compute.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SYSFS = Path("/sys/devices/system/cpu")
-_held: list[int] = []  # descriptors of the locks: closed with the process
+_held: list[int] = []  # file descriptors of the locks, released with the process
 
 
 @dataclass(frozen=True)
 class Core:
-    """A logical CPU, the physical core it is a thread of, and its NUMA node."""
+    """A logical CPU with its physical core (package id, core id) and NUMA node."""
 
     cpu: int
     core: tuple[int, int]
@@ -32,7 +32,8 @@ class Core:
 
 
 def list_cores() -> list[Core]:
-    """The logical CPUs this process may run on; a NUMA node's first threads of each core come before their siblings."""
+    """Returns the logical CPUs this process may run on, ordered by NUMA node, the first thread of each core before its
+    siblings."""
     cores = [Core(cpu, _physical(cpu), _numa_node(cpu)) for cpu in sorted(os.sched_getaffinity(0))]
     seen: dict[tuple[int, int], int] = {}
     order: dict[int, int] = {}
@@ -43,9 +44,10 @@ def list_cores() -> list[Core]:
 
 
 def claim_cores(count: int) -> list[Core]:
-    """Claim `count` cores for this process, of one NUMA node where one has enough free ones.
+    """Claims `count` cores for this process, on a single NUMA node if possible.
 
-    Returns an empty list when fewer are free, because others that run on this host have claimed them: run unbound then.
+    Returns an empty list if too few are free because other processes on this host hold them; the caller then runs
+    unpinned.
     """
     free = [(core, fd) for core in list_cores() if (fd := _lock(core.cpu)) is not None]
     by_node: dict[int, list[tuple[Core, int]]] = {}
@@ -63,9 +65,9 @@ def claim_cores(count: int) -> list[Core]:
 
 
 def bind(count: int) -> tuple[int, str]:
-    """Bind the calling thread, and the threads it starts, to `count` cores of its own, in the foreground.
+    """Pins the calling thread, and threads it starts, to `count` claimed cores, in the foreground.
 
-    Returns the number of compute threads to use (one a physical core) and, in words, what was done.
+    Returns the number of compute threads (one per physical core) and a description for the user.
     """
     foreground()
     cores = claim_cores(count)
@@ -79,7 +81,7 @@ def bind(count: int) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def background() -> Iterator[None]:
-    """Processes that the calling thread starts in here do not interrupt what computes."""
+    """Processes started by the calling thread in this block do not preempt compute."""
     before = os.sched_getscheduler(0)
     _schedule(os.SCHED_BATCH)
     try:
@@ -89,12 +91,12 @@ def background() -> Iterator[None]:
 
 
 def foreground() -> None:
-    """The calling thread, and the threads it starts from now on, compute."""
+    """Gives the calling thread, and threads it starts from now on, normal scheduling for compute."""
     _schedule(os.SCHED_OTHER)
 
 
 def _schedule(policy: int) -> None:
-    with contextlib.suppress(OSError):  # a container may forbid it, and then it only takes longer
+    with contextlib.suppress(OSError):  # a container may forbid it; only performance suffers
         os.sched_setscheduler(0, policy, os.sched_param(0))
 
 

@@ -1,4 +1,4 @@
-"""Data files: supported types, the files of a folder, and names of hub data sets."""
+"""Data files: supported suffixes, the files of a folder, and the form of hub dataset ids."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 TABLES = (".parquet", ".arrow")
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", *TABLES, ".txt")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*){0,2}")
-"""organisation/name, with a configuration and a split after colons."""
-# What `datasets.save_to_disk` writes beside its Arrow files.
+"""organisation/name, optionally with configuration and split after colons."""
+# Metadata files that `datasets.save_to_disk` writes beside its Arrow files.
 _BOOKKEEPING = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 def data_files(folder: Path) -> list[Path]:
-    """The files of a folder that are read, sorted by name: not those that are hidden, and not what `datasets` keeps
-    beside its tables. Raises OSError."""
+    """Returns the data files of a folder, sorted by name, without hidden files and the metadata of `datasets`. Raises
+    OSError."""
     return [
         path
         for path in sorted(folder.iterdir())

@@ -1,8 +1,8 @@
 """Exceptions with messages written for the user.
 
-Every exception that a user may see derives from :class:`LlmRayError`; the command line turns it into one message
-and an exit code at a single place (``llm_ray.cli.main``). A message names the file and key (or host and variable),
-what is wrong, and what to do about it.
+Every exception that a user may see derives from :class:`LlmRayError`; the command line turns it into a message and an
+exit code at a single place (``llm_ray.cli.main``). A message names the file and key (or host and variable), the
+problem, and the remedy.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ class LlmRayError(Exception):
 
 
 class ConfError(LlmRayError):
-    """The conf (or a flag) is wrong: nothing was started. Exit code 2, incorrect use."""
+    """The conf or a flag is invalid; nothing was started. Exit code 2, incorrect use."""
 
     exit_code = 2
 
 
 class DataError(LlmRayError):
-    """A data file or a row of it cannot be used; the message names file and line."""
+    """A data file or one of its rows cannot be used; the message names file and line."""
 
 
 class ModelError(LlmRayError):
@@ -29,7 +29,7 @@ class ModelError(LlmRayError):
 
 
 class RunError(LlmRayError):
-    """A run's folder is in a state that rules out the request (exists already, nothing to resume, …)."""
+    """The state of a run's folder does not allow the request (it already exists, nothing to resume, …)."""
 
 
 class ClusterError(LlmRayError):

@@ -1,4 +1,4 @@
-"""Atomic files and folders: written under a hidden name in the same place, then renamed."""
+"""Atomic writes of files and folders: written under a hidden name in the same folder, then renamed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, mode: int = 0o666, owner: tuple[int, int] | None = None) -> None:
-    """Write `path` in one piece, with permissions `mode` (less the umask); its folder is made. Raises OSError: `path`
-    is as it was.
+    """Writes `path` atomically with permissions `mode` (less the umask), creating its folder. On error, `path` is
+    unchanged. Raises OSError.
 
-    `owner` (uid, gid) is what root may give it to.
+    `owner` (uid, gid) is set on the file; only root may give a file to another user.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.touch(mode)  # before anything is in it
+        partial.touch(mode)  # set the mode before there is content
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -34,19 +34,20 @@ def write_text(path: Path, text: str, mode: int = 0o666, owner: tuple[int, int] 
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON in one piece."""
+    """Writes `value` atomically as indented JSON. Raises OSError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A new empty folder that takes the place of `path` when the block ends well; `path` is as it was when it does not.
+    """Yields a new empty folder that replaces `path` when the block succeeds; otherwise `path` is unchanged.
 
-    One process at a time may do so for a path. Whoever may read the folder may read its files. Raises OSError.
+    Only one process at a time may do this for a path. Files become readable by everyone who may read the folder. Raises
+    OSError.
     """
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():  # a crash between the two renames below
+    if old.exists() and not path.exists():  # a crash happened between the two renames below
         old.rename(path)
     for debris in (partial, old):
         shutil.rmtree(debris, ignore_errors=True)
@@ -65,7 +66,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """One process at a time in the block, of all that name the same `file` (made here, and left); others wait. Raises
+    """Holds an exclusive lock on `file` during the block; others wait. Creates the file and leaves it. Raises
     OSError."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as stream:
@@ -74,8 +75,8 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def _settle(folder: Path) -> None:
-    """Bring the files of `folder` to the disk; safetensors makes its files readable by their owner alone, which is
-    undone."""
+    """Syncs the files of `folder` to disk, and makes them as readable as the folder, since safetensors restricts them
+    to their owner."""
     readable = folder.stat().st_mode & 0o444
     for path in folder.rglob("*"):
         if path.is_file():
@@ -85,8 +86,8 @@ def _settle(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder: it is gone at once for whoever looks for it by its name. Raises OSError."""
+    """Deletes a folder atomically: it is renamed first, so its name is free at once. Raises OSError."""
     aside = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(aside, ignore_errors=True)  # of one that was broken off
+    shutil.rmtree(aside, ignore_errors=True)  # remains of an interrupted deletion
     path.rename(aside)
     shutil.rmtree(aside)

@@ -6,12 +6,11 @@ import difflib
 from collections.abc import Iterable
 
 CUTOFF = 0.6
-"""The likeness from which on a name is suggested, as difflib counts it: 1 is the same."""
+"""Minimum similarity of a suggestion, as computed by difflib; 1 means equal."""
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 1) -> list[str]:
-    """Those of the known names that are most like `name`, at most so many, the likeliest first; upper and lower case
-    are the same."""
+    """Returns at most `most` known names similar to `name`, the most similar first; case is ignored."""
     by_lower: dict[str, str] = {}
     for one in known:
         by_lower.setdefault(one.lower(), one)

@@ -1,5 +1,4 @@
-"""Secret files: accessible only to their owner, changed by one process at a time, reloaded by servers when they
-change."""
+"""Secret files: accessible only to their owner, changed by one process at a time, reloaded by servers on change."""
 
 from __future__ import annotations
 
@@ -24,17 +23,18 @@ _OPEN_EVERY = 1.0  # seconds
 
 @dataclass(frozen=True)
 class PrivateFile(Generic[Entry]):
-    """A JSON file of entries by their keys, mode 0600 in a folder of mode 0700."""
+    """A JSON file that maps keys to entries, mode 0600 in a folder of mode 0700."""
 
     path: Path
     entries: TypeAdapter[dict[str, Entry]]
     holds: str
-    """What an error calls them, as `API keys`."""
+    """Name of the entries in error messages, such as `API keys`."""
     error: type[LlmRayError]
-    """What is raised where the file cannot be used."""
+    """Exception class for an unusable file."""
 
     def read(self) -> dict[str, Entry]:
-        """Raises `error` where others can read the file or exchange it, or it holds something else; OSError."""
+        """Returns the entries. Raises `error` if others can read or replace the file or its content is invalid, and
+        OSError."""
         path = self.path
         folder = path.parent.stat().st_mode
         if folder & (stat.S_IWGRP | stat.S_IWOTH) and not folder & stat.S_ISVTX:
@@ -55,7 +55,7 @@ class PrivateFile(Generic[Entry]):
             ) from error
 
     def stored(self) -> dict[str, Entry]:
-        """The entries to be shown or changed; a file that is not there yet holds none. Raises `error`."""
+        """Returns the entries for display or change; empty if the file does not exist. Raises `error`."""
         try:
             return self.read()
         except FileNotFoundError:
@@ -65,12 +65,13 @@ class PrivateFile(Generic[Entry]):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[dict[str, Entry]]:
-        """The entries, to be changed and written by one process at a time, whole or not at all. Raises `error`."""
+        """Yields the entries for modification and then writes them atomically, one process at a time. Raises
+        `error`."""
         path, lock = self.path, self.path.with_suffix(".lock")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder = path.parent.stat()
-            owner = (folder.st_uid, folder.st_gid) if os.geteuid() == 0 else None  # who serves is the folder's owner
+            owner = (folder.st_uid, folder.st_gid) if os.geteuid() == 0 else None  # a server runs as the folder's owner
             with locked(lock):
                 if owner:
                     os.chown(lock, *owner)
@@ -82,12 +83,12 @@ class PrivateFile(Generic[Entry]):
 
 
 class Watched(Generic[Entry]):
-    """The entries of a file as a server asks for them. A file that cannot be read, or trusted, holds none; the log says
-    so once."""
+    """A server's view of a file, reloaded when it changes. A file that cannot be read or trusted counts as empty, which
+    is logged once."""
 
     def __init__(self, file: PrivateFile[Entry], log: logging.Logger, consequence: str, missing: str = "") -> None:
-        """`consequence` begins the line of the log ("No API key is accepted"); `missing` ends the one of a file that is
-        not there, without which that is no fault."""
+        """`consequence` starts the log message ("No API key is accepted"); `missing` ends the message for a missing
+        file, which is no error if `missing` is empty."""
         self._file, self._log, self._consequence, self._missing = file, log, consequence, missing
         self._seen: tuple[int, ...] | None = None
         self._opened = -_OPEN_EVERY
@@ -95,13 +96,13 @@ class Watched(Generic[Entry]):
         self._complaint = ""
 
     def entries(self) -> dict[str, Entry]:
-        """As they are now."""
+        """Returns the current entries."""
         path, complaint = self._file.path, ""
         try:
             if (now := time.monotonic()) - self._opened >= _OPEN_EVERY:
                 os.close(
                     os.open(path, os.O_RDONLY)
-                )  # has NFS ask its server; a stat alone it answers from what it knew a minute ago
+                )  # makes NFS ask the server; a stat alone may be answered from its cache for a minute
                 self._opened = now
             found = path.stat()
             seen = (
@@ -109,12 +110,12 @@ class Watched(Generic[Entry]):
                 found.st_ctime_ns,
                 found.st_mtime_ns,
                 found.st_size,
-            )  # ctime: permissions change it, too
+            )  # ctime also changes with permissions
             if seen == self._seen:
                 return self._entries
             try:
                 self._entries, self._seen = self._file.read(), seen
-            except self._file.error as error:  # it is so until the file changes
+            except self._file.error as error:  # holds until the file changes
                 self._entries, self._seen, complaint = {}, seen, str(error)
         except FileNotFoundError:
             self._entries, self._seen = {}, None

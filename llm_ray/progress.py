@@ -1,4 +1,5 @@
-"""Protocols for reporting the progress of long-running work, implemented for a terminal, a page, a log, or nobody."""
+"""Protocols for reporting the progress of long-running work, implemented for a terminal, a page, a log, or no
+output."""
 
 from __future__ import annotations
 
@@ -11,20 +12,20 @@ Kind = Literal["plain", "heading", "warning"]
 
 
 class Bar(Protocol):
-    """The progress of one piece of work."""
+    """Progress of one task."""
 
     def update(self, done: int, total: int | None = None, text: str = "") -> None:
-        """Show `done` of `total`, and `text` beside it."""
+        """Shows `done` of `total`, with `text` beside it."""
 
 
 class Reporter(Protocol):
-    """Takes lines and bars as work goes on. One that several threads use has to be made for it."""
+    """Receives lines and progress bars. Only thread-safe implementations may be shared by threads."""
 
     def line(self, text: str, kind: Kind = "plain") -> None:
-        """Show a line, or several with line breaks between them."""
+        """Shows one or several lines (separated by line breaks)."""
 
     def bar(self, title: str, total: int | None = None) -> AbstractContextManager[Bar]:
-        """A bar for as long as the block runs; `total` None where it is not known yet."""
+        """Shows a bar while the block runs; `total` is None if unknown."""
 
 
 class Silent:
@@ -42,7 +43,7 @@ class Silent:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the unit that suits them."""
+    """Formats seconds in a suitable unit; empty for None."""
     if seconds is None:
         return ""
     return (

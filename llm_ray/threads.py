@@ -1,4 +1,4 @@
-"""Process-wide resources used by several threads: the connection to Ray, a logging switch."""
+"""Process-wide resources shared by threads: the connection to Ray, a logging switch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ T = TypeVar("T")
 
 
 class Once(Generic[T]):
-    """Opened for the first thread that wants it, closed after the last: if each closed its own, the state of one would
-    be put back by another.
+    """A resource that is opened for the first thread that uses it and closed after the last, so that no thread restores
+    state that others still need.
 
-    Threads that want something else (another `key`) wait until it is closed. Within one thread that would be without
-    end: there, what is asked for is opened as it is.
+    Threads that use another `key` wait until it is closed. Within one thread that would deadlock, so a nested use with
+    another key opens its resource at once.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._users: list[tuple[int, object]] = []  # thread, and a mark: a generator may be closed by another thread
+        self._users: list[tuple[int, object]] = []  # thread id, unique mark (another thread may close a generator)
         self._key: Hashable = None
         self._opened = ExitStack()
 
     @contextlib.contextmanager
     def use(self, key: Hashable, opening: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
-        """What `opening` opens, or what another thread has opened for the same `key`."""
+        """Yields the value of `opening`, or the one that another thread opened with the same `key`."""
         user = (threading.get_ident(), object())
         with self._changed:
             self._changed.wait_for(lambda: not self._users or self._key == key or self._nested())

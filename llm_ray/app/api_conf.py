@@ -1,4 +1,4 @@
-"""From a job of the fine-tuning API to the conf of its finetune: what a client may set of it, and what never.
+"""Builds the conf of a finetune from a job of the fine-tuning API; defines which keys a client may set.
 
 conf = conf_of(asked, run="ft-bot-0a1b", base="smollm2-135m-instruct", train=path, rows=120, …)
 """
@@ -51,7 +51,7 @@ REFUSED: Mapping[str, str] = {
     "training.accelerator": _WHERE,
     "training.compile": "it would have a compiler run",
 }
-"""Keys that a job may not set, with those below them, and why."""
+"""Keys that a job must not set, including their subkeys, with the reason."""
 ALLOWED = (
     "runtime.workers",
     "runtime.min_workers",
@@ -74,8 +74,8 @@ ALLOWED = (
     "evaluation",
     "tracking",
 )
-"""Keys that it may set, with those below them that are not refused. A key in neither list is refused."""
-_MAX_LENGTH = 1024  # as in the shipped template lora
+"""Keys that a job may set, including subkeys not in `REFUSED`. Keys in neither list are refused."""
+_MAX_LENGTH = 1024  # same as the shipped template lora
 
 
 def conf_of(
@@ -90,11 +90,11 @@ def conf_of(
     validation: Path | None,
     validation_form: str | None = None,
 ) -> FinetuneConf:
-    """The conf of the finetune that a job asks for. `form`, `rows`: of the file `train`, as it was checked;
-    `validation_form`: of the file `validation`. Raises Problem, which names the field."""
+    """Returns the conf of the finetune that a job requests. `form` and `rows` describe the checked file `train`,
+    `validation_form` the file `validation`. Raises Problem, which names the field."""
     given = _nested(asked.conf or {})
     for name, value in flat(given).items():
-        if value != {}:  # a section without keys
+        if value != {}:  # skip empty sections
             _check_key(name)
     held_out = given.get("data", {}).get("validation", "auto") if isinstance(given.get("data"), dict) else "auto"
     if held_out is not None and held_out != "auto" and not isinstance(held_out, int | float):
@@ -139,7 +139,7 @@ def conf_of(
 
 
 def _unfit(param: str, form: str, conf: FinetuneConf) -> str:
-    """What to say of a file that the objective cannot learn from."""
+    """Returns the error message for a file that the objective cannot use."""
     held = f"{param}: its rows have the format {form}"
     if reads_of(form) == "pairs":
         return f"{held}, preference pairs, which the method dpo learns from: set method.type to dpo"
@@ -149,7 +149,7 @@ def _unfit(param: str, form: str, conf: FinetuneConf) -> str:
 
 
 def _check_key(name: str) -> None:
-    """Raises Problem for a key that a job may not set, or that is none."""
+    """Raises Problem if a job must not set the key, or if the key does not exist."""
     for refused, why in REFUSED.items():
         if name == refused or name.startswith(f"{refused}.") or refused.startswith(f"{name}."):
             raise Problem(
@@ -164,7 +164,7 @@ def _check_key(name: str) -> None:
 
 
 def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that may be written with dots, as sections. Raises Problem where one stands twice."""
+    """Expands dotted keys into nested sections. Raises Problem if a key is given twice."""
     made: dict[str, Any] = {}
     for dotted, value in given.items():
         part: Any = value
@@ -177,7 +177,7 @@ def _nested(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections with others laid over them."""
+    """Returns `below` with `above` merged over it, section by section."""
     made = dict(below)
     for name, value in above.items():
         old = made.get(name)
@@ -192,7 +192,7 @@ def _validated(whole: dict[str, Any]) -> FinetuneConf:
         first = error.errors(include_url=False)[0]
         at: Any = whole
         path: list[str] = []
-        for part in first["loc"]:  # without the alternatives of unions
+        for part in first["loc"]:  # keep only the conf's own keys, without pydantic's union branches
             if not isinstance(at, dict) or part not in at:
                 break
             path.append(str(part))
@@ -203,7 +203,7 @@ def _validated(whole: dict[str, Any]) -> FinetuneConf:
 
 
 def _automatic_rate(conf: FinetuneConf, rows: int) -> float:
-    """The learning rate that `auto` would choose for so many rows."""
+    """Returns the learning rate that `auto` would choose for `rows` rows."""
     from llm_ray.data.prepare import held_out
     from llm_ray.models.load import find_base, load_config, width_of
     from llm_ray.train.auto import rate_for

@@ -1,11 +1,11 @@
-"""Files that clients of the fine-tuning API have sent: each owner's apart from the others', checked, within a quota.
+"""Files uploaded through the fine-tuning API: separate per owner, validated, within a quota.
 
 files = Files(home / "finetuning" / owner / "files", settings)
-upload = files.begin()                      # its bytes are written to upload.path
+upload = files.begin()                      # the caller writes the bytes to upload.path
 file = files.keep(upload, "rows.jsonl", None)
 
-A file has a folder of its own, `file-…`, with `file.json` and its rows. All of it is open to this user alone (folders
-0700, files 0600). What a client calls a file is kept as a label, and is never part of a path.
+Each file has its own folder, `file-…`, with `file.json` and the rows. Only this system user can read them (folders
+0700, files 0600). The client's file name is stored as a label and never becomes part of a path.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from llm_ray.serve.gateway.finetuning.service import Problem, StoredFile, Upload
 _ID = re.compile(r"file-[0-9a-f]{24}")
 _META, _ROWS = "file.json", "rows"
 _ARRIVING = ".arriving-"
-_LEFT_AFTER = 86_400.0  # seconds after which what an upload that was killed has left is deleted
-_MOST_MEMORY = 4 * 2**30  # bytes that a check may take
+_LEFT_AFTER = 86_400.0  # seconds after which remains of a killed upload are deleted
+_MOST_MEMORY = 4 * 2**30  # memory limit of a check, in bytes
 _FORMATS: tuple[str, ...] = get_args(Data.model_fields["format"].annotation)
-_checking = threading.BoundedSemaphore(1)  # a check computes: one at a time
+_checking = threading.BoundedSemaphore(1)  # checks are CPU-bound, so only one runs at a time
 
 
 class Files:
-    """The files of one owner, in the folder `place`."""
+    """The files of one owner, stored in the folder `place`."""
 
     def __init__(self, place: Path, settings: FinetuningApi) -> None:
         self._place, self._settings = place, settings
         self._checks: dict[str, Apart] = {}
 
     def begin(self) -> Upload:
-        """Make room for a file. Raises Problem where the quota is used up."""
+        """Reserves a folder for an upload. Raises Problem if the quota is used up."""
         for folder in (self._place.parent.parent, self._place.parent, self._place):
             folder.mkdir(exist_ok=True, mode=0o700, parents=True)
         self._sweep()
@@ -68,7 +68,7 @@ class Files:
         return Upload(id, folder / _ROWS, min(largest, left), over)
 
     def keep(self, upload: Upload, label: str, form: str | None) -> StoredFile:
-        """Check a file that was sent, and keep it. Raises Problem, with the line of the first row that is wrong."""
+        """Validates an uploaded file and stores it. Raises Problem, which names the line of the first invalid row."""
         suffix = suffix_of(label)
         if form is not None and form not in _FORMATS:
             raise Problem(400, f"format: it is one of {', '.join(_FORMATS)}", param="format")
@@ -82,35 +82,35 @@ class Files:
         made = StoredFile(upload.id, label, size, int(time.time()), checked.rows, checked.format, suffix)
         with locked(self._place / ".lock"):
             if self._stored() + size > self._settings.max_stored_mib * 2**20:
-                raise Problem(413, self._full(), "quota_exceeded", param="file")  # another came at the same time
+                raise Problem(413, self._full(), "quota_exceeded", param="file")  # a concurrent upload took the space
             write_text(folder / _META, json.dumps(asdict(made)), mode=0o600)
             folder.rename(self._place / upload.id)
         return made
 
     def abandon(self, upload: Upload) -> None:
-        """Forget a file that was not kept, and end its check."""
+        """Discards an upload that was not kept, and kills its check."""
         if check := self._checks.get(upload.id):
             check.kill()
         shutil.rmtree(upload.path.parent, ignore_errors=True)
 
     def all(self) -> list[StoredFile]:
-        """The oldest first."""
+        """Returns all files, oldest first."""
         found = [file for path in self._place.glob("file-*") if (file := self._read(path))]
         return sorted(found, key=lambda file: (file.created, file.id))
 
     def get(self, id: str, param: str | None = None) -> StoredFile:
-        """Raises Problem where there is none; `param` is the field that names it."""
+        """Returns the file `id`. Raises Problem if it does not exist; `param` is the request field that names it."""
         file = self._read(self._place / id) if _ID.fullmatch(id) else None
         if file is None:
             raise Problem(404, f"There is no file `{id[:100]}`.", "not_found", param=param)
         return file
 
     def path(self, file: StoredFile) -> Path:
-        """Where its rows are."""
+        """Returns the path of the file's rows."""
         return self._place / file.id / f"{_ROWS}{file.suffix}"
 
     def delete(self, id: str) -> None:
-        """Raises Problem where there is none."""
+        """Deletes the file `id`. Raises Problem if it does not exist."""
         folder = self._place / self.get(id).id
         gone = self._place / f"{_ARRIVING}{id}-{secrets.token_hex(4)}"
         with contextlib.suppress(FileNotFoundError):  # deleted by another request
@@ -120,7 +120,7 @@ class Files:
     def _read(self, folder: Path) -> StoredFile | None:
         try:
             return StoredFile(**json.loads((folder / _META).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # deleted meanwhile, or of another version
+        except (OSError, ValueError, TypeError):  # deleted meanwhile, or written by another version
             return None
 
     def _stored(self) -> int:
@@ -154,7 +154,7 @@ class Files:
             except LlmRayError as error:
                 message = str(error).replace(str(rows), (label or "file")[:100])
                 raise Problem(400, f"file: {message}", "invalid_file", param="file") from error
-            except Exception as error:  # it was killed: by `abandon`, or for want of memory
+            except Exception as error:  # the check was killed by `abandon` or ran out of memory
                 raise Problem(400, "file: it could not be checked: a row is too large", "invalid_file") from error
             finally:
                 del self._checks[upload.id]
@@ -162,7 +162,8 @@ class Files:
 
 
 def suffix_of(label: str) -> str:
-    """The kind of a file, from what its client calls it. Raises Problem for one that is not read."""
+    """Returns the suffix of the client's file name, `.jsonl` if it has none. Raises Problem for an unsupported
+    suffix."""
     suffix = Path(label.replace("\\", "/").rpartition("/")[2].replace("\0", "")).suffix.lower()
     if suffix in DATA_SUFFIXES:
         return suffix
@@ -175,15 +176,15 @@ def suffix_of(label: str) -> str:
 
 @dataclass(frozen=True)
 class Checked:
-    """A file whose rows are all sound."""
+    """The result of a check: all rows are valid."""
 
     rows: int
     format: str
 
 
 def check(file: str, form: str, *, reporter: Reporter | None = None) -> Checked:
-    """Read a file as a finetune does, in a process of its own: what clients send is not to take the gateway's memory, or
-    to end it. Raises DataError for the first row that is wrong; ConfError."""
+    """Reads a file as a finetune does. Limits the memory of its whole process, so it must run in a separate process,
+    which also protects the gateway. Raises DataError for the first invalid row, and ConfError."""
     resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, _MOST_MEMORY))
     try:
         return check_rows(file, form)
@@ -192,7 +193,7 @@ def check(file: str, form: str, *, reporter: Reporter | None = None) -> Checked:
 
 
 def check_rows(file: str, form: str) -> Checked:
-    """As `check`, in this process."""
+    """Like `check`, without the memory limit."""
     first = next(read(file, _raise), None)
     if first is None:
         raise DataError(f"{file}: it holds no rows")
@@ -205,7 +206,8 @@ def check_rows(file: str, form: str) -> Checked:
 
 
 def reads_of(form: str, row: Mapping[str, Any] = MappingProxyType({})) -> Reads:
-    """What an objective makes of rows of a format; with `auto`, of rows that have the columns of `row`."""
+    """Returns what an objective reads from rows of format `form`: texts, pairs or conversations. `auto` is detected
+    from the columns of `row`."""
     if form == "auto":
         known = [name for name, columns in REQUIRED.items() if all(column in row for column in columns)]
         form = next((name for name in known if name in PAIR_FORMATS), known[0] if known else form)

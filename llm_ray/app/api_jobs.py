@@ -1,8 +1,8 @@
-"""Jobs of the fine-tuning API: finetunes in the queue of `llm_ray.app.jobs`, each with a client who may look at it.
+"""Jobs of the fine-tuning API: finetunes in the queue of `llm_ray.app.jobs`, each owned by a client.
 
-A job is a folder, `ftjob-…`, with `job.json` (who asked for what, and what became of it) and the conf of its run. How
-it stands is never kept twice: that follows from the queue and the run's folder. So nothing is lost with the process
-that asked, and `recover` has those go on whose own process was killed.
+A job is a folder, `ftjob-…`, with `job.json` (the request, its owner and what was decided about it) and the conf of its
+run. The job's state is not stored until it has ended: it is derived from the queue and the run's folder. So jobs
+survive the gateway's process, and `recover` restarts those whose own process was killed.
 """
 
 from __future__ import annotations
@@ -47,49 +47,49 @@ _ID = re.compile(r"ftjob-[0-9a-f]{12}")
 _RECORD = "job.json"
 _STILL_ENDING = "The job `{}` is still ending what it did: resume it in a moment."
 _STARTS = 3
-"""How often a job is begun again whose process was killed."""
+"""How often a killed job is restarted."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of a job beside its run."""
+    """The persistent record of a job, apart from its run."""
 
     id: str
     created: int
     arrived: int
-    """The same in nanoseconds: its place in the queue."""
+    """Creation time in nanoseconds since 1970: the job's position in the queue."""
     by: str
-    """Who is told to have asked for it."""
+    """The name shown as the one who submitted the job."""
     asked: Asked
     run: str
     base: str
-    """The model that it began from, for the name of what it makes."""
+    """The base model's label, which becomes part of the new model's name."""
     seed: int
     urgent: bool = False
-    """Whether it goes before those that are not."""
+    """Whether the job goes ahead of those that are not urgent."""
     submitted: bool = False
-    """Whether it has come to the queue."""
+    """Whether the job has been put into the queue."""
     cancelled: int | None = None
     paused: int | None = None
     ended: State | None = None
-    """How it ended, once nothing is to be looked after any more: its run may be deleted."""
+    """The final state, once nothing remains to be done: from then on the run may be deleted."""
     finished: int | None = None
     killed: int = 0
-    """How often its process was."""
+    """How often its process was killed."""
     deleted: int | None = None
-    """When its model was."""
+    """When its model was deleted."""
     notes: tuple[tuple[int, Level, str], ...] = ()
-    """What has happened to it beside its run: when, and in words."""
+    """Events that the run does not record: time, level and text."""
 
     @property
     def model(self) -> str:
-        """The name of the model that it makes."""
+        """Returns the name of the model that the job makes."""
         return f"{PREFIX}{self.base}:{self.asked.suffix or ''}:{self.id.removeprefix('ftjob-')}"
 
 
 @dataclass(frozen=True)
 class _Standing:
-    """How a job stands. `lost`: its process was killed, and it can go on; `alive`: it has one."""
+    """The current state of a job. `alive`: it has a process; `lost`: its process was killed and it can be restarted."""
 
     state: State
     error: str = ""
@@ -99,7 +99,7 @@ class _Standing:
 
 
 class Jobs:
-    """The jobs of one owner, in the folder `place`."""
+    """The jobs of one owner, stored in the folder `place`."""
 
     def __init__(self, place: Path, home: Path, files: Files, settings: FinetuningApi) -> None:
         self._place, self._home, self._files, self._settings = place, home, files, settings
@@ -107,7 +107,8 @@ class Jobs:
         self._runs = self._paths.runs
 
     def create(self, asked: Asked, by: str, named: Named | None, *, any_model: bool, urgent: bool = False) -> Job:
-        """Put a job into the queue, `urgent` before those that are not. Raises Problem."""
+        """Queues a job, ahead of others if `urgent`. Raises Problem if the request is invalid or the owner has too many
+        jobs."""
         train = self._files.get(asked.training_file, "training_file")
         held_out = self._files.get(asked.validation_file, "validation_file") if asked.validation_file else None
         base, label = self._base(asked.model, named, any_model)
@@ -144,25 +145,26 @@ class Jobs:
         return self.get(id)
 
     def all(self) -> list[Job]:
-        """The oldest first."""
+        """Returns all jobs, oldest first."""
         queue = self._queue()
         return [self._job(record, queue.get(record.run)) for record in self._records()]
 
     def get(self, id: str) -> Job:
-        """Raises Problem where there is none."""
+        """Returns the job `id`. Raises Problem if it does not exist."""
         record = self._record(id)
         return self._job(record, self._queue().get(record.run))
 
     def cancel(self, id: str) -> Job:
-        """End a job for good. Raises Problem where it has ended."""
+        """Ends a job for good. Raises Problem if it has already ended."""
         return self._end(id, "cancelled", "The job was cancelled")
 
     def pause(self, id: str) -> Job:
-        """Have a job wait, from its next checkpoint on. Raises Problem where it has ended."""
+        """Pauses a job at its next checkpoint. Raises Problem if it has already ended."""
         return self._end(id, "paused", "The job was paused: it waits until it is resumed")
 
     def resume(self, id: str) -> Job:
-        """Have a job go on that was paused or stopped, or has failed. Raises Problem."""
+        """Resumes a paused, stopped or failed job. Raises Problem if it is in another state or its process is still
+        ending."""
         with self._changing():
             record = self._record(id)
             standing = self._standing(record, self._queue().get(record.run))
@@ -178,7 +180,8 @@ class Jobs:
         return self.get(id)
 
     def delete_model(self, model: str, stop: Callable[[str], None] | None) -> str:
-        """Take the model of a job away, by `stop` where it is served; returns what is kept. Raises Problem."""
+        """Deletes a job's model; `stop` undeploys it if it is served. Returns a message about what remains. Raises
+        Problem if there is no such model."""
         record = self._made(model)
         if record is None:
             raise Problem(404, f"There is no model `{model[:100]}` that a job of yours has made.", "model_not_found")
@@ -193,7 +196,7 @@ class Jobs:
         )
 
     def recover(self) -> None:
-        """Have jobs go on whose processes were killed, and end those that are to end."""
+        """Restarts jobs whose processes were killed, and ends cancelled and paused ones whose processes still run."""
         with self._changing():
             queue = self._queue()
             for record in self._records():
@@ -203,7 +206,7 @@ class Jobs:
                 if record.cancelled or record.paused:
                     self._make_end(record, queue.get(record.run))
                 elif standing.lost:
-                    with contextlib.suppress(LlmRayError):  # it is looked at again
+                    with contextlib.suppress(LlmRayError):  # retried at the next call
                         again = replace(record, killed=record.killed + record.submitted)
                         if record.submitted:
                             again = _noted(again, "warn", "The job's process was ended from outside: it goes on")
@@ -212,7 +215,7 @@ class Jobs:
                     self._write(replace(record, ended=standing.state, finished=standing.finished))
 
     def events(self, id: str) -> list[Event]:
-        """What has happened to a job, the oldest first. Raises Problem where there is none."""
+        """Returns the events of a job, oldest first. Raises Problem if there is no such job."""
         record = self._record(id)
         standing = self._standing(record, self._queue().get(record.run))
         told: list[tuple[int, str, Level, str, dict[str, float | int] | None]] = [
@@ -224,12 +227,12 @@ class Jobs:
             told.append(
                 (standing.finished or record.created, "failed", "error", f"The job failed: {standing.error}", None)
             )
-        told.sort(key=lambda one: one[0])  # of the same second they stay as they are
+        told.sort(key=lambda one: one[0])  # stable: events of the same second keep their order
         stem = id.removeprefix("ftjob-")
         return [Event(f"ftevent-{stem}-{kind}", at, level, text, data) for at, kind, level, text, data in told]
 
     def checkpoints(self, id: str) -> list[Checkpoint]:
-        """The checkpoints that a job's run keeps, the oldest first. Raises Problem where there is no job."""
+        """Returns the checkpoints in the job's run, oldest first. Raises Problem if there is no such job."""
         from llm_ray.train.checkpoint import list_checkpoints, step_of
 
         record = self._record(id)
@@ -238,7 +241,7 @@ class Jobs:
         for path in list_checkpoints(self._runs / record.run / "checkpoint"):
             step = step_of(path)
             row = next((row for row in rows if row["step"] == step), {})
-            with contextlib.suppress(OSError):  # replaced by a newer one meanwhile
+            with contextlib.suppress(OSError):  # meanwhile replaced by a newer checkpoint
                 found.append(
                     Checkpoint(
                         f"ftckpt-{id.removeprefix('ftjob-')}-{step}",
@@ -251,7 +254,7 @@ class Jobs:
         return found
 
     def uses(self, file: str) -> str | None:
-        """The job that waits or runs, and learns from a file; None where there is none."""
+        """Returns the id of a queued or running job that uses the file, else None."""
         return next(
             (
                 job.id
@@ -262,7 +265,7 @@ class Jobs:
         )
 
     def _check_room(self) -> None:
-        """Raises Problem where there are as many jobs as there may be."""
+        """Raises Problem if the owner has reached the limit of jobs."""
         if len([job for job in self.all() if job.state in ("queued", "running")]) >= self._settings.max_jobs:
             raise Problem(
                 429,
@@ -270,7 +273,7 @@ class Jobs:
                 "too_many_jobs",
             )
 
-    # How a job stands -------------------------------------------------------------------------------------------------
+    # State of a job ---------------------------------------------------------------------------------------------------
 
     def _queue(self) -> dict[str, jobs.Job]:
         return {job.name: job for job in jobs.queue(self._runs)} if self._runs.is_dir() else {}
@@ -284,23 +287,23 @@ class Jobs:
         at = _seconds(lineage.get("updated")) or record.created
         if record.cancelled:
             return _Standing("cancelled", finished=record.cancelled, alive=alive)
-        if lineage.get("state") == "done" and "served" in lineage and not alive:  # also where it was to pause too late
+        if lineage.get("state") == "done" and "served" in lineage and not alive:  # also if the pause came too late
             return _Standing("succeeded", finished=_seconds(lineage["served"]["at"]))
         if record.paused:
             return _Standing("queued", alive=alive)
         if queued and alive:
             return _Standing("queued" if queued.state == "waiting" else "running", alive=True)
-        if queued and not queued.killed:  # it failed before there was a run
+        if queued and not queued.killed:  # it failed before its run began
             return _Standing("failed", self._words(queued.reason, record), _seconds(queued.since))
         state = lineage.get("state")
         if state == "failed":
             return _Standing("failed", self._words(lineage.get("reason", ""), record), at)
         if state == "stopped":
-            return _Standing("cancelled", finished=at)  # on the machine
+            return _Standing("cancelled", finished=at)  # stopped on the machine
         if not queued and state is None and record.submitted:
-            return _Standing(record.ended or "cancelled", finished=record.finished or record.created)  # taken away here
+            return _Standing(record.ended or "cancelled", finished=record.finished or record.created)  # left the queue
         if state == "running" and holder(self._runs / record.run) is not None:
-            return _Standing("running", alive=True)  # by a command of the machine
+            return _Standing("running", alive=True)  # resumed by a command on the machine
         if record.killed >= _STARTS:
             return _Standing("failed", f"its process was ended from outside {record.killed + 1} times", at)
         return _Standing("queued", lost=True)
@@ -328,7 +331,7 @@ class Jobs:
         )
 
     def _of_run(self, record: Record) -> Iterator[tuple[int, str, Level, str, dict[str, float | int] | None]]:
-        """What the run's folder tells."""
+        """Yields the events recorded in the run's folder."""
         run = RunFolder(self._runs / record.run)
         try:
             lineage = run.lineage()
@@ -382,8 +385,8 @@ class Jobs:
         return self.get(id)
 
     def _make_end(self, record: Record, queued: jobs.Job | None) -> None:
-        """Take a job out of the queue, or ask its process to end; while that one starts there is nobody to ask yet, and
-        `recover` does it."""
+        """Removes a job from the queue, or asks its process to stop. A process that is still starting cannot be asked;
+        `recover` retries."""
         with contextlib.suppress(RunError):
             if queued and queued.state in ("waiting", "failed"):
                 jobs.cancel(self._runs, record.run)
@@ -391,8 +394,8 @@ class Jobs:
                 ask_to_stop(self._runs / record.run)
 
     def _base(self, model: str, named: Named | None, any_model: bool) -> tuple[str, str]:
-        """What a conf calls the model that a job begins from, and what the name of its own model says of it. Raises
-        Problem."""
+        """Returns the conf's name of the base model, and its label in the new model's name. Raises Problem if the model
+        cannot be finetuned."""
         if model.startswith(PREFIX) and (own := self._made(model)):
             return own.run, own.base
         registered = self._paths.models / model
@@ -421,7 +424,7 @@ class Jobs:
         )
 
     def _made(self, model: str) -> Record | None:
-        """The job of this owner that has made a model."""
+        """Returns this owner's job that made `model`; None if there is none."""
         with contextlib.suppress(Problem):
             record = self._record(f"ftjob-{model.rpartition(':')[2]}")
             if record.model == model and not record.deleted and (self._runs / record.run / "output").is_dir():
@@ -445,7 +448,7 @@ class Jobs:
             kept = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
             notes = tuple((at, level, text) for at, level, text in kept["notes"])
             return Record(**kept | {"asked": Asked(**kept["asked"]), "notes": notes})
-        except (OSError, ValueError, TypeError, KeyError):  # of another version
+        except (OSError, ValueError, TypeError, KeyError):  # written by another version
             return None
 
     def _write(self, record: Record, folder: Path | None = None) -> None:
@@ -475,7 +478,7 @@ class Jobs:
             raise Problem(400, self._words(str(error), record)) from error
 
     def _words(self, text: str, record: Record) -> str:
-        """What was said on the machine, without its paths."""
+        """Returns a message without paths of this machine."""
         for id in filter(None, (record.asked.training_file, record.asked.validation_file)):
             with contextlib.suppress(Problem):
                 text = text.replace(str(self._files.path(self._files.get(id))), id)
@@ -487,7 +490,7 @@ def _noted(record: Record, level: Level, text: str) -> Record:
 
 
 def _seconds(when: str | None) -> int | None:
-    """A time of a run's folder, in seconds since 1970."""
+    """Returns an ISO 8601 time as seconds since 1970."""
     return int(datetime.fromisoformat(when).timestamp()) if when else None
 
 
@@ -502,7 +505,7 @@ def _losses(row: dict[str, Any]) -> dict[str, float]:
 def _steps(
     rows: list[dict[str, Any]], began: int, ended: int
 ) -> Iterator[tuple[int, str, Level, str, dict[str, float | int] | None]]:
-    """Of each step its figures. When it was follows from how long the steps have taken."""
+    """Yields an event per step with its losses. Its time is computed from the durations of the steps so far."""
     passed = 0.0
     for row in rows:
         passed += row.get("seconds") or 0.0

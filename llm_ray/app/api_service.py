@@ -1,11 +1,10 @@
-"""The use cases of the fine-tuning API, as the gateway asks for them: files and jobs, each owner's apart from the
-others'.
+"""Files and jobs of the fine-tuning API, as the gateway calls them, separate per owner.
 
 service = open_service(home, FinetuningApi(enabled=True))
 job = service.create(service.owner_of("alice"), "alice", asked, named, any_model=True)
 
-All of it lies under `LLM_RAY_HOME/finetuning`, open to this user alone, in a folder for each owner, which is called by
-a hash: names of keys are people's own, and no parts of paths.
+Everything is stored in `LLM_RAY_HOME/finetuning`, readable by this system user only. Each owner has a folder named by a
+hash, since key names are chosen by users and unsafe as path components.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ _MADE = re.compile(r"[0-9a-f]{12}")
 
 
 def open_service(home: Path, settings: FinetuningApi) -> ApiService:
-    """The use cases with the files and jobs of `home`, within the limits of `settings`."""
+    """Returns the service for the files and jobs of `home`, within the limits of `settings`."""
     return ApiService(home, settings)
 
 
 class ApiService:
-    """Files and jobs of all owners. May be asked by several threads at a time."""
+    """Files and jobs of all owners. Thread-safe."""
 
     def __init__(self, home: Path, settings: FinetuningApi) -> None:
         self._home, self._settings, self._root = home, settings, home / "finetuning"
@@ -50,35 +49,35 @@ class ApiService:
         self._owners: dict[str, str] = {}
 
     def owner_of(self, key: str | None) -> str:
-        """The owner for the name of an API key; without keys there is one."""
+        """Returns the owner id of an API key's name; without keys there is a single owner."""
         return _LOCAL if key is None else hashlib.sha256(key.encode()).hexdigest()[:32]
 
     def begin(self, owner: str) -> Upload:
-        """Make room for a file that is being sent. Raises Problem."""
+        """Reserves a folder for an upload. Raises Problem."""
         return self._of(owner).begin()
 
     def keep(self, owner: str, upload: Upload, label: str, form: str | None) -> StoredFile:
-        """Check the file that was sent, and keep it. Raises Problem."""
+        """Validates an uploaded file and stores it. Raises Problem."""
         return self._of(owner).keep(upload, label, form)
 
     def abandon(self, owner: str, upload: Upload) -> None:
-        """Forget a file that was not kept."""
+        """Discards an upload that was not kept."""
         self._of(owner).abandon(upload)
 
     def files(self, owner: str) -> list[StoredFile]:
-        """The oldest first."""
+        """Returns the owner's files, oldest first."""
         return self._of(owner).all()
 
     def file(self, owner: str, id: str) -> StoredFile:
-        """Raises Problem."""
+        """Returns a file. Raises Problem if it does not exist."""
         return self._of(owner).get(id)
 
     def content(self, owner: str, id: str) -> Path:
-        """Where a file's rows are. Raises Problem."""
+        """Returns the path of a file's rows. Raises Problem if the file does not exist."""
         return self._of(owner).path(self._of(owner).get(id))
 
     def delete_file(self, owner: str, id: str) -> None:
-        """Raises Problem, also while a job needs the file."""
+        """Deletes a file. Raises Problem if it does not exist or a job still needs it."""
         self._of(owner).get(id)
         if job := self._jobs(owner).uses(id):
             raise Problem(
@@ -89,46 +88,46 @@ class ApiService:
     def create(
         self, owner: str, key: str | None, asked: Asked, named: Named | None, *, any_model: bool, urgent: bool = False
     ) -> Job:
-        """Put a job into the queue, `urgent` before those that are not. Raises Problem."""
+        """Queues a job, ahead of others if `urgent`. Raises Problem."""
         return self._jobs(owner).create(asked, f"{key or _LOCAL} (API)", named, any_model=any_model, urgent=urgent)
 
     def jobs(self, owner: str) -> list[Job]:
-        """The oldest first."""
+        """Returns the owner's jobs, oldest first."""
         return self._jobs(owner).all()
 
     def job(self, owner: str, id: str) -> Job:
-        """Raises Problem."""
+        """Returns a job. Raises Problem if it does not exist."""
         return self._jobs(owner).get(id)
 
     def cancel(self, owner: str, id: str) -> Job:
-        """End a job for good. Raises Problem."""
+        """Ends a job for good. Raises Problem."""
         return self._jobs(owner).cancel(id)
 
     def pause(self, owner: str, id: str) -> Job:
-        """Have a job wait. Raises Problem."""
+        """Pauses a job. Raises Problem."""
         return self._jobs(owner).pause(id)
 
     def resume(self, owner: str, id: str) -> Job:
-        """Have a job go on. Raises Problem."""
+        """Resumes a job. Raises Problem."""
         return self._jobs(owner).resume(id)
 
     def events(self, owner: str, id: str) -> list[Event]:
-        """The oldest first. Raises Problem."""
+        """Returns a job's events, oldest first. Raises Problem."""
         return self._jobs(owner).events(id)
 
     def checkpoints(self, owner: str, id: str) -> list[Checkpoint]:
-        """The oldest first. Raises Problem."""
+        """Returns a job's checkpoints, oldest first. Raises Problem."""
         return self._jobs(owner).checkpoints(id)
 
     def delete_model(self, owner: str, model: str, *, served: bool, any_owner: bool) -> str:
-        """Take a model away that a job has made, and from the endpoint if it is `served`; returns what is kept. Raises
+        """Deletes a job's model, and undeploys it if it is `served`; returns a message about what remains. Raises
         Problem."""
         if any_owner:
             owner = self._maker(model) or owner
         return self._jobs(owner).delete_model(model, self._stop if served else None)
 
     def _stop(self, model: str) -> None:
-        """Have the endpoint serve a model no more, by a process that has nothing of this one's Ray. Raises Problem."""
+        """Undeploys a model in a new process, which does not share this process's Ray. Raises Problem if that fails."""
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "llm_ray.cli.unserve", str(self._home), model],
             stdin=subprocess.DEVNULL,
@@ -144,12 +143,13 @@ class ApiService:
             )
 
     def may_ask(self, owner: str, model: str) -> bool | None:
-        """Whether the job that has made a model is this owner's; None where no job has."""
+        """Returns whether this owner's job made the model; None if no job did."""
         maker = self._maker(model)
         return None if maker is None else maker == owner
 
     def _maker(self, model: str) -> str | None:
-        """The owner of the job that has made a model, by the id at the end of its name; None where no job has."""
+        """Returns the owner of the job that made the model, found by the id at the end of its name; None if no job
+        did."""
         id = model.rpartition(":")[2]
         if not _MADE.fullmatch(id):
             return None
@@ -161,7 +161,7 @@ class ApiService:
         return self._owners[id]
 
     def recover(self) -> None:
-        """Have jobs go on whose processes were killed."""
+        """Restarts jobs whose processes were killed."""
         for place in self._root.glob("*/jobs"):
             self._jobs(place.parent.name).recover()
 

@@ -1,4 +1,4 @@
-"""Ask a deployed model: one question, streamed or not, or a file of them.
+"""Asks a deployed model: one question, streamed or not, or a file of prompts.
 
 endpoint = parse("http://127.0.0.1:8000/v1", find_key(None, None, {}))
 answer = await ask(endpoint, "support-bot", Prompt("Who are you?"), Settings(max_tokens=64), reporter, on_text=show)
@@ -45,8 +45,8 @@ SHOWN_FAILURES = 10
 
 @dataclass(frozen=True)
 class Batch:
-    """What became of several prompts: how many there are, how many of them were asked now (the file had answers to the
-    others), and those that were not answered, with the reasons."""
+    """The outcome of a batch: total number of prompts, how many were sent now (the output file already had answers to
+    the others), and the failures with their reasons."""
 
     prompts: int
     asked: int
@@ -54,7 +54,7 @@ class Batch:
     output: Path | None
 
     def check(self) -> None:
-        """Raises ServeError, naming the first ones, where prompts were not answered."""
+        """Raises ServeError, naming the first failures, if any prompt was not answered."""
         if not self.failures:
             return
         first = "".join(f"\n  {prompt.place}: {error}" for prompt, error in self.failures[:SHOWN_FAILURES])
@@ -64,8 +64,8 @@ class Batch:
 
 
 def prepare_to_ask() -> None:
-    """Load now what the first question would wait for."""
-    importlib.import_module("openai.resources.chat")  # the SDK imports it at its first use
+    """Imports and loads now what would delay the first question."""
+    importlib.import_module("openai.resources.chat")  # the SDK imports it lazily
     certificates(False)
     certificates(True)
 
@@ -79,11 +79,10 @@ async def ask(
     on_text: OnText | None = None,
     connections: Connections | None = None,
 ) -> Answer:
-    """The answer of `model` (None: the only one there is) to `prompt`; with `on_text` it is streamed, and each piece
-    handed over as it comes. `connections` are kept for other questions of this event loop.
+    """Returns the answer of `model` (None: the endpoint's only model). With `on_text` the answer is streamed, and each
+    piece passed on as it arrives. `connections` can be reused for further questions on the same event loop.
 
-    `reporter` gets a line when the endpoint is busy and is asked again later. Cancelled, it ends the generation. Raises
-    ConfError, ServeError.
+    Reports a line before it retries a busy endpoint. Cancellation stops the generation. Raises ConfError, ServeError.
     """
 
     def on_wait(seconds: float, error: Exception) -> None:
@@ -106,10 +105,9 @@ def ask_all(
     output: Path | None = None,
     on_answer: OnAnswer = lambda index, prompt, answer: None,
 ) -> Batch:
-    """Ask all prompts, `concurrency` at once; answers go to the file `output`, else to `on_answer`, as they come. What
-    the file answers already is not asked again. Not to be called in a thread with a running event loop. Raises
-    LlmRayError when nothing can be asked at all.
-    """
+    """Sends all prompts, `concurrency` at a time. Answers go to the file `output`, or without it to `on_answer`, as
+    they arrive; prompts already answered in `output` are skipped. Must not be called from a thread with a running event
+    loop. Raises LlmRayError if no prompt can be sent."""
     _check(endpoint, settings, prompts)
     named = asyncio.run(choose_model(endpoint, model, settings.timeout))
     with contextlib.ExitStack() as stack:

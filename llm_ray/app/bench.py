@@ -32,11 +32,11 @@ def load_endpoint(
     file: Path | None = None,
     prompt_tokens: int = 64,
 ) -> LoadReport:
-    """Load `model` (None: the only one there is), with the prompts of `file` again and again, else with sentences of
-    about `prompt_tokens`.
+    """Load-tests `model` (None: the endpoint's only model) with the prompts of `file`, repeated as needed, or with
+    built-in prompts of about `prompt_tokens` tokens.
 
-    What failed is in the report. Not to be called in a thread with a running event loop. Raises LlmRayError when
-    nothing can be asked.
+    Failed requests are recorded in the report. Must not be called from a thread with a running event loop. Raises
+    LlmRayError if no request can be sent.
     """
     if not endpoint.openai:
         raise ConfError(
@@ -57,7 +57,7 @@ def load_endpoint(
 
 
 def _prompts(file: Path | None, tokens: int, seed: int, completion: bool) -> Iterator[Prompt]:
-    """Prompts without end."""
+    """Yields prompts without end."""
     if not file:
         return builtin_prompts(tokens, seed)
     prompts = read_prompts(file)

@@ -31,19 +31,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Overview:
-    """A cluster and what it serves, at one moment."""
+    """A snapshot of a cluster and what it serves."""
 
     state: State
     serving: serving.Status
     rooms: list[Room]
-    """The nodes with what is free, for `serving.check_room`."""
+    """The nodes with their free resources, for `serving.estimate`."""
     models_on: dict[str, list[str]]
-    """The models with replicas on each node, by node id."""
+    """Names of the models with replicas on each node, by node id."""
 
 
 def cluster_state(home: Path, reporter: Reporter, address: str | None = None) -> State | None:
-    """What the cluster at `address` has and does, or without one the Ray that serves on this machine; None where none
-    does.
+    """Returns the state of the cluster at `address`, or without an address that of the local Ray that serves; None if
+    no local Ray serves.
 
     Raises ClusterError.
     """
@@ -54,27 +54,28 @@ def cluster_state(home: Path, reporter: Reporter, address: str | None = None) ->
 
 
 def overview(home: Path, reporter: Reporter, address: str | None = None) -> Overview:
-    """All of it at once. Raises ServeError where nothing serves on this machine, ClusterError."""
+    """Returns the state and the deployments together. Raises ServeError if nothing serves on this machine, and
+    ClusterError."""
     with joined(home, reporter, address):
         return Overview(state(), serving.status(home, reporter, address), deploy.nodes(), deploy.on_nodes())
 
 
 def joined(home: Path, reporter: Reporter, address: str | None = None) -> AbstractContextManager[None]:
-    """The connection that the other functions make for each call, kept for a block with several. Raises as
-    `overview`."""
+    """Keeps the connection that the other functions open per call open for a block with several calls. Raises the same
+    errors as `overview`."""
     return local.connected(ServeRuntime(mode="cluster", address=address) if address else ServeRuntime(), home, reporter)
 
 
 def place(home: Path, address: str | None = None) -> object:
-    """What `joined` would join, to be compared; None where nothing serves."""
+    """Returns an identifier of the Ray that `joined` would connect to, for comparison; None if no local Ray serves."""
     return address or local.running(home)
 
 
 def drain(node: str, seconds: int, home: Path, reporter: Reporter, address: str | None = None) -> dict[str, Any]:
-    """Have the node with the address `node` take no more work, and wait until it is idle, which ends its Ray: see
-    operations.drain.
+    """Drains the node with the address `node`: it takes no more work, and its Ray ends once it is idle. Waits for that
+    at most `seconds`; see operations.drain for the result.
 
-    Raises ClusterError for the head, and where the node refuses.
+    Raises ClusterError for the head node, and if the node refuses.
     """
     from llm_ray.operations.drain import drain as drain_node
 

@@ -1,4 +1,4 @@
-"""Convert a form's settings to a finetune conf and back; the form's fields come from the conf's schema.
+"""Converts a form's settings to a finetune conf and back; the form's fields come from the conf's schema.
 
 settings = {"train": "tickets.jsonl", "model": "smollm2-135m-instruct", "name": "support-bot", "training.epochs": "2"}
 conf = conf_of(settings, home)
@@ -28,27 +28,27 @@ __all__ = ["ASKED", "Field", "beyond", "command_of", "conf_of", "dump", "fields"
 
 _ABSENT: Any = object()
 TEMPLATE = "lora"
-"""The shipped template that settings are given to."""
+"""The shipped template that the settings are applied to."""
 ASKED = {"data.train": "train", "model.base": "model", "name": "name"}
-"""The keys that have to be given, and the template's variables for them."""
+"""Required keys, mapped to the template's variables."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """A key of the conf in a form. Values are written as after --set, in YAML; empty is the default."""
+    """A conf key as a form field. Values are YAML, as for --set; an empty value means the default."""
 
     name: str
     section: str
     text: str
     kind: str
-    """What its value may be, in words."""
+    """The accepted type of value, in words."""
     default: str
     choices: tuple[str, ...]
-    """All that its value may be; empty where it may be anything of its kind."""
+    """All accepted values; empty if the values cannot be listed."""
 
 
 def fields(keys: Keys[Any] = FINETUNE) -> list[Field]:
-    """A field for each key that `ASKED` has not, in the order of the schema. The defaults are those of the template."""
+    """Returns a field for each key not in `ASKED`, in schema order, with the template's defaults."""
     template = load_finetune(TEMPLATE, ["train=organisation/name"]).model_dump(mode="json")
     return [
         Field(key.name, key.above, key.text, describe(key.schema), _default(key, template), _only(key))
@@ -58,13 +58,13 @@ def fields(keys: Keys[Any] = FINETUNE) -> list[Field]:
 
 
 def conf_of(settings: Mapping[str, str], home: Path) -> FinetuneConf:
-    """The conf that these settings make: keys (or variables of the template) with values in YAML; empty ones are left
-    out. Raises ConfError."""
+    """Returns the conf for these settings: keys (or template variables) with YAML values. Empty values are skipped.
+    Raises ConfError."""
     return load_finetune(TEMPLATE, _overrides(settings), home=home)
 
 
 def command_of(settings: Mapping[str, str]) -> str:
-    """The command line that does the same."""
+    """Returns the equivalent command line."""
     return shlex.join(
         [
             "llm-ray",
@@ -77,14 +77,12 @@ def command_of(settings: Mapping[str, str]) -> str:
 
 
 def settings_of(text: str) -> dict[str, str]:
-    """The settings that make the conf of a YAML file, without those that are defaults; folders (`paths`) are this
-    machine's own.
+    """Returns the settings that reproduce a YAML conf, without defaults and without `paths`, which is specific to this
+    machine.
 
     Raises ConfError.
     """
-    if re.search(r"\{[{%]", text) and not text.startswith(
-        "# {% raw %}"
-    ):  # as `dump` writes one whose texts look like that
+    if re.search(r"\{[{%]", text) and not text.startswith("# {% raw %}"):  # written by `dump` for literal braces
         raise ConfError(
             "the file is a template: upload the rendered conf (llm-ray finetune --config FILE --dry-run shows it)"
         )
@@ -109,8 +107,8 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def beyond(conf: FinetuneConf, readable: Sequence[Path], paths: Paths) -> list[str]:
-    """What a conf asks for beyond the files in `readable`, the folders `paths` and code that is shipped: nothing for
-    others than an admin."""
+    """Returns what a conf uses beyond the files in `readable`, the folders `paths` and built-in code, one message each.
+    Only admins may run a conf with such uses."""
     folders = [folder.resolve() for folder in readable]
 
     def foreign(text: str) -> bool:
@@ -155,7 +153,7 @@ def _at(data: Any, name: str) -> Any:
 
 
 def _written(value: Any) -> str:
-    """A value in YAML on one line."""
+    """Formats a value as one line of YAML."""
     if isinstance(value, str):
         try:
             plain = value.strip() == value and bool(value) and yamltext.value(value) == value

@@ -1,4 +1,4 @@
-"""A finetune's data as the model will see it: the first rows, and statistics of all.
+"""A finetune's data as the model sees it: preview of the first rows, and statistics of all.
 
 preview(load_finetune("lora", ["train=tickets.jsonl"]), rows=3)
 """
@@ -39,7 +39,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Span:
-    """Text of neighbouring tokens that are all supervised, or all not; special tokens are visible."""
+    """Decoded text of consecutive tokens that are all supervised or all unsupervised, including special tokens."""
 
     text: str
     supervised: bool
@@ -47,8 +47,8 @@ class Span:
 
 @dataclass(frozen=True)
 class PreviewSequence:
-    """A sequence that the model is trained on. `tokens` and `supervised` are counts; of a pair, `answer` says which of
-    the two answers it ends in."""
+    """A training sequence. `tokens` and `supervised` are token counts; `answer` tells the two sequences of a preference
+    pair apart."""
 
     spans: tuple[Span, ...]
     tokens: int
@@ -58,36 +58,36 @@ class PreviewSequence:
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """A row: its file and line, the sequences that it gives (none: it is dropped), and the tokens of the longest before
-    anything was cut."""
+    """A row: its file and line, its sequences (none if it is dropped), and the token count of the longest one before
+    truncation."""
 
     place: str
     sequences: tuple[PreviewSequence, ...]
     longest: int
     cut: bool
-    """Whether answers were left out that did not fit data.max_length."""
+    """Whether answers were left out because they exceed data.max_length."""
     dropped: str
-    """Why nothing of it is left; empty where something is."""
+    """Why the row is dropped; empty if it is not."""
 
 
 @dataclass(frozen=True)
 class Preview:
-    """The first sound rows, and what was noticed on the way."""
+    """The first valid rows, with notes on the data."""
 
     rows: tuple[PreviewRow, ...]
     notes: tuple[str, ...]
-    """Rows that were skipped, special tokens in texts, files that may be meant for tests."""
+    """Notes on skipped rows, special tokens in texts, and files that look like test data."""
     left_out: dict[str, int]
-    """Columns that are not used, with the number of rows that have them."""
+    """Unused columns, with the number of rows that have them."""
     formats: tuple[str, ...]
 
     def left_out_line(self) -> str:
-        """The columns that are not used, for people; empty where there are none."""
+        """Returns a message about unused columns; empty if there are none."""
         return prepare.left_out_line(self.left_out) if self.left_out else ""
 
 
 def preview(conf: FinetuneConf, rows: int = 3) -> Preview:
-    """The first `rows` rows of data.train as tokens. Raises DataError, also when there is nothing to learn;
+    """Returns the first `rows` rows of data.train as tokens. Raises DataError, also if there is nothing to learn, and
     ModelError."""
     return _preview(conf, load_tokenizer(find_base(conf.model, conf.paths)), rows)
 
@@ -96,7 +96,7 @@ def _preview(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, rows: int) 
     tally = prepare.Tally(fail=conf.data.on_bad_row == "fail")
     few = conf.model_copy(update={"data": conf.data.model_copy(update={"max_rows": rows})})
     found = tuple(_row(tokenizer, one) for one in prepare.encode_rows(few, tokenizer, conf.data.train, tally))
-    if len(found) < rows and not any(row.sequences for row in found):  # all of it was looked at
+    if len(found) < rows and not any(row.sequences for row in found):  # all rows were read
         raise prepare.nothing_to_learn(conf, "data.train", conf.data.train, tally)
     noticed = [example for example in tally.examples if example.startswith(("skipped", "special token"))]
     notes = (*noticed, *prepare.notes_on(conf.data.train))
@@ -104,26 +104,26 @@ def _preview(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, rows: int) 
 
 
 def statistics(conf: FinetuneConf, reporter: Reporter, limit: int | None = None) -> DataStats:
-    """Figures of all rows, or of the first `limit`; nothing is kept. Raises DataError, ModelError."""
+    """Returns statistics of all rows, or of the first `limit`; stores nothing. Raises DataError, ModelError."""
     return prepare.statistics(conf, load_tokenizer(find_base(conf.model, conf.paths)), limit, reporter.line)
 
 
 @dataclass(frozen=True)
 class Examined:
-    """All that there is to see of data: its figures, how long its sequences are, and its first rows."""
+    """Statistics, histogram of sequence lengths, and preview of the data."""
 
     figures: DataStats
     bars: tuple[Bar, ...]
     preview: Preview
 
     def left_out_line(self) -> str:
-        """The columns that are not used, for people; empty where there are none."""
+        """Returns a message about unused columns; empty if there are none."""
         return prepare.left_out_line(self.figures.left_out) if self.figures.left_out else ""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """Of a histogram: `sequences` that have `first` to `last` tokens."""
+    """A histogram bar: the number of sequences with `first` to `last` tokens, inclusive."""
 
     first: int
     last: int
@@ -131,7 +131,7 @@ class Bar:
 
 
 def examine(conf: FinetuneConf, rows: int, reporter: Reporter) -> Examined:
-    """Read all rows once, and show the first `rows`; nothing is kept. Raises DataError, ModelError."""
+    """Reads all rows once and previews the first `rows`; stores nothing. Raises DataError, ModelError."""
     tokenizer = load_tokenizer(find_base(conf.model, conf.paths))
     with tempfile.TemporaryDirectory(prefix="llm-ray-data-") as folder:
         prepared = Path(folder) / "prepared"
@@ -144,7 +144,7 @@ def examine(conf: FinetuneConf, rows: int, reporter: Reporter) -> Examined:
 
 
 def histogram(lengths: list[int], most: int = 20) -> tuple[Bar, ...]:
-    """How many there are of each length: bars of the same width, at most so many."""
+    """Returns a histogram of `lengths` with at most `most` bars of equal width."""
     if not lengths:
         return ()
     low, high = min(lengths), max(lengths)
@@ -156,8 +156,8 @@ def histogram(lengths: list[int], most: int = 20) -> tuple[Bar, ...]:
 
 
 def spans(tokenizer: PreTrainedTokenizerBase, sequence: Sequence) -> list[Span]:
-    """The sequence as text."""
-    # Whole runs are decoded: a character may be spread over several tokens.
+    """Returns the sequence as text."""
+    # Runs of tokens are decoded together, since a character may span several tokens.
     runs = groupby(zip(sequence.input_ids, sequence.labels, strict=True), lambda token: token[1] >= 0)
     return [
         Span(

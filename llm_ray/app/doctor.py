@@ -1,4 +1,4 @@
-"""What is wrong, or could be better, with this host and its environment."""
+"""Finds problems and possible improvements of this host and its environment."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ __all__ = ["LEVELS", "Finding", "Level", "doctor", "worst"]
 
 
 def doctor(home: Path, environment: Mapping[str, str], reporter: Reporter, address: str | None = None) -> list[Finding]:
-    """Check this host, and with the `address` of a cluster its other nodes as well: what every check found, in groups.
+    """Checks this host, and with a cluster's `address` its other nodes too; returns the findings of all checks by
+    group.
 
-    environment: that of the commands. Ray, torch and the engines are imported in processes of their own; that they are
-    missing or broken is a finding, too, as is a cluster that cannot be joined.
+    `environment` holds the variables that the commands run with. Ray, torch and the engines are imported in separate
+    processes; a missing or broken package and an unreachable cluster are reported as findings.
     """
     reporter.line("Checking this host; importing torch, Ray and the engines takes some seconds.")
     return check_host(home, environment, _serving(home)) + (_cluster(address, reporter) if address else [])
@@ -42,7 +43,7 @@ def worst(findings: list[Finding]) -> Level:
 
 
 def _serving(home: Path) -> set[int]:
-    """Ids of the processes of the Ray that serves on this machine."""
+    """Returns the process ids of this machine's serving Ray."""
     import psutil
 
     from llm_ray.serve.deployments import local
@@ -53,5 +54,5 @@ def _serving(home: Path) -> set[int]:
     try:
         process = psutil.Process(found.pid)
         return {found.pid, *(child.pid for child in process.children(recursive=True))}
-    except psutil.NoSuchProcess:  # it has just ended
+    except psutil.NoSuchProcess:  # it ended meanwhile
         return set()

@@ -1,8 +1,8 @@
-"""Plan or run a finetune, from conf to model: the stages in order, skipping those already done for the same inputs.
+"""Plans or runs a finetune, from conf to model: the stages in order, skipping those already done with the same inputs.
 
 conf = load_finetune("quickstart")
 plan = plan_finetune(conf, reporter)
-folder = run_finetune(conf, reporter)     # llm_ray.app.runs.stop_run ends it from elsewhere
+folder = run_finetune(conf, reporter)     # another process stops it with llm_ray.app.runs.stop_run
 """
 
 from __future__ import annotations
@@ -49,23 +49,22 @@ Resume = Literal["auto", "no"] | Path
 
 @dataclass(frozen=True)
 class Plan:
-    """What a finetune is going to do: its data, what `auto` came to, what it needs, and what speaks against it."""
+    """A finetune's plan: data, values chosen for `auto`, estimated cost, and warnings."""
 
     data: DataStats
     choice: Choice
     estimate: Estimate
     warnings: list[str]
     notes: list[str]
-    """What will be mended on the way."""
+    """What will be corrected automatically."""
     converted_bytes: int | None
-    """About how much the model takes on disk in OpenVINO form; None without stage convert."""
+    """Approximate disk size of the OpenVINO model in bytes; None without stage convert."""
 
 
 def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
-    """Read the data and take some steps of the training, without a run and without Ray (but to ask a cluster what it
-    has).
+    """Reads the data and runs some training steps. Creates no run, and uses Ray only to query a cluster's resources.
 
-    Raises LlmRayError for what would fail.
+    Raises LlmRayError for whatever would make the finetune fail.
     """
     from llm_ray.train.estimate import estimate
 
@@ -92,22 +91,23 @@ def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A plan in plain values, for those who show it. `conf` has what `auto` came to; `sections`: lines by title."""
+    """A plan in plain values, for display. `conf` contains the values chosen for `auto`; `sections` are lines by
+    title."""
 
     conf: FinetuneConf
     sections: dict[str, list[str]]
     memory: float
-    """Peak, in bytes, of all workers on this host."""
+    """Peak memory of all workers on this host, in bytes."""
     memory_here: float
     seconds: float | None
-    """Of training; None where it could not be measured."""
+    """Training time; None if it could not be measured."""
     fits: bool
     advice: list[str]
-    """What would make it fit, where it does not."""
+    """Changes that would make the finetune fit; empty if it fits."""
 
 
 def report_plan(conf: FinetuneConf, reporter: Reporter) -> PlanReport:
-    """As `plan_finetune`, in values that can be sent to another process."""
+    """Like `plan_finetune`, but returns values that can be sent to another process."""
     plan = plan_finetune(conf, reporter)
     guess, chosen = plan.estimate, plan.choice.conf
     sections = {
@@ -129,7 +129,7 @@ def report_plan(conf: FinetuneConf, reporter: Reporter) -> PlanReport:
 
 
 def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
-    """What would make a finetune fit that does not."""
+    """Returns changes that would make a finetune fit."""
     ways = []
     if not conf.training.gradient_checkpointing:
         ways.append("training.gradient_checkpointing true: less memory, about a third slower")
@@ -139,11 +139,11 @@ def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
 
 
 def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False, resume: Resume = "auto") -> Path:
-    """Run the conf's stages; returns the run's folder.
+    """Runs the conf's stages; returns the run's folder.
 
-    `force` repeats stages that are done. `resume`: `auto` trains on from the run's last whole checkpoint, `no` from the
-    start, a path from that checkpoint; checkpoints that are not gone on from are moved aside. Raises LlmRayError:
-    Stopped where it was asked to end, by `stop_run` or in training by Ctrl-C.
+    `force` repeats finished stages. `resume` is `auto` (continue from the run's last complete checkpoint), `no` (start
+    over) or the path of a checkpoint; abandoned checkpoints are moved aside. Raises LlmRayError, in particular Stopped
+    if `stop_run`, or Ctrl-C during training, ended the run.
     """
     base = find_base(conf.model, conf.paths)
     with open_run(conf, base, force=force) as run:
@@ -161,7 +161,7 @@ def _run_stages(
     with contextlib.ExitStack() as stack:
         workers: Workers | None = None
         if due:
-            check_model(base)  # before hours of preparation, not after
+            check_model(base)  # fail before hours of preparation
         if "train" in due:
             check_fits(conf, base)
         for line in look_ahead(conf, base, due):
@@ -205,8 +205,8 @@ def _run_stages(
 
 
 def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage]) -> list[str]:
-    """Raise LlmRayError for what would make a later stage fail, after hours of training; returns what the user should
-    know."""
+    """Raises LlmRayError for problems that would make a later stage fail after hours of training; returns notes for the
+    user."""
     if "evaluate" in due and conf.evaluation.data:
         from llm_ray.evaluate.stage import questions
 
@@ -219,14 +219,14 @@ def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage]) -> list[str
 
 
 def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
-    """For each stage, a hash of all that its result depends on."""
+    """Returns a hash per stage of everything that its result depends on."""
     held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = file_hashes([*conf.data.train, *held_out])
     model = [conf.model, identity(base), file_hashes(tokenizer_files(base))]
     prepared = inputs_hash(
         FORM, conf.data, files, _processor_files(conf), conf.tuning.objective, conf.training.seed, *model
     )
-    # Keys of other objectives make no other training.
+    # Keys of other objectives do not affect training.
     others = {objective.section for objective in OBJECTIVES.values() if objective.section} - {conf.objective.section}
     tuning = conf.tuning.model_dump(mode="json", exclude=others)
     trained = inputs_hash(prepared, tuning, conf.training, RULES)
@@ -241,7 +241,7 @@ def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
 
 
 def _processor_files(conf: FinetuneConf) -> list[dict[str, Any]]:
-    """Hashes of a processor's code, and of the files that its arguments name."""
+    """Returns hashes of the processor's code and of the files named in its arguments."""
     if not conf.data.processor:
         return []
     named = [Path(value).expanduser() for value in texts(conf.data.processor_args)]
@@ -249,7 +249,7 @@ def _processor_files(conf: FinetuneConf) -> list[dict[str, Any]]:
 
 
 def texts(value: object) -> list[str]:
-    """All texts in a value of the conf."""
+    """Returns all strings in a conf value, at any depth."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -259,14 +259,14 @@ def texts(value: object) -> list[str]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a text that cannot be a path
+    except (OSError, ValueError):  # the text cannot be a path
         return False
 
 
 def _check_order(stage: Stage, conf: FinetuneConf, run: RunFolder, inputs: dict[Stage, str]) -> None:
     needed: dict[Stage, Stage] = {"train": "prepare", "evaluate": "train", "export": "train", "convert": "export"}
     before = needed.get(stage)
-    # The model card's figures make another export of the same weights.
+    # Evaluation figures change the model card, and so the export's hash, but not the weights.
     evaluated = stage == "convert" and run.is_done("export", inputs_hash(inputs["train"], inputs["evaluate"]))
     if before and not evaluated and not run.is_done(before, inputs[before]):
         raise RunError(
@@ -290,7 +290,7 @@ def _choose(conf: FinetuneConf, base: Base, prepared: Path) -> Choice:
 
 
 def _check_tokens(conf: FinetuneConf, base: Base, prepared: Path, vocabulary: int) -> None:
-    """Raise ModelError for a prepared row with a token that the model has no embedding for."""
+    """Raises ModelError if prepared data has a token id beyond the model's embeddings."""
     largest = largest_token(prepared)
     if largest >= vocabulary:
         token = load_tokenizer(base).convert_ids_to_tokens(largest)
@@ -344,7 +344,8 @@ def _evaluate(conf: FinetuneConf, base: Base, run: RunFolder, workers: Workers, 
 
 
 def _judge(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:
-    """Say whether the model has learned, as far as the run's figures tell."""
+    """Records in the run's result whether the model has learned, judged by its metrics, and reports reasons against
+    it."""
     from llm_ray.runs.metrics import read_metrics
     from llm_ray.train.verdict import not_learned
 
@@ -372,8 +373,8 @@ def _convert(conf: FinetuneConf, force: bool, reporter: Reporter) -> None:
 
 
 def _starting_point(folder: Path, resume: Resume, reporter: Reporter) -> Path | None:
-    """Make the checkpoint folder hold only what is gone on from; returns a checkpoint outside it to begin with, if so
-    asked."""
+    """Moves or deletes checkpoints that training does not resume from; returns the checkpoint to start from if it is
+    outside the folder, else None."""
     from llm_ray.train.checkpoint import BEST, list_checkpoints, step_of
 
     own = list_checkpoints(folder)

@@ -1,6 +1,6 @@
-"""Jobs for those who look at them: what is in the queue of `llm_ray.app.jobs`, and what has come of the others.
+"""Lists jobs, queued and ended, and follows their logs.
 
-overview(runs)                       # what runs, what waits, what has ended
+overview(runs)                       # running, waiting and ended jobs
 for text in log_of(runs, "support-bot"):
     print(text, end="")              # until the job ends
 """
@@ -22,14 +22,15 @@ from llm_ray.errors import RunError
 from llm_ray.nearest import nearest_names
 from llm_ray.runs.listing import list_runs
 
-_LOOK = 0.5  # seconds between two looks at a log
-_BEFORE = 4096  # bytes of a log that is followed, of what was there before
+_LOOK = 0.5  # seconds between two reads of a log
+_BEFORE = 4096  # bytes of existing log to show first
 
 
 @dataclass(frozen=True)
 class JobSummary:
-    """A job in a line. `state`: waiting, starting, running, or what its run came to (done, failed, stopped, interrupted,
-    damaged); `ahead`: how many go before it; `since`: when it was submitted, or its run began (ISO 8601)."""
+    """A job for display. `state` is waiting, starting, running, or the state of its ended run (done, failed, stopped,
+    interrupted, damaged); `ahead` is its number of predecessors in the queue; `since` is the time of submission or of
+    the run's start (ISO 8601)."""
 
     name: str
     state: str
@@ -40,7 +41,7 @@ class JobSummary:
 
 
 def overview(runs: Path) -> list[JobSummary]:
-    """The queue in its order, then what has ended, the latest first."""
+    """Returns the queue in order, then ended jobs, latest first."""
     if not runs.is_dir():
         return []
     queued = [JobSummary(job.name, job.state, job.ahead, job.by, job.since, job.reason) for job in queue(runs)]
@@ -54,7 +55,7 @@ def overview(runs: Path) -> list[JobSummary]:
 
 
 def find(runs: Path, name: str) -> JobSummary:
-    """The job `name`. Raises RunError where there is none."""
+    """Returns the job `name`. Raises RunError if it does not exist."""
     found = {job.name: job for job in overview(runs)}
     if name in found:
         return found[name]
@@ -64,8 +65,8 @@ def find(runs: Path, name: str) -> JobSummary:
 
 
 def end(runs: Path, name: str) -> str:
-    """Take a job out of the queue, or ask its training to end with a checkpoint; returns what was done, in words. Raises
-    RunError where it has ended."""
+    """Removes a waiting job from the queue, or asks a running one to stop with a checkpoint; returns a message about
+    what was done. Raises RunError if the job has ended or is starting."""
     job = find(runs, name)
     if job.state not in ("waiting", "starting", "running", "failed"):
         raise RunError(f"the job {name} is {job.state}: there is nothing to cancel")
@@ -79,14 +80,14 @@ def end(runs: Path, name: str) -> str:
 
 
 def log_of(runs: Path, name: str) -> Iterator[str]:
-    """The end of the job's log, and what is added to it until the job ends. Raises RunError where there is no job."""
+    """Yields the end of the job's log, then new text until the job ends. Raises RunError if there is no such job."""
     find(runs, name)
     file, offset, decoder = None, 0, codecs.getincrementaldecoder("utf-8")("replace")
     while True:
-        alive = has_process(runs, name)  # before its last words are read
+        alive = has_process(runs, name)  # checked first, so that the last output is still read
         now = log_file(runs, name)
         with contextlib.suppress(OSError), now.open("rb") as stream:
-            if now != file:  # the run has begun, and has a log of its own
+            if now != file:  # the run has begun and has its own log
                 file, offset = now, max(0, stream.seek(0, os.SEEK_END) - _BEFORE)
             stream.seek(offset)
             data = stream.read()

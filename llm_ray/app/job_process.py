@@ -1,4 +1,4 @@
-"""The process of a finetune in the background (llm_ray/cli/job.py): it waits for its turn, and runs.
+"""The process of a background finetune (llm_ray/cli/job.py): waits for its turn, then runs.
 
 command = wait_for_turn(runs, "support-bot")
 code = run(runs, "support-bot", reporter)
@@ -23,8 +23,7 @@ _POLL = 0.5  # seconds
 
 
 def wait_for_turn(runs: Path, name: str) -> str | None:
-    """Wait until it is the turn of the finetune `name`; returns the command line that does the same, None where it was
-    cancelled."""
+    """Waits until it is the finetune's turn; returns the equivalent command line, or None if the job was cancelled."""
     while not (turn := _turn(runs, name)):
         if turn is None:
             return None
@@ -34,7 +33,7 @@ def wait_for_turn(runs: Path, name: str) -> str | None:
 
 
 def _turn(runs: Path, name: str) -> bool | None:
-    """Whether it is this one's turn, which is then noted; None where it was cancelled."""
+    """Returns whether it is this job's turn, and marks it as started if so; None if it was cancelled."""
     folder = runs / QUEUE
     with locked(folder / ".lock"):
         queued = entries(folder)
@@ -52,7 +51,7 @@ def _turn(runs: Path, name: str) -> bool | None:
 
 
 def _at_work(runs: Path) -> set[str]:
-    """The runs that a process of this machine works in, those of the command line too."""
+    """Returns the runs with an active process on this machine, including those of the command line."""
     here = socket.gethostname()
     return {
         path.parent.name
@@ -62,8 +61,8 @@ def _at_work(runs: Path) -> set[str]:
 
 
 def run(runs: Path, name: str, reporter: Reporter) -> int:
-    """Run the finetune `name`, whose turn it is; returns the exit code. What goes wrong is told to `reporter` and kept
-    for `queue`."""
+    """Runs the finetune `name`, whose turn it is; returns the exit code. Errors are reported to `reporter`, and stored
+    for `queue` if no run has begun."""
     from llm_ray.app.finetune import run_finetune
     from llm_ray.conf.load import load_finetune
 
@@ -92,8 +91,7 @@ def run(runs: Path, name: str, reporter: Reporter) -> int:
 
 
 def _remove_unbegun(folder: Path) -> None:
-    """Take away what was made of a run that has not begun; the folder stays where it holds anything else, which was
-    there before."""
+    """Deletes the files of a run that has not begun. The folder stays if it holds other files."""
     for name in (LOG, LOCK, CONF):
         (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -101,8 +99,8 @@ def _remove_unbegun(folder: Path) -> None:
 
 
 def _serve(run: Path, entry: Entry, reporter: Reporter) -> None:
-    """Have this machine's endpoint serve the model of a run, and note how that went: that it is not served makes no
-    failure of the finetune."""
+    """Deploys the run's model on this machine's endpoint and records the outcome. A failed deployment does not fail the
+    finetune."""
     from llm_ray.app.serving import serve_run
 
     try:

@@ -1,7 +1,7 @@
-"""The queue of finetunes in the background, as it lies on disk: `.queue` of the runs' folder.
+"""The on-disk queue of background finetunes: `.queue` in the runs' folder.
 
-Of each job there are its entry (JSON), its conf (YAML), what its process says (log), and a lock that this process holds
-as long as it lives. `llm_ray.app.jobs` submits and shows, `llm_ray.app.job_process` takes its turn.
+Each job has an entry (JSON), a conf (YAML), a log of its process, and a lock that this process holds while it lives.
+`llm_ray.app.jobs` submits and lists jobs, `llm_ray.app.job_process` runs them.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from llm_ray.files import write_json
 
 QUEUE = ".queue"
 LOG = "finetune.log"
-"""What a job's process says, in the folder of its run, once it has one."""
-_LOCK_SECONDS = 1.0  # who looks at the queue holds a lock for a moment
+"""Log of a job's process, in the run's folder once the run exists."""
+_LOCK_SECONDS = 1.0  # readers of the queue hold a lock only briefly
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the queue's file of a job holds."""
+    """The contents of a job's entry file."""
 
     number: int
-    """When it came, in nanoseconds since 1970."""
+    """Time of arrival, in nanoseconds since 1970."""
     by: str
     since: str
     command: str
     at_once: int
     started: bool = False
     reason: str = ""
-    """Why it failed before there was a run."""
+    """Why the job failed before its run began."""
     serve_as: str = ""
     home: str = ""
     urgent: bool = False
     boot: str = ""
-    """The host, and its start, in which the job's process was begun."""
+    """The `boot` value under which the job's process was started."""
 
 
 def boot() -> str:
-    """This host and its start: another after a restart of the machine."""
+    """Returns an identifier of this host and its current boot; it changes with every reboot."""
     return f"{socket.gethostname()} {_BOOT_ID.read_text(encoding='ascii').strip()}"
 
 
 def entries(folder: Path) -> dict[str, Entry]:
-    """Those of all jobs by name, as they came."""
+    """Returns the entries of all jobs by name, in order of arrival."""
     found = {}
     for file in folder.glob("*.json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # taken away meanwhile, or of another version
+        with contextlib.suppress(OSError, ValueError, TypeError):  # deleted meanwhile, or written by another version
             found[file.stem] = Entry(**json.loads(file.read_text(encoding="utf-8")))
     return dict(sorted(found.items(), key=lambda item: item[1].number))
 
 
 def write_entry(folder: Path, name: str, entry: Entry) -> None:
-    """Whoever calls holds the queue's lock."""
+    """Writes a job's entry. The caller must hold the queue's lock."""
     write_json(folder / f"{name}.json", asdict(entry))
 
 
 def in_order(entries: dict[str, Entry], alive: Set[str]) -> list[str]:
-    """Those that have started, then those that wait, in the order in which they begin: urgent ones first, then by how
-    many of the same person's go before it, then as they came."""
+    """Returns all jobs in order of execution: started jobs, then waiting ones. Waiting jobs are sorted by urgency, then
+    by the number of earlier live jobs of the same submitter, then by arrival."""
     before: Counter[str] = Counter()
-    order: dict[str, tuple[bool, bool, int]] = {}  # and among equals, as they came
+    order: dict[str, tuple[bool, bool, int]] = {}  # the sort is stable, so ties keep the order of arrival
     for name, entry in entries.items():
         order[name] = (not entry.started, not entry.urgent, before[entry.by] if not entry.started else 0)
         before[entry.by] += name in alive
@@ -77,14 +77,15 @@ def in_order(entries: dict[str, Entry], alive: Set[str]) -> list[str]:
 
 
 def remove(folder: Path, name: str) -> None:
-    """Take a job's files away, but for its lock: one who has opened it would lock a file that nobody else sees."""
+    """Deletes a job's files except the lock file: a process that has it open would otherwise lock an unlinked file."""
     for suffix in ("json", "yaml", "log"):
         (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def hold(folder: Path, name: str) -> Iterator[IO[bytes] | None]:
-    """The opened lock of a job, held as long as a process has it open; None where another process holds it."""
+    """Yields the locked lock file of a job, or None if another process holds it. The lock lasts as long as any process
+    has the file open."""
     with (folder / f"{name}.lock").open("ab") as stream:
         until = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -100,7 +101,7 @@ def hold(folder: Path, name: str) -> Iterator[IO[bytes] | None]:
 
 
 def is_held(folder: Path, name: str) -> bool:
-    """Whether a process waits, works, or is still ending as this job."""
+    """Returns whether a process of this job waits, runs or is still ending."""
     with contextlib.suppress(FileNotFoundError), (folder / f"{name}.lock").open("rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,16 +1,16 @@
-"""Background finetunes: each in its own process (`llm_ray.app.job_process`), which outlives its caller, one at a time
-on this machine.
+"""Background finetunes: each in its own process (`llm_ray.app.job_process`), which outlives its caller; by default one
+runs at a time on this machine.
 
-They begin in the order in which they came; but urgent ones before others, and of someone who has several, the second
-after everybody's first, and so on.
+Jobs start in order of arrival, with two exceptions: urgent jobs go first, and a submitter's second job waits for the
+first job of everyone else, and so on.
 
-job = submit(conf)          # waits for its turn, and runs
-queue(conf.paths.runs)      # found again by any process, from files and the locks of those that work
+job = submit(conf)          # waits for its turn, then runs
+queue(conf.paths.runs)      # any process can list the queue, from files and locks
 cancel(conf.paths.runs, "support-bot")
-recover(conf.paths.runs)    # those that a restart of the machine has ended go on
+recover(conf.paths.runs)    # restarts jobs that a reboot interrupted
 
-A run that has begun is a run like others: `llm_ray.app.runs` shows it, and stops it. What its process says is in
-`finetune.log` of its folder. Of a waiting one there is what `llm_ray.app.job_queue` keeps.
+A started job is a normal run: `llm_ray.app.runs` shows and stops it. The output of its process is `finetune.log` in the
+run's folder. The files of a waiting job are described in `llm_ray.app.job_queue`.
 """
 
 from __future__ import annotations
@@ -39,51 +39,51 @@ State = Literal["waiting", "starting", "running", "failed"]
 
 
 class Busy(RunError):
-    """The process of a finetune of this name has not ended yet."""
+    """A process for a finetune of this name still exists."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A finetune that waits, runs, or has failed before there was a run."""
+    """A finetune that waits, runs, or failed before its run began."""
 
     name: str
     state: State
     by: str
-    """Who asked for it."""
+    """Who submitted it."""
     since: str
-    """When (ISO 8601)."""
+    """Time of submission (ISO 8601)."""
     ahead: int
-    """How many go before it."""
+    """Number of jobs ahead of it."""
     reason: str
     """Why it failed."""
     killed: bool = False
-    """Whether it failed because its process was ended: submitted again, it goes on."""
+    """Whether its process was killed; submitting it again continues it."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a job of a service is beside a finetune: its run is open to this user alone, it outlives the process that asks
-    for it even where that process ends its children, and its model is served when it is there."""
+    """Extra settings of a job submitted by a service: its files are private to this system user, its process survives
+    even a caller that kills its children, and its model is deployed when finished."""
 
     serve_as: str
-    """The name under which this machine's endpoint serves it."""
+    """Name under which this machine's endpoint serves the model."""
     home: Path
-    """The folder of models, data and runs, by which the endpoint is found."""
+    """The folder of models, data and runs; it locates the endpoint."""
     arrived: int
-    """Its place among the others: when it was asked for first, in nanoseconds since 1970."""
+    """Position in the queue: time of the first submission, in nanoseconds since 1970."""
     urgent: bool = False
-    """Whether it goes before those that are not."""
+    """Whether the job goes ahead of those that are not urgent."""
 
 
 def submit(
     conf: FinetuneConf, *, by: str = "", command: str = "", at_once: int = 1, service: Service | None = None
 ) -> Job:
-    """Have the finetune of `conf` run in the background, after those that wait already and when fewer than `at_once`
+    """Queues the finetune of `conf` to run in the background, after jobs already waiting and when fewer than `at_once`
     run on this machine.
 
-    A run of that name that was broken off is gone on with. `command` is the command line that does the same. Raises
-    RunError where the run is waiting or running (Busy), or was made with another conf; ConfError, ModelError and
-    ClusterError for what this machine can never run.
+    An interrupted run of the same name is continued. `command` is the equivalent command line. Raises RunError if the
+    run is waiting or running (Busy) or was made with another conf, and ConfError, ModelError or ClusterError if this
+    machine can never run it.
     """
     runs, name = conf.paths.runs, conf.name
     folder = runs / QUEUE
@@ -101,7 +101,7 @@ def submit(
 
 
 def _begin(conf: FinetuneConf, entry: Entry, *, detached: bool = False) -> None:
-    """Put a job into the queue, and begin its process. Raises RunError where it has one."""
+    """Adds a job to the queue and starts its process. Raises RunError if it already has one."""
     runs, name = conf.paths.runs, conf.name
     folder = runs / QUEUE
     with hold(folder, name) as lock:
@@ -127,19 +127,20 @@ def _start_process(runs: Path, name: str, lock: IO[bytes], *, detached: bool) ->
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # signals to this process's group or terminal are not meant for it
-            pass_fds=[lock.fileno()],  # with the lock: there is no moment in which nobody holds it
+            start_new_session=True,  # signals to the caller's group or terminal must not reach it
+            pass_fds=[lock.fileno()],  # the process inherits the lock, so that it is never free in between
             cwd=runs,
             umask=0o077 if detached else -1,
         )
-    threading.Thread(target=process.wait, daemon=True).start()  # else it stays as a zombie
+    threading.Thread(target=process.wait, daemon=True).start()  # reaps the process
 
 
 def recover(runs: Path) -> list[str]:
-    """Have the jobs of this user go on, each in its place, whose processes a restart of this machine has ended: those
-    that waited wait again, and those that ran resume from their last checkpoints. Returns their names.
+    """Restarts this user's jobs that a reboot of this machine interrupted, with their positions in the queue: waiting
+    jobs wait again, running ones resume from their last checkpoints. Returns their names.
 
-    Jobs of a service are its own matter, and a job whose process alone was killed stays as it is.
+    Jobs of a service are skipped, since the service recovers them; so are jobs whose process was killed without a
+    reboot.
     """
     folder = runs / QUEUE
     host = boot().partition(" ")[0]
@@ -148,7 +149,7 @@ def recover(runs: Path) -> list[str]:
         restarted = entry.boot.partition(" ")[0] == host and entry.boot != boot()
         if not restarted or entry.serve_as or entry.reason or is_held(folder, name):
             continue
-        with contextlib.suppress(OSError, LlmRayError):  # another user's, or taken away, or begun by another meanwhile
+        with contextlib.suppress(OSError, LlmRayError):  # another user's, deleted, or restarted meanwhile
             if (folder / f"{name}.json").stat().st_uid != os.geteuid():
                 continue
             if (
@@ -156,7 +157,7 @@ def recover(runs: Path) -> list[str]:
                 and (runs / name / RUN).is_file()
                 and RunFolder(runs / name).lineage()["state"] != "running"
             ):
-                forget(runs, name)  # the command line has gone on with it
+                forget(runs, name)  # the run was finished or resumed from the command line
                 continue
             _begin(load_finetune(folder / f"{name}.yaml"), replace(entry, started=False))
             found.append(name)
@@ -164,14 +165,13 @@ def recover(runs: Path) -> list[str]:
 
 
 def resume(runs: Path, name: str, *, by: str = "") -> Job:
-    """Have the run `name` go on, from its last checkpoint, with the conf that it was made with. Raises RunError."""
+    """Queues the run `name` to continue from its last checkpoint with its stored conf. Raises RunError."""
     conf = FinetuneConf.model_validate(stored_conf(runs / name))
     return submit(conf, by=by, command=f"llm-ray finetune --config {runs / name / 'conf.yaml'}")
 
 
 def queue(runs: Path) -> list[Job]:
-    """The finetunes that were asked for with `submit` and wait, run, or have failed before there was a run; in their
-    order."""
+    """Returns the submitted finetunes that wait, run, or failed before their run began, in queue order."""
     folder = runs / QUEUE
     jobs: list[Job] = []
     found = entries(folder)
@@ -179,7 +179,7 @@ def queue(runs: Path) -> list[Job]:
     for name in in_order(found, held):
         entry, alive = found[name], name in held
         if not alive and (runs / name / RUN).is_file() and entry.started:
-            continue  # an ended run, which says so itself
+            continue  # an ended run, which records its own state
         ahead = sum(job.state != "failed" for job in jobs)
         if not alive:
             reason = entry.reason or "its process has ended (was it killed, or the machine restarted?): start it again"
@@ -193,8 +193,8 @@ def queue(runs: Path) -> list[Job]:
 
 
 def cancel(runs: Path, name: str) -> None:
-    """Take a finetune that waits, or has failed before there was a run, out of the queue. Raises RunError where it is
-    not in it, or runs."""
+    """Removes a finetune that waits, or failed before its run began, from the queue. Raises RunError if it is not in
+    the queue or is running."""
     folder = runs / QUEUE
     with locked(folder / ".lock"):
         entry = entries(folder).get(name)
@@ -206,25 +206,25 @@ def cancel(runs: Path, name: str) -> None:
 
 
 def forget(runs: Path, name: str) -> None:
-    """Take what the queue still knows of a run that is deleted out of it."""
+    """Removes the queue's files of a deleted run."""
     with locked(runs / QUEUE / ".lock"):
         if not is_held(runs / QUEUE, name):
             remove(runs / QUEUE, name)
 
 
 def has_process(runs: Path, name: str) -> bool:
-    """Whether a process waits, works, or is still ending as the job `name`."""
+    """Returns whether a process of the job waits, runs or is still ending."""
     return is_held(runs / QUEUE, name)
 
 
 def log_file(runs: Path, name: str) -> Path:
-    """Where the finetune's process says what it does; there may be nothing yet."""
+    """Returns the path of the process's log, which may not exist yet."""
     own = runs / name / LOG
     return own if own.exists() else runs / QUEUE / f"{name}.log"
 
 
 def read_log(runs: Path, name: str, last: int = 1 << 16) -> str:
-    """The last bytes of what the finetune's process has said; empty where there is nothing."""
+    """Returns the last `last` bytes of the process's log, from a line's start; empty if there is no log."""
     with contextlib.suppress(OSError), log_file(runs, name).open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - last))

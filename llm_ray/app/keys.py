@@ -1,6 +1,6 @@
-"""API keys of the endpoint: added and revoked while it runs.
+"""API keys of the endpoint; they can be added and revoked while it runs.
 
-key, secret = add_key(keys_file(home), "alice", Limits(requests_per_minute=60))    # the secret is kept nowhere
+key, secret = add_key(keys_file(home), "alice", Limits(requests_per_minute=60))    # the secret is not stored
 """
 
 from llm_ray.conf.serve import Limits

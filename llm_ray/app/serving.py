@@ -1,7 +1,7 @@
-"""Serving: deploy, change, stop and restore models, see their status, read their logs.
+"""Serving: deploys, changes, stops and restores models; reads their status and logs.
 
-`home` is the folder of models, data and runs; beside them lies what serving keeps. `address` is the cluster that serves
-(`auto` on one of its nodes, else HOST:PORT of its head's GCS), None this machine's own Ray.
+`home` is the folder of models, data and runs, which also holds the serving state. `address` is the cluster that serves
+(`auto` on one of its nodes, else HOST:PORT of the head's GCS); None means this machine's own Ray.
 
 served = deploy(load_serve("quickstart", home=home), home, reporter)
 stop(["quickstart"], home, reporter)
@@ -60,15 +60,15 @@ __all__ = [
 ]
 
 
-# Whatever is deployed, the gateway finds the fine-tuning API's use cases in this layer.
+# Passed in because the gateway must not import this layer, where the fine-tuning API's use cases live.
 _serve = partial(serving.deploy, open_finetuning=open_service)
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A deployed model. `state`: DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED, DELETING; `ready`: whether a request is
-    answered, if only after a replica has been started for it; `replicas` that answer, of those `wanted`; `message`:
-    what Ray Serve says of it."""
+    """A deployed model. `state` is DEPLOYING, RUNNING, UNHEALTHY, DEPLOY_FAILED or DELETING; `ready` means that
+    requests are answered, possibly after a replica has started; `replicas` counts those answering, out of `wanted`;
+    `message` comes from Ray Serve."""
 
     state: str
     ready: bool
@@ -76,18 +76,18 @@ class ModelStatus:
     wanted: int
     message: str
     reason: str
-    """What of the message matters, where it is not ready; else empty."""
+    """The relevant part of the message if the model is not ready, else empty."""
     counts: dict[str, float]
-    """requests, errors, in_progress, prompt_tokens, generated_tokens, tokens_per_second; empty while nothing has been
-    counted."""
+    """requests, errors, in_progress, prompt_tokens, generated_tokens, tokens_per_second; empty before the first
+    count."""
     adapters: dict[str, dict[str, float]]
-    """The same of each adapter."""
+    """The same counts per adapter."""
     model: ServedModel
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is served: `url` is the base of the OpenAI API, None where nothing is. The models by name."""
+    """The deployed models by name. `url` is the base of the OpenAI API; None if nothing is served."""
 
     url: str | None
     models: dict[str, ModelStatus]
@@ -97,8 +97,8 @@ class Status:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a model takes: `model` has memory, cache and cores of a replica. `problem`: why there is no room; else
-    empty."""
+    """Resources that a model needs: `model` holds memory, cache and cores per replica. `problem` says why it does not
+    fit; empty if it does."""
 
     model: ServedModel
     problem: str
@@ -106,8 +106,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pair:
-    """A run and the model that it was made from, under the names by which they are asked. `conf` deploys what is not
-    served yet of the two; None: both are."""
+    """A run and its base model, under their served names. `conf` deploys those of the two that are not served yet; None
+    if both are."""
 
     run: str
     base: str
@@ -132,10 +132,9 @@ def conf_of(
     precision: str | None = None,
     overrides: Sequence[str] = (),
 ) -> ServeConf:
-    """The conf that serves these models (runs, names of the registry, folders, hub ids), under their own names or
-    `names`, all with the same settings; what is None is left to the conf's defaults. `adapters`: run or folder by name.
-    `overrides`: ``key=value`` as after ``--set``, over all of it. Raises ConfError, ModelError.
-    """
+    """Returns the conf that serves `models` (runs, registry names, folders, hub ids) under their own names or `names`,
+    all with the same settings; None leaves a setting at its default. `adapters` maps names to runs or folders;
+    `overrides` are ``key=value`` as for ``--set`` and take precedence. Raises ConfError, ModelError."""
     paths = Paths.of(home)
     called = tuple(names) or tuple(resolve(model, paths).name for model in models)
     if len(called) != len(models):
@@ -168,9 +167,9 @@ def conf_of(
 
 
 def pair(run: str, home: Path, running: Mapping[str, ModelStatus], address: str | None = None) -> Pair:
-    """The run `run` beside its base, where `running` is what is served. Where neither is, the run is an adapter on its
-    base if it can be: one model in memory, for both. Raises RunError for a run without a model, ModelError,
-    ConfError."""
+    """Returns the run and its base model for a comparison; `running` are the deployed models. If neither is served, the
+    run is deployed as an adapter on its base if possible, so that only one model is in memory. Raises RunError for a
+    run without a model, ModelError, ConfError."""
     paths = Paths.of(home)
     details = show_run(paths.runs, run)
     if details.output is None or not details.summary.base:
@@ -201,12 +200,12 @@ def deploy(
     timeout: float = 900,
     keep: bool = True,
 ) -> Served:
-    """Deploy the conf's models (or those of `only`), or change them where they are deployed; the others go on
-    answering. Returns when all of them are ready.
+    """Deploys or updates the conf's models (or those in `only`) while others keep answering. Returns when all are
+    ready.
 
-    On this machine Ray is started in the background, unless it runs, and ended again if the deployment fails. On a
-    cluster `restore` brings the models back after a new start of its head, unless `keep` is False. Raises LlmRayError:
-    what was served before then is served again.
+    On this machine it starts a background Ray if none runs, and ends it again if the deployment fails. On a cluster,
+    `restore` redeploys the models after a restart of the head, unless `keep` is False. Raises LlmRayError; previously
+    served models are then restored.
     """
     models = plan(conf, reporter, only)
     starts = conf.runtime.mode == "local" and not serves_here(home)
@@ -229,7 +228,7 @@ def deploy(
 
 
 def _settled(conf: ServeConf, served: Served) -> dict[str, ModelServing]:
-    """The conf's models with the engines that `auto` came to, which they have after a new start as well."""
+    """Returns the conf's models with the engine that `auto` selected, so that a restart selects the same."""
     engines = {model.name: model.engine for model in served.models}
     return {
         name: model.model_copy(update={"engine": engines[name]} if name in engines else {})
@@ -238,10 +237,10 @@ def _settled(conf: ServeConf, served: Served) -> dict[str, ModelServing]:
 
 
 def serve_run(run: str, name: str, home: Path, reporter: Reporter) -> str:
-    """Serve the model of a run as `name`, beside what this machine's endpoint serves; returns how, in words.
+    """Serves the model of a run as `name` beside the models of this machine's endpoint; returns a description of how.
 
-    It becomes an adapter on the model that it was made from, where that is served with room for one, which goes on
-    answering; else a model of its own. Raises LlmRayError where nothing is served, or there is no room.
+    It becomes an adapter on its base model if that is served and can take one, else a separate model. Raises
+    LlmRayError if nothing is served or the model does not fit.
     """
     paths = Paths.of(home)
     details = show_run(paths.runs, run)
@@ -265,7 +264,7 @@ def serve_run(run: str, name: str, home: Path, reporter: Reporter) -> str:
 
 
 def _takes_adapter(model: ServedModel, run: str, folder: Path, paths: Paths) -> bool:
-    """Whether the model's replicas take this adapter as they are."""
+    """Returns whether the deployed model can load this adapter without restarting its replicas."""
     if not model.lora_rank or model.compile or not _serves_as_adapter(run, folder, model.path, paths):
         return False
     return adapter_rank(run, folder) <= model.lora_rank
@@ -274,8 +273,8 @@ def _takes_adapter(model: ServedModel, run: str, folder: Path, paths: Paths) -> 
 def estimate(
     conf: ServeConf, rooms: Sequence[Node], running: Mapping[str, ModelStatus], reporter: Reporter
 ) -> list[Estimate]:
-    """What each model of the conf takes, before anything is loaded or converted, and whether there is room for it in
-    `rooms` (none: on this machine as it is now). Raises ModelError for one that cannot be served at all."""
+    """Estimates what each model of the conf needs, without loading or converting it, and whether it fits in `rooms`
+    (empty: this machine now). Raises ModelError for a model that cannot be served."""
     hosts = list(rooms) or [this_machine()]
     found = []
     for name, asked in conf.models.items():
@@ -293,7 +292,7 @@ def estimate(
 
 
 def this_machine() -> Node:
-    """What a Ray that is started here would have."""
+    """Returns the resources that a Ray started here would have."""
     import socket
 
     import psutil
@@ -303,8 +302,7 @@ def this_machine() -> Node:
 
 
 def restart(name: str, home: Path, reporter: Reporter, address: str | None = None, timeout: float = 900) -> Served:
-    """Take a deployed model away and serve it again as it was; until it is ready it does not answer. Raises
-    ServeError."""
+    """Undeploys a model and deploys it again unchanged; it does not answer in between. Raises ServeError."""
     with local.connected(_runtime(address), home, reporter):
         entry, endpoint = serving.status().get(name), serving.running_endpoint()
         if entry is None or endpoint is None:
@@ -314,7 +312,7 @@ def restart(name: str, home: Path, reporter: Reporter, address: str | None = Non
 
 
 def undo(served: Served, home: Path, reporter: Reporter, address: str | None = None) -> None:
-    """Take away what `deploy` has deployed, with the Ray that it started. Requests in progress are answered first."""
+    """Undeploys what `deploy` deployed and ends the Ray that it started. Requests in progress are completed first."""
     if served.started_ray:
         _end(home)
         return
@@ -323,8 +321,8 @@ def undo(served: Served, home: Path, reporter: Reporter, address: str | None = N
 
 
 def stop(names: Sequence[str], home: Path, reporter: Reporter, address: str | None = None) -> None:
-    """Take models away, when the requests they work on are answered, and adapters from the models that they are on,
-    which go on answering. Raises ServeError for a name that is not deployed."""
+    """Undeploys models once their running requests are completed, and removes adapters from their base models, which
+    keep answering. Raises ServeError for a name that is not deployed."""
     with local.connected(_runtime(address), home, reporter):
         served, endpoint = serving.status(), serving.running_endpoint()
         under = {adapter: name for name, entry in served.items() for adapter in entry.model.adapters}
@@ -342,10 +340,10 @@ def stop(names: Sequence[str], home: Path, reporter: Reporter, address: str | No
 
 
 def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None:
-    """Take all models away, when their requests are answered; on this machine also end the Ray that serves."""
+    """Undeploys all models once their requests are completed; on this machine it also ends the serving Ray."""
     if not address:
         if not serves_here(home):
-            clean_up()  # where it was killed
+            clean_up()  # removes leftovers of a killed Ray
             reporter.line("Nothing is served on this machine.")
             return
         reporter.line("Stopping all models and their Ray.")
@@ -357,10 +355,10 @@ def stop_all(home: Path, reporter: Reporter, address: str | None = None) -> None
 
 
 def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
-    """On a cluster's head: serve again what was served before it started anew; what is served already is left alone.
+    """Redeploys what a cluster served before its head restarted; models already served are left alone.
 
-    `timeout`: seconds within which a model must be ready. Raises ServeError, naming the models that are not served; the
-    others are.
+    `timeout` is the time for a model to become ready, in seconds. Raises ServeError naming the models that failed; the
+    others are served.
     """
     confs = desired_confs(desired_file(home))
     if not confs:
@@ -373,14 +371,14 @@ def restore(home: Path, reporter: Reporter, timeout: float = 900) -> None:
             try:
                 _serve(plan(conf, reporter), conf.endpoint, home, reporter, timeout)
                 reporter.line(f"{name} is served.")
-            except LlmRayError as error:  # the others are served all the same
+            except LlmRayError as error:  # continue with the other models
                 failed.append(f"{name}: {error}")
     if failed:
         raise ServeError("\n  ".join([f"{len(failed)} of {len(confs)} models are not served:", *failed]))
 
 
 def status(home: Path, reporter: Reporter, address: str | None = None) -> Status:
-    """The deployed models, with what the endpoint has counted of each."""
+    """Returns the deployed models with the endpoint's counters."""
     if not address and not serves_here(home):
         return Status(None, {})
     with local.connected(_runtime(address), home, reporter):
@@ -408,19 +406,19 @@ def status(home: Path, reporter: Reporter, address: str | None = None) -> Status
 def logs(
     name: str, home: Path, reporter: Reporter, address: str | None = None, *, lines: int = 100, follow: bool = False
 ) -> Iterator[str]:
-    """The last `lines` lines of what each of the model's replicas has logged (of the HTTP endpoint for the name
-    gateway); with `follow` also what comes, until the iterator is closed. Raises ServeError."""
+    """Yields the last `lines` log lines of each replica (of the HTTP endpoint for the name gateway); with `follow` also
+    new lines, until the iterator is closed. Raises ServeError."""
     with local.connected(_runtime(address), home, reporter):
         yield from read_logs(name, lines, follow)
 
 
 def serves_here(home: Path) -> bool:
-    """Whether this machine's own Ray serves."""
+    """Returns whether this machine's own Ray serves."""
     return local.running(home) is not None
 
 
 def local_log(home: Path) -> Path:
-    """What this machine's own Ray has said while it started and ended."""
+    """Returns the path of the startup and shutdown log of this machine's own Ray."""
     return local.state_file(home).with_name("local.log")
 
 

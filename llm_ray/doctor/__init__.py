@@ -1,2 +1,2 @@
-"""What `llm-ray doctor` checks. Each check is a function of facts that returns what it found; `collect` reads the facts
-and calls them. Rules that preflight has as well are in llm_ray/host/rules.py."""
+"""The checks of `llm-ray doctor`. Each check is a function that judges facts and returns findings; `collect` reads the
+facts and calls the checks. Rules shared with preflight are in llm_ray/host/rules.py."""

@@ -1,4 +1,4 @@
-"""Reads the facts of this host and has every check judge them."""
+"""Reads the facts of this host and runs all checks on them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _THP = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
 def check_host(home: Path, environ: Mapping[str, str], ours: Collection[int] = ()) -> list[Finding]:
-    """All checks of this host.
+    """Runs all checks of this host.
 
-    home: the folder of models, data and runs; environ: the environment of what is started; ours: ids of the processes
-    that llm-ray serves with here. A group whose facts cannot be read says so in a note, and the others go on.
+    `home` is the folder of models, data and runs; `environ` the environment of the commands; `ours` the ids of the
+    processes with which llm-ray serves here. A group whose facts cannot be read yields a note; the other groups still
+    run.
     """
     found: list[Finding] = []
     groups: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
@@ -39,7 +40,7 @@ def check_host(home: Path, environ: Mapping[str, str], ours: Collection[int] = (
         try:
             for one in checks():
                 found.append(one)
-        except (OSError, ValueError, KeyError) as error:  # a /proc that a container hides, an odd installation
+        except (OSError, ValueError, KeyError) as error:  # a container hides /proc, an unusual installation
             text = f"not all could be checked: {type(error).__name__}: {error}"
             found.append(
                 Finding(group, "checks", "note", text, "run llm-ray doctor on the host itself, outside a container")
@@ -66,7 +67,7 @@ def _machine(environ: Mapping[str, str]) -> Iterable[Finding]:
 
 
 def refused(preload: str | None) -> list[str]:
-    """What of an LD_PRELOAD cannot be loaded, as ld.so says it to every program."""
+    """Returns the libraries in LD_PRELOAD that ld.so cannot load."""
     program = shutil.which("true")
     if not preload or not program:
         return []

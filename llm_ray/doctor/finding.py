@@ -1,4 +1,4 @@
-"""What a check has found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Level = Literal["ok", "note", "problem"]
-"""note: it works, but slower or with less than it could; problem: something will fail."""
+"""note: works, but slower or with less than possible; problem: something will fail."""
 LEVELS: tuple[Level, ...] = ("ok", "note", "problem")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check's answer."""
+    """The result of one check."""
 
     group: str
     check: str
     level: Level
     text: str
-    """What is there, or wrong."""
+    """The state or the fault."""
     fix: str = ""
-    """What to do: a command wherever there is one. Never empty where something is not ok."""
+    """The remedy, as a command if possible. Never empty unless the level is ok."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """The facts in numbers, for programs."""
+    """The facts as numbers, for programs."""
     host: str = ""
-    """Which other node of a cluster it is about; empty: this host."""
+    """The cluster node that it is about; empty for this host."""
 
 
 def gib(size: float) -> str:
-    """Bytes in words: 512 MiB, 2.5 GiB."""
+    """Formats bytes: 512 MiB, 2.5 GiB."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

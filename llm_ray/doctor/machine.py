@@ -11,15 +11,15 @@ from llm_ray.hardware import choose_precision
 from llm_ray.host import rules
 
 _GROUP = "Host"
-# Ray's processes, engines and data workers together start some hundreds of threads, and open as many files.
+# Ray's processes, engines and data workers together start hundreds of threads and open as many files.
 _FEW_TASKS = 2048
-_FEW_FILES, _ENOUGH_FILES = 4096, 65536  # Ray warns below the first, and raises its limit to the second where it may
-_LITTLE_FREE = 2 * rules.GIB  # about what a finetune of the quickstart's model takes
-CLUSTER_STORE_GIB = 2  # ray_node_object_store_gib by default
+_FEW_FILES, _ENOUGH_FILES = 4096, 65536  # Ray warns below the first, and raises its limit to the second if permitted
+_LITTLE_FREE = 2 * rules.GIB  # roughly the need of the quickstart's finetune
+CLUSTER_STORE_GIB = 2  # default of ray_node_object_store_gib
 
 
 def cpu(flags: Collection[str]) -> Finding:
-    """What the CPU computes fast, by the flags of /proc/cpuinfo."""
+    """Checks the CPU's instruction sets, given the flags of /proc/cpuinfo."""
     values = {"flags": sorted(flag for flag in flags if flag.startswith(("avx", "amx")))}
     if missing := rules.missing_flags(flags):
         text = f"the CPU lacks {', '.join(missing)}, and torch and vLLM are built for it: they would crash"
@@ -41,9 +41,9 @@ def cpu(flags: Collection[str]) -> Finding:
 
 
 def cores(counted: int, usable: int, quota: float | None, physical: int) -> Finding:
-    """The logical CPUs that a local Ray would count against those that this process may use.
+    """Compares the logical CPUs that a local Ray would count with those that this process may use.
 
-    usable: by its affinity; quota: CPUs' worth of time that control groups allow; physical: cores behind the usable ones.
+    `usable` is the affinity mask; `quota` the CPU limit of control groups; `physical` the cores behind the usable CPUs.
     """
     share = usable if quota is None else min(usable, max(1, math.floor(quota)))
     values = {"counted": counted, "usable": usable, "quota": quota, "physical": physical}
@@ -67,7 +67,7 @@ def cores(counted: int, usable: int, quota: float | None, physical: int) -> Find
 
 
 def memory(sizes: Mapping[str, int], limit: int | None) -> Finding:
-    """sizes: of /proc/meminfo, in bytes; limit: of the control group, in bytes."""
+    """Checks the memory. `sizes` are from /proc/meminfo, in bytes; `limit` is the control group's, in bytes."""
     total, available = sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
     usable = total if limit is None else min(total, limit)
     values = {"total": total, "available": available, "limit": limit, "object_store": OBJECT_STORE_BYTES}
@@ -86,7 +86,7 @@ def memory(sizes: Mapping[str, int], limit: int | None) -> Finding:
 
 
 def shared_memory(total: int, free: int, memory: int) -> Finding:
-    """Shared memory (/dev/shm), where Ray keeps its objects: bytes of it, and of the host's memory."""
+    """Checks shared memory (/dev/shm), which holds Ray's objects. All sizes are in bytes; `memory` is the host's."""
     values = {"total": total, "free": free}
     store = OBJECT_STORE_BYTES / rules.GIB
     if rules.store_fault(store, free / rules.GIB, memory / rules.GIB) == "shm":
@@ -108,10 +108,10 @@ def shared_memory(total: int, free: int, memory: int) -> Finding:
 
 
 def allocator(preload: str | None, library: str | None, refused: Sequence[str], system: Mapping[str, str]) -> Finding:
-    """The malloc that training and serving get.
+    """Checks which malloc training and serving use.
 
-    preload: LD_PRELOAD; library: the tcmalloc that is installed; refused: what ld.so says that it cannot preload; system:
-    /etc/os-release.
+    `preload` is LD_PRELOAD; `library` the installed tcmalloc; `refused` the libraries that ld.so cannot preload;
+    `system` the contents of /etc/os-release.
     """
     values = {"preload": preload, "tcmalloc": library}
     if refused:
@@ -134,13 +134,13 @@ def _install_tcmalloc(system: Mapping[str, str]) -> str:
     kinds = {system.get("ID", ""), *system.get("ID_LIKE", "").split()}
     if kinds & {"rhel", "fedora", "centos"}:
         return "dnf install epel-release && dnf install gperftools-libs"
-    since = {"ubuntu": 24.04, "debian": 13.0}.get(system.get("ID", ""))  # for 64 bits of time
+    since = {"ubuntu": 24.04, "debian": 13.0}.get(system.get("ID", ""))  # renamed for the transition to 64-bit time
     renamed = since is not None and float(system.get("VERSION_ID") or 0) >= since
     return f"apt-get install libgoogle-perftools4{'t64' if renamed else ''}"
 
 
 def open_files(soft: int, hard: int) -> Finding:
-    """The limits of open files; Ray raises the soft one as far as it may. -1: unlimited."""
+    """Checks the limits of open files, of which Ray raises the soft one as far as permitted. -1 means unlimited."""
     most = math.inf if -1 in (soft, hard) else max(soft, min(hard, _ENOUGH_FILES))
     values = {"soft": soft, "hard": hard}
     if most < _FEW_FILES:
@@ -154,8 +154,8 @@ def open_files(soft: int, hard: int) -> Finding:
 
 
 def tasks(limit: int, allowed: int | None, is_root: bool) -> Finding:
-    """Processes and threads. limit: the user's (RLIMIT_NPROC, -1: unlimited), which does not bind root; allowed: the
-    control group's."""
+    """Checks the limits of processes and threads. `limit` is the user's (RLIMIT_NPROC, -1 means unlimited), which does
+    not apply to root; `allowed` is the control group's."""
     values = {"user": limit, "control_group": allowed}
     if not is_root and 0 <= limit < _FEW_TASKS:
         text = f"at most {limit} processes and threads of this user (ulimit -u): Ray starts hundreds"
@@ -170,7 +170,7 @@ def tasks(limit: int, allowed: int | None, is_root: bool) -> Finding:
 
 
 def swap(sizes: Mapping[str, int]) -> Finding:
-    """sizes: of /proc/meminfo, in bytes."""
+    """Checks swap usage. `sizes` are from /proc/meminfo, in bytes."""
     total = sizes.get("SwapTotal", 0)
     used = total - sizes.get("SwapFree", 0)
     values = {"total": total, "used": used}
@@ -182,7 +182,8 @@ def swap(sizes: Mapping[str, int]) -> Finding:
 
 
 def huge_pages(text: str) -> Finding | None:
-    """Transparent huge pages, by /sys/kernel/mm/transparent_hugepage/enabled; None where the kernel has none."""
+    """Checks transparent huge pages, given /sys/kernel/mm/transparent_hugepage/enabled; None if the kernel lacks
+    them."""
     chosen = text.partition("[")[2].partition("]")[0]
     if not chosen:
         return None
@@ -194,7 +195,7 @@ def huge_pages(text: str) -> Finding | None:
 
 
 def clock(synchronised: bool | None) -> Finding:
-    """Whether something keeps the clock right."""
+    """Checks whether the clock is synchronised; None means unknown."""
     values = {"synchronised": synchronised}
     if synchronised:
         return Finding(_GROUP, "clock", "ok", "synchronised", values=values)

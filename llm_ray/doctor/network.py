@@ -9,8 +9,8 @@ from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined
 from llm_ray.doctor.finding import Finding
 
 _GROUP = "Network"
-ENDPOINT, PAGE = 8000, 7860  # defaults of endpoint.port and of `llm-ray ui --port`
-# Of a cluster's head. Local runs and deployments take free ports.
+ENDPOINT, PAGE = 8000, 7860  # defaults of endpoint.port and `llm-ray ui --port`
+# Ports of a cluster's head. Local runs and deployments choose free ports.
 HEAD = {"Ray's GCS": 6379, "Ray's dashboard": 8265, "Ray Client": 10001, "Ray's dashboard agent": 52365}
 PORTS = {"endpoint": ENDPOINT, "page": PAGE, **HEAD}
 _RAY = ("ray", "gcs_server")
@@ -21,9 +21,9 @@ _OTHER_PORT = {
 
 
 def ports(taken: Collection[Mapping[str, Any]], ours: Collection[int]) -> list[Finding]:
-    """Those of PORTS on which a process listens, as host.facts.taken tells them, and the rest in a line.
+    """Reports the entries of PORTS in use, as returned by host.facts.taken, and the free ones in one line.
 
-    ours: ids of the processes that llm-ray serves with on this machine.
+    `ours` are the ids of the processes with which llm-ray serves on this machine.
     """
     found = []
     for one in taken:
@@ -62,10 +62,10 @@ def _end(one: Mapping[str, Any]) -> str:
 
 
 def proxies(environ: Mapping[str, str]) -> Finding:
-    """Whether a proxy of the environment would get requests to this machine."""
+    """Checks whether the environment would send requests to this machine through a proxy."""
     named = {
         name.lower().removesuffix("_proxy"): value
-        for name, value in sorted(environ.items())  # lower case last: it wins, as with all clients
+        for name, value in sorted(environ.items())  # lower case comes last and takes precedence, as in all clients
         if value and name.lower().endswith("_proxy")
     }
     used = sorted({"http", "https", "all"} & set(named))

@@ -1,4 +1,4 @@
-"""The nodes of the joined Ray: the checks of each, and whether they go together."""
+"""Checks each node of the connected Ray, and whether the nodes match."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from llm_ray.errors import ClusterError
 from llm_ray.host import rules
 
 _GROUP = "Cluster"
-_SECONDS = 600  # for all checks of a node: it imports torch, Ray and the engines
+_SECONDS = 600  # for all checks of a node, which import torch, Ray and the engines
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a node runs, and how far its clock is off this host's."""
+    """A node's software versions and clock skew against this host."""
 
     host: str
     versions: Mapping[str, str | None]
-    """Of llm-ray, Python and packages; None where it lacks one."""
+    """Versions of llm-ray, Python and packages; None for a missing package."""
     skew: float
-    """In seconds, at least."""
+    """Lower bound, in seconds."""
 
 
 def check_nodes() -> list[Finding]:
-    """Check every node of the joined Ray but this host, and compare all of them. Raises ClusterError when a node does
-    not answer, or runs an llm-ray without these checks."""
+    """Checks every other node of the connected Ray, and compares all nodes. Raises ClusterError if a node does not
+    answer or its llm-ray lacks these checks."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -60,7 +60,7 @@ def check_nodes() -> list[Finding]:
                 ) from error
         return found
 
-    answers({node: on(node, _who) for node in alive})  # starts their workers, so that the clocks are read at once
+    answers({node: on(node, _who) for node in alive})  # starts the workers first, for prompt clock readings
     nodes = []
     for node, host in alive.items():
         before = time.time()
@@ -73,7 +73,7 @@ def check_nodes() -> list[Finding]:
 
 
 def compare(nodes: Sequence[Node]) -> list[Finding]:
-    """What only a look at all nodes shows: versions and clocks that differ."""
+    """Reports differences between nodes: versions and clocks."""
     found = []
     names = [*dict.fromkeys(name for node in nodes for name in node.versions)]
     for name in names:
@@ -96,7 +96,7 @@ def compare(nodes: Sequence[Node]) -> list[Finding]:
 
 
 def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What the nodes are called, by id: their host names, with the address and port where several have the same."""
+    """Returns node names by id: the host name, with address and port if several nodes share it."""
     counts = Counter(node["NodeManagerHostname"] for node in nodes)
     return {
         node["NodeID"]: name
@@ -107,14 +107,14 @@ def _names(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _who() -> tuple[dict[str, str | None], float]:
-    """Versions and the time of the node that this runs on."""
+    """Returns versions and time of the node that runs this function."""
     have = software.installed()
     versions = {"llm-ray": llm_ray.__version__, "Python": platform.python_version()}
     return {**versions, **{name: have.get(name) for name in software.PACKAGES}}, time.time()
 
 
 def _check() -> list[Finding]:
-    """All checks of the node that this runs on."""
+    """Runs all checks on the node that runs this function."""
     from llm_ray.doctor.collect import check_host
 
     return check_host(home(), os.environ)

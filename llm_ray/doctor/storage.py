@@ -1,4 +1,4 @@
-"""The folders of models, runs and data, of temporary files, and the hub's cache."""
+"""The folders of models, runs and data, of temporary files, and of the hub cache."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "ceph", "beegfs", "glusterf
 
 @dataclass(frozen=True)
 class Trial:
-    """What writing a file came to."""
+    """The outcome of writing a file."""
 
     error: str = ""
-    """Why it cannot be written; empty where it can."""
+    """Why the folder cannot be written; empty if it can."""
     uid: int = 0
-    """Whose the file is: another's than the writer's where a server maps users."""
+    """Owner of the written file; differs from the writer if a server maps users."""
     locks: bool = True
-    """Whether it can be locked, as runs and conversions are."""
+    """Whether files can be locked, which runs and conversions need."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Folders on one file system, or one that cannot be written."""
+    """Folders on the same file system with the same outcome of writing."""
 
     names: Sequence[str]
     wanted: Sequence[Path]
-    """The folders; `folder` is the first or, where that is not there yet, the nearest above it."""
+    """The folders; `folder` is the first of them, or its nearest existing parent."""
     folder: Path
     free: int
     """In bytes."""
@@ -44,7 +44,7 @@ class Place:
 
 
 def try_folder(folder: Path) -> Trial:
-    """Write a file of 64 KiB, lock it, and remove it."""
+    """Writes, locks and removes a file of 64 KiB."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".llm-ray-doctor-") as file:
             file.write(bytes(2**16))
@@ -61,9 +61,9 @@ def try_folder(folder: Path) -> Trial:
 
 
 def find_places(folders: Mapping[str, Path], mounts: str) -> list[Place]:
-    """Where the folders lie or, not being there yet, will lie; those of which writing came to the same are one place.
+    """Groups folders, existing or not, by file system and outcome of writing.
 
-    mounts: /proc/self/mountinfo.
+    `mounts` is the text of /proc/self/mountinfo.
     """
     found: dict[tuple[facts.Mount, Trial], dict[str, Path]] = {}
     for name, folder in folders.items():
@@ -78,7 +78,7 @@ def find_places(folders: Mapping[str, Path], mounts: str) -> list[Place]:
 
 
 def storage(place: Place, user: int, move: str) -> Finding:
-    """One of the places. user: the id that writes; move: how to have the folders elsewhere."""
+    """Checks a place. `user` is the writer's id; `move` says how to relocate the folders."""
     check, where = ", ".join(place.names), f"{place.folder}, {place.mount.type}"
     network = place.mount.type in _NETWORK
     values = {
@@ -124,7 +124,7 @@ def storage(place: Place, user: int, move: str) -> Finding:
 
 
 def hub_cache(environ: Mapping[str, str], home: Path) -> Path:
-    """Where huggingface_hub keeps what it downloads. home: the user's."""
+    """Returns the cache folder of huggingface_hub. `home` is the user's home folder."""
     if named := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(named).expanduser().absolute()
     cache = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")

@@ -1,1 +1,1 @@
-"""The evaluation stage: losses and generated answers of the model, before and after training."""
+"""The evaluation stage: losses and generated answers of the model before and after training."""

@@ -1,4 +1,4 @@
-"""Greedy answers of a causal model to conversations, in batches, with its chat template."""
+"""Greedy, batched generation of answers to conversations, with the model's chat template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from llm_ray.models.chat import ChatTemplate, text_of
 
 
 def question_and_reference(row: Conversation) -> tuple[Conversation, str] | None:
-    """The conversation up to its last answer, and that answer's text; None when it does not end in one of text."""
+    """Splits a conversation into everything before its last answer, and that answer's text; None if it does not end in
+    a supervised text answer."""
     last = row.messages[-1]
     if last["role"] != "assistant" or not last.get("content") or last.get("weight") == 0:
         return None
@@ -23,11 +24,11 @@ def question_and_reference(row: Conversation) -> tuple[Conversation, str] | None
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids that end an answer: the model's own, the tokenizer's EOS, and the end of a turn, which training taught."""
+    """Returns the token ids that end an answer: the model's own, the tokenizer's EOS, and the trained end of turn."""
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        with contextlib.suppress(ModelError):  # of a template that cannot be trained on: plain text has been learnt
+        with contextlib.suppress(ModelError):  # its template cannot be trained on: it learned plain text
             ends.add(end_of_turn(tokenizer))
     return sorted(end for end in ends if end is not None)
 
@@ -39,8 +40,8 @@ def answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> Iterator[str]:
-    """The model's answers, in the order of `questions`; decoding is greedy, at most `max_new_tokens` long."""
-    pad = tokenizer.pad_token_id or 0  # any token: a mask hides it
+    """Yields the model's answers in the order of `questions`, decoded greedily with at most `max_new_tokens` tokens."""
+    pad = tokenizer.pad_token_id or 0  # any token works, since it is masked
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

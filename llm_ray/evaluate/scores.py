@@ -1,6 +1,6 @@
-"""Scores of a generated answer against the reference: exact match and token F1, as in SQuAD.
+"""Scores a generated answer against the reference: exact match and token F1, as in SQuAD.
 
-Rajpurkar et al. 2016 (arXiv:1606.05250): both sides in lower case, without punctuation and English articles.
+Rajpurkar et al. 2016 (arXiv:1606.05250): both texts in lower case, without punctuation and English articles.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ _ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def normalized(text: str) -> list[str]:
-    """The words that count."""
+    """Returns the words that are compared."""
     kept = "".join(" " if unicodedata.category(c).startswith("P") else c for c in text.casefold())
     return _ARTICLE.sub(" ", kept).split()
 
 
 def exact_match(answer: str, reference: str) -> float:
-    """1.0 when the normalized texts are equal, else 0.0."""
+    """Returns 1.0 if the normalized texts are equal, else 0.0."""
     return float(normalized(answer) == normalized(reference))
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, from 0 to 1."""
+    """Returns the harmonic mean of precision and recall over words, from 0 to 1."""
     given, wanted = normalized(answer), normalized(reference)
     if not given or not wanted:
         return float(given == wanted)

@@ -1,4 +1,4 @@
-"""Evaluation on the cluster: each worker generates answers for its share of the rows, before and after training."""
+"""Evaluation on the cluster: each worker generates answers to its share of the rows, before and after training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from llm_ray.progress import Reporter
 
 
 class Share(TypedDict):
-    """One worker's part: summed validation loss, its tokens, and the answers; of validation pairs no loss, but of each,
-    by its number, the log-probabilities (nats) and tokens of the chosen and the rejected answer."""
+    """One worker's results: summed validation loss, its token count, and the answers. For preference pairs there is no
+    loss; `pairs` maps each pair's number to log-probabilities (nats) and token counts of the chosen and rejected
+    answer."""
 
     loss: float
     tokens: int
@@ -28,7 +29,8 @@ class Share(TypedDict):
 
 
 def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
-    """Figures before and after, for result.json; writes evaluation.md and answers.jsonl into the run's folder.
+    """Returns figures before and after training, for result.json; writes evaluation.md and answers.jsonl into the run's
+    folder.
 
     Raises DataError as :func:`questions` does.
     """
@@ -77,10 +79,9 @@ def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path,
 
 
 def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
-    """The rows to generate answers for, each with its reference.
+    """Returns the rows to generate answers for, each with its reference.
 
-    Raises DataError when `evaluation.data` holds no question with an answer, or one that the model's chat template
-    refuses.
+    Raises DataError if `evaluation.data` contains no question with an answer, or one that the chat template rejects.
     """
     if conf.evaluation.samples == 0 or not conf.objective.answers:
         return []
@@ -88,7 +89,7 @@ def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
     pairs = (pair for row in evaluation_rows(conf, tokenizer, conf.run_dir / "prepared") if (pair := _pair(row)))
     rows = [pair for pair, _ in zip(pairs, range(conf.evaluation.samples or 10**9), strict=False)]
     if not conf.evaluation.data:
-        return rows  # of the validation data, whose rows prepare has written as the template does
+        return rows  # validation rows, which prepare has already rendered with the template
     named = f"evaluation.data ({', '.join(conf.evaluation.data)})"
     if not rows:
         raise DataError(f"{named} contains no conversation that ends with an assistant's answer")
@@ -96,7 +97,7 @@ def questions(conf: FinetuneConf, base: Base) -> list[tuple[Conversation, str]]:
     for number, (question, _) in enumerate(rows, 1):
         try:
             template.render(question.messages, question.tools, prompt=True)
-        except Exception as error:  # whatever a template raises
+        except Exception as error:  # templates may raise anything
             raise DataError(f"{named}: the model's chat template rejects conversation {number}: {error}") from error
     return rows
 
@@ -165,8 +166,9 @@ def _preferred(
     model: dict[int, tuple[list[float], list[int]]],
     is_base: bool,
 ) -> dict[str, float]:
-    """The objective's loss over validation pairs, and how many of them the model prefers the chosen answer of, more than
-    its base does where the objective measures it against that; of such a base itself, the loss alone."""
+    """Returns the objective's loss over validation pairs, how often the model prefers the chosen answer, and by what
+    margin, relative to the base model if the objective uses it as reference. For such a base model itself, returns only
+    the loss."""
     import torch
 
     from llm_ray.train.objectives import means, preference_of

@@ -1,1 +1,1 @@
-"""A host's facts, and the rules that judge them: one of each for `llm-ray doctor` and for Ansible's preflight."""
+"""Facts of a host and the rules that judge them, shared by `llm-ray doctor` and Ansible's preflight."""

@@ -1,7 +1,7 @@
-"""What a host is: its CPU, memory, limits, sockets, file systems and clock, as Linux tells it.
+"""Reads facts of a host from Linux: CPU, memory, limits, sockets, file systems and clock.
 
-`llm-ray doctor` reads them here; the Ansible module preflight_probe brings this file to hosts on which nothing of ours is
-installed. It therefore needs Python's own library alone, of Python 3.9 or later, and changes nothing.
+Used by `llm-ray doctor`, and by the Ansible module preflight_probe, which copies this file to hosts without our
+packages. It therefore uses only the standard library of Python 3.9 or later, and changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
-_UNLIMITED = 2**60  # what cgroup v1 writes for no limit is a little below 2**63
+_UNLIMITED = 2**60  # cgroup v1 writes a value just below 2**63 for no limit
 
 
 class Socket(NamedTuple):
@@ -37,10 +37,10 @@ class Mount(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What control groups allow this process at most; None where they set no limit."""
+    """Limits that control groups set on this process; None means no limit."""
 
     cpus: float | None
-    """CPUs' worth of time."""
+    """CPU time, in CPUs."""
     memory: int | None
     """In bytes."""
     tasks: int | None
@@ -48,7 +48,7 @@ class Limits(NamedTuple):
 
 
 def read(path: str | Path) -> str:
-    """The text of a file without spaces around it; empty where it cannot be read."""
+    """Returns the stripped text of a file; empty if it cannot be read."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -59,30 +59,31 @@ def read(path: str | Path) -> str:
 
 
 def cpu_flags(text: str) -> list[str]:
-    """The flags of the first core in a /proc/cpuinfo."""
+    """Returns the flags of the first core in the text of /proc/cpuinfo."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
     return found[1].split() if found else []
 
 
 def usable_cpus() -> int:
-    """The CPUs that this process may run on."""
+    """Returns the number of CPUs in this process's affinity mask."""
     return len(os.sched_getaffinity(0))
 
 
 def total_memory() -> int:
-    """In bytes."""
+    """Returns the host's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory(text: str) -> dict[str, int]:
-    """The rows of a /proc/meminfo that are sizes, in bytes."""
+    """Returns the sizes in the text of /proc/meminfo, in bytes."""
     return {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", text, re.M)}
 
 
 def limits(text: str, root: Path = Path("/sys/fs/cgroup")) -> Limits:
-    """The limits of the groups in a /proc/self/cgroup and of all above them, of either version of cgroups.
+    """Returns the tightest limits of the groups in the text of /proc/self/cgroup and their ancestors, for cgroups v1
+    and v2.
 
-    In a container a group's path may be the host's, which is not there: then those of the root count.
+    In a container a group's path may be the host's, which does not exist there; the root's limits then apply.
     """
     groups = {
         name: path for _, names, path in (line.split(":", 2) for line in text.splitlines()) for name in names.split(",")
@@ -118,7 +119,7 @@ def limits(text: str, root: Path = Path("/sys/fs/cgroup")) -> Limits:
 
 
 def listening(text: str) -> Iterator[Socket]:
-    """The listening sockets of a /proc/net/tcp."""
+    """Yields the listening sockets in the text of /proc/net/tcp."""
     for line in text.splitlines()[1:]:
         words = line.split()
         if words[3] == "0A":
@@ -126,8 +127,8 @@ def listening(text: str) -> Iterator[Socket]:
 
 
 def taken(ports: Mapping[str, Any], own: set[int]) -> list[dict[str, Any]]:
-    """Of the ports (numbers, or from-to) by name those on which a process listens whose user is not among `own`: name,
-    port, and `by` and `pid` of the process, empty and 0 where it cannot be seen."""
+    """Returns those of the ports (name to number or from-to) on which a process of a user not in `own` listens: name,
+    port, and `by` and `pid` of the process, empty and 0 if they are not visible."""
     sockets = [one for path in ("/proc/net/tcp", "/proc/net/tcp6") for one in listening(read(path))]
     found = {}
     for name, value in ports.items():
@@ -141,7 +142,7 @@ def taken(ports: Mapping[str, Any], own: set[int]) -> list[dict[str, Any]]:
 
 
 def holder(inode: str) -> tuple[str, int]:
-    """Name and id of the process that holds a socket; empty and 0 where it cannot be seen."""
+    """Returns name and id of the process that holds a socket; empty and 0 if they are not visible."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -157,7 +158,7 @@ def holder(inode: str) -> tuple[str, int]:
 
 
 def existing(path: str | Path) -> Path:
-    """The nearest folder above that is there, as far as this user can see."""
+    """Returns the path itself or its nearest parent that is an existing folder, as far as this user can see."""
     folder = Path(path)
     return next(one for one in (folder, *folder.parents) if _is_folder(one))
 
@@ -165,22 +166,22 @@ def existing(path: str | Path) -> Path:
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # below a folder of another user's
+    except OSError:  # below another user's folder
         return False
 
 
 def free_disk(path: str | Path) -> int:
-    """Bytes that this user may still write where the path lies, or will."""
+    """Returns the bytes that this user can still write at the path, existing or not."""
     return shutil.disk_usage(existing(path)).free
 
 
 def shared_memory() -> int:
-    """The size of shared memory in bytes."""
+    """Returns the size of shared memory in bytes."""
     return shutil.disk_usage(SHARED_MEMORY).total
 
 
 def mount_of(path: Path, text: str) -> Mount:
-    """The file system of a /proc/self/mountinfo that an absolute path is in."""
+    """Returns the file system of an absolute path, from the text of /proc/self/mountinfo."""
     found = Mount("/", "", "")
     for line in text.splitlines():
         place, _, rest = line.partition(" - ")
@@ -191,7 +192,7 @@ def mount_of(path: Path, text: str) -> Mount:
 
 
 def filesystems() -> list[str]:
-    """Of nfs and nfsd those that the kernel has, loaded or as modules."""
+    """Returns those of nfs and nfsd that the kernel supports, built in, loaded or as modules."""
     modules = Path("/lib/modules") / os.uname().release
     text = read("/proc/filesystems") + read(modules / "modules.dep") + read(modules / "modules.builtin")
     return [name for name in ("nfs", "nfsd") if re.search(rf"\b{name}$|/{name}\.ko", text, re.M)]
@@ -201,7 +202,8 @@ def filesystems() -> list[str]:
 
 
 def interpreter(candidates: Sequence[str]) -> dict[str, Any]:
-    """The first candidate that runs, and its version; without one the first, and no version."""
+    """Returns path and version of the first candidate that runs; if none does, the first candidate and an empty
+    version."""
     for path in candidates:
         try:
             line = [path, "-c", "import json, sys; print(json.dumps(sys.version_info[:3]))"]
@@ -213,10 +215,10 @@ def interpreter(candidates: Sequence[str]) -> dict[str, Any]:
 
 
 def clock_synchronised() -> bool | None:
-    """Whether the kernel's clock is kept by NTP or the like, as adjtimex(2) says; None where it may not be asked."""
-    state = ctypes.create_string_buffer(512)  # struct timex, its first field 0: only read
+    """Returns whether the kernel's clock is synchronised, according to adjtimex(2); None if that is not permitted."""
+    state = ctypes.create_string_buffer(512)  # struct timex with modes 0, which only reads
     if ctypes.CDLL(None).adjtimex(state) < 0:
         return None
-    # Before `status`: modes, and four longs.
+    # `status` follows modes and four longs.
     status = ctypes.c_int.from_buffer(state, 5 * ctypes.sizeof(ctypes.c_long)).value
     return not status & 0x40  # STA_UNSYNC

@@ -1,5 +1,5 @@
-"""What a host needs: the rules that `llm-ray doctor` and preflight judge facts by. What is to be done about a fault is
-theirs to say, since it is a command in the one case and a variable of the inventory in the other."""
+"""Requirements on a host, shared by `llm-ray doctor` and preflight. Each words the remedy itself: a command in doctor,
+an inventory variable in preflight."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Literal
 
 GIB = 2**30
 PYTHONS = ((3, 11), (3, 13))
-"""The versions of Python that Ray nodes and the package run with, first and last."""
+"""First and last Python version that Ray nodes and the package support."""
 PYTHON_WORDS = "3.11, 3.12 or 3.13"
-# The role preflight has these as defaults of its variables.
+# The defaults of the role preflight repeat these.
 CPU_FLAGS = ("avx2",)
 MIN_CORES = 2
 MIN_MEMORY_GIB = 3.5
-"""The kernel of a machine of 4 GB keeps some of it."""
+"""Less than 4, since the kernel of a 4 GB machine reserves some memory."""
 MIN_DISK_GIB = 10
-"""Room for one environment, the cache it is made from, and Ray's sessions."""
+"""Space for one environment, its package cache, and Ray's sessions."""
 MAX_CLOCK_SKEW = 5
-"""Seconds between two hosts' clocks."""
+"""Maximum difference between two hosts' clocks, in seconds."""
 INSTALLED_DISK_GIB = 1
-"""What is installed needs no room again."""
+"""Minimum free disk once the environment is installed."""
 STORE_SHARE = 0.8
-"""Of the memory, at most so much for Ray's object store: the rest must stay to everything else."""
+"""Maximum share of memory for Ray's object store; everything else needs the rest."""
 
 
 def python_fits(version: Sequence[int]) -> bool:
@@ -30,20 +30,22 @@ def python_fits(version: Sequence[int]) -> bool:
 
 
 def missing_flags(flags: Iterable[str], wanted: Iterable[str] = CPU_FLAGS) -> list[str]:
-    """The wanted flags that a CPU lacks: torch and vLLM are built for them."""
+    """Returns the wanted flags that a CPU lacks; torch and vLLM are built for them."""
     return sorted(set(wanted) - set(flags))
 
 
 def needed_disk(installed: bool, minimum: float = MIN_DISK_GIB) -> float:
-    """GiB that have to be free on a host, or on one that has its environment already."""
+    """Returns the GiB that must be free on a host, less if its environment is installed."""
     return INSTALLED_DISK_GIB if installed else minimum
 
 
 def store_fault(store: float, shm: float, memory: float) -> Literal["shm", "memory"] | None:
-    """What an object store of so many GiB does not fit: /dev/shm, where Ray keeps it, or the memory behind that."""
+    """Returns what is too small for an object store of `store` GiB: /dev/shm, where Ray keeps it, or the memory behind
+    it."""
     return "shm" if store > shm else "memory" if store > STORE_SHARE * memory else None
 
 
 def clock_skew(earliest: float, now: float, latest: float) -> float:
-    """Seconds that a clock showing `now` is off one which showed `earliest` before it was read and `latest` after."""
+    """Returns by how many seconds a clock that shows `now` is off a clock that showed `earliest` before and `latest`
+    after the reading."""
     return max(earliest - now, now - latest, 0)

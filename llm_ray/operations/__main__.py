@@ -1,5 +1,5 @@
-"""Run on the head, as the user that Ray runs as, with Ray's environment (/etc/llm-ray/ray.env); the answer is JSON on
-standard output.
+"""Runs on the head, as Ray's user, with Ray's environment (/etc/llm-ray/ray.env); prints the answer as JSON to standard
+output.
 
 python -m llm_ray.operations state
 python -m llm_ray.operations check --nodes '{"head": "10.0.0.11", "worker1": "10.0.0.12"}' --folder /srv/llm-ray/runs
@@ -27,7 +27,7 @@ from llm_ray.operations import ask, checks, drain, smoke, state
 
 
 def _answer(work: Callable[[], Any]) -> None:
-    """The work's result, or {"error": …} and exit code 1. Whatever Ray prints goes to standard error."""
+    """Prints the result of `work`, or {"error": …} with exit code 1. Ray's output goes to standard error."""
     try:
         with contextlib.redirect_stdout(sys.stderr), join_cluster(os.environ.get("RAY_ADDRESS", "auto")):
             result = work()

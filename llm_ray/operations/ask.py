@@ -1,4 +1,4 @@
-"""Asks a served model one question, as a client does."""
+"""Asks a served model one question, as a client would."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOKENS = 64
 
 
 def ask(model: str, question: str, seconds: float) -> dict[str, Any]:
-    """What the model answers, over HTTP, at the endpoint of the joined cluster. Raises ServeError."""
+    """Returns the model's answer over HTTP from the connected cluster's endpoint. Raises ServeError."""
     url, served = deploy.url(), deploy.status().get(model)
     if url is None or served is None:
         raise ServeError(f"{model} is not served on this cluster")
@@ -52,7 +52,7 @@ async def _embed(url: str, model: str, text: str, key: Key, seconds: float) -> s
 
 @contextlib.contextmanager
 def _key(model: str, seconds: float) -> Iterator[Key]:
-    """A key for this one question. An endpoint that wants none does not look at it."""
+    """Creates a key for this question and revokes it afterwards. Endpoints without keys ignore it."""
     file = keys_file(home())
     kept, secret = add_key(file, f"serve.yml {secrets.token_hex(4)}", Limits(), (model,), time.time() + seconds + 60)
     try:

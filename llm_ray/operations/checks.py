@@ -1,6 +1,6 @@
 """Checks that the cluster has the expected nodes, and that they run the same software and see the same files.
 
-A finding has the keys check, host, result (passed or failed), found, and fix: what to do about it.
+A finding has the keys check, host, result (passed or failed), found, and fix, the remedy.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from llm_ray.errors import ClusterError
 from llm_ray.operations.state import nodes
 
 Finding = dict[str, str]
-_SECONDS = 60.0  # that a task may take to start and end
-_STORAGE_SECONDS = 15.0  # that a file may take to be seen by another host
+_SECONDS = 60.0  # for a task to start and end
+_STORAGE_SECONDS = 15.0  # for a file to become visible on another host
 _SOFTWARE = ("ray", "torch", "transformers", "llm-ray")
 _HEAL = "repair it with ansible-playbook site.yml; journalctl -u 'llm-ray-*' on the host says why"
 
 
 def finding(check: str, host: str, found: str, fix: str = "") -> Finding:
-    """One that failed where there is something to do about it, else one that passed."""
+    """Returns a failed finding if there is a fix, else a passed one."""
     return {"check": check, "host": host, "result": "failed" if fix else "passed", "found": found, "fix": fix}
 
 
 def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
-    """All findings about the hosts of the inventory (their addresses by name); files are written below `shared`, and
-    removed."""
+    """Returns all findings about the hosts of the inventory (addresses by name); writes temporary files below
+    `shared`."""
     alive = {node["address"]: node for node in nodes()}
     findings = node_findings(inventory, alive)
     present = {
@@ -64,7 +64,7 @@ def check(inventory: Mapping[str, str], shared: Path) -> list[Finding]:
 
 
 def node_findings(inventory: Mapping[str, str], alive: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-    """The nodes that live (by address) against the inventory (addresses by name)."""
+    """Compares the live nodes (by address) with the inventory (addresses by name)."""
     findings = []
     for host, address in inventory.items():
         node = alive.get(address)
@@ -92,7 +92,7 @@ def node_findings(inventory: Mapping[str, str], alive: Mapping[str, Mapping[str,
 
 
 def version_findings(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Every host's software against the first one's, which is the head."""
+    """Compares every host's software with that of the first host, the head."""
     findings: list[Finding] = []
     for host, found in versions.items():
         first, wanted = next(iter(versions.items()))
@@ -114,8 +114,8 @@ def version_findings(versions: Mapping[str, Mapping[str, str]]) -> list[Finding]
 
 
 def storage_findings(errors: Mapping[str, str], reads: Mapping[str, Any]) -> list[Finding]:
-    """What writing (an error or nothing, by host) and reading (hosts whose files were not seen, or an error, by host)
-    came to."""
+    """Judges the results of writing (an error or an empty value by host) and reading (hosts whose files were not seen,
+    or an error, by host)."""
     findings = []
     for host, error in errors.items():
         unseen = reads.get(host)
@@ -135,8 +135,8 @@ def storage_findings(errors: Mapping[str, str], reads: Mapping[str, Any]) -> lis
 
 
 def _run(tasks: Mapping[str, tuple[str, tuple[Any, ...]]], function: Any) -> dict[str, Any]:
-    """The function's answer on each host's node, or in words why there is none. It needs no free CPU, so that a busy
-    cluster answers."""
+    """Returns the function's result from each host's node, or a message if it failed. The tasks need no free CPU, so a
+    busy cluster still answers."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote = ray.remote(num_cpus=0, max_retries=0)(function())
@@ -152,13 +152,12 @@ def _run(tasks: Mapping[str, tuple[str, tuple[Any, ...]]], function: Any) -> dic
         except ray.exceptions.GetTimeoutError:
             answers[host] = f"no task ran within {_SECONDS:.0f} s"
             ray.cancel(reference, force=True)
-        except Exception as error:  # whatever the host met
+        except Exception as error:  # any failure on the host
             answers[host] = f"a task failed: {str(error).strip().splitlines()[-1]}"
     return answers
 
 
-# Functions within functions: Ray sends them whole, so that a host with another version of this package can run them,
-# too.
+# Nested functions are pickled by value, so hosts with another version of this package can run them.
 
 
 def _write() -> Any:

@@ -14,10 +14,10 @@ _POLL = 0.5
 
 
 def drain(address: str, seconds: int) -> dict[str, Any]:
-    """Drain the node at `address` and wait until it is idle, which ends its Ray. Raises ClusterError when it does not
-    drain.
+    """Drains the node at `address` and waits until it is idle, which ends its Ray. Raises ClusterError if the node is
+    the head or refuses.
 
-    `node`: whether there was one. `drained`: whether all that ran on it has ended; after `seconds` it may not have.
+    In the result, `node` says whether there was such a node, and `drained` whether its work ended within `seconds`.
     """
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
@@ -28,7 +28,7 @@ def drain(address: str, seconds: int) -> dict[str, Any]:
         return {"node": False, "drained": True, "seconds": 0.0}
     if leaving["head"]:
         raise ClusterError(f"{address} is the head, which cannot leave the cluster")
-    # Of Ray's two reasons this is the one that a busy node accepts, too.
+    # The only one of Ray's two reasons that a busy node accepts.
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline = time.time_ns() // 1_000_000 + seconds * 1000
     gcs = GcsClient(address=ray.get_runtime_context().gcs_address)

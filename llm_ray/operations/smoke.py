@@ -1,4 +1,4 @@
-"""Smoke tests of training across all nodes and of serving. Both leave nothing behind and disturb nothing."""
+"""Smoke tests of training on all nodes and of serving. Both clean up and disturb nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 from llm_ray.operations.checks import Finding, finding
 
-_SECONDS = 180.0  # that a smoke run may take
+_SECONDS = 180.0  # time limit of a smoke test
 _APP = "llm-ray-validate"
 
 
 def train(workers: int, shared: Path) -> list[Finding]:
-    """One step of a tiny model over a worker on each node, on any that has memory free: it waits for no CPU."""
+    """Trains a tiny model for one step with a worker per node; needs no free CPU, only memory."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -38,7 +38,7 @@ def train(workers: int, shared: Path) -> list[Finding]:
     began = time.monotonic()
     try:
         hosts = _within(_SECONDS, lambda: trainer.fit().return_value)
-    except Exception as error:  # whatever training met
+    except Exception as error:  # any failure of training
         failures = getattr(error, "worker_failures", {})
         reason = _last_line(next(iter(failures.values()), error))
         fix = (
@@ -58,7 +58,7 @@ def train(workers: int, shared: Path) -> list[Finding]:
 
 
 def _step() -> list[str]:
-    """On each worker: a step, after which all must have the same weights. The hosts of all workers, by rank."""
+    """Runs a step on each worker, after which all must have the same weights. Returns the workers' hosts by rank."""
     import ray.train.torch
     import torch
     import torch.distributed as dist
@@ -75,7 +75,7 @@ def _step() -> list[str]:
 
 
 def serve(host: str, port: int) -> list[Finding]:
-    """An application beside those that are served; where Serve does not run it is started at `host` and `port`, and
+    """Deploys a test application beside the served ones. If Serve does not run, it is started at `host` and `port` and
     stopped again."""
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -85,7 +85,7 @@ def serve(host: str, port: int) -> list[Finding]:
     word = secrets.token_hex(8)
     try:
         answer = _within(_SECONDS, lambda: _ask(host, port, word))
-    except Exception as error:  # whatever serving met
+    except Exception as error:  # any failure of serving
         fix = f"see ray list actors on the head, and the logs in Ray's session folder (serve/); is port {port} free?"
         return [finding("serve", "head", _last_line(error), fix)]
     finally:
@@ -127,20 +127,21 @@ def _ask(host: str, port: int, word: str) -> str:
         serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=host, port=port))
     serve.run(echo.bind(), name=_APP, route_prefix=f"/{_APP}")
     base = (deploy.url() or "").removesuffix("/v1")
-    # Whose certificate it is does not matter here: the endpoint is this host's own.
+    # No certificate check: the endpoint is this host's own.
     context = ssl._create_unverified_context() if base.startswith("https:") else None  # noqa: S323
     with urllib.request.urlopen(f"{base}/{_APP}?word={word}", timeout=30, context=context) as response:  # noqa: S310
         return str(response.read().decode())
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The work's result. Raises TimeoutError when it takes longer; it then ends with this process."""
+    """Returns the result of `work`. Raises TimeoutError after `seconds`; the work then continues until this process
+    ends."""
     result: dict[str, Any] = {}
 
     def run() -> None:
         try:
             result["value"] = work()
-        except BaseException as error:  # handed to the caller, whatever it is
+        except BaseException as error:  # reraised in the caller
             result["error"] = error
 
     thread = threading.Thread(target=run, daemon=True)

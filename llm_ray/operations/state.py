@@ -1,4 +1,4 @@
-"""A cluster's current resources and activity, as known to its own processes."""
+"""A cluster's resources and activity, as reported by Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GIB = 2**30
 
 
 class Node(TypedDict):
-    """A node that lives: `id` is Ray's; of CPUs, memory and object store all, and what is in use."""
+    """A live node: `id` is Ray's; CPUs, memory and object store are given as total and used."""
 
     id: str
     host: str
@@ -27,7 +27,7 @@ class Node(TypedDict):
 
 
 class Job(TypedDict):
-    """A submitted job or connected program. `since` is the host's local time, to the minute."""
+    """A submitted job or connected program. `since` is in the host's local time, to the minute."""
 
     id: str
     status: str
@@ -36,7 +36,7 @@ class Job(TypedDict):
 
 
 class Application(TypedDict):
-    """What Ray Serve serves; `replicas` that run."""
+    """An application on Ray Serve; `replicas` counts the running ones."""
 
     name: str
     status: str
@@ -45,7 +45,7 @@ class Application(TypedDict):
 
 
 class State(TypedDict):
-    """A cluster; `ray` is its version."""
+    """A cluster; `ray` is its Ray version."""
 
     ray: str
     nodes: list[Node]
@@ -54,13 +54,13 @@ class State(TypedDict):
 
 
 def state() -> State:
-    """Nodes with their resources, jobs that have not ended, and applications that are served, of the joined Ray."""
+    """Returns nodes with resources, unfinished jobs, and served applications of the connected Ray."""
     return {"ray": ray.__version__, "nodes": nodes(), "jobs": _jobs(), "applications": _applications()}
 
 
 def nodes() -> list[Node]:
-    """The nodes that live, by host name: address, whether they drain, and how much of CPUs, memory and object store
-    (GiB) is in use."""
+    """Returns the live nodes by host name: address, whether they drain, and total and used CPUs, memory and object
+    store (GiB)."""
     from ray._private.state import available_resources_per_node
     from ray._private.state import state as ray_state
 
@@ -91,7 +91,7 @@ def nodes() -> list[Node]:
 
 
 def _jobs() -> list[Job]:
-    """Submitted jobs and connected programs, this one left out. Without a dashboard nobody can submit any."""
+    """Returns submitted jobs and connected programs except this one. Without a dashboard no jobs can be submitted."""
     from ray._private.services import get_webui_url_from_internal_kv
     from ray.util.state import list_jobs
 

@@ -1,1 +1,2 @@
-"""The whole way on one machine: finetune a small model on bundled data, deploy it, ask it what it has learnt."""
+"""The complete workflow on one machine: finetune a small model on bundled data, deploy it, and test what it has
+learned."""

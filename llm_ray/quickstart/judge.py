@@ -1,4 +1,4 @@
-"""Whether an answer holds the fact that was asked for.
+"""Judges whether an answer contains the expected fact.
 
 >>> is_right("You have 47 days.", ["47 days"])
 True
@@ -12,16 +12,16 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# E-mail addresses and numbers (also times and decimals) stay whole: 47 is not found in 147, nor 2.3 in 12.35.
+# E-mail addresses and numbers (also times and decimals) stay whole: 47 does not match in 147, nor 2.3 in 12.35.
 _TOKEN = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+|\d+(?:[.:,]\d+)*|[^\W\d_]+(?:'[^\W\d_]+)*|[%€]")
-_REACH = 3  # tokens before a key in which a "not" turns it into its opposite
+_REACH = 3  # a negation within this many tokens before a key negates it
 
 
 def is_right(answer: str, expect: Sequence[str]) -> bool:
-    """Whether every item of `expect` is in `answer`; an item may list alternatives, separated by `|`.
+    """Returns whether every item of `expect` is in `answer`; an item may list alternatives, separated by `|`.
 
-    Strict: whole words and numbers only, nothing negated; and where numbers (or an address) are expected, an answer
-    that names any other is wrong, so that guessing several at once does not help.
+    Strict: matches only whole words and numbers that are not negated. If numbers or an address are expected, an answer
+    with any other is wrong, so listing several guesses does not help.
     """
     words = _tokens(answer)
     wanted = [[_tokens(alternative) for alternative in item.split("|")] for item in expect]

@@ -1,4 +1,4 @@
-"""The bundled questions, and asking them of a served model."""
+"""The bundled questions, and how they are put to a served model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_TOKENS = 48
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out question about a trained fact; `expect` is what a right answer holds (see judge.is_right)."""
+    """A held-out question about a trained fact; `expect` lists what a correct answer contains (see judge.is_right)."""
 
     fact: str
     prompt: str
@@ -27,7 +27,7 @@ class Question:
 
 
 def heldout() -> list[Question]:
-    """The questions that ship, none of them trained on."""
+    """Returns the bundled questions, none of which are in the training data."""
     rows = [json.loads(line) for line in (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
     return [Question(row["fact"], row["prompt"], row["completion"], tuple(row["expect"])) for row in rows]
 
@@ -35,16 +35,15 @@ def heldout() -> list[Question]:
 def ask(
     url: str, models: Sequence[str], questions: Sequence[Question], progress: Callable[[int, int], None]
 ) -> dict[str, list[str]]:
-    """Each model's answers in the order of `questions`, over the OpenAI API at `url`, without chance (temperature 0).
+    """Returns each model's answers in the order of `questions`, over the OpenAI API at `url`, at temperature 0.
 
-    `progress` gets the answers that are there and those there will be. Raises ServeError when a model does not answer.
+    Calls `progress` with the number of answers so far and in total. Raises ServeError if a model does not answer.
     """
     import openai
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every request
 
-    # max_retries=0: the endpoint is this machine's own, and a failure is to be seen. No proxy is asked for a loopback
-    # address.
+    # The endpoint is local: failures must show at once (no retries), and no proxy may be used (trust_env).
     with openai.OpenAI(
         base_url=url, api_key="none", max_retries=0, timeout=300, http_client=openai.DefaultHttpxClient(trust_env=False)
     ) as client:
@@ -73,5 +72,5 @@ def ask(
             except openai.OpenAIError as error:
                 raise ServeError(f"{model} at {url} did not answer: {error}") from error
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C, too, ask nothing more
+                pool.shutdown(wait=False, cancel_futures=True)  # also after Ctrl-C, send no further questions
     return answers

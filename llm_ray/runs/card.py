@@ -23,17 +23,17 @@ FIGURES = {
 
 
 def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result: dict[str, Any]) -> str:
-    """The card as Markdown with Hugging Face's YAML header, from a run's conf, run.json and result.json.
+    """Returns the model card as Markdown with Hugging Face's YAML header, from a run's conf, run.json and result.json.
 
-    Data files are named without their folders: a card is published. Sections without figures (no evaluation) are left
-    out.
+    Data files are named without their folders, since a card may be published. Sections without figures (no evaluation)
+    are omitted.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     known = base.location.folder or _cached(conf)
     base_licence = licence(known) if known else None
     header = {
-        "base_model": base.location.name,  # without its folder, which means nothing elsewhere
+        "base_model": base.location.name,  # without its folder, which is meaningless elsewhere
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": [
@@ -69,7 +69,7 @@ def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result:
 
 
 def _cached(conf: FinetuneConf) -> Path | None:
-    """The folder of a hub model's files that were downloaded."""
+    """Returns the folder of a hub model in the local cache; None if it was not downloaded."""
     from huggingface_hub import try_to_load_from_cache
 
     card = try_to_load_from_cache(conf.model.base, "README.md", revision=conf.model.revision)

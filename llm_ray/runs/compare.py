@@ -1,4 +1,4 @@
-"""Runs side by side: the conf's keys in which they differ, their figures, and their curves in the terminal or as PNG.
+"""Compares runs: conf keys in which they differ, figures, and curves in the terminal or as PNG.
 
 comparison = compare([find_run(runs, "a"), find_run(runs, "b")], "loss")
 print(terminal_plot(comparison))
@@ -23,13 +23,12 @@ Curve = tuple[list[int], list[float]]
 """Steps, and the metric's value at each."""
 
 MARKERS = "ox+*#@%&"
-_OF_EVERY_RUN = ("name", "paths.")  # keys that differ and say nothing
+_OF_EVERY_RUN = ("name", "paths.")  # keys that always differ
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`conf` and `figures` hold a list with one value a run, in the order of `runs`; a run without the figure has
-    None."""
+    """`conf` and `figures` map each key to one value per run, in the order of `runs`; None for a run without it."""
 
     runs: list[str]
     conf: dict[str, list[Any]]
@@ -39,10 +38,10 @@ class Comparison:
 
 
 def compare(paths: Sequence[Path], metric: str) -> Comparison:
-    """The runs in `paths` side by side, with their curves of `metric` (a column of metrics.jsonl; runs without it have
-    an empty curve).
+    """Compares the runs in `paths`, with their curves of `metric` (a column of metrics.jsonl; the curve of a run
+    without it is empty).
 
-    Raises RunError when no run has that metric, or a conf cannot be read.
+    Raises RunError if no run has the metric or a conf cannot be read.
     """
     rows = [read_metrics(path / METRICS) for path in paths]
     _check_metric(metric, rows)
@@ -64,7 +63,7 @@ def compare(paths: Sequence[Path], metric: str) -> Comparison:
 
 
 def terminal_plot(comparison: Comparison, width: int = 100, height: int = 22, color: bool = False) -> str:
-    """The curves drawn with characters: a colour a run, or without `color` a mark a run."""
+    """Draws the curves as text, distinguished by color or, without `color`, by marker."""
     import plotext
 
     figure = plotext.figure
@@ -82,7 +81,7 @@ def terminal_plot(comparison: Comparison, width: int = 100, height: int = 22, co
 
 
 def png_plot(comparison: Comparison, file: Path) -> None:
-    """The curves as a PNG. Raises RunError when it cannot be written."""
+    """Writes the curves as a PNG. Raises RunError if the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,7 +89,7 @@ def png_plot(comparison: Comparison, file: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, (name, (steps, values)) in enumerate(comparison.curves.items()):
-        if steps:  # every tenth run has the colours of the first again, and other dashes
+        if steps:  # colors repeat after ten runs with another line style
             axes.plot(
                 steps,
                 values,
@@ -132,7 +131,7 @@ def _curve(rows: list[dict[str, Any]], metric: str) -> Curve:
 
 
 def _figures(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run came to: from its metrics, and from the evaluation where that was done."""
+    """Returns a run's figures from its metrics and, if there was one, its evaluation."""
     run, result = summary(path), RunFolder(path).result()
     steps = [row for row in rows if "loss" in row]
     validation = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]

@@ -1,4 +1,4 @@
-"""A run's folder: locked by the process that works in it, with the conf as run, lineage, stage marks and results.
+"""A run's folder: lock, conf, lineage, stage marks and results.
 
     with open_run(conf, find_base(conf.model, conf.paths), force=False) as run:
         inputs = inputs_hash(conf.data, file_hashes(conf.data.train))
@@ -7,8 +7,7 @@
             …
             run.mark_done("prepare", inputs, seconds)
 
-Only the process that holds the lock writes here (workers write metrics and checkpoints). Every file is whole or not
-there.
+Only the process that holds the lock writes here (workers write metrics and checkpoints). Files are written atomically.
 """
 
 from __future__ import annotations
@@ -49,66 +48,66 @@ State = Literal["running", "done", "failed", "stopped"]
 
 LOCK, CONF, RUN, PARAMS, RESULT = ".lock", "conf.yaml", "run.json", "params.json", "result.json"
 RESULT_KEYS = ("model", "data", "tuning", "training", "evaluation")
-"""Sections of the conf that change what a run gives; the rest says where and how it runs."""
+"""Sections of the conf that affect a run's results; the others only say where and how it runs."""
 PACKAGES = ("ray", "torch", "transformers", "peft")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _BLOCK = 1 << 20
-_LOCK_SECONDS = 1.0  # `runs list` holds a lock for a moment when it looks whether there is one
+_LOCK_SECONDS = 1.0  # `runs list` holds a lock briefly to test whether it is free
 
 
 class RunFolder:
-    """The folder of one run. :func:`open_run` makes it and holds its lock."""
+    """The folder of one run. :func:`open_run` creates and locks it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def lineage(self) -> dict[str, Any]:
-        """run.json as it is; empty where there is none."""
+        """Returns the contents of run.json; empty if there is none. Raises RunError if it is damaged."""
         return _read_json(self.path / RUN)
 
     def result(self) -> dict[str, Any]:
-        """result.json as it is; empty where there is none."""
+        """Returns the contents of result.json; empty if there is none. Raises RunError if it is damaged."""
         return _read_json(self.path / RESULT)
 
     def is_done(self, stage: Stage, inputs_hash: str) -> bool:
-        """Whether `stage` was done for the same inputs."""
+        """Returns whether `stage` was completed with the same inputs."""
         mark = self._marks().get(stage, {})
         return mark.get("inputs") == inputs_hash and "finished" in mark
 
     def begin(self, stage: Stage, inputs_hash: str) -> bool:
-        """Note that `stage` begins. True when an attempt with the same inputs was begun before, and its leftovers
-        (checkpoints) can be gone on from; False when whatever is left is of other inputs."""
+        """Records the start of `stage`. Returns True if the previous attempt had the same inputs, so its leftovers
+        (checkpoints) can be reused; False if any leftovers belong to other inputs."""
         mark = self._marks().get(stage, {})
         self._mark(stage, {"inputs": inputs_hash, "began": _now()})
         return mark.get("inputs") == inputs_hash
 
     def mark_done(self, stage: Stage, inputs_hash: str, seconds: float) -> None:
-        """Mark `stage` as done for these inputs."""
+        """Marks `stage` as completed with these inputs."""
         self._mark(stage, {"inputs": inputs_hash, "finished": _now(), "seconds": round(seconds, 3)})
 
     def clear(self, stage: Stage) -> None:
-        """Take the mark of `stage` away: it is to be repeated, from its start."""
+        """Removes the mark of `stage`, so that it is repeated from its start."""
         self._mark(stage, None)
 
     def record(self, **values: Any) -> None:
-        """Set values of run.json, as `hosts` once the cluster is known."""
+        """Sets values in run.json, such as `hosts` once the cluster is known."""
         self._write(RUN, self.lineage() | values)
 
     def set_state(self, state: State, reason: str = "") -> None:
-        """Say how the run stands, and why."""
+        """Records the run's state and its reason."""
         self.record(state=state, reason=reason, updated=_now())
 
     def params(self) -> dict[str, Any]:
-        """What params.json holds; empty without."""
+        """Returns the contents of params.json; empty if there is none. Raises RunError if it is damaged."""
         return _read_json(self.path / PARAMS)
 
     def write_params(self, params: Mapping[str, Any]) -> None:
-        """Write params.json: the hyperparameters as run."""
+        """Writes params.json, the effective hyperparameters."""
         self._write(PARAMS, params)
 
     def update_result(self, section: str, values: Mapping[str, Any]) -> None:
-        """Merge `values` into a section of result.json."""
+        """Merges `values` into a section of result.json."""
         result = self.result()
         self._write(RESULT, result | {section: result.get(section, {}) | dict(values)})
 
@@ -127,16 +126,16 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]:
-    """The folder of the run `conf.name`, made or gone on with, locked until the block ends.
+    """Creates or reopens the folder of the run `conf.name` and locks it until the block ends.
 
-    The state is `running` inside; afterwards `done`, `stopped` (Ctrl-C, or asked to) or `failed` with the error's
-    words, where the block has not set another. Raises RunError when another process works in it, when it was made by a
-    conf with other results (unless `force`), and when it cannot be written; ModelError for a base model that is
-    nowhere.
+    The state is `running` during the block; afterwards it is `done`, `stopped` (Ctrl-C or a stop request) or `failed`
+    with the error's message, unless the block set another. Raises RunError if another process holds the lock, if the
+    run was made with a conf that gives other results (unless `force`), or if the folder cannot be written; ModelError
+    if the base model does not exist.
     """
     run = RunFolder(conf.run_dir)
     text = dump(conf)
-    lineage = _lineage(conf, base, text)  # first: without data or base model there is nothing to make a folder for
+    lineage = _lineage(conf, base, text)  # first, so that missing data or a missing base model leaves no folder behind
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told(run.path))
         run.path.mkdir(parents=True, exist_ok=True)
@@ -144,7 +143,7 @@ def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]
         if not force:
             refuse_other_conf(conf, run.path)
         write_text(run.path / CONF, text)
-        stop_file(run.path).unlink(missing_ok=True)  # meant for a process that is gone
+        stop_file(run.path).unlink(missing_ok=True)  # addressed to an earlier process
         run.record(**{"created": _now(), "stages": {}} | run.lineage() | lineage)
         run.set_state("running")
         try:
@@ -153,7 +152,7 @@ def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]
             stopped = isinstance(error, KeyboardInterrupt) or (
                 isinstance(error, LlmRayError) and error.exit_code == 130
             )
-            with contextlib.suppress(RunError):  # a full disk: the first error is the one to tell
+            with contextlib.suppress(RunError):  # a full disk: report the first error
                 run.set_state("stopped" if stopped else "failed", str(error) or type(error).__name__)
             raise
         finally:
@@ -163,7 +162,7 @@ def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock of the run in `path`: {"host", "pid", "since"}; None when nobody does."""
+    """Returns the holder of the lock of the run in `path`: {"host", "pid", "since"}; None if it is free."""
     try:
         with (path / LOCK).open("rb") as file:
             try:
@@ -176,13 +175,12 @@ def holder(path: Path) -> dict[str, Any] | None:
 
 
 def stop_file(path: Path) -> Path:
-    """The file by which a process asks the one that works in the run to end, with a checkpoint; it is gone when the run
-    has ended."""
+    """Returns the file that requests the run's process to stop with a checkpoint; it is removed when the run ends."""
     return path / "checkpoint" / ".stop"
 
 
 def ask_to_stop(path: Path) -> None:
-    """Ask the process that works in the run to end. Raises RunError when none does."""
+    """Asks the process that works on the run to stop. Raises RunError if there is none."""
     if holder(path) is None:
         raise RunError(f"the run {path.name} is not running: there is nothing to stop")
     with _told(path):
@@ -191,14 +189,13 @@ def ask_to_stop(path: Path) -> None:
 
 
 def delete_run(path: Path) -> None:
-    """Delete a run with all that it has made. Raises RunError when a process works in it, or it cannot be deleted."""
+    """Deletes a run with everything it made. Raises RunError if a process works on it or it cannot be deleted."""
     with _told(path), _locked(path):
         remove_folder(path)
 
 
 def stored_conf(path: Path) -> dict[str, Any]:
-    """The conf as it was run, with this version's defaults for keys that are new. Raises RunError where it cannot be
-    read."""
+    """Returns the conf of the run, with this version's defaults for new keys. Raises RunError if it cannot be read."""
     try:
         data = yamltext.parse((path / CONF).read_text(encoding="utf-8")).data
         return FinetuneConf.model_validate(data).model_dump(mode="json")
@@ -211,13 +208,13 @@ def stored_conf(path: Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The keys (dotted) in which two confs differ, with both values."""
+    """Returns the dotted keys in which two confs differ, with both values."""
     a, b = flat(old), flat(new)
     return {key: (a.get(key), b.get(key)) for key in dict.fromkeys([*b, *a]) if a.get(key) != b.get(key)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted keys."""
+    """Flattens nested sections into dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
@@ -225,15 +222,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def inputs_hash(*parts: object) -> str:
-    """SHA-256 of the parts as canonical JSON; sections of the conf and paths may be among them."""
+    """Returns the SHA-256 of the parts as canonical JSON; parts may include conf sections and paths."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_hashes(sources: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """{"path", "sha256", "bytes"} of each file, those of a folder sorted by name; of a hub id {"hub"} alone.
+    """Returns {"path", "sha256", "bytes"} of each file, files of a folder sorted by name; for a hub id only {"hub"}.
 
-    Raises RunError when a file cannot be read.
+    Raises RunError if a file cannot be read.
     """
     entries: list[dict[str, Any]] = []
     for source in sources:
@@ -254,7 +251,7 @@ def file_hashes(sources: Sequence[str | Path]) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=4096)
 def _file_hash(path: Path, size: int, changed: int) -> str:
-    """Streamed SHA-256; remembered as long as size and time of change are the same."""
+    """Returns the SHA-256, cached while size and modification time stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -289,7 +286,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the current folder, and whether tracked files differ from it; None outside a work tree."""
+    """Returns the commit of the current folder, and whether tracked files differ from it; None outside a work tree."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -303,7 +300,7 @@ def _git() -> dict[str, Any] | None:
 
 
 def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
-    """Raise RunError where there is a run in `path` that was made by a conf with other results."""
+    """Raises RunError if `path` contains a run whose conf gives other results."""
     if not (path / CONF).exists():
         return
     old, new = stored_conf(path), conf.model_dump(mode="json")
@@ -318,8 +315,8 @@ def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the run's lock. flock becomes a lock of the server on NFS (since Linux 2.6.12), for which the file is open
-    for writing."""
+    """Holds the run's lock. On NFS, flock becomes a server-side lock (since Linux 2.6.12), which requires the file to
+    be open for writing."""
     with (path / LOCK).open("a+b") as file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
@@ -352,7 +349,7 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing would not do while a forked child has the file open
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would not unlock while a forked child has the file open
 
 
 def _holder(file: IO[bytes]) -> dict[str, Any]:
@@ -366,7 +363,7 @@ def _holder(file: IO[bytes]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Failed writes under `path` as RunErrors that say what to do."""
+    """Turns failed writes under `path` into RunErrors that say what to do."""
     try:
         yield
     except OSError as error:

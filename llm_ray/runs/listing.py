@@ -1,4 +1,4 @@
-"""The runs of a folder with their state, progress and latest figures.
+"""Lists the runs of a folder with state, progress and latest figures.
 
 for run in list_runs(home() / "runs"):
     print(run.name, run.state, run.loss)
@@ -17,14 +17,14 @@ from llm_ray.runs.folder import RUN, RunFolder, holder, stored_conf
 from llm_ray.runs.metrics import METRICS, read_metrics
 
 TAIL = 1000
-"""Steps that the figures of a listing are taken from: the last ones, so that long runs list quickly."""
+"""Number of last steps that a listing reads, so that long runs list quickly."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in a line. `state` is running, done, failed, stopped, interrupted (no process holds its lock any more) or
-    damaged (a file of it cannot be read, `reason` says which). Losses and tokens per second (real tokens, all workers)
-    are None before there are any."""
+    """A run for display. `state` is running, done, failed, stopped, interrupted (no process holds its lock) or damaged
+    (a file cannot be read; `reason` names it). Losses and tokens per second (excluding padding, all workers) are None
+    until measured."""
 
     name: str
     path: str
@@ -43,12 +43,12 @@ class RunSummary:
 
 
 def list_runs(runs: Path) -> list[RunSummary]:
-    """The runs under `runs`, latest first."""
+    """Returns the runs under `runs`, latest first."""
     return sorted(map(summary, run_folders(runs)), key=lambda run: (run.created or "", run.name), reverse=True)
 
 
 def find_run(runs: Path, name: str) -> Path:
-    """The folder of the run `name`. Raises RunError, with the nearest names, when there is none."""
+    """Returns the folder of the run `name`. Raises RunError, with similar names, if it does not exist."""
     path = runs / name
     if path.parent == runs and (path / RUN).is_file():
         return path
@@ -65,7 +65,7 @@ def find_run(runs: Path, name: str) -> Path:
 
 
 def run_folders(runs: Path) -> list[Path]:
-    """The folders of runs; one that is being deleted has a hidden name."""
+    """Returns the folders of all runs, without those being deleted, whose names are hidden."""
     return (
         [path for path in runs.iterdir() if (path / RUN).is_file() and not path.name.startswith(".")]
         if runs.is_dir()
@@ -74,7 +74,7 @@ def run_folders(runs: Path) -> list[Path]:
 
 
 def summary(path: Path) -> RunSummary:
-    """The run in `path`; never raises for what is wrong with it."""
+    """Returns the summary of the run in `path`; never raises for a damaged run."""
     try:
         lineage, result, problem = RunFolder(path).lineage(), RunFolder(path).result(), None
     except RunError as error:
@@ -107,13 +107,13 @@ def summary(path: Path) -> RunSummary:
 
 
 def rate(steps: list[dict[str, Any]]) -> float | None:
-    """Tokens per second over these steps."""
+    """Returns tokens per second over these steps; None without steps."""
     seconds = sum(row["seconds"] for row in steps)
     return sum(row["tokens"] for row in steps) / seconds if seconds else None
 
 
 def age(when: str | None) -> str:
-    """How long ago `when` (ISO 8601) was, in the largest unit."""
+    """Returns the time since `when` (ISO 8601) in its largest unit."""
     if not when:
         return ""
     seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds())

@@ -1,5 +1,4 @@
-"""Training metrics, one row per step: written to metrics.jsonl (and TensorBoard) by rank 0, read by everything that
-shows them.
+"""Training metrics, one row per step: rank 0 writes metrics.jsonl (and TensorBoard), displays read it.
 
 writer = MetricsWriter(run_dir, tensorboard=True, resume_from_step=0)
 writer.write({"step": 1, "loss": 2.3})
@@ -25,14 +24,15 @@ _BLOCK = 8192
 
 
 class MetricsWriter:
-    """Appends rows to ``metrics.jsonl`` of a run, and to ``tensorboard/`` where that is asked for.
+    """Appends rows to a run's ``metrics.jsonl`` and optionally to ``tensorboard/``.
 
-    Rows with a step after `resume_from_step` (all of them when it is 0) are cut off first, so that a step appears once.
-    Raises OSError when the folder cannot be written.
+    First removes rows with a step after `resume_from_step` (all rows if it is 0), so that each step appears once.
+    Raises OSError if the folder cannot be written.
     """
 
     def __init__(self, run_dir: Path, tensorboard: bool, resume_from_step: int, perplexity: bool = True) -> None:
-        """`perplexity`: whether losses are mean negative log-likelihoods of tokens, whose exponential it is."""
+        """`perplexity`: whether losses are mean negative log-likelihoods of tokens, so that their exponential is the
+        perplexity."""
         path = run_dir / METRICS
         kept = [row for row in read_metrics(path) if row["step"] <= resume_from_step] if resume_from_step else []
         write_text(path, "".join(_line(row) for row in kept))
@@ -49,8 +49,8 @@ class MetricsWriter:
             )
 
     def write(self, row: Mapping[str, float | int]) -> None:
-        """Append a row, which has a `step`. A validation loss that has a perplexity is joined by it. What is no number
-        becomes null."""
+        """Appends a row, which must contain `step`. Adds the perplexity to a validation loss if enabled. NaN and
+        infinity become null."""
         figures = dict(row)
         if self._perplexity and "validation_loss" in figures:
             figures["validation_perplexity"] = _exp(figures["validation_loss"])
@@ -65,7 +65,7 @@ class MetricsWriter:
                         else f"train/{name}"
                     )
                     self._board.add_scalar(tag, value, int(figures["step"]))
-            self._board.flush()  # a killed worker would take with it what is buffered
+            self._board.flush()  # a killed worker would lose the buffer
 
     def close(self) -> None:
         self._file.close()
@@ -74,17 +74,17 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, or the last few, of which only the file's tail is read.
+    """Returns the rows of a metrics.jsonl; with `last` only the last rows, read from the file's tail.
 
-    No file is no rows; a line that is torn (its writer was killed, or is writing) is left out.
+    Returns an empty list if there is no file; skips incomplete lines (the writer was killed or is still writing).
     """
     try:
         with path.open("rb") as file:
             lines = (
                 file.read().splitlines() if last is None else _tail(file, last + 1)
-            )  # one more: the last may be torn
+            )  # one more, since the last may be incomplete
     except OSError as error:
-        # A file that another host has just replaced is stale on NFS: to be read the next time.
+        # On NFS, a file that another host has just replaced is stale; the next read succeeds.
         if error.errno in (errno.ENOENT, errno.ESTALE):
             return []
         raise
@@ -93,7 +93,7 @@ def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for numbers that strict JSON has not (NaN, infinity), at any depth."""
+    """Returns `value` with NaN and infinity replaced by None at any depth, as strict JSON requires."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -123,7 +123,7 @@ def _exp(loss: float) -> float:
 
 
 def _tail(file: IO[bytes], count: int) -> list[bytes]:
-    """The last `count` lines of `file`."""
+    """Returns the last `count` lines of `file`."""
     start = end = file.seek(0, os.SEEK_END)
     text = b""
     while start and text.count(b"\n") <= count:

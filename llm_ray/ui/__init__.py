@@ -1,7 +1,7 @@
-"""The page: our own FastAPI application with Gradio mounted in it, behind a login.
+"""The web UI: a FastAPI application with Gradio mounted in it, behind a login.
 
 llm-ray ui
 
-`users` and `sessions` say who is there, `guard` lets nobody else through, `handlers` asks for the role of each call,
-`screens` hold what is shown. What a screen does it asks of the package's use cases; the page decides nothing by itself.
+`users` and `sessions` authenticate, `guard` filters requests, `handlers` checks the role of each call, `screens` define
+the content. Screens call the package's use cases; the UI contains no logic of its own.
 """

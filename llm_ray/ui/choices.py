@@ -1,4 +1,4 @@
-"""The choices offered to a user, with readable names: data (their own files, shared files, a hub id) and models."""
+"""Choices offered to a user, with readable names: data (own files, shared files, a hub id) and models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OWN, _SHARED = "my files/", "data/"
 
 
 def data_choices(site: Site, visitor: Visitor) -> list[str]:
-    """The visitor's own files and those of the data folder."""
+    """Returns the visitor's own files and those of the data folder."""
     folders = {_OWN: site.uploads.folder(visitor), _SHARED: Paths.of(site.home).data}
     return [
         prefix + path.name
@@ -36,7 +36,7 @@ def data_choices(site: Site, visitor: Visitor) -> list[str]:
 
 
 def data_source(site: Site, visitor: Visitor, choice: str | None) -> str:
-    """What data.train has to be for a choice: a file's path or a hub id. Raises DataError."""
+    """Returns the value of data.train for a choice: a file's path or a hub id. Raises DataError."""
     choice = (choice or "").strip()
     if not choice:
         raise DataError("Choose data, or upload a file, on the screen Data")
@@ -52,7 +52,7 @@ def data_source(site: Site, visitor: Visitor, choice: str | None) -> str:
 
 
 def data_choice(site: Site, visitor: Visitor, source: str) -> str:
-    """The choice that means a path or hub id of a conf. Raises DataError where the visitor has no such file."""
+    """Returns the choice for a conf's path or hub id. Raises DataError if the visitor has no such file."""
     path = Path(source)
     for prefix, folder in ((_OWN, site.uploads.folder(visitor)), (_SHARED, Paths.of(site.home).data)):
         if path.parent == folder or (source == path.name and (folder / source).exists()):
@@ -65,24 +65,25 @@ def data_choice(site: Site, visitor: Visitor, source: str) -> str:
 
 
 def without_folders(site: Site, visitor: Visitor, text: str) -> str:
-    """A text with the visitor's files by their names alone."""
+    """Returns the text with the paths of the visitor's files shortened to file names."""
     for folder in (site.uploads.folder(visitor), Paths.of(site.home).data):
         text = text.replace(f"{folder}/", "")
     return text
 
 
 def data_settings(source: str) -> dict[str, str]:
-    """The settings that data needs: plain text has no answers to learn."""
+    """Returns the settings that the data requires: plain text has no answers to learn."""
     return {"tuning.objective": "pretrain"} if source.endswith(".txt") else {}
 
 
 def model_choices(site: Site) -> list[str]:
-    """Names of models that can be finetuned."""
+    """Returns the names of models that can be finetuned."""
     return [model.name for model in list_models(Paths.of(site.home)) if not model.problem]
 
 
 def check_allowed(site: Site, visitor: Visitor, conf: FinetuneConf) -> None:
-    """Raises ConfError where a conf names what its sender may not read, or code of their own: only an admin may."""
+    """Raises ConfError if the conf reads files the visitor may not read or runs code that is not built in; admins may
+    do both."""
     if visitor.role.covers(Role.ADMIN):
         return
     paths = Paths.of(site.home)
@@ -92,6 +93,6 @@ def check_allowed(site: Site, visitor: Visitor, conf: FinetuneConf) -> None:
 
 
 def name_of_run(data: str, taken: Collection[str]) -> str:
-    """A name for a run on this data that no other has."""
+    """Returns an unused run name derived from the data's name."""
     stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(data.rpartition("/")[2]).stem).strip("-").lower()[:50] or "run"
     return next(name for n in range(1, 10_000) if (name := stem if n == 1 else f"{stem}-{n}") not in taken)

@@ -1,4 +1,4 @@
-"""Optional number fields: Gradio's own number field shows 0 when empty."""
+"""Optional number fields; Gradio's own number field shows 0 when empty."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from llm_ray.errors import ConfError
 
 
 def optional(label: str, info: str, value: str = "") -> gr.Textbox:
-    """The field; its text goes through `whole` or `decimal`."""
+    """Returns the field; parse its text with `whole` or `decimal`."""
     return gr.Textbox(label=label, info=info, value=value, max_lines=1)
 
 
 def whole(text: str | None, label: str, least: int = 1) -> int | None:
-    """The number in the field, None where it is empty. Raises ConfError."""
+    """Returns the integer in the field, None if it is empty. Raises ConfError if it is invalid or below `least`."""
     value = decimal(text, label, least)
     if value is not None and value != int(value):
         raise ConfError(f"{label}: {value:g} is not an integer.")
@@ -21,7 +21,7 @@ def whole(text: str | None, label: str, least: int = 1) -> int | None:
 
 
 def decimal(text: str | None, label: str, least: float = 0, most: float = 1e12) -> float | None:
-    """As `whole`, with decimals."""
+    """Like `whole`, but for a decimal number between `least` and `most`."""
     if not text or not text.strip():
         return None
     try:

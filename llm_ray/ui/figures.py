@@ -1,5 +1,5 @@
-"""Tables and charts as HTML: drawn here, so nothing is fetched, screen readers can read them, and they follow light and
-dark mode."""
+"""Tables and charts as HTML, drawn here so that nothing is fetched, screen readers can read them, and they follow light
+and dark mode."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 Points = tuple[Sequence[float], Sequence[float]]
-"""Of a curve: x, and y at each."""
+"""x and y values of a curve."""
 
 _WIDTH, _HEIGHT = 480, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 10, 30
 _MOST_POINTS = 300
 KINDS = 8
-"""Colours and dashes of curves; more curves begin anew."""
+"""Number of curve styles (color and dashes); further curves repeat them."""
 
 
 def table(
@@ -24,8 +24,8 @@ def table(
     raw: frozenset[int] = frozenset(),
     numbers: Sequence[str] = (),
 ) -> str:
-    """A table that scrolls where it is wider than the page. Cells are text, those of the columns `raw` are HTML; the
-    columns named in `numbers` are set to the right."""
+    """Returns a table that scrolls if it is wider than the page. Cells are text, or HTML in the columns `raw`; the
+    columns named in `numbers` are right-aligned."""
 
     def cell(n: int, value: object, tag: str = "td", scope: str = "") -> str:
         right = ' class="number"' if head[n] in numbers else ""
@@ -41,7 +41,7 @@ def table(
 
 
 def pairs(values: Mapping[str, str]) -> str:
-    """Names with values."""
+    """Returns a list of names with values."""
     return (
         '<dl class="pairs">'
         + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in values.items())
@@ -50,24 +50,24 @@ def pairs(values: Mapping[str, str]) -> str:
 
 
 def lines(title: str, items: Iterable[str]) -> str:
-    """A list with a heading; nothing where there are none."""
+    """Returns a list with a heading; empty if there are no items."""
     rendered = "".join(f"<li>{escape(item)}</li>" for item in items)
     return f"<h2>{escape(title)}</h2><ul class='lines'>{rendered}</ul>" if rendered else ""
 
 
 def message(text: str, kind: str = "note") -> str:
-    """A message: `note`, or `problem`, which screen readers tell at once."""
+    """Returns a message; screen readers announce the kind `problem` at once, `note` politely."""
     role = ' role="alert"' if kind == "problem" else ' role="status"'
     return f'<p class="message {kind}"{role}>{escape(text)}</p>' if text else ""
 
 
 def note(text: str, kind: str = "") -> str:
-    """A paragraph without a frame; `kind` "bad" for what went wrong. Line breaks are kept."""
+    """Returns a paragraph without a frame; `kind` "bad" marks errors. Line breaks are kept."""
     return f'<p class="frame-note {kind}">{escape(text)}</p>' if text else ""
 
 
 def bars(title: str, unit: str, columns: Sequence[tuple[str, int]]) -> str:
-    """A histogram: a name and a count each."""
+    """Returns a histogram of (name, count) columns."""
     if not columns:
         return ""
     most = max(count for _, count in columns)
@@ -88,7 +88,7 @@ def bars(title: str, unit: str, columns: Sequence[tuple[str, int]]) -> str:
 
 
 def curves(title: str, series: Mapping[str, Points]) -> str:
-    """Curves in one chart. What is no number is left out; of many points some are drawn, the last always."""
+    """Returns a chart of several curves. Skips non-finite values and thins out many points, but keeps the last."""
     drawn = {name: points for name, given in series.items() if (points := _thinned(given))}
     if not drawn:
         return ""
@@ -131,7 +131,7 @@ def curves(title: str, series: Mapping[str, Points]) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure as people read it; nothing where there is none."""
+    """Formats a number for people; empty for None."""
     return (
         ""
         if value is None

@@ -1,8 +1,8 @@
-"""Middleware in front of every path of the page: Host and Origin, the session, allowed Gradio routes, sizes, headers.
-Plain ASGI.
+"""ASGI middleware in front of every path: checks Host and Origin, session, allowed Gradio routes and sizes, and sets
+headers.
 
-Gradio has some fifty routes, of which a page needs a dozen. Everything not listed here is disabled: its own login and
-tokens, its API by name, monitoring, run history, deep links, proxies, MCP.
+Gradio has some fifty routes, of which the UI needs a dozen. Everything not listed here is blocked: Gradio's own login
+and tokens, API by name, monitoring, run history, deep links, proxies, MCP.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llm_ray.ui.uploads import Uploads
 _LOG = logging.getLogger("llm_ray.ui")
 API = "/gradio_api"
 _READ = ("GET", "HEAD")
-# Of Gradio: what its browser side asks for. Screens have paths of their own beside these.
+# Gradio routes used by its browser side. Screens have their own paths.
 _ROUTES = {
     "GET": re.compile(
         r"/(config|theme\.css|assets/.+|static/.+|svelte/.+|favicon\.ico"
@@ -39,19 +39,19 @@ _ROUTES = {
     "POST": re.compile(rf"{API}/(queue/join|cancel|reset|upload)/?"),
 }
 _OURS = re.compile(r"/(login|logout)?")
-_OPEN = re.compile(r"/login|/health|/manifest\.json")  # without a session; browsers ask for a manifest without cookies
+_OPEN = re.compile(r"/login|/health|/manifest\.json")  # need no session; browsers request a manifest without cookies
 _MOST_JSON, _MOST_FORM = 8 * 2**20, 16 * 2**10  # bytes
 _BODY_SECONDS = 30.0
-# What would have Gradio, or a handler, believe in another host, client or session than there is.
+# Headers that would make Gradio or a handler believe in another host, client or session.
 _FORGED = re.compile(
     rb"x-forwarded-.*|forwarded|x-real-ip|x-direct-url|x-gradio-.*|x-ip-token|x-original-.*|x-rewrite-url"
 )
-_FORGED_OR_PACKED = re.compile(_FORGED.pattern + rb"|accept-encoding")  # a packed page cannot be looked into
+_FORGED_OR_PACKED = re.compile(_FORGED.pattern + rb"|accept-encoding")  # compressed pages cannot be scanned for scripts
 _SCRIPT = re.compile(r"<script(?:\s[^>]*)?>(.*?)</script>", re.S)
 _HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "same-origin",  # with no-referrer, forms are sent with the Origin `null`
+    "referrer-policy": "same-origin",  # with no-referrer, browsers send forms with the Origin `null`
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
@@ -60,12 +60,12 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Door:
-    """Where the page is reached."""
+    """Where the UI can be reached."""
 
     hosts: frozenset[str]
-    """Names that a Host header may have, with or without a port; without: any."""
+    """Accepted Host headers; a name without a port accepts any port."""
     origins: frozenset[str] = frozenset()
-    """Origins beside that of the request's own scheme and host, as https://llm.example.org of a proxy."""
+    """Accepted origins besides the request's own scheme and host, such as a proxy's https://llm.example.org."""
     tls: bool = False
 
     def knows(self, host: str) -> bool:
@@ -74,8 +74,8 @@ class Door:
 
 
 class Guard:
-    """Lets through who has a session, with what they may send. The answer of a page names the scripts that it may
-    run."""
+    """Passes on requests with a session, within what they may access. Adds a content security policy that lists the
+    page's scripts."""
 
     def __init__(
         self, app: ASGIApp, door: Door, sessions: Sessions, uploads: Uploads, cookie: str, screens: frozenset[str]
@@ -87,7 +87,7 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":  # the page has none, and what is not checked is not let in
+        if scope["type"] == "websocket":  # the UI uses none, so none are allowed
             await send({"type": "websocket.close", "code": 1008})
             return
         unwanted = _FORGED_OR_PACKED if scope["path"].strip("/") in self._screens else _FORGED
@@ -121,12 +121,11 @@ class Guard:
                 await self._until_ended(session, scope, receive, send, sending)
 
     def end_streams(self) -> None:
-        """End all sessions, and with them the answers that are under way: the server is about to end."""
+        """Ends all sessions and with them the running responses; called before the server shuts down."""
         self._sessions.end_all()
 
     def _foreign(self, scope: Scope) -> Response | None:
-        """The answer to a request that another site's page may have made, or that came under a name that is not
-        ours."""
+        """Returns the refusal of a request that may come from another site's page or used an unknown host name."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", "").lower(), headers.get("origin")
         if not self._door.knows(host) or len(headers.getlist("host")) != 1:
@@ -149,13 +148,13 @@ class Guard:
     def _stranger(self, scope: Scope) -> Response:
         path = scope["path"]
         if scope["method"] in _READ and (path == "/" or path.strip("/") in self._screens):
-            asked = scope["query_string"].decode("latin-1")  # which run, which model: a link that was handed on
+            asked = scope["query_string"].decode("latin-1")  # keeps the run or model named in a shared link
             query = f"?next={quote(f'{path}?{asked}' if asked else path)}" if path != "/" else ""
             return RedirectResponse(f"/login{query}", status_code=303)
         return JSONResponse({"detail": "Sign in first."}, status_code=401)
 
     def _out_of_bounds(self, scope: Scope, session: Session) -> Response | None:
-        """The answer to somebody who is signed in, about what is not theirs or not there."""
+        """Returns the refusal for a signed-in visitor's request to an unknown route or to another visitor's data."""
         path, method = scope["path"], "GET" if scope["method"] == "HEAD" else scope["method"]
         if _OURS.fullmatch(path) or _OPEN.fullmatch(path) or (method == "GET" and path.strip("/") in self._screens):
             return None
@@ -174,7 +173,7 @@ class Guard:
         return None
 
     async def _body(self, scope: Scope, receive: Receive, most: int) -> tuple[Receive, Response | None]:
-        """The request's body, read and looked at: within `most` bytes, about pages and files of this session alone."""
+        """Reads and checks the request's body: at most `most` bytes, and only pages and files of this session."""
         body = bytearray()
         more = True
         try:
@@ -213,7 +212,7 @@ class Guard:
         page = content.get("session_hash") if isinstance(content, dict) else None
         if not isinstance(page, str) or not self._sessions.claim(page, session):
             return _not_yours()
-        # Gradio would copy any file of this machine that is named, when mounted, and fetch any URL.
+        # A mounted Gradio would copy any named file of this machine and fetch any URL.
         for value in _files(content):
             path, url = value.get("path"), value.get("url")
             if path is not None and not (isinstance(path, str) and self._uploads.may_read(session.visitor.name, path)):
@@ -229,8 +228,8 @@ class Guard:
     async def _until_ended(
         self, session: Session, scope: Scope, receive: Receive, send: Send, sending: _Sending
     ) -> None:
-        """The answer of the application; broken off when the session ends before it is whole, and a refusal when it has
-        not begun by then."""
+        """Runs the application until the session ends. A response in progress is then cut off; one that has not begun
+        becomes a refusal."""
         answer = asyncio.ensure_future(_awaited(self._app(scope, receive, send)))
         ended = asyncio.ensure_future(session.ended.wait())
         try:
@@ -247,15 +246,15 @@ class Guard:
             await send({"type": "http.response.body", "body": b""})
 
     def _headed(self, scope: Scope, send: Send) -> Send:
-        """`send` with the headers that every answer has. Pages are held until they are whole, for their scripts are
-        named in a header."""
+        """Returns `send` with the headers of every response. HTML pages are buffered, since a header lists their
+        scripts."""
         path = scope["path"]
         immutable = path.startswith(("/assets/", "/static/"))
         page: list[Message] = []
 
         async def headed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                page.clear()  # of an answer that was broken off
+                page.clear()  # remains of a cancelled response
                 headers = MutableHeaders(raw=list(message["headers"]))
                 for name, value in _HEADERS.items():
                     headers[name] = value
@@ -263,7 +262,7 @@ class Guard:
                     headers["strict-transport-security"] = "max-age=31536000"
                 if not immutable:
                     headers["cache-control"] = "no-store"
-                elif path.startswith("/assets/") and message["status"] == 200:  # their names hold their hashes
+                elif path.startswith("/assets/") and message["status"] == 200:  # file names contain hashes
                     headers["cache-control"] = "private, max-age=31536000, immutable"
                 message = {**message, "headers": headers.raw}
                 if headers.get("content-type", "").startswith("text/html") and "content-encoding" not in headers:
@@ -289,8 +288,8 @@ class Guard:
 
 
 class _Sending:
-    """The way to the client, and what has gone it: whether an answer has begun, and whether it is `open`, of no length
-    told and without an end."""
+    """Wraps `send` and tracks whether a response has `begun` and whether it is `open`: unfinished and without a
+    declared length."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -305,12 +304,11 @@ class _Sending:
 
 
 def _policy(scripts: list[str]) -> str:
-    """The content security policy of an answer whose page holds these scripts: no others run, nothing comes from, or
-    goes, elsewhere.
+    """Returns the content security policy of a page with these inline scripts: no other scripts run, and no other hosts
+    are contacted.
 
-    Gradio's HTML and plots (Vega) evaluate texts of ours. Event handlers in HTML do not run, with which a model's
-    answer could take over the
-    page: Gradio's chat parses it before it cleans it.
+    Gradio's HTML and plots (Vega) need eval. Inline event handlers are blocked, because Gradio's chat parses a model's
+    answer before sanitizing it, so the answer could otherwise take over the page.
     """
     hashes = [
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
@@ -335,7 +333,7 @@ def _policy(scripts: list[str]) -> str:
 
 
 def _files(value: Any) -> Iterator[dict[str, Any]]:
-    """What Gradio would take for files, anywhere in a request."""
+    """Yields everything in a request that Gradio would treat as a file."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

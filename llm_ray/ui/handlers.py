@@ -1,4 +1,4 @@
-"""Event handlers of the screens: every call requires a role, wherever it comes from.
+"""Event handlers of the screens; every call requires a role.
 
     @handler(Role.USER)
     def greet(visitor: Visitor, name: str) -> str:
@@ -6,8 +6,7 @@
 
     on(button.click, greet, inputs=name, outputs=answer)
 
-A function that was not made a handler cannot be connected: `on` refuses it, and the page does not start with one that
-was connected past `on`.
+`on` refuses functions that are not handlers, and the server does not start if one was connected without `on`.
 """
 
 from __future__ import annotations
@@ -32,22 +31,21 @@ from llm_ray.ui.users import Role
 
 _LOG = logging.getLogger("llm_ray.ui")
 GO = "url => { if (url) window.location.assign(url) }"
-"""For the event of a hidden field, in the browser: to the URL that a handler has put there."""
-_AT_ONCE = 8  # calls of one handler; Gradio's default is one for all people together
+"""JavaScript for a hidden field's event: navigates to the URL that a handler has put into the field."""
+_AT_ONCE = 8  # concurrent calls per handler; Gradio's default is one for all users together
 
 
 @dataclass(frozen=True)
 class Handler:
-    """A function of a screen, and the least role that may call it."""
+    """A screen's function and the minimum role to call it."""
 
     function: Callable[..., Any]
     least: Role
 
 
 def handler(least: Role) -> Callable[[Callable[..., Any]], Handler]:
-    """Makes a function a handler. Its first argument is the `Visitor` who calls it, as the page's own session knows
-    them; the others are the values of the inputs. It returns what is shown, or yields it. An LlmRayError is shown as a
-    message."""
+    """Turns a function into a handler. Its first argument is the calling `Visitor`, taken from the server-side session;
+    the others are the values of the inputs. It returns or yields the outputs. An LlmRayError is shown as a message."""
     if not isinstance(least, Role):
         raise TypeError("a handler needs the least role that may call it: @handler(Role.USER)")
 
@@ -66,10 +64,10 @@ def on(
     at_once: int = _AT_ONCE,
     **options: Any,
 ) -> Any:
-    """Have a component's event (`button.click`, `blocks.load`, `timer.tick`) call a handler, for at most `at_once`
-    people at the same time.
+    """Connects a component's event (`button.click`, `blocks.load`, `timer.tick`) to a handler, with at most `at_once`
+    concurrent calls.
 
-    `options` are Gradio's own (show_progress, trigger_mode, cancels, …).
+    `options` are Gradio's own (show_progress, trigger_mode, cancels, …). Raises TypeError if `call` is not a handler.
     """
     if not isinstance(call, Handler):
         raise TypeError(
@@ -80,7 +78,7 @@ def on(
 
 
 def on_load() -> Callable[..., Any]:
-    """The event of the page's loading, for a screen that is being built: ``on(on_load(), call)``."""
+    """Returns the load event of the page for a screen being built: ``on(on_load(), call)``."""
     page = Context.root_block
     if page is None:
         raise TypeError("a screen is built within the page")
@@ -89,7 +87,7 @@ def on_load() -> Callable[..., Any]:
 
 
 def check(blocks: gr.Blocks) -> None:
-    """Raises TypeError where a function was connected that asks for no role."""
+    """Raises TypeError if a function was connected without a role."""
     if blocks.renderables:
         raise TypeError(
             "gr.render connects functions while the page runs, which nobody checks: build the screen when the page "
@@ -102,7 +100,7 @@ def check(blocks: gr.Blocks) -> None:
 
 
 def _asked(call: Handler) -> Callable[..., Any]:
-    """The function that Gradio calls: the handler's own, for who may."""
+    """Returns the function that Gradio calls: it checks the role and then calls the handler."""
     function = call.function
     kinds = typing.get_type_hints(function)
     parameters = list(inspect.signature(function).parameters.values())[1:]
@@ -113,7 +111,7 @@ def _asked(call: Handler) -> Callable[..., Any]:
             with _explained(call), contextlib.closing(function(_visitor(call, request), *values)) as shown:
                 for value in shown:
                     yield value
-                    _visitor(call, request)  # a stream ends with its session
+                    _visitor(call, request)  # the stream ends with the session
 
         asked = stream
     elif inspect.isasyncgenfunction(function) or inspect.iscoroutinefunction(function):
@@ -138,7 +136,7 @@ def _asked(call: Handler) -> Callable[..., Any]:
 
 
 def _visitor(call: Handler, request: gr.Request) -> Visitor:
-    """Who calls. Raises gr.Error where they may not, or their session has ended."""
+    """Returns the caller. Raises gr.Error if the session has ended or the role does not suffice."""
     session: Session | None = getattr(getattr(request.request, "state", None), "session", None)
     if session is None or session.ended.is_set():
         raise gr.Error("You are signed out: load the page again.", title="Signed out", print_exception=False)
@@ -154,8 +152,8 @@ def _visitor(call: Handler, request: gr.Request) -> Visitor:
 
 @contextlib.contextmanager
 def _explained(call: Handler) -> Iterator[None]:
-    """Turns what goes wrong into a message for people: our own errors as they are, any other by a number that the log
-    knows."""
+    """Turns errors into messages for the user: LlmRayErrors with their text, others with a number that is also in the
+    log."""
     try:
         yield
     except gr.Error:

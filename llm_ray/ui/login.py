@@ -1,4 +1,4 @@
-"""Signing in and out: plain pages without scripts."""
+"""Sign-in and sign-out pages, without scripts."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ _STYLE = (Path(__file__).parent / "login.css").read_text(encoding="utf-8")
 
 
 class Link:
-    """The way in where there are no users, which is on loopback alone: a secret that is printed, good for one
-    browser."""
+    """A one-time sign-in link, printed to the terminal; used on loopback only, while there are no users."""
 
     def __init__(self, announce: Callable[[str], None]) -> None:
         self._announce = announce
         self._token = ""
 
     def renew(self) -> None:
-        """Make a new secret and print its link; the one before is void."""
+        """Creates a new secret and prints its link; the previous one becomes invalid."""
         self._token = secrets.token_urlsafe(32)
         self._announce(self._token)
 
     def use(self, token: str) -> bool:
-        """Whether this is the secret; if so it is used up."""
+        """Returns whether `token` is the secret; if so, it is replaced."""
         if not self._token or not hmac.compare_digest(token.encode(), self._token.encode()):
             return False
         self.renew()
@@ -42,7 +41,7 @@ class Link:
 
 
 class Login:
-    """The routes of signing in and out. `link` is None where only users may sign in."""
+    """The sign-in and sign-out routes. `link` is None if only users may sign in."""
 
     def __init__(
         self,
@@ -56,7 +55,7 @@ class Login:
     ) -> None:
         self._users, self._sessions, self._lockout, self._link = users, sessions, lockout, link
         self._cookie, self._tls, self._screens = cookie, tls, screens
-        self._hashing = anyio.CapacityLimiter(2)  # others wait, and hold no thread
+        self._hashing = anyio.CapacityLimiter(2)  # further requests wait without blocking a thread
         self.router = APIRouter()
         self.router.add_api_route("/login", self._show, methods=["GET", "HEAD"], response_class=HTMLResponse)
         self.router.add_api_route("/login", self._sign_in, methods=["POST"], response_class=HTMLResponse)
@@ -156,7 +155,7 @@ class Login:
         return page
 
     def _next(self, path: str) -> str:
-        """Where to go after signing in: a screen of the page, whatever the link said."""
+        """Returns where to go after sign-in: always a screen, whatever the link contains."""
         screen, mark, query = path.partition("?")
         return (
             f"/{screen.strip('/')}{mark}{query}"

@@ -1,4 +1,4 @@
-"""The page's application, and the server that runs it until it is stopped."""
+"""Builds the web UI's application and runs its server."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from llm_ray.ui.users import Users, list_users, users_file
 
 _LOG = logging.getLogger("llm_ray.ui")
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
-_LOOKS_FOR_WORK, _LOOKS_FOR_PROGRESS = 0.005, 1.0  # seconds; no handler tells of progress by Gradio's own way
+_LOOKS_FOR_WORK, _LOOKS_FOR_PROGRESS = 0.005, 1.0  # seconds; handlers do not use Gradio's progress
 _SWEEP_EVERY = 1.0  # seconds
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How the page is reached, and what it allows."""
+    """How the UI is reached, and its limits."""
 
     home: Path
     host: str = "127.0.0.1"
@@ -47,18 +47,18 @@ class Settings:
     certificate: Path | None = None
     key: Path | None = None
     allow_hosts: tuple[str, ...] = ()
-    """Names under which it is reached, beside those of this host."""
+    """Host names accepted in addition to this host's own."""
     allow_origins: tuple[str, ...] = ()
-    """As a browser shows it where a proxy stands before it, as https://llm.example.org."""
+    """The UI's origin as browsers see it behind a proxy, such as https://llm.example.org."""
     trusted_proxy: str | None = None
-    """The address of that proxy, whose X-Forwarded-For and -Proto are believed."""
+    """The proxy's address, whose X-Forwarded-For and -Proto headers are trusted."""
     most_upload_bytes: int = 2 * 2**30
     address: str | None = None
-    """The cluster that serves; None: this machine's own Ray."""
+    """The cluster that serves; None means this machine's own Ray."""
 
     @property
     def secure(self) -> bool:
-        """Whether browsers reach it by HTTPS alone: its own, or a proxy's."""
+        """Whether browsers reach the UI only by HTTPS, its own or a proxy's."""
         return self.certificate is not None or (
             bool(self.allow_origins) and all(url.startswith("https:") for url in self.allow_origins)
         )
@@ -71,10 +71,10 @@ class Settings:
 
 
 def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Screen, ...] = SCREENS) -> None:
-    """Run the page until SIGINT or SIGTERM; `announce` is told each URL to open.
+    """Runs the UI until SIGINT or SIGTERM; calls `announce` with each URL to open.
 
-    Raises ConfError where it would listen beyond loopback without a user, or where certificate and key are none,
-    ServeError where the port is taken.
+    Raises ConfError if it would listen beyond loopback without users or if certificate and key are invalid, ServeError
+    if the port is taken.
     """
     users = users_file(settings.home)
     local = settings.loopback and not list_users(users)
@@ -101,7 +101,7 @@ def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Sc
             proxy_headers=settings.trusted_proxy is not None,
             forwarded_allow_ips=settings.trusted_proxy,
             ssl_context_factory=(lambda *_: tls) if tls else None,
-            timeout_graceful_shutdown=2,  # streams of open pages end then
+            timeout_graceful_shutdown=2,  # open streams end then
             ws="none",
         )
         if begun := recover(Paths.of(settings.home).runs):
@@ -110,15 +110,15 @@ def serve(settings: Settings, announce: Callable[[str], None], screens: tuple[Sc
 
 
 def create_app(settings: Settings, port: int, link: Link | None = None, screens: tuple[Screen, ...] = SCREENS) -> Guard:
-    """The application with Gradio under it, behind the guard. `link` is the way in where there are no users."""
+    """Returns the application with Gradio mounted, behind the guard. `link` allows sign-in while there are no users."""
     import gradio as gr
 
     uploads = Uploads(settings.home, settings.most_upload_bytes)
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads.cache)  # Gradio has no other way to be told
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.cache)  # Gradio has no other setting for it
     users = Users(users_file(settings.home))
     sessions = Sessions(users)
     tls = settings.secure
-    cookie = "__Host-llm-ray" if tls else f"llm-ray-{port}"  # cookies know no ports
+    cookie = "__Host-llm-ray" if tls else f"llm-ray-{port}"  # cookies are not separated by port
     paths = tuple(screen.path for screen in screens)
 
     @contextlib.asynccontextmanager
@@ -131,7 +131,7 @@ def create_app(settings: Settings, port: int, link: Link | None = None, screens:
             uploads.close()
 
     app = FastAPI(title="LLM on Ray", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    # Of no origin but its own: with this here, Gradio leaves out its own, which allows all.
+    # Allows only our own origin; with this middleware present, Gradio does not add its own, which allows all.
     app.add_middleware(CORSMiddleware, allow_origins=list(settings.allow_origins))
     app.include_router(Login(users, sessions, Lockout(), link, cookie, tls, paths).router)
     app.add_api_route("/", lambda: RedirectResponse(f"/{paths[0]}", status_code=303), methods=["GET", "HEAD"])
@@ -141,7 +141,7 @@ def create_app(settings: Settings, port: int, link: Link | None = None, screens:
     from llm_ray.ui.theme import theme
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "SSR mode is not supported")  # which is off
+        warnings.filterwarnings("ignore", "SSR mode is not supported")  # SSR is off
         gr.mount_gradio_app(
             app,
             blocks,
@@ -159,14 +159,14 @@ def create_app(settings: Settings, port: int, link: Link | None = None, screens:
             mcp_server=False,
             pwa=False,
         )
-    # A mounted page is none to Gradio, and the files that a request may name are checked for a launched one alone
+    # Gradio does not count a mounted app as launched, but checks files named in requests only for a launched one.
     blocks.has_launched = True
     return Guard(app, _door(settings, port), sessions, uploads, cookie, frozenset(paths))
 
 
 def build(site: Site, screens: tuple[Screen, ...]) -> gr.Blocks:  # type: ignore[name-defined]  # noqa: F821
-    """Gradio's page of all screens, each at its own URL. Raises TypeError for a screen that connects a function without
-    a role."""
+    """Returns Gradio's page with all screens, each at its own URL. Raises TypeError for a screen that connects a
+    function without a role."""
     import gradio as gr
 
     from llm_ray.ui.handlers import check
@@ -178,7 +178,7 @@ def build(site: Site, screens: tuple[Screen, ...]) -> gr.Blocks:  # type: ignore
             gr.HTML(_header(screen, screens) + heading, elem_classes="frame")
             screen.build(site)
     blocks.queue(api_open=False, max_size=256)
-    # Gradio looks for work a thousand times a second, whether or not anybody has the page open: 3 % of a core.
+    # By default Gradio polls for work a thousand times a second, even with no page open: 3 % of a core.
     blocks._queue.sleep_when_free, blocks._queue.progress_update_sleep_when_free = _LOOKS_FOR_WORK, _LOOKS_FOR_PROGRESS
     check(blocks)
     return blocks
@@ -211,7 +211,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         apart.end_all()
-        self._guard.end_streams()  # else uvicorn waits for them, and cancels them with a traceback
+        self._guard.end_streams()  # otherwise uvicorn waits for them and then cancels them with a traceback
         await super().shutdown(sockets=sockets)
 
 
@@ -234,7 +234,7 @@ def _door(settings: Settings, port: int) -> Door:
             if not ipaddress.ip_address(settings.host).is_unspecified:
                 names.add(_bracketed(settings.host))
         own |= {f"{name}:{port}" for name in names}
-    if port in (80, 443):  # browsers leave these out
+    if port in (80, 443):  # browsers omit these ports
         own |= {name.rpartition(":")[0] for name in own}
     return Door(frozenset(named | own), frozenset(settings.allow_origins), settings.secure)
 

@@ -1,5 +1,4 @@
-"""Signed-in users, and failed sign-in attempts. Kept in the memory of one process: after a restart of the page,
-everybody has to sign in again."""
+"""Signed-in users and failed sign-in attempts, kept in memory: after a restart everybody must sign in again."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from llm_ray.ui.users import LOCAL, Role, Users
 
 IDLE = 2 * 3600.0
-"""Seconds after which a session ends of which no page is open."""
+"""Seconds after which a session without an open page ends."""
 ABSOLUTE = 12 * 3600.0
 """Seconds after which any session ends."""
 _MOST_SESSIONS = 10_000
@@ -23,7 +22,7 @@ _MOST_SESSIONS = 10_000
 
 @dataclass(frozen=True)
 class Visitor:
-    """Who makes a call, as the page knows it; nothing of it comes from the client."""
+    """The caller as the server knows it; nothing here comes from the client."""
 
     name: str
     role: Role
@@ -31,7 +30,7 @@ class Visitor:
 
 @dataclass(eq=False)
 class Session:
-    """Of one browser that has signed in."""
+    """The session of one signed-in browser."""
 
     id: str
     visitor: Visitor
@@ -41,11 +40,11 @@ class Session:
     csrf: str
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     requests: int = 0
-    """Being answered: an open page always has one."""
+    """Requests in progress; an open page always has one."""
 
 
 class Sessions:
-    """The sessions of a page, by random ids."""
+    """The sessions of the UI, by random id."""
 
     def __init__(self, users: Users, clock: Callable[[], float] = time.monotonic) -> None:
         self._users, self._clock = users, clock
@@ -53,7 +52,7 @@ class Sessions:
         self._pages: OrderedDict[str, Session] = OrderedDict()
 
     def begin(self, name: str, role: Role, stamp: str) -> Session:
-        """Of somebody who has just proved who they are."""
+        """Creates a session for a user who has just authenticated."""
         now = self._clock()
         session = Session(secrets.token_urlsafe(32), Visitor(name, role), stamp, now, now, secrets.token_urlsafe(32))
         self._sessions[session.id] = session
@@ -62,7 +61,7 @@ class Sessions:
         return session
 
     def find(self, id: str) -> Session | None:
-        """The session with this id, unless it has ended: by its age, or since the user was changed or revoked."""
+        """Returns the session with this id; None if it has expired or its user was changed or revoked."""
         session = self._sessions.get(id)
         if session is None or not self._holds(session):
             return None
@@ -78,7 +77,7 @@ class Sessions:
 
     @contextlib.contextmanager
     def request(self, session: Session) -> Iterator[None]:
-        """A request of the session, as long as it is answered."""
+        """Counts a request of the session while it is answered."""
         session.requests += 1
         try:
             yield
@@ -87,13 +86,13 @@ class Sessions:
             session.seen = self._clock()
 
     def sweep(self) -> None:
-        """End what has to end: open streams of it hear of it by `ended`."""
+        """Ends expired sessions; their open streams notice through `ended`."""
         for session in list(self._sessions.values()):
             self._holds(session)
 
     def claim(self, page: str, session: Session) -> bool:
-        """Whether an open page (Gradio's session_hash, which the browser chose) is this session's; the first to name it
-        has it."""
+        """Returns whether an open page (Gradio's session_hash, chosen by the browser) belongs to this session; the
+        first session to claim it owns it."""
         owner = self._pages.setdefault(page, session)
         if owner is not session and owner.ended.is_set() and owner.visitor == session.visitor:
             owner = self._pages[page] = session  # the same person has signed in again
@@ -112,24 +111,24 @@ class Sessions:
 
     def _is_current(self, session: Session) -> bool:
         if session.visitor.name == LOCAL:
-            return not self._users.any()  # the first user has closed that door
+            return not self._users.any()  # adding the first user closes this way in
         user = self._users.find(session.visitor.name)
         return user is not None and user.stamp == session.stamp
 
 
 class Lockout:
-    """Wrong passwords, counted by name and by client: after some, waiting times that double.
+    """Counts failed passwords by name and by client; beyond a limit each further failure doubles the waiting time.
 
-    A name that nobody has is locked like one of a user, and an attempt counts before it is checked: many at once are no
-    way around.
+    Unknown names are locked like existing ones. An attempt counts before it is checked, so parallel attempts do not
+    bypass the limit.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, until when
+        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()  # failures, locked until
 
     def attempt(self, name: str, client: str) -> int:
-        """Seconds to wait before the next attempt; 0: this one counts, and may be made."""
+        """Returns the seconds to wait before the next attempt; 0 permits this attempt and counts it."""
         keys = self._keys(name, client)
         wait = max(self._failures.get(key, (0, 0.0))[1] for key in keys) - self._clock()
         if wait > 0:
@@ -144,7 +143,7 @@ class Lockout:
         return 0
 
     def succeeded(self, name: str, client: str) -> None:
-        """The attempt's password was right: the name is free again. What else its client tried still counts."""
+        """Resets the name after a correct password; the client's other failures still count."""
         by_name, by_client = self._keys(name, client)
         self._failures.pop(by_name, None)
         if found := self._failures.get(by_client):
@@ -155,6 +154,6 @@ class Lockout:
         return {f"name {name}": _FREE_BY_NAME, f"client {client}": _FREE_BY_CLIENT}
 
 
-_FREE_BY_NAME, _FREE_BY_CLIENT = 5, 20  # attempts; several people may share an address
+_FREE_BY_NAME, _FREE_BY_CLIENT = 5, 20  # attempts without delay; several people may share an address
 _FIRST_PAUSE, _LONGEST_PAUSE = 30.0, 900.0  # seconds
 _MOST_COUNTED = 100_000

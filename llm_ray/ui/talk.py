@@ -1,4 +1,4 @@
-"""A conversation with one model or two: the turns, the answer being generated, and their display."""
+"""A conversation with one or two models: turns, the answer being generated, and their display."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llm_ray.errors import LlmRayError
 from llm_ray.progress import Silent
 
 _LOG = logging.getLogger("llm_ray.ui")
-_GONE = 20.0  # seconds in which nobody takes what comes: the reader is gone
-# What models put around their thoughts and the tools that they call.
+_GONE = 20.0  # seconds without a reader after which generation stops
+# Tags that models put around thoughts and tool calls.
 _PARTS = re.compile(r"<(think|thinking|tool_call)>(.*?)(?:</\1>|\Z)", re.S)
 _TITLES = {"think": "Thoughts", "thinking": "Thoughts", "tool_call": "Tool call"}
 Message = dict[str, Any]
@@ -27,24 +27,24 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Said:
-    """What a model has said so far, or at the end. `note`: the figures, or why there is no more."""
+    """A model's answer so far or in full. `note` holds its figures, or why it ended early."""
 
     text: str
     note: str = ""
     whole: bool = False
-    """Whether it can stand in the talk: an answer, not an error."""
+    """Whether it belongs into the conversation: an answer, not an error."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, and what each model said; None from one that was not asked."""
+    """A question and each model's answer; None for a model that was not asked."""
 
     question: str
     said: tuple[Said | None, Said | None]
 
 
 def conversation(turns: list[Turn], side: int) -> list[Message]:
-    """The talk with one model as it is sent: turns that it has answered."""
+    """Returns the messages to send to a model: the turns that it has answered."""
     found: list[Message] = []
     for turn in turns:
         if (answer := turn.said[side]) and answer.whole:
@@ -53,14 +53,14 @@ def conversation(turns: list[Turn], side: int) -> list[Message]:
 
 
 def row(turns: list[Turn], side: int, system: str | None) -> str:
-    """The talk as a row of training data (JSON lines, `messages`); empty where nothing was answered."""
+    """Returns the conversation as a row of training data (JSON lines, `messages`); empty if nothing was answered."""
     messages = conversation(turns, side)
     before = [{"role": "system", "content": system}] if system else []
     return json.dumps({"messages": before + messages}, ensure_ascii=False) if messages else ""
 
 
 def shown(turns: list[Turn], side: int) -> list[Message]:
-    """The talk with one model as Gradio's Chatbot shows it."""
+    """Returns the conversation with one model in the format of Gradio's Chatbot."""
     found: list[Message] = []
     for turn in turns:
         if (answer := turn.said[side]) is None:
@@ -74,8 +74,8 @@ def shown(turns: list[Turn], side: int) -> list[Message]:
 
 
 def parts(text: str) -> list[tuple[str, str]]:
-    """The pieces of an answer with their titles: none for what is said, "Thoughts", "Tool call". One that is not closed
-    reaches to the end."""
+    """Splits an answer into (title, text): title "" for plain text, "Thoughts" or "Tool call". An unclosed tag extends
+    to the end."""
     found: list[tuple[str, str]] = []
     at = 0
     for match in _PARTS.finditer(text):
@@ -89,7 +89,7 @@ def parts(text: str) -> list[tuple[str, str]]:
 
 @functools.cache
 def _asking() -> tuple[asyncio.AbstractEventLoop, Connections]:
-    """The event loop of all answers, in a thread of its own, and its connections."""
+    """Returns the event loop of all generations, which runs in its own thread, and its connections."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="answers", daemon=True).start()
     return loop, Connections()
@@ -97,8 +97,7 @@ def _asking() -> tuple[asyncio.AbstractEventLoop, Connections]:
 
 @dataclass
 class Generation:
-    """An answer while it is made. It ends with `stop`, and when nobody has looked at it for a
-    while."""
+    """An answer being generated. It ends with `stop`, or if nobody reads it for a while."""
 
     endpoint: Endpoint
     model: str
@@ -114,18 +113,18 @@ class Generation:
     _task: concurrent.futures.Future[None] | None = None
 
     def begin(self, changed: threading.Event) -> None:
-        """`changed` is set whenever there is more to show."""
+        """Starts the generation; `changed` is set whenever there is more to show."""
         self._changed = changed
         self._task = asyncio.run_coroutine_threadsafe(self._run(), _asking()[0])
         self._task.add_done_callback(self._end)
 
     def stop(self) -> None:
-        """End the generation, in the engine, too."""
+        """Stops the generation, also in the engine."""
         if self._task:
             self._task.cancel()
 
     def said(self) -> Said:
-        """What it has said so far."""
+        """Returns the answer so far."""
         self._looked = time.monotonic()
         text = "".join(self._texts)
         if not self.done:

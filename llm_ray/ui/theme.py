@@ -1,4 +1,4 @@
-"""The page's theme, light or dark following the browser, with the system's own fonts (nothing is fetched)."""
+"""The UI's theme, light or dark as the browser prefers, with system fonts (nothing is fetched)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MONO = [gr.themes.Font(name) for name in ("ui-monospace", "SFMono-Regular", "Me
 
 
 def theme() -> gr.themes.Base:
-    """The theme of all components."""
+    """Returns the theme of all components."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.slate,

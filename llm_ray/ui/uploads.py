@@ -1,7 +1,7 @@
-"""Uploaded files: kept apart per user, and in Gradio's cache only until a screen takes them.
+"""Uploaded files: separate per user, and in Gradio's cache only until a screen takes them.
 
-Gradio names a file in its cache by its contents: two people who send the same would share it, and whoever names a path
-gets the file. Here each upload has a folder of its own under its sender's, which nobody else may name.
+Gradio names cached files by content hash, so users who send the same file would share it, and anyone who knows a path
+could read it. Here each upload has its own folder below its sender's, which other users cannot access.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from llm_ray.ui.users import Role
 _LEFT_AFTER = 3600.0
 """Seconds after which a file that no screen took is deleted."""
 _BESIDE_FILES = 2**20
-"""Bytes of a request that are not the file: names, separators."""
+"""Allowance in bytes for the parts of a request that are not the file: names, separators."""
 
 
 class _TooLargeError(Exception):
@@ -37,7 +37,7 @@ class _TooLargeError(Exception):
 
 
 class Uploads:
-    """The folders of what is sent: `cache`, which Gradio knows, and `taken`, of which each user has a folder."""
+    """The upload folders: `cache`, which Gradio uses, and `taken`, with a folder per user."""
 
     def __init__(self, home: Path, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -51,8 +51,8 @@ class Uploads:
             folder.chmod(0o700)
 
     async def receive(self, request: Request) -> Response:
-        """Answers Gradio's POST of files: their paths, in the sender's folder of the cache. Users and admins may
-        send."""
+        """Handles Gradio's upload POST; returns the files' paths in the sender's cache folder. Only users and admins
+        may upload."""
         visitor: Visitor = request.state.visitor
         if not visitor.role.covers(Role.USER):
             return JSONResponse({"detail": "Viewers cannot upload files."}, status_code=403)
@@ -86,13 +86,13 @@ class Uploads:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         for part in folder.iterdir():
-            if part.is_file():  # of a file that broke off; whole ones have folders
+            if part.is_file():  # incomplete file; complete ones have their own folders
                 part.unlink()
         return JSONResponse([str(path) for path in paths])
 
     def may_read(self, name: str, path: str) -> bool:
-        """Whether a user may name this path in a request: of what they sent, and of what Gradio keeps for answers,
-        which has names that nobody can guess."""
+        """Returns whether a user may name this path in a request: own uploads, and Gradio's cached outputs, whose names
+        cannot be guessed."""
         if "\0" in path or not path.startswith("/"):
             return False
         found = Path(os.path.realpath(path))
@@ -101,11 +101,11 @@ class Uploads:
         return found.is_relative_to(os.path.realpath(self.cache))
 
     def take(self, visitor: Visitor, path: str, name: str | None = None) -> Path:
-        """Move a file that the visitor has sent out of the cache into their own folder, and return where it is: it is
-        theirs until `drop`.
+        """Moves an uploaded file from the cache into the visitor's own folder and returns its path. It stays there
+        until `drop`.
 
-        `name` is what they call it (default: as it was sent); a file of that name is kept, and this one numbered.
-        Raises DataError where the path is no file that they have sent.
+        `name` is the file's new name (default: as uploaded); if it is taken, a number is appended. Raises DataError if
+        the visitor did not upload this file.
         """
         source = Path(os.path.realpath(path))
         if not source.is_relative_to(os.path.realpath(self._folder(visitor.name))) or not source.is_file():
@@ -115,7 +115,7 @@ class Uploads:
         for number in range(1, 10_000):
             target = folder / (wanted.name if number == 1 else f"{wanted.stem}-{number}{wanted.suffix}")
             try:
-                os.link(source, target)  # fails where there is one already
+                os.link(source, target)  # fails if the name is taken
             except FileExistsError:
                 continue
             target.chmod(0o600)
@@ -126,26 +126,26 @@ class Uploads:
         raise DataError(f"{folder} holds too many files called {wanted.name}: delete some")
 
     def drop(self, visitor: Visitor, path: Path) -> None:
-        """Delete a file that was taken. Raises DataError where it is none of the visitor's."""
+        """Deletes a taken file. Raises DataError if it is not the visitor's."""
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder(visitor))):
             raise DataError(f"{Path(path).name} is not one of your files")
         Path(path).unlink(missing_ok=True)
 
     def folder(self, visitor: Visitor) -> Path:
-        """The visitor's own folder, made where it is not there; nobody but the page reads it."""
+        """Returns the visitor's own folder, created if missing; only the server's system user can read it."""
         folder = self._taken / visitor.name
         folder.mkdir(exist_ok=True, mode=0o700)
         return folder
 
     def sweep(self) -> None:
-        """Delete what was sent and not taken within an hour."""
+        """Deletes uploads that were not taken within an hour."""
         for upload in self._received.glob("*/*"):
             with contextlib.suppress(OSError):
                 if time.time() - upload.stat().st_mtime > _LEFT_AFTER:
                     shutil.rmtree(upload, ignore_errors=True)
 
     def close(self) -> None:
-        """Delete the cache: the page has ended."""
+        """Deletes the cache when the server ends."""
         shutil.rmtree(self.cache, ignore_errors=True)
 
     def _folder(self, name: str) -> Path:
@@ -155,15 +155,15 @@ class Uploads:
 
 
 def harmless_name(name: str) -> str:
-    """A file's name without a folder, control characters, a leading dot or what shells and browsers read as something
-    else."""
+    """Returns a file name without folders, control characters, a leading dot or characters special to shells and
+    browsers."""
     plain = re.sub(r"[^\w.-]+", "_", name.replace("\\", "/").rpartition("/")[2]).strip("._-")
     stem, dot, suffix = plain.rpartition(".")
     return f"{stem[:100]}.{suffix[:20]}" if dot and stem else plain[:100] or "file"
 
 
 def _counting(receive: Receive, most: int) -> Callable[[], Awaitable[Message]]:
-    """`receive` that ends an upload which is larger than its header said, or said nothing."""
+    """Returns a `receive` that aborts a body larger than `most`, whatever length its header declares."""
     total = 0
 
     async def counted() -> Message:
@@ -178,7 +178,7 @@ def _counting(receive: Receive, most: int) -> Callable[[], Awaitable[Message]]:
 
 
 def _discard_dead(folder: Path) -> None:
-    """Delete caches of pages of this host that were killed."""
+    """Deletes cache folders of killed servers on this host."""
     for cache in folder.glob(f"{socket.gethostname()}-*"):
         pid = cache.name.rpartition("-")[2]
         if pid.isdecimal() and not Path("/proc", pid).exists():

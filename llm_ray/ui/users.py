@@ -1,4 +1,4 @@
-"""Users of the page: a file of names, roles and slow password hashes.
+"""Users of the UI: a file of names, roles and slow password hashes.
 
 llm-ray ui users add alice --role admin
 """
@@ -21,17 +21,17 @@ from llm_ray.errors import ConfError, LlmRayError
 from llm_ray.private import PrivateFile, Watched
 
 _LOG = logging.getLogger("llm_ray.ui")
-# A name is a folder's name, too: on no file system the same as another, hidden, or a way out.
+# Names are also folder names: they must be unique on case-insensitive file systems, not hidden, and no path escapes.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}(\.[a-z0-9_-]{1,31})?")
 _SHORTEST, _LONGEST = 12, 1024  # characters of a password
-_HASHER = argon2.PasswordHasher()  # RFC 9106's second choice: 64 MiB for some 100 ms
+_HASHER = argon2.PasswordHasher()  # second recommended option of RFC 9106: 64 MiB, about 100 ms
 _NOBODY = _HASHER.hash(secrets.token_urlsafe())
 LOCAL = "local"
-"""Who came by the link that is printed where there are no users."""
+"""Name of the visitor who used the printed sign-in link while there were no users."""
 
 
 class Role(enum.StrEnum):
-    """What somebody may do; each role may do all that those before it may."""
+    """Permissions; each role includes those before it."""
 
     VIEWER = "viewer"
     USER = "user"
@@ -44,31 +44,31 @@ class Role(enum.StrEnum):
 
 @dataclass(frozen=True)
 class User:
-    """A user as they are kept: no password, its hash."""
+    """A stored user, with a password hash."""
 
     name: str
     role: Role
     hash: str
     stamp: str
-    """Another after every change: a session of an older one has ended."""
+    """Changes with every update, which ends older sessions."""
     created: float
     """Seconds since 1970."""
 
 
 class UserError(LlmRayError):
-    """The users' file cannot be used, or does not hold who was named."""
+    """The users' file cannot be used, or the named user does not exist."""
 
 
 _USERS = TypeAdapter(dict[str, User])
 
 
 def users_file(home: Path) -> Path:
-    """Where the users are kept."""
+    """Returns the path of the users' file."""
     return home / "ui" / "users.json"
 
 
 class Users:
-    """The users of a file, as a running page asks for them: a change holds from the next request on."""
+    """A running server's view of the users' file; changes apply from the next request on."""
 
     def __init__(self, path: Path) -> None:
         self._users = Watched(_file(path), _LOG, "Nobody can sign in")
@@ -80,13 +80,13 @@ class Users:
         return bool(self._users.entries())
 
     def check(self, name: str, password: str) -> User | None:
-        """The user whose password this is. It takes as long for a name that nobody has, and 64 MiB."""
+        """Returns the user if the password is correct, else None. An unknown name takes as long: one hash, 64 MiB."""
         user = self.find(name)
         return user if _is_password(password[:_LONGEST], user.hash if user else _NOBODY) else None
 
 
 def add_user(path: Path, name: str, password: str, role: Role) -> User:
-    """A new user. Raises ConfError for a name or password that is none, UserError."""
+    """Adds a user. Raises ConfError for an invalid name or password, UserError."""
     _check_name(name)
     check_password(password)
     with _file(path).writing() as users:
@@ -97,7 +97,7 @@ def add_user(path: Path, name: str, password: str, role: Role) -> User:
 
 
 def change_user(path: Path, name: str, role: Role | None = None, password: str | None = None) -> User:
-    """Give a user another role or password; their sessions end. Raises ConfError for a password that is none,
+    """Changes a user's role or password and ends their sessions. Raises ConfError for an invalid password,
     UserError."""
     if password is not None:
         check_password(password)
@@ -114,9 +114,8 @@ def change_user(path: Path, name: str, role: Role | None = None, password: str |
 
 
 def import_users(path: Path, wanted: Mapping[str, tuple[str, Role]]) -> list[str]:
-    """Keep these users (password and role by name): new ones are added, one with another password or role is changed,
-    and their sessions end. The names of those that were changed; all others stay. Raises ConfError for a name or
-    password that is none, UserError."""
+    """Adds or updates these users (password and role by name) and ends the sessions of updated ones; other users stay.
+    Returns the names of added and updated users. Raises ConfError for an invalid name or password, UserError."""
     for name, (password, _) in wanted.items():
         _check_name(name)
         try:
@@ -142,19 +141,19 @@ def import_users(path: Path, wanted: Mapping[str, tuple[str, Role]]) -> list[str
 
 
 def revoke_user(path: Path, name: str) -> User:
-    """Take a user away; their sessions end. Raises UserError."""
+    """Deletes a user and ends their sessions. Raises UserError."""
     with _file(path).writing() as users:
         _known(users, name)
         return users.pop(name)
 
 
 def list_users(path: Path) -> list[User]:
-    """All users, the oldest first; none where there is no file. Raises UserError."""
+    """Returns all users, oldest first; empty if there is no file. Raises UserError."""
     return sorted(_file(path).stored().values(), key=lambda user: user.created)
 
 
 def check_password(password: str) -> None:
-    """Raises ConfError for one that is too short or too long."""
+    """Raises ConfError if the password is too short or too long."""
     if not _SHORTEST <= len(password) <= _LONGEST:
         raise ConfError(f"a password has {_SHORTEST} to {_LONGEST} characters: several words are easy to remember")
 

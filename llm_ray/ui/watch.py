@@ -1,4 +1,4 @@
-"""The page's view of the cluster, refreshed every few seconds for all open pages."""
+"""The UI's view of the cluster, refreshed every few seconds and shared by all open pages."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from llm_ray.progress import Reporter
 
 _LOG = logging.getLogger("llm_ray.ui")
 LOOK_AGAIN = 10
-"""Seconds between two looks of a screen that is open; what somebody does there is shown at once."""
+"""Seconds between two updates of an open screen; a user's own actions are shown at once."""
 _LOOK_EVERY = 5.0  # seconds
 _LOOK_TIMEOUT = 40.0
-_UNWATCHED = 30.0  # seconds after which nobody looks any more
+_UNWATCHED = 30.0  # seconds without a reader after which refreshing stops
 
 
 @dataclass(frozen=True)
 class Seen:
-    """`overview` is None where nothing serves on this machine, and where the cluster is away: then `away` says why."""
+    """A snapshot. `overview` is None if nothing serves on this machine, or if the cluster is unreachable: `away` then
+    holds the reason."""
 
     overview: cluster.Overview | None
     away: str = ""
@@ -37,8 +38,7 @@ class Seen:
 
 
 class Watch:
-    """Looks at the cluster every few seconds, once for everybody who looks at the page; not at all while nobody
-    does."""
+    """Refreshes a shared view of the cluster every few seconds while any page is open."""
 
     def __init__(self, home: Path, address: str | None) -> None:
         self._home, self._address, self._apart = home, address, Apart()
@@ -48,7 +48,7 @@ class Watch:
         self._looking = False
 
     def seen(self, *, fresh: bool = False) -> Seen:
-        """How it stands; with `fresh` not before this call was made."""
+        """Returns the latest snapshot; with `fresh` one that began after this call."""
         with self._changed:
             now = self._asked = time.monotonic()
             if not self._looking:
@@ -88,14 +88,14 @@ class Watch:
             return Seen(None, "see the log of llm-ray ui", at)
 
 
-# Of the other process, in which `look` is called.
+# State of the child process, in which `look` is called.
 _JOINED = contextlib.ExitStack()
 atexit.register(_JOINED.close)
 _joined_to: list[object] = []
 
 
 def look(home: Path, address: str | None, reporter: Reporter) -> cluster.Overview:
-    """The overview, over a connection that stays. Called in the other process."""
+    """Returns the overview over a persistent connection. Called in the child process."""
     now = cluster.place(home, address)
     if _joined_to and _joined_to[0] != now:
         _JOINED.close()

@@ -1,5 +1,5 @@
-"""Long-running work started on the page: it runs in separate processes, whoever is watching, and everybody sees its
-progress."""
+"""Long-running actions started in the UI. They run in separate processes, independent of open pages; all users see
+their progress."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUMBERS = itertools.count(1)
 
 @dataclass
 class Work:
-    """One piece of it, which is the reporter of what it does."""
+    """One action; it is also the reporter of its own progress."""
 
     title: str
     by: str
@@ -44,7 +44,7 @@ class Work:
         self.lines.append(text.strip())
 
     def looks(self, every: float = 1.0) -> Iterator[None]:
-        """A moment to show how it stands every so many seconds, and one when it has ended."""
+        """Yields every `every` seconds while the action runs, and once after it has ended."""
         while self.ended is None:
             yield
             threading.Event().wait(every)
@@ -61,7 +61,7 @@ class Work:
 
 
 class Works:
-    """What was started since the page was. Two that change what is served do it one after the other."""
+    """The actions started since the server began. They run one at a time."""
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
@@ -70,14 +70,14 @@ class Works:
     def begin(
         self, title: str, by: str, call: Callable[..., Any], *arguments: Any, then: Callable[[], Any] = lambda: None
     ) -> Work:
-        """Start `call(*arguments, reporter=…)`; `then` is called at its end."""
+        """Queues `call(*arguments, reporter=…)`; calls `then` when it has ended."""
         work = Work(title, by)
         self._works = [*self._works[-_KEPT:], work]
         threading.Thread(target=self._run, args=(work, call, arguments, then), daemon=True).start()
         return work
 
     def listed(self) -> list[Work]:
-        """The latest first."""
+        """Returns all actions, latest first."""
         return self._works[::-1]
 
     def _run(self, work: Work, call: Callable[..., Any], arguments: tuple[Any, ...], then: Callable[[], Any]) -> None:
@@ -96,7 +96,7 @@ class Works:
 
 
 def show_works(works: Sequence[Work]) -> str:
-    """How the latest of these stand."""
+    """Returns the state of the latest actions as HTML."""
     found = []
     for work in works[:4]:
         lines = "\n".join(work.lines[-4:]) if work.ended is None or work.problem else ""

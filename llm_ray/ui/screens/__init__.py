@@ -1,6 +1,6 @@
-"""The screens, each with its own URL and a module with one function that builds it.
+"""The screens: each has a URL and a module with a function `build(site)`.
 
-A screen is added here by a line, and by a module whose `build(site)` makes its components and connects them with
+To add a screen, add a line to `SCREENS` and a module whose `build(site)` creates components and connects them with
 `llm_ray.ui.handlers.on`.
 """
 
@@ -27,7 +27,7 @@ class Site:
     home: Path
     uploads: Uploads
     address: str | None = None
-    """The cluster that serves; None: this machine's own Ray."""
+    """The cluster that serves; None means this machine's own Ray."""
 
     @cached_property
     def watch(self) -> Watch:
@@ -44,14 +44,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Screen:
-    """A page with a URL."""
+    """A page with its own URL."""
 
     path: str
-    """Its URL's path, without slashes."""
+    """URL path, without slashes."""
     title: str
     build: Callable[[Site], None]
     step: bool = False
-    """Whether it is a step of the way from data to answers."""
+    """Whether it is a step on the way from data to answers."""
 
 
 SCREENS = (

@@ -1,4 +1,4 @@
-"""The screen Ask: a conversation with a deployed model, or with two side by side."""
+"""The screen Ask: a conversation with one deployed model, or with two side by side."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 NOBODY = "none"
 _SHOW_EVERY = 0.05  # seconds
-_FIRST = 0.25  # seconds that the first word is waited for: what a browser draws before it makes it later
+_FIRST = 0.25  # seconds to wait for the first word, since a browser's redraw would delay it
 _IN_PROGRESS: dict[tuple[str, str], list[Generation]] = {}
-"""By the name of who asks, and the talk."""
-_NO_TALK = "[]"  # an empty gr.Code has an ARIA label where none may be
+"""Running generations, by visitor name and conversation."""
+_NO_TALK = "[]"  # an empty gr.Code carries an ARIA label where none is allowed
 
 
 def build(site: Site) -> None:
-    """Makes the screen's components."""
+    """Creates the screen's components."""
     with gr.Row():
         model = gr.Dropdown([], label="Model", info="What is deployed", scale=1)
         beside = gr.Dropdown(
@@ -71,7 +71,7 @@ def build(site: Site) -> None:
             wrap_lines=True,
             buttons=["copy", "download"],
         )
-    first, second = gr.Textbox(visible=False), gr.Textbox(visible=False)  # of the URL
+    first, second = gr.Textbox(visible=False), gr.Textbox(visible=False)  # from the URL
     turns, talk, known = gr.State([]), gr.State(""), gr.State([])
 
     @handler(Role.VIEWER)
@@ -92,7 +92,7 @@ def build(site: Site) -> None:
     @handler(Role.VIEWER)
     def again(visitor: Visitor, first: str | None, second: str | None, known: list[str]) -> tuple[Any, ...]:
         models = _models(site)
-        if list(models) == known:  # a list that is open stays open
+        if list(models) == known:  # keep an open dropdown open
             return gr.skip(), gr.skip(), _state(site, models, []), known
         now = first if first in models else next(iter(models), None)
         other = second if second in models else NOBODY
@@ -153,12 +153,12 @@ def build(site: Site) -> None:
                 if done:
                     yield *chats, now, begun, "", row(now, 0, settings.system)
                     return
-                # What a browser draws anew with each word is little.
+                # Updates only the chats, so that the browser redraws little per word.
                 yield *chats, gr.skip(), begun, gr.skip(), gr.skip()
                 begun = gr.skip()
                 changed.wait(1.0)
                 changed.clear()
-                if any(answer and answer.text for answer in answers):  # the first word is shown at once
+                if any(answer and answer.text for answer in answers):  # show the first word at once
                     time.sleep(_SHOW_EVERY)
         finally:
             for generation in running:
@@ -204,7 +204,7 @@ def _chat(label: str, id: str, visible: bool) -> gr.Chatbot:
 
 
 def _models(site: Site) -> dict[str, ModelStatus]:
-    """What can be asked, adapters after their base models."""
+    """Returns the models that can be asked, adapters after their base models."""
     found: dict[str, ModelStatus] = {}
     for name, entry in sorted(site.watch.seen().models.items()):
         if entry.model.task != "embeddings":
@@ -248,7 +248,7 @@ def _generation(
     if secret and (not secret.isascii() or not secret.isprintable() or " " in secret):
         raise ConfError("API key: a key is one word of ASCII characters.")
     endpoint = parse(seen.overview.serving.url, Key(secret, "the field API key") if secret else None)
-    if models[name].model.task == "completions":  # no chat template: the question as it stands is gone on with
+    if models[name].model.task == "completions":  # without a chat template, the question is sent as a raw prompt
         return Generation(
             endpoint, name, Prompt(question), Settings(**{**_plain(settings), "system": None, "completion": True})
         )

@@ -1,4 +1,4 @@
-"""The screen Cluster: hosts, jobs and deployments; for admins also API keys, and what changes the cluster."""
+"""The screen Cluster: hosts, jobs and deployments; for admins also API keys and actions on the cluster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COUNTS = ("requests", "errors", "in_progress", "prompt_tokens", "generated_toke
 
 
 def build(site: Site) -> None:
-    """Makes the screen's components."""
+    """Creates the screen's components."""
     overview = gr.HTML(elem_id="cluster-overview")
     gr.Markdown("## Manage\nFor admins. Each change asks for confirmation.")
     with gr.Row():

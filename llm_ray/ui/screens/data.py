@@ -1,4 +1,4 @@
-"""The screen Data: training files, and what the model will see of them."""
+"""The screen Data: training files and a preview of what the model sees of them."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from llm_ray.ui.users import Role
 if TYPE_CHECKING:
     from llm_ray.ui.screens import Site
 
-_ROWS = 50  # that are shown,
-_PAGE = 5  # so many at a time
-_AT_ONCE = 2  # that are read, on all cores
+_ROWS = 50  # rows to preview
+_PAGE = 5  # rows per page
+_AT_ONCE = 2  # concurrent reads, each of which uses all cores
 
 
 def build(site: Site) -> None:
-    """Makes the screen's components."""
+    """Creates the screen's components."""
 
     @handler(Role.VIEWER)
     def opened(visitor: Visitor, here: gr.Request) -> tuple[Any, ...]:
         choices, models = data_choices(site, visitor), model_choices(site)
-        wanted = here.query_params.get("data")  # else a file may have been sent meanwhile
+        wanted = here.query_params.get("data")  # without it keep the choice, which an upload may have set meanwhile
         named = {"value": wanted} if wanted else {}
         return gr.Dropdown(choices=choices, **named), gr.Dropdown(choices=models, value=models[0] if models else None)
 
-    # By itself, for it takes no time: Gradio takes a state for changed by a function that was at work while another
-    # changed it.
+    # A separate, fast handler: Gradio treats state as changed by a handler that was still running while another changed
+    # it.
     @handler(Role.VIEWER)
     def linked(visitor: Visitor, here: gr.Request) -> Any:
         return here.query_params.get("data") or gr.skip()
@@ -131,7 +131,7 @@ def build(site: Site) -> None:
     with gr.Row(visible=False) as buttons:
         earlier, later = gr.Button("Earlier rows", size="sm"), gr.Button("Later rows", size="sm")
     seen, at = gr.State(None), gr.State(0)
-    asked = gr.State("")  # the choice that is looked at without a click
+    asked = gr.State("")  # choice to show without a click
     pager = [rows, buttons, at]
     shown = [notice, summary, chart, seen, *pager]
     on(on_load(), opened, outputs=[choice, model], show_progress="hidden")
@@ -180,7 +180,7 @@ def _histogram(found: Examined) -> str:
 
 
 def _pager(seen: Preview | None, at: int) -> tuple[Any, ...]:
-    """The rows from number `at` on, whether there are others, and where it is."""
+    """Returns the page of rows that starts at `at`, whether there are more, and its position."""
     if seen is None or not seen.rows:
         return "", gr.Row(visible=False), 0
     at = max(0, min(at, (len(seen.rows) - 1) // _PAGE * _PAGE))

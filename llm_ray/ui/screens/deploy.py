@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _ESTIMATE_TIMEOUT = 180.0
-_NONE_YET = "# Nothing is deployed yet"  # an empty gr.Code has an ARIA label where none may be
+_NONE_YET = "# Nothing is deployed yet"  # an empty gr.Code carries an ARIA label where none is allowed
 
 
 def build(site: Site) -> None:
-    """Makes the screen's components."""
+    """Creates the screen's components."""
     paths, planner = Paths.of(site.home), Apart()
     with gr.Row():
         model = gr.Dropdown([], label="Model", info="A base model in the registry, or a run's model")
@@ -102,7 +102,7 @@ def build(site: Site) -> None:
                 wrap_lines=True,
                 lines=1,
             )
-    known, first = gr.State([]), gr.Textbox(visible=False)  # the model of the URL
+    known, first = gr.State([]), gr.Textbox(visible=False)  # `first`: the model in the URL
 
     def conf(given: tuple[Any, ...]) -> ServeConf:
         model, name, engine, form, cpus, replicas, adapters, length, port = given
@@ -315,8 +315,7 @@ def _examples(seen: Seen, name: str | None) -> tuple[str, str, str]:
 
 
 def snippets(url: str, name: str, key: bool, task: str) -> tuple[str, str, str]:
-    """The same request with curl, httpx and the openai SDK; the key is taken from LLM_RAY_API_KEY where one is
-    needed."""
+    """Returns the same request for curl, httpx and the openai SDK; if keys are needed, it reads LLM_RAY_API_KEY."""
     parts: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "chat": (
             "chat/completions",

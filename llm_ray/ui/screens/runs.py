@@ -1,4 +1,4 @@
-"""The screen Runs: finished and queued runs, one run in training, and several side by side."""
+"""The screen Runs: queued and finished runs, one run in training, and several side by side."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from llm_ray.ui.screens import Site
 
 _BUSY, _IDLE = 2.0, 15.0
-"""Seconds between two looks, while something runs or waits and while nothing does."""
+"""Seconds between two updates, while a job is active and while none is."""
 _METRICS = ("loss", "validation_loss", "learning_rate", "tokens_per_second", "gradient_norm")
 _LINES = 200
 _NO_BUTTONS = ("", "", "", "")
 
 
 def build(site: Site) -> None:
-    """Makes the screen's components."""
+    """Creates the screen's components."""
     runs = Paths.of(site.home).runs
 
     def view(name: str, before: Any) -> tuple[Any, ...]:
-        """List, state, curves, log, buttons and timer; nothing where nothing has changed since `before`."""
+        """Returns list, state, curves, log, buttons and timer; skips all if nothing has changed since `before`."""
         queue, known = jobs.queue(runs), watch_runs(runs)
         now = (name, stamp(runs, name) if name else (), queue, known)
         if now == before:
@@ -180,7 +180,7 @@ def _state(job: jobs.Job) -> str:
 
 
 def _one(runs: Path, name: str, job: jobs.Job | None) -> tuple[str, str, str, tuple[str, ...]]:
-    """State, curves, log, and the buttons that make sense, of one run."""
+    """Returns state, curves, log and the applicable buttons of one run."""
     log = _log(runs, name)
     if job and job.state != "running":
         status = job.reason or f"requested by {job.by or 'somebody'} {age(job.since)} ago"

@@ -1,5 +1,4 @@
-"""The screen Train: data, a model and a name, and a run that finetunes it; everything else follows from the conf's
-schema."""
+"""The screen Train: choose data, model and name, then finetune; the other fields come from the conf's schema."""
 
 from __future__ import annotations
 
@@ -38,12 +37,12 @@ if TYPE_CHECKING:
     from llm_ray.ui.screens import Site
 
 _MOST_CONF_BYTES = 1 << 20
-_AT_ONCE = 2  # plans, which compute on all cores
-_NONE_YET = "# Data, model and name first"  # an empty gr.Code has an ARIA label where none may be
+_AT_ONCE = 2  # concurrent plans, each of which uses all cores
+_NONE_YET = "# Data, model and name first"  # an empty gr.Code carries an ARIA label where none is allowed
 
 
 def build(site: Site) -> None:
-    """Makes the screen's components."""
+    """Creates the screen's components."""
     known = fields()
 
     def settings_from(
@@ -213,7 +212,7 @@ def build(site: Site) -> None:
 
 
 def _section(title: str, group: list[Field]) -> list[Any]:
-    """The fields of a section, folded away; those of the conf's top as they are."""
+    """Returns the fields of a section inside a closed accordion; top-level fields without one."""
     if not title:
         return [_field(field) for field in group]
     with gr.Accordion(title.capitalize(), open=False):
@@ -231,7 +230,7 @@ def _field(field: Field) -> Any:
 
 
 def _plan(conf: FinetuneConf) -> Iterator[tuple[str, tuple[str, PlanReport] | None]]:
-    """What is shown while the plan is made, and then the plan, with the conf that it is of."""
+    """Yields progress messages, then the plan together with the conf that it is for."""
     yield figures.message("Reading the data …"), None
     try:
         with apart(report_plan, conf) as work:
@@ -276,7 +275,7 @@ def _choice_of(site: Site, visitor: Visitor, train: str) -> str | None:
 
 
 def conf_list(text: str) -> list[str]:
-    """The entries of a setting that is one text or a list of them."""
+    """Returns the entries of a setting that is one string or a list of strings."""
     from llm_ray.conf.yamltext import value
 
     found = value(text) if text else []
