@@ -135,6 +135,8 @@ def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
         ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")
     if conf.tuning.method == "full":
         ways.append("tuning.method lora: optimizer and gradients only for small adapters")
+    if conf.tuning.method == "lora" and not conf.model.weights and conf.training.strategy == "ddp":
+        ways.append("model.weights int8 or int4: half or less than a third of the memory for frozen layers")
     if not conf.training.gradient_checkpointing:
         ways.append("training.gradient_checkpointing true: less memory, about a third slower")
     if (conf.training.micro_batch_tokens or 4096) > conf.data.max_length:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import DataStats, lengths_of, open_split
@@ -94,6 +95,7 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     parameters = sum(p.numel() for p in causal.parameters())
     config = causal.config.get_text_config()
     frozen_bytes = torch.finfo(weight_dtype(conf, precision, flags)).bits // 8
+    frozen = parameters * frozen_bytes - saved_bytes(causal, conf, frozen_bytes)
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learning = learning_modules(model)
@@ -102,7 +104,7 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
     memory = float(psutil.virtual_memory().total)
 
-    weights = (parameters if conf.tuning.method == "lora" else 0) * frozen_bytes + trainable * (4 + 4 + 8)
+    weights = (frozen if conf.tuning.method == "lora" else 0) + trainable * (4 + 4 + 8)
     if conf.training.strategy == "fsdp":
         weights /= conf.runtime.workers
     here = conf.runtime.workers if conf.runtime.mode == "local" else 1
@@ -140,6 +142,16 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
         step_seconds=step_seconds,
         notes=cost.notes,
     )
+
+
+def saved_bytes(empty: PreTrainedModel, conf: FinetuneConf, frozen_bytes: float) -> float:
+    """What `model.weights` saves of weights that take `frozen_bytes` each otherwise. Raises ModelError."""
+    if not conf.model.weights:
+        return 0.0
+    from llm_ray.models.fewbits import BYTES, check_few_bits
+
+    packed = check_few_bits(empty, conf.model.base, conf.model.weights, conf.tuning.lora.modules_to_save)
+    return packed * (frozen_bytes - BYTES[conf.model.weights])
 
 
 def _activations(conf: FinetuneConf, config: object, data: DataStats) -> float:
