@@ -59,6 +59,7 @@ ALLOWED = (
     "runtime.placement",
     "runtime.max_failures",
     "model.dtype",
+    "model.weights",
     "data.validation",
     "data.format",
     "data.columns",

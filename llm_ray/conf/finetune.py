@@ -20,6 +20,8 @@ from llm_ray.conf.section import AbsolutePath, Auto, OrAuto, Paths, Section, Tex
 Stage = Literal["prepare", "train", "evaluate", "export", "convert"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DEFAULT_STAGES: tuple[Stage, ...] = STAGES[:-1]
+FewBits = Literal["int8", "int4"]
+"""How frozen weights are kept where 16 bits are too many."""
 
 
 class Runtime(Section):
@@ -80,6 +82,11 @@ class Model(Section):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Data type of the frozen weights in memory. `auto`: bf16 if the CPU multiplies bf16 in hardware, else fp32.
     Trainable weights are always fp32."""
+    weights: FewBits | None = None
+    """Keep the base's linear layers in few bits while adapters are trained, where memory is short: `int8` (one scale a
+    row; about half the memory of bf16, and hardly another loss) or `int4` (one scale for each 32 weights; under a third,
+    and a little higher loss). Embeddings and the output head stay in `dtype`. Unset: all in `dtype`. Needs
+    `tuning.method: lora` and `training.strategy: ddp`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Refused unless `trusted_models` lists the model as well."""
     trusted_models: tuple[str, ...] = ()
@@ -468,6 +475,9 @@ class FinetuneConf(Section):
             wrong.append(
                 "training.strategy fsdp shards over workers, but runtime.workers is 1: use ddp, or more workers"
             )
+        wrong += [
+            f"model.weights {self.model.weights} keeps {reason}, or remove model.weights" for reason in self._whole()
+        ]
         if self.training.accelerator == "ipex" and self.tuning.method == "lora" and self.tuning.lora.dora:
             wrong.append(
                 "tuning.lora.dora needs the base model's weights as they are, but training.accelerator ipex changes "
@@ -482,6 +492,23 @@ class FinetuneConf(Section):
         if wrong:
             raise ValueError("\n".join(wrong))  # llm_ray.conf.load makes one error of each line
         return self
+
+    def _whole(self) -> list[str]:
+        """What of this conf needs weights as they are, if `model.weights` asks for few bits."""
+        reasons = {
+            "frozen weights in few bits, but tuning.method full trains all of them: use tuning.method lora": (
+                self.tuning.method == "full"
+            ),
+            "weights packed on every worker, but training.strategy fsdp shares them out: use training.strategy ddp": (
+                self.training.strategy == "fsdp"
+            ),
+            "weights packed, but training.accelerator ipex lays them out in its own way: use accelerator torch": (
+                self.training.accelerator == "ipex"
+            ),
+            "weights packed as they are read from safetensors, but model.gguf_file is a GGUF: import it first "
+            "(llm-ray model import), and name the import in model.base": bool(self.model.gguf_file),
+        }
+        return [reason for reason, applies in reasons.items() if applies and self.model.weights]
 
     @property
     def objective(self) -> Objective:

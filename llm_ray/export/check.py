@@ -73,6 +73,10 @@ def _rehearse(conf: FinetuneConf, base: Base) -> list[str]:
             f"embeddings for {size} tokens: set another pad_token in its tokenizer_config.json, or use the model's "
             "own tokenizer"
         )
+    if conf.model.weights:
+        from llm_ray.models.fewbits import check_few_bits
+
+        check_few_bits(model, location, conf.model.weights, conf.tuning.lora.modules_to_save)
     notes = _doubts(base)
     if settings := load_generation(base):
         notes += [

@@ -57,24 +57,25 @@ def _write(conf: FinetuneConf, base: Base, checkpoint: Path, card: str) -> str:
 
     from llm_ray.evaluate.generate import end_tokens
     from llm_ray.export.check import MERGING, ROUNDING, SAVING, Comparison, check_saved_tokenizer
-    from llm_ray.train.trained import load_adapted, load_trained
+    from llm_ray.train.trained import load_adapted, load_trained, merge
 
     tokenizer = load_tokenizer(base)
     comparison = Comparison(conf, tokenizer, card)
+    dtype = stored_dtype(base)
     with replace_folder(conf.run_dir / "output") as folder:
         if conf.tuning.method == "lora":
             adapted = load_adapted(conf, base, checkpoint, torch.float32)
             save_adapter(adapted, folder / "adapter", conf.model.base)
             write_text(folder / "adapter" / "README.md", card)  # in place of peft's empty one
             comparison.take(adapted)
-            model = adapted.merge_and_unload()
+            # A base in few bits is one because memory is short: there it is never whole in fp32.
+            model = merge(adapted, dtype if conf.model.weights else torch.float32)
             del adapted
-            comparison.take(model, "merging the adapters", MERGING)
+            comparison.take(model, "merging the adapters", MERGING if model.dtype == torch.float32 else ROUNDING)
         else:
             model = load_trained(conf, base, checkpoint, torch.float32)
             comparison.take(model)
-        dtype = stored_dtype(base)
-        if dtype != torch.float32:
+        if model.dtype != dtype:
             model = model.to(dtype)
             comparison.take(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
         model.config.use_cache = True

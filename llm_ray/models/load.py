@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_ray.conf.finetune import Model
+from llm_ray.conf.finetune import FewBits, Model
 from llm_ray.conf.section import Paths
 from llm_ray.errors import LlmRayError, ModelError
 from llm_ray.models.complete import check_complete, refuse_missing
@@ -111,9 +111,15 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    base: Base, dtype: torch.dtype, bits: FewBits | None = None, keep: tuple[str, ...] = ()
+) -> PreTrainedModel:
     """Returns the base model with all weights from its files, in `dtype`, ready to be saved. Raises ModelError if it is
-    incomplete, quantized or unreadable."""
+    incomplete, quantized or unreadable.
+
+    With `bits`, linear layers are packed while they are read (:mod:`llm_ray.models.fewbits`), except the output head and
+    those named in `keep`: such a model can be trained with adapters, but not saved.
+    """
     from transformers import AutoModelForCausalLM, GgufConfig
 
     check_model(base)
@@ -122,6 +128,11 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
         options["quantization_config"] = GgufConfig(dequantize=True)
     else:
         options["use_safetensors"] = True  # pickle can run code
+    if bits:
+        from llm_ray.models.fewbits import FewBitsConfig, check_few_bits
+
+        check_few_bits(load_empty_model(base, dtype), location, bits, keep)
+        options["quantization_config"] = FewBitsConfig(bits, keep)
     with _explained(f"the model {location}", location):
         loaded, report = AutoModelForCausalLM.from_pretrained(
             str(location),
@@ -132,13 +143,18 @@ def load_model(base: Base, dtype: torch.dtype) -> PreTrainedModel:
             **options,
         )
     refuse_missing(str(location), loaded, report["missing_keys"])
-    if model.gguf_file:
+    if model.gguf_file or bits:
         forget_quantization(loaded)
     if getattr(loaded, "hf_quantizer", None):  # merging or saving would fail later
         raise ModelError(
             f"the model {location} keeps its weights quantized ({loaded.quantization_method}), so it cannot be "
             "finetuned and exported: use the model that it was quantized from"
         )
+    if bits:
+        for (
+            weight
+        ) in loaded.parameters():  # views of the mapped files: one of them keeps a file's other weights resident
+            weight.data = weight.data.clone()
     mend_generation(loaded.generation_config, location)
     return loaded
 
@@ -223,10 +239,11 @@ def check_model(base: Base) -> None:
 
 
 def identity(base: Base) -> dict[str, Any]:
-    """Returns what identifies a base model: its names in the conf and, for a folder, its path and a fingerprint of its
-    files."""
+    """Returns what identifies a base model: its names in the conf, the few bits that its weights are trained in, if set,
+    and, for a folder, its path and a fingerprint of its files."""
     model, folder = base.model, base.location.folder
     named: dict[str, Any] = {"base": model.base, "revision": model.revision, "gguf_file": model.gguf_file}
+    named |= {"weights": model.weights} if model.weights else {}
     return named | ({"folder": str(folder), "fingerprint": fingerprint(folder)} if folder else {})
 
 
@@ -334,7 +351,10 @@ def _reason(error: Exception, location: Location) -> str:
         import psutil
 
         free = psutil.virtual_memory().available / 2**30
-        return f"not enough memory ({free:.1f} GiB are free): use a smaller model, model.dtype bf16, or another host"
+        return (
+            f"not enough memory ({free:.1f} GiB are free): use a smaller model, model.dtype bf16, "
+            "model.weights int8 or int4 for LoRA, or another host"
+        )
     if "trust_remote_code" in text:
         return (
             "it has its own Python code. Read that code; if you trust it, set model.trust_remote_code: true and add "

@@ -100,6 +100,7 @@ def _hyperparameters(conf: FinetuneConf) -> dict[str, object]:
     return {
         "objective": conf.tuning.objective,
         "method": conf.tuning.method,
+        **({"base's linear layers in training": conf.model.weights} if conf.model.weights else {}),
         **(adapter if conf.tuning.method == "lora" else {}),
         **_preference(conf.tuning),
         **({"steps": training.max_steps} if training.max_steps else {"epochs": f"{as_run(training.epochs):g}"}),

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import DataStats, lengths_of, open_split
@@ -20,7 +21,7 @@ from llm_ray.hardware import choose_precision, cpu_flags
 from llm_ray.models.load import Base, load_empty_model
 from llm_ray.progress import duration
 from llm_ray.train.batches import micro_batch_tokens, plan_steps
-from llm_ray.train.fits import PROCESS_BYTES, state_bytes, weight_precision
+from llm_ray.train.fits import PROCESS_BYTES, bytes_of, state_bytes, weight_precision
 from llm_ray.train.model import add_adapters, learning_modules
 from llm_ray.train.objectives import objective_of
 from llm_ray.train.trial import measure
@@ -92,6 +93,8 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     causal = load_empty_model(base, torch.float32)
     parameters = sum(p.numel() for p in causal.parameters())
     config = causal.config.get_text_config()
+    frozen_bytes = bytes_of(weight_precision(conf, precision, flags))
+    frozen = parameters * frozen_bytes - saved_bytes(causal, conf, frozen_bytes)
     model: nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     learning = learning_modules(model)
@@ -100,7 +103,7 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     tokens = round(data.train.tokens * steps / schedule.steps_per_epoch)
     memory = float(psutil.virtual_memory().total)
 
-    weights = state_bytes(conf, parameters, trainable, weight_precision(conf, precision, flags))
+    weights = state_bytes(conf, frozen, trainable)
     here = conf.runtime.workers if conf.runtime.mode == "local" else 1
     free = psutil.virtual_memory().available
     unmeasured = "" if "train" in conf.stages else "stages does not include train"
@@ -136,6 +139,16 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
         step_seconds=step_seconds,
         notes=cost.notes,
     )
+
+
+def saved_bytes(empty: PreTrainedModel, conf: FinetuneConf, frozen_bytes: float) -> float:
+    """What `model.weights` saves of weights that take `frozen_bytes` each otherwise. Raises ModelError."""
+    if not conf.model.weights:
+        return 0.0
+    from llm_ray.models.fewbits import BYTES, check_few_bits
+
+    packed = check_few_bits(empty, conf.model.base, conf.model.weights, conf.tuning.lora.modules_to_save)
+    return packed * (frozen_bytes - BYTES[conf.model.weights])
 
 
 def _activations(conf: FinetuneConf, config: object, data: DataStats) -> float:

@@ -13,7 +13,7 @@ from llm_ray.models.load import Base
 
 PROCESS_BYTES = 0.9e9
 """A worker's memory before it holds a model: Python, torch, transformers, Ray."""
-_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+_PACKED: dict[str | None, float] = {"int8": 1.0, "int4": 0.5}  # bytes of a weight at least
 _LEARNING = 4 + 4 + 8
 """Bytes of a parameter that learns: fp32 weight and gradient, and AdamW's two moments."""
 
@@ -28,11 +28,15 @@ def weight_precision(conf: FinetuneConf, precision: Precision, flags: frozenset[
     return conf.model.dtype
 
 
-def state_bytes(conf: FinetuneConf, parameters: int, trainable: int, held: Precision) -> float:
-    """Bytes of weights, gradients and optimizer in each worker. `parameters`: of the base model; `held`: its
-    precision."""
-    frozen = parameters if conf.tuning.method == "lora" else 0
-    whole = float(frozen * _BYTES[held] + trainable * _LEARNING)
+def bytes_of(precision: Precision) -> int:
+    """Returns the bytes of a weight."""
+    return {"fp32": 4, "bf16": 2}[precision]
+
+
+def state_bytes(conf: FinetuneConf, frozen: float, trainable: int) -> float:
+    """Returns the bytes of weights, gradients and optimizer in each worker. `frozen`: bytes of the base model's weights,
+    which are counted if they do not learn; `trainable`: number of parameters that do."""
+    whole = (frozen if conf.tuning.method == "lora" else 0.0) + trainable * _LEARNING
     return whole / conf.runtime.workers if conf.training.strategy == "fsdp" else whole
 
 
@@ -52,7 +56,8 @@ def check_fits(conf: FinetuneConf, base: Base) -> None:
     flags = cpu_flags()
     held = weight_precision(conf, choose_precision(conf.training.precision, flags)[0], flags)
     learning = parameters if conf.tuning.method == "full" else 0
-    each = PROCESS_BYTES + state_bytes(conf, parameters, learning, held)
+    frozen = parameters * _PACKED.get(conf.model.weights, bytes_of(held))
+    each = PROCESS_BYTES + state_bytes(conf, frozen, learning)
     here = float(psutil.virtual_memory().total)
     if each * conf.runtime.workers > here:
         raise ConfError(
@@ -71,6 +76,8 @@ def with_fewer_weights(conf: FinetuneConf, each: float, here: float) -> list[str
         ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")
     if conf.tuning.method == "full":
         ways.append("tuning.method lora: optimizer and gradients only for small adapters")
+    if conf.tuning.method == "lora" and not conf.model.weights and conf.training.strategy == "ddp":
+        ways.append("model.weights int8 or int4: half or less than a third of the memory for frozen layers")
     if conf.runtime.mode == "local":
         ways.append("a cluster (runtime.mode cluster, training.strategy fsdp), which shards the weights")
     return [*ways, "a smaller model"]

@@ -252,7 +252,7 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     causes = {f"worker {rank} of {conf.name}": _cause(failure) for rank, failure in failures.items()}
     causes = causes or {f"training of {conf.name}": _cause(error)}
     resume = _goes_on(conf)
-    less = "Lower training.micro_batch_tokens or data.max_length, set training.gradient_checkpointing, or use training.strategy fsdp over more workers"
+    less = "Lower training.micro_batch_tokens or data.max_length, set training.gradient_checkpointing, for LoRA model.weights int8 or int4, or use training.strategy fsdp over more workers"
     for who, cause in causes.items():
         if isinstance(cause, OutOfMemoryError):
             found = re.search(r"Memory on the node \(IP: (\S+),.*? was (\S+ used / \S+) limit", str(cause))

@@ -40,7 +40,10 @@ def load(conf: FinetuneConf, base: Base, dtype: torch.dtype, rank: int) -> PreTr
     """The base model. With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises
     ModelError."""
     weightless = conf.training.strategy == "fsdp" and rank != 0
-    causal = load_empty_model(base, dtype) if weightless else load_model(base, dtype)
+    if weightless:
+        causal = load_empty_model(base, dtype)
+    else:
+        causal = load_model(base, dtype, conf.model.weights, conf.tuning.lora.modules_to_save)
     causal.config.use_cache = False
     return causal
 

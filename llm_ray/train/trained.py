@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.errors import RunError
+from llm_ray.models.fewbits import FewBitsLinear, widened
 from llm_ray.models.load import Base, load_model
 from llm_ray.train.checkpoint import BEST, list_checkpoints, load_weights
 from llm_ray.train.model import add_adapters
@@ -40,12 +43,30 @@ class _Named(nn.Module):
 
 
 def load_adapted(conf: FinetuneConf, base: Base, checkpoint: Path, dtype: torch.dtype) -> PeftModel:
-    """The base in `dtype` with the checkpoint's adapters (fp32) beside it, ready to be merged."""
-    causal = load_model(base, dtype)
+    """The base in `dtype`, or in the few bits it was trained in, with the checkpoint's adapters (fp32) beside it."""
+    causal = load_model(base, dtype, conf.model.weights, conf.tuning.lora.modules_to_save)
     model = add_adapters(causal, conf.tuning.lora)
     load_weights(checkpoint, _Named(model))
     untie(causal)
     return model
+
+
+def merge(adapted: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its adapters merged, in `dtype`; of `adapted` nothing is left.
+
+    Layers in few bits get the weights that the adapters were trained on, not those that they were quantized from: with
+    these it would be another model. They are merged in fp32 one at a time, so that no more than one of them is.
+    """
+    for name, layer in list(adapted.named_modules()):
+        if isinstance(layer, LoraLinear) and isinstance(layer.base_layer, FewBitsLinear):
+            layer.base_layer = widened(layer.base_layer, torch.float32)
+            layer.merge()
+            layer.base_layer.to(dtype)
+        elif isinstance(layer, FewBitsLinear) and not name.endswith(".base_layer"):
+            adapted.set_submodule(name, widened(layer, dtype))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)  # of the layers above
+        return adapted.merge_and_unload().to(dtype)
 
 
 def untie(causal: PreTrainedModel) -> bool:
@@ -71,7 +92,7 @@ def load_trained(conf: FinetuneConf, base: Base, checkpoint: Path | None, dtype:
     if checkpoint is None:
         return load_model(base, dtype)
     if conf.tuning.method == "lora":
-        return load_adapted(conf, base, checkpoint, torch.float32).merge_and_unload().to(dtype)
+        return merge(load_adapted(conf, base, checkpoint, torch.float32), dtype)
     model = load_model(base, torch.float32)
     load_weights(checkpoint, _Named(model))
     return model.to(dtype)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, fit_workers, 
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
 from llm_ray.errors import ClusterError, TrainError
+from llm_ray.export.stage import export_here
 from llm_ray.models.load import load_tokenizer
 from llm_ray.progress import Silent
 from llm_ray.runs.folder import stop_file
@@ -28,7 +30,9 @@ from llm_ray.train.checkpoint import list_checkpoints
 from llm_ray.train.estimate import RAY_BYTES
 from llm_ray.train.launch import Stopped, run_training
 from llm_ray.train.recipe import Outcome
+from llm_ray.train.trained import final_checkpoint
 from llm_ray.train.trial import measure
+from tests.integration.tiny import llama
 from tests.runs import base_of
 
 STEPS = 6
@@ -224,6 +228,24 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
     for conf in (two, one):
         run(conf, cluster)
     assert losses(one) == pytest.approx(losses(two), rel=1e-3)
+
+
+def test_a_base_in_few_bits_learns_goes_on_and_is_exported_as_it_was_trained(
+    make: Callable[..., FinetuneConf], cluster: Cluster, smollm2: Path, tmp_path: Path
+) -> None:
+    base = llama(tmp_path / "tiny", smollm2, num_key_value_heads=1)
+    few = {"model": {"base": str(base), "weights": "int4"}, "training": {"gradient_checkpointing": True}}
+    unbroken, stopped = make("bits", **few), make("bits-stopped", **few)
+    assert run(unbroken, cluster)["status"] == "done"
+    assert losses(unbroken)[-1] < losses(unbroken)[0]
+    stopped_at_step_three(stopped, cluster)
+    assert 3 <= len(losses(stopped)) < STEPS
+    assert run(stopped, cluster)["status"] == "done"
+    assert losses(stopped) == pytest.approx(losses(unbroken), rel=1e-4)
+    checkpoint = str(final_checkpoint(unbroken))
+    checked = export_here(unbroken.model_dump(mode="json"), base_of(unbroken), checkpoint, "# card")
+    exported, trained = map(float, re.findall(r"\d+\.\d+", checked))
+    assert exported == pytest.approx(trained, rel=1e-3)
 
 
 PREFERENCE_FIGURES = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")

@@ -181,6 +181,23 @@ BROKEN = {
         ":4: model.trust_remote_code; add 'a/b' to model.trusted_models",
     ),
     "fsdp alone": ("training:\n  strategy: fsdp\n", ":7: training.strategy fsdp; runtime.workers is 1; use ddp"),
+    "few bits and all weights": (
+        "name: a\nmodel: {base: b, weights: int8}\ndata:\n  train: train.jsonl\ntuning:\n  method: full\n",
+        ":2: model.weights int8; tuning.method full trains all of them: use tuning.method lora",
+    ),
+    "few bits and fsdp": (
+        "name: a\nmodel: {base: b, weights: int4}\ndata:\n  train: train.jsonl\nruntime: {workers: 2}\ntraining:\n"
+        "  strategy: fsdp\n",
+        ":2: model.weights int4; training.strategy fsdp shares them out: use training.strategy ddp",
+    ),
+    "few bits of a GGUF": (
+        "name: a\nmodel: {base: b, weights: int4, gguf_file: m.gguf}\ndata:\n  train: train.jsonl\n",
+        ":2: model.weights int4; model.gguf_file is a GGUF: import it first",
+    ),
+    "few bits and ipex": (
+        "name: a\nmodel: {base: b, weights: int8}\ndata:\n  train: train.jsonl\ntraining:\n  accelerator: ipex\n",
+        ":2: model.weights int8; training.accelerator ipex lays them out in its own way: use accelerator torch",
+    ),
     "ipex and all weights": (
         "training:\n  accelerator: ipex\ntuning:\n  method: full\n",
         ":7: training.accelerator ipex; use tuning.method lora and training.strategy ddp",

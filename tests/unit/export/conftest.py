@@ -88,7 +88,7 @@ def trained(conf: FinetuneConf) -> tuple[torch.nn.Module, Path]:
     from llm_ray.train.model import add_adapters
     from tests.runs import base_of
 
-    causal = load_model(base_of(conf), torch.float32)
+    causal = load_model(base_of(conf), torch.float32, conf.model.weights, conf.tuning.lora.modules_to_save)
     model: torch.nn.Module = add_adapters(causal, conf.tuning.lora) if conf.tuning.method == "lora" else causal
     torch.manual_seed(1)
     learning = [p for p in model.parameters() if p.requires_grad]

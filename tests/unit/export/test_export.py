@@ -63,6 +63,34 @@ def test_the_exported_model_is_the_trained_one(run: Run, tuning: dict[str, objec
         torch.testing.assert_close(logits(beside), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"r": 4},
+        {"r": 4, "dora": True},
+        {"r": 4, "target_modules": ["q_proj"]},
+        {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+        {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_of_a_base_in_few_bits_the_weights_that_were_trained_on_are_exported(
+    run: Run, base: Path, weights: str, lora: dict[str, object], stored: torch.dtype
+) -> None:
+    AutoModelForCausalLM.from_pretrained(base).to(stored).save_pretrained(base)
+    conf = run(model={"base": str(base), "weights": weights}, tuning={"lora": lora})
+    model, checkpoint = trained(conf)
+    expected = logits(model)
+    export_here(conf.model_dump(mode="json"), base_of(conf), str(checkpoint), "# card")
+    exported = AutoModelForCausalLM.from_pretrained(conf.run_dir / "output")
+    assert exported.dtype == stored and not hasattr(exported.config, "quantization_config")
+    off = {"rtol": 1e-4, "atol": 1e-4} if stored == torch.float32 else {"rtol": 0.1, "atol": 0.3}
+    torch.testing.assert_close(logits(exported.float()), expected, **off)
+    assert (logits(load_model(base_of(conf), torch.float32)) - expected).abs().max() > 1, "it has learned"
+
+
 def test_an_export_that_is_another_model_is_refused_and_replaces_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import weakref
@@ -22,9 +23,10 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from llm_ray.conf.finetune import Lora
+from llm_ray.conf.finetune import FewBits, Lora
 from llm_ray.errors import ConfError
 from llm_ray.export.stage import save_adapter
+from llm_ray.models.fewbits import FewBitsLinear, quantizable, widened
 from llm_ray.train import adapters
 from llm_ray.train.adapters import _Shared, dropped, speed_up_adapters
 from llm_ray.train.model import add_adapters, learning_modules
@@ -77,6 +79,55 @@ def test_fast_adapters_give_the_logits_and_gradients_of_pefts(lora: Lora) -> Non
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "lora",
+    [Lora(r=4), Lora(r=4, alpha=3, rslora=True), Lora(r=2, target_modules=("q_proj",)), Lora(r=4, dora=True)],
+    ids=str,
+)
+def test_adapters_on_few_bits_give_the_logits_and_gradients_of_pefts_on_the_same_weights(
+    lora: Lora, bits: FewBits
+) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    packed = LlamaForCausalLM(config)
+    for name in quantizable(packed):
+        linear = packed.get_submodule(name)
+        packed.set_submodule(name, FewBitsLinear(linear, linear.weight.detach(), bits))
+    dense = copy.deepcopy(packed)
+    for name, layer in list(dense.named_modules()):
+        if isinstance(layer, FewBitsLinear):
+            dense.set_submodule(name, widened(layer, torch.float32))
+    packed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    models = []
+    for causal in (dense, packed):
+        torch.manual_seed(1)
+        model = add_adapters(causal, lora)
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            nn.init.normal_(parameter, std=0.1)
+        models.append(model.train())
+    speed_up_adapters(models[1])
+    assert [n for n, p in models[1].named_parameters() if p.requires_grad] == [
+        n for n, p in models[0].named_parameters() if p.requires_grad
+    ]
+    outputs = [model(input_ids=IDS, labels=IDS) for model in models]
+    torch.testing.assert_close(outputs[1].logits, outputs[0].logits, rtol=1e-4, atol=1e-5)
+    for output in outputs:
+        output.loss.backward()
+    for name, given in models[1].named_parameters():
+        if given.requires_grad:
+            wanted = models[0].get_parameter(name).grad
+            assert wanted is not None and wanted.abs().sum() > 0
+            torch.testing.assert_close(given.grad, wanted, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
