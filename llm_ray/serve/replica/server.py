@@ -74,7 +74,7 @@ class ModelServer(LLMServer):
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Load an adapter unless it is loaded. Raises ModelError for one that vLLM does not take."""
+        """Load an adapter unless it is loaded. Raises ModelError for one that the engine does not take."""
         path = Path(self._versions.name) / adapter.identity
         if self.engine.adapter_path(name) == str(path):
             return
@@ -110,7 +110,7 @@ class ModelServer(LLMServer):
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
         """Serve these adapters from now on; those that are gone or have changed are unloaded. Raises ModelError for one
-        that vLLM does not take."""
+        that the engine does not take."""
         before, self.adapters = (
             self.adapters,
             dict(adapters),
