@@ -25,6 +25,7 @@ from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import ModelServing, ServeConf, ServeRuntime
 from llm_ray.errors import ConfError, LlmRayError, ModelError, RunError, ServeError
 from llm_ray.models.load import fingerprint, resolve
+from llm_ray.models.openvino import original
 from llm_ray.progress import Reporter
 from llm_ray.serve.deployments import deploy as serving
 from llm_ray.serve.deployments import local
@@ -251,7 +252,7 @@ def serve_run(run: str, name: str, home: Path, reporter: Reporter) -> str:
         endpoint = serving.running_endpoint()
         if endpoint is None:
             raise ServeError("nothing is served on this machine")
-        beside = [entry.model for entry in serving.status().values() if entry.model.path == base]
+        beside = [entry.model for entry in serving.status().values() if original(entry.model.path) == base]
         for model in beside:
             if _takes_adapter(model, run, details.output / "adapter", paths):
                 adapter = Adapter(str(details.output / "adapter"), fingerprint(details.output / "adapter"))

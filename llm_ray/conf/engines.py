@@ -60,6 +60,7 @@ ENGINES: Mapping[EngineName, Engine] = MappingProxyType(
             title="OpenVINO: int8 and int4, the fastest on CPUs",
             core="llm_ray.serve.engines.openvino:OpenVinoCore",
             converts=True,
+            adapters=True,
             any_malloc=False,
         ),
         "transformers": Engine(

@@ -197,8 +197,8 @@ class ModelServing(Section):
     autoscale: Autoscale | None = None
     """Number of replicas that follows the load, down to none."""
     adapters: dict[ModelName, str] = Field(default_factory=dict)
-    """LoRA adapters on this base model (engine `vllm`), each under its own model name: `name: run or folder`. They can
-    be changed without a restart if there was at least one from the start."""
+    """LoRA adapters on this base model (engines `vllm` and `openvino`), each under its own model name: `name: run or
+    folder`. They can be changed without a restart if there was at least one from the start."""
     sampling_defaults: Literal["model", "openai"] = "model"
     """Sampling parameters of requests that do not set them: `model`, temperature, top_p, penalties and maximum new
     tokens of the model's generation_config.json, which `llm-ray serve status` shows; `openai`, only temperature 1."""
@@ -221,8 +221,8 @@ class ModelServing(Section):
         if self.adapters and not able(self.engine, "adapters"):
             names = engines_with("adapters")
             wrong.append(
-                f"adapters need engine {names}, but engine is {self.engine}: set engine: {names}, or deploy the merged "
-                "model"
+                f"adapters need engine {names}, but engine is {self.engine}: set engine to one of these, or deploy the "
+                "merged model"
             )
         if self.weights and not able(self.engine, "converts"):
             names = engines_with("converts")
@@ -231,11 +231,10 @@ class ModelServing(Section):
             )
         if self.compile and not able(self.engine, "compiles"):
             wrong.append(f"compile needs engine {engines_with('compiles')}, but engine is {self.engine}")
-        if self.engine == "auto" and self.weights and (self.adapters or self.compile):
-            key, trait = ("adapters", "adapters") if self.adapters else ("compile", "compiles")
+        if self.engine == "auto" and self.weights and self.compile:
             wrong.append(
-                f"weights needs engine {engines_with('converts')}, but {key} needs engine {engines_with(trait)}: keep one "
-                "of them"
+                f"weights needs engine {engines_with('converts')}, but compile needs engine {engines_with('compiles')}: "
+                "keep one of them"
             )
         if self.compile and self.adapters:
             wrong.append(

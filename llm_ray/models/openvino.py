@@ -18,6 +18,13 @@ from llm_ray.models.folder import CONFIG, OPENVINO, Weights, check_folder, read_
 LINEAGE = "llm-ray.json"
 # A constant of the graph: its type, shape, and offset and size in the weights file.
 _CONSTANT = re.compile(r'<data element_type="(\w+)" shape="([\d, ]*)" offset="(\d+)" size="(\d+)"')
+# A linear layer of the graph: the model's own name of it, its settings, and its inputs. And a size of an input.
+_LINEAR = re.compile(
+    r'<layer [^>]*name="__module\.([^"]+)/aten::linear/MatMul" type="MatMul"[^>]*>\s*<data ([^>]*)/>\s*'
+    r"<input>(.*?)</input>",
+    re.DOTALL,
+)
+_SIZE = re.compile(r"<dim>(\d+)</dim>")
 _DTYPE_NAMES = {
     "f32": "fp32",
     "f16": "bf16",
@@ -64,6 +71,25 @@ def openvino_weights(path: Path) -> Weights:
     return Weights(counts.total(), counts.most_common(1)[0][0])
 
 
+def adaptable_layers(path: Path) -> dict[str, tuple[int, int]]:
+    """The linear layers of the model in the OpenVINO folder `path` to which an adapter can be applied, with the sizes
+    of what they give and take: those of the model's numbered blocks, but for experts."""
+    found = {}
+    for layer, data, inputs in _LINEAR.findall((path / OPENVINO).read_text(encoding="utf-8")):
+        parts = layer.split(".")
+        sizes = [int(size) for size in _SIZE.findall(inputs.split("</port>")[1])]
+        if "experts" not in parts and any(map(str.isdigit, parts)) and len(sizes) == 2:
+            gives, takes = sizes if 'transpose_b="true"' in data else reversed(sizes)
+            found[layer] = gives, takes
+    return found
+
+
 def lineage(path: Path) -> dict[str, Any]:
     """Returns the recorded origin of the model in `path`; empty if none is recorded. Raises ModelError."""
     return read_json(path / LINEAGE) if (path / LINEAGE).is_file() else {}
+
+
+def original(path: Path) -> Path:
+    """The folder that the model in the folder `path` was converted from, where it is still there; else `path`."""
+    source = Path(lineage(path).get("source", path)) if is_openvino(path) else path
+    return source if (source / CONFIG).is_file() else path

@@ -1,4 +1,4 @@
-"""vLLM's core with LoRA adapters in this process, and what peft answers in its place."""
+"""An engine's core with LoRA adapters in this process, and what peft answers in its place."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_ray.conf.engines import EngineName
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.replica.server import engine_arguments
 
@@ -25,7 +26,7 @@ def prompt(number: int) -> list[int]:
 
 @dataclass
 class Engine:
-    """vLLM's core behind its front end, in this process, and the event loop that it lives in."""
+    """A core behind vLLM's front end, in this process, and the event loop that it lives in."""
 
     client: Any
     runner: asyncio.Runner
@@ -33,11 +34,19 @@ class Engine:
     def load(self, number: int, folder: Path) -> None:
         self.runner.run(self.client.add_lora(self._lora(number, folder)))
 
-    def ask(self, asked: dict[int, Path | None]) -> dict[int, Answer]:
-        """Answers to requests that are computed together, by the number of each one's adapter."""
+    def ask(self, asked: dict[int, Path | None], prompted: int | None = None, **more: Any) -> dict[int, Answer]:
+        """Answers to requests that are computed together, by the number of each one's adapter.
+
+        Each has a prompt of its own, or all have that of the number `prompted`; `more` are sampling parameters.
+        """
 
         async def together() -> list[Answer]:
-            return await asyncio.gather(*(self._answer(number, folder) for number, folder in asked.items()))
+            return await asyncio.gather(
+                *(
+                    self._answer(number, folder, prompt(number if prompted is None else prompted), **more)
+                    for number, folder in asked.items()
+                )
+            )
 
         return dict(zip(asked, self.runner.run(together()), strict=True))
 
@@ -46,14 +55,15 @@ class Engine:
 
         return LoRARequest(folder.name, number, str(folder))
 
-    async def _answer(self, number: int, folder: Path | None) -> Answer:
+    async def _answer(self, number: int, folder: Path | None, ids: list[int], **more: Any) -> Answer:
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import SamplingParams
 
-        params = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=0, ignore_eos=True, detokenize=False)
+        settings = {"max_tokens": TOKENS, "temperature": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False}
+        params = SamplingParams(**settings | more)
         lora = self._lora(number, folder) if folder else None
         async for answer in self.client.generate(
-            TokensPrompt(prompt_token_ids=prompt(number)), params, f"r{number}", lora_request=lora
+            TokensPrompt(prompt_token_ids=ids), params, f"r{number}", lora_request=lora
         ):
             last = answer.outputs[0]
         return list(last.token_ids), [
@@ -62,7 +72,7 @@ class Engine:
 
 
 @contextlib.contextmanager
-def started(base: Path) -> Iterator[Engine]:
+def started(base: Path, engine: EngineName = "vllm") -> Iterator[Engine]:
     """An engine with the model in the folder `base`; one at a time."""
     from vllm.distributed import destroy_model_parallel
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -71,10 +81,12 @@ def started(base: Path) -> Iterator[Engine]:
 
     destroy_model_parallel()  # of an engine before it in this process
 
-    model = ServedModel("m", base, max_model_len=64, kv_cache_bytes=2**24, max_batch=16, threads=2, lora_rank=8)
+    model = ServedModel(
+        "m", base, engine=engine, max_model_len=64, kv_cache_bytes=2**24, max_batch=16, threads=2, lora_rank=8
+    )
 
     async def start() -> Any:
-        arguments = AsyncEngineArgs(model=str(base), skip_tokenizer_init=True, **engine_arguments(model))
+        arguments = AsyncEngineArgs(model=str(base), skip_tokenizer_init=engine == "vllm", **engine_arguments(model))
         return front_end(model, arguments.create_engine_config())
 
     with asyncio.Runner() as runner:

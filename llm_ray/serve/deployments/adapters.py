@@ -19,6 +19,7 @@ from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.folder import read_json, weight_files
 from llm_ray.models.load import file_digest, fingerprint
+from llm_ray.models.openvino import adaptable_layers, is_openvino, lineage, original
 from llm_ray.serve.models import text_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,7 @@ _BEYOND = (
 # Of the named ways to begin, those that leave the model's own weights as they are.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _MERGED = "deploy the merged model"
-_PART = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>embedding_A|embedding_B|A\.weight|B\.weight)")
+PART = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>embedding_A|embedding_B|A\.weight|B\.weight)")
 # Copies of the model's own embeddings, which vLLM passes over.
 _COPY = re.compile(r"(?:base_model\.model\.)?(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
 _Shape = tuple[int, ...]
@@ -78,7 +79,7 @@ def find_adapter(name: str, called: str, paths: Paths) -> Path:
 
 
 def adapter_rank(name: str, folder: Path) -> int:
-    """The rank of an adapter, rounded up to one of those that vLLM knows. Raises ModelError."""
+    """The rank of an adapter, rounded up to one of those that vLLM knows, on any engine. Raises ModelError."""
     config = read_json(folder / CONFIG)
     highest = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     fitting = [rank for rank in _RANKS if rank >= highest]
@@ -90,10 +91,13 @@ def adapter_rank(name: str, folder: Path) -> int:
 
 
 def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | None:
-    """Raises ModelError where the adapter cannot be served on the model in the folder `base`: it is of a kind that vLLM
-    does not compute, is damaged, has other layers, or was made for other weights. Returns what is to be said of one of
-    which that is not known.
+    """Raises ModelError where the adapter cannot be served on the model in the folder `base`: it is of a kind that the
+    engine does not compute (OpenVINO for a folder in its form, else vLLM), is damaged, has other layers, or was made
+    for other weights. Returns what is to be said of one of which that is not known.
     """
+    graph = base if is_openvino(base) else None
+    if graph and lineage(graph).get("fingerprint") == fingerprint(original(graph)):
+        base = original(graph)
     config = read_json(folder / CONFIG)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         raise ModelError(f"adapter {name}: {folder} is of type {kind}, but only LORA can be served: {_MERGED}")
@@ -115,7 +119,10 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
             f"adapter {name}: {folder} has {' and '.join(beyond)} ({CONFIG}), which cannot be served as an adapter: "
             f"{_MERGED}"
         )
-    _check_layers(name, folder, base, config)
+    if not is_openvino(base):
+        _check_layers(name, folder, base, config)
+    if graph:
+        _check_applied(name, folder, graph)
     return _check_origin(name, folder, base, config, paths)
 
 
@@ -126,7 +133,7 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
     shapes, patterns = _layers(base)
     wanted = f"it was made for {config.get('base_model_name_or_path') or 'another model'}"
     for tensor, shape in _shapes(folder / WEIGHTS, f"adapter {name}: ").items():
-        if found := _PART.fullmatch(tensor):
+        if found := PART.fullmatch(tensor):
             parts[found["layer"]][found["side"].removeprefix("embedding_")[0]] = shape
         elif copy := _COPY.fullmatch(tensor):
             _check_size(name, folder, base, copy["layer"], shape, shapes, wanted)
@@ -152,6 +159,40 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
         matching += has
     if not matching and "quantization_config" not in read_json(base / "config.json"):
         raise ModelError(f"adapter {name}: {folder} changes nothing in the model in {base}; {wanted}")
+
+
+def _check_applied(name: str, folder: Path, graph: Path) -> None:
+    """Raises ModelError for layers to which OpenVINO would not apply the adapter, without a word: the head, embeddings,
+    and what its graph has under another name."""
+    layers = adaptable_layers(graph)
+    for tensor, shape in _shapes(folder / WEIGHTS, f"adapter {name}: ").items():
+        part = PART.fullmatch(tensor)
+        if part is None or part["layer"] not in layers:
+            changed = part["layer"] if part else tensor
+            raise ModelError(
+                f"adapter {name}: {folder} changes {changed}, to which engine openvino cannot apply an adapter; engine "
+                f"vllm can (engine: vllm, with the model in Hugging Face's form), or {_MERGED}"
+            )
+        gives, takes = layers[part["layer"]]
+        if (shape[0] != gives) if part["side"] == "B.weight" else (shape[1] != takes):
+            raise ModelError(
+                f"adapter {name}: {folder} does not belong to the model in {graph}: it changes {part['layer']} with "
+                f"{shape[0]} x {shape[1]} numbers, but the model's has {gives} x {takes}"
+            )
+
+
+def adapter_bytes(base: Path, rank: int, bytes_per_number: float) -> int:
+    """Memory of an adapter of this rank on all linear layers of the model in the folder `base`."""
+    if is_openvino(base):
+        sizes = [*adaptable_layers(base).values()]
+    else:
+        sizes = [
+            shape
+            for file in weight_files(base)
+            for tensor, shape in _shapes(file).items()
+            if len(shape) == 2 and re.search(r"\.\d+\.", tensor)
+        ]
+    return int(sum(map(sum, sizes)) * rank * bytes_per_number)
 
 
 def _check_size(
@@ -206,7 +247,7 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
     run = folder.parent.parent / "run.json"
     trained = read_json(run).get("model") if run.is_file() and folder.parent.name == "output" else None
     if trained and trained.get("fingerprint") and not trained.get("gguf_file"):
-        if trained["fingerprint"] != fingerprint(base):
+        if trained["fingerprint"] != (lineage(base).get("fingerprint") if is_openvino(base) else fingerprint(base)):
             raise ModelError(
                 f"adapter {name}: it was trained on {trained['base']}, but the model in {base} is a different one, "
                 f"or its weights have changed: serve it on the model it was trained on, or {_MERGED} "
@@ -215,7 +256,8 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
         return None
     origin = str(config.get("base_model_name_or_path") or "")
     named = Path(origin).expanduser()
-    for place in (named.absolute(), paths.models / origin, paths.runs / origin / "output") if origin else ():
+    known = () if is_openvino(base) else (named.absolute(), paths.models / origin, paths.runs / origin / "output")
+    for place in known if origin else ():
         if (place / "config.json").is_file():
             if _weights_digest(place) != _weights_digest(base):
                 raise ModelError(

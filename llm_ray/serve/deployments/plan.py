@@ -26,7 +26,7 @@ from llm_ray.models.openvino import is_openvino, openvino_weights
 from llm_ray.models.registry import has_chat_template, import_model, template_text
 from llm_ray.models.tokens import check_alike
 from llm_ray.progress import Reporter
-from llm_ray.serve.deployments.adapters import adapter_rank, check_adapter, find_adapter
+from llm_ray.serve.deployments.adapters import adapter_bytes, adapter_rank, check_adapter, find_adapter
 from llm_ray.serve.deployments.engine import Choice, choose_engine
 from llm_ray.serve.models import (
     DEFAULT_MAX_MODEL_LEN,
@@ -44,6 +44,10 @@ from llm_ray.serve.models import (
 # What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
 _PROGRAM_BYTES = 1_800 * 2**20
 _GIB = 2**30
+# Adapters come and go by so many without new replicas: their memory is reserved.
+_ADAPTERS = 8
+# Bytes of an adapter's number in OpenVINO: it computes them in single precision, and uses up to 1.5 times as much.
+_OPENVINO_ADAPTER_BYTES = 6
 # Most cores that help, by billions of parameters.
 _CORES = ((0.5, 8), (2, 16), (8, 32))
 # How a chat template writes tool calls, and vLLM's parser of that form.
@@ -122,7 +126,10 @@ def _planned(
         max_batch=asked.max_batch,
         max_queue=asked.max_queue,
         kv_cache_bytes=cache,
-        memory_bytes=int(weights.parameters * size * 1.1) + cache + _PROGRAM_BYTES,
+        memory_bytes=int(weights.parameters * size * 1.1)
+        + cache
+        + _adapters_bytes(path, engine, precision, ranks)
+        + _PROGRAM_BYTES,
         cpus=0 if asked.cpus == "auto" else asked.cpus,
         threads=_useful_cores(weights.parameters),
         replicas=asked.replicas,
@@ -148,9 +155,20 @@ def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
     if not ENGINES[engine].converts or is_openvino(source) or find_conversion(source, asked.weights, paths.models):
         return _planned(name, asked, paths, reporter, choice)
     like = _planned(name, asked.model_copy(update={"engine": "transformers", "weights": None}), paths, reporter)
-    weights = like.memory_bytes - like.kv_cache_bytes - _PROGRAM_BYTES
-    smaller = int(weights * SIZES[asked.weights or DEFAULT_WEIGHTS] / SIZES[like.precision])
-    return replace(like, engine=engine, memory_bytes=like.memory_bytes - weights + smaller)
+    ranks = [like.lora_rank] * len(like.adapters)
+    adapters = _adapters_bytes(like.path, like.engine, like.precision, ranks)
+    weights = like.memory_bytes - like.kv_cache_bytes - adapters - _PROGRAM_BYTES
+    other = int(weights * SIZES[asked.weights or DEFAULT_WEIGHTS] / SIZES[like.precision]) - weights
+    other += _adapters_bytes(like.path, engine, like.precision, ranks) - adapters
+    return replace(like, engine=engine, memory_bytes=like.memory_bytes + other)
+
+
+def _adapters_bytes(path: Path, engine: EngineName, precision: Precision, ranks: Sequence[int]) -> int:
+    """Memory of as many adapters as may come without new replicas, all of the highest rank and on all layers."""
+    if not ranks:
+        return 0
+    number_bytes = _OPENVINO_ADAPTER_BYTES if ENGINES[engine].converts else SIZES[precision]
+    return -(-len(ranks) // _ADAPTERS) * _ADAPTERS * adapter_bytes(path, max(ranks), number_bytes)
 
 
 def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:

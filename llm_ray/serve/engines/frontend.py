@@ -158,12 +158,14 @@ class Engine(VLLMEngine):
 
     async def load_adapter(self, name: str, path: Path) -> None:
         """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises ModelError
-        where vLLM does not take it."""
+        where the engine does not take it."""
         lora = LoRARequest(name, self._oai_models.lora_id_counter.inc(1), str(path))
         try:
             await self._engine_client.add_lora(lora)
         except (ValueError, RuntimeError) as error:
-            raise ModelError(f"adapter {name}: engine vllm rejects it: {error}. Deploy the merged model") from error
+            raise ModelError(
+                f"adapter {name}: engine {self._model.engine} rejects it: {error}. Deploy the merged model"
+            ) from error
         self.forget_adapter(name)
         self._oai_models.lora_requests[name] = lora
 

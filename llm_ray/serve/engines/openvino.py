@@ -3,7 +3,8 @@ openvino``.
 
 Batching, the paged cache of keys and values, and sampling are those of ``openvino_genai.ContinuousBatchingPipeline``,
 which frees the interpreter's lock while it computes. What it cannot do of vLLM's sampling parameters
-`OpenVinoCore.refusal` says.
+`OpenVinoCore.refusal` says. A LoRA adapter is a state of the whole pipeline: requests of different adapters take turns
+(:mod:`llm_ray.serve.engines.turns`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import xgrammar
 from openvino import opset13
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
@@ -34,7 +36,10 @@ from vllm.v1.structured_output.utils import choice_as_grammar, grammar_is_likely
 
 from llm_ray.errors import ModelError
 from llm_ray.hardware import Precision
+from llm_ray.models.openvino import adaptable_layers
+from llm_ray.serve.engines.openvino_adapters import frame, read_adapter
 from llm_ray.serve.engines.sampling import failure
+from llm_ray.serve.engines.turns import BASE, Turns
 from llm_ray.serve.models import ServedModel
 
 _NUMBER_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
@@ -55,6 +60,7 @@ class _Work:
     request_id: str
     prompt: list[int]
     params: SamplingParams
+    adapter: int = BASE
     tokens: list[int] = field(default_factory=list)
 
 
@@ -87,7 +93,14 @@ class OpenVinoCore:
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = _blocks(model, config, str(properties["KV_CACHE_PRECISION"]))
         scheduler.max_num_batched_tokens = max(_STEP_TOKENS, model.max_batch)
-        scheduler.enable_prefix_caching = True
+        # What is cached of a prompt is found by its tokens alone: with adapters it would be another one's.
+        scheduler.enable_prefix_caching = not model.lora_rank
+        self._layers = adaptable_layers(model.path) if model.lora_rank else {}
+        # The base has an adapter too, which changes nothing: from none at all to one, GenAI's first token in bf16 can be
+        # not a number.
+        self._adapters: dict[int, genai.Adapter] = {BASE: frame(self._layers)} if self._layers else {}
+        if self._layers:
+            properties["adapters"] = _adapter(self._adapters[BASE])
         vocabulary = _vocabulary(config)
         self._load = lambda: genai.ContinuousBatchingPipeline(model.path, vocabulary, scheduler, "CPU", **properties)
         try:
@@ -98,11 +111,13 @@ class OpenVinoCore:
             ) from error
         self._max_batch = model.max_batch
         self._max_model_len = model.max_model_len
+        self._turns = Turns()
         self._waiting: dict[str, _Work] = {}
         self._running: dict[str, _Work] = {}
         self._handles: dict[str, genai.GenerationHandle] = {}
         self._numbers = count()
         self._unreadable: list[StructuredOutputsParams | None] = []
+        self._apply(BASE)
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
@@ -150,7 +165,7 @@ class OpenVinoCore:
         see."""
         if request.sampling_params is None:
             raise VLLMValidationError("engine openvino computes no embeddings; engine vllm does")
-        for what in ("prompt_embeds", "mm_features", "lora_request", "cache_salt"):
+        for what in ("prompt_embeds", "mm_features", "cache_salt"):
             if getattr(request, what):
                 raise VLLMValidationError(f"engine openvino does not support {what}; engine vllm does")
         if request.sampling_params.structured_outputs in self._unreadable:
@@ -158,12 +173,15 @@ class OpenVinoCore:
                 "engine openvino cannot read this schema, pattern or grammar (structured_outputs, response_format); "
                 "engine vllm can"
             )
-        self._waiting[request.request_id] = _Work(
-            request.request_id, request.prompt_token_ids or [], request.sampling_params
-        )
+        lora = request.lora_request
+        if lora and lora.lora_int_id not in self._adapters:
+            self._add_lora(lora)
+        adapter = lora.lora_int_id if lora else BASE
+        self._wait(_Work(request.request_id, request.prompt_token_ids or [], request.sampling_params, adapter))
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
+            self._turns.leave(request_id)
             self._waiting.pop(request_id, None)
             if self._running.pop(request_id, None):
                 self._handles.pop(request_id).cancel()
@@ -174,8 +192,12 @@ class OpenVinoCore:
     def step(self) -> EngineCoreOutputs:
         begun = []
         refused = []
-        while self._waiting and len(self._running) < self._max_batch:
-            work = self._waiting.pop(next(iter(self._waiting)))
+        if self._turns.over():
+            self._pause()
+        if (adapter := self._turns.next(len(self._running))) is not None:
+            self._apply(adapter)
+        for request_id in self._turns.take(self._max_batch - len(self._running)):
+            work = self._waiting.pop(request_id)
             try:
                 self._start(work)
             except RuntimeError as error:  # OpenVINO checks the settings once more, by bounds of its own
@@ -188,6 +210,7 @@ class OpenVinoCore:
                 continue
             self._running[work.request_id] = work
             begun.append(work)
+        self._turns.count()
         try:
             self._pipeline.step()
         except RuntimeError:
@@ -204,6 +227,7 @@ class OpenVinoCore:
             outputs = [failure(work.request_id, None) for work in shaped]
             del self._pipeline
             self._pipeline = self._load()
+            self._apply(self._turns.active)
             for work in self._running.values():
                 if work not in shaped:
                     self._start(work)
@@ -217,11 +241,48 @@ class OpenVinoCore:
     def call(self, method: str, *args: Any) -> Any:
         if method == "get_supported_tasks":
             return ("generate",)
+        if method == "add_lora":
+            return self._add_lora(*args)
+        if method == "remove_lora":
+            return self._adapters.pop(args[0], None) is not None
+        if method == "list_loras":
+            return {*self._adapters} - {BASE}
         raise NotImplementedError(f"engine openvino does not support {method}; engine vllm does")
 
     def shutdown(self) -> None:
         self.abort([*self._waiting, *self._running])
         del self._pipeline
+
+    def _add_lora(self, lora: LoRARequest) -> bool:
+        """Read an adapter. Raises ValueError for one that cannot be applied to this model."""
+        self._adapters[lora.lora_int_id] = read_adapter(Path(lora.lora_path), self._layers)
+        return True
+
+    def _apply(self, adapter: int) -> None:
+        """Compute with this adapter from now on. No request is running.
+
+        GenAI takes adapters in `generate` alone, which leaves them as they are for `add_request`.
+        """
+        if not self._layers:
+            return
+        while self._pipeline.has_non_finished_requests():  # those that were cancelled
+            self._pipeline.step()
+        token = genai.GenerationConfig()
+        token.max_new_tokens = 1
+        token.adapters = _adapter(self._adapters[adapter])
+        self._pipeline.generate([ov.Tensor(np.zeros((1, 1), dtype=np.int64))], [token])
+
+    def _wait(self, work: _Work) -> None:
+        self._turns.wait(work.request_id, work.adapter)
+        self._waiting[work.request_id] = work
+
+    def _pause(self) -> None:
+        """Have requests wait again that can go on later as if nothing had been."""
+        for request_id, work in [*self._running.items()]:
+            if _goes_on(work.params):
+                del self._running[request_id]
+                self._handles.pop(request_id).cancel()
+                self._wait(work)
 
     def _start(self, work: _Work) -> None:
         """Hand a request to the pipeline, with the tokens that it has already as part of its prompt."""
@@ -261,6 +322,18 @@ class OpenVinoCore:
             elif stop in (work.params.stop_token_ids or ()):
                 output.finish_reason, output.stop_reason = FinishReason.STOP, stop
         return output
+
+
+def _goes_on(params: SamplingParams) -> bool:
+    """Whether a request can go on with its tokens as part of the prompt: a schema and the random numbers of a seed would
+    begin anew, and these penalties do not look at the prompt."""
+    return not (
+        params.structured_outputs or params.presence_penalty or params.frequency_penalty or params.seed is not None
+    )
+
+
+def _adapter(applied: genai.Adapter) -> genai.AdapterConfig:
+    return genai.AdapterConfig([(applied, 1.0)], genai.AdapterConfig.Mode.MODE_DYNAMIC)
 
 
 def _generation(params: SamplingParams) -> genai.GenerationConfig:

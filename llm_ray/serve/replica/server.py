@@ -71,7 +71,7 @@ class ModelServer(LLMServer):
         return tempfile.TemporaryDirectory(prefix="llm-ray-adapters-")
 
     async def _load_adapter(self, name: str, adapter: Adapter) -> None:
-        """Loads an adapter unless it is loaded. Raises ModelError if vLLM rejects it."""
+        """Loads an adapter unless it is loaded. Raises ModelError if the engine rejects it."""
         path = Path(self._versions.name) / adapter.identity
         if self.engine.adapter_path(name) == str(path):
             return
@@ -106,7 +106,7 @@ class ModelServer(LLMServer):
         return await super().tokenize(told(request, self._template, tools=self._tools), raw_request_info)
 
     async def set_adapters(self, adapters: dict[str, Adapter]) -> None:
-        """Replaces the served adapters; removed and changed ones are unloaded. Raises ModelError if vLLM rejects
+        """Replaces the served adapters; removed and changed ones are unloaded. Raises ModelError if the engine rejects
         one."""
         before, self.adapters = (
             self.adapters,

@@ -112,7 +112,7 @@ def build(site: Site) -> None:
             )
         if adapters and not able(engine, "adapters"):
             raise ConfError(
-                f"Adapters require engine {engines_with('adapters')}: choose it, or deploy the run's own model."
+                f"Adapters require engine {engines_with('adapters')}: choose one, or deploy the run's own model."
             )
         return serving.conf_of(
             [model],

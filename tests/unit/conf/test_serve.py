@@ -104,9 +104,9 @@ BROKEN = {
         ":5: models.bot.adapters.qwen2.5: the name is already used by models.qwen2.5:",
     ),
     "adapter is a number": ("    adapters: {a: 3}\n", ":4: models.bot.adapters.a is 3"),
-    "adapters on OpenVINO": (
-        "    engine: openvino\n    adapters: {a: b}\n",
-        ":5: models.bot: adapters need engine vllm, but engine is openvino",
+    "adapters on transformers": (
+        "    engine: transformers\n    adapters: {a: b}\n",
+        ":5: models.bot: adapters need engine vllm or openvino, but engine is transformers",
     ),
     "weights without OpenVINO": (
         "    engine: vllm\n    weights: int8\n",

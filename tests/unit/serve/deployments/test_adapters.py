@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.models.load import fingerprint
-from llm_ray.serve.deployments.adapters import adapter_rank, check_adapter, find_adapter
+from llm_ray.serve.deployments.adapters import adapter_bytes, adapter_rank, check_adapter, find_adapter
 
 QUERY = "model.layers.{}.self_attn.q_proj"
 
@@ -200,3 +200,55 @@ def test_ranks_are_those_that_vllm_knows(tmp_path: Path) -> None:
     assert adapter_rank("a", adapter(tmp_path / "b", r=8, rank_pattern={"q_proj": 100})) == 128
     with pytest.raises(ModelError, match="has rank 2048, but at most 512 can be served"):
         adapter_rank("a", adapter(tmp_path / "c", r=2048))
+
+
+def graph(folder: Path, base: Path, layers: tuple[str, ...] = (QUERY.format(0), QUERY.format(1)), **made: Any) -> Path:
+    """A conversion of the model in the folder `base`, without weights."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    ports = "<input><port><dim>-1</dim><dim>8</dim></port><port><dim>16</dim><dim>8</dim></port></input>"
+    nodes = "".join(
+        f'<layer name="__module.{layer}/aten::linear/MatMul" type="MatMul"><data transpose_b="true" />{ports}</layer>'
+        for layer in (*layers, "lm_head", "model.layers.0.mlp.experts.0.up_proj")
+    )
+    (folder / "openvino_model.xml").write_text(f"<net><layers>{nodes}</layers></net>")
+    (folder / "llm-ray.json").write_text(json.dumps({"source": str(base), "fingerprint": fingerprint(base)} | made))
+    return folder
+
+
+def test_an_adapter_is_served_on_what_its_model_was_converted_to(tmp_path: Path, paths: Paths) -> None:
+    base = model(tmp_path / "base")
+    ov = graph(tmp_path / "graph", base)
+    named = adapter(tmp_path / "named", base_model_name_or_path=str(base))
+    assert check_adapter("a", named, ov, paths) is None
+    other = adapter(tmp_path / "of", base_model_name_or_path=str(model(tmp_path / "other", number=2)))
+    with pytest.raises(ModelError, match="other weights"):
+        check_adapter("a", other, ov, paths)
+    with pytest.raises(ModelError, match=r"changes .* with 4 x 8 numbers, but the model's has 16 x 8"):
+        check_adapter("a", adapter(tmp_path / "small", size=(4, 8)), ov, paths)
+    with pytest.raises(ModelError, match="use_dora"):
+        check_adapter("a", adapter(tmp_path / "dora", use_dora=True), ov, paths)
+    alone = graph(tmp_path / "alone", base, source="/gone")
+    assert "assumed to be" in str(check_adapter("a", named, alone, paths))  # the original is not here to compare
+    with pytest.raises(ModelError, match=r"changes .* with 4 x 2 numbers, but the model's has 16 x 8"):
+        check_adapter("a", tmp_path / "small", alone, paths)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "model.embed_tokens", QUERY.format(0)])
+def test_what_openvino_would_leave_out_is_refused(layer: str, tmp_path: Path, paths: Paths) -> None:
+    base = model(tmp_path / "base")
+    ov = graph(tmp_path / "graph", base, layers=(QUERY.format(1),))
+    sides = {"model.embed_tokens": ("embedding_A", "embedding_B")}.get(layer, ("A.weight", "B.weight"))
+    sizes = ((2, 20), (8, 2)) if "embed" in layer else ((2, 8), (20 if layer == "lm_head" else 16, 2))
+    more = {f"base_model.model.{layer}.lora_{side}": size for side, size in zip(sides, sizes, strict=True)}
+    folder = adapter(tmp_path / "a", more=more)
+    assert check_adapter("a", folder, base, paths) is None
+    with pytest.raises(ModelError, match=rf"a: .* changes {layer}, to which engine openvino .*; engine vllm can"):
+        check_adapter("a", folder, ov, paths)
+
+
+def test_the_memory_of_an_adapter_is_that_of_its_matrices(tmp_path: Path) -> None:
+    base = model(tmp_path / "base")
+    numbers = 2 * (16 + 8)
+    assert adapter_bytes(base, 4, 2.0) == numbers * 4 * 2
+    assert adapter_bytes(graph(tmp_path / "graph", base), 16, 8.0) == numbers * 16 * 8

@@ -63,8 +63,8 @@ def test_a_port_in_use_is_named() -> None:
         (["serve", "deploy", "--model", "{folder}", "--adapter", "x"], "write it as NAME=RUN", 2),
         (["serve", "deploy", "--model", "{folder}", "--name", "v1"], "'v1' is a path of the endpoint: choose", 2),
         (
-            ["serve", "deploy", "--model", "{folder}", "--engine", "openvino", "--adapter", "a=b"],
-            "adapters need engine vllm",
+            ["serve", "deploy", "--model", "{folder}", "--engine", "transformers", "--adapter", "a=b"],
+            "adapters need engine vllm or openvino",
             2,
         ),
         (["serve", "stop"], "name the models to stop, or use --all", 2),

@@ -74,6 +74,7 @@ def _converted(source: Path, registry: Path, weights: Any = "int8") -> Path:
         ({}, "openvino", "fastest"),
         ({"weights": "int4"}, "openvino", "int4"),
         ({"adapters": {"a": "run"}}, "vllm", "adapters"),
+        ({"adapters": {"a": "run"}, "weights": "int8"}, "openvino", "int8"),
         ({"compile": True}, "vllm", "compile"),
         ({"precision": "fp32"}, "vllm", "precision fp32"),
         ({"engine_options": {"enable_prefix_caching": False}}, "vllm", "engine_options"),

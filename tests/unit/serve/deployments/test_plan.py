@@ -247,3 +247,13 @@ def test_a_model_that_sleeps_holds_nothing() -> None:
 def test_no_room_is_told_with_the_figures(model: ServedModel, nodes: list[Node], figures: str) -> None:
     with pytest.raises(ServeError, match=figures):
         place([model], nodes, {})
+
+
+def test_memory_for_adapters_is_reserved_by_eights(smollm2: Path, tmp_path: Path) -> None:
+    def memory(count: int, rank: int) -> int:
+        adapters = {f"a{i}": str(_adapter(tmp_path / f"{count}-{rank}-{i}", r=rank)) for i in range(count)}
+        return _plan(ModelServing(model=str(smollm2), engine="vllm", adapters=adapters), tmp_path).memory_bytes
+
+    none, one, eight, nine = (memory(count, 16) for count in (0, 1, 8, 9))
+    assert one == eight > none
+    assert nine - none == 2 * (one - none) == memory(1, 32) - none
