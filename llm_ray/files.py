@@ -38,6 +38,20 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def whole_lines(path: Path, beginning: bytes) -> Iterator[bytes]:
+    """The lines of a file that is appended to. A last one without its end, which was being written when a process was
+    killed, is cut off the file when all before it have been taken; only where it begins like `beginning`, as lines of
+    the file do. Raises OSError."""
+    whole = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if not line.endswith(b"\n") and line[: len(beginning)] == beginning[: len(line)]:
+                file.truncate(whole)
+                return
+            whole += len(line)
+            yield line
+
+
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
     """Yields a new empty folder that replaces `path` when the block succeeds; otherwise `path` is unchanged.

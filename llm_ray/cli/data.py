@@ -1,31 +1,37 @@
-"""``llm-ray data``: the data as the model will see it, and its statistics.
+"""``llm-ray data``: the data as the model will see it, its statistics, and data made of documents.
 
 llm-ray data preview --config quickstart -n 2
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from llm_ray.cli.options import config_options
+from llm_ray.cli.options import config_options, local_endpoint_options
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.section import home
 
 if TYPE_CHECKING:
     from llm_ray.app.data import Span
+    from llm_ray.app.documents import Judged
 
 
 @click.group()
 def data() -> None:
-    """Look at the data of a conf as the model will see it.
+    """Look at the data of a conf as the model will see it; make data of documents.
 
     \b
-    Example:
+    Examples:
       llm-ray data preview --config lora -n 2
+      llm-ray data from-documents handbook --output rows.jsonl
     """
 
 
@@ -93,6 +99,114 @@ def stats(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], 
 
     found = statistics(load_finetune(config, overrides, vars_files, home()), Terminal())
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(found.lines()))
+
+
+@data.command("from-documents")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="FOLDER")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.jsonl",
+    help="Where the rows go; those held out go to FILE.heldout.jsonl, the model's answers to FILE.jsonl.answers.",
+)
+@click.option(
+    "--preview",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Show the rows of N passages, dropped ones too, and write nothing.",
+)
+@local_endpoint_options
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(1, 20), help="Rows per passage, at most.")
+@click.option("--max-passages", type=click.IntRange(1), help="Passages to ask about, at most. Default: all.")
+@click.option(
+    "--passage-characters",
+    default=2000,
+    show_default=True,
+    type=click.IntRange(200),
+    help="Length of a passage, at most; 4 characters are about a token.",
+)
+@click.option(
+    "--held-out",
+    default=0.1,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of the documents whose rows go to the second file.",
+)
+@click.option(
+    "--support",
+    default=0.7,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="Share of an answer's words that its passage must have; other rows are dropped.",
+)
+@click.option("--instructions", default="", metavar="TEXT", help="What to tell the model beyond what it is told.")
+@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1), help="Passages asked at once.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: always the most likely token."
+)
+@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer. Default: 200 for each of --rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def documents(
+    folder: Path,
+    output: Path | None,
+    preview: int | None,
+    url: str,
+    model: str | None,
+    api_key_file: Path | None,
+    timeout: float,
+    rows: int,
+    max_passages: int | None,
+    passage_characters: int,
+    held_out: float,
+    support: float,
+    instructions: str,
+    concurrency: int,
+    temperature: float,
+    max_tokens: int | None,
+    as_json: bool,
+) -> None:
+    """Make questions and answers of text, Markdown, HTML and PDF files.
+
+    A deployed model is asked about each passage of the documents in FOLDER (and the folders in it) and answers in a JSON
+    schema. Rows that repeat others or that their passage does not support are dropped and counted. Each row has its
+    document, passage and position. Interrupted, the same command asks only what is not answered yet.
+
+    An API key is read from the environment, LLM_RAY_API_KEY or OPENAI_API_KEY, or from --api-key-file.
+
+    \b
+    Examples:
+      llm-ray data from-documents handbook --preview 3
+      llm-ray data from-documents handbook --output rows.jsonl --model my-model --held-out 0.2
+      llm-ray data preview --config lora --set train=rows.jsonl
+    """
+    from llm_ray.app.ask import Settings, find_key, parse
+    from llm_ray.app.documents import Wanted, from_documents, preview_documents
+
+    if (output is None) == (preview is None):
+        raise click.UsageError("give either --output FILE.jsonl or --preview N")
+    endpoint = parse(url, find_key(None, api_key_file, os.environ))
+    wanted = Wanted(folder, rows, passage_characters, max_passages, support, held_out, instructions, concurrency)
+    settings = Settings(max_tokens=max_tokens, temperature=temperature, timeout=timeout)
+    if output is None:
+        judged, report = preview_documents(endpoint, model, wanted, settings, preview or 1, Terminal())
+        if not as_json:
+            _show(judged)
+    else:
+        report = from_documents(endpoint, model, wanted, settings, output, Terminal())
+    click.echo(json.dumps(asdict(report), indent=2, default=str) if as_json else "\n".join(report.table()))
+    report.check()
+
+
+def _show(judged: list[Judged]) -> None:
+    place = None
+    for one in judged:
+        if one.row.passage.place != place:
+            place = one.row.passage.place
+            click.secho(place, bold=True)
+        click.echo(f"Q: {one.row.question}\nA: {one.row.answer}")
+        if one.dropped:
+            click.secho(f"(dropped: {one.dropped})", fg="yellow")
+        click.echo()
 
 
 def marked(spans: Iterable[Span], color: bool) -> str:

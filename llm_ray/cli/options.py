@@ -73,6 +73,16 @@ _ENDPOINT = click.option(
     metavar="URL",
     help="An OpenAI API (http://HOST:PORT/v1), or one model's own route (http://HOST:PORT/MODEL).",
 )
+_LOCAL_ENDPOINT = click.option(
+    "url",
+    "--model_endpoint",
+    "--model-endpoint",
+    "--endpoint",
+    default="http://127.0.0.1:8000/v1",
+    show_default=True,
+    metavar="URL",
+    help="An OpenAI API whose models answer in JSON schemas, as those of llm-ray serve do.",
+)
 _MODEL = click.option("--model", metavar="NAME", help="The model, of an OpenAI API. Default: the only one there is.")
 _KEY_FILE = click.option(
     "--api-key-file",
@@ -95,6 +105,12 @@ _TIMEOUT = click.option(
 def endpoint_options(command: F) -> F:
     """Adds the options of a client: the arguments ``url, model, api_key, api_key_file, timeout``."""
     return _ENDPOINT(_MODEL(_KEY_FILE(_KEY(_TIMEOUT(command)))))
+
+
+def local_endpoint_options(command: F) -> F:
+    """Adds the options of a client of the OpenAI API, by default of this machine's endpoint: the arguments ``url, model,
+    api_key_file, timeout``. No key on the command line."""
+    return _LOCAL_ENDPOINT(_MODEL(_KEY_FILE(_TIMEOUT(command))))
 
 
 def from_stdin(form: str, what: str) -> dict[str, Any]:

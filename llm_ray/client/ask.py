@@ -48,6 +48,8 @@ class Settings:
     stop: tuple[str, ...] = ()
     system: str | None = None
     completion: bool = False
+    response_format: dict[str, Any] | None = None
+    """What holds an answer to JSON, in the form of the OpenAI API, which a model's own route does not take."""
     timeout: float = 600.0
 
     def given(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from llm_ray.client.endpoint import Endpoint
 from llm_ray.client.errors import Failed, Refused
 from llm_ray.client.prompts import Prompt
 from llm_ray.errors import ConfError, DataError
+from llm_ray.files import whole_lines
 from llm_ray.progress import Bar
 
 Numbered = tuple[int, Prompt]
@@ -162,36 +163,26 @@ def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settin
 def _done(path: Path, prompts: list[Prompt], model: str, settings: Settings) -> set[int]:
     """Returns the indices answered in `path`, after checking its rows against prompts, model and settings."""
     done = set()
-    whole = 0
-    with path.open("rb+") as file:
-        for line, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n") and raw[: len(BEGINNING)] == BEGINNING[: len(raw)]:
-                file.truncate(whole)  # an incomplete row: the process was killed while writing
-                break
-            whole += len(raw)
-            try:
-                found = json.loads(raw)
-                index, asked, by, how = found["index"], found["prompt"], found["model"], found["settings"]
-                same = (
-                    prompts[index].content == asked if isinstance(index, int) and 0 <= index < len(prompts) else False
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConfError(
-                    f"--output {path}:{line} is not an answer of llm-ray infer: use another file"
-                ) from error
-            if not same or by != model or how != settings.given():
-                what = (
-                    f"answers a different prompt than number {index}"
-                    if not same
-                    else f"was answered by {by}, not by {model}"
-                    if by != model
-                    else f"was asked with {_shown(how)}, not with {_shown(settings.given())}"
-                )
-                raise ConfError(
-                    f"--output {path}:{line} {what}: a file can only be continued with the same prompts and "
-                    "settings. Use another file"
-                )
-            done.add(index)
+    for line, raw in enumerate(whole_lines(path, BEGINNING), 1):
+        try:
+            found = json.loads(raw)
+            index, asked, by, how = found["index"], found["prompt"], found["model"], found["settings"]
+            same = prompts[index].content == asked if isinstance(index, int) and 0 <= index < len(prompts) else False
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfError(f"--output {path}:{line} is not an answer of llm-ray infer: use another file") from error
+        if not same or by != model or how != settings.given():
+            what = (
+                f"answers a different prompt than number {index}"
+                if not same
+                else f"was answered by {by}, not by {model}"
+                if by != model
+                else f"was asked with {_shown(how)}, not with {_shown(settings.given())}"
+            )
+            raise ConfError(
+                f"--output {path}:{line} {what}: a file can only be continued with the same prompts and "
+                "settings. Use another file"
+            )
+        done.add(index)
     return done
 
 

@@ -172,7 +172,7 @@ def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     if shape == "lines":
         yield from _json_lines(path, on_bad_row)
         return
-    with _opened(path) as file:
+    with open_text(path) as file:
         window = Window(file)
         if shape == "objects":
             yield from _json_objects(window, path, on_bad_row)
@@ -190,7 +190,7 @@ def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 def _shape(path: Path) -> tuple[Literal["lines", "objects", "array", "wrapped"], str]:
     """How the file holds its rows, told by its beginning; if under a key, which."""
-    with _opened(path) as file:
+    with open_text(path) as file:
         head = file.read(CHUNK)
         ended = not file.read(1)
     head = head.lstrip()
@@ -356,7 +356,7 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
 
 def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     parser = Parser()
-    with _opened(path, newline="") as file:
+    with open_text(path, newline="") as file:
         for line, text in enumerate(file, 1):
             if not (text := text.rstrip()):
                 continue
@@ -397,7 +397,7 @@ def _kind(value: object) -> str:
 # Text files -----------------------------------------------------------------------------------------------------------
 
 
-def _opened(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
+def open_text(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
     """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone
     surrogates.
 
@@ -420,7 +420,7 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of, or as a line
     ``sep=`` says."""
     csv.field_size_limit(LONGEST)
-    with _opened(path, newline="") as file:
+    with open_text(path, newline="") as file:
         before, header = 0, file.readline()
         while header and not header.strip(SEPARATORS + " \r\n"):
             before, header = before + 1, file.readline()
@@ -468,7 +468,7 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 def _text(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     """A row a line, in the column ``text``, empty lines too (a processor may need them)."""
-    with _opened(path) as file:
+    with open_text(path) as file:
         for line, text in enumerate(file, 1):
             if _utf8(text):
                 yield Row(str(path), line, {"text": text.removesuffix("\n").removesuffix("\r")})

@@ -1,0 +1,112 @@
+"""The request for questions and answers about a passage, and the rows in what comes back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llm_ray.documents.passages import Passage
+
+SYSTEM = """\
+You write questions and answers about a passage of a document. They teach somebody who will never see the passage.
+- Ask what the passage answers, and answer with what it says, without adding anything.
+- Name the subject in each question, so that it is clear without the passage. Never mention the passage or the document.
+- Answer in whole sentences, in the language of the passage.
+- Ask each thing once. If the passage says nothing worth knowing, write no question."""
+ABOUT_THE_PASSAGE = re.compile(
+    r"\b(the|this|that|given|above|following) (passage|text|excerpt|paragraph|document|section|context)\b",
+    re.IGNORECASE,
+)
+"""English only: other languages rely on what the model is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question and its answer, about `passage`."""
+
+    question: str
+    answer: str
+    passage: Passage
+
+    def values(self, model: str) -> dict[str, Any]:
+        """As it is written to a file: `messages`, which are learnt, and where they come from."""
+        about = self.passage
+        lines = {"page": about.first} if about.paged else {"lines": [about.first, about.last]}
+        return {
+            "messages": [
+                {"role": "user", "content": self.question},
+                {"role": "assistant", "content": self.answer},
+            ],
+            "source": {"file": about.document, **lines, "heading": list(about.heading), "passage": about.text},
+            "written_by": model,
+        }
+
+
+def messages(passage: Passage, rows: int, instructions: str) -> list[dict[str, str]]:
+    """The conversation that asks for at most so many rows about `passage`; `instructions` are what the user adds."""
+    subject = " > ".join(dict.fromkeys([passage.title, *passage.heading]))
+    return [
+        {"role": "system", "content": f"{SYSTEM}\n{instructions}".strip()},
+        {
+            "role": "user",
+            "content": f"Subject: {subject}\n\nPassage:\n{passage.text}\n\nWrite up to {rows} questions, each with its answer.",
+        },
+    ]
+
+
+def response_format(rows: int) -> dict[str, Any]:
+    """What holds the answer to JSON, as the OpenAI API takes it."""
+    text = {"type": "string"}
+    row = {
+        "type": "object",
+        "properties": {"question": text, "answer": text},
+        "required": ["question", "answer"],
+        "additionalProperties": False,
+    }
+    schema = {
+        "type": "object",
+        "properties": {"rows": {"type": "array", "items": row, "maxItems": rows}},
+        "required": ["rows"],
+        "additionalProperties": False,
+    }
+    return {"type": "json_schema", "json_schema": {"name": "questions_and_answers", "strict": True, "schema": schema}}
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What an answer holds: rows as far as they are whole; how many are cut off or have an empty question or answer;
+    and whether it is JSON of the form that was asked for at all."""
+
+    rows: tuple[Row, ...]
+    cut: int = 0
+    empty: int = 0
+    form: bool = True
+
+
+def read_answer(text: str, passage: Passage, most: int) -> Read:
+    """The first `most` rows in the answer `text`. Of one that was cut off those are kept that came whole."""
+    from pydantic_core import from_json
+
+    begin = text.find("{")  # an endpoint that heeds no response_format may put words or a fence before it
+    end = text.rfind("}") + 1
+    try:
+        found = from_json(text[begin:end]) if begin >= 0 else None
+    except ValueError:
+        try:
+            found = from_json(text[begin:], allow_partial=True)
+        except ValueError:
+            found = None
+    given = found.get("rows") if isinstance(found, dict) else None
+    if not isinstance(given, list):
+        return Read((), form=False)
+    rows, cut, empty = [], 0, 0
+    for values in given[:most]:
+        question, answer = (values.get(key) if isinstance(values, dict) else None for key in ("question", "answer"))
+        if not isinstance(question, str) or not isinstance(answer, str):
+            cut += 1
+        elif not question.strip() or not answer.strip():
+            empty += 1
+        else:
+            rows.append(Row(question.strip(), answer.strip(), passage))
+    return Read(tuple(rows), cut, empty)
