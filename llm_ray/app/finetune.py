@@ -144,28 +144,40 @@ def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
     return [*ways, "a smaller model"]
 
 
-def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False, resume: Resume = "auto") -> Path:
+def run_finetune(
+    conf: FinetuneConf,
+    reporter: Reporter,
+    *,
+    force: bool = False,
+    resume: Resume = "auto",
+    workers: Workers | None = None,
+) -> Path:
     """Run the conf's stages; returns the run's folder.
 
     `force` repeats stages that are done. `resume`: `auto` trains on from the run's last whole checkpoint, `no` from the
-    start, a path from that checkpoint; checkpoints that are not gone on from are moved aside. Raises LlmRayError:
-    Stopped where it was asked to end, by `stop_run` or in training by Ctrl-C.
+    start, a path from that checkpoint; checkpoints that are not gone on from are moved aside. `workers`: those that this
+    process, connected to Ray already, has for it. Raises LlmRayError: Stopped where it was asked to end, by `stop_run` or in training by Ctrl-C.
     """
     base = find_base(conf.model, conf.paths)
     with open_run(conf, base, force=force) as run:
-        _run_stages(conf, base, run, force, resume, reporter)
+        _run_stages(conf, base, run, force, resume, workers, reporter)
     return conf.run_dir
 
 
 def _run_stages(
-    conf: FinetuneConf, base: Base, run: RunFolder, force: bool, resume: Resume, reporter: Reporter
+    conf: FinetuneConf,
+    base: Base,
+    run: RunFolder,
+    force: bool,
+    resume: Resume,
+    workers: Workers | None,
+    reporter: Reporter,
 ) -> None:
-    inputs = _inputs(conf, base)
+    inputs = stage_inputs(conf, base)
     due = [stage for stage in STAGES if stage in conf.stages and (force or not run.is_done(stage, inputs[stage]))]
     for stage in (s for s in STAGES if s in conf.stages and s not in due):
         reporter.line(f"{stage}: already done with the same inputs, skipped (--force repeats it)")
     with contextlib.ExitStack() as stack:
-        workers: Workers | None = None
         if due:
             check_model(base)  # before hours of preparation, not after
         for line in look_ahead(conf, base, due):
@@ -173,9 +185,9 @@ def _run_stages(
         if "convert" in due:
             check_environment()
         if set(due) - {"prepare", "convert"}:
-            cluster = stack.enter_context(ray_session(conf.runtime))
-            workers = fit_workers(conf.runtime, cluster)
-            run.record(hosts=cluster.hosts)
+            if workers is None:
+                workers = fit_workers(conf.runtime, stack.enter_context(ray_session(conf.runtime)))
+            run.record(hosts=workers.cluster.hosts)
         choice: Choice | None = None
         for stage in due:
             if stop_file(run.path).exists():
@@ -222,7 +234,7 @@ def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage]) -> list[str
     return []
 
 
-def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
+def stage_inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
     """For each stage, a hash of all that its result depends on."""
     held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = file_hashes([*conf.data.train, *held_out])

@@ -140,7 +140,7 @@ def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told(run.path))
         run.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_locked(run.path))
+        stack.enter_context(locked_run(run.path))
         if not force:
             refuse_other_conf(conf, run.path)
         write_text(run.path / CONF, text)
@@ -192,7 +192,7 @@ def ask_to_stop(path: Path) -> None:
 
 def delete_run(path: Path) -> None:
     """Delete a run with all that it has made. Raises RunError when a process works in it, or it cannot be deleted."""
-    with _told(path), _locked(path):
+    with _told(path), locked_run(path):
         remove_folder(path)
 
 
@@ -317,9 +317,10 @@ def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the run's lock. flock becomes a lock of the server on NFS (since Linux 2.6.12), for which the file is open
-    for writing."""
+def locked_run(path: Path) -> Iterator[None]:
+    """Holds the lock of a run, or of a sweep. Raises RunError when another process does.
+
+    flock becomes a lock of the server on NFS (since Linux 2.6.12), for which the file is open for writing."""
     with (path / LOCK).open("a+b") as file:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
