@@ -138,28 +138,41 @@ def _smaller(conf: FinetuneConf, guess: Estimate) -> list[str]:
     return [*ways, *with_fewer_weights(conf, guess.memory_per_worker, guess.memory_here)]
 
 
-def run_finetune(conf: FinetuneConf, reporter: Reporter, *, force: bool = False, resume: Resume = "auto") -> Path:
+def run_finetune(
+    conf: FinetuneConf,
+    reporter: Reporter,
+    *,
+    force: bool = False,
+    resume: Resume = "auto",
+    workers: Workers | None = None,
+) -> Path:
     """Runs the conf's stages; returns the run's folder.
 
     `force` repeats finished stages. `resume` is `auto` (continue from the run's last complete checkpoint), `no` (start
-    over) or the path of a checkpoint; abandoned checkpoints are moved aside. Raises LlmRayError, in particular Stopped
-    if `stop_run`, or Ctrl-C during training, ended the run.
+    over) or the path of a checkpoint; abandoned checkpoints are moved aside. `workers`: those to use if this process is
+    connected to Ray already. Raises LlmRayError, in particular Stopped if `stop_run`, or Ctrl-C during training, ended
+    the run.
     """
     base = find_base(conf.model, conf.paths)
     with open_run(conf, base, force=force) as run:
-        _run_stages(conf, base, run, force, resume, reporter)
+        _run_stages(conf, base, run, force, resume, workers, reporter)
     return conf.run_dir
 
 
 def _run_stages(
-    conf: FinetuneConf, base: Base, run: RunFolder, force: bool, resume: Resume, reporter: Reporter
+    conf: FinetuneConf,
+    base: Base,
+    run: RunFolder,
+    force: bool,
+    resume: Resume,
+    workers: Workers | None,
+    reporter: Reporter,
 ) -> None:
-    inputs = _inputs(conf, base)
+    inputs = stage_inputs(conf, base)
     due = [stage for stage in STAGES if stage in conf.stages and (force or not run.is_done(stage, inputs[stage]))]
     for stage in (s for s in STAGES if s in conf.stages and s not in due):
         reporter.line(f"{stage}: already done with the same inputs, skipped (--force repeats it)")
     with contextlib.ExitStack() as stack:
-        workers: Workers | None = None
         if due:
             check_model(base)  # fail before hours of preparation
         if "train" in due:
@@ -169,9 +182,9 @@ def _run_stages(
         if "convert" in due:
             check_environment()
         if set(due) - {"prepare", "convert"}:
-            cluster = stack.enter_context(ray_session(conf.runtime))
-            workers = fit_workers(conf.runtime, cluster)
-            run.record(hosts=cluster.hosts)
+            if workers is None:
+                workers = fit_workers(conf.runtime, stack.enter_context(ray_session(conf.runtime)))
+            run.record(hosts=workers.cluster.hosts)
         choice: Choice | None = None
         for stage in due:
             if stop_file(run.path).exists():
@@ -218,7 +231,7 @@ def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage]) -> list[str
     return []
 
 
-def _inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
+def stage_inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
     """Returns a hash per stage of everything that its result depends on."""
     held_out = conf.data.validation if isinstance(conf.data.validation, tuple) else ()
     files = file_hashes([*conf.data.train, *held_out])

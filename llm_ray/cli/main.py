@@ -31,6 +31,10 @@ COMMANDS = {
         "Finetune a small model on bundled data, deploy it, and ask it questions.",
     ),
     "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as described by a conf."),
+    "sweep": (
+        "llm_ray.cli.sweep:sweep",
+        "Search the best values of a finetune's keys by trials, and export the best model.",
+    ),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
     "model": ("llm_ray.cli.model:model", "List, import, convert, export and remove models."),

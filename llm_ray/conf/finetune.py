@@ -118,6 +118,10 @@ class Data(Section):
     """Validation data: a file or list as in `train`, or a fraction of the training rows, chosen by the seed. `auto`: 10
     % of the rows, at most 500, from 200 rows on; none below that, because a handful of rows would say little and each
     is needed for training. `null`: none."""
+    test: float | None = Field(None, gt=0, lt=1)
+    """Fraction of the training rows that neither training nor validation see, chosen by the seed: stage `evaluate` measures
+    on them, so that its figures say what to expect of new rows, also after choosing among runs by their validation loss
+    (llm-ray sweep). Unset: none; stage `evaluate` measures on the validation rows."""
     format: Literal[
         "auto",
         "alpaca",

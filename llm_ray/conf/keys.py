@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ServeConf
+from llm_ray.conf.sweep import SweepConf
 from llm_ray.conf.yamltext import Path
 from llm_ray.nearest import nearest_names
 
@@ -218,13 +219,15 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
         bounds = " and ".join(f"{text} {node[limit]:g}" for limit, text in limits.items() if limit in node)
         return " ".join(["an integer" if kind == "integer" else "a number", *([bounds] if bounds else [])])
     if kind == "array":
-        items = node.get("items") or node["prefixItems"][0]
+        items = node["prefixItems"][0] if "prefixItems" in node else node["items"]
+        if not items:
+            return "a list of values"
         count = f"{node['maxItems']} " if "maxItems" in node else ""
         if node.get("minItems") and not count:
             count = "one or more "
         if choices(items):
             return f"a list of {describe(items, mark)}"
-        return f"a list of {count}{'numbers' if items.get('type') == 'number' else 'texts'}"
+        return f"a list of {count}{'numbers' if items.get('type') in ('number', 'integer') else 'texts'}"
     return {
         "string": "a path" if node.get("format") == "path" else "text",
         "boolean": f"{word('true')} or {word('false')}",
@@ -376,5 +379,33 @@ SERVE = Keys(
         "vllm_cpu_kvcache_space": "models.NAME.kv_cache_gib",
         "vllm_cpu_omp_threads_bind": "models.NAME.cpus",
         "workers": "models.NAME.replicas",
+    },
+)
+# Other names: of Ray Tune, Optuna, Weights & Biases.
+SWEEP = Keys(
+    "sweep",
+    SweepConf,
+    {
+        "base": "config",
+        "early_terminate": "asha",
+        "finetune": "config",
+        "grace_period": "asha.grace",
+        "max_concurrent_trials": "concurrent",
+        "max_trials": "trials",
+        "n_trials": "trials",
+        "num_samples": "trials",
+        "num_trials": "trials",
+        "param_space": "search",
+        "parameters": "search",
+        "reduction_factor": "asha.reduction",
+        "run_cap": "trials",
+        "scheduler": "asha",
+        "search_alg": "sampler",
+        "search_space": "search",
+        "space": "search",
+        "template": "config",
+        "time_budget": "hours",
+        "time_budget_s": "hours",
+        "values": "search.NAME.choice",
     },
 )

@@ -14,19 +14,25 @@ a shipped template and for ``--set`` the current folder alone is "beside".
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 import llm_ray
 from llm_ray.conf import section, yamltext
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
+from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP, C, Keys
 from llm_ray.conf.render import RESERVED, Rendered, TemplateProblem, render, variables
 from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ModelServing, ServeConf
+from llm_ray.conf.sweep import SweepConf, with_values
 from llm_ray.conf.validate import Setting, Validation, dotted, error_of, expand, show, siblings, there
 from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
 from llm_ray.errors import ConfError
@@ -53,6 +59,19 @@ def load_serve(
 ) -> ServeConf:
     """The conf of an endpoint and its models; otherwise as :func:`load_finetune`."""
     return load(SERVE, ServeValidation, config, overrides, _variables(vars_files), home or section.home())
+
+
+def load_sweep(
+    config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
+) -> SweepConf:
+    """The conf of a sweep, its finetune's conf and every searched key's space checked; otherwise as
+    :func:`load_finetune`."""
+    return load(SWEEP, SweepValidation, config, overrides, _variables(vars_files), home or section.home())
+
+
+def finetune_of(conf: SweepConf, home: Path | None = None) -> FinetuneConf:
+    """The finetune that a sweep's trials start from: its conf with what all of them have. Raises :class:`ConfError`."""
+    return load_finetune(conf.config, [f"{key}={json.dumps(value)}" for key, value in conf.set.items()], (), home)
 
 
 def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path, source: str) -> ServeConf:
@@ -111,7 +130,7 @@ def dump(conf: Section) -> str:
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """The shipped templates of a kind (``finetune``, ``serve``) by name, from the source tree or the installed
+    """The shipped templates of a kind (``finetune``, ``serve``, ``sweep``) by name, from the source tree or the installed
     package."""
     folders = (PACKAGE.parent / "conf" / kind, PACKAGE / "shipped" / "conf" / kind)
     return {file.name.split(".")[0]: file for folder in folders for file in sorted(folder.glob("*.yaml.j2"))}
@@ -291,3 +310,112 @@ class ServeValidation(Validation[ServeConf]):
         if model.trust_remote_code:
             update["trusted_models"] = tuple(dict.fromkeys([*model.trusted_models, update["model"]]))
         return model.model_copy(update=update)
+
+
+MOST_COMBINATIONS = 256
+"""Of the ends of spaces: so many are checked all; of more, each key by itself, and all first and all last ends."""
+SPLITTING = ("tuning.objective", "training.seed")
+"""Keys on which it depends what the data become, and which rows are for validation."""
+
+
+class SweepValidation(Validation[SweepConf]):
+    """A sweep's finetune conf lies beside its own; each searched key is one of the finetune's, and takes every value of
+    its space."""
+
+    def _at_home(self) -> dict[str, Any]:
+        return self.data  # its folders are the finetune's
+
+    def resolve(self, conf: SweepConf) -> SweepConf:
+        found = next((file for file in self.candidates(("config",), conf.config) if there(file.is_file)), None)
+        conf = conf.model_copy(update={"config": str(found or conf.config)})
+        try:
+            base = finetune_of(conf, self.home)
+        except ConfError as error:
+            of_set = next((key for key in conf.set if f"--set {key}=" in str(error)), None)
+            message = str(error) if of_set is None else _without_settings(error, conf.set)
+            self.complain(("config",) if of_set is None else ("set", of_set), message)
+            return conf
+        self._check_base(conf, base)
+        for key in conf.search:
+            if why := _not_searchable(key, conf, base):
+                self.complain(("search", key), f"search.{key}: {why}")
+        if not self.wrong:
+            self._check_values(conf, base)
+        return conf
+
+    def _check_base(self, conf: SweepConf, base: FinetuneConf) -> None:
+        if base.data.validation is None:
+            self.complain(
+                ("set",),
+                f"{conf.config}: data.validation is null, but trials are compared on validation rows: set it to a fraction, "
+                "as in set: {data.validation: 0.1}",
+            )
+        if conf.metric == "accuracy" and base.objective.reads != "pairs":
+            self.complain(
+                ("metric",),
+                f"metric accuracy is of objectives that learn from pairs, but tuning.objective is {base.tuning.objective}: "
+                "use metric loss",
+            )
+
+    def _check_values(self, conf: SweepConf, base: FinetuneConf) -> None:
+        """Every value at the end of a space by itself, in the words of the finetune's schema; then their combinations."""
+        for key, space in conf.search.items():
+            for value in space.ends:
+                try:
+                    finetune_of(conf.model_copy(update={"set": conf.set | {key: value}}), self.home)
+                except ConfError as error:
+                    self.complain(("search", key), f"search.{key}: {_without_settings(error, conf.set | {key: value})}")
+                    break
+        if self.wrong:
+            return
+        ends = [space.ends for space in conf.search.values()]
+        if math.prod(map(len, ends)) <= MOST_COMBINATIONS:
+            combinations = list(itertools.product(*ends))
+        else:
+            combinations = [tuple(of_key[0] for of_key in ends), tuple(of_key[-1] for of_key in ends)]
+        plain = base.model_dump(mode="json")
+        for combination in combinations:
+            values = dict(zip(conf.search, combination, strict=True))
+            try:
+                FinetuneConf.model_validate(with_values(values, plain))
+            except ValidationError as error:
+                together = ", ".join(f"{key} {show(value)}" for key, value in values.items())
+                why = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                self.complain(("search",), f"search: {together} do not go together: {why}")
+                return
+
+
+def _without_settings(error: ConfError, settings: Mapping[str, Any]) -> str:
+    """An error about keys that were given with ``--set``, without the words that say so."""
+    text = str(error)
+    for key, value in settings.items():
+        text = text.replace(f"--set {key}={json.dumps(value)}: ", "")
+    return text
+
+
+def _not_searchable(key: str, conf: SweepConf, base: FinetuneConf) -> str:
+    """Why a key cannot be searched; empty if it can."""
+    found = FINETUNE.key(tuple(key.split(".")))
+    if found is None:
+        nearest = FINETUNE.nearest_to(key)
+        return f"no such key of a finetune{f'; did you mean {nearest}?' if nearest else ''}"
+    if found.section:
+        return (
+            f"a section of a finetune's conf, not a key: name one of {', '.join(k.name for k in FINETUNE.below(key))}"
+        )
+    if not key.startswith(("tuning.", "training.")) or key in SPLITTING:
+        return (
+            "trials share their data and model, so that their losses can be compared: search keys of tuning and training "
+            f"(without {' and '.join(SPLITTING)}), and make a sweep for each value of this one"
+        )
+    if key in conf.set:
+        return "set gives it a value, too: keep one of them"
+    of_objective = base.objective.section and key.startswith(f"tuning.{base.objective.section}.")
+    if of_objective and conf.metric == "loss":
+        return "it changes what the loss means, so that losses cannot be compared: use metric: accuracy"
+    if key.startswith(("tuning.dpo.", "tuning.orpo.")) and not of_objective:
+        return f"it has no effect: tuning.objective is {base.tuning.objective}"
+    methods = conf.search["tuning.method"].ends if "tuning.method" in conf.search else [base.tuning.method]
+    if key.startswith("tuning.lora.") and "lora" not in methods:
+        return f"it has no effect: tuning.method is {base.tuning.method}"
+    return ""

@@ -1,4 +1,4 @@
-"""Writes the reference of the confs (docs/reference/KIND-conf.md, KIND-conf.schema.json, of finetune and serve) from
+"""Writes the reference of the confs (docs/reference/KIND-conf.md, KIND-conf.schema.json, of finetune, serve and sweep) from
 their schemas.
 
 python -m llm_ray.conf.reference            # write
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import llm_ray
-from llm_ray.conf.keys import FINETUNE, SERVE, Key, Keys, describe, first_sentence
+from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP, Key, Keys, describe, first_sentence
 from llm_ray.conf.load import shipped
 
 FOLDER = Path(llm_ray.__file__).parent.parent / "docs" / "reference"
@@ -123,7 +123,52 @@ if a folder of that name contains a model (an adapter); otherwise they are names
 
 """
 
-HEADS = {"finetune": FINETUNE_HEAD, "serve": SERVE_HEAD}
+SWEEP_HEAD = """\
+# The sweep conf
+
+<!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/sweep.py: change it there. -->
+
+A finetune, the keys of it to search, and limits ([how to sweep](../how-to/sweep.md)). A conf is YAML, and before that a Jinja template. The
+smallest one:
+
+```yaml
+name: support-bot
+config: lora
+set: {{train: tickets.jsonl}}
+search:
+  training.learning_rate: {{loguniform: [1e-4, 4e-3]}}
+  tuning.lora.r: {{choice: [8, 16, 32]}}
+```
+
+    llm-ray sweep --config support-bot.yaml --dry-run    # trials at once, cores and time, and the conf with every default
+    llm-ray sweep --config support-bot.yaml
+
+Unknown keys are errors, of the finetune as well: every searched key is checked against [its schema](finetune-conf.md), at every choice or
+both ends of its range, before anything starts. [sweep-conf.schema.json](sweep-conf.schema.json) is the same as JSON Schema.
+
+## Shipped templates
+
+`--config` takes a file or one of these names:
+
+{templates}
+
+The head of each file in [conf/sweep](../../conf/sweep) holds the commands that run it.
+
+## Variables, `--set` and precedence
+
+As in [the finetune conf](finetune-conf.md#variables---set-and-precedence). `--set` sets variables and keys of the sweep; those of its finetune are
+below `set`: `--set set.training.epochs=2`. In the keys below, NAME is a key of the finetune: `--set search.tuning.lora.r.choice=[8,64]`.
+
+## Relative paths
+
+`config` is looked up next to the sweep's conf, then in the current folder. Files that `set` names are looked up as those after
+`llm-ray finetune --set`: in the current folder, and data files under `paths.data`.
+
+## Keys
+
+"""
+
+HEADS = {"finetune": FINETUNE_HEAD, "serve": SERVE_HEAD, "sweep": SWEEP_HEAD}
 
 
 def markdown(keys: Keys[Any]) -> str:
@@ -147,7 +192,7 @@ def json_schema(keys: Keys[Any]) -> str:
 
 def pages() -> dict[str, str]:
     """The text of each generated file."""
-    kinds: tuple[Keys[Any], ...] = (FINETUNE, SERVE)
+    kinds: tuple[Keys[Any], ...] = (FINETUNE, SERVE, SWEEP)
     return {
         name: text
         for keys in kinds

@@ -198,7 +198,10 @@ class Validation(ABC, Generic[C]):
 
     def _explain(self, path: yamltext.Path, detail: ErrorDetails) -> None:
         """Complains of a validation error in the user's words."""
-        name, value, kind = dotted(path), detail["input"], detail["type"]
+        value, kind = detail["input"], detail["type"]
+        if kind == "missing" and isinstance(path[-1], int):  # a list that is too short: the list is what is wrong
+            path, kind = path[:-1], "too_few"
+        name = dotted(path)
         if kind == "missing":
             if self.keys.named(path) and path[:2] not in self.document.lines:
                 self._not_there(path)

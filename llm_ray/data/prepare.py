@@ -3,9 +3,9 @@
     stats = prepare(conf, tokenizer, run_dir / "prepared", print)
     rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels
 
-`prepared/` holds ``train/`` and ``validation/`` (one Arrow file each, memory-mapped when read), ``heldout.jsonl`` (the
-validation rows as conversations, for the evaluation stage; ``trained.jsonl``, some of the training rows, where there
-are none), ``questions.npy`` (hashes of what the training rows ask) and ``stats.json``. It is whole or not there.
+`prepared/` holds ``train/``, ``validation/`` and ``test/`` (one Arrow file each, memory-mapped when read), ``heldout.jsonl``
+(the test rows, else the validation rows, as conversations, for the evaluation stage; ``trained.jsonl``, some of the
+training rows, where there are none), ``questions.npy`` (hashes of what the training rows ask) and ``stats.json``. It is whole or not there.
 
 In memory are a few numbers a row (its length and the like) and one batch of rows; the tokens go to disk in the order
 of the files, and are gathered from there in the order of the seed.
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "validation", "test"]
 Report = Callable[[str], None]
 Batch = list[tuple[Row, Content]]
 
@@ -121,6 +121,8 @@ class DataStats(BaseModel):
     """The first bad, dropped and contradicting rows, and the first with special tokens, by file and line."""
     train: SplitStats
     validation: SplitStats | None = None
+    test: SplitStats | None = None
+    """Of the rows that neither training nor validation see (data.test)."""
     validation_reason: str = ""
     """Why there is a validation split of this size, or none, where data.validation is auto."""
 
@@ -136,7 +138,7 @@ class DataStats(BaseModel):
         if self.truncated:
             text.append(
                 f"{self.truncated} rows truncated: their last answers did not fit data.max_length {self.max_length}; "
-                f"the longest row needs {max(split.longest for split in (self.train, self.validation) if split)}"
+                f"the longest row needs {max(split.longest for split in (self.train, self.validation, self.test) if split)}"
             )
         if self.repeated:
             text.append(f"training rows that repeat another one: {self.repeated}")
@@ -148,7 +150,7 @@ class DataStats(BaseModel):
                 "(data.special_tokens_in_text)"
             )
         text += self.examples
-        for name, split in (("train", self.train), ("validation", self.validation)):
+        for name, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if split:
                 several = f" in {split.sequences} sequences" if split.sequences != split.rows else ""
                 text.append(
@@ -399,6 +401,12 @@ def has_validation(out: Path) -> bool:
     return (out / "validation").is_dir()
 
 
+def evaluated_split(out: Path) -> Split | None:
+    """The split of the prepared data in `out` that a trained model is judged by: test where there is one, else
+    validation."""
+    return "test" if (out / "test").is_dir() else "validation" if has_validation(out) else None
+
+
 def lengths_of(rows: datasets.Dataset, *, padded: bool = False) -> np.ndarray:
     """Tokens of each sequence of an opened split, int64 [sequences]; with `padded` those of a pair whose shorter row is
     padded to its longer one."""
@@ -416,8 +424,9 @@ def largest_token(out: Path) -> int:
     """The largest token id among the prepared data in `out`."""
     import pyarrow.compute as pc
 
-    splits: tuple[Split, ...] = ("train", "validation") if has_validation(out) else ("train",)
-    chunks = [chunk for split in splits for chunk in open_split(out, split).data.column("input_ids").chunks]
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    there = [split for split in splits if (out / split).is_dir()]
+    chunks = [chunk for split in there for chunk in open_split(out, split).data.column("input_ids").chunks]
     return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
 
 
@@ -427,8 +436,8 @@ def read_stats(out: Path) -> DataStats:
 
 
 def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
-    """Conversations to ask the questions of: those of evaluation.data, else the validation rows, else some of the
-    training rows; none where the objective does not teach to answer.
+    """Conversations to ask the questions of: those of evaluation.data, else the test rows, else the validation rows,
+    else some of the training rows; none where the objective does not teach to answer.
 
     Of a pair it is the one with the chosen answer. They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows
     none.
@@ -456,7 +465,11 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
     """Where the rows of :func:`evaluation_rows` come from."""
     if conf.evaluation.data:
         return "evaluation.data"
-    return "validation rows" if (prepared / HELDOUT).exists() else "training rows, because none are held out"
+    return (
+        f"{evaluated_split(prepared)} rows"
+        if (prepared / HELDOUT).exists()
+        else "training rows, because none are held out"
+    )
 
 
 # Inside ---------------------------------------------------------------------------------------------------------------
@@ -562,33 +575,46 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
             raise nothing_to_learn(conf, f"data.{name}", sources, tally)
         return rows
 
-    train = written(conf.data.train, "train", keep=not isinstance(conf.data.validation, tuple))
+    apart = isinstance(conf.data.validation, tuple)  # validation has files of its own
+    train = written(conf.data.train, "train", keep=not apart or conf.data.test is not None)
     rank = np.random.default_rng(conf.training.seed).permutation(
         train.count
     )  # of each row, its place in the order of the seed
     held, reason = held_out(conf.data.validation, train.count)
+    tested = test_rows(conf.data.test, train.count, held)
     sequences = np.argsort(rank[np.array(train.row_of)], kind="stable")
-    is_held = rank[np.array(train.row_of)][sequences] < held
+    place_of = rank[np.array(train.row_of)][sequences]
+    # The order of the seed: validation, test, training.
+    is_held, is_tested, is_learned = (
+        place_of < held,
+        (place_of >= held) & (place_of < held + tested),
+        place_of >= held + tested,
+    )
     questions = np.array(train.questions)
-    learned = questions[rank >= held]
+    learned = questions[rank >= held + tested]
     stats: dict[Split, SplitStats] = {}
     asked = questions[rank < held]
     if held:
         stats["validation"] = _write_split(train, sequences[is_held], folder / "validation", report)
-        _write_heldout(train, sequences[is_held], folder / HELDOUT)
     elif isinstance(conf.data.validation, tuple):
-        validation = written(conf.data.validation, "validation", keep=True)
+        validation = written(conf.data.validation, "validation", keep=not tested)
         order = np.arange(len(validation.row_of))
         stats["validation"] = _write_split(validation, order, folder / "validation", report)
-        _write_heldout(validation, order, folder / HELDOUT)
+        if not tested:
+            _write_heldout(validation, order, folder / HELDOUT)
         validation.file.unlink()
         asked = np.array(validation.questions)
-    else:
+    if tested:
+        stats["test"] = _write_split(train, sequences[is_tested], folder / "test", report)
+        _write_heldout(train, sequences[is_tested], folder / HELDOUT)
+    elif held:
+        _write_heldout(train, sequences[is_held], folder / HELDOUT)
+    elif not apart:
         _write_heldout(train, sequences[:TRAINED_ROWS], folder / TRAINED)
-    stats["train"] = _write_split(train, sequences[~is_held], folder / "train", report)
+    stats["train"] = _write_split(train, sequences[is_learned], folder / "train", report)
     train.file.unlink()
     np.save(folder / QUESTIONS, np.unique(learned))
-    repeated, contradicting, examples = _repeats(train, rank >= held)
+    repeated, contradicting, examples = _repeats(train, rank >= held + tested)
     return DataStats(
         formats=list(dict.fromkeys(form for tally in tallies for form in tally.formats)),
         files=list(dict.fromkeys(file for tally in tallies for file in tally.files)),
@@ -606,6 +632,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         examples=[example for tally in tallies for example in tally.examples] + examples,
         train=stats["train"],
         validation=stats.get("validation"),
+        test=stats.get("test"),
         validation_reason=reason,
     )
 
@@ -631,6 +658,20 @@ def held_out(validation: object, rows: int) -> tuple[int, str]:
             "or set data.validation: null"
         )
     return held, ""
+
+
+def test_rows(share: float | None, rows: int, held: int) -> int:
+    """How many of the rows, of which `held` are for validation, are kept back for the test (data.test). Raises DataError
+    when none would be left to train on."""
+    if share is None:
+        return 0
+    tested = max(1, round(share * rows))
+    if held + tested >= rows:
+        raise DataError(
+            f"data.test {share} and data.validation leave none of {rows} usable row{'s' * (rows != 1)} to train on: add "
+            "rows, or lower one of them"
+        )
+    return tested
 
 
 def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:

@@ -116,7 +116,7 @@ def _share(
     import torch
 
     from llm_ray import cores
-    from llm_ray.data.prepare import has_validation, lengths_of, open_split
+    from llm_ray.data.prepare import evaluated_split, lengths_of, open_split
     from llm_ray.evaluate.generate import answers
     from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
     from llm_ray.train.batches import collate, micro_batch_tokens, passes_over
@@ -140,8 +140,8 @@ def _share(
     )
     loss, tokens = 0.0, 0
     pairs: dict[int, tuple[list[float], list[int]]] = {}
-    if has_validation(conf.run_dir / "prepared"):
-        data = open_split(conf.run_dir / "prepared", "validation")
+    if split := evaluated_split(conf.run_dir / "prepared"):
+        data = open_split(conf.run_dir / "prepared", split)
         module = SupervisedLoss(model, model, packed=False)
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with torch.inference_mode(), autocast:

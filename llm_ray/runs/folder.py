@@ -139,7 +139,7 @@ def open_run(conf: FinetuneConf, base: Base, force: bool) -> Iterator[RunFolder]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told(run.path))
         run.path.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_locked(run.path))
+        stack.enter_context(locked_run(run.path))
         if not force:
             refuse_other_conf(conf, run.path)
         write_text(run.path / CONF, text)
@@ -190,7 +190,7 @@ def ask_to_stop(path: Path) -> None:
 
 def delete_run(path: Path) -> None:
     """Deletes a run with everything it made. Raises RunError if a process works on it or it cannot be deleted."""
-    with _told(path), _locked(path):
+    with _told(path), locked_run(path):
         remove_folder(path)
 
 
@@ -314,8 +314,8 @@ def refuse_other_conf(conf: FinetuneConf, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the run's lock. On NFS, flock becomes a server-side lock (since Linux 2.6.12), which requires the file to
+def locked_run(path: Path) -> Iterator[None]:
+    """Holds the lock of a run or of a sweep. On NFS, flock becomes a server-side lock (since Linux 2.6.12), which requires the file to
     be open for writing."""
     with (path / LOCK).open("a+b") as file:
         deadline = time.monotonic() + _LOCK_SECONDS

@@ -13,16 +13,16 @@ import click
 import pytest
 
 from llm_ray.cli.main import cli
-from llm_ray.conf.keys import FINETUNE, SERVE
+from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP
 from llm_ray.conf.load import shipped
 from llm_ray.conf.render import variables
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "llm_ray").rglob("*.md")])
 WRITTEN = [
-    page for page in PAGES if page.name not in ("cli.md", "finetune-conf.md", "serve-conf.md")
+    page for page in PAGES if page.name not in ("cli.md", "finetune-conf.md", "serve-conf.md", "sweep-conf.md")
 ]  # the others are generated
-KINDS = (FINETUNE, SERVE)
+KINDS = (FINETUNE, SERVE, SWEEP)
 SECTIONS = {name for keys in KINDS for name, key in keys.table.items() if key.section or keys.below(name)}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -156,7 +156,7 @@ def test_commands_in_the_heads_of_templates_exist(template: str) -> None:
 @each_written_page
 def test_settings_of_commands_exist(page: Path) -> None:
     for words in commands(page):
-        keys = SERVE if words[0] == "serve" else FINETUNE
+        keys = {"serve": SERVE, "sweep": SWEEP}.get(words[0], FINETUNE)
         templates = {name: variables(file.read_text(encoding="utf-8")) for name, file in shipped(keys.kind).items()}
         config = next((words[at + 1] for at, word in enumerate(words) if word in ("--config", "--config_path")), "")
         for setting in (words[at + 1] for at, word in enumerate(words[:-1]) if word == "--set"):

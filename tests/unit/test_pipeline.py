@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_ray.app.finetune import _inputs
+from llm_ray.app.finetune import stage_inputs
 from llm_ray.conf.load import load_finetune
 from llm_ray.data import processors
 from llm_ray.data.processors import code_of, load_processor
@@ -52,7 +52,7 @@ def folder(tmp_path: Path, smollm2: Path) -> Path:
 def prepared(folder: Path) -> Callable[[], str]:
     def hash_of_inputs() -> str:
         conf = load_finetune(str(folder / "conf.yaml"))
-        return _inputs(conf, base_of(conf))["prepare"]
+        return stage_inputs(conf, base_of(conf))["prepare"]
 
     return hash_of_inputs
 
@@ -103,7 +103,7 @@ def test_the_code_of_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_preferences_are_learnt_by_decides_no_other_training(folder: Path) -> None:
     def trained(*settings: str) -> str:
         conf = load_finetune(str(folder / "conf.yaml"), settings)
-        return _inputs(conf, base_of(conf))["train"]
+        return stage_inputs(conf, base_of(conf))["train"]
 
     assert trained("tuning.dpo.beta=0.5") == trained()
     dpo = "tuning.objective=dpo"

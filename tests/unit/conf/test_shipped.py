@@ -16,19 +16,20 @@ import pytest
 import yaml
 
 from llm_ray.conf import reference
-from llm_ray.conf.keys import FINETUNE, SERVE, Keys
-from llm_ray.conf.load import dump, load_finetune, load_serve, shipped
+from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP, Keys
+from llm_ray.conf.load import dump, load_finetune, load_serve, load_sweep, shipped
 from llm_ray.errors import ConfError
 
-LOAD: dict[str, Any] = {"finetune": load_finetune, "serve": load_serve}
+LOAD: dict[str, Any] = {"finetune": load_finetune, "serve": load_serve, "sweep": load_sweep}
 TEMPLATES = [(kind, name) for kind in LOAD for name in shipped(kind)]
 # What a template needs to be given.
 NEEDS = {
     **{("finetune", name): ["train=tickets.jsonl"] for name in ("lora", "full", "pretrain", "dpo", "cluster")},
     ("serve", "lora"): ["runs=support-bot"],
+    ("sweep", "lora"): ["train=tickets.jsonl"],
 }
 each_template = pytest.mark.parametrize(("kind", "name"), TEMPLATES)
-each_kind = pytest.mark.parametrize("keys", [FINETUNE, SERVE], ids=lambda keys: keys.kind)
+each_kind = pytest.mark.parametrize("keys", [FINETUNE, SERVE, SWEEP], ids=lambda keys: keys.kind)
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_templates_that_are_promised() -> None:
     assert set(shipped("finetune")) == {"quickstart", "lora", "full", "pretrain", "dpo", "cluster"}
     assert set(shipped("serve")) == {"quickstart", "chat", "openvino", "lora", "autoscale", "models", "cluster"}
+    assert set(shipped("sweep")) == {"lora"}
 
 
 @each_template
@@ -55,6 +57,8 @@ def test_a_template_is_valid_with_what_it_needs(kind: str, name: str, here: Path
         assert conf.name == name
         assert conf.model.base == "smollm2-135m-instruct"
         assert all(Path(file).exists() for file in conf.data.train)
+    elif kind == "sweep":
+        assert (conf.config, conf.set["train"], conf.trials) == ("lora", "tickets.jsonl", 12)
     else:
         assert "smollm2-135m-instruct" in conf.models
 
@@ -115,7 +119,8 @@ def test_variables_of_the_serve_templates(here: Path) -> None:
 def test_a_resolved_template_keeps_to_the_json_schema(kind: str, name: str, here: Path) -> None:
     conf = LOAD[kind](name, NEEDS.get((kind, name), []))
     jsonschema.validate(
-        yaml.safe_load(dump(conf)), json.loads(reference.json_schema(SERVE if kind == "serve" else FINETUNE))
+        yaml.safe_load(dump(conf)),
+        json.loads(reference.json_schema({"serve": SERVE, "sweep": SWEEP}.get(kind, FINETUNE))),
     )
     (here / "again.yaml").write_text(dump(conf))
     assert LOAD[kind]("again.yaml") == conf

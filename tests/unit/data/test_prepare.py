@@ -21,10 +21,12 @@ from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import (
     DataStats,
     asked_in_training,
+    evaluated_split,
     evaluation_rows,
     lengths_of,
     open_split,
     prepare,
+    questions_from,
     statistics,
 )
 from llm_ray.errors import DataError
@@ -203,6 +205,38 @@ def test_validation_files_of_their_own(
     assert sorted(segments(tmp_path / "out", "validation")) == sorted(expected(tokenizer, validation))
     assert len(list(evaluation_rows(made, tokenizer, tmp_path / "out"))) == 5
     assert stats.validation and stats.validation.rows == 5 and stats.read == 14
+
+
+def test_test_rows_are_seen_by_neither_training_nor_validation(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [qa(i) for i in range(20)]
+    path = jsonl(rows)
+    made = conf(path, validation=0.2, test=0.1)
+    stats = prepare(made, tokenizer, tmp_path / "out", silent)
+    parts = {split: segments(tmp_path / "out", split) for split in ("train", "validation", "test")}
+    assert {split: len(part) for split, part in parts.items()} == {"train": 14, "validation": 4, "test": 2}
+    assert sorted(row for part in parts.values() for row in part) == sorted(expected(tokenizer, rows))
+    assert stats.test and stats.test.rows == 2 and any(line.startswith("test: 2 rows") for line in stats.lines())
+    asked = list(evaluation_rows(made, tokenizer, tmp_path / "out"))
+    assert len(asked) == 2 and questions_from(made, tmp_path / "out") == "test rows"
+    assert evaluated_split(tmp_path / "out") == "test"
+    # The same rows are for validation as without a test.
+    prepare(conf(path, validation=0.2), tokenizer, tmp_path / "without", silent)
+    assert segments(tmp_path / "without", "validation") == parts["validation"]
+    assert evaluated_split(tmp_path / "without") == "validation"
+
+
+def test_test_rows_beside_validation_files(
+    conf: Make, jsonl: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    held = jsonl([qa(i) for i in range(90, 95)], "validation.jsonl")
+    made = conf(jsonl([qa(i) for i in range(10)]), validation=str(held), test=0.2)
+    stats = prepare(made, tokenizer, tmp_path / "out", silent)
+    assert [split and split.rows for split in (stats.train, stats.validation, stats.test)] == [8, 5, 2]
+    assert len(list(evaluation_rows(made, tokenizer, tmp_path / "out"))) == 2
+    with pytest.raises(DataError, match=r"data\.test 0\.9 and data\.validation leave none of 10 usable rows"):
+        prepare(conf(jsonl([qa(i) for i in range(10)]), validation=0.2, test=0.9), tokenizer, tmp_path / "x", silent)
 
 
 def test_evaluation_data_of_its_own(

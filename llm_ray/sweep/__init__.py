@@ -1,0 +1,1 @@
+"""Sweeps: trials of a finetune on Ray Tune, each an ordinary run, and what they show."""
