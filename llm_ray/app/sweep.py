@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_ray.app.finetune import PlanReport, report_plan, run_finetune, stage_inputs
-from llm_ray.cluster import Cluster, host_cluster, ray_session
+from llm_ray.cluster import Cluster, environment, host_cluster, ray_session
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.load import dump
 from llm_ray.conf.sweep import SweepConf
@@ -142,7 +142,8 @@ def _search(folder: SweepFolder, reporter: Reporter) -> None:
         reporter.line(f"  {ended} of {wanted} trials ended before and are kept")
     if ended >= wanted:
         return
-    with ray_session(folder.base.runtime) as cluster:
+    # Ray would log a trial's error, which its record holds, when it drops the result.
+    with environment({"RAY_IGNORE_UNHANDLED_ERRORS": "1"}), ray_session(folder.base.runtime) as cluster:
         slots = slots_of(conf, folder.base, cluster)
         each = f"{slots.workers} worker(s) with {slots.cpus} CPU(s)"
         reporter.line(f"  {wanted - ended} trials to make, {slots.trials} at once, each with {each}")
