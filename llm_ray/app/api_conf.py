@@ -61,6 +61,7 @@ ALLOWED = (
     "model.dtype",
     "model.weights",
     "data.validation",
+    "data.test",
     "data.format",
     "data.columns",
     "data.system",
