@@ -9,6 +9,9 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
+
+from llm_ray.errors import ConfError, DataError
 
 
 def write_text(path: Path, text: str, mode: int = 0o666, owner: tuple[int, int] | None = None) -> None:
@@ -50,6 +53,25 @@ def whole_lines(path: Path, beginning: bytes) -> Iterator[bytes]:
                 return
             whole += len(line)
             yield line
+
+
+@contextlib.contextmanager
+def append_alone(path: Path, called: str) -> Iterator[TextIO]:
+    """Opens (or creates) and locks a file of lines to append to. `called` is its name in messages.
+
+    Raises ConfError if another process holds the lock, DataError if the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{called} cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfError(f"{called}: another process is writing to it") from error
+        yield file
 
 
 @contextlib.contextmanager

@@ -143,10 +143,10 @@ def recover(runs: Path) -> list[str]:
     reboot.
     """
     folder = runs / QUEUE
-    host = boot().partition(" ")[0]
+    now = boot()
     found = []
     for name, entry in entries(folder).items():
-        restarted = entry.boot.partition(" ")[0] == host and entry.boot != boot()
+        restarted = entry.boot.partition(" ")[0] == now.partition(" ")[0] and entry.boot != now
         if not restarted or entry.serve_as or entry.reason or is_held(folder, name):
             continue
         with contextlib.suppress(OSError, LlmRayError):  # another user's, deleted, or restarted meanwhile

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,8 @@ from llm_ray.client.ask import Answer, Asker, Settings
 from llm_ray.client.endpoint import Endpoint
 from llm_ray.client.errors import Failed, Refused
 from llm_ray.client.prompts import Prompt
-from llm_ray.errors import ConfError, DataError
-from llm_ray.files import whole_lines
+from llm_ray.errors import ConfError
+from llm_ray.files import append_alone, whole_lines
 from llm_ray.progress import Bar
 
 Numbered = tuple[int, Prompt]
@@ -146,16 +145,7 @@ def open_answers(path: Path, prompts: list[Prompt], model: str, settings: Settin
     Raises ConfError if the file holds answers to other prompts, of another model or with other settings, is not an
     answers file, or is locked by another process; DataError if it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--output {path} cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfError(f"--output {path}: another process is writing to it") from error
+    with append_alone(path, f"--output {path}") as file:
         done = _done(path, prompts, model, settings)
         yield Answers(file, prompts, done, settings)
 

@@ -8,15 +8,14 @@ wrote, or changed since, is not replaced.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from llm_ray.errors import ConfError, DataError
-from llm_ray.files import whole_lines, write_text
+from llm_ray.errors import ConfError
+from llm_ray.files import append_alone, whole_lines, write_text
 
 BEGINNING = b'{"'
 
@@ -77,16 +76,7 @@ def open_log(path: Path) -> Iterator[Log]:
 
     Raises ConfError when it is no log or another process writes it; DataError when it cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfError(f"{path}: another process is writing to it") from error
+    with append_alone(path, str(path)) as file:
         yield Log(path, file)
 
 

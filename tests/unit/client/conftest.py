@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.client.server import Server, serving
+from tests.unit.client.server import Server, client_server
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Server]:
-    with serving() as server:
+    with client_server() as server:
         yield server
 
 

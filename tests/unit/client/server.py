@@ -14,11 +14,12 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.server import serving
 
 MODELS = {
     "echo": "answers with the prompt",
@@ -67,7 +68,7 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> J
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
+def client_server() -> Iterator[Server]:
     """The server, on a free port, in a thread."""
     state = Server()
     app = Starlette(
@@ -78,24 +79,9 @@ def serving() -> Iterator[Server]:
             Route("/{model}", functools.partial(_route, state), methods=["POST"]),
         ]
     )
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
-    started = threading.Event()
-    startup = server.startup
-
-    async def announced(sockets: Any = None) -> None:
-        await startup(sockets)
-        started.set()
-
-    server.startup = announced  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    started.wait()
-    state.base = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    try:
+    with serving(app) as url:
+        state.base = url
         yield state
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join()
 
 
 def _refusal(state: Server, request: Request) -> Response | None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.server import serving
 
 MakePdf = Callable[[Path, Sequence[str]], Path]
 
@@ -126,24 +127,9 @@ def running() -> Iterator[Writer]:
         return JSONResponse({**head, "choices": [choice], "usage": usage})
 
     routes = [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"])]
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_level="critical", lifespan="off"))
-    started = threading.Event()
-    startup = server.startup
-
-    async def announced(sockets: Any = None) -> None:
-        await startup(sockets)
-        started.set()
-
-    server.startup = announced  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    started.wait()
-    state.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
-    try:
+    with serving(Starlette(routes=routes)) as url:
+        state.url = f"{url}/v1"
         yield state
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join()
 
 
 @pytest.fixture

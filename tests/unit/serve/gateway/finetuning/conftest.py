@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from llm_ray.app import jobs as queue
 from llm_ray.app.api_service import open_service
@@ -24,6 +20,7 @@ from llm_ray.serve.gateway.protect import Protection, protect
 from llm_ray.serve.gateway.protect.keys import Scope, add_key, keys_file
 from llm_ray.serve.gateway.protect.limits import Limiter
 from tests.runs import conf_of, opened_run
+from tests.server import serving
 
 ROWS = (
     json.dumps({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]}) + "\n"
@@ -78,18 +75,3 @@ def site(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Iterator[Si
         yield Site(url, secrets, home)
         for job in queue.queue(home / "runs"):
             queue.cancel(home / "runs", job.name)
-
-
-@contextlib.contextmanager
-def serving(app: Any) -> Iterator[str]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-        thread = threading.Thread(target=server.run, args=([listening],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = server.force_exit = True
-            thread.join()

@@ -25,7 +25,8 @@ from llm_ray.serve.gateway.api import Api
 from llm_ray.serve.gateway.protect import Protection, protect
 from llm_ray.serve.gateway.protect.keys import keys_file, set_scopes
 from llm_ray.serve.gateway.protect.limits import Limiter
-from tests.unit.serve.gateway.finetuning.conftest import ROWS, Alone, Site, serving
+from tests.server import serving
+from tests.unit.serve.gateway.finetuning.conftest import ROWS, Alone, Site
 from tests.waiting import until
 
 
