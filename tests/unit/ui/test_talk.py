@@ -15,7 +15,7 @@ from llm_ray.ui.fields import decimal, whole
 from llm_ray.ui.figures import table
 from llm_ray.ui.screens.deploy import snippets
 from llm_ray.ui.talk import Generation, Said, Turn, parts, row, shown
-from tests.unit.client.server import KEY, Server, serving
+from tests.unit.client.server import KEY, Server, client_server
 from tests.waiting import until
 
 TALK = [
@@ -80,7 +80,7 @@ def test_what_is_in_a_table_is_escaped() -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving() as running:
+    with client_server() as running:
         yield running
 
 
