@@ -24,7 +24,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llm_ray.conf.finetune import WeightForm
+from llm_ray.conf.engines import WeightForm
 from llm_ray.models.openvino import openvino_weights
 from llm_ray.serve.deployments.deploy import free_port
 from llm_ray.serve.engines.openvino import arithmetic

@@ -20,7 +20,7 @@ import pytest
 from llm_ray.cluster import OBJECT_STORE_BYTES, Cluster, describe, fit_workers, local_ray
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.prepare import prepare
-from llm_ray.errors import ClusterError, TrainError
+from llm_ray.errors import ClusterError, Stopped, TrainError
 from llm_ray.export.stage import export_here
 from llm_ray.models.load import load_tokenizer
 from llm_ray.progress import Silent
@@ -28,7 +28,7 @@ from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints
 from llm_ray.train.estimate import RAY_BYTES
-from llm_ray.train.launch import Stopped, run_training
+from llm_ray.train.launch import run_training
 from llm_ray.train.recipe import Outcome
 from llm_ray.train.trained import final_checkpoint
 from llm_ray.train.trial import measure

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from llm_ray.cli.main import cli
-from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP
+from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP, Keys
 from llm_ray.conf.load import shipped
 from llm_ray.conf.render import variables
 
@@ -156,7 +156,8 @@ def test_commands_in_the_heads_of_templates_exist(template: str) -> None:
 @each_written_page
 def test_settings_of_commands_exist(page: Path) -> None:
     for words in commands(page):
-        keys = {"serve": SERVE, "sweep": SWEEP}.get(words[0], FINETUNE)
+        kinds: dict[str, Keys] = {"serve": SERVE, "sweep": SWEEP}
+        keys = kinds.get(words[0], FINETUNE)
         templates = {name: variables(file.read_text(encoding="utf-8")) for name, file in shipped(keys.kind).items()}
         config = next((words[at + 1] for at, word in enumerate(words) if word in ("--config", "--config_path")), "")
         for setting in (words[at + 1] for at, word in enumerate(words[:-1]) if word == "--set"):

@@ -25,7 +25,7 @@ AVX2 = frozenset({"avx2", "fma"})
     ],
 )
 def test_precision(wanted: str, flags: frozenset[str], precision: str, reason: str) -> None:
-    chosen, why = choose_precision(wanted, flags)  # type: ignore[arg-type]
+    chosen, why = choose_precision(wanted, flags)
     assert chosen == precision
     assert reason in why
 

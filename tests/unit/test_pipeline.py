@@ -90,7 +90,7 @@ def test_other_files_beside_them_do_not_count(folder: Path, prepared: Callable[[
 
 
 def test_a_processor_imports_what_lies_beside_it(folder: Path) -> None:
-    assert len(list(load_processor(f"{folder}/own.py:Own", {})(iter([{}, {}])))) == 2  # type: ignore[call-overload]
+    assert len(list(load_processor(f"{folder}/own.py:Own", {})(iter([{}, {}])))) == 2
 
 
 def test_the_code_of_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_head_answers_as_get_without_a_body(http: httpx.Client, path: str) -> No
 
 def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="nobody", messages=MESSAGES)  # type: ignore[arg-type]
+        client.chat.completions.create(model="nobody", messages=MESSAGES)
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(**chat(temperature=9))

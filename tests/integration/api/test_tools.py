@@ -46,7 +46,7 @@ def test_a_call_that_is_asked_for(client: openai.OpenAI, choice: Any, stream: bo
         reason = chunks[-1].choices[0].finish_reason
     else:
         (answer,) = client.chat.completions.create(**ASK, tool_choice=choice).choices
-        calls += [(call.id, call.function.name, call.function.arguments) for call in answer.message.tool_calls or []]  # type: ignore[union-attr]
+        calls += [(call.id, call.function.name, call.function.arguments) for call in answer.message.tool_calls or []]
         reason = answer.finish_reason
     identity, name, arguments = calls[0]
     assert identity
@@ -71,7 +71,7 @@ def test_a_call_that_the_model_decides_on(client: openai.OpenAI, stream: bool) -
     (choice,) = client.chat.completions.create(**ask).choices
     assert choice.finish_reason == "tool_calls"
     assert choice.message.tool_calls
-    assert [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls] == [  # type: ignore[union-attr]
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls] == [
         ("get_weather", {"city": "Oslo"})
     ]
 
@@ -108,7 +108,7 @@ def test_a_conversation_goes_on_with_what_a_tool_returned(client: openai.OpenAI,
     ]
     (answer,) = client.chat.completions.create(**ASK | {"messages": messages, "max_tokens": 16}).choices
     assert "rain" in (answer.message.content or "").lower()
-    bare = client.chat.completions.create(model="small", messages=messages, max_tokens=4, temperature=0)  # type: ignore[call-overload]
+    bare = client.chat.completions.create(model="small", messages=messages, max_tokens=4, temperature=0)
     assert bare.choices[0].message.content
     tokens = http.post("/tokenize", json={"model": "small", "messages": messages}).json()["tokens"]
     text = http.post("/detokenize", json={"model": "small", "tokens": tokens}).json()["prompt"]

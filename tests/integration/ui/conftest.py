@@ -101,7 +101,7 @@ def open_browser(chromium: Browser) -> Iterator[Callable[..., BrowserContext]]:
     with contextlib.ExitStack() as contexts:
 
         def opened(**options: object) -> BrowserContext:
-            context = chromium.new_context(**options)  # type: ignore[arg-type]
+            context = chromium.new_context(**options)
             contexts.callback(context.close)
             return context
 

@@ -48,7 +48,7 @@ def _accessible(tab: Page) -> None:
     for width in (1280, 390):
         for scheme in ("light", "dark"):
             tab.set_viewport_size({"width": width, "height": 900})
-            tab.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+            tab.emulate_media(color_scheme=scheme)
             assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
                 f"{tab.url} is wider than {width} pixels"
             )

@@ -143,7 +143,7 @@ def test_an_endpoint_that_refuses_at_once_is_not_hammered(server: Server) -> Non
 def test_a_load_is_of_one_kind() -> None:
     for how in ({}, {"concurrency": 1}, {"requests": 1}, {"concurrency": 1, "rate": 1.0, "requests": 1}):
         with pytest.raises(ConfError, match="give either"):
-            Load(**how)  # type: ignore[arg-type]
+            Load(**how)
 
 
 # Streams --------------------------------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ from click.testing import CliRunner
 
 from llm_ray.cli.main import cli
 from llm_ray.cli.terminal import Terminal
-from llm_ray.conf.finetune import DEFAULT_STAGES, STAGES, FinetuneConf, WeightForm
+from llm_ray.conf.engines import WEIGHTS, WeightForm
+from llm_ray.conf.finetune import DEFAULT_STAGES, STAGES, FinetuneConf
 from llm_ray.errors import ModelError
-from llm_ray.models.convert import WEIGHTS, check_environment, convert_model, converted, openvino_folder, size_on_disk
+from llm_ray.models.convert import check_environment, convert_model, converted, openvino_folder, size_on_disk
 
 LLM_RAY = str(Path(sys.executable).with_name("llm-ray"))
 WRITE = """

@@ -178,7 +178,7 @@ def test_two_processes_do_not_share_a_run(make_conf: MakeConf) -> None:
     conf = make_conf()
     other = hold(conf)
     try:
-        assert holder(conf.run_dir) and holder(conf.run_dir)["pid"] == other.pid  # type: ignore[index]
+        assert holder(conf.run_dir) and holder(conf.run_dir)["pid"] == other.pid
         with (
             pytest.raises(RunError, match=rf"in use by process {other.pid} on {os.uname().nodename}"),
             opened_run(conf, force=True),

@@ -107,7 +107,7 @@ MODEL = ServedModel(
     ids=str,
 )
 def test_a_replica_is_started_anew_for_what_it_cannot_take_over_live(change: dict[str, object], restart: bool) -> None:
-    assert (dataclasses.replace(MODEL, **change).version() != MODEL.version()) is restart  # type: ignore[arg-type]
+    assert (dataclasses.replace(MODEL, **change).version() != MODEL.version()) is restart
 
 
 def test_what_is_deployed_is_read_back_from_the_controllers_details() -> None:

@@ -12,7 +12,7 @@ from llm_ray.train.attention import SHORT, packed_attention, set_rows
 
 def tensors(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    return tuple(torch.randn(1, heads, tokens, 16, dtype=dtype, requires_grad=True) for heads in (6, 2, 2))  # type: ignore[return-value]
+    return tuple(torch.randn(1, heads, tokens, 16, dtype=dtype, requires_grad=True) for heads in (6, 2, 2))
 
 
 @pytest.mark.parametrize("lengths", [[7], [5, 1, 12], [SHORT + 9, 30]])

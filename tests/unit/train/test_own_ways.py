@@ -149,7 +149,7 @@ def test_attention_that_is_not_computed_here(more: dict[str, object], words: str
     set_rows([4])
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match=words):
-        packed_attention(nn.Identity(), q, q, q, **{"attention_mask": None} | more)  # type: ignore[arg-type]
+        packed_attention(nn.Identity(), q, q, q, **{"attention_mask": None} | more)
 
 
 def test_a_model_that_cannot_be_called() -> None:

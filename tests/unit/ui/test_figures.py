@@ -10,7 +10,7 @@ from llm_ray.ui import figures
 
 
 def test_a_curve_has_its_points_and_leaves_out_what_is_no_number() -> None:
-    chart = figures.curves("Loss", {"loss": ([1, 2, 3, 4], [2.5, math.nan, 1.25, None]), "none": ([], [])})  # type: ignore[list-item]
+    chart = figures.curves("Loss", {"loss": ([1, 2, 3, 4], [2.5, math.nan, 1.25, None]), "none": ([], [])})
     assert re.findall(r"<title>([^<]+)</title>", chart) == ["loss, step 1: 2.5", "loss, step 3: 1.25"]
     assert 'aria-label="Loss: loss: 2.5 at step 1, 1.25 at step 3"' in chart
     assert chart.count("<li>") == 1

@@ -179,9 +179,9 @@ def test_what_has_no_role_cannot_be_connected(tmp_path: Path) -> None:
     with gr.Blocks():
         button = gr.Button()
         with pytest.raises(TypeError, match="'bare' has no least role"):
-            on(button.click, bare)  # type: ignore[arg-type]
+            on(button.click, bare)
     with pytest.raises(TypeError, match="least role"):
-        handler("admin")  # type: ignore[arg-type]
+        handler("admin")
 
 
 def _past_on(site: Site) -> None:

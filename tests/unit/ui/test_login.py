@@ -48,7 +48,7 @@ def _sign_in(
     client: TestClient, name: str = "alice", password: str = PASSWORD, path: str = "/login", **changed: str
 ) -> Response:
     fields = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', client.get(path).text))
-    return client.post("/login", data={**fields, "name": name, "password": password, **changed})  # type: ignore[return-value]
+    return client.post("/login", data={**fields, "name": name, "password": password, **changed})
 
 
 def test_in_and_out(site: Site) -> None:

@@ -171,7 +171,7 @@ def _node(
 
 
 def _model(name: str = "m", cpus: int = 0, memory: float = 4, **more: object) -> ServedModel:
-    return ServedModel(name, Path("/m"), cpus=cpus, threads=8, memory_bytes=int(memory * GIB), **more)  # type: ignore[arg-type]
+    return ServedModel(name, Path("/m"), cpus=cpus, threads=8, memory_bytes=int(memory * GIB), **more)
 
 
 def test_one_model_takes_the_cores_that_help_it() -> None:

@@ -116,7 +116,7 @@ def test_the_reason_of_the_end_is_that_of_a_stream(reason: str, told: str, named
     async def answer(_: Any, generator: Any) -> Any:
         async for _result in generator:
             pass
-        message = ChatMessage(role="assistant", tool_calls=[call])  # type: ignore[list-item]
+        message = ChatMessage(role="assistant", tool_calls=[call])
         choice = ChatCompletionResponseChoice(index=0, message=message, finish_reason="tool_calls")
         return ChatCompletionResponse(model="m", choices=[choice], usage=UsageInfo())
 

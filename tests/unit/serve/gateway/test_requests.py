@@ -206,7 +206,7 @@ def test_a_simple_request_becomes_one_of_openais_kind() -> None:
     assert [
         body.messages[0]["content"]
         for body in SimpleRequest.model_validate({"text": ["a", "b"]}).bodies("m", chat=True)
-    ] == ["a", "b"]  # type: ignore[union-attr]
+    ] == ["a", "b"]
     assert SimpleRequest.model_validate({"text": MESSAGES}).is_conversation
 
 
