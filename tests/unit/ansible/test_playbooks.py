@@ -83,7 +83,7 @@ def test_seconds_to_drain_are_a_number(tmp_path: Path, away: dict[str, Any], sec
     inventory = cluster(away, w1=away)
     done = playbook(tmp_path, inventory, "-e", "node=w1", "-e", f"drain_seconds={seconds}", name="remove_node.yml")
     assert done.returncode == 2, done.stdout
-    assert f"drain_seconds = {seconds}: type seconds, as -e drain_seconds=3600" in words(done)
+    assert f"drain_seconds = {seconds}: give seconds, such as -e drain_seconds=3600" in words(done)
 
 
 def test_a_head_that_is_lost_while_it_is_asked_has_answered_so(tmp_path: Path, away: dict[str, Any]) -> None:
