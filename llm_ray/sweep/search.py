@@ -279,7 +279,7 @@ def _stopper(folder: SweepFolder) -> Any:
 
 def make_searcher(folder: SweepFolder) -> Any:
     """Returns Optuna's searcher; each proposal contains its trial's number. It knows the results of ended trials,
-    proposes interrupted ones first, and enumerates all combinations if there are no more than trials."""
+    proposes interrupted ones first, and enumerates all combinations if they are no more than the sweep's trials."""
     from ray.tune.search.optuna import OptunaSearch
 
     conf, trials = folder.conf, folder.trials()

@@ -48,7 +48,7 @@ _GIB = 2**30
 _ADAPTERS = 8
 # Bytes per adapter parameter in OpenVINO, which computes adapters in single precision and uses up to 1.5 times as much.
 _OPENVINO_ADAPTER_BYTES = 6
-# Most useful number of cores, for models of fewer than so many billion parameters.
+# Maximum useful cores by model size: (upper bound in billion parameters, cores).
 _CORES = ((0.5, 8), (2, 16), (8, 32))
 # Marks of tool calls in chat templates, and vLLM's parser for each.
 _TOOL_FORMS = (
