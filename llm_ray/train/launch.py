@@ -1,4 +1,4 @@
-"""The driver's side of training on Ray Train: start the workers, show progress, stop them, explain failures."""
+"""The driver side of training on Ray Train: starts the workers, shows progress, stops them, explains failures."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from llm_ray.train.checkpoint import list_checkpoints, step_of
 from llm_ray.train.recipe import NOTES_FILE, Outcome, Task, train, worker_environment
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-_SETTLE_SECONDS = 20.0  # after a loss, before fewer workers go on: a worker that died alone has its host back by then
-_HOST_SECONDS = 900.0  # that lost hosts are waited for
+# Wait after a failure before continuing with fewer workers: if only a worker died, its CPUs are free again by then.
+_SETTLE_SECONDS = 20.0
+_HOST_SECONDS = 900.0  # how long to wait for lost hosts
 _SAY_SECONDS = 60.0
-# What a RuntimeError says that another try may mend.
+# Messages of RuntimeErrors that a retry may fix.
 _PASSING = re.compile(
     r"gloo|connect|peer|socket|timed? ?out|store|rendezvous|process group|barrier|memory|allocat|thread", re.IGNORECASE
 )
 
 
 class Recurring(TrainError):
-    """Training failed in a way that another try would not mend."""
+    """Training failed in a way that a retry would not fix."""
 
 
 def run_training(
     conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path | None, reporter: Reporter
 ) -> Outcome:
-    """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an
-    end; the second Ctrl-C ends at once.
+    """Trains as the conf says, on the connected Ray. The run's stop file, or the first Ctrl-C, requests a checkpoint and
+    a stop; the second Ctrl-C stops immediately.
 
-    A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come
-    back: training goes on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises
-    Stopped when it was asked to, TrainError when training failed.
+    Lost workers are handled here and not by Ray Train, which would wait forever for a host that does not come back:
+    training continues from the last checkpoint, with fewer workers if `runtime.min_workers` allows it. Raises Stopped
+    if a stop was requested, TrainError if training failed.
     """
     folder = conf.run_dir / "checkpoint"
     lost = 0
@@ -51,7 +52,7 @@ def run_training(
     try:
         with reporter.bar("training") as bar:
             while True:
-                # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
+                # Ray's own list of checkpoints is stale after a crash; the folders on disk are authoritative.
                 (folder / SNAPSHOT).unlink(missing_ok=True)
                 fit = _Fit(_trainer(conf, base, workers, resume_from))
                 _follow(fit, conf, bar, stop, reporter)
@@ -111,8 +112,7 @@ def _trainer(conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path
 
 
 def _is_no_fault(error: BaseException | None) -> bool:
-    """Whether the end is a host's that leaves as it was told to, or workers could not be placed: no failure that is
-    counted."""
+    """True for preemption or failed placement, which do not count as failures."""
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import PreemptionError
@@ -124,10 +124,10 @@ def _is_no_fault(error: BaseException | None) -> bool:
 
 
 def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> Workers:
-    """The cluster after a loss, and how many workers it has room for. Hosts are waited for, a short time where fewer
-    workers may go on.
+    """Returns the cluster after a failure and the number of workers it has room for. Waits for lost hosts, but only
+    briefly if enough workers fit without them.
 
-    Raises TrainError when they do not come back.
+    Raises TrainError if they do not come back, Stopped if a stop is requested meanwhile.
     """
     fewest = conf.runtime.min_workers or conf.runtime.workers
     began, reported_at = time.monotonic(), 0.0
@@ -159,15 +159,15 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 class _Stop:
-    """The wish for a checkpoint and an end: the file, which another process may make; the first Ctrl-C makes it, the
-    second is raised."""
+    """A request for a checkpoint and a stop: a file that other processes may create, too. The first Ctrl-C creates it,
+    the second raises KeyboardInterrupt."""
 
     def __init__(self, file: Path, reporter: Reporter) -> None:
         self.file, self._reporter = file, reporter
         self._interrupted = self._told = False
 
     def asked(self) -> bool:
-        """Whether there is the wish; the user is told once."""
+        """Whether a stop is requested; tells the user the first time."""
         asked = self._interrupted or self.file.exists()
         if asked and not self._told:
             self._told = True
@@ -179,7 +179,7 @@ class _Stop:
         return asked
 
     def interrupt(self) -> None:
-        """Ctrl-C. Raises KeyboardInterrupt at the second."""
+        """Handles Ctrl-C. Raises KeyboardInterrupt on the second."""
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
@@ -193,23 +193,22 @@ class _Stop:
 
 
 class _Fit(threading.Thread):
-    """`trainer.fit()` beside the main thread, which stays free for progress and Ctrl-C (fit would take the signal for
-    itself)."""
+    """Runs `trainer.fit()` in a thread, so that the main thread can show progress and handle Ctrl-C (in the main thread,
+    fit would handle the signal itself)."""
 
     def __init__(self, trainer: object) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._trainer = trainer
         self._result: Outcome | None = None
         self._error: BaseException | None = None
-        self.ended = (
-            threading.Event()
-        )  # Ctrl-C in Thread.join makes Python 3.11 take the thread for ended (CPython bpo-45274)
+        # Not Thread.join: after Ctrl-C in it, Python 3.11 takes the thread for ended (CPython bpo-45274).
+        self.ended = threading.Event()
         self.start()
 
     def run(self) -> None:
         try:
             self._result = self._trainer.fit().return_value  # type: ignore[attr-defined]
-        except BaseException as error:  # handed to the main thread, whatever it is
+        except BaseException as error:  # raised in the main thread by outcome()
             self._error = error
         finally:
             self.ended.set()
@@ -226,7 +225,7 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop, reporter: Repo
     shown, notes = -1, conf.run_dir / "checkpoint" / NOTES_FILE
     while not fit.ended.is_set():
         try:
-            stop.asked()  # for the user to know
+            stop.asked()  # to tell the user
             fit.ended.wait(0.5)
             if notes.is_file():
                 reporter.line(
@@ -245,7 +244,7 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop, reporter: Repo
 
 
 def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
-    """The failure in words for the user: who failed, of what, and what to do."""
+    """Returns the failure as an error for the user: who failed, why, and what to do."""
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
@@ -283,9 +282,9 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
 
 
 def _recurs(cause: BaseException) -> bool:
-    """Whether an exception in a worker is one that the same code and data raise again: not of the network, the host or
-    another worker."""
-    if type(cause) is RuntimeError:  # torch's for everything
+    """Whether the same code and data would raise a worker's exception again: it does not come from the network, the
+    host or another worker."""
+    if type(cause) is RuntimeError:  # torch raises it for everything
         return not _PASSING.search(str(cause))
     certain = (
         LlmRayError,
@@ -308,17 +307,18 @@ def _goes_on(conf: FinetuneConf) -> str:
 
 
 def _told(error: TrainError) -> str:
-    """The error's first sentence: what is to be done about it is for the one that ends the run."""
+    """The error's first sentence; its advice is shown only with the error that ends the run."""
     return str(error).split(". ")[0]
 
 
 def _cause(failure: BaseException) -> BaseException:
-    """What Ray Train has wrapped: an error of the training function, a worker's death, a failure of its controller."""
+    """Unwraps Ray Train's exception: an error of the training function, a worker's death, a failure of its
+    controller."""
     for name in ("_base_exc", "health_check_failure", "controller_failure"):
         failure = getattr(failure, name, failure)
     return failure
 
 
 def _first_line(error: BaseException) -> str:
-    # Ray's own messages go on for pages.
+    # Ray's messages may be pages long.
     return next(iter(str(error).splitlines()), "").rstrip(".")

@@ -1,8 +1,8 @@
-"""The network interface that workers talk over.
+"""The network interface that workers communicate over.
 
-gloo listens on the address that the host's name resolves to, which on many hosts is loopback: workers of two hosts then
-never meet. Each worker is told the interface that carries its Ray node's address, or the one the conf names, before
-torch's process group is made.
+gloo listens on the address that the host's name resolves to. On many hosts that is loopback, which workers on other
+hosts cannot reach. So each worker sets the interface named in the conf, or else the one with its Ray node's address,
+before torch's process group is created.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from llm_ray.errors import ClusterError
 
 
 def set_interface(wanted: str | None) -> None:
-    """Tell gloo the interface, on this worker. Raises ClusterError when there is none of that name."""
+    """Sets gloo's interface on this worker; None: the one with the Ray node's address. Raises ClusterError if `wanted`
+    does not exist."""
     addresses = psutil.net_if_addrs()
     if wanted and wanted not in addresses:
         raise ClusterError(

@@ -1,7 +1,7 @@
-"""The training function: what each Ray Train worker runs, from the loaded model to the last checkpoint.
+"""The training function, which each Ray Train worker runs, from loading the model to the last checkpoint.
 
-It reads top to bottom: set up, resume, then steps of forward, backward, clip, update, with validation, checkpoints and
-the stop signal between them. Parts that need more than a few lines are functions of their own modules, without state.
+It reads top to bottom: set-up, resume, then steps of forward, backward, clip and update, with validation, checkpoints
+and the stop signal in between. Longer parts are stateless functions in modules of their own.
 """
 
 from __future__ import annotations
@@ -52,21 +52,23 @@ from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, tot
 
 NOTES_FILE = ".notes"
 """In the checkpoint folder: lines from worker 0 for the user."""
-_REFERENCE = "before the first step, the base model's log-probabilities of all pairs are computed, unless kept"
+_REFERENCE = (
+    "before the first step, the base model's log-probabilities of all pairs are computed, unless already stored"
+)
 
 
 class Task(TypedDict):
-    """What the driver hands to every worker."""
+    """Arguments of every worker, from the driver."""
 
     conf: dict[str, Any]  # FinetuneConf as JSON
     base: Base
     cpus: int  # CPUs of this worker
-    resume_from: str | None  # checkpoint to begin with where the run has none of its own
+    resume_from: str | None  # checkpoint to start from if the run has none of its own
 
 
 class Outcome(TypedDict):
-    """What rank 0 hands back. `failed` is for what another try would not mend; for the rest an exception lets Ray Train
-    retry."""
+    """The result, which rank 0 returns to the driver. `failed` means that a retry would not help; other failures are
+    raised, and the driver retries."""
 
     status: Literal["done", "stopped", "failed"]
     reason: str
@@ -75,7 +77,7 @@ class Outcome(TypedDict):
     best_step: int | None
     best_validation_loss: float | None
     reference_seconds: float
-    """That the base model's log-probabilities took, where the objective measures against them."""
+    """Time for the base model's log-probabilities, if the objective needs them."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +89,20 @@ class Setup:
     packed: bool
     precision: Precision
     notes: list[str]
-    """What the user should know of how it is computed."""
+    """Remarks for the user on how training is computed."""
 
 
 def train(task: Task) -> Outcome:
-    """Train on this worker. Called by Ray Train on every worker, again after a lost one was replaced."""
+    """Trains on this worker. Called by Ray Train on every worker, and again after a failure."""
     conf = FinetuneConf.model_validate(task["conf"])
     folder = conf.run_dir / "checkpoint"
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
 
-    # Set-up: a problem on any worker ends the run on all of them, and says on which host it is.
+    # Set-up: a problem on any worker ends the run on all of them, and names its host.
     setup, problem = None, None
     try:
-        with contextlib.suppress(OtherWorkerFailed):  # which tells of it itself
+        with contextlib.suppress(OtherWorkerFailed):  # that worker reports the problem
             setup = set_up(conf, task["base"], task["cpus"], rank, workers)
         training_data = open_split(conf.run_dir / "prepared", "train")
         validation_data = (
@@ -123,7 +125,7 @@ def train(task: Task) -> Outcome:
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
 
-    # The base model's log-probabilities, before any weight is another.
+    # The base model's log-probabilities, before any weight changes.
     reference: dict[str, Tensor] = {}
     began = time.perf_counter()
     if objective.reference:
@@ -146,12 +148,12 @@ def train(task: Task) -> Outcome:
             except TrainError as error:  # raised by all workers
                 return _before_steps("failed", str(error), total_steps)
             if found_reference is None:
-                return _before_steps("stopped", "stopped before the first step as asked", total_steps)
+                return _before_steps("stopped", "stopped before the first step as requested", total_steps)
             reference[name] = found_reference
     reference_seconds = time.perf_counter() - began if objective.reference else 0.0
 
-    # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all
-    # follow.
+    # Resume from the last complete checkpoint of this run, else from the requested one, else from the start. Rank 0
+    # decides for all.
     found = checkpoints.list_checkpoints(folder)
     start_from = first(str(found[-1]) if found else task["resume_from"])
     progress = checkpoints.Progress()
@@ -184,7 +186,8 @@ def train(task: Task) -> Outcome:
         )
 
     def validate() -> dict[str, float]:
-        """The objective's figures over the validation data, called `validation_` and so on; none without any."""
+        """Returns the objective's figures over the validation data, with names prefixed by `validation_`; empty without
+        validation data."""
         if validation_lengths is None:
             return {}
         sums, weight = torch.zeros(len(objective.figures), dtype=torch.float64), 0
@@ -203,7 +206,7 @@ def train(task: Task) -> Outcome:
         ray.train.report(
             {"step": progress.step},
             checkpoint=Checkpoint.from_directory(str(path)) if rank == 0 else None,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is on the run's storage already
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is already in the run's storage
         )
         if rank == 0:
             checkpoints.prune(folder, conf.checkpoint.keep)
@@ -221,8 +224,8 @@ def train(task: Task) -> Outcome:
 
             sums, weight, tokens = accumulate(setup, batches)
 
-            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all that the
-            # objective counts (supervised tokens, or pairs).
+            # DDP and FSDP average the gradients of summed losses over the workers: rescale them to the mean over all
+            # items of the objective (supervised tokens, or pairs).
             stop = float(rank == 0 and stop_file(conf.run_dir).exists())
             memory = float(peak_memory())
             *sums, weight, tokens, stop, memory = total(*sums, weight, tokens, stop, memory)
@@ -290,7 +293,7 @@ def train(task: Task) -> Outcome:
 
 
 def _before_steps(status: Literal["stopped", "failed"], reason: str, total_steps: int = 0) -> Outcome:
-    """The outcome of a training that has taken no step."""
+    """The outcome of a training that ends before its first step."""
     return Outcome(
         status=status,
         reason=reason,
@@ -303,7 +306,8 @@ def _before_steps(status: Literal["stopped", "failed"], reason: str, total_steps
 
 
 def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -> Setup:
-    """Threads, model, strategy and optimizer of this worker. Raises ModelError, ConfError."""
+    """Sets up threads, model, strategy and optimizer of this worker. Every worker must call it. Raises ModelError,
+    ConfError, or OtherWorkerFailed if another worker could not load the model."""
     threads, _ = cores.bind(cpus)
     use_threads(threads)
     torch.set_float32_matmul_precision("highest")
@@ -317,7 +321,7 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
 
     def loaded() -> tuple[PreTrainedModel, str]:
         causal = load(conf, base, dtype, rank)
-        with autocast():  # rank 0 is the only one that has weights already, with fsdp
+        with autocast():  # with fsdp, only rank 0 has weights yet
             return causal, why_not_packed(causal) if conf.data.packing and rank == 0 else ""
 
     causal, why_not = together(loaded)
@@ -334,7 +338,7 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
     )
     if conf.training.compile:
         compile_layers(loss.causal)
-    if conf.training.strategy == "fsdp":  # memory counts more than time
+    if conf.training.strategy == "fsdp":  # memory matters more than speed
         return_freed_memory()
     module = distribute(loss, conf, workers)
     if conf.training.strategy == "ddp":
@@ -344,8 +348,8 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
 
 
 def accumulate(setup: Setup, batches: list[Batch]) -> tuple[list[float], float, float]:
-    """The forward and backward passes of a step on this worker: its sums of the objective's figures, what they are
-    means over (supervised tokens, or pairs), and tokens."""
+    """Runs the forward and backward passes of a step on this worker. Returns its sums of the objective's figures, their
+    weight (number of supervised tokens, or pairs), and its number of tokens."""
     sums, weight, tokens = torch.zeros(len(setup.objective.figures), dtype=torch.float64), 0.0, 0.0
     for number, batch in enumerate(batches):
         with gradient_sync(setup.module, last=number == len(batches) - 1):
@@ -359,16 +363,16 @@ def accumulate(setup: Setup, batches: list[Batch]) -> tuple[list[float], float, 
 
 
 def average_gradients(module: nn.Module, factor: float) -> float:
-    """Scale the gradients by `factor`; returns their norm over all workers."""
+    """Scales the gradients by `factor`; returns their norm over all workers."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     torch._foreach_mul_(gradients, factor)
     norm = nn.utils.get_total_norm(gradients)
-    # FSDP gives each worker its part of a DTensor.
+    # With FSDP it is a DTensor, of which each worker has a part.
     return float(norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm)
 
 
 def update(setup: Setup, norm: float, max_norm: float | None) -> None:
-    """An optimizer step with gradients of `norm`, scaled down to `max_norm`."""
+    """Runs an optimizer step, with gradients clipped from `norm` to `max_norm`."""
     if max_norm:
         torch._foreach_mul_(
             [p.grad for p in setup.module.parameters() if p.grad is not None], min(1.0, max_norm / (norm + 1e-6))
@@ -378,6 +382,6 @@ def update(setup: Setup, norm: float, max_norm: float | None) -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """Environment of the workers, for Ray's runtime_env."""
+    """Returns the environment variables of the workers, for Ray's runtime_env."""
     kept = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN_PATH", "LLM_RAY_HOME")
     return {key: os.environ[key] for key in kept if key in os.environ} | {"TOKENIZERS_PARALLELISM": "false"}
