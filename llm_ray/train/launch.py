@@ -18,7 +18,7 @@ from llm_ray.progress import Bar, Reporter
 from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints, step_of
-from llm_ray.train.recipe import NOTES_FILE, Outcome, Task, train, worker_environment
+from llm_ray.train.task import NOTES_FILE, Outcome, Task, train_here, worker_environment
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 # Wait after a failure before continuing with fewer workers: if only a worker died, its CPUs are free again by then.
@@ -86,7 +86,7 @@ def _trainer(conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path
     from llm_ray.train.network import GlooConfig
 
     return TorchTrainer(
-        train,
+        train_here,
         train_loop_config=Task(
             conf=conf.model_dump(mode="json"),
             base=base,

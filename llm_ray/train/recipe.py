@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -48,36 +47,12 @@ from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync
 from llm_ray.train.objectives import Objective, means
 from llm_ray.train.optimizer import Optimizer, learning_rate, make_optimizer
 from llm_ray.train.reference import reference_folder, reference_log_probabilities
+from llm_ray.train.task import NOTES_FILE, Outcome, Task
 from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total, use_threads
 
-NOTES_FILE = ".notes"
-"""In the checkpoint folder: lines from worker 0 for the user."""
 _REFERENCE = (
     "before the first step, the base model's log-probabilities of all pairs are computed, unless already stored"
 )
-
-
-class Task(TypedDict):
-    """Arguments of every worker, from the driver."""
-
-    conf: dict[str, Any]  # FinetuneConf as JSON
-    base: Base
-    cpus: int  # CPUs of this worker
-    resume_from: str | None  # checkpoint to start from if the run has none of its own
-
-
-class Outcome(TypedDict):
-    """The result, which rank 0 returns to the driver. `failed` means that a retry would not help; other failures are
-    raised, and the driver retries."""
-
-    status: Literal["done", "stopped", "failed"]
-    reason: str
-    step: int
-    total_steps: int
-    best_step: int | None
-    best_validation_loss: float | None
-    reference_seconds: float
-    """Time for the base model's log-probabilities, if the objective needs them."""
 
 
 @dataclass(frozen=True)
@@ -379,9 +354,3 @@ def update(setup: Setup, norm: float, max_norm: float | None) -> None:
         )
     setup.optimizer.step()
     setup.optimizer.zero_grad()
-
-
-def worker_environment() -> dict[str, str]:
-    """Returns the environment variables of the workers, for Ray's runtime_env."""
-    kept = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN_PATH", "LLM_RAY_HOME")
-    return {key: os.environ[key] for key in kept if key in os.environ} | {"TOKENIZERS_PARALLELISM": "false"}

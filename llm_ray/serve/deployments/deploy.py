@@ -36,6 +36,7 @@ from llm_ray.serve.replica.deployment import ModelReplica, start_environment
 from llm_ray.threads import Once
 
 _POLL = 0.1  # seconds
+_START_POLL = 0.5  # seconds, as Serve needs tens of milliseconds for its status, on cores that the models start on
 _SETTLES = 5.0  # seconds within which Ray counts as free what a replica held that has ended
 _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
 # Errors that only say that another one happened elsewhere.
@@ -519,7 +520,7 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                     f"serve logs {names[0] if names else 'gateway'}"
                     + (f". Last message: {tell_reason(reasons)}" if reasons else "")
                 )
-            time.sleep(_POLL)
+            time.sleep(_START_POLL)
 
 
 def _longest() -> float:
