@@ -1,4 +1,4 @@
-"""Makes preference pairs of ranked answers."""
+"""Converts ranked answers to preference pairs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 
 class Ranked:
-    """Takes the list of answers in the column `answers`, and yields a row with `chosen` and `rejected` for each pair of
-    them: of the best and the worst (`extremes`), of each and the next worse (`neighbours`), or of all.
+    """Converts the list in the column `answers` to rows with `chosen` and `rejected`, for pairs of the best and the worst
+    answer (`extremes`), of each answer and the next worse one (`neighbours`), or of `all` answers.
 
-    Answers are texts, messages, or objects that have either under the key `text`. The best comes first, unless the key
-    `rank` (1 is best) or `score` (the highest is best) says which it is. Two that are ranked the same make no pair.
+    Answers are texts, messages, or objects that contain either under the key `text`. They are sorted best first, unless
+    a key is named for their `rank` (1 is best) or `score` (highest is best). Equally ranked answers form no pair.
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5 (all pairs of a ranking).
     """
 
