@@ -249,7 +249,7 @@ class Formatter:
         else:
             prompt, tools = _prompt(values, unused), _tools(values.get("tools"))
         chosen, rejected = (_side(values, column, prompt, unused) for column in REQUIRED[form][-2:])
-        shared = _parting(chosen, rejected)
+        shared = _shared_prompt(chosen, rejected)
         if not shared:
             raise _Bad(
                 "the answers have no prompt: give it in a column 'prompt' (data.columns: {prompt: …}), or begin chosen "
@@ -344,7 +344,7 @@ def _check_json(value: object, what: str) -> None:
 
 BAD_LABELS = (0, -1, "0", "-1", "bad", "no", "rejected", "undesirable")
 """Further values that mean False in KTO data, for columns that can have no other meaning."""
-LEARNT = ("weight", "train", "training", "loss")
+SUPERVISED = ("weight", "train", "training", "loss")
 """Fields of a turn that say whether its answer is supervised."""
 USED = {
     "system": ("role", "content"),
@@ -366,20 +366,22 @@ def _turns(values: dict[str, Any], column: str, unused: set[str], before: Sequen
         if not isinstance(turn, dict):
             raise _Bad(f"{where} must be an object, but is {_shown(turn)}")
         # JSON converted from tables has all keys in all turns.
-        given = {key: value for key, value in turn.items() if value is not None}
+        fields = {key: value for key, value in turn.items() if value is not None}
         # Both forms of turns occur under both column names.
         add: Callable[[list[Message], dict[str, Any], str], None] = (
-            _sharegpt_turn if "from" in given else _messages_turn
+            _sharegpt_turn if "from" in fields else _messages_turn
         )
-        add(messages, given, where)
-        used = ("from", "value") if "from" in given else USED[ROLES[given["role"]]]
+        add(messages, fields, where)
+        used = ("from", "value") if "from" in fields else USED[ROLES[fields["role"]]]
         unused |= {
-            f"{column}[].{key}" for key, value in given.items() if key not in (*used, *LEARNT) and not _is_empty(value)
+            f"{column}[].{key}"
+            for key, value in fields.items()
+            if key not in (*used, *SUPERVISED) and not _is_empty(value)
         }
-        for key in LEARNT:
-            if (learnt := given.get(key, 1)) not in (0, 1):
-                raise _Bad(f"{where}: {key} is {_shown(learnt)}: must be 1 (train on the answer) or 0 (do not)")
-            if not learnt and messages[-1]["role"] == "assistant":
+        for key in SUPERVISED:
+            if (supervised := fields.get(key, 1)) not in (0, 1):
+                raise _Bad(f"{where}: {key} is {_shown(supervised)}: must be 1 (train on the answer) or 0 (do not)")
+            if not supervised and messages[-1]["role"] == "assistant":
                 messages[-1]["weight"] = 0
     return messages
 
@@ -404,23 +406,23 @@ def _prompt(values: dict[str, Any], unused: set[str]) -> list[Message]:
         return []
     if column == "prompt" and values.get("conversations"):
         unused.add("conversations")
-    return _asking(_turns(_as_turns(values, column, "user"), column, unused), column)
+    return _checked_prompt(_turns(_as_turns(values, column, "user"), column, unused), column)
 
 
 def _input(values: dict[str, Any], unused: set[str]) -> tuple[list[Message], list[dict[str, Any]] | None]:
     """Returns prompt and tools of a pair in OpenAI's format."""
-    given = _parsed(values["input"], "'input'")
-    if not isinstance(given, dict) or not given.get("messages"):
-        raise _Bad(f"'input' must be an object with the prompt in 'messages', but is {_shown(given)}")
+    value = _parsed(values["input"], "'input'")
+    if not isinstance(value, dict) or not value.get("messages"):
+        raise _Bad(f"'input' must be an object with the prompt in 'messages', but is {_shown(value)}")
     unused |= {
-        f"input.{key}" for key, value in given.items() if key not in ("messages", "tools") and not _is_empty(value)
+        f"input.{key}" for key, field in value.items() if key not in ("messages", "tools") and not _is_empty(field)
     }
     column = "input.messages"
-    messages = _turns({column: given["messages"]}, column, unused)
-    return _asking(messages, column), _tools(given.get("tools"))
+    messages = _turns({column: value["messages"]}, column, unused)
+    return _checked_prompt(messages, column), _tools(value.get("tools"))
 
 
-def _asking(messages: list[Message], column: str) -> list[Message]:
+def _checked_prompt(messages: list[Message], column: str) -> list[Message]:
     if messages[-1]["role"] in ("assistant", "system"):
         raise _Bad(f"{column!r} ends with a turn of role {messages[-1]['role']}, to which there is nothing to answer")
     return messages
@@ -435,7 +437,7 @@ def _side(values: dict[str, Any], column: str, prompt: list[Message], unused: se
     return _turns(turns, column, unused, prompt)
 
 
-def _parting(chosen: list[Message], rejected: list[Message]) -> int:
+def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> int:
     """Returns the number of messages in the common prompt."""
     least = min(len(chosen), len(rejected))
     shared = next((n for n in range(least) if chosen[n] != rejected[n]), least)

@@ -90,7 +90,7 @@ class Window:
                 return self._text[self._at : self._at + 1]
             self._more()
 
-    def take(self) -> str:
+    def pop(self) -> str:
         """Consumes and returns the next character other than white space."""
         character = self.peek()
         self._at += len(character)

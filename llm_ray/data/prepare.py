@@ -426,8 +426,8 @@ def largest_token(out: Path) -> int:
     import pyarrow.compute as pc
 
     splits: tuple[Split, ...] = ("train", "validation", "test")
-    there = [split for split in splits if (out / split).is_dir()]
-    chunks = [chunk for split in there for chunk in open_split(out, split).data.column("input_ids").chunks]
+    existing = [split for split in splits if (out / split).is_dir()]
+    chunks = [chunk for split in existing for chunk in open_split(out, split).data.column("input_ids").chunks]
     return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
 
 
@@ -580,8 +580,8 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
             raise nothing_to_learn(conf, f"data.{name}", sources, tally)
         return rows
 
-    apart = isinstance(conf.data.validation, tuple)  # validation has separate files
-    train = written(conf.data.train, "train", keep=not apart or conf.data.test is not None)
+    separate = isinstance(conf.data.validation, tuple)  # validation has separate files
+    train = written(conf.data.train, "train", keep=not separate or conf.data.test is not None)
     # Position of each row in the order given by the seed: first validation, then test, then training rows.
     rank = np.random.default_rng(conf.training.seed).permutation(train.count)
     held, reason = held_out(conf.data.validation, train.count)
@@ -612,7 +612,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         _write_heldout(train, sequences[is_tested], folder / HELDOUT)
     elif held:
         _write_heldout(train, sequences[is_held], folder / HELDOUT)
-    elif not apart:
+    elif not separate:
         _write_heldout(train, sequences[:TRAINED_ROWS], folder / TRAINED)
     stats["train"] = _write_split(train, sequences[is_learned], folder / "train", report)
     train.file.unlink()

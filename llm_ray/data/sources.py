@@ -268,18 +268,18 @@ def _rows_begin(head: str) -> str:
     """Returns the key under which a list of rows starts in `head`, the beginning of a large object; empty if none
     does."""
     window = Window(io.StringIO(head))
-    window.take()
+    window.pop()
     try:
         while True:
             key, _ = window.value()
-            window.take()  # the colon
+            window.pop()  # the colon
             if window.peek() != "[":
                 window.value()
             else:
-                window.take()
+                window.pop()
                 first, _ = window.value()
                 return str(key) if _is_row(first) and key not in ROW_COLUMNS else ""
-            window.take()  # the comma
+            window.pop()  # the comma
     except Broken:
         return ""
 
@@ -311,16 +311,16 @@ def _json_objects(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[
 
 def _json_array(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
     """Yields the objects of the array that starts here."""
-    window.take()
+    window.pop()
     number = 0
     if window.peek() == "]":
-        window.take()
+        window.pop()
         return
     while True:
         number += 1
         of = f"element {number} of the array"
         yield from _json_row(window, path, number, on_bad_row, of)
-        character = window.take()
+        character = window.pop()
         if character == "]":
             return
         if character != ",":
@@ -331,11 +331,11 @@ def _json_array(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Ro
 
 def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -> Iterator[Row]:
     """Yields the rows under the key `rows` of a single object."""
-    window.take()
+    window.pop()
     try:
         while True:
             key, _ = window.value()
-            if window.take() != ":":
+            if window.pop() != ":":
                 raise Broken("expected ':'")
             if key == rows:
                 yield from _json_array(window, path, on_bad_row)
@@ -346,7 +346,7 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
                         f"{path}: one object with several lists of rows ({rows}, {key}): write each into a separate "
                         "file"
                     )
-            if (character := window.take()) == "}":
+            if (character := window.pop()) == "}":
                 return
             if character != ",":
                 raise Broken(f"expected ',' or '}}', found {character!r}" if character else "")

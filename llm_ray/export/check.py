@@ -153,7 +153,7 @@ class Comparison:
             )
         self.losses: list[float] = []
 
-    def take(self, model: torch.nn.Module, after: str = "", tolerance: float = 0.0) -> None:
+    def record(self, model: torch.nn.Module, after: str = "", tolerance: float = 0.0) -> None:
         """Records the loss of `model`. Raises ModelError if it differs from the previous one by more than `tolerance`
         (relative). `after` names the step in between, and is empty for the first model."""
         import torch

@@ -68,17 +68,17 @@ def _write(conf: FinetuneConf, base: Base, checkpoint: Path, card: str) -> str:
             adapted = load_adapted(conf, base, checkpoint, torch.float32)
             save_adapter(adapted, folder / "adapter", conf.model.base)
             write_text(folder / "adapter" / "README.md", card)  # replaces peft's empty template
-            comparison.take(adapted)
+            comparison.record(adapted)
             # A quantized base means that memory is short, so never hold all of it in fp32.
             model = merge(adapted, dtype if conf.model.weights else torch.float32)
             del adapted
-            comparison.take(model, "merging the adapters", MERGING if model.dtype == torch.float32 else ROUNDING)
+            comparison.record(model, "merging the adapters", MERGING if model.dtype == torch.float32 else ROUNDING)
         else:
             model = load_trained(conf, base, checkpoint, torch.float32)
-            comparison.take(model)
+            comparison.record(model)
         if model.dtype != dtype:
             model = model.to(dtype)
-            comparison.take(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
+            comparison.record(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
         model.config.use_cache = True
         # Generation must stop at the token that the model was trained to end with.
         model.generation_config.eos_token_id = end_tokens(model, tokenizer)
@@ -89,7 +89,7 @@ def _write(conf: FinetuneConf, base: Base, checkpoint: Path, card: str) -> str:
         saved = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=conf.model.trust_remote_code
         )
-        comparison.take(saved, "saving and reloading", SAVING)
+        comparison.record(saved, "saving and reloading", SAVING)
         check_saved_tokenizer(tokenizer, folder, conf.model.trust_remote_code)
     return str(comparison)
 

@@ -152,7 +152,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"chosen": [user("Hi"), says("a")], "rejected": [user("Hi"), says("a"), user("c"), says("d")]},
-        "part at turn 3",
+        "first differ in turn 3",
     ),
     (
         {"prompt": "Ho", "chosen": [user("Hi"), says("a")], "rejected": [user("Hi"), says("b")]},

@@ -182,18 +182,18 @@ def test_dropout_keeps_its_share_and_the_mean(dtype: torch.dtype) -> None:
 
 def test_layers_of_one_input_drop_the_same_values_and_nothing_is_kept_longer_than_it() -> None:
     shared, x = _Shared(), torch.randn(7, 33)
-    given, kept = shared.made_of(x, torch.bfloat16, 0.5)
+    given, kept = shared.copies_of(x, torch.bfloat16, 0.5)
     assert given.dtype == kept.dtype == torch.bfloat16
     assert 0.3 < (kept == 0).float().mean() < 0.7
-    assert shared.made_of(x, torch.bfloat16, 0.5)[1] is kept
+    assert shared.copies_of(x, torch.bfloat16, 0.5)[1] is kept
     with torch.no_grad():
-        assert shared.made_of(x, torch.bfloat16, 0.5)[1] is not kept, "it would have no gradient"
-    again = shared.made_of(x, torch.bfloat16, 0.5)[1]
+        assert shared.copies_of(x, torch.bfloat16, 0.5)[1] is not kept, "it would have no gradient"
+    again = shared.copies_of(x, torch.bfloat16, 0.5)[1]
     x.mul_(2)
-    assert not torch.equal(shared.made_of(x, torch.bfloat16, 0.5)[1], again), "it is another input"
-    assert shared.made_of(x, torch.float32, 0.0)[1] is x
-    assert not torch.equal(*(shared.made_of(torch.ones(7, 33), torch.float32, 0.5)[1] for _ in range(2)))
-    last = weakref.ref(shared.made_of(x, torch.float32, 0.5)[1])
+    assert not torch.equal(shared.copies_of(x, torch.bfloat16, 0.5)[1], again), "it is another input"
+    assert shared.copies_of(x, torch.float32, 0.0)[1] is x
+    assert not torch.equal(*(shared.copies_of(torch.ones(7, 33), torch.float32, 0.5)[1] for _ in range(2)))
+    last = weakref.ref(shared.copies_of(x, torch.float32, 0.5)[1])
     assert last() is not None
     del x
     assert last() is None
