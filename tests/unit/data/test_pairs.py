@@ -1,5 +1,5 @@
-"""Preference pairs from rows of every shape to tokens on disk: what is shared, what is compared, what is dropped or
-refused."""
+"""Preference pairs from rows of every format to tokens on disk: the shared prompt, comparisons, and dropped or rejected
+rows."""
 
 from __future__ import annotations
 

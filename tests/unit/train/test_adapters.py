@@ -1,4 +1,4 @@
-"""Fast adapters compute what peft's do, and learning moves every weight that is to learn and no other."""
+"""Fast adapters compute the same as peft's, and training changes all trainable weights and no others."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_adapters_on_few_bits_give_the_logits_and_gradients_of_pefts_on_the_same
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_fresh_dora_is_the_model_itself(bf16: bool) -> None:
-    """peft's lengths of rows in bf16 were 0.2 % beside; and they have to be learned in fp32."""
+    """peft's row norms in bf16 are off by 0.2 %; and magnitudes must be trained in fp32."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     causal = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).to(torch.bfloat16 if bf16 else torch.float32)
@@ -261,7 +261,7 @@ def test_layers_that_are_not_there_are_told_with_those_that_are() -> None:
 
 
 def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
-    """peft takes any text for a pattern, and q_proj then matches nothing."""
+    """peft treats any string as a pattern, and q_proj matches nothing."""
     assert learning_modules(adapted(Lora(r=4, target_modules="q_proj"))) == [
         "model.layers.*.self_attn.q_proj: rank 4, 2 of them, 512 parameters",
         "frozen: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, "
@@ -339,7 +339,7 @@ def test_of_a_mixture_all_linear_is_attention_and_experts_without_the_router(tmp
             nn.init.normal_(parameter, std=0.1)
     speed_up_adapters(model)
     logits = model.eval()(input_ids=IDS).logits
-    model.save_pretrained(tmp_path)  # what peft reads again as it was
+    model.save_pretrained(tmp_path)  # read back by peft unchanged
     again = PeftModel.from_pretrained(type(model.get_base_model())(model.config), tmp_path)
     missing = again.load_state_dict(model.state_dict(), strict=False)
     assert (missing.missing_keys, missing.unexpected_keys) == ([], [])

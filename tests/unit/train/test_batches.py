@@ -1,4 +1,4 @@
-"""Which rows a worker takes, and how they lie in tensors."""
+"""The rows of each worker, and their layout in tensors."""
 
 from __future__ import annotations
 
