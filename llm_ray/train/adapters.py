@@ -45,12 +45,12 @@ def _is_dora(layer: LoraLinear) -> bool:
 def _dora_forward(layer: LoraLinear, adapter: str, shared: _Shared, x: Tensor) -> Tensor:
     """DoRA like peft's, except that dropout is applied only to the adapter's input, as with LoRA: peft's way multiplies
     with the frozen weights twice. Row norms are constants in the gradient (arXiv:2402.09353, section 4.3)."""
-    given = _forward(layer, adapter, shared, x)
+    output = _forward(layer, adapter, shared, x)
     scale = layer.lora_magnitude_vector[adapter].weight / _row_lengths(layer, adapter)
     bias = layer.get_base_layer().bias
     if bias is None:
-        return (given * scale).to(given.dtype)  # in fp32: bf16 is too coarse for changes of the magnitudes
-    return ((given - bias) * scale + bias).to(given.dtype)
+        return (output * scale).to(output.dtype)  # in fp32: bf16 is too coarse for changes of the magnitudes
+    return ((output - bias) * scale + bias).to(output.dtype)
 
 
 @torch.no_grad()
@@ -68,10 +68,10 @@ def _forward(layer: LoraLinear, adapter: str, shared: _Shared, x: Tensor) -> Ten
     dropout = layer.lora_dropout[adapter]
     share = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    given, kept = shared.made_of(x, dtype, share)
-    base = layer.base_layer(given)
+    cast, masked = shared.copies_of(x, dtype, share)
+    base = layer.base_layer(cast)
     down, up = layer.lora_A[adapter].weight.to(base.dtype), layer.lora_B[adapter].weight.to(base.dtype)
-    low = F.linear(kept.to(base.dtype), down)
+    low = F.linear(masked.to(base.dtype), down)
     return torch.addmm(base.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=layer.scaling[adapter]).view(base.shape)
 
 
@@ -82,31 +82,31 @@ class _Shared:
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
         self._key: object = None
-        self._made: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._copies: tuple[Tensor | None, Tensor | None] = (None, None)
         """None stands for the input itself, which the cache must not keep alive."""
 
-    def made_of(self, x: Tensor, dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
+    def copies_of(self, x: Tensor, dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
         """Returns `x` as `dtype`, and the same with a random share of its values dropped."""
         if torch.compiler.is_compiling() or x.is_inference():
-            return _make(x, dtype, share)
+            return _copies(x, dtype, share)
         key = (x._version, dtype, share, torch.is_grad_enabled())
         if self._of is None or self._of() is not x or self._key != key:
             # Set the reference first: freeing the old copies may free the old input, whose callback would then clear
             # the new ones.
-            self._of, self._key = weakref.ref(x, self._forget), key
-            made = _make(x, dtype, share)
-            self._made = (None if made[0] is x else made[0], None if made[1] is x else made[1])
-        given, kept = self._made
-        return x if given is None else given, x if kept is None else kept
+            self._of, self._key = weakref.ref(x, self._clear), key
+            copies = _copies(x, dtype, share)
+            self._copies = (None if copies[0] is x else copies[0], None if copies[1] is x else copies[1])
+        cast, masked = self._copies
+        return x if cast is None else cast, x if masked is None else masked
 
-    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+    def _clear(self, gone: weakref.ref[Tensor]) -> None:
         if gone is self._of:
-            self._of, self._made = None, (None, None)
+            self._of, self._copies = None, (None, None)
 
 
-def _make(x: Tensor, dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
-    given = x.to(dtype)
-    return given, dropped(given, share) if share else given
+def _copies(x: Tensor, dtype: torch.dtype, share: float) -> tuple[Tensor, Tensor]:
+    cast = x.to(dtype)
+    return cast, dropped(cast, share) if share else cast
 
 
 def dropped(x: Tensor, share: float) -> Tensor:
@@ -116,6 +116,6 @@ def dropped(x: Tensor, share: float) -> Tensor:
     torch's CPU dropout draws 32 bits per value on one thread: a quarter of a step's time. This draws 64 bits per four
     values.
     """
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = drawn.view(torch.int16)[: x.numel()].view_as(x) >= round(share * 2**16) - 2**15
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = bits.view(torch.int16)[: x.numel()].view_as(x) >= round(share * 2**16) - 2**15
     return x * kept.to(x.dtype).mul_(1 / (1 - share))

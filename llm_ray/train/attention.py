@@ -74,8 +74,8 @@ def packed_attention(
     """
     if attention_mask is not None:
         raise ValueError("its attention has a mask or bias of its own")
-    if beyond := [name for name, value in others.items() if value is not None and name not in _PASSED]:
-        raise ValueError(f"its attention has {', '.join(beyond)}")
+    if unsupported := [name for name, value in others.items() if value is not None and name not in _PASSED]:
+        raise ValueError(f"its attention has {', '.join(unsupported)}")
     if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError("its attention is not causal")
     split = zip(query.split(_rows, 2), key.split(_rows, 2), value.split(_rows, 2), strict=True)
@@ -231,24 +231,24 @@ def _probe(model: PreTrainedModel, unlike: float, leak: float) -> str:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         return _first_line(error)
-    apart = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
-    if not apart <= leak:
-        return f"rows affect their neighbours (logits differ by {apart:.2g} of their spread)"
-    apart = max(_difference(a, b) for a, b in zip(together, alone, strict=True))
-    if not apart <= unlike:
-        return f"packed rows get different logits than single rows (they differ by {apart:.2g} of their spread)"
+    difference = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
+    if not difference <= leak:
+        return f"rows affect their neighbours (logits differ by {difference:.2g} of their spread)"
+    difference = max(_difference(a, b) for a, b in zip(together, alone, strict=True))
+    if not difference <= unlike:
+        return f"packed rows get different logits than single rows (they differ by {difference:.2g} of their spread)"
     return ""
 
 
-def _difference(given: Tensor, wanted: Tensor) -> float:
-    """Largest distance of a token's logits [1, tokens, vocabulary] from the wanted ones, as a fraction of the mean
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    """Largest distance of a token's logits [1, tokens, vocabulary] from the expected ones, as a fraction of the mean
     spread of those."""
-    finite = wanted.isfinite()
-    if not torch.equal(finite, given.isfinite()):
+    finite = expected.isfinite()
+    if not torch.equal(finite, logits.isfinite()):
         return float("inf")
-    apart = torch.where(finite, given - wanted, 0.0).norm(dim=-1)
-    spread = torch.where(finite, wanted - torch.where(finite, wanted, 0.0).mean(), 0.0).norm(dim=-1).mean()
-    return float((apart / spread.clamp(min=1e-9)).max())
+    distance = torch.where(finite, logits - expected, 0.0).norm(dim=-1)
+    spread = torch.where(finite, expected - torch.where(finite, expected, 0.0).mean(), 0.0).norm(dim=-1).mean()
+    return float((distance / spread.clamp(min=1e-9)).max())
 
 
 def _first_line(error: Exception) -> str:

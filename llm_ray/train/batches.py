@@ -70,7 +70,7 @@ class Schedule:
     def steps_per_epoch(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
-    def take(self, step: int, rank: int, workers: int) -> list[list[int]]:
+    def indices(self, step: int, rank: int, workers: int) -> list[list[int]]:
         """Returns the row numbers of optimizer step `step` (from 0) for worker `rank` of `workers`: a list per forward
         pass, equally many on every worker. If there are too few rows, the last lists are empty."""
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -143,13 +143,13 @@ def steps_of(
     """Yields the batches of worker `rank` for steps `start` to `end` (exclusive): a list per step, with one batch per
     forward pass. `reference`: see :func:`collate`."""
     for step in range(start, end):
-        yield [collate(data, indices, schedule.packed, reference) for indices in schedule.take(step, rank, workers)]
+        yield [collate(data, indices, schedule.packed, reference) for indices in schedule.indices(step, rank, workers)]
 
 
 def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> list[list[int]]:
     """Returns the row numbers of one pass over the data for worker `rank`, in lists of at most `limit` tokens with
     padding; equally many lists on every worker."""
-    return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).take(0, rank, workers)
+    return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).indices(0, rank, workers)
 
 
 def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference: Tensor | None = None) -> Batch:
@@ -171,16 +171,16 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference:
         torch.zeros_like(input_ids),
         torch.full_like(input_ids, IGNORED),
     )
-    place = 0
+    offset = 0
     for number, (ids, labels) in enumerate(rows):
-        row, at = (0, place) if packed else (number, 0)
+        row, at = (0, offset) if packed else (number, 0)
         to = at + len(ids)
         input_ids[row, at:to] = torch.tensor(ids)
         position_ids[row, at:to] = torch.arange(len(ids))
         mask[row, at:to] = 1
         # Each position predicts the next token of its own row.
         target[row, at : to - 1] = torch.tensor(labels[1:], dtype=torch.int64)
-        place = to
+        offset = to
     flat = target.flatten()
     supervised = (flat != IGNORED).nonzero()[:, 0]
     return Batch(

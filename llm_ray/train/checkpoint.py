@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from llm_ray.errors import RunError, TrainError
-from llm_ray.train.workers import agree, world_size
+from llm_ray.train.workers import gather_error, world_size
 
 BEST = "best"
 _STEP = re.compile(r"step_(\d{8})")
@@ -155,7 +155,7 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
     partial = final.with_name(f".{final.name}.partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    agree(None)
+    gather_error(None)
     problem: str | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
         problem = _reason(error)
     except OSError as error:
         problem = str(error)
-    if failed := agree(problem):
+    if failed := gather_error(problem):
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free if final.parent.is_dir() else 0

@@ -104,11 +104,11 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     memory = float(psutil.virtual_memory().total)
 
     weights = state_bytes(conf, frozen, trainable)
-    here = conf.runtime.workers if conf.runtime.mode == "local" else 1
+    local_workers = conf.runtime.workers if conf.runtime.mode == "local" else 1
     free = psutil.virtual_memory().available
     unmeasured = "" if "train" in conf.stages else "stages does not include train"
-    if weights * here > free:
-        need = f"{weights * here / 2**30:.1f} GiB of weights, gradients and optimizer"
+    if weights * local_workers > free:
+        need = f"{weights * local_workers / 2**30:.1f} GiB of weights, gradients and optimizer"
         unmeasured = f"{need} exceed the {free / 2**30:.1f} GiB that are free on this host"
     planned = Estimate(
         parameters=parameters,

@@ -54,24 +54,24 @@ def check_fits(conf: FinetuneConf, base: Base) -> None:
         return
     parameters = check_folder(base.location.folder, tokenizer=not conf.model.tokenizer).parameters
     flags = cpu_flags()
-    held = weight_precision(conf, choose_precision(conf.training.precision, flags)[0], flags)
+    precision = weight_precision(conf, choose_precision(conf.training.precision, flags)[0], flags)
     learning = parameters if conf.tuning.method == "full" else 0
-    frozen = parameters * _PACKED.get(conf.model.weights, bytes_of(held))
-    each = PROCESS_BYTES + state_bytes(conf, frozen, learning)
-    here = float(psutil.virtual_memory().total)
-    if each * conf.runtime.workers > here:
+    frozen = parameters * _PACKED.get(conf.model.weights, bytes_of(precision))
+    per_worker = PROCESS_BYTES + state_bytes(conf, frozen, learning)
+    total = float(psutil.virtual_memory().total)
+    if per_worker * conf.runtime.workers > total:
         raise ConfError(
-            f"{conf.name} needs at least {each * conf.runtime.workers / 2**30:.1f} GiB of memory, and this host has "
-            f"{here / 2**30:.1f} GiB: model.base {conf.model.base} has {parameters / 1e9:.2f} billion parameters, "
+            f"{conf.name} needs at least {per_worker * conf.runtime.workers / 2**30:.1f} GiB of memory, and this host has "
+            f"{total / 2**30:.1f} GiB: model.base {conf.model.base} has {parameters / 1e9:.2f} billion parameters, "
             f"tuning.method is {conf.tuning.method}, runtime.workers {conf.runtime.workers}. Try "
-            + "; or ".join(with_fewer_weights(conf, each, here))
+            + "; or ".join(with_fewer_weights(conf, per_worker, total))
         )
 
 
-def with_fewer_weights(conf: FinetuneConf, each: float, here: float) -> list[str]:
-    """Returns ways to reduce the memory of weights, gradients and optimizer. `each`: bytes per worker; `here`: bytes of
-    this host."""
-    fitting = int(here // each)
+def with_fewer_weights(conf: FinetuneConf, per_worker: float, total: float) -> list[str]:
+    """Returns ways to reduce the memory of weights, gradients and optimizer. `per_worker`: bytes
+    of each worker; `total`: bytes of this host."""
+    fitting = int(total // per_worker)
     ways = []
     if conf.runtime.mode == "local" and 1 <= fitting < conf.runtime.workers:
         ways.append(f"runtime.workers {fitting}, in place of {conf.runtime.workers}")

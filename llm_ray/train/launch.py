@@ -24,7 +24,7 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 # Wait after a failure before continuing with fewer workers: if only a worker died, its CPUs are free again by then.
 _SETTLE_SECONDS = 20.0
 _HOST_SECONDS = 900.0  # how long to wait for lost hosts
-_SAY_SECONDS = 60.0
+_REPORT_SECONDS = 60.0
 # Messages of RuntimeErrors that a retry may fix.
 _PASSING = re.compile(
     r"gloo|connect|peer|socket|timed? ?out|store|rendezvous|process group|barrier|memory|allocat|thread", re.IGNORECASE
@@ -67,8 +67,8 @@ def run_training(
                         raise TrainError(
                             f"{error} (This was failure {lost}; runtime.max_failures is {conf.runtime.max_failures}.)"
                         ) from error
-                    reporter.line(f"  {_told(error)}")
-                    workers = _what_is_left(conf, workers.cpus, stop, reporter)
+                    reporter.line(f"  {_first_sentence(error)}")
+                    workers = _remaining_workers(conf, workers.cpus, stop, reporter)
                     reporter.line(f"  {workers.number} worker(s) continue from {_last_checkpoint(folder)}")
     finally:
         stop.file.unlink(missing_ok=True)
@@ -123,7 +123,7 @@ def _is_no_fault(error: BaseException | None) -> bool:
     )
 
 
-def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> Workers:
+def _remaining_workers(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> Workers:
     """Returns the cluster after a failure and the number of workers it has room for. Waits for lost hosts, but only
     briefly if enough workers fit without them.
 
@@ -138,14 +138,14 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
         if room == conf.runtime.workers or (room >= fewest and waited > _SETTLE_SECONDS):
             return Workers(now, room, cpus)
         if stop.asked():
-            raise Stopped(f"{conf.name}: stopped while waiting for hosts. {_goes_on(conf)}")
+            raise Stopped(f"{conf.name}: stopped while waiting for hosts. {_resume_hint(conf)}")
         if waited > _HOST_SECONDS:
             raise TrainError(
                 f"training of {conf.name} needs {fewest} worker(s) with {cpus} CPU(s) each, but the remaining hosts "
                 f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
-                f"runtime.min_workers. {_goes_on(conf)}"
+                f"runtime.min_workers. {_resume_hint(conf)}"
             )
-        if room < fewest and time.monotonic() - reported_at > _SAY_SECONDS:
+        if room < fewest and time.monotonic() - reported_at > _REPORT_SECONDS:
             reported_at = time.monotonic()
             reporter.line(
                 f"  waiting for hosts: {fewest} worker(s) needed, room for {room} on {', '.join(now.hosts) or 'none'}"
@@ -164,13 +164,13 @@ class _Stop:
 
     def __init__(self, file: Path, reporter: Reporter) -> None:
         self.file, self._reporter = file, reporter
-        self._interrupted = self._told = False
+        self._interrupted = self._reported = False
 
     def asked(self) -> bool:
         """Whether a stop is requested; tells the user the first time."""
         asked = self._interrupted or self.file.exists()
-        if asked and not self._told:
-            self._told = True
+        if asked and not self._reported:
+            self._reported = True
             again = "again" if self._interrupted else "twice"
             self._reporter.line(
                 f"Stopping after this step, with a checkpoint (Ctrl-C {again}: immediately, resuming later from the "
@@ -250,7 +250,7 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     causes = {f"worker {rank} of {conf.name}": _cause(failure) for rank, failure in failures.items()}
     causes = causes or {f"training of {conf.name}": _cause(error)}
-    resume = _goes_on(conf)
+    resume = _resume_hint(conf)
     less = "Lower training.micro_batch_tokens or data.max_length, set training.gradient_checkpointing, for LoRA model.weights int8 or int4, or use training.strategy fsdp over more workers"
     for who, cause in causes.items():
         if isinstance(cause, OutOfMemoryError):
@@ -300,13 +300,13 @@ def _recurs(cause: BaseException) -> bool:
     return isinstance(cause, certain)
 
 
-def _goes_on(conf: FinetuneConf) -> str:
+def _resume_hint(conf: FinetuneConf) -> str:
     return (
         f"Checkpoints are complete: run the same command to continue from the last one (llm-ray runs show {conf.name})"
     )
 
 
-def _told(error: TrainError) -> str:
+def _first_sentence(error: TrainError) -> str:
     """The error's first sentence; its advice is shown only with the error that ends the run."""
     return str(error).split(". ")[0]
 

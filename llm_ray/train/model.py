@@ -176,7 +176,7 @@ def learning_modules(model: nn.Module) -> list[str]:
     each of the two.
     """
     kinds: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    resting: dict[str, None] = {}
+    frozen: dict[str, None] = {}
     for name, module in model.named_modules():
         kind = re.sub(
             r"\b\d+\b",
@@ -193,13 +193,13 @@ def learning_modules(model: nn.Module) -> list[str]:
             any(part.dim() > 1 and not part.requires_grad for part in module.parameters(recurse=False))
             and "lora_" not in name
         ):
-            resting[kind] = None
+            frozen[kind] = None
     adapted = [kind for kind, _ in kinds]
     if not kinds:
         return ["all weights are trained"]
     lines = [f"{kind}: {how}, {len(sizes)} of them, {sum(sizes):,} parameters" for (kind, how), sizes in kinds.items()]
-    still = [kind for kind in resting if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
-    return [*lines, *([f"frozen: {', '.join(still)}"] if still else [])]
+    unadapted = [kind for kind in frozen if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
+    return [*lines, *([f"frozen: {', '.join(unadapted)}"] if unadapted else [])]
 
 
 def compile_layers(causal: PreTrainedModel) -> None:

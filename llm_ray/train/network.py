@@ -28,8 +28,8 @@ def set_interface(wanted: str | None) -> None:
             f"runtime.interface is {wanted}, but {os.uname().nodename} has {', '.join(sorted(addresses))}"
         )
     node_address = get_node_ip_address()
-    carrying = (name for name, held in addresses.items() if any(a.address == node_address for a in held))
-    if interface := wanted or next(carrying, None):
+    matching = (name for name, bound in addresses.items() if any(a.address == node_address for a in bound))
+    if interface := wanted or next(matching, None):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 

@@ -158,8 +158,8 @@ def _rewards(rewards: Tensor) -> list[Tensor]:
     return [*rewards.unbind(1), rewards[:, 0] - rewards[:, 1], (rewards[:, 0] > rewards[:, 1]).float()]
 
 
-def _summed(losses: Tensor, *told: Sequence[Tensor]) -> Tensor:
-    figures = [figure.detach().sum() for figures in told for figure in figures]
+def _summed(losses: Tensor, *reported: Sequence[Tensor]) -> Tensor:
+    figures = [figure.detach().sum() for figures in reported for figure in figures]
     return torch.stack([losses.sum(), *figures])
 
 

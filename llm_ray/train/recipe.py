@@ -48,7 +48,7 @@ from llm_ray.train.objectives import Objective, means
 from llm_ray.train.optimizer import Optimizer, learning_rate, make_optimizer
 from llm_ray.train.reference import reference_folder, reference_log_probabilities
 from llm_ray.train.task import NOTES_FILE, Outcome, Task
-from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total, use_threads
+from llm_ray.train.workers import OtherWorkerFailed, all_reduce, broadcast, gather_error, run_collectively, use_threads
 
 _REFERENCE = (
     "before the first step, the base model's log-probabilities of all pairs are computed, unless already stored"
@@ -85,7 +85,7 @@ def train(task: Task) -> Outcome:
         )
     except (LlmRayError, OSError) as error:
         problem = f"{error} (worker {rank} on {socket.gethostname()})"
-    if (failed := agree(problem)) or setup is None:
+    if (failed := gather_error(problem)) or setup is None:
         return _before_steps("failed", failed or "")
     module, objective, optimizer = setup.module, setup.objective, setup.optimizer
     notes = [*setup.notes, *([_REFERENCE] if objective.reference else [])]
@@ -104,7 +104,7 @@ def train(task: Task) -> Outcome:
     reference: dict[str, Tensor] = {}
     began = time.perf_counter()
     if objective.reference:
-        kept = first(str(reference_folder(conf, task["base"], setup.precision)) if rank == 0 else "")
+        kept = broadcast(str(reference_folder(conf, task["base"], setup.precision)) if rank == 0 else "")
         for name, data in (("train", training_data), ("validation", validation_data)):
             if data is None:
                 continue
@@ -130,7 +130,7 @@ def train(task: Task) -> Outcome:
     # Resume from the last complete checkpoint of this run, else from the requested one, else from the start. Rank 0
     # decides for all.
     found = checkpoints.list_checkpoints(folder)
-    start_from = first(str(found[-1]) if found else task["resume_from"])
+    start_from = broadcast(str(found[-1]) if found else task["resume_from"])
     progress = checkpoints.Progress()
     torch.manual_seed(training.seed + rank)
     if start_from:
@@ -173,7 +173,7 @@ def train(task: Task) -> Outcome:
                 sums += module(batch)
                 weight += objective.weight(batch)
         module.train()
-        *all_sums, all_weight = total(*sums.tolist(), weight)
+        *all_sums, all_weight = all_reduce(*sums.tolist(), weight)
         return {f"validation_{name}": mean for name, mean in means(objective, all_sums, all_weight).items()}
 
     def save() -> None:
@@ -203,7 +203,7 @@ def train(task: Task) -> Outcome:
             # items of the objective (supervised tokens, or pairs).
             stop = float(rank == 0 and stop_file(conf.run_dir).exists())
             memory = float(peak_memory())
-            *sums, weight, tokens, stop, memory = total(*sums, weight, tokens, stop, memory)
+            *sums, weight, tokens, stop, memory = all_reduce(*sums, weight, tokens, stop, memory)
             norm = average_gradients(module, workers / max(1.0, weight))
             figures = means(objective, sums, weight)
             mean_loss = figures["loss"]
@@ -294,18 +294,18 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
 
     dtype = torch_dtype(weight_precision(conf, precision, flags))
 
-    def loaded() -> tuple[PreTrainedModel, str]:
+    def load_base() -> tuple[PreTrainedModel, str]:
         causal = load(conf, base, dtype, rank)
         with autocast():  # with fsdp, only rank 0 has weights yet
             return causal, why_not_packed(causal) if conf.data.packing and rank == 0 else ""
 
-    causal, why_not = together(loaded)
-    why_not = first(why_not)
+    causal, why_not = run_collectively(load_base)
+    why_not = broadcast(why_not)
     loss = adapt(conf, causal, dtype, packed=conf.data.packing and not why_not)
     if rank == 0:
         with autocast():
             loss.choose_blockwise()
-    loss.blockwise = first(loss.blockwise)
+    loss.blockwise = broadcast(loss.blockwise)
     notes = (
         [f"data.packing: rows are trained in padded batches, not packed, because of the model: {why_not}"]
         if why_not

@@ -25,7 +25,7 @@ from llm_ray.hardware import Precision
 from llm_ray.models.load import Base, identity
 from llm_ray.runs.folder import inputs_hash
 from llm_ray.train.batches import collate, passes_over
-from llm_ray.train.workers import agree, first, world_size
+from llm_ray.train.workers import broadcast, gather_error, world_size
 
 PART = 256
 FORM = 1
@@ -64,9 +64,9 @@ def reference_log_probabilities(
     for begin in range(0, len(data), PART):
         rows = range(begin, min(begin + PART, len(data)))
         file = folder / f"{begin:09d}.npy"
-        known = first(_kept(file, len(rows)) if rank == 0 else None)
+        known = broadcast(_kept(file, len(rows)) if rank == 0 else None)
         if known is None:
-            if first(stop.exists()):
+            if broadcast(stop.exists()):
                 return None
             known = torch.zeros(len(rows), 2, dtype=torch.float64)
             module.eval()
@@ -79,7 +79,7 @@ def reference_log_probabilities(
             if world_size() > 1:
                 dist.all_reduce(known)
             known = known.numpy()
-            if failed := agree(_write(file, known) if rank == 0 else None):
+            if failed := gather_error(_write(file, known) if rank == 0 else None):
                 raise TrainError(
                     f"the base model's log-probabilities {file} could not be written: {failed}. Free some space, then "
                     "run the same command again: it continues after the parts already written"

@@ -73,10 +73,12 @@ def untie(causal: PreTrainedModel) -> bool:
 
     Merging the trained weights of one into the shared tensor would change the other, too.
     """
-    ends = causal.get_input_embeddings(), causal.get_output_embeddings()
-    embedding, head = (getattr(end, "base_layer", None) or getattr(end, "original_module", end) for end in ends)
-    learnt = any(isinstance(end, (BaseTunerLayer, ModulesToSaveWrapper)) for end in ends)
-    if not learnt or head is None or head.weight is not embedding.weight:
+    embeddings = causal.get_input_embeddings(), causal.get_output_embeddings()
+    embedding, head = (
+        getattr(module, "base_layer", None) or getattr(module, "original_module", module) for module in embeddings
+    )
+    trained = any(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in embeddings)
+    if not trained or head is None or head.weight is not embedding.weight:
         return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (causal.config, causal.config.get_text_config()):

@@ -62,7 +62,7 @@ def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
         arguments = (conf.model_dump(mode="json"), base, str(prepared), cpus)
         workers = [
             context.Process(
-                target=_worker, args=(*arguments, rank, f"{folder}/meet" if local else "", results), daemon=True
+                target=_worker, args=(*arguments, rank, f"{folder}/rendezvous" if local else "", results), daemon=True
             )
             for rank in range(conf.runtime.workers if local else 1)
         ]
@@ -102,7 +102,7 @@ def _result(workers: list[Any], results: Any) -> Cost:
 
 
 def _worker(
-    conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, meeting: str, results: Any
+    conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, rendezvous: str, results: Any
 ) -> None:
     import torch.distributed as dist
 
@@ -110,8 +110,10 @@ def _worker(
 
     conf = FinetuneConf.model_validate(conf_json)
     try:
-        if meeting and conf.runtime.workers > 1:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=conf.runtime.workers)
+        if rendezvous and conf.runtime.workers > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=conf.runtime.workers
+            )
         elif conf.runtime.workers > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -138,15 +140,15 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     from llm_ray.data.prepare import lengths_of, open_split
     from llm_ray.train.batches import Batch, collate, plan_steps
     from llm_ray.train.recipe import accumulate, average_gradients, set_up, update
-    from llm_ray.train.workers import first
+    from llm_ray.train.workers import broadcast
 
     workers = conf.runtime.workers
     setup = set_up(conf, base, cpus, rank, workers)
     data = open_split(prepared, "train")
     lengths = lengths_of(data)
     schedule, total_steps = plan_steps(conf, lengths_of(data, padded=not setup.packed), setup.packed)
-    looked_at = range(min(total_steps, 200))
-    passes = [pass_ for step in looked_at for pass_ in schedule.take(step, rank, workers)]
+    sampled = range(min(total_steps, 200))
+    passes = [pass_ for step in sampled for pass_ in schedule.indices(step, rank, workers)]
     heaviest = max(passes, key=lambda rows: _computed(lengths[rows], setup.packed))
     whole = _computed(lengths[heaviest], setup.packed)
 
@@ -170,7 +172,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     too_slow = seconds_few * whole / tokens_few > LONG_PASS
     free = psutil.virtual_memory().available / workers
     too_large = (memory_few - before) * whole / tokens_few > free
-    if first(len(few) < len(heaviest) and (too_slow or too_large)):
+    if broadcast(len(few) < len(heaviest) and (too_slow or too_large)):
         began = time.perf_counter()
         # The optimizer's state needs memory, too.
         update(setup, average_gradients(setup.module, 1.0), conf.training.max_grad_norm)
@@ -181,7 +183,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
         each = max(0.0, memory_more - memory_few) / max(1, tokens_more - tokens_few)
         memory = memory_more + each * (whole - tokens_more)
         # Check memory again: scaling up the small pass, as above, also scales its constant part.
-        if first(too_slow or memory - before > free):
+        if broadcast(too_slow or memory - before > free):
             tokens_step = lengths.sum() / schedule.steps_per_epoch
             rate = (
                 seconds_more / tokens_more * _padding(lengths, passes, setup.packed) / workers
@@ -194,11 +196,11 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     warming = max(0.0, cold - seconds_few)
     began = time.perf_counter()
     number = -1
-    while first(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
+    while broadcast(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
         number += 1
-        mine = schedule.take(number, rank, workers)
+        mine = schedule.indices(number, rank, workers)
         tokens = sum(
-            lengths[rows].sum() for other in range(workers) for rows in schedule.take(number, other, workers) if rows
+            lengths[rows].sum() for other in range(workers) for rows in schedule.indices(number, other, workers) if rows
         )
         seconds = step([collate(data, rows, setup.packed) for rows in mine])
         if number:

@@ -43,7 +43,7 @@ def use_threads(threads: int) -> None:
                 work.wait()
             for thread, on in _nanoseconds_of_gloo().items():
                 seen[thread] = seen.get(thread, 0) + (on - before.get(thread, on) > _COMPUTED)
-            if not total(float(any(times < _SEEN for times in seen.values())))[0]:
+            if not all_reduce(float(any(times < _SEEN for times in seen.values())))[0]:
                 break
     torch.set_num_threads(threads)
 
@@ -62,7 +62,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agree(problem: str | None) -> str | None:
+def gather_error(problem: str | None) -> str | None:
     """Returns the problem of the lowest rank that has one, on every worker; None if there is none. Also a barrier."""
     if world_size() == 1:
         return problem
@@ -75,7 +75,7 @@ class OtherWorkerFailed(LlmRayError):
     """Another worker failed in a step that all have to complete."""
 
 
-def together(work: Callable[[], T]) -> T:
+def run_collectively(work: Callable[[], T]) -> T:
     """Runs `work` and returns its result. If it raises LlmRayError on one worker, raises that there and
     OtherWorkerFailed on the others, which would otherwise wait for it."""
     result, problem = None, None
@@ -83,12 +83,12 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except LlmRayError as error:
         problem = error
-    if total(float(problem is not None))[0]:
+    if all_reduce(float(problem is not None))[0]:
         raise problem or OtherWorkerFailed("another worker failed")
     return cast(T, result)
 
 
-def first(value: T) -> T:
+def broadcast(value: T) -> T:
     """Returns worker 0's value on every worker."""
     if world_size() == 1:
         return value
@@ -97,7 +97,7 @@ def first(value: T) -> T:
     return values[0]
 
 
-def total(*values: float) -> list[float]:
+def all_reduce(*values: float) -> list[float]:
     """Returns each value summed over all workers, on every worker."""
     if world_size() == 1:
         return list(values)
