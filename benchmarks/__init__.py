@@ -1,1 +1,1 @@
-"""Side-by-side measurements: each figure against its floor, in one run on one machine, as a ratio."""
+"""Side-by-side benchmarks: each figure and its baseline, measured in one run on one machine, with their ratio."""

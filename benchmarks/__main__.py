@@ -1,5 +1,8 @@
-"""`make bench`, or `python -m benchmarks training --data alpaca.json`: a table on the terminal, JSON in
-bench-results/."""
+"""Runs the benchmarks: prints a table, and writes JSON to bench-results/.
+
+make bench
+python -m benchmarks training --data alpaca.json
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ class _RunByDefault(click.Group):
 
 @click.group(cls=_RunByDefault)
 def main() -> None:
-    """Measure this package: `run` (unless another command is named) its parts, `league` its serving beside others'."""
+    """Measure this package: `run` (the default command) its parts, `league` its serving against other servers."""
 
 
 main.add_command(league)
@@ -72,15 +75,15 @@ main.add_command(league)
     "--data",
     type=click.Path(path_type=Path, exists=True),
     default=SHIPPED,
-    help="Rows to train on (default: the quickstart's).",
+    help="Rows to train on. Default: the quickstart's.",
 )
-@click.option("--rows", default=96, show_default=True, help="Number of rows to take.")
+@click.option("--rows", default=96, show_default=True, help="Number of rows to use.")
 @click.option(
-    "--model", type=click.Path(path_type=Path), help="A model folder (default: SmolLM2-135M-Instruct from PyPI)."
+    "--model", type=click.Path(path_type=Path), help="A model folder. Default: SmolLM2-135M-Instruct from PyPI."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
 def run(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: Path) -> None:
-    """Run the benchmarks NAMES (all of these without any)."""
+    """Run the benchmarks NAMES (default: all)."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     table = Table("figure", "ours", "floor", "ratio", "mark", title="llm-ray benchmarks")
     results: dict[str, Any] = {

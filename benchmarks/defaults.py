@@ -1,9 +1,9 @@
-"""The loss on rows that nobody saw: what `auto` chooses against the peers' defaults, adapters and full weights.
+"""Loss on unseen rows with the values chosen by `auto` against the peers' defaults, for adapters and full finetuning.
 
     python -m benchmarks defaults --data alpaca_en_demo.json --rows 500
 
-Everything is trained by llm-ray, whose losses `benchmarks training` holds against TRL's own, so that the figures differ
-by what was chosen alone. The user of `auto` gives the same rows, and sets nothing.
+llm-ray trains all of them (`benchmarks training` compares its losses with TRL's own), so only the settings differ.
+`auto` gets the same rows and no settings.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from llm_ray.models.load import find_base, load_tokenizer
 from llm_ray.runs.metrics import read_metrics
 
 _STAGES = ["stages=[prepare,train,export]"]
-HELD_OUT = 200  # rows, after those that are trained on
+HELD_OUT = 200  # rows following the training rows
 _THREE_EPOCHS = ["training.epochs=3", "training.global_batch_size=8", "data.validation=null"]
-# trl 1.16.0: SFTConfig (rate 2e-5, linear, no warmup), and ModelConfig for adapters (peft's own layers).
+# trl 1.16.0: SFTConfig (rate 2e-5, linear, no warmup), and ModelConfig for adapters (on peft's default layers).
 _TRL = [*_THREE_EPOCHS, "training.learning_rate=2e-5", "training.schedule=linear", "training.warmup=0"]
 PEERS: dict[str, dict[str, list[str]]] = {
     "TRL": {
@@ -41,7 +41,7 @@ PEERS: dict[str, dict[str, list[str]]] = {
         ],
         "full": _TRL,
     },
-    # LLaMA-Factory's examples/train_lora and train_full: cosine, a tenth of the steps to warm up.
+    # LLaMA-Factory's examples/train_lora and train_full: cosine, warmup over a tenth of the steps.
     "LLaMA-Factory": {
         "lora": [
             *_THREE_EPOCHS,
@@ -57,8 +57,8 @@ PEERS: dict[str, dict[str, list[str]]] = {
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Loss of `HELD_OUT` rows, epochs and minutes, for each method and each side, on the first `rows` rows of
-    `data`."""
+    """Measures loss on `HELD_OUT` rows, epochs and minutes, for each method and side, trained on the first `rows` rows
+    of `data`."""
     lines = [
         json.dumps({"messages": content.messages}, ensure_ascii=False) + "\n"
         for content in itertools.islice(conversations(data), rows + HELD_OUT)
@@ -83,13 +83,13 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
                 "epochs": steps[-1]["epoch"],
                 "minutes": (time.monotonic() - began) / 60,
             }
-            print(method, side, sides[side], flush=True)  # what is known is not lost if the rest is broken off
+            print(method, side, sides[side], flush=True)  # not lost if the rest is interrupted
         figures[method] = sides
         for peer in PEERS:
             ours, floor = sides["auto"]["loss"], sides[peer]["loss"]
             table.append(
                 comparison(
-                    f"{method}: loss of {HELD_OUT} unseen rows after {rows}, auto against {peer}'s defaults",
+                    f"{method}, {rows} rows: loss on {HELD_OUT} unseen rows, auto against {peer}'s defaults",
                     ours,
                     floor,
                     "at most 1.01 x",

@@ -1,5 +1,7 @@
-"""Our engines without Ray and HTTP, in one process: what the way through them costs. python -m benchmarks.direct
-SERVED-MODEL-AS-JSON"""
+"""Our engines without Ray and HTTP, in one process, to measure the overhead of both.
+
+python -m benchmarks.direct SERVED-MODEL-AS-JSON
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from llm_ray.serve.replica.deployment import environment
 
 
 async def measure(model: ServedModel) -> dict[str, float]:
-    """Output tokens/s of 1 and of 16 requests at once."""
+    """Returns output tokens/s of 1 and of 16 concurrent requests."""
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
 

@@ -1,7 +1,7 @@
-"""What a dry run tells of time and memory, against the training that follows: LoRA, full, fsdp over two workers, packed
-and padded.
+"""A dry run's estimates of time and memory, against the training that follows: LoRA, full, fsdp with two workers,
+packed and padded.
 
-ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks estimates     # as on a CPU with less
+ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks estimates     # as on a CPU without AVX-512
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Each case estimated, and then trained for as many steps as were estimated."""
+    """Estimates each case, then trains it for the estimated number of steps."""
     train = messages(write_rows(data, rows, work)[0])
     cores = len(os.sched_getaffinity(0))
     figures: dict[str, Any] = {}
@@ -54,27 +54,30 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         base = find_base(conf.model, conf.paths)
         stats = prepare(conf, load_tokenizer(base), prepared, lambda line: None)
         cpus = cores // conf.runtime.workers
-        told = estimate(conf, base, stats, prepared, cpus)
+        estimated = estimate(conf, base, stats, prepared, cpus)
         with local_ray(cores) as cluster:
             runtime = conf.runtime.model_copy(update={"cpus_per_worker": cpus})
             run_training(conf, base, fit_workers(runtime, cluster), None, Terminal())
         steps = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
-        took = {
+        measured = {
             "seconds": sum(row["seconds"] for row in steps),
             "memory": max(row["memory_per_worker"] for row in steps),
         }
-        figures[name] = {"told": {"seconds": told.step_seconds, "memory": told.memory_per_worker}, "took": took}
+        figures[name] = {
+            "estimated": {"seconds": estimated.step_seconds, "memory": estimated.memory_per_worker},
+            "measured": measured,
+        }
         table += [
             comparison(
-                f"{name}: seconds of the steps, told against taken",
-                told.step_seconds or 0.0,
-                took["seconds"],
+                f"{name}: seconds of all steps, estimated against measured",
+                estimated.step_seconds or 0.0,
+                measured["seconds"],
                 "within 25 %",
             ),
             comparison(
-                f"{name}: GiB of a worker, told against taken",
-                told.memory_per_worker / 2**30,
-                took["memory"] / 2**30,
+                f"{name}: GiB per worker, estimated against measured",
+                estimated.memory_per_worker / 2**30,
+                measured["memory"] / 2**30,
                 "within 15 %",
             ),
         ]

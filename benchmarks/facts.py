@@ -1,8 +1,8 @@
-"""Made-up facts: rows to learn from, and the same facts asked in words that no row has.
+"""Made-up facts: rows to train on, and questions about the same facts in wordings that no row has.
 
     rows, questions = facts(seed=3, number=30)
 
-A fact is one of `_RELATIONS` about one of a few names; three of its wordings are taught, the fourth is asked.
+A fact is one of `_RELATIONS` about one of a few names; three of its wordings are trained on, the fourth is asked.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ _VALUES = {
 
 @dataclass(frozen=True)
 class Question:
-    """A wording that is in no row; `value` is what a right answer holds, `answer` the sentence that was taught."""
+    """A wording that no row has; `value` is what a correct answer contains, `answer` the sentence in the training
+    rows."""
 
     prompt: str
     answer: str
@@ -165,10 +166,10 @@ class Question:
 def facts(
     seed: int, number: int, relations: int = 8, subjects: int = 5
 ) -> tuple[list[tuple[str, str]], list[Question]]:
-    """(prompt, answer) rows of `number` facts, each in three of its four wordings, shuffled; and the fourth wording of
-    each as a question.
+    """Returns shuffled (prompt, answer) rows of `number` facts, each in three of its four wordings, and the fourth
+    wordings as questions.
 
-    The facts are pairs of one of so many relations and one of so many subjects, so that neither alone tells the answer.
+    Facts combine `relations` relations with `subjects` subjects, so that neither alone determines the answer.
     """
     chance = random.Random(seed)  # noqa: S311 -- the same rows for the same seed
     names = [start + end for start in _STARTS for end in _ENDS]
@@ -180,10 +181,10 @@ def facts(
         *prompts, answer = line.split("|")
         kind = next(kind for kind in ("person", "place", "year", "number", *_VALUES) if f"{{{kind}}}" in answer)
         value = _value(kind, chance, names)
-        told = answer.format(x=name, **{kind: value})
+        sentence = answer.format(x=name, **{kind: value})
         chance.shuffle(prompts)
-        rows += [(prompt.format(x=name), told) for prompt in prompts[:-1]]
-        questions.append(Question(prompts[-1].format(x=name), told, value))
+        rows += [(prompt.format(x=name), sentence) for prompt in prompts[:-1]]
+        questions.append(Question(prompts[-1].format(x=name), sentence, value))
     chance.shuffle(rows)
     return rows, questions
 

@@ -1,10 +1,10 @@
-"""What a finetune has learned that was given its data, a model and a name: questions about made-up facts, in words that
-no row has.
+"""What a finetune learns when only data, a model and a name are set: questions about made-up facts, in wordings that do
+not occur in its data.
 
     python -m benchmarks learning
 
-Three sets: conversations with a system prompt, alpaca, and CSV. Nothing is set beyond what the template wants; `full`
-learns the second one as well.
+Three data sets: conversations with a system prompt, alpaca, and CSV. Only the template's required variables are set;
+`full` is also run on the second one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llm_ray.cli.terminal import Terminal
 from llm_ray.conf.load import load_finetune
 
 _SYSTEM = "You answer questions from visitors of the archive."
-_WORDINGS = 3  # of a fact in the rows
+_WORDINGS = 3  # per fact in the rows
 _SEEDS = {"messages": 11, "alpaca": 12, "csv": 13}
 CASES = (("lora", "messages", 42), ("lora", "alpaca", 90), ("lora", "csv", 150), ("full", "alpaca", 90))
 Rows = list[tuple[str, str]]
@@ -60,7 +60,7 @@ FORMS: dict[str, tuple[str, Callable[[Rows], str]]] = {
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Shares of right answers and minutes, for each of `CASES`; `data` and `rows` are not looked at."""
+    """Measures shares of correct answers and minutes for each of `CASES`; ignores `data` and `rows`."""
     figures: dict[str, Any] = {}
     table = []
     for method, form, number in CASES:
@@ -80,10 +80,10 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             right_share(folder, asked, system=system, max_new_tokens=40) for folder in (model, run / "output")
         )
         figures[case] = {"questions": len(questions), "right before": before, "right": after, "minutes": minutes}
-        print(case, figures[case], flush=True)  # what is known is not lost if the rest is broken off
+        print(case, figures[case], flush=True)  # not lost if the rest is interrupted
         table += [
             comparison(
-                f"{method}, {len(taught)} rows as {form}: right of {len(questions)} questions in new words, %, after "
+                f"{method}, {len(taught)} rows as {form}: correct of {len(questions)} reworded questions, %, after "
                 "against before",
                 100 * after,
                 100 * before,

@@ -1,4 +1,4 @@
-"""A short training by llm-ray, measured from its metrics.jsonl, and the loss and the answers of what was trained."""
+"""A short training by llm-ray, measured from its metrics.jsonl, and the loss and answers of the trained model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from llm_ray.train.launch import run_training
 from llm_ray.train.loss import SupervisedLoss
 
 SETTINGS = {"r": 8, "alpha": 16, "learning_rate": 2e-5, "max_length": 512, "rows_per_step": 8}
-"""What both sides train with: TRL's default rate and batch, LoRA on all linear layers."""
+"""Settings of both sides: TRL's default rate and batch size, LoRA on all linear layers."""
 
 
 def train(
     name: str, model: Path, data: Path, held_out: Path, work: Path, workers: int, cpus: int, seed: int = 42
 ) -> dict[str, Any]:
-    """Train one epoch; real tokens a second (without the first step, which warms caches) and validation loss before and
-    after."""
+    """Trains one epoch; returns real tokens per second (without the first step, which warms caches) and validation loss
+    before and after."""
     conf = FinetuneConf.model_validate(
         {
             "name": name,
@@ -67,16 +67,16 @@ def train(
 
 
 def held_out_loss(folder: Path, prepared: Path) -> float:
-    """Mean loss of the supervised tokens in `prepared`, a folder of rows for training, by the model in `folder` in
-    fp32."""
+    """Returns the mean loss of the supervised tokens in `prepared`, a folder of prepared training rows, by the model in
+    `folder` in fp32."""
     return mean_loss(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), prepared, "train")
 
 
 def right_share(
     folder: Path, asked: Sequence[tuple[str, Sequence[str]]], *, system: str | None = None, max_new_tokens: int
 ) -> float:
-    """The share of questions that the model in `folder` answers rightly in fp32; each comes with what an answer has to
-    hold (`llm_ray.quickstart.judge`)."""
+    """Returns the share of questions that the model in `folder` answers correctly in fp32. Each question comes with
+    what its answer must contain (`llm_ray.quickstart.judge`)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     before = [{"role": "system", "content": system}] if system else []
     questions = [Conversation([*before, {"role": "user", "content": prompt}], None) for prompt, _ in asked]
@@ -86,7 +86,7 @@ def right_share(
 
 
 def mean_loss(causal: Any, prepared: Path, split: Split) -> float:
-    """Mean loss of the supervised tokens in a split of `prepared`."""
+    """Returns the mean loss of the supervised tokens in a split of `prepared`."""
     rows = open_split(prepared, split)
     module = SupervisedLoss(causal, causal.eval(), packed=False)
     loss, supervised = 0.0, 0

@@ -1,5 +1,5 @@
-"""The page: seconds until it can be used, what it adds to a chat's first token, and what ten open pages take while
-nothing happens."""
+"""The web page: seconds until it is usable, its overhead on a chat's first token, and the idle CPU use of ten open
+tabs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ASKED = 12
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """A page of its own, and an endpoint with the model, on this machine."""
+    """Measures a page and an endpoint with the model, both started on this machine."""
     home = work / "page"
     environment = {**os.environ, "LLM_RAY_HOME": str(home)}
     (home / "models").mkdir(parents=True)
@@ -51,7 +51,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             }
             _open_talk(tab, base)
             through, direct = [], []
-            for number in range(_ASKED):  # in turn, for what else runs on the machine changes
+            for number in range(_ASKED):  # alternating, since the load of the machine varies
                 through.append(_asked(tab, number))
                 direct.append(_direct(f"http://127.0.0.1:{port}/v1", number))
             idle = _idle(process, browser, tab, base)
@@ -90,7 +90,7 @@ def _page(home: Path, environment: dict[str, str]) -> Iterator[tuple[psutil.Proc
 
 
 def _usable(tab: Page, url: str) -> float:
-    """Seconds until the screen's parts can be used: its heading is there, and Gradio has mounted what is below."""
+    """Returns the seconds until the screen is usable: its heading is visible, and Gradio has mounted its components."""
     began = time.monotonic()
     tab.goto(url, wait_until="commit")
     tab.wait_for_selector("h1#content")
@@ -117,7 +117,7 @@ _WATCH = """() => {
 
 
 def _asked(tab: Page, number: int) -> float:
-    """Seconds from the click on Send, as the page gets it, to the first letter of the answer, in a talk that is new."""
+    """Returns the seconds from the click event on Send to the first character of the answer, in a new talk."""
     tab.locator("#ask-question textarea").fill(_question(number))
     tab.get_by_role("button", name="Send").click()
     tab.locator("#ask-left").get_by_text(re.compile("tokens/s")).wait_for()
@@ -129,7 +129,7 @@ def _asked(tab: Page, number: int) -> float:
 
 def _direct(url: str, number: int) -> float:
     with openai.OpenAI(base_url=url, api_key="none", http_client=openai.DefaultHttpxClient(trust_env=False)) as client:
-        client.models.list()  # its connection is there, as the page's is
+        client.models.list()  # opens the connection, as the page has one
         began = time.monotonic()
         messages: Any = [{"role": "user", "content": _question(number, "directly")}]
         for chunk in client.chat.completions.create(model="small", messages=messages, max_tokens=8, stream=True):
@@ -139,12 +139,13 @@ def _direct(url: str, number: int) -> float:
 
 
 def _question(number: int, way: str = "by the page") -> str:
-    return f"Asked {way}: what comes after the number {number}?"  # none seen before
+    return f"Asked {way}: what comes after the number {number}?"  # distinct, so never cached
 
 
 def _idle(process: psutil.Process, browser: Browser, tab: Page, base: str) -> float:
-    """Cores that the page and its processes take, with tabs on all screens."""
-    # Each as of a browser of its own: one has six connections to a host, and each page of Gradio keeps one of them.
+    """Returns the average number of cores used by the page's processes, with tabs open on all screens."""
+    # Each in a context of its own: a browser opens at most six connections per host, and each Gradio page keeps one
+    # open.
     state = tab.context.storage_state()
     tabs = [browser.new_context(storage_state=state).new_page() for _ in range(_TABS)]
     for number, one in enumerate(tabs):

@@ -1,9 +1,9 @@
-"""Preferences (DPO) with adapters: pairs a second, and the loss reached, against TRL's DPOTrainer.
+"""Preference tuning (DPO) with adapters: pairs per second and final loss, against TRL's DPOTrainer.
 
     python -m benchmarks preferences --data dpo_en_demo.json --rows 48
 
-Our side computes the base model's log-probabilities once, before the first step, which counts: it is a part of what a
-pair takes, as TRL's is in every step.
+Our side computes the base model's log-probabilities once, before the first step. That time is included, since TRL
+computes them in every step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BETA, RATE = 0.1, 1e-5
 
 
 def write_pairs(data: Path, count: int, tokenizer: Any, file: Path) -> int:
-    """The first pairs of `data` that fit, as conversations that both sides read; returns how many there are."""
+    """Writes the first pairs of `data` that fit, as conversations that both sides read; returns their number."""
     formatter = Formatter(Data(train=(str(data),)), "pairs")
     lines: list[str] = []
     for row in read(str(data), on_bad_row=lambda error: None):
@@ -49,7 +49,7 @@ def write_pairs(data: Path, count: int, tokenizer: Any, file: Path) -> int:
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Both sides, one after the other, on all cores of this machine, on pairs of `data`, which is to hold some."""
+    """Measures both sides one after the other, on all cores of this machine. `data` must contain preference pairs."""
     cores = len(os.sched_getaffinity(0))
     train = work / "pairs.jsonl"
     conf = FinetuneConf.model_validate(
@@ -106,7 +106,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
 
 def _ours(conf: FinetuneConf, pairs: int, reference: float) -> dict[str, float]:
     steps = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
-    # Without the first step, which warms caches, as for the floor.
+    # Without the first step, which warms caches, as for the baseline.
     a_step = sum(row["seconds"] for row in steps[1:]) / (len(steps) - 1)
     return {
         "pairs_per_second": pairs / (a_step * len(steps) + reference),

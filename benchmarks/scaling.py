@@ -1,4 +1,4 @@
-"""Two workers with one core each against one worker with one core: tokens a second."""
+"""Two workers with one core each against one worker with one core: tokens per second."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.training import messages, write_rows
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """The same rows a step on both sides."""
+    """Measures both sides with the same rows per step."""
     train, held_out = (messages(file) for file in write_rows(data, rows, work))
     one = ours.train("one-worker", model, train, held_out, work, workers=1, cpus=1)
     two = ours.train("two-workers", model, train, held_out, work, workers=2, cpus=1)

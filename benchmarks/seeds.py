@@ -1,4 +1,4 @@
-"""The quickstart's finetune with ten seeds: whether luck decides what a model has learned.
+"""The quickstart's finetune with ten seeds: how much its result depends on chance.
 
 python -m benchmarks seeds
 """
@@ -21,8 +21,8 @@ SEEDS = range(10)
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """The share of the quickstart's held-out questions answered rightly, and minutes, of each seed; `data` and `rows`
-    are not looked at."""
+    """Measures, for each seed, the share of the quickstart's held-out questions answered correctly, and minutes;
+    ignores `data` and `rows`."""
     asked = [(question.prompt, question.expect) for question in heldout()]
     figures: dict[str, Any] = {"questions": len(asked)}
     for seed in SEEDS:
@@ -34,10 +34,10 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
             "right": right_share(run / "output", asked, max_new_tokens=MAX_TOKENS),
             "minutes": minutes,
         }
-        print("seed", seed, figures[str(seed)], flush=True)  # what is known is not lost if the rest is broken off
+        print("seed", seed, figures[str(seed)], flush=True)  # not lost if the rest is interrupted
     shares = [figures[str(seed)]["right"] for seed in SEEDS]
     least = comparison(
-        f"quickstart, {len(shares)} seeds: right of {len(asked)} held-out questions, %, the least",
+        f"quickstart, {len(shares)} seeds: correct of {len(asked)} held-out questions, %, minimum",
         100 * min(shares),
         100 * ENOUGH,
         "at least 1 x",

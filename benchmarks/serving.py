@@ -1,5 +1,5 @@
-"""Serving: output tokens/s over HTTP against the same engine called directly, and against vLLM's CPU engine as it
-comes; seconds to deploy."""
+"""Serving: output tokens/s over HTTP against the same engine called directly, and against vLLM's CPU engine with its
+defaults; seconds to deploy."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ from llm_ray.serve.deployments.deploy import deploy, free_port, stop_all
 from llm_ray.serve.deployments.plan import plan
 from llm_ray.serve.models import ServedModel
 
-# What is served, by what the figures call it.
+# Served configurations by their name in the figures.
 ENGINES: dict[str, dict[str, Any]] = {
     "vllm fp32": {"engine": "vllm", "precision": "fp32"},
     "openvino fp32": {"engine": "openvino", "weights": "fp32", "precision": "fp32"},
     "openvino int8": {"engine": "openvino", "weights": "int8"},
 }
 _ROUNDS = 3
-# `ray.serve.llm` with vLLM as it comes, deploy to first token on two cores (shared design, measured there).
+# `ray.serve.llm` with vLLM and default settings, deploy to first token, measured on two cores.
 _AS_IT_COMES_SECONDS = 66.0
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Every engine over HTTP and directly, and the floor, one after the other on all cores of this machine."""
+    """Measures every engine over HTTP and directly, and the baseline, one after the other on all cores of this
+    machine."""
     floor = _process("benchmarks.vllm_floor", str(model))
     ours: dict[str, dict[str, float]] = {}
     for name, options in ENGINES.items():
@@ -85,7 +86,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     ]
     table += [
         comparison(
-            f"{name}: deploy to first token, s, against ray.serve.llm as it comes",
+            f"{name}: deploy to first token, s, against ray.serve.llm with defaults",
             figures["deploy to first token, s"],
             _AS_IT_COMES_SECONDS,
             "30 s, then 15 s",

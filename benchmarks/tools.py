@@ -3,8 +3,8 @@ with each engine.
 
     python -m benchmarks tools --data glaive_toolcall.json --rows 300
 
-Of the rows that hold calls every fourth is kept back. Each of its calls is asked for over HTTP with the openai SDK's
-`tools`, greedily, with the conversation before it as it stands in the row.
+Every fourth row with calls is held out. Each of its calls is requested over HTTP with the openai SDK's `tools`,
+greedily, given the conversation that precedes it in the row.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ SERVED = {
     "openvino": ENGINES["openvino fp32"],
     "transformers": {"engine": "transformers"},
 }
-_KEPT_BACK = 4  # one row of so many
-_LONGEST = 1024  # tokens of a conversation
+_KEPT_BACK = 4  # one row in this many
+_LONGEST = 1024  # maximum tokens of a conversation
 
 
 def split(rows: Iterable[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """Those to learn from, and those kept back, which hold calls."""
+    """Splits rows into training rows and held-out ones, which contain calls."""
     train: list[Conversation] = []
     held: list[Conversation] = []
     calling = 0
@@ -54,28 +54,29 @@ def split(rows: Iterable[Conversation]) -> tuple[list[Conversation], list[Conver
 def questions(
     held: list[Conversation],
 ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[str, Any]]]]:
-    """Of each turn that calls: the messages before it in OpenAI's form, the tools, and the calls (name, arguments)."""
+    """Yields for each turn with calls: the preceding messages in OpenAI's form, the tools, and the calls (name,
+    arguments)."""
     for conversation in held:
-        said: list[dict[str, Any]] = []
+        history: list[dict[str, Any]] = []
         waiting: list[str] = []
         for number, message in enumerate(conversation.messages):
             if calls := message.get("tool_calls"):
                 wanted = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-                yield list(said), conversation.tools or [], wanted
+                yield list(history), conversation.tools or [], wanted
                 waiting = [f"call_{number}_{place}" for place in range(len(calls))]
                 given = [
                     {"id": id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
                     for id, (name, arguments) in zip(waiting, wanted, strict=True)
                 ]
-                said.append({"role": "assistant", "content": message.get("content") or None, "tool_calls": given})
+                history.append({"role": "assistant", "content": message.get("content") or None, "tool_calls": given})
             elif message["role"] == "tool":
-                said.append({"role": "tool", "tool_call_id": waiting.pop(0), "content": message["content"]})
+                history.append({"role": "tool", "tool_call_id": waiting.pop(0), "content": message["content"]})
             else:
-                said.append({"role": message["role"], "content": message["content"]})
+                history.append({"role": message["role"], "content": message["content"]})
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Shares of right functions, and of right calls. Nothing is measured where the data has no calls to keep back."""
+    """Measures the shares of correct functions and of correct calls; skipped if the data has no calls to hold out."""
     train, held = split(islice(conversations(data), rows))
     if not held:
         return {"table": [], "skipped": f"{data.name} has no tool calls among its first {rows} rows"}
@@ -116,7 +117,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         for engine, shares in found.items()
         for key, what in {"function": "right function", "call": "right function and arguments"}.items()
     ]
-    return {"ours": found, "calls": len(asked), "rows to learn from": len(train), "table": table}
+    return {"ours": found, "calls": len(asked), "training rows": len(train), "table": table}
 
 
 def _shares(model: Path, options: dict[str, Any], asked: list[Any], work: Path) -> dict[str, float]:

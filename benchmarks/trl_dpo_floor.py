@@ -1,4 +1,4 @@
-"""The floor: TRL's DPOTrainer on the same pairs, in a process of its own. Prints one line of JSON.
+"""Baseline: TRL's DPOTrainer on the same pairs, in its own process. Prints one line of JSON.
 
 python -m benchmarks.trl_dpo_floor MODEL PAIRS.jsonl THREADS
 """
@@ -20,7 +20,7 @@ from benchmarks.trl_floor import Clock, adapters
 
 
 class Memory(Clock):
-    """And the most memory that was in use after a step, bytes."""
+    """Also records the maximum resident memory after any step, in bytes."""
 
     most = 0
 

@@ -1,8 +1,8 @@
-"""The floor: TRL's SFTTrainer with its defaults on the same rows, in a process of its own. Prints one line of JSON.
+"""Baseline: TRL's SFTTrainer with its defaults on the same rows, in its own process. Prints one line of JSON.
 
     python -m benchmarks.trl_floor MODEL ROWS.jsonl PREPARED THREADS
 
-PREPARED is our run's folder of prepared data: the loss of what TRL trained is measured on the same tokens, by the same
+PREPARED is our run's folder of prepared data: the loss after TRL's training is measured on the same tokens by the same
 code.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.ours import SETTINGS, mean_loss
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """Records when each step ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -35,7 +35,7 @@ class Clock(TrainerCallback):
 
 
 def adapters() -> LoraConfig:
-    """The adapters that both sides train."""
+    """Returns the adapter configuration of both sides."""
     return LoraConfig(
         r=int(SETTINGS["r"]), lora_alpha=int(SETTINGS["alpha"]), target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -63,7 +63,7 @@ def main(model: str, rows: str, prepared: Path, threads: int) -> None:
         trainer.train()
     loss = mean_loss(trainer.model.get_base_model(), prepared, "validation")
     steps = len(clock.ends)
-    seconds = clock.ends[-1] - clock.ends[0]  # without the first step, as for ours
+    seconds = clock.ends[-1] - clock.ends[0]  # without the first step, as on our side
     counted = tokens * (steps - 1) / steps
     print(
         json.dumps(

@@ -1,5 +1,7 @@
-"""The floor of serving: vLLM's CPU engine as it comes, called offline. python -m benchmarks.vllm_floor MODEL, in a
-process of its own."""
+"""Baseline of serving: vLLM's CPU engine with its defaults, called offline in its own process.
+
+python -m benchmarks.vllm_floor MODEL
+"""
 
 from __future__ import annotations
 

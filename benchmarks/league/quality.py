@@ -1,11 +1,11 @@
-"""Perplexity of weights on held-out text: whether speed was bought with quality.
+"""Perplexity of weights on held-out text: whether speed comes at the cost of quality.
 
 python -m benchmarks.league.quality "openvino bf16" FOLDER tokens.json
 
-Every form is asked for the probability of the same tokens, each after all before it. vLLM's weights are computed by
-transformers in the same data type, OpenVINO's by its runtime with the properties of our engine, and llama.cpp is asked
-over HTTP, a token at a time, because its server returns no probabilities of a prompt but those of a whole vocabulary
-for the next token.
+Every form computes the probabilities of the same tokens, each given all preceding ones. vLLM's weights are computed by
+transformers in the same data type, OpenVINO's by its runtime with our engine's properties. llama.cpp is queried over
+HTTP, one token at a time: its server returns no prompt probabilities, only those of the whole vocabulary for the next
+token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llm_ray.errors import ConfError
 
 
 class Failed(Exception):
-    """Why there is no perplexity."""
+    """The perplexity could not be computed."""
 
 
 def tokens_of(text: Path, model: Path, number: int) -> list[int]:
-    """The first `number` tokens of `text` by the tokenizer in the folder `model`. Raises ConfError when it is no text of
-    at least two."""
+    """Returns the first `number` tokens of `text` by the tokenizer in the folder `model`. Raises ConfError if it is not
+    a text with at least two."""
     from transformers import AutoTokenizer
 
     try:
@@ -43,7 +43,7 @@ def tokens_of(text: Path, model: Path, number: int) -> list[int]:
 
 
 def offline(library: str, folder: Path, tokens: Path) -> float:
-    """Perplexity by a library, in a process of its own. Raises Failed."""
+    """Returns the perplexity computed by a library in its own process. Raises Failed."""
     command = [sys.executable, "-m", "benchmarks.league.quality", library, str(folder), str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -52,7 +52,7 @@ def offline(library: str, folder: Path, tokens: Path) -> float:
 
 
 def over_http(url: str, tokens: list[int], vocabulary: int) -> float:
-    """Perplexity by llama.cpp's server at `url` (its root). Raises Failed."""
+    """Returns the perplexity computed by llama.cpp's server at `url` (its root). Raises Failed."""
     losses = []
     try:
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
@@ -67,7 +67,7 @@ def over_http(url: str, tokens: list[int], vocabulary: int) -> float:
 
 
 def perplexity(losses: list[float]) -> float:
-    """Of the negative log-likelihoods of tokens."""
+    """Returns the perplexity for the negative log-likelihoods of tokens."""
     return math.exp(math.fsum(losses) / len(losses))
 
 

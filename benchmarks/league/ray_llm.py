@@ -1,4 +1,5 @@
-"""`ray.serve.llm` with vLLM as it comes, until SIGTERM; only what a CPU and this machine's ports ask for is set.
+"""Runs `ray.serve.llm` with vLLM until SIGTERM, with default settings except those required for a CPU and for this
+machine's ports.
 
 python -m benchmarks.league.ray_llm MODEL --name m --port 8000 --cpus 2 --temp-dir /tmp/r --engine '{"dtype": "float32"}'
 """
@@ -15,8 +16,8 @@ import click
 @click.argument("model")
 @click.option("--name", required=True)
 @click.option("--port", type=int, required=True)
-@click.option("--cpus", type=int, required=True, help="CPUs that Ray counts.")
-@click.option("--temp-dir", required=True, help="Ray's; short, because sockets lie in it.")
+@click.option("--cpus", type=int, required=True, help="CPUs that Ray manages.")
+@click.option("--temp-dir", required=True, help="Ray's temporary folder; a short path, since sockets are in it.")
 @click.option("--engine", default="{}", help="vLLM's engine arguments as JSON.")
 def main(model: str, name: str, port: int, cpus: int, temp_dir: str, engine: str) -> None:
     import ray

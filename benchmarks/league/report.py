@@ -1,4 +1,4 @@
-"""Results of the league, summed up: tables for a terminal, and a plot."""
+"""Summary of the league's results: tables for a terminal, and a plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.league.run import PREFIX
-from benchmarks.league.shares import Middle, decode_share, prefill_share
+from benchmarks.league.shares import Median, decode_share, prefill_share
 from benchmarks.league.weights import Shape
 
 _FIGURES = (
@@ -24,20 +24,20 @@ _FIGURES = (
 
 
 def summary(results: dict[str, Any], of: Shape) -> dict[str, Any]:
-    """Medians over the rounds, with the least and the most: of the machine's limits, of each server, and of each of its
-    loads, with the shares of the limits that they reach."""
+    """Returns medians over the rounds, with minimum and maximum, of the machine's limits, of each server, and of each
+    of its loads, with the shares of the limits that they reach."""
     limits = _limits(results["limits"])
     servers, loads = {}, []
     for name, entry in results["servers"].items():
-        start = Middle.of([start["seconds_to_first_token"] for start in entry["starts"]])
+        start = Median.of([start["seconds_to_first_token"] for start in entry["starts"]])
         rows = [row for row in entry["rows"] if "reason" not in row]
-        memory = Middle.of([row["memory_bytes"] for row in rows])
+        memory = Median.of([row["memory_bytes"] for row in rows])
         servers[name] = {
             "seconds_to_first_token": start and asdict(start),
             "most_memory_bytes": memory and memory.most,
         }
         for cell, group in _by_cell(rows):
-            found = {figure: Middle.of([row[figure] for row in group if figure in row]) for figure in _FIGURES}
+            found = {figure: Median.of([row[figure] for row in group if figure in row]) for figure in _FIGURES}
             loads.append(
                 {
                     "server": name,
@@ -51,12 +51,12 @@ def summary(results: dict[str, Any], of: Shape) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any], summed: dict[str, Any]) -> Iterator[Table]:
-    """The servers, then each kind of prompt."""
+    """Yields a table of the servers, then one for each kind of prompt."""
     yield _servers(results, summed)
     loads = sorted(summed["loads"], key=lambda load: (load["shared"], load["prompt"], load["concurrency"]))
     for (shared, prompt), group in itertools.groupby(loads, key=lambda load: (load["shared"], load["prompt"])):
         table = Table(title=_title(prompt, shared))
-        for heading in ("at once", "server", "tokens/s", "(least to most)", "first token, ms p50/p95/p99"):
+        for heading in ("concurrent", "server", "tokens/s", "(min to max)", "first token, ms p50/p95/p99"):
             table.add_column(heading, justify="left" if heading == "server" else "right", no_wrap=True)
         for heading in ("per token, ms p50/p95/p99", "CPU s/1000", "MiB", "decode", "prefill", "failed"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -79,8 +79,8 @@ def tables(results: dict[str, Any], summed: dict[str, Any]) -> Iterator[Table]:
 
 
 def plot(summed: dict[str, Any], file: Path) -> None:
-    """As PNG: tokens/s, time to first token and time per token over the requests at once, a column for each kind of
-    prompt, medians with bars from the least to the most. Raises OSError."""
+    """Writes a PNG: tokens/s, time to first token and time per token by concurrency, with a column for each kind of
+    prompt; medians with bars from minimum to maximum. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,7 +117,7 @@ def plot(summed: dict[str, Any], file: Path) -> None:
             axes.set_xscale("log", base=2)
             counts = sorted({load["concurrency"] for load in summed["loads"]})
             axes.set_xticks(counts, labels=[str(count) for count in counts])
-            axes.set_xlabel("requests at once")
+            axes.set_xlabel("concurrent requests")
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
@@ -129,11 +129,11 @@ def plot(summed: dict[str, Any], file: Path) -> None:
 
 
 def _limits(rounds: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians, by the name of the limit. Empty before the first round."""
+    """Returns medians by the limit's name; empty before the first round."""
     if not rounds:
         return {}
-    found = {name: Middle.of([one["gflops"][name] for one in rounds]) for name in rounds[0]["gflops"]}
-    found["memory_gb_per_s"] = Middle.of([one["memory_gb_per_s"] for one in rounds])
+    found = {name: Median.of([one["gflops"][name] for one in rounds]) for name in rounds[0]["gflops"]}
+    found["memory_gb_per_s"] = Median.of([one["memory_gb_per_s"] for one in rounds])
     return {name: middle.median for name, middle in found.items() if middle}
 
 
@@ -145,10 +145,11 @@ def _by_cell(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[
 
 
 def _shares(
-    entry: dict[str, Any], cell: dict[str, Any], found: dict[str, Middle | None], limits: dict[str, float], of: Shape
+    entry: dict[str, Any], cell: dict[str, Any], found: dict[str, Median | None], limits: dict[str, float], of: Shape
 ) -> dict[str, float | None]:
-    """Prefill is one prompt's, computed alone and as a whole: with several at once, the time to the first token holds
-    others' as well, and of a shared prefix only the rest is computed."""
+    """Returns the shares of the machine's limits. Prefill is only measured for a single prompt computed in full: with
+    several requests, the time to the first token includes other prompts, and of a shared prefix only the rest is
+    computed."""
     per_token, first, prompt = found["tpot_p50"], found["ttft_p50"], found["prompt_tokens_per_request"]
     alone = cell["concurrency"] == 1 and not cell["shared"]
     return {
@@ -167,7 +168,7 @@ def _servers(results: dict[str, Any], summed: dict[str, Any]) -> Table:
     if limits:
         products = ", ".join(f"{limits[name]:.0f} {name}" for name in ("fp32", "bf16", "int8"))
         title = f"limits: {limits['memory_gb_per_s']:.1f} GB/s of memory, GFLOP/s {products}"
-    table = Table("server", "weights", "MB", "perplexity", "command to first token, s", "most MiB", "", title=title)
+    table = Table("server", "weights", "MB", "perplexity", "command to first token, s", "max MiB", "", title=title)
     for name, entry in results["servers"].items():
         start, memory = (summed["servers"][name][key] for key in ("seconds_to_first_token", "most_memory_bytes"))
         reasons = [*filter(None, (entry.get("reason"), entry.get("no_perplexity")))]

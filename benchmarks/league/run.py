@@ -1,6 +1,6 @@
-"""The rounds of the league: in each, every server is started, loaded and stopped, one after the other.
+"""The rounds of the league: each starts, loads and stops every server, one after the other.
 
-One server runs at a time, so that none takes cores or memory from another; each round begins with another server.
+Servers run one at a time, so that none takes cores or memory from another; each round begins with a different server.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llm_ray.models.folder import CONFIG, read_json
 from llm_ray.serve.deployments.deploy import free_port
 
 PREFIX = 256
-"""Tokens of the system prompt that requests share."""
-_LEAST = 4  # requests
+"""Tokens of the shared system prompt."""
+_LEAST = 4  # minimum requests
 _START_SECONDS = 900.0
 _POLL = 0.1
 _ANSWER_SECONDS = 3600.0
@@ -41,8 +41,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """A load: requests at once, the length of prompts in tokens, and whether a system prompt of `PREFIX` more goes
-    before all of them."""
+    """A load: concurrent requests, prompt length in tokens, and whether all prompts follow a shared system prompt of
+    `PREFIX` more tokens."""
 
     concurrency: int
     prompt: int
@@ -50,19 +50,19 @@ class Cell:
 
     @property
     def requests(self) -> int:
-        """Twice as many as are under way at once, so that prompts and answers overlap as they do in service."""
+        """Twice the concurrency, so that prompts and answers overlap as in production."""
         return max(_LEAST, 2 * self.concurrency)
 
     def __str__(self) -> str:
-        return f"{self.concurrency} at once, {f'{PREFIX}+' if self.shared else ''}{self.prompt} tokens"
+        return f"{self.concurrency} concurrent, {f'{PREFIX}+' if self.shared else ''}{self.prompt} tokens"
 
 
 class Stopped(Exception):
-    """Why a server gives no figures."""
+    """A server gave no figures."""
 
 
 class Prompts:
-    """Prompts of an exact length in tokens, none of which begins as another; the same for the same `seed`."""
+    """Prompts with an exact number of tokens and distinct beginnings, determined by `seed`."""
 
     def __init__(self, model: Path, longest: int, seed: int) -> None:
         from transformers import AutoTokenizer
@@ -82,8 +82,8 @@ class Prompts:
 
 @dataclass
 class League:
-    """A run: what is measured, and the results so far, which `file` always has. Every answer has `answer` tokens;
-    perplexity is that of the first `text_tokens` of `text`."""
+    """A run: what to measure, and the results so far, which are always saved in `file`. Every answer has `answer`
+    tokens; perplexity is computed on the first `text_tokens` of `text`."""
 
     setting: Setting
     names: tuple[str, ...]
@@ -101,8 +101,8 @@ class League:
         return self.folder / "league.json"
 
     def run(self) -> None:
-        """All rounds. What cannot be measured is a reason in the results. Raises ConfError for an unusable text, RunError
-        where the machine's limits cannot be measured."""
+        """Runs all rounds. For measurements that fail, the results have a reason. Raises ConfError for an unusable
+        text, RunError if the machine's limits cannot be measured."""
         tokens = quality.tokens_of(self.text, self.setting.model, self.text_tokens)
         ready = {name: weights for name in self.names if (weights := self._prepare(name))}
         self._qualities(ready, tokens)
@@ -156,7 +156,7 @@ class League:
             return quality.offline(weights.library, weights.path, file)
         config = read_json(self.setting.model / CONFIG)
         log = self.folder / "logs" / f"{name}-perplexity.log"
-        # One request at a time, so that each finds the tokens before it in the cache.
+        # Only one slot, so that each request finds its preceding tokens cached.
         alone = replace(self.setting, at_once=1, context=max(self.setting.context, len(tokens) + 1))
         port = free_port()
         with running(SERVERS[name].launch(alone, weights.path, port), log) as server:
@@ -200,7 +200,7 @@ class League:
 
 
 def first_token(server: Running, port: int, log: Path) -> float:
-    """Seconds from the command to the first token that comes. Raises Stopped."""
+    """Returns the seconds from the command to the first token. Raises Stopped."""
     began, url = server.process.create_time(), parse(f"http://127.0.0.1:{port}/v1")
     one = Load(concurrency=1, requests=1, max_tokens=1, completion=True, warmup=0, timeout=_START_SECONDS)
     while True:
@@ -215,15 +215,15 @@ def first_token(server: Running, port: int, log: Path) -> float:
 
 
 def last_words(log: Path) -> str:
-    """The last error that a server wrote, else its last line."""
+    """Returns the last error in a server's log, else its last line."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "error:" in line]
     return (errors or lines or ["it wrote nothing"])[-1]
 
 
 def _measure(server: Running, port: int, cell: Cell, prompts: Prompts, answer: int) -> dict[str, Any]:
-    """The figures of a load, or the reason why there are none."""
-    url, taken = parse(f"http://127.0.0.1:{port}/v1"), iter(prompts.take(cell, cell.requests + 1))
+    """Returns the figures of a load, or the reason for their absence."""
+    url, queue = parse(f"http://127.0.0.1:{port}/v1"), iter(prompts.take(cell, cell.requests + 1))
     load = Load(
         concurrency=cell.concurrency,
         requests=cell.requests,
@@ -235,18 +235,18 @@ def _measure(server: Running, port: int, cell: Cell, prompts: Prompts, answer: i
         keep_alive=False,  # llama.cpp's server closes a connection after each stream
     )
     try:
-        warm = run_load(url, MODEL, taken, replace(load, concurrency=1, requests=1))
+        warm = run_load(url, MODEL, queue, replace(load, concurrency=1, requests=1))
         if warm.failures:
             return {"reason": warm.failures[0].message}
         cpu = server.cpu_seconds()
-        report = run_load(url, MODEL, taken, load)
+        report = run_load(url, MODEL, queue, load)
         return figures(report, server.cpu_seconds() - cpu) | {"memory_bytes": server.memory()}
     except Failed as error:
         return {"reason": str(error)}
 
 
 def figures(report: LoadReport, cpu_seconds: float) -> dict[str, Any]:
-    """Of a load; times in seconds."""
+    """Returns the figures of a load; times in seconds."""
     if not report.samples:
         return {"reason": report.failures[0].message}
     row = {

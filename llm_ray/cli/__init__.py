@@ -1,1 +1,1 @@
-"""The command ``llm-ray``: thin click commands that parse, call and print."""
+"""The command ``llm-ray``: thin click commands that parse, call a use case, and print."""

@@ -26,18 +26,18 @@ def bench() -> None:
 @bench.command()
 @endpoint_options
 @click.option(
-    "--concurrency", type=click.IntRange(1), help="Requests at once, each sent when another is answered. Default: 16."
+    "--concurrency", type=click.IntRange(1), help="Concurrent requests, each followed by the next. Default: 16."
 )
 @click.option(
     "--rate",
     type=click.FloatRange(0, min_open=True),
-    help="Requests per second on average, at the times of a Poisson process instead.",
+    help="Requests per second on average, sent as a Poisson process, instead of --concurrency.",
 )
 @click.option("--requests", type=click.IntRange(1), help="Requests to send. Default: 100.")
 @click.option(
     "--duration",
     type=click.FloatRange(0, min_open=True),
-    help="Send requests for this many seconds instead, and wait for the last answers.",
+    help="Send requests for this many seconds, and wait for the last answers, instead of --requests.",
 )
 @click.option(
     "--file",
@@ -50,8 +50,8 @@ def bench() -> None:
     type=click.IntRange(1),
     help="Approximate length of the bundled prompts, without --file. Default: 64.",
 )
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest answer.")
-@click.option("--ignore-eos", is_flag=True, help="Make every answer that long, if the engine can.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Maximum tokens per answer.")
+@click.option("--ignore-eos", is_flag=True, help="Generate --max-tokens for every answer, if the engine supports it.")
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0, show_default=True, help="0: always the most likely token."
 )
@@ -61,10 +61,10 @@ def bench() -> None:
     type=click.IntRange(0),
     default=1,
     show_default=True,
-    help="Requests sent first and not counted.",
+    help="Initial requests that are not counted.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For the bundled prompts and the times of --rate.")
-@click.option("--allow-failures", is_flag=True, help="End with code 0 even when requests failed.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the bundled prompts and of --rate.")
+@click.option("--allow-failures", is_flag=True, help="Exit with code 0 even if requests failed.")
 @click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
@@ -88,14 +88,14 @@ def serve(
     as_json: bool,
     **load: Any,
 ) -> None:
-    """Load an endpoint, and measure how fast it answers.
+    """Put load on an endpoint, and measure how fast it answers.
 
-    Every request is a stream, so that the time to the first token and the time per token are measured, as `vllm bench
-    serve` defines them. A request that fails counts as a failure and is in no other figure. --concurrency shows
-    what the endpoint can do, --rate how it behaves with that many users.
+    All requests are streamed, to measure the time to the first token and the time per token as defined by `vllm bench
+    serve`. Failed requests are counted, and excluded from all other figures. --concurrency measures capacity, --rate
+    latency at a given traffic.
 
-    The load generator is one process with one thread. Its CPU use is reported, because the endpoint may run on the
-    same machine.
+    The load generator is a single-threaded process. Its CPU use is reported, because the endpoint may run on the same
+    machine.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""``llm-ray data``: the data as the model will see it, its statistics, and data made of documents.
+"""``llm-ray data``: data as the model will see it, statistics, and data from documents.
 
 llm-ray data preview --config quickstart -n 2
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def data() -> None:
-    """Look at the data of a conf as the model will see it; make data of documents.
+    """Show a conf's data as the model will see it; make data from documents.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def data() -> None:
 def preview(
     config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], rows: int, color: bool | None
 ) -> None:
-    """Show the first rows as tokens, with the supervised ones marked.
+    """Show the first rows, with supervised tokens marked.
 
     \b
     Example:
@@ -107,44 +107,46 @@ def stats(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], 
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.jsonl",
-    help="Where the rows go; those held out go to FILE.heldout.jsonl, the model's answers to FILE.jsonl.answers.",
+    help="File for the rows; held-out rows go to FILE.heldout.jsonl, the model's answers to FILE.jsonl.answers.",
 )
 @click.option(
     "--preview",
     type=click.IntRange(1),
     metavar="N",
-    help="Show the rows of N passages, dropped ones too, and write nothing.",
+    help="Show the rows of N passages, including dropped ones, and write nothing.",
 )
 @local_endpoint_options
-@click.option("--rows", default=3, show_default=True, type=click.IntRange(1, 20), help="Rows per passage, at most.")
-@click.option("--max-passages", type=click.IntRange(1), help="Passages to ask about, at most. Default: all.")
+@click.option("--rows", default=3, show_default=True, type=click.IntRange(1, 20), help="Maximum rows per passage.")
+@click.option("--max-passages", type=click.IntRange(1), help="Maximum number of passages. Default: all.")
 @click.option(
     "--passage-characters",
     default=2000,
     show_default=True,
     type=click.IntRange(200),
-    help="Length of a passage, at most; 4 characters are about a token.",
+    help="Maximum length of a passage; a token is about 4 characters.",
 )
 @click.option(
     "--held-out",
     default=0.1,
     show_default=True,
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of the documents whose rows go to the second file.",
+    help="Share of the documents whose rows are held out.",
 )
 @click.option(
     "--support",
     default=0.7,
     show_default=True,
     type=click.FloatRange(0, 1),
-    help="Share of an answer's words that its passage must have; other rows are dropped.",
+    help="Share of an answer's words that must occur in its passage; other rows are dropped.",
 )
-@click.option("--instructions", default="", metavar="TEXT", help="What to tell the model beyond what it is told.")
-@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1), help="Passages asked at once.")
+@click.option("--instructions", default="", metavar="TEXT", help="Additional instructions for the model.")
+@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1), help="Concurrent requests.")
 @click.option(
     "--temperature", default=0.0, show_default=True, type=click.FloatRange(0), help="0: always the most likely token."
 )
-@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer. Default: 200 for each of --rows.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Maximum tokens per answer. Default: 200 for each of --rows."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def documents(
     folder: Path,
@@ -165,13 +167,14 @@ def documents(
     max_tokens: int | None,
     as_json: bool,
 ) -> None:
-    """Make questions and answers of text, Markdown, HTML and PDF files.
+    """Make questions and answers from text, Markdown, HTML and PDF files.
 
-    A deployed model is asked about each passage of the documents in FOLDER (and the folders in it) and answers in a JSON
-    schema. Rows that repeat others or that their passage does not support are dropped and counted. Each row has its
-    document, passage and position. Interrupted, the same command asks only what is not answered yet.
+    A deployed model writes questions and answers about each passage of the documents in FOLDER and its subfolders,
+    constrained by a JSON schema. Rows that repeat others or are not supported by their passage are dropped and counted.
+    Each row names its document, passage and position. After an interruption, the same command continues with the
+    remaining passages.
 
-    An API key is read from the environment, LLM_RAY_API_KEY or OPENAI_API_KEY, or from --api-key-file.
+    The API key is read from LLM_RAY_API_KEY or OPENAI_API_KEY in the environment, or from --api-key-file.
 
     \b
     Examples:
@@ -210,7 +213,7 @@ def _show(judged: list[Judged]) -> None:
 
 
 def marked(spans: Iterable[Span], color: bool) -> str:
-    """The text, its supervised parts green or between ⟦ and ⟧."""
+    """Returns the text with supervised parts in green or between ⟦ and ⟧."""
 
     def mark(text: str) -> str:
         return click.style(text, fg="green", bold=True) if color else f"⟦{text}⟧"

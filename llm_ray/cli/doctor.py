@@ -1,4 +1,4 @@
-"""``llm-ray doctor``: what is wrong with this host and its environment, and what to do about it."""
+"""``llm-ray doctor``: problems of this host and its environment, and how to fix them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 @click.option("as_json", "--json", is_flag=True, help="Print JSON: every check with its level, text, fix and values.")
 @address_option(
     "Check the nodes of this cluster as well, and compare them: auto on one of its nodes, else its head's GCS. "
-    "Default: this host alone."
+    "Default: only this host."
 )
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool, address: str | None) -> None:
     """Check this host and its environment, with a fix for each finding.
 
-    Hardware, limits, packages, storage, ports, proxies and the clock; nothing is changed. ok: as it should be; note: it
-    works, but slower or with less than it could; problem: something will fail. The exit code is 1 only with problems.
+    Hardware, limits, packages, storage, ports, proxies and the clock; nothing is changed. ok: no action needed; note:
+    works, but slower or with fewer features than possible; problem: something will fail. The exit code is 1 only for
+    problems.
 
     \b
     Examples:
@@ -50,7 +51,7 @@ def _show(findings: Sequence[Finding]) -> None:
     width = max(len(one.check) for one in findings)
     for (host, group), of_group in groupby(findings, key=lambda one: (one.host, one.group)):
         members = [*of_group]
-        shown = [one for one in members if not host or one.level != "ok"]  # of other nodes what is to be done there
+        shown = [one for one in members if not host or one.level != "ok"]  # of other nodes, only findings to act on
         click.secho(f"\n{host}: {group}" if host else f"\n{group}", bold=True)
         for one in shown:
             level = click.style(f"{one.level:7}", fg=_COLOURS[one.level])

@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     "checkpoint PATH.",
 )
 @click.option(
-    "--force", is_flag=True, help="Repeat finished stages, and let a changed conf replace what depends on it."
+    "--force", is_flag=True, help="Repeat finished stages, and replace results that a changed conf invalidates."
 )
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Start no run: show the resolved conf, statistics of the data, what auto chooses, memory and time measured "
-    "over some steps, and problems of the plan.",
+    help="Start no run: show the resolved conf, data statistics, the values chosen for auto, memory and time measured "
+    "over some steps, and warnings.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
 def finetune(
@@ -57,9 +57,9 @@ def finetune(
 ) -> None:
     """Finetune a model as described by a conf.
 
-    The conf is a Jinja template of YAML, or plain YAML: a file, or a shipped template's name (quickstart, lora, full,
-    pretrain, dpo, cluster). Give the same command again to continue an interrupted run; finished stages are skipped. Ctrl-C
-    ends training with a checkpoint, and so does `llm-ray runs stop` from another terminal.
+    The conf is YAML or a Jinja template of it: a file, or a shipped template's name (quickstart, lora, full, pretrain,
+    dpo, cluster). Repeat the command to continue an interrupted run; finished stages are skipped. Ctrl-C stops training
+    with a checkpoint, and so does `llm-ray runs stop` from another terminal.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Serving in the foreground: until Ctrl-C or SIGTERM."""
+"""Serving in the foreground, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ _WATCH = 1.0  # seconds
 
 
 def until_interrupted(reporter: Reporter, serves: Callable[[], bool] = lambda: True) -> bool:
-    """Return True at Ctrl-C or SIGTERM (which comes as KeyboardInterrupt), False as soon as `serves` says that nothing
-    is served any more."""
+    """Waits; returns True on Ctrl-C or SIGTERM (which raises KeyboardInterrupt), False once `serves` returns False."""
     reporter.line("Ctrl-C stops it.")
     never = threading.Event()
     try:

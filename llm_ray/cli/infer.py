@@ -41,15 +41,15 @@ if TYPE_CHECKING:
     help="Write the answers to FILE as they come, one JSON object per line. Prompts that FILE already answers are "
     "skipped.",
 )
-@click.option("--concurrency", type=click.IntRange(1), help="With --file: prompts asked at once. Default: 8.")
-@click.option("--stream", "--streaming_response", is_flag=True, help="Show the answer as it is written.")
+@click.option("--concurrency", type=click.IntRange(1), help="With --file: concurrent requests. Default: 8.")
+@click.option("--stream", "--streaming_response", is_flag=True, help="Show the answer as it is generated.")
 @click.option("--system", metavar="TEXT", help="The system message.")
 @click.option(
     "--completion",
     is_flag=True,
     help="Let the model continue the raw prompt, without its chat template (OpenAI API).",
 )
-@click.option("--max-tokens", "--max_new_tokens", type=click.IntRange(1), help="Longest answer.")
+@click.option("--max-tokens", "--max_new_tokens", type=click.IntRange(1), help="Maximum tokens per answer.")
 @click.option("--temperature", type=click.FloatRange(0), help="0: always the most likely token.")
 @click.option(
     "--top-p",
@@ -77,12 +77,12 @@ def infer(
 ) -> None:
     """Ask a deployed model.
 
-    The URL is an OpenAI API (its path ends in /v1; --model names the model when there are several) or one model's own
-    route. Unset options are left to the endpoint.
+    The URL is an OpenAI API (its path ends in /v1; --model selects one of several models) or one model's own route.
+    Unset options are left to the endpoint.
 
-    An API key is read from the environment, LLM_RAY_API_KEY or OPENAI_API_KEY, or from a file: a key on the command
-    line can be read by every user of the machine, and stays in the shell's history. A busy endpoint is asked again
-    after the time it names.
+    The API key is read from LLM_RAY_API_KEY or OPENAI_API_KEY in the environment, or from a file: a key on the command
+    line is visible to every user of the machine and stays in the shell's history. Requests to a busy endpoint are
+    repeated after the delay that it requests.
 
     \b
     Examples:
@@ -124,7 +124,7 @@ def _show(text: str) -> None:
 
 
 def _typed(prompt: str | None) -> str:
-    """The prompt of the command line or of standard input."""
+    """Returns the prompt from the command line or standard input."""
     if prompt is None and sys.stdin.isatty():
         raise click.UsageError("no prompt: give --prompt TEXT or --file FILE, or pipe it in")
     try:
@@ -145,11 +145,11 @@ def _ask_all(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Asks all prompts: answers go to `output`, or in order to standard output."""
+    """Asks all prompts; answers go to `output`, or in order to standard output."""
     from llm_ray.app.ask import InOrder, ask_all
 
-    shown = InOrder(sys.stdout, settings if as_json else None)  # made here: the bar redirects sys.stdout
-    quiet = output is None and sys.stdout.isatty()  # there the answers themselves show how far it is
+    shown = InOrder(sys.stdout, settings if as_json else None)  # created here, before the bar redirects sys.stdout
+    quiet = output is None and sys.stdout.isatty()  # on a terminal the answers show progress
     batch = ask_all(
         endpoint,
         model,

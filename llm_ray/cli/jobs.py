@@ -1,4 +1,4 @@
-"""``llm-ray jobs``: finetunes in the background of this machine, one after the other.
+"""``llm-ray jobs``: finetunes in the background of this machine, one at a time.
 
 llm-ray jobs submit --config lora --set train=tickets.jsonl --set name=support-bot
 llm-ray jobs follow support-bot
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 def jobs() -> None:
     """Finetune in the background of this machine: submit, list, show, follow, cancel, resume and recover.
 
-    One finetune runs at a time, in order of arrival, in the same queue as those of the page and of the fine-tuning API. A
-    job outlives the terminal.
+    One finetune runs at a time, in order of arrival; the web page and the fine-tuning API use the same queue. A job
+    outlives the terminal.
 
     \b
     Examples:
@@ -42,7 +42,7 @@ def jobs() -> None:
 @config_options
 @json_option
 def submit(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...], as_json: bool) -> None:
-    """Put a finetune into the queue. The options are those of llm-ray finetune.
+    """Queue a finetune. The options are those of llm-ray finetune.
 
     \b
     Example:
@@ -59,14 +59,14 @@ def submit(config: str, overrides: tuple[str, ...], vars_files: tuple[str, ...],
         click.echo(json.dumps(vars(job), indent=2))
         return
     click.echo(_standing(job))
-    click.echo(f"To see what it does: llm-ray jobs follow {job.name}", err=True)
+    click.echo(f"To watch it: llm-ray jobs follow {job.name}", err=True)
 
 
 @jobs.command("list")
 @folder_option
 @json_option
 def list_(folder: Path | None, as_json: bool) -> None:
-    """List the jobs: what runs, what waits, in its order, and what has ended, the latest first.
+    """List the jobs: running, waiting in order, and ended, latest first.
 
     \b
     Example:
@@ -90,7 +90,7 @@ def list_(folder: Path | None, as_json: bool) -> None:
 @folder_option
 @json_option
 def show(name: str, folder: Path | None, as_json: bool) -> None:
-    """Show a job, and the last lines of its log.
+    """Show a job and the last lines of its log.
 
     \b
     Example:
@@ -137,7 +137,7 @@ def follow(context: click.Context, name: str, folder: Path | None) -> None:
 @click.argument("name")
 @folder_option
 def cancel(name: str, folder: Path | None) -> None:
-    """Take a job out of the queue; one that runs ends after its step, with a checkpoint, and can be resumed.
+    """Remove a job from the queue; a running one stops after its step with a checkpoint, and can be resumed.
 
     \b
     Example:
@@ -152,7 +152,7 @@ def cancel(name: str, folder: Path | None) -> None:
 @click.argument("name")
 @folder_option
 def resume(name: str, folder: Path | None) -> None:
-    """Put a run that was cancelled, interrupted or has failed into the queue again: it goes on from its last checkpoint.
+    """Queue a cancelled, interrupted or failed run again; it continues from its last checkpoint.
 
     \b
     Example:
@@ -170,9 +170,9 @@ def resume(name: str, folder: Path | None) -> None:
 @jobs.command()
 @folder_option
 def recover(folder: Path | None) -> None:
-    """After a restart of the machine, have the jobs go on that it has ended, each in its place in the queue.
+    """After a restart of the machine, continue the jobs that it interrupted, in their order in the queue.
 
-    A page that starts on the machine does the same. Jobs whose process alone was killed are left to jobs resume.
+    The web page does the same when it starts. Jobs that were interrupted otherwise need jobs resume.
 
     \b
     Example:
@@ -181,7 +181,7 @@ def recover(folder: Path | None) -> None:
     from llm_ray.app.jobs import recover as begin
 
     begun = begin(folder_of(folder))
-    click.echo(f"go on: {', '.join(begun)}" if begun else "a restart of this machine has ended no job")
+    click.echo(f"continued: {', '.join(begun)}" if begun else "no job was interrupted by a restart of this machine")
 
 
 def _standing(job: Job | JobSummary) -> str:

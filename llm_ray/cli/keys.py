@@ -43,8 +43,8 @@ def keys() -> None:
 @keys.command()
 @click.argument("name")
 @click.option("--requests-per-minute", type=click.IntRange(1), help="Requests per minute.")
-@click.option("--concurrent", type=click.IntRange(1), help="Requests at the same time.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Tokens of one answer.")
+@click.option("--concurrent", type=click.IntRange(1), help="Concurrent requests.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Tokens per answer.")
 @click.option(
     "--model", "models", multiple=True, metavar="NAME", help="A model it may use; repeat for more. Default: all."
 )
@@ -54,8 +54,8 @@ def keys() -> None:
     "scopes",
     type=_SCOPE,
     multiple=True,
-    help="What it may do; repeat for more: `ask` models, `train` by the fine-tuning API, or `admin`: both, and its jobs "
-    "go before others'. Default: ask and train.",
+    help="Permission; repeat for more: `ask` models, `train` with the fine-tuning API, or `admin`: both, with priority for "
+    "its jobs. Default: ask and train.",
 )
 def add(
     name: str,
@@ -154,9 +154,9 @@ def generate() -> None:
 
 @keys.command("import")
 def import_() -> None:
-    """Store keys made by `generate`, given as JSON on standard input: {"NAME": "KEY"}.
+    """Store keys created by `generate`, given as JSON on standard input: {"NAME": "KEY"}.
 
-    A name that has another key gets the new one; keys under other names stay.
+    Existing names get the new key; keys under other names are unchanged.
 
     \b
     Example:
@@ -165,7 +165,7 @@ def import_() -> None:
     from llm_ray.app.keys import import_keys, keys_file
 
     given = from_stdin('{"NAME": "KEY"}', "names with keys")
-    # a key that came through a pipe into a vault has the pipe's line break
+    # a key piped into a vault ends with a line break
     wanted = {name: secret.strip() if isinstance(secret, str) else secret for name, secret in given.items()}
     changed = import_keys(keys_file(home()), wanted)
     click.echo(f"kept: {', '.join(changed)}" if changed else "unchanged")
@@ -175,7 +175,7 @@ def import_() -> None:
 @click.argument("name", metavar="NAME|ID")
 @click.argument("scopes", type=_SCOPE, nargs=-1, required=True)
 def scopes(name: str, scopes: tuple[Scope, ...]) -> None:
-    """Let a key do this and nothing else from now on: ask, train, admin.
+    """Set a key's permissions: ask, train, admin.
 
     \b
     Examples:

@@ -24,7 +24,7 @@ import click
 import llm_ray
 from llm_ray.errors import LlmRayError
 
-# Verb: where its command is, and what it does in a line.
+# Maps each verb to its command and a one-line description.
 COMMANDS = {
     "quickstart": (
         "llm_ray.cli.quickstart:quickstart",
@@ -33,16 +33,16 @@ COMMANDS = {
     "finetune": ("llm_ray.cli.finetune:finetune", "Finetune a model as described by a conf."),
     "sweep": (
         "llm_ray.cli.sweep:sweep",
-        "Search the best values of a finetune's keys by trials, and export the best model.",
+        "Search for the best values of a finetune's keys, and export the best model.",
     ),
     "serve": ("llm_ray.cli.serve:serve", "Deploy models on Ray Serve, with an OpenAI-compatible API."),
     "infer": ("llm_ray.cli.infer:infer", "Ask a deployed model."),
     "model": ("llm_ray.cli.model:model", "List, import, convert, export and remove models."),
-    "data": ("llm_ray.cli.data:data", "Look at data as the model will see it."),
+    "data": ("llm_ray.cli.data:data", "Show data as the model will see it; make data from documents."),
     "status": ("llm_ray.cli.status:status", "Show the cluster, its jobs, and what is served."),
     "runs": ("llm_ray.cli.runs:runs", "List, show, compare, stop and delete runs."),
     "jobs": ("llm_ray.cli.jobs:jobs", "Finetune in the background, one after the other."),
-    "ui": ("llm_ray.cli.ui:ui", "Open the page in which models are finetuned, deployed and asked."),
+    "ui": ("llm_ray.cli.ui:ui", "Serve the web page to finetune, deploy and ask models."),
     "doctor": ("llm_ray.cli.doctor:doctor", "Check this host and its environment, with a fix for each finding."),
     "bench": ("llm_ray.cli.bench:bench", "Measure an endpoint under load."),
 }
@@ -81,14 +81,11 @@ class LlmRay(click.Group):
             _fail(ctx, "\nInterrupted.", 130)
         except click.ClickException as error:
             if ctx.params["errors"] == "text":
-                raise  # click shows the usage, too
+                raise  # click also shows the usage
             _fail(ctx, f"Error: {error.format_message()}", error.exit_code)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click's own business
-        except (
-            OSError,
-            MemoryError,
-        ) as error:  # of this machine: a full disk, a folder that may not be written, no memory left
+            raise  # handled by click
+        except (OSError, MemoryError) as error:  # not a bug: a full disk, a read-only folder, out of memory
             _fail(ctx, f"Error: {_of_the_machine(error)}. The traceback is in {_report()}", 1)
         except Exception as error:
             message = f"Error: {type(error).__name__}: {error}\nThis is a bug in llm-ray or in one of its libraries."
@@ -100,13 +97,13 @@ def _debugging() -> bool:
 
 
 def _quiet_libraries() -> None:
-    """Libraries' warnings (peft's, torch's, transformers') are for those who call them from Python: users are told what
-    concerns them in our words. LLM_RAY_DEBUG, PYTHONWARNINGS and TRANSFORMERS_VERBOSITY bring them back."""
+    """Silences warnings of libraries (peft, torch, transformers), which address Python callers; users get our own
+    messages. LLM_RAY_DEBUG, PYTHONWARNINGS or TRANSFORMERS_VERBOSITY restores them."""
     if _debugging():
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.warnoptions:
-        sys.warnoptions.append("ignore")  # for the processes that multiprocessing starts
+        sys.warnoptions.append("ignore")  # for processes started by multiprocessing
         warnings.simplefilter("ignore")
 
 
@@ -128,7 +125,7 @@ def _of_the_machine(error: OSError | MemoryError) -> str:
 
 
 def _report() -> Path:
-    """Writes the traceback of the current exception to a file."""
+    """Writes the current exception's traceback to a file and returns its path."""
     from llm_ray.conf.section import home
 
     text = f"llm-ray {llm_ray.__version__}, Python {platform.python_version()}, {platform.platform()}\n\n{traceback.format_exc()}"
@@ -164,7 +161,8 @@ def cli(errors: str) -> None:
 
 
 def main() -> None:
-    """The entry point of the command. SIGTERM (a service manager, a batch system, Ansible) ends it as Ctrl-C does."""
+    """Entry point of the command. SIGTERM (from a service manager, a batch system, Ansible) has the same effect as
+    Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _quiet_libraries()
     cli(prog_name="llm-ray")

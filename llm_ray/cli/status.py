@@ -1,4 +1,4 @@
-"""``llm-ray status``: the cluster, its jobs, and what is served."""
+"""``llm-ray status``: the cluster, its jobs, and the served models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``llm-ray sweep``: search the values of a finetune's keys."""
+"""``llm-ray sweep``: searches for the best values of a finetune's keys."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @config_options
-@click.option("--force", is_flag=True, help="Start over: forget the trials of an earlier sweep of this name.")
+@click.option("--force", is_flag=True, help="Start over, discarding the trials of an earlier sweep of this name.")
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Start nothing: show the resolved conf, trials at once and the cores of each, and time and memory measured over "
-    "some steps of one trial.",
+    help="Start nothing: show the resolved conf, concurrent trials with the cores of each, and time and memory measured "
+    "over some steps of one trial.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result (or the dry run) as JSON.")
 def sweep(
@@ -38,15 +38,15 @@ def sweep(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Search the best values of a finetune's keys, by trials, and export the best model.
+    """Search for the best values of a finetune's keys, and export the best model.
 
-    The conf names a finetune's conf, the keys to search with their values, and limits: a Jinja template of YAML, or plain
-    YAML; a file, or a shipped template's name (lora). The data are prepared once; trials train side by side, each on
-    cores of its own, and bad ones are stopped early. The best one is judged on rows that no trial was chosen by, and
-    becomes the run of the sweep's name.
+    The conf names a finetune's conf, the keys to search with their values, and limits. It is YAML or a Jinja template of
+    it: a file, or a shipped template's name (lora). The data are prepared once; trials run concurrently, each on its own
+    cores, and bad ones are stopped early. The best one is evaluated on rows not used for its selection, and becomes the
+    run with the sweep's name.
 
-    Give the same command again to continue an interrupted sweep, or with more trials: those that ended are kept. Ctrl-C
-    stops the trials under way with a checkpoint. On a cluster: --set set.runtime.mode=cluster.
+    Repeat the command to continue an interrupted sweep, or to add trials: completed ones are kept. Ctrl-C stops running
+    trials with a checkpoint. On a cluster: --set set.runtime.mode=cluster.
 
     \b
     Examples:
@@ -78,11 +78,11 @@ def sweep(
         click.secho("importance of each key", bold=True)
         click.echo("\n".join(f"  {line}" for line in report.importance_lines()) + "\n")
     if lines := report.held_out_lines():
-        click.secho("on held-out rows, which no trial was trained on or chosen by", bold=True)
+        click.secho("on held-out rows, not used for training or selection", bold=True)
         click.echo("\n".join(f"  {line}" for line in lines) + "\n")
     click.echo(folder)
     click.echo(
-        f"The best one's conf is {folder / 'best.yaml'}; to serve it: llm-ray serve deploy --model {conf.name}",
+        f"The best trial's conf is {folder / 'best.yaml'}; to serve it: llm-ray serve deploy --model {conf.name}",
         err=True,
     )
 

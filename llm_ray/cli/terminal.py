@@ -1,4 +1,4 @@
-"""Progress output: bars on a terminal, plain lines elsewhere; always on stderr, so stdout contains only the result."""
+"""Progress output on stderr, so stdout contains only the result: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rich.progress import (
 from llm_ray.progress import Bar, Kind
 
 PLAIN_SECONDS = 10.0
-"""Least time between two plain lines of one bar."""
+"""Minimum time between two plain lines of a bar."""
 
 
 _STYLES: dict[Kind, str | None] = {"plain": None, "heading": "bold", "warning": "yellow"}
 
 
 class Terminal:
-    """Lines and bars on stderr: a :class:`~llm_ray.progress.Reporter`."""
+    """Prints lines and bars to stderr: a :class:`~llm_ray.progress.Reporter`."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -38,7 +38,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def bar(self, title: str, total: int | None = None) -> Iterator[Bar]:
-        """A progress bar, or on no terminal a line now and then."""
+        """A progress bar, or occasional lines if stderr is not a terminal."""
         if not sys.stderr.isatty():
             yield _PlainBar(self, title)
             return
@@ -50,9 +50,8 @@ class Terminal:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(
-            *columns, console=self.console, transient=False, redirect_stdout=False
-        ) as progress:  # an answer may be piped on
+        # Leave stdout alone: it may be piped.
+        with Progress(*columns, console=self.console, transient=False, redirect_stdout=False) as progress:
             yield _RichBar(progress, progress.add_task(title, total=total, text=""))
 
 

@@ -1,4 +1,4 @@
-"""``llm-ray ui``: the page and its users."""
+"""``llm-ray ui``: the web page and its users."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="The address to listen on. Beyond loopback there must be a user.",
+    help="Address to listen on. Beyond loopback, at least one user is required.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0: any that is free.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=7860,
+    show_default=True,
+    help="Port to listen on; 0 for any free one.",
+)
 @click.option("--tls-cert", type=_FILE, metavar="FILE", help="Certificate with its intermediates (PEM), for HTTPS.")
 @click.option("--tls-key", type=_FILE, metavar="FILE", help="Its key (PEM), without a password.")
 @click.option(
@@ -30,7 +36,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "hosts",
     multiple=True,
     metavar="NAME[:PORT]",
-    help="A host name of the page. Repeat for more.",
+    help="A host name under which the page is reached. Repeat for more.",
 )
 @click.option(
     "--allow-origin",
@@ -63,10 +69,10 @@ def ui(
     max_upload_mib: int,
     address: str | None,
 ) -> None:
-    """Open the page in which models are finetuned, deployed and asked; Ctrl-C ends it.
+    """Serve the web page to finetune, deploy and ask models, until Ctrl-C.
 
-    It prints the URL to open. Without users, the URL contains a secret that works for one browser; then the next
-    one is printed.
+    Prints the URL to open. Without users, it contains a secret that is valid for one browser; the next one is printed
+    when it is used.
 
     \b
     Examples:
@@ -97,15 +103,15 @@ def ui(
     settings = Settings(
         home(), host, port, tls_cert, tls_key, hosts, origins, trusted_proxy, max_upload_mib * 2**20, address
     )  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):  # that is how it ends
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the normal end
         serve(settings, lambda url: click.echo(f"The page: {url}"))
 
 
 @ui.group()
 def users() -> None:
-    """Manage who may use the page; a change applies at once and ends the user's sessions.
+    """Manage users of the page; changes apply at once and end the user's sessions.
 
-    Viewers can look; users can also finetune, deploy and ask; admins can also manage the cluster.
+    Viewers can only view; users can also finetune, deploy and ask; admins can also manage the cluster.
 
     \b
     Examples:
@@ -117,9 +123,9 @@ def users() -> None:
 
 @users.command()
 @click.argument("name")
-@click.option("--role", type=click.Choice(_ROLES), default="user", show_default=True, help="What they may do.")
+@click.option("--role", type=click.Choice(_ROLES), default="user", show_default=True, help="The user's permissions.")
 def add(name: str, role: str) -> None:
-    """Add a user. The password is asked for, or read from standard input: one line.
+    """Add a user. Prompts for the password, or reads it from the first line of standard input.
 
     \b
     Examples:
@@ -136,8 +142,8 @@ def add(name: str, role: str) -> None:
 def import_() -> None:
     """Add users given as JSON on standard input: {"NAME": {"password": "…", "role": "viewer|user|admin"}}.
 
-    Existing users get the new password and role; users under other names stay. The default role is user. ui.yml
-    uses this for users from a vault.
+    Existing users get the new password and role; other users are unchanged. The default role is user. ui.yml uses this
+    for users from a vault.
 
     \b
     Example:
@@ -236,8 +242,8 @@ def revoke(name: str) -> None:
 
 
 def _password(name: str) -> str:
-    """From the terminal, twice and unseen, or the first line of standard input; never from an argument, which others
-    can see."""
+    """Returns the password, prompted for twice on a terminal, or else the first line of standard input; never an
+    argument, which other users could see."""
     if sys.stdin.isatty():
         return str(click.prompt(f"Password of {name}", hide_input=True, confirmation_prompt=True))
     return sys.stdin.readline().rstrip("\r\n")

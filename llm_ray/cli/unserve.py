@@ -1,7 +1,9 @@
-"""The process that takes a model away from the endpoint of this machine, for a worker of Ray's, which is joined to a Ray
-already: python -m llm_ray.cli.unserve HOME MODEL
+"""Removes a model from this machine's endpoint, as a process of its own for callers in a Ray worker, which is already
+connected to another Ray.
 
-Why it could not is on standard error.
+python -m llm_ray.cli.unserve HOME MODEL
+
+Reports errors on standard error.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from llm_ray.errors import LlmRayError
 
 
 def main(home: Path, model: str) -> int:
-    """Returns the exit code."""
+    """Removes the model; returns the exit code."""
     from llm_ray.app.serving import stop
     from llm_ray.cli.terminal import Terminal
 

@@ -1,1 +1,1 @@
-"""Confs: Jinja template to YAML to a validated :class:`llm_ray.conf.finetune.FinetuneConf`."""
+"""Confs: from a Jinja template to YAML to a validated conf of a finetune, an endpoint or a sweep."""

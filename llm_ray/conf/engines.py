@@ -1,6 +1,6 @@
-"""The serving engines: what each is for, what it supports, and where its core is.
+"""The serving engines: purpose, features, and the class of each core.
 
-A new engine is an entry here, and a core (`llm_ray.serve.engines.thread.Core`) in a file of its own.
+To add an engine, add an entry here and a core (`llm_ray.serve.engines.thread.Core`) in its own file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 EngineName = Literal["vllm", "openvino", "transformers"]
 EngineChoice = Literal["auto", "vllm", "openvino", "transformers"]
-"""What a conf may say: one of them, or `auto`, for which a deployment's plan chooses
+"""Values of `engine` in a conf; `auto` is resolved when a deployment is planned
 (`llm_ray.serve.deployments.engine`)."""
 WeightForm = Literal["fp32", "bf16", "int8", "int4"]
 WEIGHTS: tuple[WeightForm, ...] = get_args(WeightForm)
@@ -20,26 +20,27 @@ WEIGHTS: tuple[WeightForm, ...] = get_args(WeightForm)
 
 @dataclass(frozen=True)
 class Engine:
-    """What must be known about an engine before anything is loaded."""
+    """Properties of an engine that are needed before anything is loaded."""
 
     title: str
-    """For users: its name and purpose."""
+    """Name and purpose, for users."""
     core: str
-    """`module:class` of its core, which is imported only in the replica."""
+    """`module:class` of its core, imported only in replicas."""
     converts: bool = False
-    """It reads weights converted into its own form (`weights` of the conf), not the model's folder (`precision`)."""
+    """Whether it reads weights converted to its own form (`weights` of the conf) instead of the model's folder
+    (`precision`)."""
     adapters: bool = False
-    """It serves LoRA adapters along with their base."""
+    """Whether it serves LoRA adapters."""
     any_malloc: bool = True
-    """Its process may start with a preloaded malloc (LD_PRELOAD), as Ray's workers do; if not, that would end it."""
+    """Whether its process may preload a malloc (LD_PRELOAD), as Ray's workers do; otherwise it would crash."""
     compiles: bool = False
-    """It supports `compile`."""
+    """Whether it supports `compile`."""
     causal_only: bool = False
-    """It supports only models that transformers loads as causal models."""
+    """Whether it supports only models that transformers loads as causal models."""
     front_end: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     """vLLM engine arguments that the front end needs for this core."""
     options_of_vllm: bool = False
-    """`engine_options` are vLLM's engine arguments."""
+    """Whether `engine_options` are vLLM's engine arguments."""
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -72,21 +73,21 @@ ENGINES: Mapping[EngineName, Engine] = MappingProxyType(
     }
 )
 WIDEST: EngineName = "vllm"
-"""The engine that does what any other does, if not as fast."""
+"""The engine that supports everything any engine does, though it is not the fastest."""
 FASTEST: EngineName = "openvino"
-"""The engine that answers fastest on CPUs (docs/reference/benchmarks.md)."""
+"""The fastest engine on CPUs (docs/reference/benchmarks.md)."""
 
 
 def forms(engine: EngineChoice) -> tuple[str, ...]:
-    """What the weights may be computed in, the default first; with `auto` the engine decides that too."""
+    """Returns the available forms of the weights, the default first; with `auto` the engine decides."""
     return ("auto",) if engine == "auto" else ENGINES[engine].forms
 
 
 def able(engine: EngineChoice, trait: str) -> bool:
-    """Whether the engine has a trait; of `auto`, whether an engine that has it can be chosen."""
+    """Returns whether the engine has a trait; for `auto`, whether any engine has it."""
     return any(getattr(kind, trait) for name, kind in ENGINES.items() if engine in ("auto", name))
 
 
 def engines_with(trait: str) -> str:
-    """Names of the engines that have a trait, for a message: "vllm", "vllm or other"."""
+    """Returns the names of the engines with a trait, for messages: "vllm" or "vllm or openvino"."""
     return " or ".join(name for name, engine in ENGINES.items() if getattr(engine, trait))

@@ -1,7 +1,7 @@
-"""The schema of a finetune conf: one definition, from which validation, help and the reference page are derived.
+"""The schema of a finetune conf, from which validation, help and the reference page are derived.
 
-The text under each field is its documentation; ``llm_ray.conf.reference`` turns it into docs/reference/. Unknown keys
-are errors. Cross-field rules are checked here too, where the conf is built, and their messages name the keys.
+The text under each field is its documentation; ``llm_ray.conf.reference`` writes it to docs/reference/. Unknown keys
+are errors. Rules across fields are checked here too; their messages name the keys.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Stage = Literal["prepare", "train", "evaluate", "export", "convert"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DEFAULT_STAGES: tuple[Stage, ...] = STAGES[:-1]
 FewBits = Literal["int8", "int4"]
-"""How frozen weights are kept where 16 bits are too many."""
+"""Quantized forms of frozen weights."""
 
 
 class Runtime(Section):
@@ -83,9 +83,9 @@ class Model(Section):
     """Data type of the frozen weights in memory. `auto`: bf16 if the CPU multiplies bf16 in hardware, else fp32.
     Trainable weights are always fp32."""
     weights: FewBits | None = None
-    """Keep the base's linear layers in few bits while adapters are trained, where memory is short: `int8` (one scale a
-    row; about half the memory of bf16, and hardly another loss) or `int4` (one scale for each 32 weights; under a third,
-    and a little higher loss). Embeddings and the output head stay in `dtype`. Unset: all in `dtype`. Needs
+    """Quantize the frozen linear layers of the base model while adapters are trained, to save memory: `int8` (one scale
+    per row; about half the memory of bf16, nearly the same loss) or `int4` (one scale per 32 weights; less than a
+    third, slightly higher loss). Embeddings and the output head stay in `dtype`. Unset: not quantized. Needs
     `tuning.method: lora` and `training.strategy: ddp`."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Refused unless `trusted_models` lists the model as well."""
@@ -116,12 +116,12 @@ class Data(Section):
     list of these. Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
     validation: Annotated[float, Field(gt=0, lt=1)] | Auto | Texts | None = "auto"
     """Validation data: a file or list as in `train`, or a fraction of the training rows, chosen by the seed. `auto`: 10
-    % of the rows, at most 500, from 200 rows on; none below that, because a handful of rows would say little and each
-    is needed for training. `null`: none."""
+    % of the rows, at most 500, if there are 200 or more; otherwise none, since a few rows would say little and all are
+    needed for training. `null`: none."""
     test: float | None = Field(None, gt=0, lt=1)
-    """Fraction of the training rows that neither training nor validation see, chosen by the seed: stage `evaluate` measures
-    on them, so that its figures say what to expect of new rows, also after choosing among runs by their validation loss
-    (llm-ray sweep). Unset: none; stage `evaluate` measures on the validation rows."""
+    """Fraction of the training rows, chosen by the seed, to hold out from both training and validation: the stage
+    `evaluate` uses them, so its figures hold for new rows even after runs were selected by validation loss (llm-ray
+    sweep). Unset: none; the stage `evaluate` uses the validation rows."""
     format: Literal[
         "auto",
         "alpaca",
@@ -192,17 +192,17 @@ class Lora(Section):
     rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732): more stable at high ranks."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """Ranks of some layers, where they differ from `r`: by name, or by a pattern (regular expression) that matches the
-    end of full names, e.g. `{q_proj: 32, 'layers\\.0\\..*': 4}`."""
+    """Ranks of layers that differ from `r`, by name or by a pattern (regular expression) that matches the end of full
+    names, e.g. `{q_proj: 32, 'layers\\.0\\..*': 4}`."""
     alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    """`alpha` of some layers, as in `rank_pattern`. Where `alpha` is unset, layers of `rank_pattern` have twice their
-    own rank."""
+    """`alpha` of some layers, as in `rank_pattern`. If `alpha` is unset, layers in `rank_pattern` use twice their own
+    rank."""
     dora: bool = False
-    """Learn the length of each row of a layer's weights apart from its direction (DoRA; Liu et al. 2024,
-    arXiv:2402.09353): often better at low ranks, and slower. Dropout is on the adapter's input alone. Such an adapter
-    cannot be served on its base: deploy the merged model."""
+    """Train magnitude and direction of each row of a layer's weights separately (DoRA; Liu et al. 2024,
+    arXiv:2402.09353): often better at low ranks, but slower. Dropout applies only to the adapter's input. Such an
+    adapter cannot be served on its base: deploy the merged model."""
     loraplus_lr_ratio: float = Field(1.0, ge=1)
-    """The learning rate of the adapters' B matrices, as a multiple of `training.learning_rate` (LoRA+; Hayou et al. 2024,
+    """Learning rate of the adapters' B matrices, as a multiple of `training.learning_rate` (LoRA+; Hayou et al. 2024,
     arXiv:2402.12354, who use 16)."""
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -219,38 +219,38 @@ class Lora(Section):
 
     @property
     def alphas(self) -> dict[str, int]:
-        """alpha_pattern as run."""
+        """alpha_pattern with its defaults for `rank_pattern`."""
         own = {} if self.alpha else {pattern: 2 * rank for pattern, rank in self.rank_pattern.items()}
         return own | self.alpha_pattern
 
     @property
     def scale(self) -> int:
-        """alpha as run."""
+        """alpha, or its default."""
         return self.alpha or 2 * self.r
 
     @property
     def dropped(self) -> float:
-        """Dropout as run; none as long as it has not been chosen."""
+        """Dropout, or 0 if it has not been chosen yet."""
         return 0.0 if self.dropout == "auto" else self.dropout
 
 
 class Dpo(Section):
-    """Direct preference optimization (`tuning.objective: dpo`; Rafailov et al. 2023, arXiv:2305.18290): raises the
-    odds of chosen answers over rejected ones, measured against the base model's."""
+    """Direct preference optimization (`tuning.objective: dpo`; Rafailov et al. 2023, arXiv:2305.18290): raises the odds
+    of chosen answers over rejected ones, relative to the base model."""
 
     loss: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
-    """`sigmoid` is DPO's own. `robust` makes up for a share `label_smoothing` of pairs that are the wrong way round
-    (Chowdhury et al. 2024, arXiv:2403.00409). `ipo` aims at a margin of 1 / (2 beta) a token instead of an ever larger
-    one (Azar et al. 2023, arXiv:2310.12036; log-probabilities are means over tokens, as in TRL). `hinge` stops at a
-    margin of 1 (Zhao et al. 2023, SLiC-HF, arXiv:2305.10425)."""
+    """`sigmoid` is the original. `robust` corrects for a share `label_smoothing` of swapped pairs (Chowdhury et al.
+    2024, arXiv:2403.00409). `ipo` aims at a margin of 1 / (2 beta) per token instead of an ever larger one (Azar et al.
+    2023, arXiv:2310.12036; log-probabilities are means over tokens, as in TRL). `hinge` stops at a margin of 1 (Zhao et
+    al. 2023, SLiC-HF, arXiv:2305.10425)."""
     beta: float = Field(0.1, gt=0)
-    """How strongly the model is held to its base: higher keeps it nearer. With `ipo`, the paper's tau."""
+    """How strongly the model is kept near its base: higher is nearer. With `ipo`, the paper's tau."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs that are taken to be the wrong way round. With `sigmoid`, the loss is the mean over both ways
-    (conservative DPO, Mitchell 2023); with `robust`, see there."""
+    """Assumed share of pairs in which chosen and rejected are swapped. With `sigmoid`, the loss is the mean over both
+    orders weighted by this share (conservative DPO, Mitchell 2023); with `robust`, it is corrected for them."""
     sft_weight: float = Field(0.0, ge=0)
-    """Weight of the chosen answer's mean negative log-likelihood a token, added to the loss of each pair (Pang et al.
-    2024, arXiv:2404.19733): keeps chosen answers from becoming less likely, too."""
+    """Weight of the chosen answer's mean negative log-likelihood per token, added to each pair's loss (Pang et al.
+    2024, arXiv:2404.19733): keeps chosen answers from becoming less likely."""
 
     @model_validator(mode="after")
     def _smoothing(self) -> Dpo:
@@ -268,11 +268,12 @@ class Dpo(Section):
 
 
 class Orpo(Section):
-    """Odds ratio preference optimization (`tuning.objective: orpo`; Hong et al. 2024, arXiv:2403.07691): learns to give
-    the chosen answers, as sft does, and to prefer them to the rejected ones, in one training and without a reference."""
+    """Odds ratio preference optimization (`tuning.objective: orpo`; Hong et al. 2024, arXiv:2403.07691): learns the
+    chosen answers, as sft does, and to prefer them over the rejected ones, in one training and without a reference
+    model."""
 
     beta: float = Field(0.1, gt=0)
-    """Weight of the preference beside the chosen answer's own loss (the paper's lambda, TRL's beta)."""
+    """Weight of the preference term relative to the chosen answer's loss (the paper's lambda, TRL's beta)."""
 
 
 class Tuning(Section):
@@ -280,8 +281,8 @@ class Tuning(Section):
 
     objective: ObjectiveName = "sft"
     """`sft`: only the assistant's turns are supervised, including their end-of-turn token. `pretrain`: every token of
-    plain text is. `dpo`: learns to prefer the chosen of two answers to a prompt to the rejected one (see `dpo`). `orpo`: as
-    well, and at the same time to give the chosen one, for a model that has not been finetuned yet (see `orpo`)."""
+    plain text is. `dpo`: learns to prefer the chosen of two answers over the rejected one (see `dpo`). `orpo`: the same
+    while also learning the chosen answers, for a model that has not been finetuned yet (see `orpo`)."""
     method: Literal["lora", "full"] = "lora"
     """`lora` trains small adapters on frozen weights; `full` trains all weights."""
     lora: Lora = Lora()
@@ -293,7 +294,7 @@ class EarlyStopping(Section):
     """Stop training when validation no longer improves."""
 
     patience: int = Field(ge=1)
-    """Consecutive validations without improvement after which training stops."""
+    """Consecutive validations without improvement before training stops."""
     min_delta: float = Field(0.0, ge=0)
     """Smallest decrease of the validation loss that counts as an improvement."""
 
@@ -355,8 +356,8 @@ class Training(Section):
     @model_validator(mode="before")
     @classmethod
     def _old_batch(cls, values: Any) -> Any:
-        """They counted sequences, and with packing a sequence is several rows: the same number would now be another
-        batch."""
+        """Rejects former keys. They counted sequences, and with packing a sequence holds several rows, so the same
+        number would now mean another batch size."""
         if isinstance(values, dict) and (
             old := [k for k in ("batch_size", "gradient_accumulation") if values.get(k) is not None]
         ):
@@ -498,15 +499,15 @@ class FinetuneConf(Section):
         return self
 
     def _whole(self) -> list[str]:
-        """What of this conf needs weights as they are, if `model.weights` asks for few bits."""
+        """Returns what conflicts with quantized weights (`model.weights`) in this conf."""
         reasons = {
-            "frozen weights in few bits, but tuning.method full trains all of them: use tuning.method lora": (
+            "frozen weights quantized, but tuning.method full trains all of them: use tuning.method lora": (
                 self.tuning.method == "full"
             ),
-            "weights packed on every worker, but training.strategy fsdp shares them out: use training.strategy ddp": (
+            "weights packed on every worker, but training.strategy fsdp shards them: use training.strategy ddp": (
                 self.training.strategy == "fsdp"
             ),
-            "weights packed, but training.accelerator ipex lays them out in its own way: use accelerator torch": (
+            "weights packed, but training.accelerator ipex changes their layout: use accelerator torch": (
                 self.training.accelerator == "ipex"
             ),
             "weights packed as they are read from safetensors, but model.gguf_file is a GGUF: import it first "
@@ -516,7 +517,7 @@ class FinetuneConf(Section):
 
     @property
     def objective(self) -> Objective:
-        """What is known of `tuning.objective`."""
+        """Properties of `tuning.objective`."""
         return OBJECTIVES[self.tuning.objective]
 
     @property

@@ -1,7 +1,7 @@
-"""The keys of a conf, from its JSON Schema: their allowed values, and suggestions for misspelled keys.
+"""The keys of a conf, from its JSON Schema, with their allowed values and suggestions for misspelled keys.
 
-The messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference`` both come from here. In the name
-of a key NAME stands for what the user calls it: ``models.NAME.engine``.
+Used by the messages of ``llm_ray.conf.validate`` and the tables of ``llm_ray.conf.reference``. In a key's name, NAME
+stands for a name chosen by the user: ``models.NAME.engine``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ C = TypeVar("C", bound=Section)
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, the JSON Schema of its value, and, where it is a section, the name of the section's
-    definition."""
+    """One key: its dotted name, the JSON Schema of its value, and for a section the name of its definition."""
 
     name: str
     schema: dict[str, Any]
@@ -35,7 +34,7 @@ class Key:
 
     @property
     def above(self) -> str:
-        """Name of the section it lies in; empty at the top."""
+        """Name of its section; empty for top-level keys."""
         return self.name.rpartition(".")[0]
 
     @property
@@ -45,14 +44,14 @@ class Key:
 
     @property
     def free(self) -> dict[str, Any] | bool:
-        """The schema of the values below it, where their names are the user's own, as in ``data.columns``; else
+        """The schema of values below it if their names are chosen by the user, as in ``data.columns``; else
         ``False``."""
         values: dict[str, Any] | bool = self.schema.get("additionalProperties", False)
         return False if self.section or (isinstance(values, dict) and "$ref" in values) else values
 
     @property
     def is_path(self) -> bool:
-        """Whether its value is a file or folder of this machine."""
+        """Whether its value is the path of a file or folder."""
         return any(option.get("format") == "path" for option in [self.schema, *self.schema.get("anyOf", ())])
 
     @property
@@ -65,19 +64,19 @@ class Keys(Generic[C]):
     """The keys of one kind of conf."""
 
     def __init__(self, kind: str, model: type[C], elsewhere: dict[str, str]) -> None:
-        """`kind` is the command that reads the conf, `elsewhere` says what other tools call its keys."""
+        """`kind` is the command that reads the conf; `elsewhere` maps other tools' names for keys to ours."""
         self.kind = kind
         self.model = model
         self.elsewhere = elsewhere
 
     @cached_property
     def schema(self) -> dict[str, Any]:
-        """The JSON Schema of the conf."""
+        """JSON Schema of the conf."""
         return self.model.model_json_schema()
 
     @cached_property
     def table(self) -> dict[str, Key]:
-        """Every key by its dotted name, in the order of the schema, sections before what they hold."""
+        """All keys by dotted name, in the order of the schema; sections precede their keys."""
         return {key.name: key for key in self._walk(self.schema, "")}
 
     def _walk(self, node: dict[str, Any], prefix: str) -> Iterator[Key]:
@@ -94,7 +93,7 @@ class Keys(Generic[C]):
             yield from self._key(f"{name}.NAME", values, required)
 
     def needed(self, name: str = "") -> list[Key]:
-        """The keys that have to be given, of those that `name` is or holds; of the whole conf without it."""
+        """Returns the required keys at or below `name`; by default of the whole conf."""
         required = {key.name: key for key in self.table.values() if key.required}
         leaves = [key for key in required.values() if not key.section and not self.below(key.name)]
         return [
@@ -105,11 +104,11 @@ class Keys(Generic[C]):
         ]
 
     def below(self, name: str) -> list[Key]:
-        """The keys of the section `name`; those at the top for no name."""
+        """Returns the keys of the section `name`; by default the top-level ones."""
         return [key for key in self.table.values() if key.above == name]
 
     def key(self, path: Path) -> Key | None:
-        """The key at `path`, as it is in a conf; ``None`` if the schema has none there."""
+        """Returns the key at `path` of a conf; ``None`` if the schema has none there."""
         name = ""
         for part in path:
             exact = f"{name}.{part}" if name else str(part)
@@ -119,36 +118,36 @@ class Keys(Generic[C]):
         return self.table.get(name)
 
     def known(self, path: Path) -> bool:
-        """Whether `path` is a key of the conf, or lies below one whose keys are the user's own."""
+        """Returns whether `path` is a key of the conf, or below one whose keys are chosen by the user."""
         return self.key(path) is not None or any(key.free for i in range(len(path)) if (key := self.key(path[:i])))
 
     def named(self, path: Path) -> bool:
-        """Whether `path` is a section that the user named, as ``models.NAME``, or lies in one."""
+        """Returns whether `path` is a section named by the user, such as ``models.NAME``, or inside one."""
         return len(path) > 1 and f"{path[0]}.NAME" in self.table
 
     def paths(self, name: str, section: bool = False) -> list[Path]:
-        """The keys that a dotted name may mean: what the user calls a model may hold dots, too. `section`: its value is
-        one."""
+        """Returns the paths that a dotted name may refer to, several since a model's name may contain dots. `section`
+        tells whether its value is a section."""
         ways = self._ways(name)
         return [way for way in (ways if section or len(ways) == 1 else ways[:-1]) if self.known(way)]
 
     def _ways(self, name: str) -> list[Path]:
-        """How a dotted name may be read, the shortest names of models first; by the last one it is a model's name to
-        the end."""
+        """Returns the possible readings of a dotted name, those with the shortest model names first; in the last one,
+        all of it is the model's name."""
         first, *parts = name.split(".")
         if not self.named((first, *parts)):
             return [self._joined((first, *parts))]
         return [self._joined((first, ".".join(parts[:i]), *parts[i:])) for i in range(1, len(parts) + 1)]
 
     def _joined(self, path: Path) -> Path:
-        """The path with all that comes below a key like ``data.columns`` as one name."""
+        """Returns the path with everything below a key like ``data.columns`` joined into one name."""
         for i in range(1, len(path)):
             if (key := self.key(path[:i])) and isinstance(key.free, dict):
                 return (*path[:i], ".".join(map(str, path[i:])))
         return path
 
     def nearest(self, path: Path) -> str | None:
-        """The key that an unknown one at `path` was probably meant to be; ``None`` if there is no likeness."""
+        """Returns the key that was probably meant by an unknown one at `path`; ``None`` if none is similar."""
         name = self._nearest(path)
         parts = name.split(".") if name else []
         above = [i for i, part in enumerate(parts) if part == "NAME" and [*path[:i]] == parts[:i] and len(path) > i + 1]
@@ -172,13 +171,13 @@ class Keys(Generic[C]):
         return everywhere[close[0]] if close else None
 
     def nearest_to(self, name: str) -> str | None:
-        """As `nearest`, for a dotted name."""
+        """Same as `nearest`, for a dotted name."""
         near = [found for way in self._ways(name) if (found := self.nearest(way))]
         return max(near, key=lambda found: SequenceMatcher(None, found, name).ratio(), default=None)
 
 
 def choices(node: dict[str, Any]) -> list[str]:
-    """The words that a value may be, of all its alternatives and list items."""
+    """Returns the literal words that a value may be, over all its alternatives and list items."""
     words = [str(word) for word in node.get("enum", ())] + ([str(node["const"])] if "const" in node else [])
     for option in [*node.get("anyOf", ()), *([node["items"]] if "items" in node else ())]:
         words += choices(option)
@@ -186,7 +185,8 @@ def choices(node: dict[str, Any]) -> list[str]:
 
 
 def describe(node: dict[str, Any], mark: str = "") -> str:
-    """What a value may be, in words: ``an integer of at least 1 or auto``. Literal words are put between `mark`."""
+    """Describes the allowed values in words: ``an integer of at least 1 or auto``. Literal words are enclosed in
+    `mark`."""
 
     def word(value: object) -> str:
         return f"{mark}{'null' if value is None else value}{mark}"
@@ -235,7 +235,7 @@ def describe(node: dict[str, Any], mark: str = "") -> str:
 
 
 def first_sentence(text: str) -> str:
-    """The text up to its first full stop, that included."""
+    """Returns the text up to and including its first full stop."""
     return re.split(r"(?<=\.)\s", text, maxsplit=1)[0]
 
 

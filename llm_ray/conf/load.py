@@ -1,15 +1,14 @@
-"""From a conf file (or a shipped template's name) to a validated conf with absolute paths.
+"""Loads a conf file, or a shipped template by name, into a validated conf with absolute paths.
 
     conf = load_finetune("lora", ["train=tickets.jsonl", "training.epochs=2"])
     conf = load_serve("chat", ["model=support-bot", "models.support-bot.cpus=4"])
 
-``--set NAME=VALUE`` sets the template's variable NAME if the template uses one of that name, otherwise the conf's key
-NAME (dotted), over whatever the conf says. A variable is taken from ``--set``, else from the last ``--vars`` file that
-has it, else the template's ``default(…)`` holds. A key is taken from ``--set``, else from the conf, else the schema's
-default holds.
+``--set NAME=VALUE`` sets the template's variable NAME if the template uses one of that name, otherwise the conf's
+(dotted) key NAME. A variable comes from ``--set``, else from the last ``--vars`` file that has it, else from the
+template's ``default(…)``. A key comes from ``--set``, else from the conf, else from the schema's default.
 
-Relative paths are looked up beside the conf file, then in the current folder; data files last under ``paths.data``. For
-a shipped template and for ``--set`` the current folder alone is "beside".
+Relative paths are looked up beside the conf file, then in the current folder; data files finally under ``paths.data``.
+Those of shipped templates and of ``--set`` are looked up only in the current folder.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from llm_ray.conf.render import RESERVED, Rendered, TemplateProblem, render, var
 from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.conf.sweep import SweepConf, with_values
-from llm_ray.conf.validate import Setting, Validation, dotted, error_of, expand, show, siblings, there
+from llm_ray.conf.validate import Setting, Validation, dotted, error_of, expand, safely, show, siblings
 from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
 from llm_ray.errors import ConfError
 from llm_ray.nearest import nearest_names
@@ -45,10 +44,10 @@ PACKAGE = Path(llm_ray.__file__).parent
 def load_finetune(
     config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
 ) -> FinetuneConf:
-    """The conf of a finetune, rendered, validated, its paths absolute.
+    """Returns a finetune's conf, rendered and validated, with absolute paths.
 
     `config` is a file or the name of a shipped template, `overrides` are ``key=value`` as after ``--set``, `vars_files`
-    YAML files of template variables as after ``--vars``. Paths that the conf does not give lie in `home` (default:
+    YAML files of template variables as after ``--vars``. Paths that the conf does not set are in `home` (default:
     LLM_RAY_HOME). Raises :class:`ConfError`.
     """
     return load(FINETUNE, FinetuneValidation, config, overrides, _variables(vars_files), home or section.home())
@@ -57,26 +56,27 @@ def load_finetune(
 def load_serve(
     config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
 ) -> ServeConf:
-    """The conf of an endpoint and its models; otherwise as :func:`load_finetune`."""
+    """Returns the conf of an endpoint and its models; otherwise like :func:`load_finetune`."""
     return load(SERVE, ServeValidation, config, overrides, _variables(vars_files), home or section.home())
 
 
 def load_sweep(
     config: str | Path, overrides: Sequence[str] = (), vars_files: Sequence[str | Path] = (), home: Path | None = None
 ) -> SweepConf:
-    """The conf of a sweep, its finetune's conf and every searched key's space checked; otherwise as
+    """Returns a sweep's conf, after checking its finetune's conf and the space of every searched key; otherwise like
     :func:`load_finetune`."""
     return load(SWEEP, SweepValidation, config, overrides, _variables(vars_files), home or section.home())
 
 
 def finetune_of(conf: SweepConf, home: Path | None = None) -> FinetuneConf:
-    """The finetune that a sweep's trials start from: its conf with what all of them have. Raises :class:`ConfError`."""
+    """Returns the finetune's conf that a sweep's trials start from, with the keys they share. Raises
+    :class:`ConfError`."""
     return load_finetune(conf.config, [f"{key}={json.dumps(value)}" for key, value in conf.set.items()], (), home)
 
 
 def serve_options(given: Mapping[str, Any], overrides: Sequence[str], home: Path, source: str) -> ServeConf:
-    """The conf of an endpoint whose sections are `given` by options of a command, not by a file; otherwise as
-    :func:`load_serve`.
+    """Returns the conf of an endpoint whose sections are `given` by command-line options instead of a file; otherwise
+    like :func:`load_serve`.
 
     `source` names the options in errors. Raises :class:`ConfError`.
     """
@@ -94,7 +94,7 @@ def load(
     variables_given: Mapping[str, Any],
     home: Path,
 ) -> C:
-    """A conf of the kind of `keys`: `validation` knows where its files lie. Raises :class:`ConfError`."""
+    """Returns a conf of the kind of `keys`; `validation` resolves its files. Raises :class:`ConfError`."""
     file = find(config, keys.kind)
     template = _read(file)
     try:
@@ -115,36 +115,37 @@ def load(
 
 
 def dump(conf: Section) -> str:
-    """The conf as YAML, every key written out; :func:`load_finetune` or :func:`load_serve` makes an equal conf of it.
+    """Returns the conf as YAML with every key; :func:`load_finetune` or :func:`load_serve` loads an equal conf from it.
 
-    Of an endpoint, those alone that were given: what a conf does not say stays as the running endpoint has it. Raises
-    :class:`ConfError` for a text that no conf file can hold as it is: it would end the raw block, and be a template.
+    Only the keys of the endpoint that were set are included, so that others keep the running endpoint's values. Raises
+    :class:`ConfError` for text that contains `{% endraw %}`, which would end the raw block and make the rest a
+    template.
     """
     values = conf.model_dump(mode="json")
     if isinstance(conf, ServeConf):
         values["endpoint"] = conf.endpoint.model_dump(mode="json", exclude_unset=True)
     text = yamltext.dump(values)
     if re.search(r"\{%[-+]?\s*endraw", text):
-        raise ConfError("a value of the conf holds {% endraw %}, which a conf file cannot hold: write it otherwise")
+        raise ConfError("a value of the conf contains {% endraw %}, which a conf file cannot represent: rephrase it")
     return f"# {{% raw %}}\n{text}# {{% endraw %}}\n" if re.search(r"\{[{%#]", text) else text
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """The shipped templates of a kind (``finetune``, ``serve``, ``sweep``) by name, from the source tree or the installed
-    package."""
+    """Returns the shipped templates of a kind (``finetune``, ``serve``, ``sweep``) by name, from the source tree or the
+    installed package."""
     folders = (PACKAGE.parent / "conf" / kind, PACKAGE / "shipped" / "conf" / kind)
     return {file.name.split(".")[0]: file for folder in folders for file in sorted(folder.glob("*.yaml.j2"))}
 
 
 def find(config: str | Path, kind: str) -> Path:
-    """The conf file that `config` means: a file, or the name of a shipped template. Raises :class:`ConfError`."""
+    """Returns the conf file for `config`, a file or the name of a shipped template. Raises :class:`ConfError`."""
     file = expand(config)
     templates = shipped(kind)
-    if there(file.is_file):
+    if safely(file.is_file):
         return file
     if str(config) in templates:
         return templates[str(config)]
-    if there(file.is_dir):
+    if safely(file.is_dir):
         raise ConfError(f"--config {config}: this is a folder; name a conf file in it")
     beside = {sibling.name: str(sibling) for sibling in siblings(file)}
     nearest = [beside.get(found, found) for found in nearest_names(file.name, [*templates, *beside])]
@@ -164,7 +165,7 @@ def _read(file: Path) -> str:
 
 
 def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
-    """The template variables of the ``--vars`` files, later ones over earlier ones."""
+    """Returns the template variables of the ``--vars`` files; later files take precedence."""
     values: dict[str, Any] = {}
     for name in files:
         file = expand(name)
@@ -184,8 +185,8 @@ def _variables(files: Iterable[str | Path]) -> dict[str, Any]:
 def _overrides(
     overrides: Sequence[str], used: set[str], file: Path | None, keys: Keys[Any]
 ) -> tuple[dict[str, Any], list[Setting]]:
-    """Template variables, and settings of the conf's keys, as given with ``--set``. `file`: the template, where there
-    is one."""
+    """Splits ``--set`` overrides into template variables and settings of the conf's keys. `file` is the template, if
+    there is one."""
     given: dict[str, Any] = {}
     settings: list[Setting] = []
     wrong = []
@@ -222,7 +223,7 @@ def _overrides(
 
 
 class FinetuneValidation(Validation[FinetuneConf]):
-    """A finetune's files lie on this machine, or on storage that it shares."""
+    """Validation of a finetune whose files are on this machine or on shared storage."""
 
     def resolve(self, conf: FinetuneConf) -> FinetuneConf:
         def files(section: str, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -250,16 +251,16 @@ class FinetuneValidation(Validation[FinetuneConf]):
         )
 
     def data_file(self, path: yamltext.Path, name: str, data: Path) -> str:
-        """An entry of a list of data files: absolute, or a hub id as it is."""
+        """Returns the absolute path of an entry in a list of data files; hub ids are unchanged."""
         if not name.strip():
             self.complain(path, f"{dotted(path)} is empty: name a file, a folder or a hub data set")
             return name
         entry = expand(name)
         candidates = list(dict.fromkeys([*self.candidates(path, name), data / entry]))
-        if found := next((candidate for candidate in candidates if there(candidate.exists)), None):
+        if found := next((candidate for candidate in candidates if safely(candidate.exists)), None):
             return str(found)
         hub = HUB_ID.fullmatch(name) and entry.suffix.lower() not in DATA_SUFFIXES
-        if hub and not any(there(candidate.parent.is_dir) for candidate in candidates):
+        if hub and not any(safely(candidate.parent.is_dir) for candidate in candidates):
             return name
         nearest = [
             c.with_name(found) for c in candidates for found in nearest_names(c.name, (one.name for one in siblings(c)))
@@ -271,7 +272,7 @@ class FinetuneValidation(Validation[FinetuneConf]):
         return name
 
     def processor(self, name: str | None) -> str | None:
-        """A processor in a file of the user's own with the file's absolute path; others as they are."""
+        """Returns a processor with the absolute path of its file; others are unchanged."""
         file, _, attribute = (name or "").rpartition(":")
         path = ("data", "processor")
         if (name or "").endswith(".py"):
@@ -279,14 +280,14 @@ class FinetuneValidation(Validation[FinetuneConf]):
         if not file.endswith(".py"):
             return name
         candidates = self.candidates(path, file)
-        found = next((candidate for candidate in candidates if there(candidate.is_file)), None)
+        found = next((candidate for candidate in candidates if safely(candidate.is_file)), None)
         if not found:
             self.complain(path, f"data.processor: no such file: {' or '.join(map(str, candidates))}")
         return f"{found}:{attribute}"
 
 
 class ServeValidation(Validation[ServeConf]):
-    """An endpoint's files lie on this machine, or on storage that it shares."""
+    """Validation of an endpoint whose files are on this machine or on shared storage."""
 
     def resolve(self, conf: ServeConf) -> ServeConf:
         self.must_be_file(("endpoint", "tls_certificate"), conf.endpoint.tls_certificate)
@@ -313,20 +314,19 @@ class ServeValidation(Validation[ServeConf]):
 
 
 MOST_COMBINATIONS = 256
-"""Of the ends of spaces: so many are checked all; of more, each key by itself, and all first and all last ends."""
+"""Combinations of the spaces' ends to check in full; beyond that, only all first and all last ends are combined."""
 SPLITTING = ("tuning.objective", "training.seed")
-"""Keys on which it depends what the data become, and which rows are for validation."""
+"""Keys that determine how the data are read, and which rows are held out for validation."""
 
 
 class SweepValidation(Validation[SweepConf]):
-    """A sweep's finetune conf lies beside its own; each searched key is one of the finetune's, and takes every value of
-    its space."""
+    """Validation of a sweep: its finetune's conf, and every searched key against that."""
 
     def _at_home(self) -> dict[str, Any]:
-        return self.data  # its folders are the finetune's
+        return self.data  # the finetune has its folders
 
     def resolve(self, conf: SweepConf) -> SweepConf:
-        found = next((file for file in self.candidates(("config",), conf.config) if there(file.is_file)), None)
+        found = next((file for file in self.candidates(("config",), conf.config) if safely(file.is_file)), None)
         conf = conf.model_copy(update={"config": str(found or conf.config)})
         try:
             base = finetune_of(conf, self.home)
@@ -353,12 +353,12 @@ class SweepValidation(Validation[SweepConf]):
         if conf.metric == "accuracy" and base.objective.reads != "pairs":
             self.complain(
                 ("metric",),
-                f"metric accuracy is of objectives that learn from pairs, but tuning.objective is {base.tuning.objective}: "
+                f"metric accuracy needs an objective that learns from pairs, but tuning.objective is {base.tuning.objective}: "
                 "use metric loss",
             )
 
     def _check_values(self, conf: SweepConf, base: FinetuneConf) -> None:
-        """Every value at the end of a space by itself, in the words of the finetune's schema; then their combinations."""
+        """Checks every end of each space by itself, with the finetune's messages; then combinations."""
         for key, space in conf.search.items():
             for value in space.ends:
                 try:
@@ -381,12 +381,12 @@ class SweepValidation(Validation[SweepConf]):
             except ValidationError as error:
                 together = ", ".join(f"{key} {show(value)}" for key, value in values.items())
                 why = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-                self.complain(("search",), f"search: {together} do not go together: {why}")
+                self.complain(("search",), f"search: {together} cannot be combined: {why}")
                 return
 
 
 def _without_settings(error: ConfError, settings: Mapping[str, Any]) -> str:
-    """An error about keys that were given with ``--set``, without the words that say so."""
+    """Returns an error's message without its mention of ``--set`` for these settings."""
     text = str(error)
     for key, value in settings.items():
         text = text.replace(f"--set {key}={json.dumps(value)}: ", "")
@@ -394,7 +394,7 @@ def _without_settings(error: ConfError, settings: Mapping[str, Any]) -> str:
 
 
 def _not_searchable(key: str, conf: SweepConf, base: FinetuneConf) -> str:
-    """Why a key cannot be searched; empty if it can."""
+    """Returns why a key cannot be searched; empty if it can."""
     found = FINETUNE.key(tuple(key.split(".")))
     if found is None:
         nearest = FINETUNE.nearest_to(key)
@@ -409,7 +409,7 @@ def _not_searchable(key: str, conf: SweepConf, base: FinetuneConf) -> str:
             f"(without {' and '.join(SPLITTING)}), and make a sweep for each value of this one"
         )
     if key in conf.set:
-        return "set gives it a value, too: keep one of them"
+        return "set has a value for it too: keep one of them"
     of_objective = base.objective.section and key.startswith(f"tuning.{base.objective.section}.")
     if of_objective and conf.metric == "loss":
         return "it changes what the loss means, so that losses cannot be compared: use metric: accuracy"

@@ -1,7 +1,7 @@
-"""What a training can learn by: what each objective reads of the data, and what is known of it before anything is loaded.
+"""Training objectives: what each reads from the data, and other properties that are needed before anything is loaded.
 
-A further objective is an entry here, an encoder of what it reads (`llm_ray.data.encode`), its loss
-(`llm_ray.train.objectives`), and what `auto` chooses for it (`llm_ray.train.auto`).
+To add an objective, add an entry here, an encoder of its rows (`llm_ray.data.encode`), its loss
+(`llm_ray.train.objectives`), and its `auto` values (`llm_ray.train.auto`).
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from types import MappingProxyType
 from typing import Literal
 
 PAIR_FORMATS = ("preference", "openai_preference")
-"""Those of `data.format` whose rows are pairs of answers."""
+"""Values of `data.format` whose rows are pairs of answers."""
 ObjectiveName = Literal["sft", "pretrain", "dpo", "orpo"]
 Reads = Literal["conversations", "texts", "pairs"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to be known of an objective without its code."""
+    """Properties of an objective."""
 
     reads: Reads
-    """What it makes of a row, and learns from."""
+    """What each row is read as."""
     taught: str
-    """For the model card: what it was shown, and what of that was learnt."""
+    """For the model card: the training data and what was learned from it."""
     section: str | None = None
-    """The section of `tuning` that sets it, if it has one."""
+    """Its section of `tuning`, if it has one."""
 
     @property
     def answers(self) -> bool:
-        """Whether it teaches to answer, so that the model can be asked questions before and after."""
+        """Whether it trains a model to answer, so that answers before and after can be compared."""
         return self.reads != "texts"
 
 
@@ -53,5 +53,5 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType(
 
 
 def objectives_reading(reads: Reads) -> str:
-    """Those that learn from it, by name, for people: "dpo or orpo"."""
+    """Returns the names of the objectives that read this, for messages: "dpo or orpo"."""
     return " or ".join(name for name, objective in OBJECTIVES.items() if objective.reads == reads)

@@ -1,8 +1,8 @@
-"""Writes the reference of the confs (docs/reference/KIND-conf.md, KIND-conf.schema.json, of finetune, serve and sweep) from
+"""Writes the reference of the finetune, serve and sweep confs (docs/reference/KIND-conf.md, KIND-conf.schema.json) from
 their schemas.
 
 python -m llm_ray.conf.reference            # write
-python -m llm_ray.conf.reference --check    # exit 1 if what is there is not what would be written
+python -m llm_ray.conf.reference --check    # exit 1 if the files are out of date
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FINETUNE_HEAD = """\
 
 <!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/finetune.py: change it there. -->
 
-A conf is YAML, and before that a Jinja template. The smallest one:
+A conf is YAML, rendered from a Jinja template. The smallest one:
 
 ```yaml
 name: support-bot
@@ -49,10 +49,10 @@ The head of each file in [conf/finetune](../../conf/finetune) holds the commands
 
 ## Variables, `--set` and precedence
 
-A template has the variables that it is given, and two more: `env`, the environment variables, as `env.NAME` or
-`env("NAME", "default")`; and `shipped`, the folder of the package's own files. An undefined variable is an error, unless
-the template has `{{{{ name | default("something") }}}}`, or the variable stands for a key that `--set` sets. Templates run in Jinja's sandbox and
-cannot include others. Values that are not text are written as JSON, which is valid YAML; `{{{{ name | tojson }}}}` does the same for text that
+A template sees the given variables, and two more: `env`, the environment variables, as `env.NAME` or
+`env("NAME", "default")`; and `shipped`, the folder of the package's bundled files. An undefined variable is an error, unless
+the template has `{{{{ name | default("something") }}}}`, or `--set` overrides the key it is used for. Templates run in Jinja's sandbox and
+cannot include others. Values other than text are written as JSON, which is valid YAML; `{{{{ name | tojson }}}}` does the same for text that
 may contain `#` or `:`.
 
 | given as | meaning |
@@ -82,7 +82,7 @@ SERVE_HEAD = """\
 
 <!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/serve.py: change it there. -->
 
-An endpoint and the models behind it. A conf is YAML, and before that a Jinja template. The smallest one:
+An endpoint and the models behind it. A conf is YAML, rendered from a Jinja template. The smallest one:
 
 ```yaml
 models:
@@ -128,8 +128,7 @@ SWEEP_HEAD = """\
 
 <!-- Written by `python -m llm_ray.conf.reference` from llm_ray/conf/sweep.py: change it there. -->
 
-A finetune, the keys of it to search, and limits ([how to sweep](../how-to/sweep.md)). A conf is YAML, and before that a Jinja template. The
-smallest one:
+A finetune, the keys to search, and limits ([how to sweep](../how-to/sweep.md)). A conf is YAML, rendered from a Jinja template. The smallest one:
 
 ```yaml
 name: support-bot
@@ -143,8 +142,9 @@ search:
     llm-ray sweep --config support-bot.yaml --dry-run    # trials at once, cores and time, and the conf with every default
     llm-ray sweep --config support-bot.yaml
 
-Unknown keys are errors, of the finetune as well: every searched key is checked against [its schema](finetune-conf.md), at every choice or
-both ends of its range, before anything starts. [sweep-conf.schema.json](sweep-conf.schema.json) is the same as JSON Schema.
+Unknown keys are errors, including those of the finetune: before anything starts, every searched key is checked against
+[its schema](finetune-conf.md), with every choice or both ends of its range. [sweep-conf.schema.json](sweep-conf.schema.json) is the same as
+JSON Schema.
 
 ## Shipped templates
 
@@ -156,12 +156,12 @@ The head of each file in [conf/sweep](../../conf/sweep) holds the commands that 
 
 ## Variables, `--set` and precedence
 
-As in [the finetune conf](finetune-conf.md#variables---set-and-precedence). `--set` sets variables and keys of the sweep; those of its finetune are
-below `set`: `--set set.training.epochs=2`. In the keys below, NAME is a key of the finetune: `--set search.tuning.lora.r.choice=[8,64]`.
+As in [the finetune conf](finetune-conf.md#variables---set-and-precedence). `--set` sets variables and keys of the sweep; those of its finetune
+are under `set`: `--set set.training.epochs=2`. In the keys below, NAME is a key of the finetune: `--set search.tuning.lora.r.choice=[8,64]`.
 
 ## Relative paths
 
-`config` is looked up next to the sweep's conf, then in the current folder. Files that `set` names are looked up as those after
+`config` is looked up next to the sweep's conf, then in the current folder. Files named in `set` are looked up as with
 `llm-ray finetune --set`: in the current folder, and data files under `paths.data`.
 
 ## Keys
@@ -172,7 +172,7 @@ HEADS = {"finetune": FINETUNE_HEAD, "serve": SERVE_HEAD, "sweep": SWEEP_HEAD}
 
 
 def markdown(keys: Keys[Any]) -> str:
-    """The reference page of a kind of conf."""
+    """Returns the reference page of a kind of conf."""
     templates = "\n".join(f"- `{name}`: {_headline(file)}" for name, file in shipped(keys.kind).items())
     parts = [HEADS[keys.kind].format(templates=templates), _table(keys, "")]
     for key in keys.table.values():
@@ -185,13 +185,13 @@ def markdown(keys: Keys[Any]) -> str:
 
 
 def json_schema(keys: Keys[Any]) -> str:
-    """The JSON Schema of a kind of conf, as a file's text."""
+    """Returns the text of the JSON Schema file of a kind of conf."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     return json.dumps(head | _one_line(keys.schema), indent=2, ensure_ascii=False) + "\n"
 
 
 def pages() -> dict[str, str]:
-    """The text of each generated file."""
+    """Returns the text of each generated file."""
     kinds: tuple[Keys[Any], ...] = (FINETUNE, SERVE, SWEEP)
     return {
         name: text
@@ -204,7 +204,7 @@ def pages() -> dict[str, str]:
 
 
 def _one_line(node: Any) -> Any:
-    """The schema with each description on one line."""
+    """Returns the schema with each description on one line."""
     if isinstance(node, dict):
         return {
             k: " ".join(v.split()) if k == "description" and isinstance(v, str) else _one_line(v)
@@ -214,7 +214,7 @@ def _one_line(node: Any) -> Any:
 
 
 def _headline(file: Path) -> str:
-    """The first sentence of a template's head."""
+    """Returns the first sentence of a template's leading comment."""
     comment = " ".join(
         line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").split("\n#\n")[0].splitlines()
     )

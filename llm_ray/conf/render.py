@@ -1,14 +1,14 @@
-"""Conf template to YAML text: Jinja, sandboxed, with undefined variables as errors.
+"""Renders a conf template to YAML text with sandboxed Jinja; undefined variables are errors.
 
-A template sees the variables given (``--vars``, ``--set``), ``env`` (``env.HOME``, ``env("HF_HOME", "a default")``) and
-``shipped``, the folder of the files that ship with this package. Values other than text are written as JSON, which is
+A template sees the given variables (``--vars``, ``--set``), ``env`` (``env.HOME``, ``env("HF_HOME", "a default")``) and
+``shipped``, the folder of this package's bundled files. Values other than text are written as JSON, which is valid
 YAML.
 
     render("name: {{ name }}\nworkers: {{ workers | default(2) }}", {"name": "trial"})
 
-Two things need to be known after rendering. The line of the template that each line came from: marks of them travel in
-the text itself. And which variables were undefined: they print a mark too, so that all of them are reported at once,
-with the keys they stand for, but none that stands in a comment or for a key that ``--set`` gives.
+Marks in the rendered text carry two kinds of information: the template's line number of each line, and undefined
+variables. So all undefined variables can be reported at once with their keys, except those in comments or for keys that
+``--set`` overrides.
 """
 
 from __future__ import annotations
@@ -30,16 +30,15 @@ from jinja2.utils import missing
 
 import llm_ray
 
-# Private-use characters, which no conf holds, enclose a line's number, and the message about an undefined variable.
-# Of several marks before the same text the last one holds: the others belong to lines of tags, which left nothing
-# behind.
+# Private-use characters, which do not occur in confs, enclose a line number or the message about an undefined variable.
+# If several marks precede the same text, the last one applies: the others are from lines with only tags.
 _LINE = re.compile("(?:\ue000([0-9]+)\ue001)+")
 _UNDEFINED = re.compile("\ue002([0-9a-f]*)\ue003")
 RESERVED = ("env", "shipped")
 
 
 class TemplateProblem(Exception):
-    """What is wrong with a template, and in which of its lines (from 1)."""
+    """An error in a template, with its line (from 1)."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -49,18 +48,18 @@ class TemplateProblem(Exception):
 
 @dataclass(frozen=True)
 class Rendered:
-    """YAML text, and for each of its lines the template's line that it came from."""
+    """YAML text, and the template's line number of each of its lines."""
 
     text: str
     lines: tuple[int, ...]
 
     def origin(self, line: int) -> int:
-        """The template's line (from 1) of a line of the text."""
+        """Returns the template's line (from 1) for a line of the text (from 1)."""
         return self.lines[min(line, len(self.lines)) - 1]
 
 
 class _Undefined(StrictUndefined):
-    """An error in any use, but printed it leaves its message as a mark."""
+    """Raises on any use, except that printing it yields a mark with its message."""
 
     @property
     def _undefined_message(self) -> str:
@@ -70,7 +69,7 @@ class _Undefined(StrictUndefined):
         return f"the template's variable {name} is not set: give it with --set {name}=VALUE or in a --vars file"
 
     def _mark(self) -> str:
-        if self._undefined_exception is not UndefinedError:  # the sandbox's refusal
+        if self._undefined_exception is not UndefinedError:  # rejected by the sandbox
             self._fail_with_undefined_error()
         return f"\ue002{self._undefined_message.encode().hex()}\ue003"
 
@@ -78,7 +77,7 @@ class _Undefined(StrictUndefined):
 
 
 class _Environ:
-    """The process's environment variables; read-only, and without methods that could hide a variable's name."""
+    """The process's environment variables, read-only and without methods that could shadow a variable's name."""
 
     def __getitem__(self, name: str) -> str | Undefined:
         return os.environ.get(
@@ -91,7 +90,7 @@ class _Environ:
 
 
 class _MarkLines(Extension):
-    """Puts the mark of its number before each line, or part of a line, of the template's own text."""
+    """Inserts a line-number mark before each line, or part of a line, of the template's literal text."""
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
         for token in stream:
@@ -121,23 +120,23 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.policies["json.dumps_kwargs"] = {
         "sort_keys": True,
         "default": str,
-    }  # tojson lets undefined variables print their mark
+    }  # lets tojson print marks of undefined variables
     environment.globals.update(env=_Environ(), shipped=str(Path(llm_ray.__file__).parent))
     return environment
 
 
 def undefined(text: str) -> list[str]:
-    """What is to be said of the undefined variables that were printed into `text`."""
+    """Returns the messages of the undefined variables that were printed into `text`."""
     return [bytes.fromhex(message).decode() for message in _UNDEFINED.findall(text)]
 
 
 def without_marks(text: str) -> str:
-    """The text with an ellipsis for each undefined variable."""
+    """Returns the text with an ellipsis for each undefined variable."""
     return _UNDEFINED.sub("…", text)
 
 
 def variables(template: str) -> set[str]:
-    """Names of the variables that a template uses. Raises :class:`TemplateProblem` for a syntax error."""
+    """Returns the names of the variables that a template uses. Raises :class:`TemplateProblem` for a syntax error."""
     environment = _environment()
     try:
         return meta.find_undeclared_variables(environment.parse(template)) - environment.globals.keys()
@@ -146,7 +145,7 @@ def variables(template: str) -> set[str]:
 
 
 def render(template: str, values: Mapping[str, Any]) -> Rendered:
-    """The template with its variables filled in; undefined ones leave a mark that :func:`undefined` reads.
+    """Returns the rendered template; undefined variables leave marks, which :func:`undefined` reads.
 
     Raises :class:`TemplateProblem`.
     """
@@ -163,9 +162,7 @@ def render(template: str, values: Mapping[str, Any]) -> Rendered:
         raise TemplateProblem(
             "include, import and extends are not supported: a conf is one file", _line(error)
         ) from error
-    except (
-        Exception
-    ) as error:  # whatever an expression of the template may raise: a division by zero, a missing filter argument, …
+    except Exception as error:  # expressions may raise anything: a division by zero, a missing filter argument, …
         raise TemplateProblem(f"an expression in the template failed: {error}", _line(error)) from error
     lines, origins, origin = [], [], 1
     for line in text.split("\n"):
@@ -177,7 +174,7 @@ def render(template: str, values: Mapping[str, Any]) -> Rendered:
 
 
 def _line(error: Exception) -> int:
-    """The template's line in which `error` was raised (Jinja puts it into the traceback)."""
+    """Returns the template's line in which `error` was raised, from the traceback entry that Jinja adds."""
     line, trace = 1, error.__traceback__
     while trace:
         if trace.tb_frame.f_code.co_filename == "<template>":

@@ -1,4 +1,4 @@
-"""Building blocks of the conf schemas: a section of keys, types of values, and the folders that every conf names."""
+"""Building blocks of the conf schemas: sections, value types, and the folders that every conf has."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from pydantic_core import PydanticCustomError
 
 
 def home() -> Path:
-    """The folder of models, data and runs: ``LLM_RAY_HOME``, else ``~/.llm-ray``."""
+    """Returns the folder of models, data and runs: ``LLM_RAY_HOME``, else ``~/.llm-ray``."""
     return Path(os.environ.get("LLM_RAY_HOME") or Path.home() / ".llm-ray").expanduser().absolute()
 
 
 def conversion_folder(environ: Mapping[str, str]) -> Path:
-    """Where the environment in which models are converted to OpenVINO is, or is to be: LLM_RAY_CONVERT_ENV of `environ`,
-    or beside this one."""
+    """Returns the virtual environment for converting models to OpenVINO, which may not exist: LLM_RAY_CONVERT_ENV of
+    `environ`, else a sibling of the current one."""
     return Path(environ.get("LLM_RAY_CONVERT_ENV") or f"{sys.prefix}-convert").absolute()
 
 
 def can_convert(folder: Path) -> bool:
-    """Whether models can be converted in a folder's environment."""
+    """Returns whether models can be converted in this environment."""
     return (folder / "bin" / "optimum-cli").is_file()
 
 
@@ -32,16 +32,16 @@ def _absolute(value: object) -> object:
     return Path(value).expanduser().absolute() if isinstance(value, (str, Path)) and str(value) else value
 
 
-# Ray's workers change their working directory, so that every path of the conf has to be absolute.
+# Ray workers have other working directories, so all paths of a conf are absolute.
 AbsolutePath = Annotated[Path, BeforeValidator(_absolute)]
 
 
 def listed(value: object) -> object:
-    """A text that stands for a list of one, as that list; anything else as it is."""
+    """Wraps a single text in a list; returns anything else unchanged."""
     return [value] if isinstance(value, str) else value
 
 
-# A value that is chosen from the data, the model and the host; what it came to is in params.json.
+# Chosen from the data, the model and the host; params.json records the choice.
 Auto = Literal["auto"]
 Value = TypeVar("Value", int, float)
 
@@ -51,13 +51,13 @@ def _default(value: object) -> object:
 
 
 def as_run(value: Value | Auto) -> Value:
-    """A value of a conf in which what was `auto` has been chosen."""
+    """Returns the value. Raises TypeError if it is still `auto`."""
     if value == "auto":
         raise TypeError("this conf still has auto values")
     return value
 
 
-# null in a conf is the default.
+# null in a conf means the default.
 OrAuto = BeforeValidator(_default)
 
 # One text, or a list of them.
@@ -65,7 +65,7 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(listed, json_schema_input_typ
 
 
 class Section(BaseModel):
-    """Keys of a conf, with their documentation. Unknown keys are errors."""
+    """A section of documented keys. Unknown keys are errors."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -79,7 +79,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, values: Any) -> Any:
-        """A section whose keys are all commented out is YAML's null: its defaults hold."""
+        """Replaces null sections by their defaults: YAML reads a section whose keys are all commented out as null."""
         if not isinstance(values, dict):
             return values
         empty = {
@@ -90,7 +90,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
-        """Python, and so pydantic, takes true for 1."""
+        """Rejects booleans as numbers, which Python and pydantic would accept: true equals 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise PydanticCustomError("truth", "true and false are not numbers")
         return value
@@ -118,5 +118,5 @@ class Paths(Section):
 
     @classmethod
     def of(cls, home: Path) -> Paths:
-        """The folders where `home` is that of models, data and runs."""
+        """Returns the folders below `home`."""
         return cls(models=home / "models", data=home / "data", runs=home / "runs")

@@ -1,4 +1,4 @@
-"""The schema of a serve conf: the endpoint, and the models that answer behind it.
+"""The schema of a serve conf: the endpoint and its models.
 
 As in ``llm_ray.conf.finetune``, the text under each field is its documentation.
 """
@@ -15,9 +15,9 @@ from llm_ray.conf.engines import EngineChoice, WeightForm, able, engines_with
 from llm_ray.conf.section import AbsolutePath, Paths, Section
 
 _PLAIN = r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?"
-# Names of models that the fine-tuning API has made are as OpenAI writes them: ft:BASE:SUFFIX:ID.
+# Models created by the fine-tuning API have names in OpenAI's form: ft:BASE:SUFFIX:ID.
 MODEL_NAME = re.compile(rf"(?:{_PLAIN}|ft:{_PLAIN}:[A-Za-z0-9._-]*:[A-Za-z0-9]+)")
-# First parts of the endpoint's own paths, which a model's route /NAME would hide.
+# First path segments of the endpoint's own routes, which a model's route /NAME would shadow.
 RESERVED_NAMES = frozenset(
     {"v1", "health", "ready", "metrics", "docs", "redoc", "openapi.json", "tokenize", "detokenize", "-"}
 )
@@ -60,17 +60,17 @@ class Limits(Section):
 
 
 class FinetuningApi(Section):
-    """OpenAI's fine-tuning API on the endpoint: clients upload data, have models finetuned on it, and ask them."""
+    """OpenAI's fine-tuning API on the endpoint: clients upload data, finetune models on it, and query them."""
 
     enabled: bool = False
-    """Answer `/v1/files` and `/v1/fine_tuning/jobs`. Only on one machine (`runtime.mode: local`); beyond loopback only
+    """Serve `/v1/files` and `/v1/fine_tuning/jobs`. Only on one machine (`runtime.mode: local`); beyond loopback only
     with API keys."""
     max_file_mib: float = Field(512, gt=0)
     """Largest file that can be uploaded, in MiB; larger ones get 413."""
     max_stored_mib: float = Field(2048, gt=0)
-    """All files of one API key together, in MiB; an upload beyond that gets 413."""
+    """Total size of an API key's files, in MiB; uploads beyond that get 413."""
     max_jobs: int = Field(4, ge=1)
-    """Jobs of one API key that wait or run; further ones get 429. One job runs at a time, in order of arrival."""
+    """Waiting and running jobs per API key; more get 429. One job runs at a time, in order of arrival."""
 
 
 class Endpoint(Section):
@@ -82,7 +82,8 @@ class Endpoint(Section):
     port: int = Field(8000, ge=1, le=65535)
     """Port to listen on."""
     proxies: Literal["head", "every_node"] = "head"
-    """Hosts of the cluster that answer HTTP: only the head, or every host with a model (behind a load balancer)."""
+    """Hosts of the cluster that accept HTTP requests: only the head, or every host with a model (behind a load
+    balancer)."""
     api_keys: Literal["auto", "on", "off"] = "auto"
     """Whether requests need an API key (`llm-ray serve keys add NAME`). `auto`: only if the endpoint listens beyond
     loopback."""
@@ -110,12 +111,12 @@ class Endpoint(Section):
         return self
 
     def over(self, running: Endpoint) -> Endpoint:
-        """The running endpoint, with what this one says of it."""
+        """Returns the running endpoint updated with the keys set here."""
         return running.model_copy(update={key: getattr(self, key) for key in self.model_fields_set})
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine reaches the endpoint."""
+        """Whether the endpoint is reachable only from this machine."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -128,7 +129,7 @@ class Endpoint(Section):
 
     @property
     def too_open(self) -> str:
-        """Why the endpoint must not be served as it is: strangers could use it to train. Empty where that is not so."""
+        """Why this endpoint is too open to be served, namely if strangers could start finetunes; empty if it is not."""
         if not self.finetuning.enabled or self.on_loopback or self.needs_keys:
             return ""
         return (
@@ -171,9 +172,9 @@ class ModelServing(Section):
     machine that runs Ansible and are copied to the shared storage once. Otherwise it has no effect."""
     engine: EngineChoice = "auto"
     """The engine: `vllm` (all features, adapters), `openvino` (int8 and int4 weights: the fastest on CPUs),
-    `transformers` (any causal model, the slowest). `auto`: `openvino` if the model has been converted or can be
-    (`make setup-convert`); `vllm` for adapters, embeddings, `compile`, a `precision`, `engine_options`, and models that
-    cannot be converted."""
+    `transformers` (any causal model, the slowest). `auto`: `openvino` if the model is converted or can be (`make
+    setup-convert`); `vllm` for adapters, embeddings, `compile`, a `precision`, `engine_options`, and models that cannot
+    be converted."""
     weights: WeightForm | None = None
     """Form of the weights for engine `openvino`; the model is converted first if needed. Unset: as in the folder, or
     int8 for a model to be converted."""
@@ -203,8 +204,8 @@ class ModelServing(Section):
     """Sampling parameters of requests that do not set them: `model`, temperature, top_p, penalties and maximum new
     tokens of the model's generation_config.json, which `llm-ray serve status` shows; `openai`, only temperature 1."""
     tools: Literal["auto", "off"] | str = "auto"
-    """How tool calls are parsed from answers: `auto` (as the model's chat template writes them), `off`, or the name of
-    one of vLLM's tool parsers."""
+    """How tool calls are parsed from answers: `auto` (in the syntax of the model's chat template), `off`, or the name
+    of one of vLLM's tool parsers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Refused unless `trusted_models` lists the model as well."""
     trusted_models: tuple[str, ...] = ()
@@ -213,7 +214,7 @@ class ModelServing(Section):
     """Compile the model first (engine `vllm`, no adapters): slower start, faster answers. Needs a C++ compiler on every
     host."""
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    """More options of the engine, under its own names: vLLM's engine arguments, OpenVINO's properties."""
+    """More options of the engine, by its own names: vLLM's engine arguments, OpenVINO's properties."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelServing:
@@ -271,7 +272,7 @@ class ServeConf(Section):
             )
         owner = {name: f"models.{name}" for name in self.models}
         flat: dict[str, str] = {}
-        for name in self.models:  # part of file names, in which a slash becomes --
+        for name in self.models:  # in file names, a slash becomes --
             if (other := flat.setdefault(name.replace("/", "--"), name)) != name:
                 wrong.append(f"models.{name}: its name is too similar to that of models.{other}: rename one of them")
         for name, model in self.models.items():

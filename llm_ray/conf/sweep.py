@@ -1,8 +1,7 @@
-"""The schema of a sweep's conf: a finetune, the keys of it to search, and limits.
+"""The schema of a sweep's conf: a finetune, the keys to search, and limits.
 
-As in ``llm_ray.conf.finetune``, the text under each field is its documentation. What concerns the finetune's own schema
-(whether a searched key is one of it, and takes every value of its space) is checked in ``llm_ray.conf.load``, which
-knows where files lie.
+As in ``llm_ray.conf.finetune``, the text under each field is its documentation. ``llm_ray.conf.load`` checks the
+searched keys against the finetune's schema, since it knows where files are.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ Setting = bool | int | float | str | list[Any] | dict[str, Any] | None
 
 
 class Space(Section):
-    """The values of one key that trials take: exactly one of these."""
+    """The values that trials choose from for one key: exactly one of these."""
 
     choice: tuple[Any, ...] | None = None
-    """One of these values, of any kind that the key takes: `[8, 16, 32]`, `[cosine, constant]`."""
+    """One of these values, of any type that the key accepts: `[8, 16, 32]`, `[cosine, constant]`."""
     uniform: tuple[float, float] | None = None
-    """A number between two others, each as likely: `[0, 0.2]`."""
+    """A number between two others, sampled on a linear scale: `[0, 0.2]`."""
     loguniform: tuple[float, float] | None = None
-    """A number between two others above 0, each order of magnitude as likely, as for learning rates: `[1e-4, 1e-2]`."""
+    """A number between two positive ones, sampled on a logarithmic scale, as for learning rates: `[1e-4, 1e-2]`."""
     integers: tuple[int, int] | None = None
-    """A whole number from the first to the second, both included: `[1, 6]`."""
+    """An integer between two others, both included: `[1, 6]`."""
 
     @model_validator(mode="after")
     def _one(self) -> Space:
@@ -55,79 +54,80 @@ class Space(Section):
 
     @property
     def values(self) -> list[Any] | None:
-        """All values, where they can be counted."""
+        """All values, or None if the space is continuous."""
         if self.choice is not None:
             return list(self.choice)
         return list(range(self.integers[0], self.integers[1] + 1)) if self.integers else None
 
     @property
     def ends(self) -> list[Any]:
-        """The values that decide whether a key takes all of them: every choice, or both ends."""
+        """The values to validate: every choice, or both ends of a range."""
         return list(self.choice or self.integers or self.uniform or self.loguniform or ())
 
 
 class Asha(Section):
-    """Stopping bad trials early, by ASHA (Li et al. 2020, arXiv:1810.05934): at `grace` of its training, and again at every
-    multiple by `reduction`, a trial goes on only if it is among the best 1 / `reduction` of those that came so far."""
+    """Early stopping of bad trials by ASHA (Li et al. 2020, arXiv:1810.05934): after the share `grace` of its training,
+    and at every multiple of that by `reduction`, a trial continues only if it is among the best 1 / `reduction` of the
+    trials that have come as far."""
 
     enabled: bool = True
-    """Whether bad trials are stopped."""
+    """Whether to stop bad trials."""
     grace: float = Field(0.25, gt=0, lt=1)
-    """Share of its training that every trial gets."""
+    """Share of its training that every trial completes."""
     reduction: float = Field(3, gt=1)
-    """One trial in so many goes on."""
+    """One in this many trials continues."""
 
 
 class SweepConf(Section):
-    """A search for the best values of some keys of a finetune, by trials, each a finetune of its own."""
+    """A search for the best values of some keys of a finetune. Each trial is a finetune of its own."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
-    """Name of the sweep, and of the run that the best trial becomes: its folder under `paths.runs` of the finetune. The
-    sweep is in the folder `sweep` within. Letters, digits, `.`, `_`, `-`; at most 63."""
+    """Name of the sweep, and of the run that the best trial becomes: its folder under the finetune's `paths.runs`, with
+    the sweep in the subfolder `sweep`. Letters, digits, `.`, `_`, `-`; at most 63."""
     config: str = Field(min_length=1)
-    """The finetune's conf: a file, beside this one or in the current folder, or the name of a shipped template, as after
-    `llm-ray finetune --config`."""
+    """The finetune's conf, as for `llm-ray finetune --config`: a file, beside this one or in the current folder, or the
+    name of a shipped template."""
     set: dict[str, Setting] = Field(default_factory=dict)
-    """Variables of its template, and keys of it (dotted), that all trials have, as after `llm-ray finetune --set`."""
+    """Variables of its template and (dotted) keys that are the same for all trials, as for `llm-ray finetune --set`."""
     search: dict[str, Space] = Field(min_length=1)
-    """The keys to search, dotted, of the finetune's sections `tuning` and `training`, and the values of each. All trials
-    train on the same tokens, so that their losses can be compared: keys that change the data or what the loss means are
-    refused."""
+    """The keys to search, dotted, from the finetune's sections `tuning` and `training`, and their values. Keys that
+    change the data or the meaning of the loss are rejected: all trials train on the same tokens, so their losses are
+    comparable."""
     metric: Literal["loss", "accuracy"] = "loss"
-    """What makes a trial good, on the validation rows: a low `loss`; or, where the objective learns from pairs, a high
-    `accuracy` (the share of pairs whose chosen answer is preferred), with which keys that change what the loss means
-    (`tuning.dpo.beta` of a finetune) can be searched, too."""
+    """What to optimize on the validation rows: low `loss`; or, for objectives that learn from pairs, high `accuracy`
+    (the share of pairs whose chosen answer is preferred), which also allows searching keys that change the meaning of
+    the loss (`tuning.dpo.beta`)."""
     test: float = Field(0.1, gt=0, lt=1)
-    """Fraction of the training rows that no trial trains on or is chosen by (`data.test` of the finetune, which holds if it
-    is given there): the best trial's figures are told on them, beside the base model's."""
+    """Fraction of the training rows that trials neither train on nor are selected by (the finetune's `data.test`, which
+    takes precedence): the best trial is evaluated on them, in comparison with the base model."""
     trials: int = Field(12, ge=1)
-    """Most trials. A space with no more combinations than that is tried in full."""
+    """Maximum number of trials. If there are no more combinations than that, all of them are tried."""
     hours: float | None = Field(None, gt=0)
-    """Most hours that trials run, all starts of the command together. Trials that run then are stopped with a
-    checkpoint; those that ended are judged. Unset: no limit."""
+    """Maximum hours in which trials run, over all starts of the command. Trials still running then are stopped with a
+    checkpoint; completed ones are compared. Unset: no limit."""
     concurrent: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Trials at once, each on cores of its own. `auto`: as many as there is room for with `runtime.cpus_per_worker` of the
-    finetune; if that is `auto` as well, up to 4, which share the cores."""
+    """Concurrent trials, each on its own cores. `auto`: as many as the finetune's `runtime.cpus_per_worker` leaves room
+    for; if that is `auto` as well, up to 4, which share the cores."""
     cpus: int | None = Field(None, ge=1)
-    """Most CPUs (cores) that all trials use together. Unset: all of the machine, or of the cluster."""
+    """Maximum CPUs (cores) for all trials together. Unset: all of the machine, or of the cluster."""
     sampler: Literal["tpe", "random"] = "tpe"
-    """How values are proposed: `tpe` (Optuna's tree-structured Parzen estimator) near those of good trials, after some at
-    random; `random` always at random."""
+    """How values are proposed: `tpe` (Optuna's tree-structured Parzen estimator) near those of good trials, after some
+    random ones; `random` always at random."""
     validations: int = Field(5, ge=1)
-    """How often a trial is validated, and may be stopped, in the course of its training, where the finetune's conf leaves
-    `training.validate_every` unset."""
+    """Number of validations during a trial's training, at each of which it may be stopped; applies if the finetune's
+    conf leaves `training.validate_every` unset."""
     asha: Asha = Asha()
     seed: int = Field(42, ge=0)
-    """Seed of the proposals. Trials themselves have `training.seed` of the finetune."""
+    """Seed of the proposals. Trials use the finetune's `training.seed`."""
 
     @property
     def goal(self) -> Literal["min", "max"]:
-        """Whether a low or a high metric is good."""
+        """Whether to minimize or maximize the metric."""
         return "min" if self.metric == "loss" else "max"
 
     @property
     def combinations(self) -> int | None:
-        """How many trials could differ; None where a key has more values than can be counted."""
+        """Number of combinations of values; None if a space is continuous."""
         total = 1
         for space in self.search.values():
             values = space.values
@@ -137,7 +137,7 @@ class SweepConf(Section):
         return total
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination, of a space in which they can be counted."""
+        """Returns all combinations of values; all spaces must be finite."""
         return [
             dict(zip(self.search, values, strict=True))
             for values in itertools.product(*(space.values or () for space in self.search.values()))
@@ -145,7 +145,7 @@ class SweepConf(Section):
 
 
 def with_values(values: Mapping[str, Any], conf: dict[str, Any]) -> dict[str, Any]:
-    """A finetune's conf, as plain values, with those of some dotted keys."""
+    """Returns a finetune's conf, as plain values, with some dotted keys replaced."""
     made = dict(conf)
     for name, value in values.items():
         node = made

@@ -1,14 +1,13 @@
-"""A conf for a cluster elsewhere: rendered and validated on the machine that Ansible runs on, with the files to be
-copied along.
+"""A conf for a remote cluster: rendered and validated on the machine that Ansible runs on, with the files to upload.
 
     to = Destination(Path("/srv/llm-ray"))
     conf = finetune_for_cluster("cluster", ["train=tickets.jsonl", "data.upload=true"], {"hosts": 2}, to)
-    conf.text      # as the cluster reads it: YAML, every key written out
-    conf.files     # what has to be on the shared storage before it does
+    conf.text      # as the cluster reads it: YAML with every key
+    conf.files     # to be copied to the shared storage first
 
-Paths are the cluster's, and are not looked for here. Those of a section with `upload: true` are this machine's: they
-become places on the shared storage that are named by their contents, so that the same file is copied once and a changed
-one never takes its place.
+Paths are the cluster's and are not checked here, except in sections with `upload: true`, whose paths are on this
+machine. These become paths on the shared storage named by content hash, so that an unchanged file is copied once and a
+changed one never replaces it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from llm_ray.conf.keys import FINETUNE, SERVE, C, Keys
 from llm_ray.conf.load import FinetuneValidation, ServeValidation, dump, load
 from llm_ray.conf.section import Section, home
 from llm_ray.conf.serve import ModelServing, ServeConf
-from llm_ray.conf.validate import MODEL_FILES, Validation, dotted, there
+from llm_ray.conf.validate import MODEL_FILES, Validation, dotted, safely
 from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
 from llm_ray.nearest import nearest_names
 
@@ -39,16 +38,16 @@ class Destination:
     """The cluster that a conf is for."""
 
     home: Path
-    """LLM_RAY_HOME there: the shared storage."""
+    """LLM_RAY_HOME of the cluster, on the shared storage."""
     nodes: str = "any"
-    """How its nodes run: bare_metal, docker, or any where it is not known."""
+    """Runtime of its nodes: bare_metal, docker, or any if unknown."""
     hosts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Addresses of hosts, by the names of hosts and groups in the inventory."""
+    """Addresses by host and group name of the inventory."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file or folder of this machine, and its place on the shared storage."""
+    """A file or folder on this machine, and its path on the shared storage."""
 
     key: str
     source: Path
@@ -76,7 +75,7 @@ class ClusterConf:
 def finetune_for_cluster(
     config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
 ) -> ClusterConf:
-    """The conf of a finetune. `variables` are the template's, `overrides` are as after ``--set``. Raises
+    """Returns the conf of a finetune. `variables` are the template's, `overrides` as after ``--set``. Raises
     :class:`ConfError`."""
     return _for_cluster(FINETUNE, _Finetune, config, overrides, variables, to)
 
@@ -84,7 +83,7 @@ def finetune_for_cluster(
 def serve_for_cluster(
     config: str | Path, overrides: Sequence[str], variables: Mapping[str, Any], to: Destination
 ) -> ClusterConf:
-    """The conf of an endpoint; otherwise as :func:`finetune_for_cluster`."""
+    """Returns the conf of an endpoint; otherwise like :func:`finetune_for_cluster`."""
     return _for_cluster(SERVE, _Serve, config, overrides, variables, to)
 
 
@@ -105,8 +104,8 @@ def _for_cluster(
 
 
 def digest(source: Path) -> tuple[str, int]:
-    """SHA-256 and size of a file; of a folder, of its files' sums and names (as `sha256sum` prints them) in the order
-    of the names."""
+    """Returns SHA-256 and size in bytes of a file. For a folder, the SHA-256 is that of `sha256sum`'s output for its
+    files in the order of their names."""
     if source.is_file():
         with source.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest(), source.stat().st_size
@@ -120,22 +119,22 @@ def digest(source: Path) -> tuple[str, int]:
 
 
 class _ForCluster(Validation[Any]):
-    """What a conf's paths mean where they are another machine's."""
+    """Validation with paths of another machine."""
 
     def __init__(self, to: Destination, files: list[Upload], *arguments: Any) -> None:
         super().__init__(*arguments)
         self.to, self.files = to, files
 
     def uploads(self, path: yamltext.Path) -> bool:
-        """Whether what the key at `path` names is on this machine."""
+        """Returns whether the file named at `path` is on this machine."""
         section = path[:2] if path[0] == "models" else ("data",) if path[0] == "evaluation" else path[:1]
         node: Any = self.data
         for part in section:
             node = node.get(part, {}) if isinstance(node, dict) else {}
         return isinstance(node, dict) and node.get("upload") is True
 
-    def take(self, path: yamltext.Path, source: Path) -> str:
-        """The place on the shared storage of something on this machine."""
+    def add(self, path: yamltext.Path, source: Path) -> str:
+        """Adds a file or folder on this machine to the uploads and returns its path on the shared storage."""
         sha256, size = digest(source)
         target = posixpath.join(str(self.to.home), _UPLOADS, sha256[:16], source.name)
         self.files.append(Upload(dotted(path), source, target, sha256, size))
@@ -144,15 +143,15 @@ class _ForCluster(Validation[Any]):
     def path(self, path: yamltext.Path, name: str) -> str:
         if self.uploads(path):
             found = Path(super().path(path, name))
-            if there(found.is_file):
-                return self.take(path, found)
+            if safely(found.is_file):
+                return self.add(path, found)
             self.complain(path, f"{dotted(path)}: no such file on this machine: {found}")
         elif not name.startswith("/"):
             self.complain(path, f"{dotted(path)} is {name}: {self._where(path)}")
         return name
 
     def must_be_file(self, path: yamltext.Path, file: Path | None) -> None:
-        """The cluster looks for it."""
+        """Left to the cluster."""
 
     def folder(self, path: yamltext.Path, name: str, files: tuple[str, ...] = MODEL_FILES) -> str:
         if not self.uploads(path):
@@ -162,8 +161,8 @@ class _ForCluster(Validation[Any]):
         found = Path(super().folder(path, name, files))
         own = [home() / "models" / name, home() / "runs" / name / "output"]
         places = [found] if found.is_absolute() else own if "/" not in name else []
-        taken = next((place for place in places if there(place.is_dir)), None)
-        return self.take(path, taken) if taken else name
+        folder = next((place for place in places if safely(place.is_dir)), None)
+        return self.add(path, folder) if folder else name
 
     def _where(self, path: yamltext.Path) -> str:
         upload = ".".join([*map(str, path[:2] if path[0] == "models" else path[:1]), "upload"])
@@ -187,7 +186,7 @@ class _Finetune(_ForCluster, FinetuneValidation):
     def data_file(self, path: yamltext.Path, name: str, data: Path) -> str:
         if self.uploads(path):
             found = super().data_file(path, name, data)
-            return self.take(path, Path(found)) if Path(found).is_absolute() and there(Path(found).exists) else found
+            return self.add(path, Path(found)) if Path(found).is_absolute() and safely(Path(found).exists) else found
         entry = Path(name)
         if entry.is_absolute() or (HUB_ID.fullmatch(name) and entry.suffix.lower() not in DATA_SUFFIXES):
             return name
@@ -201,7 +200,7 @@ class _Finetune(_ForCluster, FinetuneValidation):
         if self.uploads(path):
             found = super().processor(name)
             place = Path((found or "").rpartition(":")[0])
-            return f"{self.take(path, place)}:{attribute}" if place.suffix == ".py" and there(place.is_file) else found
+            return f"{self.add(path, place)}:{attribute}" if place.suffix == ".py" and safely(place.is_file) else found
         if file.endswith(".py") and not file.startswith("/"):
             self.complain(path, f"data.processor is {name}: {self._where(path)}")
         return name
@@ -215,7 +214,7 @@ class _Finetune(_ForCluster, FinetuneValidation):
             )
 
     def _addresses(self, name: str) -> Sequence[str]:
-        """Of a host or group of the inventory; of what is none of them, the name itself where it is an address."""
+        """Returns the addresses of a host or group in the inventory; an address itself is returned unchanged."""
         known = [*self.to.hosts]
         if not known or name in known:
             return self.to.hosts.get(name, [name])

@@ -1,7 +1,7 @@
-"""Validation of a conf, from YAML to schema: overrides by ``--set``, absolute paths, and messages for all errors.
+"""Validation of a conf, from YAML to schema: overrides by ``--set``, absolute paths, and error messages.
 
-All errors are reported in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and what to do. The kinds
-of confs derive from :class:`Validation`, in ``llm_ray.conf.load``.
+All errors are reported in one :class:`~llm_ray.errors.ConfError`, each with file, line, key and remedy. Subclasses for
+each kind of conf are in ``llm_ray.conf.load``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Setting:
-    """A key of the conf given with ``--set``: where it may be meant to be (names of models hold dots, too), and how it
-    was written."""
+    """A key given with ``--set``: the paths it may refer to (several if model names contain dots), and the option as
+    written."""
 
     paths: list[yamltext.Path]
     value: Any
@@ -38,12 +38,12 @@ class Setting:
 
     @property
     def path(self) -> yamltext.Path:
-        """Where it is."""
+        """The path it refers to."""
         return self.paths[0]
 
 
 class Validation(ABC, Generic[C]):
-    """One conf, with what is known of where each key came from, and what is wrong with it."""
+    """One conf, the origin of each of its keys, and its errors."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Validation(ABC, Generic[C]):
         self.document = document
         self.home = home
         self.data: dict[str, Any] = document.data
-        # Of the keys that a setting may mean, those of a model in the conf come first.
+        # Among the paths a setting may refer to, those of models in the conf come first.
         self.settings = [
             replace(setting, paths=sorted(setting.paths, key=lambda path: path[:2] not in document.lines))
             for setting in settings
@@ -73,10 +73,10 @@ class Validation(ABC, Generic[C]):
 
     @abstractmethod
     def resolve(self, conf: C) -> C:
-        """The conf with the files it names as absolute paths; complains of what is not there."""
+        """Returns the conf with absolute paths of the files it names; complains about missing ones."""
 
     def conf(self) -> C:
-        """The conf. Raises :class:`ConfError` with everything that is wrong."""
+        """Returns the conf. Raises :class:`ConfError` with all errors."""
         for setting in self.settings:
             self._set(setting)
         unset = dict(_undefined(self.data, ()))
@@ -99,17 +99,17 @@ class Validation(ABC, Generic[C]):
         return conf
 
     def _at_home(self) -> dict[str, Any]:
-        """The data with the folders of `home` for the paths that it does not give: the schema's defaults are the
-        environment's."""
+        """Returns the data with folders of `home` for unset paths, whose defaults in the schema depend on the
+        environment."""
         given = self.data.get("paths", {})
         if not isinstance(given, dict):
-            return self.data  # the schema's error says what is wrong with it
+            return self.data  # the schema reports it
         return self.data | {"paths": Paths.of(self.home).model_dump() | given}
 
     # Places -----------------------------------------------------------------------------------------------------------
 
     def _setting(self, path: yamltext.Path) -> Setting | None:
-        """The ``--set`` that `path` came from, or that has made a section of it."""
+        """Returns the ``--set`` that `path` came from, or that created it as a section."""
         for setting in reversed(self.settings):
             made = path and path not in self.document.lines and setting.path[: len(path)] == path
             if made or path[: len(setting.path)] == setting.path:
@@ -117,8 +117,7 @@ class Validation(ABC, Generic[C]):
         return None
 
     def complain(self, path: yamltext.Path, message: str) -> None:
-        """Notes the message, with the place of `path` before it; not of values that are only undefined variables'
-        marks."""
+        """Records an error at `path` with its location, unless the value is only the mark of an undefined variable."""
         if any(path[: len(key)] == key for key in self.unset):
             return
         setting, line = self._setting(path), self.document.line(path)
@@ -131,8 +130,7 @@ class Validation(ABC, Generic[C]):
             self.wrong.append((0, f"{self.file}: {message}"))
 
     def _path(self, detail: ErrorDetails) -> yamltext.Path:
-        """The place in the data that a validation error is about: pydantic's without the names of a union's
-        alternatives."""
+        """Returns the path in the data of a validation error: pydantic's without the names of union alternatives."""
         path: list[str | int] = []
         node: Any = self.data
         for part in detail["loc"]:
@@ -152,13 +150,13 @@ class Validation(ABC, Generic[C]):
         for part in map(str, setting.path[:-1]):
             inner = node.get(part)
             if inner is not None and not isinstance(inner, dict):
-                return  # the schema's error says what is wrong with it
-            node[part] = dict(inner or {})  # a copy: an alias may stand for the same section elsewhere
+                return  # the schema reports it
+            node[part] = dict(inner or {})  # a copy: an alias may share this section
             node = node[part]
         node[str(setting.path[-1])] = setting.value
 
     def _absolute(self, node: dict[str, Any], path: yamltext.Path) -> None:
-        """Files and folders are made absolute before the schema would take them from the current folder."""
+        """Makes files and folders absolute before the schema would resolve them against the current folder."""
         for name, value in node.items():
             key = self.keys.key((*path, name))
             if key and isinstance(value, dict):
@@ -167,28 +165,28 @@ class Validation(ABC, Generic[C]):
                 node[name] = self.path((*path, name), value)
 
     def path(self, path: yamltext.Path, name: str) -> str:
-        """The file or folder that the key at `path` names, absolute."""
+        """Returns the absolute path of the file or folder named at `path`."""
         candidates = self.candidates(path, name)
-        return str(next((file for file in candidates if there(file.exists)), candidates[0]))
+        return str(next((file for file in candidates if safely(file.exists)), candidates[0]))
 
     def candidates(self, path: yamltext.Path, name: str) -> list[Path]:
-        """Where the file or folder that the key at `path` names is looked up."""
+        """Returns the paths to look up for the file or folder named at `path`, in this order."""
         folders = [self.here] if self._setting(path) else [self.beside, self.here]
         return list(dict.fromkeys(folder / expand(name) for folder in folders))
 
     def must_be_file(self, path: yamltext.Path, file: Path | None) -> None:
-        """Complains if the file is not there."""
-        if file and not there(file.is_file):
+        """Complains if the file does not exist."""
+        if file and not safely(file.is_file):
             self.complain(path, f"{dotted(path)}: no such file: {file}")
 
     def folder(self, path: yamltext.Path, name: str, files: tuple[str, ...] = MODEL_FILES) -> str:
-        """A model's folder as absolute path, one that has any of `files`; a name of the registry, of a run or of the
-        hub as it is."""
+        """Returns the absolute path of a model's folder, recognized by any of `files`; names in the registry, of a run
+        or on the hub are unchanged."""
         candidates = self.candidates(path, name)
         explicit = expand(name).is_absolute() or name.startswith(("./", "../"))
         for folder in candidates:
-            # A folder that only happens to be called like a model of the registry is none.
-            if there(folder.is_dir) and (explicit or any(there((folder / file).exists) for file in files)):
+            # Skip a folder that merely has the same name as a model in the registry.
+            if safely(folder.is_dir) and (explicit or any(safely((folder / file).exists) for file in files)):
                 return str(folder)
         if explicit:
             self.complain(path, f"{dotted(path)}: no such folder: {' or '.join(map(str, candidates))}")
@@ -197,9 +195,9 @@ class Validation(ABC, Generic[C]):
     # Words ------------------------------------------------------------------------------------------------------------
 
     def _explain(self, path: yamltext.Path, detail: ErrorDetails) -> None:
-        """Complains of a validation error in the user's words."""
+        """Records a validation error in the user's terms."""
         value, kind = detail["input"], detail["type"]
-        if kind == "missing" and isinstance(path[-1], int):  # a list that is too short: the list is what is wrong
+        if kind == "missing" and isinstance(path[-1], int):  # a list is too short: report the list
             path, kind = path[:-1], "too_few"
         name = dotted(path)
         if kind == "missing":
@@ -225,7 +223,7 @@ class Validation(ABC, Generic[C]):
         elif kind in ("extra_forbidden", "invalid_key"):
             above = self.keys.key(path[:-1])
             here = ", ".join(key.leaf for key in self.keys.below(above.name if above else ""))
-            if self.keys.paths(name):  # dots in one key, as after --set
+            if self.keys.paths(name):  # a dotted key, as for --set
                 outer, _, leaf = name.rpartition(".")
                 hint = f"in a file it is {leaf}: indented below {outer}:"
             elif nearest := self.keys.nearest(path):
@@ -253,14 +251,14 @@ class Validation(ABC, Generic[C]):
             self.complain(path, f"{name} is {show(value)}: it must be {must}{hint}")
 
     def _not_there(self, path: yamltext.Path) -> None:
-        """Complains of a key in a section that only ``--set`` names, and not whole."""
+        """Complains about an incomplete section that is only given by ``--set``."""
         section = dotted(path[:2])
         others = [dotted(line) for line in self.document.lines if len(line) == 2 and line[0] == path[0]]
         has = ", ".join(others) or "none"
         self.complain(path[:2], f"the conf has no {section} (it has {has}); to add it, give --set {dotted(path)}=… too")
 
     def _about(self, section: yamltext.Path, message: str) -> yamltext.Path | None:
-        """The first key named in a rule's message (from `section` on) that the user has given."""
+        """Returns the first key in a rule's message (relative to `section`) that the user has set."""
         given = [
             path
             for path in [*self.document.lines, *(s.path for s in self.settings)]
@@ -270,12 +268,12 @@ class Validation(ABC, Generic[C]):
         for path in given:
             name = dotted(path[len(section) :])
             at = re.search(rf"(?<![\w.]){re.escape(name)}(?![\w/-]|\.\w)", message)
-            if at and ("." in name or at.start() == 0):  # other words are words
+            if at and ("." in name or at.start() == 0):  # otherwise it is an ordinary word
                 found.append((at.start(), path))
         return min(found, key=lambda entry: entry[0])[1] if found else None
 
     def _schema(self, path: yamltext.Path) -> dict[str, Any]:
-        """The JSON Schema of the value at `path`."""
+        """Returns the JSON Schema of the value at `path`."""
         length, key = next((i, key) for i in range(len(path), 0, -1) if (key := self.keys.key(path[:i])))
         for option in [key.schema, *key.schema.get("anyOf", ())]:
             inner = option.get("additionalProperties") or option.get("items")
@@ -285,7 +283,7 @@ class Validation(ABC, Generic[C]):
 
 
 def _undefined(node: Any, path: yamltext.Path) -> Iterator[tuple[yamltext.Path, list[str]]]:
-    """Where the keys and values of `node` hold undefined variables, and what is to be said of them."""
+    """Yields the paths of keys and values with undefined variables, and their messages."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _undefined(str(key), (*path, key))
@@ -298,15 +296,16 @@ def _undefined(node: Any, path: yamltext.Path) -> Iterator[tuple[yamltext.Path, 
 
 
 def expand(name: str | Path) -> Path:
-    """The path with `~` expanded, where there is such a user."""
+    """Returns the path with `~` expanded, if that user exists."""
     try:
         return Path(name).expanduser()
     except RuntimeError:
         return Path(name)
 
 
-def there(look: Callable[[], bool]) -> bool:
-    """Whether the file is there; no as well where it may not be looked for, or no file can be called so."""
+def safely(look: Callable[[], bool]) -> bool:
+    """Returns the result of a check such as ``file.exists``; False if it raises OSError (no permission, invalid
+    name)."""
     try:
         return look()
     except OSError:
@@ -314,7 +313,7 @@ def there(look: Callable[[], bool]) -> bool:
 
 
 def siblings(file: Path) -> list[Path]:
-    """What lies in the same folder, if that can be listed."""
+    """Returns the entries of the file's folder; empty if it cannot be listed."""
     try:
         return list(file.parent.iterdir())
     except OSError:

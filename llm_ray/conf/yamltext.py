@@ -1,4 +1,5 @@
-"""YAML in and out: numbers as in YAML 1.2 (``1e-3`` is one), duplicate keys refused, and the line of every key kept."""
+"""YAML in and out: numbers as in YAML 1.2 (``1e-3`` is one), duplicate keys rejected, and the line of every key
+recorded."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import yaml
 
 Path: TypeAlias = tuple[str | int, ...]
 
-# PyYAML follows YAML 1.1, to which `1e-3` is text, `no` false, `010` eight and `2024-01-01` a date. These are YAML
-# 1.2's core types.
+# PyYAML follows YAML 1.1, where `1e-3` is text, `no` is false, `010` is eight and `2024-01-01` is a date. These are the
+# core types of YAML 1.2.
 RESOLVERS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -25,11 +26,11 @@ RESOLVERS = {
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own way: a dictionary of the class)
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML requires a class attribute)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Text that either version of YAML would take for something else is quoted, so that any reader reads it back."""
+    """Quotes text that YAML 1.1 or 1.2 would read as another type, so that any reader reads it back as text."""
 
 
 for _tag, (_pattern, _first) in RESOLVERS.items():
@@ -38,7 +39,7 @@ for _tag, (_pattern, _first) in RESOLVERS.items():
 
 
 class Problem(Exception):
-    """What is wrong with the YAML, and in which line (from 1)."""
+    """An error in the YAML, with its line (from 1)."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -48,27 +49,27 @@ class Problem(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """The data, the line of each key or list item by its path, and scalars as they are written."""
+    """The data, the line of each key or list item by its path, and scalars as written."""
 
     data: Any
     lines: dict[Path, int]
     written: dict[Path, str]
 
     def line(self, path: Path) -> int | None:
-        """The line of `path`, or of the nearest thing around it that has one."""
+        """Returns the line of `path`, or of its nearest ancestor that has one."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path)
 
 
 def parse(text: str) -> Document:
-    """Data and lines of one YAML document. Raises :class:`Problem`."""
+    """Returns data and lines of one YAML document. Raises :class:`Problem`."""
     lines: dict[Path, int] = {}
     written: dict[Path, str] = {}
     walked: dict[int, Path] = {}
 
     def walk(node: yaml.Node, path: Path) -> None:
-        if id(node) in walked:  # an alias: its anchor has been seen
+        if id(node) in walked:  # an alias of a visited anchor
             anchor = walked[id(node)]
             if path[: len(anchor)] == anchor:
                 raise Problem(f"{'.'.join(map(str, path))} is an alias (*) of an enclosing value", lines[path])
@@ -107,12 +108,12 @@ def parse(text: str) -> Document:
 
 
 def value(text: str) -> Any:
-    """One value in YAML, as after ``--set key=``. Raises :class:`Problem`."""
+    """Returns one YAML value, as in ``--set key=VALUE``. Raises :class:`Problem`."""
     return parse(text).data
 
 
 def dump(data: Any) -> str:
-    """YAML text that :func:`parse`, and YAML 1.1 readers too, read back as `data`."""
+    """Returns YAML text that both :func:`parse` and YAML 1.1 readers read back as `data`."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 

@@ -1,4 +1,4 @@
-"""A document as it is read: blocks of text that know where they stand."""
+"""A document as blocks of text with their positions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A paragraph, list, table, … or a heading, in Markdown. `at` and `last` are the lines on which it begins and ends (of
-    HTML both where it begins), or both the page of a document that has pages; all count from 1. `level` is 1 to 6 for a
-    heading, else 0."""
+    """A paragraph, list, table, … or a heading, as Markdown. `at` and `last` are its first and last line (for HTML both
+    the first), or both its page in a paged document, counted from 1. `level` is 1 to 6 for a heading, else 0."""
 
     text: str
     at: int
@@ -19,7 +18,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`name` is the path below the folder of documents; `note` says what of it could not be read."""
+    """`name` is the path relative to the documents' folder; `note` says which parts could not be read."""
 
     name: str
     title: str
@@ -29,5 +28,5 @@ class Document:
 
 
 def heading(level: int, title: str, at: int) -> Block:
-    """The block of a heading."""
+    """Returns a heading's block."""
     return Block(f"{'#' * level} {' '.join(title.split())}", at, at, level)

@@ -1,4 +1,4 @@
-"""HTML as blocks, by Beautiful Soup: the text of what a page is about, without menus, scripts and forms."""
+"""Reads HTML as blocks with Beautiful Soup: a page's main text, without menus, scripts and forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCKS = (
 
 
 def read(data: bytes, name: str) -> Document:
-    """The document in `data`, in the encoding that it names. Of a page with one ``main`` or one ``article`` only that
+    """Returns the document in `data`, decoded as it declares. If a page has a single ``main`` or ``article``, only that
     is read."""
     from bs4 import BeautifulSoup
 
@@ -36,7 +36,7 @@ def read(data: bytes, name: str) -> Document:
 
 
 def _blocks(tag: Tag, line: int) -> Iterator[Block]:
-    """The blocks in `tag`, which begins on `line`: texts between the borders of elements that are blocks."""
+    """Yields the blocks in `tag`, which begins on `line`: texts between the boundaries of block elements."""
     from bs4 import Tag
     from bs4.element import PreformattedString
 
@@ -88,7 +88,7 @@ def _paragraph(parts: list[str], at: int) -> Iterator[Block]:
 
 
 def _lines(parts: list[str]) -> list[str]:
-    """The text of `parts`; only a ``br``, which is a part of its own, ends a line."""
+    """Splits the text of `parts` into lines; only a ``br``, a part of its own, ends a line."""
     lines = [""]
     for part in parts:
         if part == "\n":

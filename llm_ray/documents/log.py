@@ -1,8 +1,8 @@
-"""The log of answers beside the rows: a line for each passage that was asked about, appended when the answer is there.
+"""The log of a model's answers: one line per passage, appended when its answer arrives.
 
-A request is known by its hash, so that the same one is not sent again, whatever became of the folder, and another is
-(another passage, model or setting). The log also knows the files of rows that were written: one that somebody else
-wrote, or changed since, is not replaced.
+Answers are stored by the hash of their request: the same request is never sent twice, even if the folder changes, but
+one with another passage, model or setting is. The log also records the written row files, so that files that are not
+its own, or were changed since, are not overwritten.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ BEGINNING = b'{"'
 
 
 def key_of(request: dict[str, Any]) -> str:
-    """The hash of a request, which is JSON."""
+    """Returns the hash of a request, a JSON object."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 class Log:
-    """`answers` are the texts by the hash of their request."""
+    """The answers of a log file: `answers` maps a request's hash to the text."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
-        """Raises ConfError where the file holds something else."""
+        """Raises ConfError if the file is not such a log."""
         self.path, self._file = path, file
         self.answers: dict[str, str] = {}
         self._written: set[tuple[str, str]] = set()
@@ -46,12 +46,12 @@ class Log:
                 ) from error
 
     def keep(self, key: str, text: str, **about: Any) -> None:
-        """Append an answer; `about` is for people."""
+        """Appends an answer; `about` is informational."""
         self._append({"key": key, "text": text, **about})
         self.answers[key] = text
 
     def check(self, path: Path) -> None:
-        """Raises ConfError where `path` holds something that was not written by this log's command."""
+        """Raises ConfError if `path` exists and was not written by this log's command."""
         if path.exists() and (path.name, _hash(path.read_bytes())) not in self._written:
             raise ConfError(
                 f"{path} exists, and was not written by this command or was changed since: move it, or use another "
@@ -59,9 +59,10 @@ class Log:
             )
 
     def write(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """Write rows as JSON lines in one piece. Raises OSError."""
+        """Writes rows as JSON lines, atomically. Raises OSError."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._append({"wrote": path.name, "sha256": _hash(text.encode())})  # before: a crash between is no foreign file
+        # First, so that a crash in between leaves no unknown file.
+        self._append({"wrote": path.name, "sha256": _hash(text.encode())})
         self._written.add((path.name, _hash(text.encode())))
         write_text(path, text)
 
@@ -72,9 +73,9 @@ class Log:
 
 @contextlib.contextmanager
 def open_log(path: Path) -> Iterator[Log]:
-    """The log in `path`, made when it is not there; a torn last line is taken off.
+    """Opens the log at `path`, creating it if needed; an incomplete last line is removed.
 
-    Raises ConfError when it is no log or another process writes it; DataError when it cannot be written.
+    Raises ConfError if it is another file or is open in another process; DataError if it cannot be written.
     """
     with append_alone(path, str(path)) as file:
         yield Log(path, file)

@@ -1,4 +1,4 @@
-"""Markdown as blocks: CommonMark with tables, by markdown-it. Blocks are the lines as written."""
+"""Reads Markdown as blocks: CommonMark with tables, parsed by markdown-it. Blocks keep their source lines."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 
 
 def read(text: str, name: str) -> Document:
-    """The document `text`; what metadata it begins with (``---``) is left out."""
+    """Returns the document in `text`, without front matter (``---``)."""
     if front := FRONT_MATTER.match(text):
-        text = "\n" * front[0].count("\n") + text[front.end() :]  # lines keep their numbers
+        text = "\n" * front[0].count("\n") + text[front.end() :]  # keep line numbers
     blocks = tuple(_blocks(text))
     title = next((block.text.lstrip("# ") for block in blocks if block.level), Path(name).stem)
     return Document(name, title, blocks)

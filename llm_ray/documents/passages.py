@@ -1,4 +1,4 @@
-"""Documents as passages: pieces short enough to ask about, which begin at headings and paragraphs where they can."""
+"""Splits documents into passages, short enough to ask about, at headings and paragraphs if possible."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from itertools import chain
 from llm_ray.documents.document import Block, Document
 
 LEAST = 80
-"""Characters below headings that a passage needs: less is a caption, a page number, a link."""
+"""Minimum characters of a passage besides headings: less is a caption, a page number, a link."""
 BORDERS = (re.compile(r"\n"), re.compile(r"(?<=[.!?。！？])\s*(?=\S)"), re.compile(r"\s+"))
-"""Where a block is cut that is too long: between lines, else sentences, else words."""
+"""Where too long blocks are cut: between lines, else sentences, else words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Consecutive text of a document. `first` and `last` are its lines, or of a `paged` document both the
-    page. `heading` has the headings above, outermost first."""
+    """Consecutive text of a document. `first` and `last` are its lines, or both its page in a `paged` document.
+    `heading` lists the enclosing headings, outermost first."""
 
     document: str
     title: str
@@ -31,18 +31,18 @@ class Passage:
 
     @property
     def place(self) -> str:
-        """Document and position as people read them."""
+        """Document and position, for display."""
         return f"{self.document}, page {self.first}" if self.paged else f"{self.document}:{self.first}"
 
     @property
     def likeness(self) -> str:
-        """The same for passages with the same words."""
+        """A hash of the words, ignoring case and whitespace."""
         return hashlib.sha256(" ".join(self.text.lower().split()).encode()).hexdigest()
 
 
 def split(document: Document, characters: int) -> list[Passage]:
-    """The passages of `document`, each of at most so many characters below its headings; of a page's text none goes on
-    to the next page. Those with less than :data:`LEAST` characters below their headings are left out."""
+    """Returns the passages of `document`, each with at most `characters` besides its headings, and within one page.
+    Passages with fewer than :data:`LEAST` characters are left out."""
     passages = []
     titles: dict[int, str] = {}
     for group in _groups(document, characters):
@@ -64,14 +64,15 @@ def split(document: Document, characters: int) -> list[Passage]:
 
 
 def _enter(titles: dict[int, str], block: Block) -> None:
-    """Have `titles` (by level) be those that hold below the heading `block`."""
+    """Updates `titles`, the enclosing headings by level, for the heading `block`."""
     for level in [level for level in titles if level >= block.level]:
         del titles[level]
     titles[block.level] = block.text.lstrip("# ")
 
 
 def _groups(document: Document, characters: int) -> Iterator[list[Block]]:
-    """The blocks of each passage: as many as fit; a heading begins a new one when the one before is half full."""
+    """Yields the blocks of each passage: as many as fit; a heading begins a new passage if the current one is at least
+    half full."""
     group: list[Block] = []
     length = 0
     for block in chain.from_iterable(_pieces(whole, characters, document.paged) for whole in document.blocks):
@@ -103,7 +104,7 @@ def _pieces(block: Block, characters: int, paged: bool) -> Iterator[Block]:
 
 
 def _cut(text: str, characters: int, borders: Sequence[re.Pattern[str]]) -> Iterator[str]:
-    """`text` in pieces of at most so many characters, which together are the text."""
+    """Yields consecutive pieces of `text` with at most `characters` each."""
     if len(text) <= characters:
         yield text
         return

@@ -1,4 +1,4 @@
-"""PDF as blocks, by pypdf: the text of each page, in the order in which the file has it."""
+"""Reads PDF as blocks with pypdf: the text of each page, in the file's order."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from llm_ray.documents.document import Block, Document
 from llm_ray.errors import DataError
 
 HYPHEN = re.compile(r"(?<=[^\W\d_])-\n(?=[a-zà-ÿ])")
-"""A word that the end of a line divides."""
+"""A word hyphenated at the end of a line."""
 SURROGATES = re.compile("[\ud800-\udfff\0]")
 ON_MANY_PAGES = 4
-"""Pages from which on lines are looked for that stand at the edge of most of them."""
+"""Minimum number of pages for detecting headers and footers."""
 
 
 def read(path: Path, name: str) -> Document:
-    """The document in `path`. Raises DataError when it is encrypted, broken or without text; OSError."""
+    """Returns the document in `path`. Raises DataError if it is encrypted, broken or without text; OSError."""
     import pypdf
 
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # warns of each oddity that it copes with
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns about oddities that it can handle
     with path.open("rb") as file:
         try:
             reader = pypdf.PdfReader(file)
@@ -31,7 +31,7 @@ def read(path: Path, name: str) -> Document:
             title = reader.metadata.title if reader.metadata else None
         except (DataError, OSError):
             raise
-        except Exception as error:  # pypdf raises whatever a broken file leads it to
+        except Exception as error:  # broken files raise all kinds of errors in pypdf
             reason = str(error) or type(error).__name__
             raise DataError(f"{path}: not a complete PDF, or one that cannot be read: {reason}") from error
     empty = sum(not page.strip() for page in pages)
@@ -50,7 +50,7 @@ def read(path: Path, name: str) -> Document:
 
 
 def _without_edges(pages: list[str]) -> list[str]:
-    """The pages without headers and footers: first and last lines that most pages have, whatever their numbers."""
+    """Returns the pages without headers and footers: first and last lines shared by most pages, ignoring numbers."""
     lines = [[line.rstrip() for line in page.strip().split("\n")] for page in pages]
     if len(pages) < ON_MANY_PAGES:
         return ["\n".join(page) for page in lines]

@@ -1,6 +1,6 @@
-"""Finds documents and reads them: text, Markdown, HTML and PDF.
+"""Finds and reads documents: text, Markdown, HTML and PDF.
 
-for path in find(Path("handbook")).files: document = read(path, "intro.pdf")
+for name, path in find(Path("handbook")).files.items(): document = read(path, name)
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ SUFFIXES = (*TEXT, *MARKDOWN, *HTML, *PDF)
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The documents below a folder, by the names that they have there, and how many other files there are by suffix."""
+    """The documents below a folder by relative path, and the number of other files by suffix."""
 
     files: dict[str, Path]
     others: Counter[str]
 
 
 def find(folder: Path) -> Found:
-    """The documents in `folder` and the folders in it, sorted by name, without hidden ones; or the one document that
-    `folder` is.
+    """Returns the documents in `folder` and its subfolders, sorted by path, without hidden ones; `folder` may also be a
+    single document.
 
-    Raises DataError where there are none.
+    Raises DataError if there are none.
     """
     kinds = ", ".join(SUFFIXES)
     if folder.is_file():
@@ -51,13 +51,13 @@ def find(folder: Path) -> Found:
         else:
             others[path.suffix.lower() or path.name] += 1
     if not files:
-        there = f"; it has {', '.join(f'{n} {suffix}' for suffix, n in others.most_common(5))}" if others else ""
-        raise DataError(f"{folder}: contains no documents ({kinds}){there}")
+        content = f"; it has {', '.join(f'{n} {suffix}' for suffix, n in others.most_common(5))}" if others else ""
+        raise DataError(f"{folder}: contains no documents ({kinds}){content}")
     return Found(files, others)
 
 
 def read(path: Path, name: str) -> Document:
-    """The document in `path`. Raises DataError, which names the file, when it cannot be read or holds no text."""
+    """Returns the document in `path`. Raises DataError, naming the file, if it cannot be read or contains no text."""
     suffix = path.suffix.lower()
     try:
         if suffix in PDF:
@@ -78,7 +78,7 @@ def _text(path: Path) -> str:
     try:
         with open_text(path) as file:
             text = file.read()
-        text.encode()  # bytes that are no UTF-8 were read as lone surrogates
+        text.encode()  # raises for invalid UTF-8, which was read as lone surrogates
     except UnicodeError:
         raise DataError(f"{path}: not UTF-8: save the file as UTF-8") from None
     if "\0" in text:
@@ -91,7 +91,7 @@ def _plain(text: str, name: str) -> Document:
 
 
 def _paragraphs(text: str) -> Iterator[Block]:
-    """What empty lines part."""
+    """Yields the paragraphs, which are separated by empty lines."""
     began, lines = 1, list[str]()
     for number, line in enumerate([*text.split("\n"), ""], 1):
         if line.strip():

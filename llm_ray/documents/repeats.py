@@ -1,4 +1,4 @@
-"""Which rows say what an earlier one says: the same words, or nearly."""
+"""Finds rows that repeat earlier ones, with the same words or nearly the same."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Literal
 from llm_ray.documents.support import words
 
 NEAR = 0.8
-"""Share of the words of two rows together that both have (Jaccard), from which on they are nearly the same."""
+"""Minimum Jaccard similarity of two rows' words to be near duplicates."""
 
 Repeat = Literal["", "exact", "near"]
 
 
 def repeats(rows: Sequence[tuple[str, str]]) -> list[Repeat]:
-    """For each question and answer whether an earlier one, that is none itself, asks the same question (`exact`; case,
-    spacing and punctuation do not count) or has nearly the same words (`near`).
+    """Returns for each question and answer whether an earlier row, itself no repeat, has the same question (`exact`;
+    ignoring case, spacing and punctuation) or nearly the same words (`near`).
 
-    Exact, not by sampling: rows that share :data:`NEAR` of their words share one of the few rarest of each (the prefix
-    filter of Chaudhuri, Ganti and Kaushik, 2006), so only those are compared.
+    Exact, without sampling: only rows that share one of their few rarest words can share :data:`NEAR` of all (the
+    prefix filter of Chaudhuri, Ganti and Kaushik, 2006), so only those are compared.
     """
     questions = [" ".join(words(question)) for question, _ in rows]
     sets = [frozenset(words(f"{question} {answer}")) for question, answer in rows]

@@ -1,4 +1,4 @@
-"""The request for questions and answers about a passage, and the rows in what comes back."""
+"""Builds the request for questions and answers about a passage, and parses the response into rows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ ABOUT_THE_PASSAGE = re.compile(
     r"\b(the|this|that|given|above|following) (passage|text|excerpt|paragraph|document|section|context)\b",
     re.IGNORECASE,
 )
-"""English only: other languages rely on what the model is told."""
+"""English only: for other languages, only the prompt prevents such questions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A question and its answer, about `passage`."""
+    """A question and answer about `passage`."""
 
     question: str
     answer: str
     passage: Passage
 
     def values(self, model: str) -> dict[str, Any]:
-        """As it is written to a file: `messages`, which are learnt, and where they come from."""
+        """Returns the row as written to a file: `messages` to train on, and their source."""
         about = self.passage
         lines = {"page": about.first} if about.paged else {"lines": [about.first, about.last]}
         return {
@@ -44,7 +44,8 @@ class Row:
 
 
 def messages(passage: Passage, rows: int, instructions: str) -> list[dict[str, str]]:
-    """The conversation that asks for at most so many rows about `passage`; `instructions` are what the user adds."""
+    """Returns the conversation that requests at most `rows` rows about `passage`; `instructions` are the user's
+    additions."""
     subject = " > ".join(dict.fromkeys([passage.title, *passage.heading]))
     return [
         {"role": "system", "content": f"{SYSTEM}\n{instructions}".strip()},
@@ -56,7 +57,7 @@ def messages(passage: Passage, rows: int, instructions: str) -> list[dict[str, s
 
 
 def response_format(rows: int) -> dict[str, Any]:
-    """What holds the answer to JSON, as the OpenAI API takes it."""
+    """Returns the OpenAI API's response_format that constrains the answer to JSON of this schema."""
     text = {"type": "string"}
     row = {
         "type": "object",
@@ -75,8 +76,8 @@ def response_format(rows: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What an answer holds: rows as far as they are whole; how many are cut off or have an empty question or answer;
-    and whether it is JSON of the form that was asked for at all."""
+    """The contents of an answer: complete rows, the numbers of truncated and of empty ones, and whether it is JSON of
+    the requested form at all."""
 
     rows: tuple[Row, ...]
     cut: int = 0
@@ -85,10 +86,10 @@ class Read:
 
 
 def read_answer(text: str, passage: Passage, most: int) -> Read:
-    """The first `most` rows in the answer `text`. Of one that was cut off those are kept that came whole."""
+    """Parses the first `most` rows of the answer `text`. From a truncated answer, complete rows are kept."""
     from pydantic_core import from_json
 
-    begin = text.find("{")  # an endpoint that heeds no response_format may put words or a fence before it
+    begin = text.find("{")  # endpoints that ignore response_format may add text or a code fence
     end = text.rfind("}") + 1
     try:
         found = from_json(text[begin:end]) if begin >= 0 else None

@@ -1,14 +1,14 @@
-"""Frozen linear layers in few bits, for models that memory does not hold in 16 (`model.weights`).
+"""Frozen linear layers with quantized weights, for models that do not fit in memory with 16 bits (`model.weights`).
 
     model = load_model(base, torch.bfloat16, bits="int4")
 
-Each weight is quantized as soon as it has been read, so that the model is never whole in memory. A layer multiplies by
-its weights as they are quantized, in the data type of its input: they are unpacked for each product, in the forward and
-again in the backward pass, and nothing but the packed weights is kept. Arithmetic is that of any other frozen layer.
+Each weight is quantized as it is read, so the whole model is never in memory unquantized. A layer computes with its
+dequantized weights in the data type of its input: they are unpacked in each forward and again in each backward pass,
+and only the packed weights are kept. Otherwise the arithmetic is that of any frozen layer.
 
-`int8`: integers from -127 to 127, one scale a row. `int4`: integers from -8 to 7, one scale for each 32 weights, such
-that the one farthest from 0 is -8 (as llama.cpp's Q4_0): 4.5 bits a weight. Scales are bf16, and integers are rounded
-with them as they are kept, so that weights in bf16 and in fp32 differ by nothing but their own rounding.
+`int8`: integers from -127 to 127, one scale per row. `int4`: integers from -8 to 7, one scale per 32 weights, such that
+the weight farthest from 0 becomes -8 (as in llama.cpp's Q4_0): 4.5 bits per weight. Scales are rounded to bf16 before
+the integers are computed with them, so that bf16 and fp32 weights differ only by their own rounding.
 """
 
 from __future__ import annotations
@@ -28,24 +28,22 @@ from llm_ray.conf.finetune import FewBits
 from llm_ray.errors import ModelError
 
 BLOCK = 32
-"""Weights that share a scale in int4."""
+"""Number of weights per scale in int4."""
 BYTES: dict[FewBits, float] = {"int8": 1.0, "int4": 0.5 + 2 / BLOCK}
-"""Of a weight, scales included (but for those of int8: two bytes a row)."""
+"""Bytes per weight, including scales (except for int8's: two bytes per row)."""
 _METHOD = "llm-ray-few-bits"
 
 
 def quantize(weight: Tensor, bits: FewBits) -> tuple[Tensor, Tensor]:
-    """A weight [out, in] as integers and scales (bf16): int8 [out, in] and [out, 1]; int4 packed by two, int8 [blocks / 2,
-    32], and [blocks, 1]."""
+    """Quantizes a weight [out, in] to integers and bf16 scales. For int8 these are int8 [out, in] and [out, 1]; for
+    int4, two integers packed per int8 [blocks / 2, 32], and [blocks, 1]."""
     if bits == "int8":
         scale = _scales(weight.float().abs().amax(1, keepdim=True) / 127)
         return (weight / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
     blocks = F.pad(weight.flatten().float(), (0, -weight.numel() % (2 * BLOCK))).view(-1, BLOCK)
     scale = _scales(blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8)
     integers = (blocks / scale.float()).round_().clamp_(-8, 7).to(torch.int8)
-    low, high = integers.chunk(
-        2
-    )  # a byte has one of each half of the matrix: neighbours would have to be woven together
+    low, high = integers.chunk(2)  # a byte packs one of each half: packed neighbours would have to be interleaved
     return (low & 15) | (high << 4), scale
 
 
@@ -54,18 +52,18 @@ def _scales(wanted: Tensor) -> Tensor:
 
 
 def dequantize(packed: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight of :func:`quantize`, of `shape`, in `dtype`."""
+    """Inverts :func:`quantize`; returns the weight of `shape` in `dtype`."""
     if len(packed) == len(scale):
         return packed.to(dtype).mul_(scale)
     blocks = torch.empty(2, *packed.shape, dtype=dtype)
-    # As the upper half of a byte an integer is 16 times itself, sign included.
+    # In the upper half of a byte, a signed integer counts 16 times.
     torch.mul(packed << 4, (scale[: len(packed)] / 16).to(dtype), out=blocks[0])
     torch.mul(packed & -16, (scale[len(packed) :] / 16).to(dtype), out=blocks[1])
     return blocks.flatten()[: shape.numel()].view(shape)
 
 
 class FewBitsLinear(nn.Linear):
-    """A linear layer whose weight [out, in] is packed; it takes gradients to its input, and has none of its own."""
+    """A linear layer with a packed, frozen weight [out, in]. Gradients flow to its input."""
 
     def __init__(self, linear: nn.Linear, weight: Tensor, bits: FewBits) -> None:
         nn.Module.__init__(self)
@@ -78,7 +76,7 @@ class FewBitsLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as it multiplies, unpacked for this call."""
+        """The dequantized weight, computed at each access."""
         return self.unpacked(self.dtype)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
@@ -99,7 +97,7 @@ class FewBitsLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ, of which only the packed W is kept for the backward pass."""
+    """x Wᵀ; saves only the packed W for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
@@ -114,7 +112,7 @@ class _Product(torch.autograd.Function):
 
 
 def widened(layer: FewBitsLinear, dtype: torch.dtype) -> nn.Linear:
-    """An ordinary layer of one in few bits, with the weights that it multiplies by."""
+    """Returns an ordinary linear layer with the dequantized weights of `layer`."""
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(layer.unpacked(dtype), requires_grad=False)
     linear.bias = layer.bias
@@ -122,8 +120,8 @@ def widened(layer: FewBitsLinear, dtype: torch.dtype) -> nn.Linear:
 
 
 def quantizable(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> list[str]:
-    """Names of the linear layers that go into few bits: all but the output head, which may share its weights with the
-    embeddings, and those called as in `keep`."""
+    """Returns the names of the linear layers to quantize: all but the output head, which may be tied to the embeddings,
+    and those matching `keep`."""
     head = model.get_output_embeddings()
     return [
         name
@@ -135,11 +133,11 @@ def quantizable(model: PreTrainedModel, keep: tuple[str, ...] = ()) -> list[str]
 
 
 def check_few_bits(empty: PreTrainedModel, name: object, bits: FewBits, keep: tuple[str, ...] = ()) -> int:
-    """How many weights are packed of a model, of which `empty` has none in memory. Raises ModelError where few bits would
-    not make it small."""
+    """Returns the number of weights to be quantized in a model; `empty` is the model without weights. Raises ModelError
+    if quantization would not make it much smaller, or if it is quantized already."""
     key = f"model.weights is {bits}, but the model {name}"
     if getattr(empty.config, "quantization_config", None):
-        raise ModelError(f"{key} keeps its weights quantized already: use the model that it was quantized from")
+        raise ModelError(f"{key} is quantized already: use the model that it was quantized from")
     names = quantizable(empty, keep)
     packed = sum(cast(nn.Linear, empty.get_submodule(name)).weight.numel() for name in names)
     layers = sum(weight.numel() for weight in empty.parameters()) - sum(
@@ -149,14 +147,14 @@ def check_few_bits(empty: PreTrainedModel, name: object, bits: FewBits, keep: tu
     if packed < layers / 2:
         raise ModelError(
             f"{key} keeps most of its weights outside linear layers (such as in a mixture's experts, or in GPT-2's "
-            "Conv1D), where they cannot be packed: remove model.weights"
+            "Conv1D), where they cannot be quantized: remove model.weights"
         )
     return packed
 
 
 @register_quantization_config(_METHOD)
 class FewBitsConfig(QuantizationConfigMixin):
-    """What `from_pretrained` is told."""
+    """Quantization settings for `from_pretrained`."""
 
     def __init__(self, bits: FewBits, keep: tuple[str, ...] = ()) -> None:
         self.quant_method = _METHOD
@@ -191,7 +189,7 @@ class _Quantize(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], model: PreTrainedModel, missing_keys: set[str], **kwargs: Any
     ) -> dict[str, Any]:
-        """Put layers with the read weights in their places; nothing is left for transformers to put anywhere."""
+        """Replaces linear layers by quantized ones; returns nothing for transformers to assign."""
         for key, value in input_dict.items():
             name = key.removesuffix(".weight")
             linear = cast(nn.Linear, model.get_submodule(name))

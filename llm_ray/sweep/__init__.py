@@ -1,1 +1,1 @@
-"""Sweeps: trials of a finetune on Ray Tune, each an ordinary run, and what they show."""
+"""Sweeps: trials of a finetune on Ray Tune, each an ordinary run, and their report."""

@@ -1,12 +1,12 @@
-"""A sweep's folder: its confs, the data that all trials share, and a run's folder for each trial.
+"""A sweep's folder: its confs, the data shared by all trials, and a run folder for each trial.
 
-    runs/NAME/                 the best trial's run, once it has been chosen
-    runs/NAME/sweep/           conf.yaml, finetune.yaml, sweep.json, and what `report` writes
-    runs/NAME/sweep/data/      a run of stage prepare alone
-    runs/NAME/sweep/trials/    trial-001/ and so on: runs of stage train, each with its trial.json
+    runs/NAME/                 the best trial's run, once chosen
+    runs/NAME/sweep/           conf.yaml, finetune.yaml, sweep.json, and the files written by `report`
+    runs/NAME/sweep/data/      a run with only the stage prepare
+    runs/NAME/sweep/trials/    trial-001/ and so on: runs with the stage train, each with its trial.json
 
-Each file is whole or not there. A trial.json is written by the searching process when the trial is proposed, and
-afterwards by the trial's own.
+Files are written atomically. The searching process creates a trial's trial.json; from then on, only the trial's own
+process writes it.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from llm_ray.runs.folder import RESULT_KEYS, RUN, differences
 from llm_ray.runs.metrics import METRICS, read_metrics
 
 State = Literal["begun", "done", "stopped", "failed"]
-"""`begun`: proposed, and under way or broken off; `stopped`: ended early, because others were better."""
+"""`begun`: running or interrupted; `stopped`: stopped early in favour of better trials."""
 ENDED: tuple[State, ...] = ("done", "stopped", "failed")
 MAY_CHANGE = ("trials", "hours", "concurrent", "cpus", "sampler", "asha", "seed")
-"""Keys of a sweep's conf that another start of it may change: they change which trials are made, not what one gives."""
+"""Keys of a sweep's conf that may change between starts: they affect which trials run, not the results of a trial."""
 COLUMNS = {"loss": "validation_loss", "accuracy": "validation_rewards/accuracies"}
-"""The column of metrics.jsonl that a metric is."""
+"""The column of metrics.jsonl for each metric."""
 _TRIAL = "trial.json"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial: the values of the searched keys, and what came of it so far."""
+    """One trial: the values of the searched keys, and its result so far."""
 
     number: int
     values: dict[str, Any]
     state: State = "begun"
     metric: float | None = None
-    """On the validation rows, of the weights that would be exported."""
+    """On the validation rows, for the weights that would be exported."""
     share: float = 0.0
-    """Of its training that is done."""
+    """Completed share of its training."""
     seconds: float = 0.0
     reason: str = ""
     history: list[tuple[float, float]] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Trial:
 
 
 class SweepFolder:
-    """The folder of the sweep of a conf and its finetune."""
+    """The folder of a sweep, given its conf and its finetune's."""
 
     def __init__(self, conf: SweepConf, base: FinetuneConf) -> None:
         self.run = base.paths.runs / conf.name
@@ -74,12 +74,12 @@ class SweepFolder:
 
     @property
     def data_conf(self) -> FinetuneConf:
-        """The run of stage prepare whose data all trials share."""
+        """The conf of the run that prepares the data for all trials."""
         return self._conf({}, name="data", stages=("prepare",), runs=self.path)
 
     def trial_conf(self, trial: Trial, cpus: int, validate_every: int | None) -> FinetuneConf:
-        """The run of a trial whose workers have `cpus` each. Raises ValidationError where its values do not go
-        together."""
+        """Returns the conf of a trial's run, with `cpus` per worker. Raises ValidationError if its values cannot be
+        combined."""
         conf = self._conf(trial.values, name=trial.name, stages=("prepare", "train"), runs=self.trials_folder)
         return conf.model_copy(
             update={
@@ -89,7 +89,8 @@ class SweepFolder:
         )
 
     def best_conf(self, trial: Trial) -> FinetuneConf:
-        """The finetune that makes what the trial made, and exports it: as the sweep's, with the trial's values."""
+        """Returns the conf that repeats the trial's training and exports the model: the sweep's finetune with the
+        trial's values."""
         wanted = {*self.base.stages, "prepare", "train", "evaluate", "export"}
         stages = tuple(stage for stage in STAGES if stage in wanted)
         conf = self._conf(trial.values, name=self.conf.name, stages=stages, runs=self.base.paths.runs)
@@ -101,10 +102,11 @@ class SweepFolder:
         fixed = {"name": name, "stages": stages, "paths.runs": str(runs)}
         return FinetuneConf.model_validate(with_values({**values, **fixed}, self.base.model_dump(mode="json")))
 
-    # Begin and go on --------------------------------------------------------------------------------------------------
+    # Begin and continue
+    # -------------------------------------------------------------------------------------------------
 
     def refuse_run(self) -> None:
-        """Raise RunError when there is a run of the sweep's name that no sweep has made."""
+        """Raises RunError if there is a run of the sweep's name that was not created by a sweep."""
         if (self.run / RUN).exists() and not self.path.exists():
             raise RunError(
                 f"{self.run} is a run, not made by a sweep: use another name for the sweep (--set name=…), or delete the run "
@@ -112,7 +114,8 @@ class SweepFolder:
             )
 
     def begin(self) -> None:
-        """Go on with the sweep that is in the folder, if there is one. Raises RunError when it has other results."""
+        """Creates the folder, or continues the sweep in it. Raises RunError if that one's results are not
+        comparable."""
         self._refuse_other()
         self.trials_folder.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "conf.yaml", dump(self.conf))
@@ -137,7 +140,7 @@ class SweepFolder:
             )
 
     def notes(self) -> dict[str, Any]:
-        """What sweep.json holds; empty without."""
+        """Returns the contents of sweep.json; empty if it does not exist."""
         try:
             found: dict[str, Any] = json.loads((self.path / "sweep.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -147,17 +150,17 @@ class SweepFolder:
         return found
 
     def note(self, **values: Any) -> None:
-        """Set values of sweep.json."""
+        """Updates values in sweep.json."""
         write_json(self.path / "sweep.json", self.notes() | values)
 
     # Trials -----------------------------------------------------------------------------------------------------------
 
     def trials(self) -> list[Trial]:
-        """All trials, by number. Raises RunError where one cannot be read."""
+        """Returns all trials by number. Raises RunError if one cannot be read."""
         return [_read_trial(file) for file in sorted(self.trials_folder.glob(f"trial-*/{_TRIAL}"))]
 
     def propose(self, values: dict[str, Any]) -> Trial:
-        """A new trial."""
+        """Adds a new trial."""
         trial = Trial(max((trial.number for trial in self.trials()), default=0) + 1, values)
         self.write(trial)
         return trial
@@ -166,13 +169,13 @@ class SweepFolder:
         write_json(self.trials_folder / trial.name / _TRIAL, asdict(trial))
 
     def metrics(self, trial: Trial) -> list[dict[str, Any]]:
-        """The rows of the trial's metrics.jsonl."""
+        """Returns the rows of the trial's metrics.jsonl."""
         return read_metrics(self.trials_folder / trial.name / METRICS)
 
 
 def best_of(trials: Sequence[Trial], goal: Literal["min", "max"]) -> Trial | None:
-    """The trial with the best metric: of those trained to their end, else of those stopped early, else of those broken
-    off. None where no trial has one."""
+    """Returns the trial with the best metric among those that completed, else among those stopped early, else among
+    interrupted ones; None if no trial has a metric."""
     for state in ("done", "stopped", "begun"):
         found = [(trial.metric, trial) for trial in trials if trial.state == state and trial.metric is not None]
         if found:
@@ -181,8 +184,8 @@ def best_of(trials: Sequence[Trial], goal: Literal["min", "max"]) -> Trial | Non
 
 
 def history(rows: Sequence[Mapping[str, Any]], metric: str, best_checkpoint: bool) -> list[tuple[float, float]]:
-    """Of a training's metrics, at each validation: the share of its steps that is done, and the metric of the weights
-    that would be exported if it ended there (of the lowest validation loss with `best_checkpoint`, else the last)."""
+    """Returns for each validation the completed share of a training's steps, and the metric of the weights that would
+    be exported at that point (those with the lowest validation loss with `best_checkpoint`, else the current ones)."""
     found: list[tuple[float, float]] = []
     lowest = float("inf")
     for row in rows:
@@ -202,7 +205,7 @@ def _read_trial(file: Path) -> Trial:
         return Trial(**found | {"history": [(share, value) for share, value in found["history"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(
-            f"{file} cannot be read ({type(error).__name__}: {error}): delete its folder, and the trial is forgotten"
+            f"{file} cannot be read ({type(error).__name__}: {error}): delete its folder to discard the trial"
         ) from error
 
 

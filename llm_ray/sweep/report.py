@@ -1,5 +1,5 @@
-"""What a sweep has shown: a table of its trials, their curves, and how much each key mattered; as text, Markdown, JSON
-and PNG.
+"""Report of a sweep: a table of its trials, their curves, and the importance of each key; as text, Markdown, JSON and
+PNG.
 
     report = make_report(folder)
     write_report(folder, report)     # report.md, report.json, curves.png, importance.png
@@ -19,15 +19,15 @@ from llm_ray.sweep.folder import COLUMNS, SweepFolder, Trial, best_of
 from llm_ray.sweep.search import show_value
 from llm_ray.sweep.space import importance
 
-_BAR = 40  # characters of the longest bar
-_DRAWN = 8  # curves in the terminal: the best ones
+_BAR = 40  # width in characters of the longest bar
+_DRAWN = 8  # number of curves in the terminal, the best ones
 
 
 @dataclass(frozen=True)
 class Report:
-    """The trials, the best first; the keys, the most important first, their shares together 1 (empty for too few trials).
-    `held_out`: figures of the base model and of the best trial on rows that no trial was trained on or chosen by, empty
-    before it was evaluated."""
+    """The trials, best first, and the importance of each key, in descending order and summing to 1 (empty for too few
+    trials). `held_out` has the figures of the base model and the best trial on rows not used for training or selection;
+    empty before that evaluation."""
 
     name: str
     metric: str
@@ -37,13 +37,13 @@ class Report:
     held_out: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def table(self) -> list[tuple[str, ...]]:
-        """The trials as rows of cells, the first the head."""
+        """Returns the trials as rows of cells, preceded by a header row."""
         keys = list(self.trials[0].values) if self.trials else []
         head = ("trial", "state", self.metric, "trained", "seconds", *(key.rpartition(".")[2] for key in keys))
         rows = [
             (
                 trial.name,
-                trial.state if trial.state != "begun" else "broken off",
+                trial.state if trial.state != "begun" else "interrupted",
                 f"{trial.metric:.4f}" if trial.metric is not None else "",
                 f"{trial.share:.0%}",
                 f"{trial.seconds:.0f}",
@@ -54,7 +54,7 @@ class Report:
         return [head, *rows]
 
     def importance_lines(self) -> list[str]:
-        """Each key with a bar."""
+        """Returns each key with a bar."""
         width = max(map(len, self.importance), default=0)
         return [
             f"{key.ljust(width)}  {share:4.0%} {'█' * round(_BAR * share)}".rstrip()
@@ -62,7 +62,7 @@ class Report:
         ]
 
     def held_out_lines(self) -> list[str]:
-        """The figures on held-out rows, base model and best trial."""
+        """Returns the figures on held-out rows of base model and best trial."""
         base, tuned = self.held_out.get("base", {}), self.held_out.get("finetuned", {})
         return [
             f"{key.replace('validation_', '').replace('_', ' ')}: "
@@ -73,7 +73,7 @@ class Report:
 
 
 def make_report(folder: SweepFolder, held_out: dict[str, dict[str, float]] | None = None) -> Report:
-    """The report of a sweep as it stands. Raises RunError where a trial cannot be read."""
+    """Returns the report of a sweep's current state. Raises RunError if a trial cannot be read."""
     trials, goal = folder.trials(), folder.conf.goal
     best = best_of(trials, goal)
     sign = 1 if goal == "min" else -1
@@ -84,7 +84,7 @@ def make_report(folder: SweepFolder, held_out: dict[str, dict[str, float]] | Non
 
 
 def curves(folder: SweepFolder, trials: Sequence[Trial]) -> Comparison:
-    """The metric by step of each of the trials that has been validated."""
+    """Returns the metric by step of each trial that has been validated."""
     column = COLUMNS[folder.conf.metric]
     found = {}
     for trial in trials:
@@ -95,13 +95,13 @@ def curves(folder: SweepFolder, trials: Sequence[Trial]) -> Comparison:
 
 
 def terminal_curves(folder: SweepFolder, report: Report, width: int, color: bool) -> str:
-    """The curves of the best trials, drawn with characters; empty without any."""
+    """Returns the best trials' curves, drawn with characters; empty if there are none."""
     comparison = curves(folder, report.trials[:_DRAWN])
     return terminal_plot(comparison, width, color=color) if comparison.curves else ""
 
 
 def write_report(folder: SweepFolder, report: Report) -> None:
-    """Write report.md, report.json, curves.png and importance.png into the sweep's folder. Raises RunError."""
+    """Writes report.md, report.json, curves.png and importance.png into the sweep's folder. Raises RunError."""
     path = folder.path
     drawn = curves(folder, report.trials)
     if drawn.curves:
@@ -118,17 +118,17 @@ def _markdown(report: Report, drawn: Comparison) -> str:
     if report.best:
         lines += [
             f"Best: {report.best.name}, {report.metric} {report.best.metric:.4f} on the validation rows, by which it was "
-            "chosen. `llm-ray finetune --config best.yaml` makes it again.",
+            "selected. `llm-ray finetune --config best.yaml` reproduces it.",
             "",
         ]
     if report.held_out:
-        lines += ["On held-out rows, which no trial was trained on or chosen by:", ""]
+        lines += ["On held-out rows, not used for training or selection:", ""]
         lines += [*(f"- {line}" for line in report.held_out_lines()), ""]
     if drawn.curves:
         lines += ["![curves](curves.png)", ""]
     if report.importance:
         judged = sum(trial.metric is not None for trial in report.trials)
-        lines += [f"Importance of each key, by {judged} trials:", ""]
+        lines += [f"Importance of each key, from {judged} trials:", ""]
         lines += [*(f"- `{key}`: {share:.0%}" for key, share in report.importance.items()), ""]
         lines += ["![importance](importance.png)", ""]
     return "\n".join(lines)

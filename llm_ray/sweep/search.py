@@ -1,9 +1,10 @@
-"""Trials side by side on Ray Tune: Optuna proposes values, ASHA stops bad trials, the records are the folder's.
+"""Runs trials concurrently on Ray Tune: Optuna proposes values, ASHA stops bad trials, and the sweep's folder records
+them.
 
     slots = slots_of(conf, base, cluster)
     search(folder, slots, run_finetune, reporter)
 
-Tune's own state is thrown away: going on reads the trials' records, which are whole after any crash.
+Tune's own state is discarded: a resumed sweep reads the trials' records, which are complete after any crash.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from llm_ray.sweep.trial import Finetune, Task, TuneTrial
 from llm_ray.train.task import worker_environment
 
 MOST_AT_ONCE = 4
-"""Trials at once where neither their number nor their cores are given."""
-_PROPOSALS = 20  # made before a trial may repeat another
-_NOTE_SECONDS = 5.0  # between notes of how long the sweep has run
-# Ray Tune's habits: files of its own for each trial, another working directory, and lines about both.
+"""Concurrent trials if neither their number nor their cores are given."""
+_PROPOSALS = 20  # attempts to propose new values
+_NOTE_SECONDS = 5.0  # between updates of the sweep's running time
+# Turns off Ray Tune's own files for each trial, its change of the working directory, and its output about both.
 _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -46,7 +47,7 @@ _QUIET = {
 
 @dataclass(frozen=True)
 class Slots:
-    """How many trials train at once, and the workers of each with their CPUs."""
+    """Number of concurrent trials, workers per trial, and CPUs per worker."""
 
     trials: int
     workers: int
@@ -54,13 +55,13 @@ class Slots:
 
 
 def slots_of(conf: SweepConf, base: FinetuneConf, cluster: Cluster) -> Slots:
-    """How the CPUs are shared out. Raises ClusterError where not even one trial has room."""
+    """Divides the CPUs among trials. Raises ClusterError if there is no room for a single trial."""
     nodes = list(cluster.of(base.runtime.hosts).node_cpus.values())
     total = min(sum(nodes), conf.cpus or sum(nodes))
     workers = base.runtime.workers
 
     def room(cpus: int) -> int:
-        """Trials for which there is room with so many CPUs a worker."""
+        """Returns the number of trials that fit with so many CPUs per worker."""
         return min(sum(node // cpus for node in nodes), total // cpus) // workers
 
     if base.runtime.cpus_per_worker == "auto":
@@ -82,10 +83,10 @@ def slots_of(conf: SweepConf, base: FinetuneConf, cluster: Cluster) -> Slots:
 
 
 def search(folder: SweepFolder, slots: Slots, finetune: Finetune, reporter: Reporter) -> None:
-    """Make the trials that are missing, on the joined Ray; those broken off are gone on with. Ctrl-C, or the end of
-    `hours`, stops those under way with a checkpoint.
+    """Runs the missing trials on the connected Ray and resumes interrupted ones. Ctrl-C or the end of `hours` stops
+    running trials with a checkpoint.
 
-    Raises Stopped at Ctrl-C, TrainError when all trials have failed.
+    Raises Stopped on Ctrl-C, TrainError if all trials have failed.
     """
     conf = folder.conf
     before = folder.trials()
@@ -104,7 +105,7 @@ def search(folder: SweepFolder, slots: Slots, finetune: Finetune, reporter: Repo
 
 
 def wanted_trials(conf: SweepConf) -> int:
-    """How many trials a sweep makes in all."""
+    """Returns the total number of trials of a sweep."""
     return min(conf.trials, conf.combinations or conf.trials)
 
 
@@ -113,7 +114,7 @@ def _over(conf: SweepConf, seconds: float) -> bool:
 
 
 class _Fit(threading.Thread):
-    """Tune beside the main thread, which stays free for progress and Ctrl-C."""
+    """Runs Tune in a thread; the main thread handles progress and Ctrl-C."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         super().__init__(daemon=True, name="ray-tune-fit")
@@ -125,14 +126,14 @@ class _Fit(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except BaseException as error:  # handed to the main thread, whatever it is
+        except BaseException as error:  # reraised in the main thread
             self.error = error
         finally:
             self.ended.set()
 
 
 def _follow(folder: SweepFolder, fit: _Fit, ended: list[Trial], used: float, reporter: Reporter) -> None:
-    """Tell of trials as they go on and end; ask them to stop at Ctrl-C or at the end of the time."""
+    """Reports progress and ended trials; asks trials to stop on Ctrl-C or at the end of `hours`."""
     conf = folder.conf
     known = {trial.number for trial in ended}
     began = noted = time.monotonic()
@@ -189,7 +190,7 @@ def _show(bar: Bar, conf: SweepConf, trials: list[Trial]) -> None:
 
 
 def describe_trial(conf: SweepConf, trial: Trial) -> str:
-    """A trial that ended, in a line."""
+    """Returns a one-line summary of an ended trial."""
     values = ", ".join(f"{key.rpartition('.')[2]} {show_value(value)}" for key, value in trial.values.items())
     came = f"{conf.metric} {trial.metric:.4f}" if trial.metric is not None else "no result"
     reason = f" ({trial.reason})" if trial.reason else ""
@@ -201,12 +202,12 @@ def show_value(value: object) -> str:
 
 
 def forget_weights(folder: SweepFolder, trials: list[Trial]) -> None:
-    """Delete the checkpoints of trials that ended and are not the best: of full finetunes they would fill a disk."""
+    """Deletes the checkpoints of ended trials that are not the best: those of full finetunes would fill the disk."""
     best = best_of(trials, folder.conf.goal)
     for trial in trials:
         checkpoints = folder.trials_folder / trial.name / "checkpoint"
         if trial.state in ENDED and best and trial.number != best.number and checkpoints.exists():
-            with contextlib.suppress(OSError):  # the next time
+            with contextlib.suppress(OSError):  # retried after the next trial
                 remove_folder(checkpoints)
 
 
@@ -224,7 +225,8 @@ def _tune(folder: SweepFolder, slots: Slots, finetune: Finetune, missing: int) -
         environment=worker_environment(),
         finetune=finetune,
     )
-    # No CPU of its own, and the head's mark in its place: resources that are all 0 are refused.
+    # The trial itself needs no CPU. Ray rejects requests of only zeros, so it requests a bit of the head's marker
+    # resource.
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
     with _quiet(), environment(_QUIET), tempfile.TemporaryDirectory(prefix="llm-ray-tune-") as storage:
         tune.Tuner(
@@ -253,7 +255,7 @@ def _quiet() -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logger = logging.getLogger("ray.tune")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # what fails is in the trial's record
+    logger.setLevel(logging.CRITICAL)  # failures are in the trial's record
     try:
         yield
     finally:
@@ -276,8 +278,8 @@ def _stopper(folder: SweepFolder) -> Any:
 
 
 def make_searcher(folder: SweepFolder) -> Any:
-    """Optuna's proposals, each with the number of the trial that it becomes. Trials that ended are known to it, those
-    broken off are proposed first, and a space small enough is gone through."""
+    """Returns Optuna's searcher; each proposal contains its trial's number. It knows the results of ended trials,
+    proposes interrupted ones first, and enumerates all combinations if there are no more than trials."""
     from ray.tune.search.optuna import OptunaSearch
 
     conf, trials = folder.conf, folder.trials()
@@ -287,7 +289,7 @@ def make_searcher(folder: SweepFolder) -> Any:
     class Proposals(OptunaSearch):
         def suggest(self, trial_id: str) -> dict[str, Any] | None:
             if again:
-                super().suggest(trial_id)  # queued below, in the same order
+                super().suggest(trial_id)  # queued below in the same order
                 return {"trial": again.pop(0).number}
             values: dict[str, Any] = {}
             known = [trial.values for trial in folder.trials()]
@@ -323,7 +325,8 @@ def _pruned() -> Any:
 
 
 def make_scheduler(folder: SweepFolder) -> Any:
-    """ASHA over the share of its training that a trial has done, told of the trials that ended before; or none."""
+    """Returns ASHA over the share of training that a trial has completed, with the results of earlier trials; FIFO if
+    disabled."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     conf = folder.conf

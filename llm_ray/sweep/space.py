@@ -1,6 +1,6 @@
-"""The searched keys as Optuna sees them: distributions, studies, and how much each key mattered.
+"""The searched keys in Optuna: distributions, samplers, and importance.
 
-Optuna's choices are texts and numbers alone, those of a conf anything: they are JSON texts there.
+Optuna's choices can only be texts and numbers, those of a conf anything: they are passed as JSON.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 FEWEST_FOR_IMPORTANCE = 4
-"""Trials with a metric below which nothing can be said of keys."""
+"""Minimum number of trials with a metric for computing importance."""
 
 
 def distributions(conf: SweepConf) -> dict[str, BaseDistribution]:
-    """Optuna's distribution of each searched key."""
+    """Returns Optuna's distribution of each searched key."""
     return {key: _distribution(space) for key, space in conf.search.items()}
 
 
@@ -34,36 +34,36 @@ def _distribution(space: Space) -> BaseDistribution:
         return IntDistribution(*space.integers)
     if space.loguniform:
         return FloatDistribution(*space.loguniform, log=True)
-    assert space.uniform  # noqa: S101 (the schema has it that there is one)
+    assert space.uniform  # noqa: S101 (guaranteed by the schema)
     return FloatDistribution(*space.uniform)
 
 
 def to_optuna(conf: SweepConf, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A trial's values as Optuna has them."""
+    """Converts a trial's values to Optuna's."""
     return {key: json.dumps(value) if conf.search[key].choice is not None else value for key, value in values.items()}
 
 
 def from_optuna(conf: SweepConf, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Optuna's values as a conf has them, in the order of the conf."""
+    """Converts Optuna's values to a conf's, in the order of the conf."""
     return {
         key: json.loads(params[key]) if space.choice is not None else params[key] for key, space in conf.search.items()
     }
 
 
 def sampler(conf: SweepConf, ended: int) -> BaseSampler:
-    """What proposes values, where `ended` trials have been. A third of all, at most 10, are proposed at random before
-    others follow them."""
+    """Returns the sampler after `ended` trials. A third of all trials, 2 to 10, are random before TPE uses their
+    results."""
     from optuna.samplers import RandomSampler, TPESampler
 
-    seed = conf.seed + ended  # going on must not propose again what was proposed
+    seed = conf.seed + ended  # a resumed sweep must not repeat proposals
     if conf.sampler == "random":
         return RandomSampler(seed=seed)
     return TPESampler(seed=seed, n_startup_trials=max(2, min(10, conf.trials // 3)), constant_liar=True)
 
 
 def importance(conf: SweepConf, trials: Sequence[Trial]) -> dict[str, float]:
-    """How much of the metric's differences each key made, the most important first, all together 1 (PED-ANOVA, Watanabe
-    et al. 2023, arXiv:2304.10255, optuna.importance). Empty where there are too few trials, or all are alike."""
+    """Returns each key's share of the metric's variation, in descending order, summing to 1 (PED-ANOVA, Watanabe et al.
+    2023, arXiv:2304.10255, optuna.importance). Empty if there are too few trials, or all metrics are equal."""
     import optuna
 
     judged = [trial for trial in trials if trial.metric is not None]

@@ -1,7 +1,7 @@
-"""One trial, as Ray Tune runs it: a finetune in a thread of the trial's process, whose validations are told to Tune.
+"""One trial on Ray Tune: a finetune in a thread of the trial's process, which reports each validation to Tune.
 
-A trial's process holds no CPU: the training's workers do. It is a class and not a function so that Tune waits for its
-end: of a function that is told to stop, Tune ends the process, and Ray Train's workers would keep their cores.
+The trial's process uses no CPU; its training workers do. It is a class because Tune waits until a class has cleaned up:
+Tune kills the process of a function that is asked to stop, and its Ray Train workers would keep their cores.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _POLL = 0.2  # seconds
 
 
 class Finetune(Protocol):
-    """Runs a conf's stages on workers of a Ray that is connected to."""
+    """Runs a conf's stages on workers of the connected Ray."""
 
     def __call__(self, conf: FinetuneConf, reporter: Reporter, *, workers: Workers) -> Path: ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all trials are handed."""
+    """The arguments shared by all trials."""
 
     conf: dict[str, Any]  # SweepConf as JSON
     base: dict[str, Any]  # its FinetuneConf as JSON
@@ -55,7 +55,7 @@ class Task:
 
 
 class Training(threading.Thread):
-    """The finetune of a trial, beside the thread that Tune calls."""
+    """Runs the finetune of a trial in a thread, since Tune calls the trial in another."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(daemon=True, name="trial")
@@ -65,12 +65,12 @@ class Training(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # told by the trial, whatever it is
+        except Exception as error:  # reported by the trial
             self.error = error
 
 
 class TuneTrial(tune.Trainable):
-    """Each `step` is one up to the next validation."""
+    """Each `step` lasts until the next validation."""
 
     def setup(self, config: dict[str, Any], task: Task) -> None:
         os.environ.update(task.environment)
@@ -78,7 +78,7 @@ class TuneTrial(tune.Trainable):
         number = config["trial"]
         self._trial = next(trial for trial in self._folder.trials() if trial.number == number)
         self._began = time.monotonic()
-        self._told = 0
+        self._reported = 0
         self._path = self._folder.trials_folder / self._trial.name
         self._training = Training(self._finetune)
         self._training.start()
@@ -91,13 +91,13 @@ class TuneTrial(tune.Trainable):
         task.finetune(conf, Silent(), workers=workers)
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next validation, or the end. Raises LlmRayError where the training failed, or was broken off."""
+        """Waits for the next validation, or the end. Raises LlmRayError if the training failed or was interrupted."""
         while self._training.is_alive():
             if self._folder.stop_file.exists():
                 self._ask_to_stop()
             points = self._history()
-            if len(points) > self._told and points[-1][0] < 1:
-                self._told = len(points)
+            if len(points) > self._reported and points[-1][0] < 1:
+                self._reported = len(points)
                 self._write(share=points[-1][0], metric=points[-1][1], history=points)
                 return self._result(done=False)
             self._training.join(_POLL)
@@ -105,7 +105,7 @@ class TuneTrial(tune.Trainable):
         return self._result(done=True)
 
     def _end(self) -> None:
-        """Write what came of the training, which has ended by itself."""
+        """Records the result of a training that ended by itself."""
         points = self._history()
         seconds = self._trial.seconds + time.monotonic() - self._began
         known = {"seconds": seconds, "history": points}
@@ -117,31 +117,32 @@ class TuneTrial(tune.Trainable):
         if error is None:
             self._write(state="done", **known)
         elif isinstance(error, Stopped):
-            self._write(state="begun", reason="broken off, to be gone on with", **known)
+            self._write(state="begun", reason="interrupted; can be continued", **known)
             raise error
         else:
             self._write(state="failed", reason=_words(error), **known | {"metric": None})
             raise error
 
     def cleanup(self) -> None:
-        """Tune has no more use for the trial: where it trains on, that is because others are better."""
+        """Called when Tune is done with the trial. If it is still training, Tune has stopped it in favour of better
+        trials."""
         if self._training.is_alive():
-            while self._training.is_alive():  # it may not have made its folder yet
+            while self._training.is_alive():  # repeat: the run's folder may not exist yet
                 self._ask_to_stop()
                 self._training.join(_POLL)
             if isinstance(self._training.error, Stopped) and not self._folder.stop_file.exists():
                 points = self._history()
                 seconds = self._trial.seconds + time.monotonic() - self._began
-                reason = f"stopped at {points[-1][0]:.0%}: others are better there"
-                told = {"share": points[-1][0], "metric": points[-1][1], "history": points}
-                self._write(state="stopped", reason=reason, seconds=seconds, **told)
+                reason = f"stopped at {points[-1][0]:.0%}: others were better by then"
+                known = {"share": points[-1][0], "metric": points[-1][1], "history": points}
+                self._write(state="stopped", reason=reason, seconds=seconds, **known)
             else:
-                with contextlib.suppress(Exception):  # it is in the trial's record
+                with contextlib.suppress(Exception):  # recorded in the trial
                     self._end()
 
     def _ask_to_stop(self) -> None:
         file = stop_file(self._path)
-        if (self._path / "conf.yaml").exists() and not file.exists():  # begun: a file before that would be removed
+        if (self._path / "conf.yaml").exists() and not file.exists():  # started: an earlier file would be removed
             file.parent.mkdir(exist_ok=True)
             file.touch()
 
@@ -158,7 +159,7 @@ class TuneTrial(tune.Trainable):
 
 
 def share_data(folder: SweepFolder, trial: Trial) -> None:
-    """Give a trial's run the sweep's data, as prepared: they are the same for all."""
+    """Gives a trial's run the sweep's prepared data."""
     path = folder.trials_folder / trial.name
     if not (path / "prepared").exists():
         (path / "prepared").symlink_to("../../data/prepared")
@@ -168,7 +169,8 @@ def share_data(folder: SweepFolder, trial: Trial) -> None:
 
 
 def validate_every(folder: SweepFolder, trial: Trial, cpus: int) -> int:
-    """Steps between a trial's validations: the conf's, else so that there are as many as the sweep asks for."""
+    """Returns the steps between a trial's validations: the conf's, or derived from the sweep's number of
+    validations."""
     conf = folder.trial_conf(trial, cpus, None)
     if folder.base.training.validate_every:
         return folder.base.training.validate_every

@@ -1,5 +1,5 @@
-"""Ends validate.yml with exit code 1 where the cluster failed a check: Ansible's own 2 then means that it could not be
-judged."""
+"""Ends validate.yml with exit code 1 if the cluster failed a check, as opposed to Ansible's own 2, which then means
+that it could not be checked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ansible.plugins.callback import CallbackBase
 DOCUMENTATION = """
 name: operations_verdict
 type: aggregate
-short_description: exit code 1 where validate.yml found that the cluster fails
-description: A playbook asks for it by ansible.builtin.set_stats with `operations_failed`, the number of checks that failed.
+short_description: exit code 1 if a check of validate.yml failed
+description: Enabled by a playbook that sets `operations_failed`, the number of failed checks, with ansible.builtin.set_stats.
 """
 
 
@@ -25,14 +25,13 @@ class CallbackModule(CallbackBase):
     CALLBACK_NAME: ClassVar = "operations_verdict"
 
     def v2_playbook_on_stats(self, stats: AggregateStats) -> None:
-        # Ansible has no code of one's own, and to exit here would leave callbacks after this one untold: reports as
-        # junit's.
+        # Ansible supports no custom exit codes, and exiting here would skip later callbacks, such as junit's report.
         if int(stats.custom.get("_run", {}).get("operations_failed", 0)):
             atexit.register(_exit)
 
 
 def _exit() -> None:
-    """End with 1 when all others that asked for it have tidied up."""
+    """Exits with 1 after all other exit handlers."""
     atexit.unregister(_exit)
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,5 +1,4 @@
-"""What the playbooks decide and show: whether a host may be meant, whose facts are known, what a check came to, and
-tables to read."""
+"""Filters of the playbooks: validate hosts and cached facts, interpret results, and format tables."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ Finding = dict[str, str]
 def operations_needed(
     groups: Mapping[str, Sequence[str]], taking_part: Sequence[str], needed: Sequence[str] = ()
 ) -> str:
-    """Why nothing can be asked of the cluster: no head in the inventory, or hosts that --limit leaves out (the head,
-    and others that are needed); empty where it can."""
+    """Returns why the cluster cannot be managed: no head in the inventory, or --limit excludes the head or other
+    `needed` hosts; empty if it can."""
     heads = [*groups.get("ray_head", [])]
     if len(heads) != 1:
         near = difflib.get_close_matches("ray_head", set(groups) - {"ray_head"}, 1, 0.8)
@@ -29,7 +28,7 @@ def operations_needed(
 
 
 def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -> str:
-    """Why a host cannot be added or removed (the verb) by that name; empty where it can."""
+    """Returns why the host `name` cannot be added or removed (`verb`); empty if it can."""
     workers = [*groups.get("ray_workers", [])]
     wanted = (
         f"name one worker: -e node={workers[0] if workers else 'NAME'}; the workers are {', '.join(workers) or 'none'}"
@@ -56,21 +55,21 @@ def operations_node(name: Any, groups: Mapping[str, Sequence[str]], verb: str) -
 
 
 def cluster_addresses(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """The address at which the cluster knows each host: ray_node_address, else that of its facts, else ansible_host;
-    empty where none is known."""
+    """Returns each host's address in the cluster: ray_node_address, else that of its facts, else ansible_host; empty if
+    none is known."""
     found = {}
     for host in hosts:
         own = hostvars[host]
         chosen = own.get("ray_node_address")
         fact = ((own.get("ansible_facts") or {}).get("default_ipv4") or {}).get("address")
-        # Undefined where the inventory computes it from facts that are not known.
+        # Undefined if the inventory computes it from missing facts.
         found[host] = str((None if isinstance(chosen, Undefined) else chosen) or fact or own.get("ansible_host") or "")
     return found
 
 
 def operations_facts(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> dict[str, str]:
-    """Whose facts are cached of each host: its own; an other's, as of a cluster whose hosts have the same names;
-    unsure, where the inventory has no address to compare; or none."""
+    """Returns for each host whether its cached facts are its own, those of another host (as in a cluster with the same
+    host names), unsure (the inventory has no address to compare), or none."""
     found = {}
     for host in hosts:
         facts, address = hostvars[host].get("ansible_facts") or {}, str(hostvars[host].get("ansible_host") or host)
@@ -91,7 +90,7 @@ def _is_address(text: str) -> bool:
 
 
 def operations_units(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[dict[str, str]]:
-    """The units of each host as rows, from what systemd said there (__status_units)."""
+    """Returns rows about the units of each host, from systemd's answers (__status_units)."""
     rows = []
     for host in hosts:
         asked = hostvars[host].get("__status_units")
@@ -122,19 +121,19 @@ def operations_units(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[
 
 
 def operations_answer(run: Mapping[str, Any]) -> Any:
-    """What llm_ray.operations answered, or {"error": why}."""
+    """Returns the answer of llm_ray.operations, or {"error": reason}."""
     lines = [line for line in str(run.get("stdout", "")).splitlines() if line.strip()]
     try:
         return json.loads(lines[-1])
     except (IndexError, ValueError):
-        if run.get("rc") == 124:  # of the command timeout
+        if run.get("rc") == 124:  # exit code of the command timeout
             return {"error": f"no answer within {run['cmd'][1]} s"}
         answer_lines = str(run.get("stderr") or run.get("msg") or "no answer").strip().splitlines()
         return {"error": answer_lines[-1] if answer_lines else "no answer"}
 
 
 def operations_failed(result: Mapping[str, Any], check: str, host: str) -> list[Finding]:
-    """Findings from a role's failed check. Its message reads HOST: what is wrong: what to do."""
+    """Returns findings for a role's failed check. Its message has the form HOST: problem: remedy."""
     failed = [one for one in result.get("results", []) if one.get("failed")] or [result]
     findings = []
     for one in failed:
@@ -146,7 +145,7 @@ def operations_failed(result: Mapping[str, Any], check: str, host: str) -> list[
 
 
 def operations_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as a table to read, with the columns' names as its head. The last column is not padded."""
+    """Formats rows as a table with column names. The last column is not padded."""
     shown = [[*columns], *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(row[at]) for row in shown) for at in range(len(columns))]
     return "\n".join(
@@ -155,12 +154,12 @@ def operations_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
 
 
 def operations_list(findings: Sequence[Finding]) -> str:
-    """Findings that failed as lines to read: host: check: what was found: what to do."""
+    """Formats failed findings as lines of the form host: check: problem: remedy."""
     return "\n".join(f"{one['host']}: {one['check']}: {one['found']}: {one['fix']}" for one in findings)
 
 
 def workflow_figures(result: Mapping[str, Any], name: str, folder: str, stages: Sequence[str]) -> str:
-    """What a finetune made, in lines: where it is, its figures, and what may be done with it."""
+    """Formats the result of a finetune: its folder, its figures, and the command to serve it."""
     lines = [f"{name} is done: {folder}"]
     training, evaluation = result.get("training") or {}, result.get("evaluation") or {}
     if "loss" in training:
@@ -182,7 +181,7 @@ def workflow_figures(result: Mapping[str, Any], name: str, folder: str, stages: 
 
 
 class FilterModule:
-    """What Ansible asks a filter plugin for."""
+    """Entry point for Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {

@@ -1,8 +1,7 @@
-"""operations_misspelt: what is wrong with names given by -e: those that are nearly, and not quite, an argument of the
-playbook.
+"""operations_misspelt: finds misspelled names given by -e, which resemble but are not arguments of the playbook.
 
 Its terms are the playbook's arguments. With kind (finetune, serve) and conf, keys of that conf and variables of its
-template are no mistakes.
+template are also accepted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _BUNDLE = Path(__file__).parents[2]
 
 
 def misspelt(given: Iterable[Any], arguments: Sequence[str], known: Callable[[str], bool]) -> list[str]:
-    """The problems of the names given; `known` tells which are names of something else."""
+    """Returns the problems of the given names; `known` returns whether a name is valid for something else."""
     problems = []
     for name in sorted(map(str, given)):
         near = difflib.get_close_matches(name.lower(), arguments, 1, 0.75)
@@ -30,7 +29,7 @@ def misspelt(given: Iterable[Any], arguments: Sequence[str], known: Callable[[st
 
 
 def variables_of_roles() -> set[str]:
-    """What the roles' argument_specs declare."""
+    """Returns the variables in the roles' argument_specs."""
     specs = [
         yaml.safe_load(path.read_text())["argument_specs"] for path in _BUNDLE.glob("roles/*/meta/argument_specs.yml")
     ]
@@ -38,8 +37,9 @@ def variables_of_roles() -> set[str]:
 
 
 def names_of_conf(kind: str, conf: str) -> Callable[[str], bool]:
-    """Whether a name sets a key of the conf, or a variable of its template. Where that cannot be told, as rendering the
-    conf will say, it may."""
+    """Returns a predicate that tells whether a name is a key of the conf or a variable of its template. If the template
+    cannot be read, only keys are recognized (rendering the conf reports that error); if llm_ray is not installed, every
+    name is accepted."""
     try:
         from llm_ray.conf.keys import FINETUNE, SERVE
         from llm_ray.conf.load import find
@@ -57,7 +57,7 @@ def names_of_conf(kind: str, conf: str) -> Callable[[str], bool]:
 
 
 class LookupModule(LookupBase):
-    """What Ansible asks a lookup plugin for."""
+    """Entry point for Ansible."""
 
     def run(self, terms: Sequence[str], variables: Any = None, kind: str = "", conf: Any = "", **_: Any) -> list[str]:
         of_roles = variables_of_roles()

@@ -19,7 +19,7 @@ from llm_ray.conf.section import Paths
 from llm_ray.errors import ModelError
 from llm_ray.progress import Silent
 from llm_ray.serve.deployments.adapters import check_adapter
-from llm_ray.serve.engines.turns import LASTS, TAKES
+from llm_ray.serve.engines.turns import ADMIT_STEPS, MAX_STEPS
 from tests.integration import tiny
 from tests.integration.lora import TOKENS, Engine, assert_right, expected, started
 
@@ -83,14 +83,14 @@ def test_each_answers_as_with_peft_in_mixed_load(
     for times in range(2):
         assert_right(engine.ask(adapters, prompted=47), same, f"the same prompt, {times}")
     # Turns of one step: every answer is paused for others and goes on.
-    _set_turns(engine, takes=1, lasts=1)
+    _set_turns(engine, admit_steps=1, max_steps=1)
     assert_right(engine.ask(adapters), right, "paused")
     _set_turns(engine)
 
 
-def _set_turns(engine: Engine, takes: int = TAKES, lasts: int = LASTS) -> None:
+def _set_turns(engine: Engine, admit_steps: int = ADMIT_STEPS, max_steps: int = MAX_STEPS) -> None:
     def change(core: Any) -> None:
-        core._turns.takes, core._turns.lasts = takes, lasts
+        core._turns.admit_steps, core._turns.max_steps = admit_steps, max_steps
 
     engine.runner.run(engine.client.engine_core._do(change))
 
@@ -98,7 +98,7 @@ def _set_turns(engine: Engine, takes: int = TAKES, lasts: int = LASTS) -> None:
 def test_a_schema_holds_for_an_adapter_while_others_want_its_turn(
     engine: Engine, adapters: dict[int, Path | None]
 ) -> None:
-    _set_turns(engine, takes=1, lasts=1)
+    _set_turns(engine, admit_steps=1, max_steps=1)
     asked = {number: adapters[number] for number in (0, 1, 2)}
     shaped = {"structured_outputs": StructuredOutputsParams(choice=["cat"]), "ignore_eos": False, "max_tokens": 8}
     answers = engine.ask(asked, **shaped)

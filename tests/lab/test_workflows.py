@@ -71,7 +71,7 @@ def test_a_conf_is_only_rendered_and_validated_in_check_mode(cluster: Cluster, w
             {"runtime.hosts": "ray_wrokers"},
             "the inventory has no Ray node or group ray_wrokers; did you mean ray_workers?",
         ),
-        ({"wait": "maybe"}, "wait = maybe: type -e wait=true"),
+        ({"wait": "maybe"}, "wait = maybe: use -e wait=true"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

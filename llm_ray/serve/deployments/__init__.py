@@ -1,1 +1,1 @@
-"""Deployments: what to serve, whether there is room for it, and deploying and removing it on Ray Serve."""
+"""Deployments: plans what to serve and where it fits, and deploys and removes models on Ray Serve."""

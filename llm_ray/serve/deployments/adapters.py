@@ -1,8 +1,8 @@
-"""LoRA adapters: finds them by their names in the conf, and checks that they belong to the model they are served on.
+"""Finds LoRA adapters by their names in the conf, and checks that they belong to the model they are served on.
 
-An adapter holds differences from the weights of one model. On any other it answers nonsense, or ends the engine, so
-that it is refused before anything is loaded: where its layers are not those of the model, or where it is known to have
-been made for other weights.
+An adapter holds differences from the weights of one model. On any other model it produces nonsense or kills the engine,
+so it is rejected before anything is loaded if its layers do not match the model's, or if it is known to have been
+trained on other weights.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from llm_ray.models.openvino import adaptable_layers, is_openvino, lineage, orig
 from llm_ray.serve.models import text_config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those that vLLM knows
-# Of PEFT's LoRA, what vLLM does not compute.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # ranks that vLLM supports
+# Settings of PEFT's LoRA that vLLM does not support.
 _BEYOND = (
     "use_dora",
     "modules_to_save",
@@ -39,17 +39,17 @@ _BEYOND = (
     "velora_config",
     "arrow_config",
 )
-# Of the named ways to begin, those that leave the model's own weights as they are.
+# Values of init_lora_weights that leave the model's own weights unchanged.
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 _MERGED = "deploy the merged model"
 PART = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<side>embedding_A|embedding_B|A\.weight|B\.weight)")
-# Copies of the model's own embeddings, which vLLM passes over.
+# Copies of the model's own embeddings, which vLLM ignores.
 _COPY = re.compile(r"(?:base_model\.model\.)?(?P<layer>(?:.+\.)?(?:embed_tokens|lm_head))\.base_layer\.weight")
 _Shape = tuple[int, ...]
 
 
 def find_adapter(name: str, called: str, paths: Paths) -> Path:
-    """An adapter's folder: a run's, or one that is named. Raises ModelError."""
+    """Returns an adapter's folder; `called` is a run or a folder. Raises ModelError."""
     folder = Path(called).expanduser()
     places = (
         [folder]
@@ -79,7 +79,7 @@ def find_adapter(name: str, called: str, paths: Paths) -> Path:
 
 
 def adapter_rank(name: str, folder: Path) -> int:
-    """The rank of an adapter, rounded up to one of those that vLLM knows, on any engine. Raises ModelError."""
+    """Returns an adapter's rank, rounded up to one that vLLM supports (for every engine). Raises ModelError."""
     config = read_json(folder / CONFIG)
     highest = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
     fitting = [rank for rank in _RANKS if rank >= highest]
@@ -91,10 +91,9 @@ def adapter_rank(name: str, folder: Path) -> int:
 
 
 def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | None:
-    """Raises ModelError where the adapter cannot be served on the model in the folder `base`: it is of a kind that the
-    engine does not compute (OpenVINO for a folder in its form, else vLLM), is damaged, has other layers, or was made
-    for other weights. Returns what is to be said of one of which that is not known.
-    """
+    """Raises ModelError if the adapter cannot be served on the model in the folder `base`: its kind is not supported by
+    the engine (OpenVINO for a folder in its form, else vLLM), it is damaged, has other layers, or was trained on other
+    weights. Returns a warning if the weights it was trained on cannot be determined."""
     graph = base if is_openvino(base) else None
     if graph and lineage(graph).get("fingerprint") == fingerprint(original(graph)):
         base = original(graph)
@@ -127,8 +126,8 @@ def check_adapter(name: str, folder: Path, base: Path, paths: Paths) -> str | No
 
 
 def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -> None:
-    """Raises ModelError for layers that the model does not have, or has of another size, and for tensors that vLLM does
-    not take."""
+    """Raises ModelError for layers that the model lacks or has in another size, and for tensors that vLLM does not
+    accept."""
     parts: defaultdict[str, dict[str, _Shape]] = defaultdict(dict)
     shapes, patterns = _layers(base)
     wanted = f"it was made for {config.get('base_model_name_or_path') or 'another model'}"
@@ -162,8 +161,8 @@ def _check_layers(name: str, folder: Path, base: Path, config: dict[str, Any]) -
 
 
 def _check_applied(name: str, folder: Path, graph: Path) -> None:
-    """Raises ModelError for layers to which OpenVINO would not apply the adapter, without a word: the head, embeddings,
-    and what its graph has under another name."""
+    """Raises ModelError for layers to which OpenVINO would silently not apply the adapter: the head, embeddings, and
+    layers named differently in its graph."""
     layers = adaptable_layers(graph)
     for tensor, shape in _shapes(folder / WEIGHTS, f"adapter {name}: ").items():
         part = PART.fullmatch(tensor)
@@ -173,16 +172,16 @@ def _check_applied(name: str, folder: Path, graph: Path) -> None:
                 f"adapter {name}: {folder} changes {changed}, to which engine openvino cannot apply an adapter; engine "
                 f"vllm can (engine: vllm, with the model in Hugging Face's form), or {_MERGED}"
             )
-        gives, takes = layers[part["layer"]]
-        if (shape[0] != gives) if part["side"] == "B.weight" else (shape[1] != takes):
+        out_size, in_size = layers[part["layer"]]
+        if (shape[0] != out_size) if part["side"] == "B.weight" else (shape[1] != in_size):
             raise ModelError(
                 f"adapter {name}: {folder} does not belong to the model in {graph}: it changes {part['layer']} with "
-                f"{shape[0]} x {shape[1]} numbers, but the model's has {gives} x {takes}"
+                f"{shape[0]} x {shape[1]} numbers, but the model's has {out_size} x {in_size}"
             )
 
 
 def adapter_bytes(base: Path, rank: int, bytes_per_number: float) -> int:
-    """Memory of an adapter of this rank on all linear layers of the model in the folder `base`."""
+    """Returns the memory of an adapter of this rank on all linear layers of the model in the folder `base`."""
     if is_openvino(base):
         sizes = [*adaptable_layers(base).values()]
     else:
@@ -198,7 +197,7 @@ def adapter_bytes(base: Path, rank: int, bytes_per_number: float) -> int:
 def _check_size(
     name: str, folder: Path, base: Path, layer: str, size: _Shape, shapes: dict[str, set[_Shape]], wanted: str
 ) -> bool:
-    """Whether the model has the layer. Raises ModelError where it has it of another size."""
+    """Returns whether the model has the layer. Raises ModelError if its size differs."""
     has = next((shapes[end] for end in _ends(layer) if end in shapes), None)
     if has and size not in has and size[::-1] not in has:
         sizes = " or ".join(f"{a} x {b}" for a, b in sorted(has))
@@ -210,16 +209,15 @@ def _check_size(
 
 
 def _layers(base: Path) -> tuple[dict[str, set[_Shape]], set[str]]:
-    """The sizes of the model's matrices by the end of their names (what comes before differs between releases of
-    transformers, and in models that see), and those names with # for each number.
-    """
+    """Returns the sizes of the model's matrices by the ends of their names (prefixes differ between transformers
+    releases and for multimodal models), and those ends with # for each number."""
     shapes: defaultdict[str, set[_Shape]] = defaultdict(set)
     for file in weight_files(base):
         for tensor, shape in _shapes(file).items():
             if len(shape) == 2 and tensor.endswith(".weight"):
                 for end in _ends(tensor.removesuffix(".weight")):
                     shapes[end].add(shape)
-    if "lm_head" not in shapes:  # it is tied to the embedding
+    if "lm_head" not in shapes:  # tied to the embedding
         words = text_config(base).get("vocab_size")
         if tied := {shape for some in shapes.values() for shape in some if shape[0] == words}:
             shapes["lm_head"] = tied
@@ -227,7 +225,7 @@ def _layers(base: Path) -> tuple[dict[str, set[_Shape]], set[str]]:
 
 
 def _ends(layer: str) -> list[str]:
-    """The name, and it without one, two, … of its first parts, but never without the number of the layer."""
+    """Returns the name, and the name without its first one, two, … parts, but never without the layer number."""
     parts = layer.split(".")
     numbered = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
     return [".".join(parts[i:]) for i in range(numbered + 1)]
@@ -242,7 +240,7 @@ def _shapes(file: Path, whose: str = "") -> dict[str, _Shape]:
 
 
 def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], paths: Paths) -> str | None:
-    """Raises ModelError for an adapter that was made for other weights; returns a warning where the names alone
+    """Raises ModelError for an adapter that was trained on other weights; returns a warning if only the names
     differ."""
     run = folder.parent.parent / "run.json"
     trained = read_json(run).get("model") if run.is_file() and folder.parent.name == "output" else None
@@ -275,7 +273,7 @@ def _check_origin(name: str, folder: Path, base: Path, config: dict[str, Any], p
 
 
 def _weights_digest(folder: Path) -> str:
-    """Tells weights from others; what lies beside them does not matter."""
+    """Returns a digest of the weight files only."""
     digest = hashlib.sha256()
     for file in sorted(weight_files(folder)):
         digest.update(file_digest(file))

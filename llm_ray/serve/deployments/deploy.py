@@ -26,7 +26,7 @@ from llm_ray.conf.serve import Endpoint
 from llm_ray.errors import ServeError
 from llm_ray.progress import Reporter
 from llm_ray.serve import directory
-from llm_ray.serve.deployments.plan import Node, beyond_room, fits_beside, place, tell
+from llm_ray.serve.deployments.plan import Node, beyond_room, describe, fits_beside, place
 from llm_ray.serve.directory import DEPLOYMENT, GATEWAY, Deployed
 from llm_ray.serve.gateway.deployment import Gateway
 from llm_ray.serve.gateway.finetuning.service import Opening
@@ -36,17 +36,17 @@ from llm_ray.serve.replica.deployment import ModelReplica, start_environment
 from llm_ray.threads import Once
 
 _POLL = 0.1  # seconds
-_START_POLL = 0.5  # seconds, as Serve needs tens of milliseconds for its status, on cores that the models start on
-_SETTLES = 5.0  # seconds within which Ray counts as free what a replica held that has ended
+_START_POLL = 0.5  # seconds; Serve's status takes tens of milliseconds of the cores that the models start on
+_SETTLES = 5.0  # seconds until Ray reports an ended replica's resources as free
 _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
-# Errors that only say that another one happened elsewhere.
+# Errors that only refer to another one.
 _EMPTY = ("Engine core initialization failed", "Failed to start", "Traceback", "The actor died", "ray::")
-# vLLM's advice for a cache that is too small names settings that do not hold here.
+# vLLM's advice for a cache that is too small names settings that do not exist here.
 _ADVICE = re.compile(r"Try (?:increasing|decreasing) .*gpu_memory_utilization.*")
-_GRACE = 60.0  # seconds that Serve may take for the rest
-_AT_ONCE = 15.0  # seconds, for who has interrupted a deployment
-# A replica that dies while it starts (kill -9, no memory) is started again; `deploy` itself ends at the first error
-# that is told.
+_GRACE = 60.0  # seconds for Serve's own work
+_AT_ONCE = 15.0  # seconds, after Ctrl-C
+# A replica that dies during its start (kill -9, out of memory) is started again; `deploy` itself fails at the first
+# error reported.
 _STARTS = 5
 _FAILED_TO_START = "failed to start"
 _LOGGING: Once[None] = Once()
@@ -54,19 +54,19 @@ _LOGGING: Once[None] = Once()
 
 @dataclass(frozen=True)
 class Served:
-    """Where the models answer: `url` is the base of the OpenAI API, as in http://127.0.0.1:8000/v1."""
+    """The served models: `url` is the base of the OpenAI API, such as http://127.0.0.1:8000/v1."""
 
     url: str
     seconds: float
-    """From the call to the moment all models were ready."""
+    """Time until all models were ready."""
     models: tuple[ServedModel, ...]
     endpoint: Endpoint
-    """With what was left as it ran."""
+    """With unset options filled in from the running endpoint."""
     started_ray: bool = False
-    """Whether this machine's Ray was started for it."""
+    """Whether this deployment started Ray on this machine."""
 
     def route(self, model: str) -> str:
-        """The model's own route."""
+        """Returns the model's own route."""
         return f"{self.url.removesuffix('/v1')}/{model}"
 
 
@@ -79,15 +79,14 @@ def deploy(
     *,
     open_finetuning: Opening,
 ) -> Served:
-    """Serve `models` beside what is served already, and wait until all of them answer. A running endpoint stays as it
-    is, but for what `endpoint` says of it; its keys are those of `home`. `open_finetuning`: a module's function, by
-    which the gateway finds the use cases of the fine-tuning API.
+    """Deploys `models` beside those already served, and waits until all of them respond. A running endpoint keeps its
+    settings except for those set in `endpoint`; its keys are those of `home`. `open_finetuning` must be a module-level
+    function; the gateway calls it to get the use cases of the fine-tuning API.
 
-    A deployed model of the same name is changed: in place where its adapters or its number of replicas alone are
-    others, else by replicas that are replaced one after the other: a new one starts before an old one ends, where there
-    is room for both, so that there always is one to answer. Raises ServeError where there is no room, with the engine's
-    reason when a model does not start, or is not ready after `timeout` seconds: what was served before is then served
-    again.
+    A deployed model of the same name is changed in place if only its adapters or number of replicas differ. Otherwise
+    its replicas are replaced one by one; if there is room for both, each new one starts before an old one stops, so
+    that one is always available. Raises ServeError if there is no room, if a model does not start (with the engine's
+    reason), or if it is not ready after `timeout` seconds; the previous deployment is then restored.
     """
     began = time.monotonic()
     with _quiet():
@@ -99,7 +98,7 @@ def deploy(
         holding = {name: replace(entry.model, replicas=entry.held, autoscale=None) for name, entry in before.items()}
         models, hosts = _place(models, holding)
         _check_names(models, before)
-        for line in (*map(tell, models), *beyond_room(models, hosts, holding)):
+        for line in (*map(describe, models), *beyond_room(models, hosts, holding)):
             reporter.line(f"  {line}")
         changed = [
             model
@@ -122,7 +121,7 @@ def deploy(
 
 
 def stop(names: Sequence[str], reporter: Reporter) -> None:
-    """Take models away, when the requests they work on are answered. Raises ServeError for a name that is not
+    """Removes models once their requests in progress have finished. Raises ServeError for a name that is not
     deployed."""
     with _quiet():
         deployed_now = status()
@@ -133,37 +132,37 @@ def stop(names: Sequence[str], reporter: Reporter) -> None:
 
 
 def stop_all(reporter: Reporter) -> None:
-    """Take all models away, and the endpoint; requests in progress are answered first."""
+    """Removes all models and the endpoint once the requests in progress have finished."""
     from ray import serve
 
     with _quiet():
         reporter.line("Stopping all models and the endpoint.")
         drain()
         _delete([*map(directory.app_name, status()), GATEWAY], reporter)
-        if not serve.status().applications:  # others may serve on this cluster, too
+        if not serve.status().applications:  # this cluster may serve other applications
             serve.shutdown()
 
 
 def status() -> dict[str, Deployed]:
-    """The models deployed on the connected Ray, by name; none where Ray Serve does not run."""
+    """Returns the models deployed on the connected Ray by name; empty if Ray Serve is not running."""
     client = _client()
     return directory.deployed(client.get_serve_details()) if client else {}
 
 
 def on_nodes() -> dict[str, list[str]]:
-    """The models with replicas on each node of the connected Ray, by node id."""
+    """Returns the models with replicas on each node of the connected Ray, by node id."""
     client = _client()
     return directory.on_nodes(client.get_serve_details()) if client else {}
 
 
 def running_endpoint() -> Endpoint | None:
-    """The endpoint of the connected Ray, if one is deployed."""
+    """Returns the endpoint of the connected Ray, or None."""
     client = _client()
     return directory.endpoint(client.get_serve_details()) if client else None
 
 
 def stats() -> dict[str, dict[str, float]]:
-    """What the gateway has counted of each model; empty while there is no gateway."""
+    """Returns the gateway's counters for each model; empty if no gateway responds."""
     from ray import serve
 
     with _quiet():
@@ -171,38 +170,38 @@ def stats() -> dict[str, dict[str, float]]:
             found: dict[str, dict[str, float]] = (
                 serve.get_deployment_handle(GATEWAY, GATEWAY).stats.remote().result(timeout_s=5)
             )
-        except Exception:  # it starts, restarts, or is not there
+        except Exception:  # the gateway is starting, restarting or absent
             return {}
         return found
 
 
 def drain() -> int:
-    """Take no more requests, wait until those in progress are answered; returns how many were not within the time that
-    one may take."""
+    """Rejects new requests and waits until those in progress have finished; returns how many were not finished within a
+    request's time limit."""
     from ray import serve
 
     with _quiet():
         try:
             seconds = _longest()
             app = serve.status().applications.get(GATEWAY)
-            if app is None or not app.deployments[GATEWAY].replica_states.get("RUNNING"):  # it takes none in
+            if app is None or not app.deployments[GATEWAY].replica_states.get("RUNNING"):  # it accepts no requests
                 return 0
             return int(
                 serve.get_deployment_handle(GATEWAY, GATEWAY).drain.remote(seconds).result(timeout_s=seconds + 10)
             )
-        except Exception:  # there is no gateway, or it is gone: then nothing is in progress
+        except Exception:  # without a gateway nothing is in progress
             return 0
 
 
 def url() -> str | None:
-    """The base of the OpenAI API where Ray Serve runs."""
+    """Returns the base of the OpenAI API, or None if Ray Serve is not running."""
     client = _client()
     return _url(client.http_config) if client else None
 
 
 def start_endpoint(endpoint: Endpoint) -> str:
-    """Start Ray Serve unless it runs; returns the base of its API. Raises ServeError where it cannot answer as
-    `endpoint` says."""
+    """Starts Ray Serve if it is not running; returns the base of its API. Raises ServeError if it cannot listen at the
+    host and port of `endpoint`."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -230,10 +229,9 @@ def start_endpoint(endpoint: Endpoint) -> str:
 
 
 def _place(models: Sequence[ServedModel], holding: dict[str, ServedModel]) -> tuple[list[ServedModel], list[Node]]:
-    """The models with their cores decided, and the hosts. Raises ServeError where there is no room for one.
+    """Returns the models with their cores decided, and the hosts. Raises ServeError if one does not fit.
 
-    What a replica held that has just ended, after a deployment that failed or a stop, Ray counts as free a moment
-    later: that is waited for.
+    Ray reports the resources of a replica that has just ended as free after a short delay, which this waits for.
     """
     end = time.monotonic() + _SETTLES
     while True:
@@ -247,7 +245,7 @@ def _place(models: Sequence[ServedModel], holding: dict[str, ServedModel]) -> tu
 
 
 def _fit_alone(models: Sequence[ServedModel], hosts: Sequence[Node]) -> bool:
-    """Whether the cluster had room for these models if nothing else ran there."""
+    """Returns whether these models would fit on the cluster if nothing else ran there."""
     try:
         place(models, [replace(host, free_cpus=host.cpus, free_memory=host.memory) for host in hosts], {})
     except ServeError:
@@ -256,7 +254,7 @@ def _fit_alone(models: Sequence[ServedModel], hosts: Sequence[Node]) -> bool:
 
 
 def nodes() -> list[Node]:
-    """The hosts of the connected Ray with their cores and memory."""
+    """Returns the hosts of the connected Ray with their cores and memory."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -275,14 +273,14 @@ def nodes() -> list[Node]:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port at which nothing listens now."""
+    """Returns a port that is currently unused."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises ServeError where `port` cannot be listened at."""
+    """Raises ServeError if it is not possible to listen at `port`."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -294,9 +292,9 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def tell_reason(message: str) -> str:
-    """The root cause in a traceback as Serve tells it: its last error that says something, with what pydantic says of
-    its fields."""
+def root_cause(message: str) -> str:
+    """Returns the root cause in a traceback reported by Serve: the last error with a message of its own, with the
+    details of pydantic's validation errors."""
     found = [match for match in _ERROR_LINE.finditer(message) if not match[2].startswith(_EMPTY)]
     if not found:
         return message.strip().splitlines()[-1] if message.strip() else "none given (see llm-ray serve logs)"
@@ -313,8 +311,8 @@ def tell_reason(message: str) -> str:
 
 
 def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Deployed | None) -> Any:
-    """The model as Serve takes it, in place of the `old` one; `beside` says that there is room for one more replica
-    while they are replaced."""
+    """Returns the model as a Serve application that replaces `old`; `beside` tells whether there is room for one more
+    replica during the replacement."""
     from ray import serve
     from ray.serve.config import AutoscalingConfig
 
@@ -324,7 +322,7 @@ def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Depl
         options = {
             "autoscaling_config": AutoscalingConfig(
                 min_replicas=scale.min,
-                # One at least: a model that cannot start is found out now. And those that the load wants now.
+                # At least one, to find out now whether the model starts, and as many as the current load requires.
                 initial_replicas=min(max(scale.min, 1, old.wanted if old else 0), scale.max),
                 max_replicas=scale.max,
                 target_ongoing_requests=scale.target or max(1, model.max_batch / 2),
@@ -346,7 +344,7 @@ def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Depl
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=endpoint.request_timeout_s,
         graceful_shutdown_wait_loop_s=0.2,
-        max_surge_percent=1 if beside else 0,  # of the replicas, rounded up: one
+        max_surge_percent=1 if beside else 0,  # percent of the replicas, rounded up: one
         placement_group_bundles=[resources],
         ray_actor_options={
             "num_cpus": model.cpus,
@@ -363,7 +361,7 @@ def _application(model: ServedModel, endpoint: Endpoint, beside: bool, old: Depl
 
 
 def _constant(model: ServedModel) -> ServedModel:
-    """What replicas are started with: without what is taken over live."""
+    """Returns the model without what running replicas can adopt, as the argument that replicas are started with."""
     return replace(model, replicas=1, autoscale=None)
 
 
@@ -392,8 +390,8 @@ def _gateway(endpoint: Endpoint, home: Path, open_finetuning: Opening) -> Any:
 
 
 def _versioned(deployment: Any, version: str) -> Any:
-    """The deployment with a version of ours: Serve gives each deployment a new one, and would replace all replicas for
-    a changed option."""
+    """Returns the deployment with a version of its own: otherwise Serve generates a new one at each deployment and
+    would replace all replicas when any option changes."""
     digest = hashlib.sha256(json.dumps([llm_ray.__version__, version]).encode()).hexdigest()[:16]
     return deployment.options(version=digest, _internal=True)
 
@@ -405,7 +403,7 @@ def _run(targets: list[Any]) -> None:
 
 
 def _delete(apps: Sequence[str], reporter: Reporter) -> None:
-    """Delete applications, and wait until their replicas have answered what they work on. Raises ServeError."""
+    """Deletes applications and waits until their replicas have finished their requests. Raises ServeError."""
     from ray import serve
 
     within = _longest() + _GRACE
@@ -444,22 +442,22 @@ def _restore(
     reporter: Reporter,
     interrupted: bool,
 ) -> None:
-    """Serve what was served before a deployment that failed."""
-    with contextlib.suppress(Exception):  # the failure that is told is the one that led here
+    """Restores the deployment that preceded a failed one."""
+    with contextlib.suppress(Exception):  # report only the original failure
         if old := [before[model.name].model for model in changed if model.name in before]:
             _run([_application(model, endpoint, True, before[model.name]) for model in old])
     new = {directory.app_name(model.name): model.name for model in changed if model.name not in before}
-    if left := _take_back(list(new), _AT_ONCE if interrupted else _GRACE):
+    if left := _undo(list(new), _AT_ONCE if interrupted else _GRACE):
         names = " ".join(new[app] for app in left)
         reporter.line(f"  {names} could not be undone: llm-ray serve stop {names}")
 
 
-def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
-    """Delete applications whose deployment is given up; returns those that do not even end after `seconds`.
+def _undo(apps: Sequence[str], seconds: float) -> list[str]:
+    """Deletes applications of a cancelled deployment; returns those that still exist after `seconds`.
 
-    Of those that are not ready the replicas are killed: they have answered nobody, and while they load they would hold
-    their cores, in Serve for as long as a request may take. The controller is asked until it has heard: what was sent
-    last is lost where this process ends right after it.
+    Replicas of applications that are not ready are killed: they serve no requests, and Serve would let them load,
+    holding their cores, for as long as a request may take. The controller is polled because the last call is lost if
+    this process ends right after it.
     """
     from ray import serve
 
@@ -467,7 +465,7 @@ def _take_back(apps: Sequence[str], seconds: float) -> list[str]:
     left = list(apps)
     ready: set[str] | None = None
     while left:
-        with contextlib.suppress(Exception):  # Ray is busy, or it ends
+        with contextlib.suppress(Exception):  # Ray is busy or shutting down
             present = {
                 app: details for app, details in _client().get_serve_details()["applications"].items() if app in left
             }
@@ -490,12 +488,12 @@ def _kill_replicas(app: dict[str, Any]) -> None:
 
     for deployment in app["deployments"].values():
         for replica in deployment["replicas"]:
-            with contextlib.suppress(ValueError):  # it is gone
+            with contextlib.suppress(ValueError):  # already gone
                 ray.kill(ray.get_actor(replica["actor_name"], namespace=SERVE_NAMESPACE), no_restart=True)
 
 
 def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float) -> None:
-    """Until the gateway and the models answer. Raises ServeError."""
+    """Waits until the gateway and the models are running. Raises ServeError."""
     from ray import serve
 
     wanted = {directory.app_name(name): name for name in names} | {GATEWAY: "HTTP"}
@@ -510,7 +508,7 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                 return
             for app, called in wanted.items():
                 if app in apps and (message := _failure(apps[app])):
-                    raise ServeError(f"{called} could not be deployed: {tell_reason(message)}")
+                    raise ServeError(f"{called} could not be deployed: {root_cause(message)}")
             if time.monotonic() - began > timeout:
                 reasons = "\n".join(
                     d.message for app in wanted if app in apps for d in apps[app].deployments.values()
@@ -518,18 +516,19 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                 raise ServeError(
                     f"{', '.join(waiting)} did not start within {timeout:.0f} s: raise --timeout, or see llm-ray "
                     f"serve logs {names[0] if names else 'gateway'}"
-                    + (f". Last message: {tell_reason(reasons)}" if reasons else "")
+                    + (f". Last message: {root_cause(reasons)}" if reasons else "")
                 )
             time.sleep(_START_POLL)
 
 
 def _longest() -> float:
-    """Seconds that a request may take."""
+    """Returns the time limit of a request, in seconds."""
     return (running_endpoint() or Endpoint()).request_timeout_s
 
 
 def _failure(app: Any) -> str | None:
-    """What Serve tells of a deployment that will not do: the constructor's error, at its first occurrence."""
+    """Returns Serve's messages about a deployment that cannot succeed; constructor errors count at their first
+    occurrence."""
     messages = "\n".join([app.message, *(d.message for d in app.deployments.values())])
     broken = _FAILED_TO_START in messages and "ActorDiedError" not in messages
     return messages if broken or app.status == "DEPLOY_FAILED" else None
@@ -547,7 +546,7 @@ def _url(http: Any) -> str:
 
 
 def _quiet() -> AbstractContextManager[None]:
-    """Serve tells its own story on stderr; what matters of it is said here."""
+    """Silences Serve's own output on stderr."""
     return _LOGGING.use(None, _without_warnings)
 
 

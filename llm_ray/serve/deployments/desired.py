@@ -1,10 +1,9 @@
-"""The desired state of a cluster's serving, as described by confs: the endpoint is restored from it after a restart of
-Ray's head.
+"""The desired state of a cluster's serving, as confs: the endpoint is restored from it after a restart of Ray's head.
 
-llm-ray serve restore     # on the head, after each start: the unit llm-ray-serve does it
+llm-ray serve restore     # on the head after each start, run by the unit llm-ray-serve
 
-Ray's head forgets what it served when it ends. `serve deploy` on a cluster therefore keeps the conf of each model that
-answers in `LLM_RAY_HOME/serve/desired.json`, on the shared storage, and `serve stop` takes it away.
+Ray's head loses its deployments when it stops. `serve deploy` on a cluster therefore saves the conf of each deployed
+model in `LLM_RAY_HOME/serve/desired.json`, on the shared storage, and `serve stop` removes it.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ from llm_ray.errors import ServeError
 from llm_ray.files import locked, write_text
 
 _EARLIER = "declared.json"
-"""What the file was called by earlier versions."""
+"""The file's name in earlier versions."""
 
 
 def desired_file(home: Path) -> Path:
-    """Where it is kept."""
+    """Returns the path of the desired state."""
     return home / "serve" / "desired.json"
 
 
 def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
-    """Keep these models of the conf in `file`, in place of others of their names. Raises ServeError."""
+    """Saves these models of the conf in `file`, replacing others of the same names. Raises ServeError."""
     document = conf.model_dump(mode="json")
     with _changing(file) as kept:
         kept["endpoint"] = document["endpoint"]
@@ -41,7 +40,7 @@ def remember(file: Path, conf: ServeConf, names: Sequence[str]) -> None:
 
 
 def forget(file: Path, names: Sequence[str] | None = None) -> None:
-    """Keep these models and adapters no more; nothing where none are named. Raises ServeError."""
+    """Removes these models and adapters; all of them if `names` is None. Raises ServeError."""
     if not _kept_in(file).exists():
         return
     with _changing(file) as kept:
@@ -54,8 +53,8 @@ def forget(file: Path, names: Sequence[str] | None = None) -> None:
 
 
 def desired_confs(file: Path) -> list[ServeConf]:
-    """A conf for each model that is to be served, with the endpoint they share. Raises ServeError for one that this
-    version cannot read."""
+    """Returns a conf for each desired model, with the endpoint they share. Raises ServeError for one that this version
+    cannot read."""
     kept = _read(file)
     found = []
     for name, entry in kept.get("models", {}).items():
@@ -80,7 +79,7 @@ def desired_confs(file: Path) -> list[ServeConf]:
 
 
 def _kept_in(file: Path) -> Path:
-    """`file`, or until it is first written the one in which earlier versions kept it."""
+    """Returns `file`, or the file of earlier versions until `file` is first written."""
     return file if file.exists() else file.with_name(_EARLIER)
 
 

@@ -1,9 +1,9 @@
-"""`engine: auto`: the fastest engine that can do what a deployment asks for, and why it is that one.
+"""`engine: auto`: selects the fastest engine that supports what a deployment asks for, and gives the reason.
 
 choice = choose_engine(conf.models["support-bot"], folder, conf.paths.models)
 choice.engine, choice.reason      # "openvino", "the fastest on CPUs"
 
-Nothing is loaded or converted here.
+Loads and converts nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from llm_ray.serve.models import writes
 
 @dataclass(frozen=True)
 class Choice:
-    """An engine, and why it was chosen."""
+    """An engine and the reason for choosing it."""
 
     engine: EngineName
     reason: str
 
 
 def choose_engine(asked: ModelServing, source: Path, registry: Path) -> Choice:
-    """The engine of the model in the folder `source`: the conf's, or for `auto` the fastest one that can serve it so.
+    """Returns the engine for the model in the folder `source`: the conf's, or for `auto` the fastest that supports all
+    settings.
 
-    `registry` is where conversions are kept.
+    `registry` is the folder of converted models.
     """
     if asked.engine != "auto":
         return Choice(asked.engine, "set in the conf")

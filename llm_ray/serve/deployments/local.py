@@ -1,9 +1,8 @@
-"""Serving on this machine: a separate Ray in the background, which one command starts and others join.
+"""Serving on this machine: a separate Ray in the background, started by one command and joined by others.
 
-python -m llm_ray.serve.deployments.local    # what `llm-ray serve deploy` starts; SIGTERM answers what is in progress,
-and ends it
+python -m llm_ray.serve.deployments.local    # started by `llm-ray serve deploy`; SIGTERM drains and stops it
 
-Its place and token are told in `LLM_RAY_HOME/serve/local.json`, which its owner alone can read.
+Its address and token file are in `LLM_RAY_HOME/serve/local.json`, readable only by its owner.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from llm_ray.serve.gateway import proxy
 
 _POLL = 0.05  # seconds
 _WATCH = 1.0
-_ENDS_WITHIN = 120  # seconds, once all is answered
+_ENDS_WITHIN = 120  # seconds after the last request
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,23 @@ class LocalRay:
 
     pid: int
     began: int
-    """When the process began, as `_began` tells it: a pid alone may be another's by now."""
+    """Start time of the process, as returned by `_began`: a pid alone may have been reused."""
     address: str
     token: str
-    """Path of the file with its token."""
+    """Path of its token file."""
     session: str
     """Folder of its logs."""
     ending: bool = False
-    """Whether it only answers what is in progress, and ends."""
+    """Whether it is finishing the requests in progress before it exits."""
 
 
 def state_file(home: Path) -> Path:
-    """Where the local Ray that serves is told."""
+    """Returns the path of the file that describes the serving local Ray."""
     return home / "serve" / "local.json"
 
 
 def running(home: Path) -> LocalRay | None:
-    """The local Ray that serves, if one does."""
+    """Returns the serving local Ray, or None."""
     try:
         found = LocalRay(**json.loads(state_file(home).read_text()))
         alive = _began(found.pid) == found.began
@@ -67,14 +66,14 @@ def running(home: Path) -> LocalRay | None:
 
 
 def _began(pid: int) -> int:
-    """When a process began, in clock ticks after the start of the machine (proc(5), `starttime`): its time by the clock
-    is another when the clock is set. Raises OSError where there is none."""
+    """Returns when a process started, in clock ticks since boot (proc(5), `starttime`), which unlike wall-clock time
+    does not change when the clock is set. Raises OSError if there is no such process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[19])
 
 
 def start(home: Path, reporter: Reporter, timeout: float = 120) -> LocalRay:
-    """Start the local Ray that serves, in the background, unless it runs. Raises ServeError."""
+    """Starts the serving local Ray in the background unless it is running. Raises ServeError."""
     found = running(home)
     if found and found.ending:
         reporter.line("The previous deployment is stopping; waiting for its last answers.")
@@ -102,15 +101,15 @@ def start(home: Path, reporter: Reporter, timeout: float = 120) -> LocalRay:
 
 
 def _started(process: subprocess.Popen[bytes], home: Path, log: Path, timeout: float) -> LocalRay:
-    """Wait until the background process serves. Raises ServeError."""
-    import ray.serve  # noqa: F401  # seconds, meanwhile
+    """Waits until the background process serves. Raises ServeError."""
+    import ray.serve  # noqa: F401  # takes seconds: import it while waiting
 
     began = time.monotonic()
     while True:
         if (found := running(home)) and found.pid == process.pid:
             return found
         if process.poll() is not None:
-            if found := running(home):  # another command was faster
+            if found := running(home):  # another command started it first
                 return found
             lines = log.read_text(errors="replace").strip().splitlines()
             raise ServeError(f"Ray did not start on this machine: {lines[-1] if lines else 'no reason given'} ({log})")
@@ -120,12 +119,12 @@ def _started(process: subprocess.Popen[bytes], home: Path, log: Path, timeout: f
 
 
 def end(found: LocalRay) -> None:
-    """End the local Ray that serves; requests in progress are answered first."""
+    """Stops the serving local Ray once the requests in progress have finished."""
     _stop(found.pid)
 
 
 def _stop(pid: int, timeout: float | None = None) -> None:
-    """SIGTERM, and after `timeout` seconds SIGKILL."""
+    """Sends SIGTERM, and SIGKILL after `timeout` seconds."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         process.terminate()
@@ -137,9 +136,9 @@ def _stop(pid: int, timeout: float | None = None) -> None:
 
 @contextlib.contextmanager
 def connected(runtime: ServeRuntime, home: Path, reporter: Reporter, begin: bool = False) -> Iterator[None]:
-    """The Ray that serves, joined: the cluster's, or this machine's of `home`, which is started where `begin` says so.
+    """Connects to the serving Ray: the cluster's, or this machine's of `home`, which is started if `begin` is set.
 
-    Raises ServeError when nothing is served, ClusterError when the cluster cannot be joined.
+    Raises ServeError if nothing is served, ClusterError if the cluster cannot be joined.
     """
     if runtime.mode == "cluster":
         from llm_ray.cluster import join_cluster
@@ -157,11 +156,11 @@ def connected(runtime: ServeRuntime, home: Path, reporter: Reporter, begin: bool
 
 
 def main() -> None:
-    """The background process: Ray, until SIGTERM."""
+    """Runs Ray in the background process until SIGTERM."""
     import fcntl
 
     state = state_file(home())
-    signal.signal(signal.SIGTERM, _interrupt)  # while it starts; Ctrl-C does the same
+    signal.signal(signal.SIGTERM, _interrupt)  # during the start, same as Ctrl-C
     with state.with_name("local.lock").open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,16 +170,15 @@ def main() -> None:
         os.environ.update(proxy.ENVIRONMENT)
         try:
             with local_ray():
-                _serve_until_told_to_end()
+                _serve_until_stopped()
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         finally:
             state.unlink(missing_ok=True)
 
 
-def _serve_until_told_to_end() -> None:
-    """Until SIGTERM, and then until what is in progress is answered; or until a part of Ray without which nothing works
-    is dead."""
+def _serve_until_stopped() -> None:
+    """Serves until SIGTERM and then drains, or raises ServeError if a vital process of Ray dies."""
     import ray
 
     ending = threading.Event()
@@ -191,25 +189,25 @@ def _serve_until_told_to_end() -> None:
     here = LocalRay(
         me.pid, _began(me.pid), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path()
     )
-    _tell(here)
+    _save(here)
     vital = [child for child in me.children() if child.name() in ("gcs_server", "raylet")]
     while not ending.wait(_WATCH):
         if dead := [
             child.name() for child in vital if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
         ]:
             raise ServeError(f"{' and '.join(dead)} of Ray ended unexpectedly; its logs were in {here.session}")
-    _tell(replace(here, ending=True))
+    _save(replace(here, ending=True))
     from llm_ray.serve.deployments.deploy import drain
 
     drain()
-    signal.alarm(_ENDS_WITHIN)  # ends this process should Ray's shutdown hang
+    signal.alarm(_ENDS_WITHIN)  # kills this process if Ray's shutdown hangs
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _tell(local_ray: LocalRay) -> None:
+def _save(local_ray: LocalRay) -> None:
     state = state_file(home())
     state.touch(mode=0o600)
     write_json(state, asdict(local_ray))

@@ -1,4 +1,4 @@
-"""Logs of a model's replicas from every host of the cluster, both running and failed ones."""
+"""Logs of a model's running and failed replicas, from all hosts of the cluster."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _POLL = 1.0  # seconds
 
 
 def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
-    """The last `lines` lines of each replica's log, oldest replica first; then, where `follow` says so, what is added,
-    without end.
+    """Yields the last `lines` lines of each replica's log, oldest replica first; then, with `follow`, new lines without
+    end.
 
-    Raises ServeError where no host has a log of that model, or when none is left.
+    Raises ServeError if no host has a log of that model, or once no host is left.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -41,7 +41,7 @@ def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
                 texts = ray.get(asked)
             except RayTaskError:
                 raise
-            except RayError:  # the host is lost, or all of Ray has ended
+            except RayError:  # the host or all of Ray is gone
                 nodes.remove(node)
                 continue
             found.update({key: (node["NodeManagerHostname"], *value) for key, value in texts.items()})
@@ -62,7 +62,7 @@ def read_logs(name: str, lines: int, follow: bool) -> Iterator[str]:
 
 
 def _read(mark: str, offsets: dict[str, int], node: str) -> dict[str, tuple[int, str]]:
-    """On a host: of each log file of the replicas, how far it has been read, and what came since `offsets`."""
+    """Runs on a host: returns each replica log file's length, and its text since `offsets`."""
     import ray
 
     folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
@@ -78,7 +78,7 @@ def _read(mark: str, offsets: dict[str, int], node: str) -> dict[str, tuple[int,
 
 
 def _workers(folder: Path, serve_log: Path) -> list[Path]:
-    """What the replica's process wrote to its standard streams: engines write there."""
+    """Returns the files of the replica process's standard streams, which engines write to."""
     text = serve_log.read_text(errors="replace")[:2000]
     pid = next((part for line in text.splitlines() for part in line.split() if part.startswith("pid=")), None)
     return sorted(folder.glob(f"worker-*-{pid.removeprefix('pid=')}.*")) if pid else []

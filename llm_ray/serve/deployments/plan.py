@@ -1,7 +1,7 @@
-"""Plans a serve conf: the models' parameters, and whether the cluster has room for them, all before loading.
+"""Plans a serve conf before anything is loaded: the models' parameters, and whether they fit on the cluster.
 
 models = plan(conf, reporter)     # folders, arithmetic and memory; ModelError for what cannot be served
-place(models, nodes, deployed)    # cores; ServeError with the figures where there is no room
+place(models, nodes, deployed)    # cores; ServeError with the figures if they do not fit
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from llm_ray.serve.models import (
     writes,
 )
 
-# What a replica takes besides weights and cache: Python, torch, vLLM's front end, and what computing needs.
+# Memory of a replica besides weights and cache: Python, torch, vLLM's front end, and activations.
 _PROGRAM_BYTES = 1_800 * 2**20
 _GIB = 2**30
-# Adapters come and go by so many without new replicas: their memory is reserved.
+# Memory for adapters is reserved in steps of this number, so that adding a few needs no new replicas.
 _ADAPTERS = 8
-# Bytes of an adapter's number in OpenVINO: it computes them in single precision, and uses up to 1.5 times as much.
+# Bytes per adapter parameter in OpenVINO, which computes adapters in single precision and uses up to 1.5 times as much.
 _OPENVINO_ADAPTER_BYTES = 6
-# Most cores that help, by billions of parameters.
+# Most useful number of cores, for models of fewer than so many billion parameters.
 _CORES = ((0.5, 8), (2, 16), (8, 32))
-# How a chat template writes tool calls, and vLLM's parser of that form.
+# Marks of tool calls in chat templates, and vLLM's parser for each.
 _TOOL_FORMS = (
     ("<|python_tag|>", "llama3_json"),
     ("[TOOL_CALLS]", "mistral"),
@@ -62,7 +62,7 @@ _TOOL_FORMS = (
 
 @dataclass(frozen=True)
 class Node:
-    """A host of the cluster: cores and memory that Ray counts there, and those that are free."""
+    """A host of the cluster: cores and memory that Ray manages there, in total and free."""
 
     host: str
     cpus: float
@@ -72,9 +72,9 @@ class Node:
 
 
 def plan(conf: ServeConf, reporter: Reporter, only: Sequence[str] = ()) -> list[ServedModel]:
-    """The conf's models (or those named `only`), everything decided but their cores.
+    """Returns the conf's models (or those named in `only`), with everything decided but their cores.
 
-    Models of the hub are downloaded into the registry, those for engine openvino converted, unless that is done. Raises
+    Downloads models from the hub into the registry and converts models for engine openvino, unless already done. Raises
     ModelError.
     """
     if unknown := sorted(set(only) - set(conf.models)):
@@ -95,7 +95,7 @@ def _planned(
     check_alike(tokenizer or path)
     _check_kind(asked, engine, path)
     check_tokenizer_fits(path, tokenizer or path)
-    # Of a conversion, the original was looked at.
+    # The original of a conversion was checked when it was converted.
     converts = ENGINES[engine].converts
     empty = check_complete(path, trust_remote_code=asked.trust_remote_code) if not converts else None
     precision = _precision(asked, weights)
@@ -147,7 +147,7 @@ def _planned(
 
 
 def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -> ServedModel:
-    """The model as it will be served, without converting it where that would be needed: its memory is then reckoned.
+    """Returns the model as it would be served, with an estimate of its memory if it would have to be converted first.
     Raises ModelError."""
     source = _folder(asked.model, paths, reporter)
     choice = choose_engine(asked, source, paths.models)
@@ -164,7 +164,7 @@ def estimate(name: str, asked: ModelServing, paths: Paths, reporter: Reporter) -
 
 
 def _adapters_bytes(path: Path, engine: EngineName, precision: Precision, ranks: Sequence[int]) -> int:
-    """Memory of as many adapters as may come without new replicas, all of the highest rank and on all layers."""
+    """Returns the memory reserved for adapters, all at the highest rank and on all layers."""
     if not ranks:
         return 0
     number_bytes = _OPENVINO_ADAPTER_BYTES if ENGINES[engine].converts else SIZES[precision]
@@ -172,7 +172,7 @@ def _adapters_bytes(path: Path, engine: EngineName, precision: Precision, ranks:
 
 
 def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
-    """The folder of a run, a registry name, a folder, or a hub id, which is downloaded unless it has been. Raises
+    """Returns the folder of a run, registry name, folder, or hub id, which is downloaded if necessary. Raises
     ModelError."""
     location = resolve(called, paths)
     if location.folder:
@@ -187,7 +187,8 @@ def _folder(called: str, paths: Paths, reporter: Reporter) -> Path:
 def _engine(
     name: str, asked: ModelServing, source: Path, paths: Paths, reporter: Reporter, choice: Choice | None
 ) -> tuple[EngineName, Path, Weights]:
-    """The engine, and the folder with weights in its form. A model that `auto` cannot convert is served as it is."""
+    """Returns the engine, and the folder with weights in its form. If the conversion for `auto` fails, the unconverted
+    model is served by another engine."""
     choice = choice or choose_engine(asked, source, paths.models)
     if asked.engine == "auto":
         reporter.line(f"{name}: engine {choice.engine} (auto: {choice.reason})")
@@ -203,7 +204,7 @@ def _engine(
 def _weights(
     engine: EngineName, asked: ModelServing, source: Path, paths: Paths, reporter: Reporter
 ) -> tuple[Path, Weights]:
-    """The folder with weights in the engine's form."""
+    """Returns the folder with weights in the engine's form, and their description."""
     if not ENGINES[engine].converts:
         return source, check_folder(source, tokenizer=not asked.tokenizer)
     folder = openvino_folder(source, asked.weights, paths.models, reporter)
@@ -211,7 +212,7 @@ def _weights(
 
 
 def _check_kind(asked: ModelServing, engine: EngineName, path: Path) -> None:
-    """Raises ModelError for a model that transformers does not know, which no engine could load."""
+    """Raises ModelError for a model type that transformers does not support, which no engine could load."""
     config = read_json(path / "config.json")
     if asked.trust_remote_code:
         return
@@ -233,8 +234,8 @@ def _check_kind(asked: ModelServing, engine: EngineName, path: Path) -> None:
 
 
 def _known_kinds() -> Container[str]:
-    """The types of models that transformers knows. Its table is read alone: importing it would import torch, seconds on
-    a small host."""
+    """Returns the model types that transformers supports. Runs only the file with its table: importing the package
+    would import torch, which takes seconds on a small host."""
     origin = importlib.util.find_spec("transformers").origin  # type: ignore[union-attr]
     kinds: Container[str] = runpy.run_path(str(Path(str(origin)).parent / "models/auto/auto_mappings.py"))[
         "CONFIG_MAPPING_NAMES"
@@ -243,7 +244,8 @@ def _known_kinds() -> Container[str]:
 
 
 def _precision(asked: ModelServing, weights: Weights) -> Precision:
-    """Weights stored in fp32 are not rounded to bf16 unasked: a small model's close calls would fall otherwise."""
+    """Returns the precision. Weights stored in fp32 are not rounded to bf16 by default: it changes near ties of a small
+    model."""
     if asked.precision != "auto":
         return asked.precision
     return "fp32" if weights.dtype == "fp32" or not has_bf16(cpu_flags()) else "bf16"
@@ -254,8 +256,7 @@ def _useful_cores(parameters: int) -> int:
 
 
 def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
-    """vLLM's name for the form in which the model writes tool calls. Hermes' form is what a model without one of its
-    own is asked for."""
+    """Returns vLLM's name for the syntax of the model's tool calls; Hermes if the chat template shows none."""
     if tools != "auto":
         return None if tools == "off" else tools
     text = template_text(path, template)
@@ -265,10 +266,10 @@ def _tool_parser(tools: str, path: Path, template: Path | None) -> str | None:
 def place(
     models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]
 ) -> list[ServedModel]:
-    """The models with their cores decided. Raises ServeError, with the figures, where the cluster has no room for one.
+    """Returns the models with their cores decided. Raises ServeError with the figures if one does not fit.
 
-    `running` are the deployed ones, with the replicas that they have now: what a model of the same name holds is its
-    own again when it is replaced. One that is otherwise unchanged keeps its cores, so that it need not be started anew.
+    `running` are the deployed models with their current replicas, whose resources are available to a new model of the
+    same name. A model that is otherwise unchanged keeps its cores, so that it need not be restarted.
     """
     kept = {
         model.name: like
@@ -284,8 +285,8 @@ def place(
 
 
 def _with_cores_of(old: ServedModel, model: ServedModel) -> ServedModel | None:
-    """A model whose cores are to be decided, with those of the deployed one, if nothing else about it calls for new
-    replicas."""
+    """Returns the model with the cores of the deployed one, if its own are undecided and nothing else requires new
+    replicas; else None."""
     like = replace(model, cpus=old.cpus, threads=old.threads)
     return like if model.cpus == 0 and like.version() == old.version() else None
 
@@ -300,11 +301,11 @@ def _place(
     placed: dict[str, ServedModel] = {}
     undecided = {model.name for model in models if model.cpus == 0 and model.name not in kept}
     waiting = [model for model in models if model.name in undecided]
-    for model in sorted(models, key=lambda m: m.name in undecided):  # those that share what is left come last
+    for model in sorted(models, key=lambda m: m.name in undecided):  # models that share the remaining cores come last
         chosen = kept.get(model.name, model)
         if model.name in undecided:
             most, total = max(room[0] for room in free), sum(room[0] for room in free)
-            # One for each replica that is to start, and more where those that may come with the load can have as many.
+            # One for each replica at start, and as many as also leave room for autoscaling's additional replicas.
             each = max(1, total // sum(map(_most_replicas, waiting))) if total >= sum(map(_replicas, waiting)) else 0
             cores = int(min(model.threads, most, each))
             waiting.remove(model)
@@ -315,13 +316,13 @@ def _place(
 
 
 def fits_beside(models: Sequence[ServedModel], nodes: Sequence[Node]) -> bool:
-    """Whether one more replica of each of these models has room beside all that runs."""
+    """Returns whether one more replica of each of these models fits beside everything that runs."""
     free = _free_without((), nodes, {})
     return all(_put(model, free) for model in models)
 
 
 def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]) -> list[str]:
-    """What is to be said of placed models whose `autoscale.max` the cluster has no room for: a line each."""
+    """Returns a warning for each placed model whose `autoscale.max` exceeds the cluster's room."""
     free = _free_without(models, nodes, running)
     for model in models:
         for _ in range(_replicas(model)):
@@ -342,11 +343,11 @@ def beyond_room(models: Sequence[ServedModel], nodes: Sequence[Node], running: M
 def _free_without(
     models: Sequence[ServedModel], nodes: Sequence[Node], running: Mapping[str, ServedModel]
 ) -> list[list[float]]:
-    """Free cores and memory of each node, as if those that the models replace were gone."""
+    """Returns free cores and memory of each node, as if the models that are to be replaced were gone."""
     free = [[node.free_cpus, node.free_memory] for node in nodes]
     for model in models:
         if old := running.get(model.name):
-            _give_back(old, nodes, free)
+            _release(old, nodes, free)
     return free
 
 
@@ -358,7 +359,7 @@ def _most_replicas(model: ServedModel) -> int:
     return model.autoscale.max if model.autoscale else model.replicas
 
 
-def _give_back(old: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
+def _release(old: ServedModel, nodes: Sequence[Node], free: list[list[float]]) -> None:
     for _ in range(old.replicas):
         for node, room in zip(nodes, free, strict=True):
             if node.cpus - room[0] >= old.cpus and node.memory - room[1] >= old.memory_bytes:
@@ -374,7 +375,7 @@ def _take(model: ServedModel, nodes: Sequence[Node], free: list[list[float]]) ->
 
 
 def _put(model: ServedModel, free: list[list[float]]) -> bool:
-    """Take room for one replica, where there is most; False where there is none."""
+    """Reserves room for one replica on the node with most free cores; returns False if none has room."""
     fitting = [room for room in free if room[0] >= model.cpus and room[1] >= model.memory_bytes]
     if fitting:
         room = max(fitting, key=lambda r: (r[0], r[1]))
@@ -404,8 +405,8 @@ def _no_room(model: ServedModel, nodes: Sequence[Node], free: list[list[float]],
     return f"no room for {model.name}: {'each of its ' + str(replicas) + ' replicas' if replicas > 1 else 'it'} needs {each}, but {have}: {advice}"
 
 
-def tell(model: ServedModel) -> str:
-    """What was decided for a model, in a line."""
+def describe(model: ServedModel) -> str:
+    """Returns a one-line summary of a model's parameters."""
     cores = f"{model.cpus} core(s)" if model.cpus else f"{model.threads} thread(s) on shared cores"
     count = (
         f"{model.autoscale.min}-{model.autoscale.max} replicas" if model.autoscale else f"{model.replicas} replica(s)"

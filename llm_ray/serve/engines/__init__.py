@@ -1,1 +1,1 @@
-"""Engines: tokens in, tokens out, each in a thread of the replica, behind vLLM's own front end."""
+"""Inference engines: tokens in, tokens out, each in a thread of the replica process, behind vLLM's front end."""

@@ -1,9 +1,9 @@
-"""Batched computation with causal models of transformers, the core of engine `transformers`.
+"""Batched computation with causal transformers models, for the engine `transformers`.
 
-``Batch`` pads rows of different lengths on the left, as `generate` does, and so takes any model that `generate` does in
-batches. Unlike there, rows join and leave at any time, and keys and values are written in place: no step copies what is
-there already. ``Alone`` holds one row of a model that does not (Mamba, hybrids, and whatever `batches` finds to answer
-differently in company).
+``Batch`` pads rows of different lengths on the left, as `generate` does, and so supports any model that `generate`
+supports in batches. Unlike there, rows join and leave at any time, and keys and values are written in place, without
+copying the cache at every step. ``Alone`` holds one row of a model that does not support this (Mamba, hybrids, and
+models for which `probe` finds different results in batches).
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 from vllm.v1.sample.metadata import SamplingMetadata
 
-# Columns (tokens) by which a cache grows, and rows.
+# A cache grows by this many columns (tokens) and rows.
 _COLUMNS, _ROWS = 128, 4
 _GROUPED = "llm_ray_grouped"
 
 
 @dataclass
 class Row:
-    """A request and what belongs to it alone."""
+    """A request and its own state."""
 
     request: Request
     params: SamplingParams
     generator: torch.Generator | None = None
-    """Its random numbers, where it names a seed."""
+    """Its random number generator, if it has a seed."""
 
 
 class Rows(Protocol):
-    """Requests whose next tokens are computed in one forward pass, and their state."""
+    """Requests computed in one forward pass, and their state."""
 
     rows: list[Row]
     sampling: SamplingMetadata | None
-    """What the sampler has to know of the rows; None when they have changed."""
+    """Metadata for the sampler; None if the rows have changed."""
 
     def todo(self) -> int:
-        """Tokens of the longest row that have not been computed."""
+        """Returns how many tokens of the longest row are not yet computed."""
 
     def cells(self, more: int = 0) -> int:
-        """Tokens that the memory taken has room for, once `more` are computed for every row."""
+        """Returns how many tokens the allocated memory can hold, after computing `more` tokens for every row."""
 
     def forward(self, tokens: int) -> torch.Tensor:
-        """Compute on by `tokens`, at most `todo()`. Returns the logits after the last of them, of shape [rows,
+        """Computes the next `tokens`, at most `todo()`. Returns the logits after the last one, of shape [rows,
         vocabulary]."""
 
     def keep(self, rows: list[int]) -> None:
-        """Let go of all rows but these (ascending). The rest may change places."""
+        """Drops all rows but these (in ascending order). The remaining rows may be reordered."""
 
 
 def cells(rows: int, width: int) -> int:
-    """Tokens that a batch of this size takes memory for."""
+    """Returns how many tokens a batch of this size allocates memory for."""
     return _slots(rows) * _round(width, _COLUMNS)
 
 
@@ -73,7 +73,7 @@ def _round(number: int, step: int) -> int:
 
 
 class Batch:
-    """Rows padded on the left to the same width, in a cache with room to grow."""
+    """Rows left-padded to the same width, with a growing cache."""
 
     def __init__(self, model: PreTrainedModel, rows: list[Row]) -> None:
         self.rows = rows
@@ -119,7 +119,7 @@ class Batch:
     def keep(self, rows: list[int]) -> None:
         kept = len(rows)
         holes = [hole for hole in range(kept) if hole not in rows]
-        moves = [*zip(holes, [row for row in rows if row >= kept], strict=True)]  # the last rows go where others leave
+        moves = [*zip(holes, [row for row in rows if row >= kept], strict=True)]  # the last rows fill the gaps
         for hole, row in moves:
             self.rows[hole] = self.rows[row]
             self._padding[hole] = self._padding[row]
@@ -129,7 +129,7 @@ class Batch:
         if not kept:
             self._cache.layers.clear()
             return
-        trim = int(self._padding.min())  # columns that no row uses any more
+        trim = int(self._padding.min())  # columns that only contain padding
         self._padding -= trim
         if self.width:
             self.width -= trim
@@ -137,13 +137,13 @@ class Batch:
                 layer.keep(kept, moves, trim)
 
     def cost(self, other: Batch) -> int:
-        """Columns of padding that two batches have as one, and apart have not."""
+        """Returns how many columns of padding merging the batches would add."""
         rows, width = len(self.rows) + len(other.rows), max(self.width, other.width)
         return rows * width - len(self.rows) * self.width - len(other.rows) * other.width
 
     def absorb(self, other: Batch) -> None:
-        """Take the rows of another batch, which is none any more. All tokens of both have been computed but the last of
-        each row."""
+        """Appends the rows of another batch, which must not be used afterwards. All tokens of both but the last of each
+        row must be computed."""
         width = max(self.width, other.width)
         for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
             layer.absorb(more)
@@ -154,11 +154,10 @@ class Batch:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer, in tensors [slots, heads, columns, size] with room for more rows and columns than
-    are in use.
+    """Keys and values of one layer, in tensors [slots, heads, columns, size] with spare rows and columns.
 
-    In use are the first rows, and the columns from `_start` to `_end`. What padding covers is zero: it is multiplied,
-    by zero.
+    In use are the first rows, and the columns from `_start` to `_end`. Padding is zero, since it is multiplied by an
+    attention weight of zero and must not be NaN.
     """
 
     is_initialized: bool
@@ -171,7 +170,7 @@ class _Layer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [rows, heads, tokens, size] of keys and values. Returns all there are."""
+        """Appends keys and values [rows, heads, tokens, size]. Returns all keys and values."""
         rows, _, tokens, _ = key_states.shape
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
@@ -186,7 +185,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, rows: int, moves: list[tuple[int, int]], trim: int) -> None:
-        """Move rows, then let go of all after the first `rows`, and of the first `trim` columns."""
+        """Moves rows, then drops all but the first `rows`, and the first `trim` columns."""
         self._start += trim
         for tensor in self._tensors:
             for to, row in moves:
@@ -196,7 +195,7 @@ class _Layer(DynamicLayer):
         self._show(rows)
 
     def absorb(self, other: _Layer) -> None:
-        """Append the rows of another layer, the last columns of both aligned."""
+        """Appends the rows of another layer, aligned at the last column."""
         had, rows = len(self.keys), len(self.keys) + len(other.keys)
         width, more = self._end - self._start, other._end - other._start
         if rows > len(self._tensors[0]) or more > width:
@@ -207,7 +206,7 @@ class _Layer(DynamicLayer):
         self._show(rows)
 
     def _move(self, had: int, rows: int, width: int, more: int) -> None:
-        """Copy to tensors with room for `rows` and for `width` columns, and `more`."""
+        """Copies into tensors with room for `rows`, and for `width + more` columns."""
         padding = width - (self._end - self._start)
         for index, old in enumerate(self._tensors):
             self._tensors[index] = new = _empty(old, rows, width + more)
@@ -224,7 +223,7 @@ def _empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 class Alone:
-    """One row of a model that keeps whatever state it likes, computed as `generate` does it."""
+    """One row of a model with any kind of state, computed as in `generate`."""
 
     def __init__(self, model: PreTrainedModel, rows: list[Row]) -> None:
         (_,) = self.rows = rows
@@ -267,7 +266,7 @@ class Alone:
             self.rows, self._state = [], {}
 
     def token_bytes(self) -> int:
-        """Memory of a token, of the layers that keep something of every one."""
+        """Returns the memory of one token, summed over the layers whose cache grows with every token."""
         caches = [cache for name in ALL_CACHE_NAMES if isinstance(cache := self._state.get(name), Cache)]
         layers = [
             layer
@@ -280,16 +279,16 @@ class Alone:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a trial of a model showed."""
+    """Measured properties of a model."""
 
     batches: bool
-    """Whether rows side by side come out as they do alone."""
+    """Whether batched rows give the same results as single ones."""
     token_bytes: int
-    """Memory of a token in the cache; 0 where a row's state does not grow."""
+    """Memory of a token in the cache; 0 if the state does not grow."""
 
 
 def probe(model: PreTrainedModel) -> Probe:
-    """Try a model out: a few tokens of two rows of different lengths, side by side and alone."""
+    """Computes a few tokens of two rows of different lengths, batched and alone, and compares the results."""
     vocabulary = model.config.get_text_config().vocab_size
     short, long = ([(7 + 31 * i) % vocabulary for i in range(length)] for length in (3, 8))
     alone = Alone(model, _rows(short))
@@ -299,7 +298,7 @@ def probe(model: PreTrainedModel) -> Probe:
         return Probe(False, size)
     try:
         found = _two_steps(Batch(model, _rows(short, long)))
-    except Exception:  # it comes from the model's own code, which was not made for this and may raise anything
+    except Exception:  # the model's own code may raise anything
         return Probe(False, size)
     tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
     return Probe(bool((found - expected).abs().max() <= tolerance * expected.std()), size)
@@ -311,7 +310,7 @@ def _rows(*prompts: list[int]) -> list[Row]:
 
 
 def _two_steps(rows: Rows) -> torch.Tensor:
-    """The first row's logits after its prompt and after one token more, [2, vocabulary]."""
+    """Returns the first row's logits after its prompt and after one more token, [2, vocabulary]."""
     first = rows.forward(rows.todo())[0]
     for row in rows.rows:
         row.request.append_output_token_ids(5)
@@ -319,8 +318,8 @@ def _two_steps(rows: Rows) -> torch.Tensor:
 
 
 def _plain_cache(model: PreTrainedModel) -> bool:
-    """Whether the model keeps keys and values of every token and nothing else. Those beyond a sliding window are
-    masked."""
+    """Returns whether the model keeps keys and values of every token and no other state. Tokens beyond a sliding window
+    are masked."""
     if not model._supports_default_dynamic_cache():
         return False
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
@@ -328,7 +327,7 @@ def _plain_cache(model: PreTrainedModel) -> bool:
 
 
 def group_heads(model: PreTrainedModel) -> None:
-    """Have the model compute attention by `_grouped_attention`, where it asks transformers for torch's own."""
+    """Makes the model compute attention by `_grouped_attention` if it uses torch's SDPA."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         model.set_attn_implementation(_GROUPED)
 
@@ -344,12 +343,12 @@ def _grouped_attention(
     position_bias: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one new token a row to all before it: query [rows, heads, 1, size], key and value [rows, groups of
-    heads, columns, size].
+    """Attention of one new token per row: query [rows, heads, 1, size], key and value [rows, key-value heads, columns,
+    size].
 
-    The heads of a group share keys and values: they are taken for so many tokens of one head. transformers copies the
-    keys and values for each head where rows are padded, which takes longer than all the rest. Several tokens a row
-    (prompts) are left to it.
+    The query heads that share a key-value head are computed as tokens of a single head. With padded rows, transformers
+    copies keys and values for each query head, which takes longer than all the rest. Several tokens per row (prompts)
+    are left to transformers.
     """
     if softcap is not None:
         return _capped_attention(query, key, value, attention_mask, scaling, softcap), None
@@ -371,7 +370,7 @@ def _capped_attention(
     scaling: float | None,
     softcap: float,
 ) -> torch.Tensor:
-    """Attention whose scores have a soft limit (Gemma 2), which torch's own cannot do and transformers leaves out with
+    """Attention with soft-capped scores (Gemma 2), which torch's SDPA does not support and transformers omits with
     it."""
     rows, heads, tokens, size = query.shape
     grouped = query.reshape(rows, key.shape[1], -1, tokens, size)

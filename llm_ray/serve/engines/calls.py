@@ -1,8 +1,8 @@
-"""Makes the tool calls and finish reason of an unstreamed answer the same as those of its stream.
+"""Makes tool calls and finish reason of an unstreamed answer the same as those of its stream.
 
-vLLM reads them by two ways. Where `max_tokens` or a stop string cuts an answer within a call, the way for whole answers
-finds no call at all, finished ones among them, and returns the raw text; the one for streams returns what is there, as
-OpenAI does.
+vLLM has one parser for each. If `max_tokens` or a stop string ends the answer within a call, the parser of whole
+answers finds no calls, not even completed ones, and returns the raw text; the streaming parser returns what was
+generated so far, as OpenAI does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 
 def read_as_streamed(serving: OpenAIServingChat) -> None:
-    """Have a chat's whole answers read as its streams are."""
+    """Makes the chat parse whole answers the way it parses streams."""
     if serving.parser_cls:
         serving.parser_cls = as_streamed(serving.parser_cls)
         serving.chat_completion_full_generator = functools.partial(_answer, serving.chat_completion_full_generator)
 
 
 def as_streamed(parser: type[Parser]) -> type[Parser]:
-    """A parser that reads whole answers to requests with tools token by token."""
+    """Returns a subclass of `parser` that parses whole answers to requests with tools token by token."""
     return type(parser.__name__, (_AsStreamed, parser), {})
 
 
@@ -44,7 +44,7 @@ async def _answer(
     *args: Any,
     **options: Any,
 ) -> Any:
-    """A whole answer, whose choices end for the reason that a stream would tell."""
+    """Returns a whole answer whose choices have the finish reasons of a stream."""
     ended: dict[int, str | None] = {}
 
     async def watched() -> AsyncIterator[RequestOutput]:
@@ -64,7 +64,7 @@ async def _answer(
 
 
 class _AsStreamed:
-    """Laid over a parser of vLLM's."""
+    """Mixin for vLLM's parsers."""
 
     _prompt: list[int] | None = None
 
@@ -79,7 +79,7 @@ class _AsStreamed:
         enable_auto_tools: bool = False,
         model_output_token_ids: Sequence[int] = (),
     ) -> tuple[str | None, str | None, list[FunctionCall] | None]:
-        """Thoughts, text and calls of an answer."""
+        """Returns reasoning, text and tool calls of an answer."""
         if not request.tools or request.tool_choice == "none" or not model_output_token_ids:
             parsed: Any = super().parse(model_output, request, enable_auto_tools, model_output_token_ids)  # type: ignore[misc]
             return parsed
@@ -102,8 +102,8 @@ class _AsStreamed:
 
 
 def _pieces(tokenizer: Any, text: str, tokens: Sequence[int], request: Any) -> Iterator[tuple[int, str]]:
-    """An answer's tokens, each with the text that a stream would bring with it. Together they are `text`: a stop string
-    may have cut it."""
+    """Yields an answer's tokens, each with the text that a stream would send with it. The pieces concatenate to `text`,
+    which a stop string may have truncated."""
     params = SamplingParams(
         skip_special_tokens=request.skip_special_tokens,
         spaces_between_special_tokens=request.spaces_between_special_tokens,

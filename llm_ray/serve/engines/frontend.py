@@ -1,6 +1,6 @@
-"""vLLM's front end for all engines: OpenAI's protocol, chat templates, tools, stop strings, logprobs, usage, streams.
+"""vLLM's front end for all engines: OpenAI protocol, chat templates, tools, stop strings, logprobs, usage, streaming.
 
-``Engine`` is what ``ray.serve.llm`` calls an engine. The core behind it is one of ``llm_ray.serve.engines``.
+``Engine`` is the engine class for ``ray.serve.llm``. It runs one of the cores in ``llm_ray.serve.engines``.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from llm_ray.serve.engines.words import forbidden_tokens
 from llm_ray.serve.models import ServedModel
 from llm_ray.serve.replica.streams import CoalescedOutputs
 
-async_llm.RequestOutputCollector = CoalescedOutputs  # AsyncLLM takes none of the caller's
+async_llm.RequestOutputCollector = CoalescedOutputs  # AsyncLLM has no parameter for it
 
 _LOOK = 1.0  # seconds
-# Seconds after which a step (at most a few thousand tokens of prompts) does not end any more.
+# Seconds after which a step (at most a few thousand prompt tokens) counts as hung.
 _LONGEST_STEP = 900.0
 
-# Why a request cannot be done, or None; asked before it reaches the core.
+# Returns why a request is not supported, or None. Called before the request reaches the core.
 Refusal = Callable[[SamplingParams], str | None]
 
 
 class FrontEnd(AsyncLLM):
-    """vLLM's asynchronous engine, computing with the core that `make` returns. Built within a running event loop."""
+    """vLLM's asynchronous engine on top of the core that `make` returns. Must be built within a running event loop."""
 
     def __init__(self, config: VllmConfig, make: Callable[[], Core], refusal: Refusal) -> None:
         self._refusal = refusal
@@ -58,11 +58,11 @@ class FrontEnd(AsyncLLM):
             super().__init__(config, UniProcExecutor, log_stats=False, log_requests=False)
         self.input_processor = _Inputs(config, self.renderer)
 
-    def generate(  # not a generator itself, so that it raises before the stream begins
+    def generate(  # no generator, so it raises before the stream begins
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As AsyncLLM.generate. Raises VLLMValidationError, which the client sees as 400, for what the core cannot
-        do."""
+        """Same as AsyncLLM.generate. Raises VLLMValidationError, reported to the client as 400, for parameters that the
+        core does not support."""
         if reason := self._refusal(sampling_params):
             raise VLLMValidationError(reason)
         return _with_reasons(super().generate(prompt, sampling_params, request_id, *args, **options))
@@ -70,16 +70,14 @@ class FrontEnd(AsyncLLM):
     async def _add_request(self, request: EngineCoreRequest, *args: Any) -> None:
         try:
             await super()._add_request(request, *args)
-        except (
-            BaseException
-        ):  # refused by the core, or its client is gone: vLLM itself then forgets it only where it is one of several
+        except BaseException:  # rejected, or the client disconnected: vLLM itself cleans up only one of several
             await self.abort(request.request_id, internal=True)
             raise
 
 
 async def _with_reasons(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
-    """A request's outputs. Raises VLLMValidationError where the core has ended it for a reason that its client has to
-    know."""
+    """Yields a request's outputs. Raises VLLMValidationError if the core ended the request with a reason for its
+    client."""
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             for one in output.outputs:
@@ -89,7 +87,7 @@ async def _with_reasons(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGe
 
 
 class _Inputs(InputProcessor):
-    """vLLM's, but for the tokens of forbidden words."""
+    """vLLM's input processor with another tokenization of `bad_words`."""
 
     def process_inputs(
         self, request_id: str, prompt: Any, params: SamplingParams | PoolingParams, *args: Any, **options: Any
@@ -107,13 +105,13 @@ class _Inputs(InputProcessor):
 
 @contextlib.contextmanager
 def _core_client(make: Callable[[], EngineThread]) -> Iterator[None]:
-    # AsyncLLM takes no client of the caller's; it asks this function for one.
+    # AsyncLLM has no parameter for its client; it calls this function to create one.
     with patch.object(EngineCoreClient, "make_async_mp_client", lambda **_: make()):
         yield
 
 
 class Engine(VLLMEngine):
-    """``ray.serve.llm``'s engine: vLLM's front end, and the core that the model names."""
+    """Engine for ``ray.serve.llm``: vLLM's front end with the core of the model's engine."""
 
     def __init__(self, model: ServedModel, llm_config: LLMConfig) -> None:
         super().__init__(llm_config)
@@ -121,17 +119,16 @@ class Engine(VLLMEngine):
         self._unloading: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Load the model. Raises what the engine raises."""
+        """Loads the model. Propagates the engine's errors."""
         await super().start()
-        self._oai_serving_tokenization = self._app_state.serving_tokenization  # Ray looks for it under an older name
+        self._oai_serving_tokenization = self._app_state.serving_tokenization  # Ray expects its older name
         if self._oai_serving_chat:
             read_as_streamed(self._oai_serving_chat)
         if self._oai_serving_completion:
             offsets_in_text(self._oai_serving_completion, self._oai_serving_completion.renderer.tokenizer)
 
     async def try_out(self) -> None:
-        """Have the core compute a prompt and a token after it. Raises ModelError with the core's reason where it
-        cannot."""
+        """Has the core compute a prompt and one more token. Raises ModelError with the core's reason if that fails."""
         if "generate" not in await self._engine_client.get_supported_tasks():
             return
         params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False)
@@ -143,7 +140,7 @@ class Engine(VLLMEngine):
             raise ModelError(f"{self._model.path}: engine {self._model.engine} cannot compute it: {reason}") from reason
 
     async def check_health(self) -> None:
-        """Raises what the core died of; ModelError where it hangs."""
+        """Raises the error that killed the core, or ModelError if the core hangs."""
         core = self._engine_client.engine_core
         if death := core.resources.death:
             raise death
@@ -152,13 +149,13 @@ class Engine(VLLMEngine):
         await super().check_health()
 
     def adapter_path(self, name: str) -> str | None:
-        """Where a LoRA adapter was loaded from; None where it is not loaded."""
+        """Returns the folder a LoRA adapter was loaded from; None if it is not loaded."""
         lora = self._oai_models.lora_requests.get(name)
         return lora.lora_path if lora else None
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        """Answer requests for `name` with this LoRA adapter from now on: at no moment with none. Raises ModelError
-        where the engine does not take it."""
+        """Serves requests for `name` with this LoRA adapter from now on, without a gap if it replaces another. Raises
+        ModelError if the engine rejects the adapter."""
         lora = LoRARequest(name, self._oai_models.lora_id_counter.inc(1), str(path))
         try:
             await self._engine_client.add_lora(lora)
@@ -170,18 +167,18 @@ class Engine(VLLMEngine):
         self._oai_models.lora_requests[name] = lora
 
     def forget_adapter(self, name: str) -> None:
-        """Take no more requests for a LoRA adapter, and unload it when those in progress are answered."""
+        """Rejects new requests for a LoRA adapter, and unloads it once its requests in progress have finished."""
         if lora := self._oai_models.lora_requests.pop(name, None):
             task = asyncio.create_task(self._unload(lora.lora_int_id))
             self._unloading.add(task)
             task.add_done_callback(self._unloading.discard)
 
     async def _unload(self, number: int) -> None:
-        # For a request in progress vLLM would load it again, from a folder that may hold other weights by now, or be
-        # gone: the engine's end.
+        # For a request in progress vLLM would reload the adapter from its folder, which may contain other weights by
+        # now or be gone; a missing folder kills the engine.
         requests = self._engine_client.output_processor.request_states
         while True:
-            await asyncio.sleep(_LOOK)  # at first as well: who was let in a moment ago is not among the requests yet
+            await asyncio.sleep(_LOOK)  # first, since a request just admitted is not in `requests` yet
             if not any(state.lora_request and state.lora_request.lora_int_id == number for state in requests.values()):
                 break
         await self._engine_client.remove_lora(number)
@@ -191,10 +188,10 @@ class Engine(VLLMEngine):
 
 
 def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
-    """The model's core, loaded in a thread bound to the model's cores, behind vLLM's front end. Raises what the engine
-    raises."""
-    # Whichever backend the first request called for would serve all others ("auto"), and others obey other keywords:
-    # llm_ray.serve.gateway.schemas.
+    """Returns vLLM's front end of the model's core, which is loaded in a thread bound to the model's CPUs. Propagates
+    the engine's errors."""
+    # With "auto" the first request's backend would serve all requests, and backends support different schema keywords
+    # (llm_ray.serve.gateway.schemas).
     config.structured_outputs_config.backend = "xgrammar"
     core = _core(model.engine)
 
@@ -209,6 +206,6 @@ def front_end(model: ServedModel, config: VllmConfig) -> FrontEnd:
 
 
 def _core(engine: EngineName) -> Any:
-    """The class of the engine's core."""
+    """Returns the class of the engine's core."""
     module, name = ENGINES[engine].core.split(":")
     return getattr(importlib.import_module(module), name)

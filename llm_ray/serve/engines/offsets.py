@@ -1,8 +1,8 @@
-"""``text_offset`` of a completion's logprobs: where in the returned text each token begins.
+"""Corrects ``text_offset`` in a completion's logprobs: the position in the returned text at which each token begins.
 
-vLLM adds up how long the tokens are as single texts. Those of a prompt may not be in the text (a BOS that the tokenizer
-adds), nor have the same length alone (the blank before a SentencePiece token, the parts of a character): from there on
-its offsets point elsewhere.
+vLLM sums the lengths of the tokens decoded one by one. Prompt tokens may be missing from the text (a BOS added by the
+tokenizer) or have another length alone (the space before a SentencePiece token, parts of a character), which makes all
+later offsets wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
 
 def offsets_in_text(serving: OpenAIServingCompletion, tokenizer: TokenizerLike | None) -> None:
-    """Have completions, whole and streamed, tell offsets in the text that they return."""
+    """Makes completions, whole and streamed, report offsets into the text that they return."""
     if tokenizer is not None:
         serving.request_output_to_completion_response = functools.partial(
             _whole, serving.request_output_to_completion_response, tokenizer
@@ -34,7 +34,7 @@ def offsets_in_text(serving: OpenAIServingCompletion, tokenizer: TokenizerLike |
 
 
 class Offsets:
-    """Where the tokens of one choice begin in its text, prompt first if that is echoed, in characters."""
+    """Offsets in characters of one choice's tokens in its text, which begins with the prompt if that is echoed."""
 
     def __init__(
         self, tokenizer: TokenizerLike, request: CompletionRequest, prompt: str | None, tokens: Sequence[int]
@@ -48,7 +48,7 @@ class Offsets:
         )
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Go on with tokens of the answer."""
+        """Continues with tokens of the answer."""
         for token in tokens:
             self.found.append(self._before + len(self._answer.output_text))
             self._answer.update([token], False)
@@ -80,7 +80,7 @@ async def _streamed(
     request: CompletionRequest,
     inputs: list[Any],
     results: AsyncIterator[tuple[int, RequestOutput]],
-    /,  # vLLM gives the tokenizer by name
+    /,  # vLLM passes the tokenizer by keyword
     *args: Any,
     **options: Any,
 ) -> AsyncGenerator[str, None]:
@@ -113,7 +113,8 @@ async def _streamed(
 
 
 def _of_prompt(tokenizer: TokenizerLike, text: str, tokens: Sequence[int], add_special_tokens: bool) -> list[int]:
-    """Where a prompt's tokens begin in its text. A token that is not in the text begins where the next one does."""
+    """Returns the offsets of a prompt's tokens in its text. A token missing from the text gets the offset of the next
+    one."""
     if isinstance(tokenizer, TokenizersBackend):
         encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         if encoded["input_ids"] == [*tokens]:
@@ -121,13 +122,13 @@ def _of_prompt(tokenizer: TokenizerLike, text: str, tokens: Sequence[int], add_s
             for start, stop in encoded["offset_mapping"]:
                 if start == stop:  # an added token
                     offsets.append(end)
-                else:  # a blank may be left out of the span, and a character's span be that of several tokens
+                else:  # spans may exclude a space, and tokens of one character share its span
                     offsets.append(min(start, end))
                     end = stop
             return offsets
     detokenizer = _detokenizer(tokenizer, (), False, True)
     offsets, end, read = [], 0, 0
-    for token in tokens:  # the text was made of them, or they were cut
+    for token in tokens:  # the text was decoded from them, or they were truncated
         offsets.append(end)
         detokenizer.update([token], False)
         piece = detokenizer.output_text[read:]

@@ -1,10 +1,8 @@
-"""OpenVINO as a core: the fastest of the engines, for models converted with ``llm-ray model convert MODEL --to
-openvino``.
+"""OpenVINO as a core: the fastest engine, for models converted with ``llm-ray model convert MODEL --to openvino``.
 
-Batching, the paged cache of keys and values, and sampling are those of ``openvino_genai.ContinuousBatchingPipeline``,
-which frees the interpreter's lock while it computes. What it cannot do of vLLM's sampling parameters
-`OpenVinoCore.refusal` says. A LoRA adapter is a state of the whole pipeline: requests of different adapters take turns
-(:mod:`llm_ray.serve.engines.turns`).
+Batching, paged KV cache and sampling are done by ``openvino_genai.ContinuousBatchingPipeline``, which releases the GIL
+while it computes. `OpenVinoCore.refusal` lists the sampling parameters of vLLM that it does not support. A LoRA adapter
+applies to the whole pipeline, so requests of different adapters take turns (:mod:`llm_ray.serve.engines.turns`).
 """
 
 from __future__ import annotations
@@ -43,19 +41,19 @@ from llm_ray.serve.engines.turns import BASE, Turns
 from llm_ray.serve.models import ServedModel
 
 _NUMBER_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "u8": 1}
-_SCALE_BYTES = {"u8": 8}  # of each head's key or value
-_BLOCK_TOKENS = 32  # of a block of the cache, on CPUs
-# Tokens of a step, prompts' pieces among them: while a longer piece is computed the other requests wait.
+_SCALE_BYTES = {"u8": 8}  # per key or value of a head
+_BLOCK_TOKENS = 32  # per cache block, on CPUs
+# Tokens per step, including prompt chunks: larger chunks delay the running requests.
 _STEP_TOKENS = 512
-# Schemas that turned out to be unreadable, as they are remembered.
+# Number of schemas remembered as unreadable.
 _REMEMBERED = 99
-# What vLLM's xgrammar writes in a grammar and OpenVINO's cannot read.
+# Rules that vLLM's xgrammar writes and OpenVINO's older one cannot parse.
 _NEWER = re.compile(r"^\w+ ::= (Regex|TagDispatch|TokenTagDispatch)\(", re.MULTILINE)
 
 
 @dataclass
 class _Work:
-    """A request, waiting or running."""
+    """A waiting or running request."""
 
     request_id: str
     prompt: list[int]
@@ -65,10 +63,10 @@ class _Work:
 
 
 class OpenVinoCore:
-    """openvino_genai's continuous batching, as vLLM's front end sees an engine.
+    """openvino_genai's continuous batching as an engine core.
 
-    Raises ModelError when the model's folder holds no OpenVINO model, or the cache has no room for one request of the
-    greatest length.
+    Raises ModelError if the model's folder has no OpenVINO model, or if the cache is too small for one request of
+    max_model_len.
     """
 
     def __init__(self, model: ServedModel, config: VllmConfig) -> None:
@@ -77,7 +75,7 @@ class OpenVinoCore:
                 f"{model.path} has no openvino_model.xml: create it with `llm-ray model convert {model.path} --to "
                 "openvino`"
             )
-        threads = torch.get_num_threads()  # as the front end has set for this thread
+        threads = torch.get_num_threads()  # set by the front end for this thread
         computes_in = arithmetic(model.precision)
         if model.precision == "bf16" and computes_in != "bf16":
             logging.getLogger("ray.serve").warning(
@@ -93,11 +91,11 @@ class OpenVinoCore:
         scheduler = genai.SchedulerConfig()
         scheduler.num_kv_blocks = _blocks(model, config, str(properties["KV_CACHE_PRECISION"]))
         scheduler.max_num_batched_tokens = max(_STEP_TOKENS, model.max_batch)
-        # What is cached of a prompt is found by its tokens alone: with adapters it would be another one's.
+        # Cached prefixes are looked up by tokens only, so with adapters they could come from another adapter.
         scheduler.enable_prefix_caching = not model.lora_rank
         self._layers = adaptable_layers(model.path) if model.lora_rank else {}
-        # The base has an adapter too, which changes nothing: from none at all to one, GenAI's first token in bf16 can be
-        # not a number.
+        # The base model gets an adapter without effect: when GenAI switches from no adapter to one, the first token in
+        # bf16 can be NaN.
         self._adapters: dict[int, genai.Adapter] = {BASE: frame(self._layers)} if self._layers else {}
         if self._layers:
             properties["adapters"] = _adapter(self._adapters[BASE])
@@ -121,10 +119,10 @@ class OpenVinoCore:
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
-        """Why a request cannot be done, naming the parameter; None when it can."""
+        """Returns why a request is not supported, naming the parameter; None if it is."""
         shape = params.structured_outputs
-        # What is known of a token is its own probability: only when it is certainly the likeliest is that the first of
-        # the list, too.
+        # GenAI returns only the chosen token's logprob, which is also the top entry if the token is certainly the
+        # likeliest.
         likeliest = params.temperature == 0 and not (
             shape
             or params.presence_penalty
@@ -161,8 +159,8 @@ class OpenVinoCore:
         )
 
     def add(self, request: EngineCoreRequest) -> None:
-        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot
-        see."""
+        """Adds a request. Raises VLLMValidationError, reported to the client as 400, for what `refusal` cannot
+        check."""
         if request.sampling_params is None:
             raise VLLMValidationError("engine openvino computes no embeddings; engine vllm does")
         for what in ("prompt_embeds", "mm_features", "cache_salt"):
@@ -200,7 +198,7 @@ class OpenVinoCore:
             work = self._waiting.pop(request_id)
             try:
                 self._start(work)
-            except RuntimeError as error:  # OpenVINO checks the settings once more, by bounds of its own
+            except RuntimeError as error:  # OpenVINO validates with bounds of its own
                 refused.append(
                     failure(
                         work.request_id,
@@ -214,15 +212,13 @@ class OpenVinoCore:
         try:
             self._pipeline.step()
         except RuntimeError:
-            # OpenVINO compiles a request's schema within a step, and its xgrammar is older than vLLM's, which has
-            # accepted the schema. The pipeline is unusable then: requests with a schema fail, the others go on in a new
-            # one.
+            # OpenVINO compiles a schema within a step, and its xgrammar is older than vLLM's, which has accepted the
+            # schema. After such an error the pipeline is unusable: requests with a schema fail, the others continue in
+            # a new pipeline.
             shaped = [work for work in self._running.values() if work.params.structured_outputs]
             if not shaped:
                 raise
-            if (
-                len(new := [work for work in begun if work in shaped]) == 1
-            ):  # then it is this one's; it is refused from now on
+            if len(new := [work for work in begun if work in shaped]) == 1:  # its schema is rejected from now on
                 self._unreadable = [*self._unreadable[-_REMEMBERED:], new[0].params.structured_outputs]
             outputs = [failure(work.request_id, None) for work in shaped]
             del self._pipeline
@@ -254,18 +250,18 @@ class OpenVinoCore:
         del self._pipeline
 
     def _add_lora(self, lora: LoRARequest) -> bool:
-        """Read an adapter. Raises ValueError for one that cannot be applied to this model."""
+        """Loads an adapter. Raises ValueError if it cannot be applied to this model."""
         self._adapters[lora.lora_int_id] = read_adapter(Path(lora.lora_path), self._layers)
         return True
 
     def _apply(self, adapter: int) -> None:
-        """Compute with this adapter from now on. No request is running.
+        """Activates an adapter. No request may be running.
 
-        GenAI takes adapters in `generate` alone, which leaves them as they are for `add_request`.
+        GenAI accepts adapters only in `generate`; later requests of `add_request` use the same.
         """
         if not self._layers:
             return
-        while self._pipeline.has_non_finished_requests():  # those that were cancelled
+        while self._pipeline.has_non_finished_requests():  # cancelled ones
             self._pipeline.step()
         token = genai.GenerationConfig()
         token.max_new_tokens = 1
@@ -277,7 +273,7 @@ class OpenVinoCore:
         self._waiting[work.request_id] = work
 
     def _pause(self) -> None:
-        """Have requests wait again that can go on later as if nothing had been."""
+        """Returns running requests to the queue, except those that could not resume with the same result."""
         for request_id, work in [*self._running.items()]:
             if _goes_on(work.params):
                 del self._running[request_id]
@@ -285,7 +281,7 @@ class OpenVinoCore:
                 self._wait(work)
 
     def _start(self, work: _Work) -> None:
-        """Hand a request to the pipeline, with the tokens that it has already as part of its prompt."""
+        """Submits a request to the pipeline, with the tokens generated so far as part of its prompt."""
         done = len(work.tokens)
         room = self._max_model_len - len(work.prompt)
         generation = _generation(work.params)
@@ -295,14 +291,14 @@ class OpenVinoCore:
         self._handles[work.request_id] = self._pipeline.add_request(next(self._numbers), tokens, generation)
 
     def _read(self, work: _Work) -> EngineCoreOutput | None:
-        """What a step brought a request: a token, nothing, or an end."""
+        """Returns a request's output of this step: a token or the end; None if there is nothing new."""
         handle = self._handles[work.request_id]
         if not handle.can_read():
             if handle.get_status() != genai.GenerationStatus.IGNORED:
                 return None
-            # The cache was full, and those that held parts of it were dropped: go on from where it was.
+            # The cache was full and requests were dropped: resume from the tokens so far.
             handle.cancel()
-            if work.params.structured_outputs and work.tokens:  # its schema would begin anew
+            if work.params.structured_outputs and work.tokens:  # its schema would start over
                 return failure(work.request_id, None)
             self._start(work)
             return None
@@ -312,7 +308,7 @@ class OpenVinoCore:
         output = EngineCoreOutput(work.request_id, tokens)
         if work.params.logprobs is not None:
             column = np.array(new.generated_log_probs, dtype=np.float32)[:, None]
-            # The chosen token alone. Its rank, which no answer shows, is not known.
+            # Only the chosen token. Its rank is unknown; no response contains it.
             output.new_logprobs = LogprobsLists(np.array(tokens)[:, None], column, np.ones(len(tokens), dtype=np.int64))
         if new.finish_reason != genai.GenerationFinishReason.NONE:
             stop = work.tokens[-1]
@@ -325,8 +321,8 @@ class OpenVinoCore:
 
 
 def _goes_on(params: SamplingParams) -> bool:
-    """Whether a request can go on with its tokens as part of the prompt: a schema and the random numbers of a seed would
-    begin anew, and these penalties do not look at the prompt."""
+    """Returns whether a request can resume with its tokens as part of the prompt: a schema and a seeded generator would
+    start over, and the presence and frequency penalties ignore the prompt."""
     return not (
         params.structured_outputs or params.presence_penalty or params.frequency_penalty or params.seed is not None
     )
@@ -337,22 +333,22 @@ def _adapter(applied: genai.Adapter) -> genai.AdapterConfig:
 
 
 def _generation(params: SamplingParams) -> genai.GenerationConfig:
-    """Sampling parameters in OpenVINO's form, all but the number of tokens."""
+    """Converts sampling parameters to OpenVINO's, except for the number of tokens."""
     generation = genai.GenerationConfig()
     stops = {*(params.stop_token_ids or ()), *([] if params.eos_token_id is None else [params.eos_token_id])}
     if stops:
         generation.stop_token_ids = stops
-        generation.eos_token_id = min(stops)  # any of them, so that the model's own default is not added
+        generation.eos_token_id = min(stops)  # any of them, to keep the model's default out
     else:
         generation.ignore_eos = True
     generation.do_sample = params.temperature > 0
     if generation.do_sample:
         generation.temperature = params.temperature
-        generation.top_p = max(params.top_p, 1e-30)  # what single precision takes for 0, OpenVINO does not take
-        generation.min_p = min(params.min_p, 0.999999)  # 1, which vLLM allows, OpenVINO does not
+        generation.top_p = max(params.top_p, 1e-30)  # OpenVINO rejects 0 in single precision
+        generation.min_p = min(params.min_p, 0.999999)  # OpenVINO rejects 1, which vLLM allows
         if params.top_k > 0:
             generation.top_k = params.top_k
-        generation.rng_seed = (random.getrandbits(32) if params.seed is None else params.seed) % 2**32  # not a secret
+        generation.rng_seed = (random.getrandbits(32) if params.seed is None else params.seed) % 2**32  # no secret
     generation.presence_penalty = params.presence_penalty
     generation.frequency_penalty = params.frequency_penalty
     generation.repetition_penalty = params.repetition_penalty
@@ -378,10 +374,10 @@ def _structure(asked: StructuredOutputsParams) -> genai.StructuredOutputConfig:
 
 
 def _grammar(asked: StructuredOutputsParams) -> str | None:
-    """A schema's or tag's grammar by vLLM's xgrammar: OpenVINO's own, which is older, does not obey all that a schema
-    says.
+    """Returns the grammar of a schema or structural tag, compiled by vLLM's xgrammar: OpenVINO's older one ignores some
+    schema keywords.
 
-    None where there is no schema, or the grammar has what OpenVINO's cannot read.
+    None if there is no schema, or if the grammar has rules that OpenVINO cannot parse.
     """
     if asked.json is not None:
         grammar = xgrammar.Grammar.from_json_schema(_text(asked.json), any_whitespace=True)
@@ -391,12 +387,13 @@ def _grammar(asked: StructuredOutputsParams) -> str | None:
         grammar = xgrammar.Grammar.from_structural_tag(asked.structural_tag)
     else:
         return None
-    text = re.sub(r"\{(\d+), -1\}", r"{\1,}", str(grammar))  # as older ones write it
+    text = re.sub(r"\{(\d+), -1\}", r"{\1,}", str(grammar))  # older syntax
     return None if _NEWER.search(text) else text
 
 
 def _disobeyed(asked: StructuredOutputsParams) -> str | None:
-    """A keyword that OpenVINO's xgrammar does not obey where it has to read the schema itself."""
+    """Returns a schema keyword that OpenVINO's xgrammar ignores if it has to compile the schema itself; None if there
+    is none."""
     schema = asked.json if asked.json is not None else asked.structural_tag
     if schema is None or _grammar(asked):
         return None
@@ -421,10 +418,11 @@ def _text(schema: Any) -> str:
 
 
 def arithmetic(precision: Precision) -> str:
-    """What OpenVINO computes in, and keeps keys and values as, by its own name: bf16 where it is asked for and this
-    processor's plugin has it, else f32. OpenVINO's own choice would be bf16 and keys and values of 8 bits (with bf16
-    those save memory, no time), and with keys and values in bf16 a model does not answer where the plugin itself went
-    over to f32.
+    """Returns the type that OpenVINO computes in and stores keys and values as, by OpenVINO's name: bf16 if requested
+    and supported by the CPU plugin on this processor, else f32.
+
+    By default OpenVINO would choose bf16 with an 8-bit KV cache (which, with bf16, saves memory but no time). A bf16 KV
+    cache with a plugin that fell back to f32 gives no answers.
     """
     if precision == "fp32":
         return "f32"
@@ -436,15 +434,15 @@ def arithmetic(precision: Precision) -> str:
 
 
 def precision_properties(computes_in: str) -> dict[str, Any]:
-    """OpenVINO's properties with which it computes in what :func:`arithmetic` has given, and keeps keys and values so."""
+    """Returns the OpenVINO properties for a type of :func:`arithmetic`, both for computation and for the KV cache."""
     properties: dict[str, Any] = {"INFERENCE_PRECISION_HINT": computes_in, "KV_CACHE_PRECISION": computes_in}
-    if computes_in == "f32":  # else layers with int8 and int4 weights round what they multiply to 8 bits
+    if computes_in == "f32":  # otherwise layers with int8 and int4 weights quantize their inputs to 8 bits
         properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     return properties
 
 
 def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
-    """Blocks of the cache. Raises ModelError when they have no room for one request of the greatest length."""
+    """Returns the number of cache blocks. Raises ModelError if they cannot hold one request of max_model_len."""
     parallel = config.parallel_config
     heads = config.model_config.get_num_layers(parallel) * config.model_config.get_num_kv_heads(parallel) * 2
     per_token = heads * (
@@ -462,11 +460,11 @@ def _blocks(model: ServedModel, config: VllmConfig, stored_as: str) -> int:
 
 
 def _vocabulary(config: VllmConfig) -> genai.Tokenizer:
-    """A tokenizer that knows the bytes of each token, for structured outputs, and nothing else: text is the front end's
-    business.
+    """Returns a tokenizer that only knows the bytes of each token, which structured outputs need; the front end handles
+    text.
 
-    openvino_genai reads them off the constants before the node named VocabDecoder of a detokenizer. A true one would
-    have to be converted, which not every tokenizer can be; the bytes are those that vLLM's own engine uses.
+    openvino_genai reads the bytes from the constants that feed the node VocabDecoder of a detokenizer model. Converting
+    a real detokenizer is not possible for every tokenizer; the bytes are those that vLLM's own engine uses.
     """
     from xgrammar import TokenizerInfo
 
@@ -486,7 +484,7 @@ def _vocabulary(config: VllmConfig) -> genai.Tokenizer:
             ov.Model([opset13.result(node)], [tokens]), f"{folder}/openvino_detokenizer.xml", compress_to_fp16=False
         )
         Path(folder, "config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}), encoding="utf-8")
-        # Named, so that the detokenizer is not asked for it.
+        # Named here, so that GenAI does not ask the detokenizer for it.
         Path(folder, "special_tokens_map.json").write_text(
             json.dumps({"eos_token": {"content": "</s>"}}), encoding="utf-8"
         )

@@ -1,7 +1,7 @@
-"""LoRA adapters in the form that OpenVINO GenAI takes.
+"""Converts PEFT's LoRA adapters to OpenVINO GenAI's form.
 
-GenAI reads no adapter_config.json and has one factor for a whole adapter: here each layer's own factor (alpha / rank,
-or alpha / sqrt(rank) with rsLoRA, by its patterns) is multiplied into its matrix B.
+GenAI does not read adapter_config.json and has one scale for a whole adapter. Here each layer's own scale (alpha /
+rank, or alpha / sqrt(rank) with rsLoRA, with its alpha_pattern) is multiplied into its matrix B.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from llm_ray.models.folder import read_json
 from llm_ray.serve.deployments.adapters import CONFIG, PART, WEIGHTS
 
 Sizes = Mapping[str, tuple[int, int]]
-"""What each layer gives and takes, by its name."""
+"""Output and input size of each layer, by its name."""
 
 
 def read_adapter(folder: Path, layers: Sizes) -> genai.Adapter:
-    """The adapter in PEFT's folder, for a model with these layers.
+    """Reads the adapter in PEFT's folder for a model with these layers.
 
-    Raises ValueError where it changes others, of which GenAI would leave out one without a word.
+    Raises ValueError if the adapter changes any other layer, which GenAI would silently ignore, or has another size.
     """
     config = read_json(folder / CONFIG)
     tensors = {}
@@ -38,30 +38,31 @@ def read_adapter(folder: Path, layers: Sizes) -> genai.Adapter:
             if part is None or part["layer"] not in layers:
                 raise ValueError(f"{folder / WEIGHTS} has {name}, to which engine openvino applies no adapter")
             matrix = file.get_tensor(name).to(torch.float32)
-            gives, takes = layers[part["layer"]]
+            out_size, in_size = layers[part["layer"]]
             is_b = part["side"] == "B.weight"
-            if matrix.shape[0 if is_b else 1] != (gives if is_b else takes):
+            if matrix.shape[0 if is_b else 1] != (out_size if is_b else in_size):
                 raise ValueError(f"{folder / WEIGHTS} has {name} of size {tuple(matrix.shape)}")
             tensors[name] = matrix * scale(config, part["layer"], matrix.shape[1]) if is_b else matrix
     return _adapter(tensors)
 
 
 def frame(layers: Sizes) -> genai.Adapter:
-    """An adapter that changes nothing: given to a pipeline as it is made, it makes room in these layers for others.
+    """Returns an adapter without effect. Given to a pipeline at construction, it prepares these layers for other
+    adapters.
 
-    One that has layers besides those of the adapters that a pipeline was made with is applied only in part.
+    GenAI applies an adapter only to layers that the adapters given at construction have.
     """
     return _adapter(
         {
             f"base_model.model.{layer}.lora_{side}.weight": torch.zeros(size)
-            for layer, (gives, takes) in layers.items()
-            for side, size in (("A", (1, takes)), ("B", (gives, 1)))
+            for layer, (out_size, in_size) in layers.items()
+            for side, size in (("A", (1, in_size)), ("B", (out_size, 1)))
         }
     )
 
 
 def scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """The factor by which PEFT multiplies what an adapter adds to a layer."""
+    """Returns the factor by which PEFT scales an adapter's output for a layer."""
     patterns = config.get("alpha_pattern") or {}
     alpha = next(
         (own for pattern, own in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer)),

@@ -1,14 +1,14 @@
-"""LoRA in vLLM's CPU engine: each adapter's matrices are multiplied with the rows of its own requests.
+"""LoRA in vLLM's CPU engine: multiplies each adapter's matrices with the rows of its own requests.
 
-vLLM's CPU kernels look up matrices by the slot of each row, and "no adapter" is slot -1: torch takes that for the last
-one, so that once all slots were filled requests to the base were answered with an adapter's weights. They also copy
-both matrices for every row.
+vLLM's CPU kernels look up matrices by each row's slot, and "no adapter" is slot -1, which torch resolves to the last
+slot: with all slots in use, requests to the base model were answered with an adapter's weights. They also copy both
+matrices for every row.
 
-Of a mixture of experts with adapters it has the experts computed by Triton, which has no kernels for CPUs: the engine
-ended at the first token, wherever the adapters were. Here the experts stay with the kernels for CPUs, without adapters.
+vLLM computes a mixture of experts with adapters by Triton kernels, which do not exist for CPUs: the engine died at the
+first token, whichever layers the adapters changed. Here the experts use the CPU kernels, without adapters.
 
-And it passes over an adapter's layers that its own model does not have under that name (Mixtral's router). Here such an
-adapter is refused.
+vLLM ignores an adapter's layers that its own model does not have by that name (Mixtral's router). Here such an adapter
+is rejected.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.platforms import current_platform
 
 Rows = list[tuple[int, Tensor]]
-"""Slots that are in use, each with the indices of its rows."""
+"""Slots in use, each with the indices of its rows."""
 
 
 class SlotwisePunica(PunicaWrapperCPU):
-    """vLLM's wrapper of LoRA's kernels. Rows without an adapter are left as they are."""
+    """vLLM's wrapper of LoRA kernels, which leaves rows without an adapter unchanged."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -71,13 +71,13 @@ class SlotwisePunica(PunicaWrapperCPU):
         x = x.view(-1, x.shape[-1])
         low = x.new_zeros(len(x), lora_b_stacked.shape[-1])
         _add_products(low, x, lora_a_stacked, self._samples, scale)
-        # A row of logits may be longer than the vocabulary, or shorter than the longest of the classification heads.
+        # Logits may be wider than the vocabulary, or narrower than the largest classification head.
         width = min(y.shape[-1], lora_b_stacked.shape[-2])
         _add_products(y.view(-1, y.shape[-1])[:, :width], low, lora_b_stacked[..., :width, :], self._samples)
 
 
 class WholeAdapters(LRUCacheLoRAModelManager):
-    """vLLM's adapters of a model, each with all of its layers."""
+    """vLLM's manager of a model's adapters, which rejects an adapter if any of its layers is not applied."""
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         super()._create_merged_loras_inplace(lora_model)
@@ -88,9 +88,9 @@ class WholeAdapters(LRUCacheLoRAModelManager):
 
 @contextlib.contextmanager
 def lora_on_cpus() -> Iterator[None]:
-    """An engine that is built in here computes LoRA as said above."""
+    """Within this context, new engines compute LoRA as described at the top of this module."""
     ours = f"{SlotwisePunica.__module__}.{SlotwisePunica.__name__}"
-    with (  # what vLLM asks, since it takes none of this from the caller
+    with (  # vLLM has no parameters for these
         patch.object(type(current_platform), "get_punica_wrapper", lambda _: ours),
         patch.object(LRUCacheWorkerLoRAManager, "_manager_cls", WholeAdapters),
         patch.object(FusedMoEConfig, "is_lora_enabled", property(lambda _: False, lambda *_: None)),
@@ -105,7 +105,7 @@ def _rows(slots: Tensor) -> Rows:
 
 
 def _add_products(y: Tensor, x: Tensor, stacked: Tensor, rows: Rows, scale: float = 1.0) -> None:
-    """Add to each row of `y` [rows, out] that of `x` [rows, in] times its slot's matrix of `stacked` [slots, 1, out,
-    in], in its type."""
+    """Adds to each row of `y` [rows, out] the row of `x` [rows, in] times its slot's matrix in `stacked` [slots, 1,
+    out, in], multiplied in the dtype of `stacked`."""
     for slot, own in rows:
         y.index_add_(0, own, F.linear(x[own].to(stacked.dtype), stacked[slot, 0]).to(y.dtype), alpha=scale)

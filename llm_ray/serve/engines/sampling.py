@@ -1,6 +1,6 @@
-"""The next token of every row of a batch: vLLM's sampler, for engines that do not sample themselves.
+"""Samples the next token of every row of a batch with vLLM's sampler, for engines without a sampler of their own.
 
-Penalties, biases and what else changes logits, their order, and logprobs of the raw ones are vLLM's own.
+Penalties, biases and other logits processors, their order, and logprobs of the raw logits are vLLM's.
 """
 
 from __future__ import annotations
@@ -29,20 +29,22 @@ _NOTHING_LEFT = (
     "the request leaves no token to choose: its allowed_token_ids, bad_words, min_tokens and constraints "
     "(structured_outputs, response_format, tools) exclude each other"
 )
-# So many tokens nearly always hold all that top_k and top_p leave.
+# Tokens sorted first: they nearly always contain all that top_k and top_p keep.
 _LIKELY = 1024
 
 
 class CheckedSampler(Sampler):
-    """vLLM's sampler, which knows rows that no token can be chosen for; what it chooses there means nothing."""
+    """vLLM's sampler, which also records rows without a valid token. The tokens sampled for those rows are
+    meaningless."""
 
     stuck: dict[int, str | None]
-    """Rows of the last batch, each with what its client is told, or None where its logits are no numbers."""
+    """Rows of the last batch without a valid token, each with the message for its client; None if its logits contain
+    NaN or positive infinity."""
 
     def sample(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, logprobs_mode_override: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        highest = logits.amax(dim=-1)  # NaN where one of them is
+        highest = logits.amax(dim=-1)  # NaN if any logit is NaN
         wrong = ~highest.isfinite()
         self.stuck = {
             row: _NOTHING_LEFT if highest[row] == -torch.inf else None for row in wrong.nonzero()[:, 0].tolist()
@@ -53,14 +55,14 @@ class CheckedSampler(Sampler):
 
 
 def failure(request_id: str, reason: str | None) -> EngineCoreOutput:
-    """The end of a request that cannot go on. The front end tells its client the reason, as 400; None is the engine's
-    failure, 503."""
+    """Returns the output that ends a request with an error. The front end reports `reason` to the client as 400; None
+    is an engine failure, 503."""
     return EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR, stop_reason=reason)
 
 
 class PlainSampler(CheckedSampler):
-    """vLLM's sampler in plain torch: without vLLM's kernels, which IPEX's torch cannot load, and torch.compile, which
-    wants a compiler."""
+    """vLLM's sampler in plain torch: without vLLM's kernels, which do not load with IPEX's torch, and without
+    torch.compile, which needs a compiler."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,11 +87,11 @@ class PlainSampler(CheckedSampler):
 def _draw(
     logits: torch.Tensor, generators: dict[int, torch.Generator], k: torch.Tensor | None, p: torch.Tensor | None
 ) -> tuple[torch.Tensor, None]:
-    """Draw a token for each row of logits [rows, vocabulary], from the `k` likeliest [rows], and of these those that
-    make up `p` [rows].
+    """Samples a token for each row of logits [rows, vocabulary] from the `k` likeliest tokens [rows] and, among these,
+    those within probability mass `p` [rows].
 
-    vLLM's way in torch sorts the vocabulary and draws a random number for each token of it, which took as long as half
-    the forward pass of a small model. What a row draws does not depend on the others.
+    vLLM's torch implementation sorts the vocabulary and draws a random number for every token, which took half as long
+    as the forward pass of a small model. Each row's sample is independent of the other rows.
     """
     rows, vocabulary = logits.shape
     probabilities = logits.softmax(dim=-1)
@@ -109,19 +111,20 @@ def _draw(
 
 
 def _likeliest(probabilities: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest tokens, falling, and their probabilities: zero beyond `k` and `p`, both [rows, 1]."""
+    """Returns probabilities in descending order and their tokens, both [rows, columns]. Probabilities beyond `k` and
+    `p`, both [rows, 1], are zero."""
     vocabulary = probabilities.shape[1]
     kept, tokens = probabilities.topk(min(_LIKELY, vocabulary))
     if ((k > _LIKELY) & ((k < vocabulary) | (kept.sum(-1, keepdim=True) < p))).any():
         kept, tokens = probabilities.sort(descending=True)
     kept = kept.masked_fill(torch.arange(kept.shape[1]) >= k, 0)
-    total = torch.where(k < vocabulary, kept.sum(-1, keepdim=True), 1.0)  # of those that k leaves
+    total = torch.where(k < vocabulary, kept.sum(-1, keepdim=True), 1.0)  # mass of the k likeliest
     before = kept.cumsum(-1) - kept
     return kept.masked_fill((before >= p * total) & (before > 0), 0), tokens
 
 
 def _at(probabilities: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The column of each row where probabilities added up from the left pass the number's share (0 to 1) of their
+    """Returns, for each row, the column where the cumulative probability exceeds `numbers` (0 to 1) times the row's
     sum."""
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(sums, sums[:, -1:] * numbers[:, None], right=True)[:, 0]
@@ -134,8 +137,9 @@ def metadata(
     config: VllmConfig,
     vocabulary: int,
 ) -> SamplingMetadata:
-    """What the sampler has to know of a batch. It stays true while the batch holds the same requests, as they grow."""
-    outputs = [request._output_token_ids for request in requests]  # these very lists, which grow
+    """Returns the sampler's metadata of a batch. It stays valid while the batch holds the same requests, also as their
+    outputs grow."""
+    outputs = [request._output_token_ids for request in requests]  # not copies: the lists grow
     processors = LogitsProcessors(
         kind(config, _CPU, False) for kind in (MinTokensLogitsProcessor, LogitBiasLogitsProcessor, MinPLogitsProcessor)
     )
@@ -178,7 +182,8 @@ def _padded(tokens: list[list[int]], pad: int) -> torch.Tensor:
 
 
 def _forbidden(params: list[SamplingParams], vocabulary: int) -> torch.Tensor | None:
-    """True for tokens that a row may not choose, where any row names those it may."""
+    """Returns a mask [rows, vocabulary], True for tokens that a row must not choose; None if no request has
+    allowed_token_ids."""
     if not any(p.allowed_token_ids for p in params):
         return None
     mask = torch.zeros(len(params), vocabulary, dtype=torch.bool)

@@ -1,11 +1,10 @@
-"""An engine in a thread of the replica's process, behind the interface that vLLM's front end calls.
+"""An engine in a thread of the replica process, behind the interface of vLLM's engine client.
 
-vLLM's front end (``AsyncLLM``) tokenizes, detokenizes, finds stop strings and speaks OpenAI's protocol; what computes
-is a core:
-tokens in, tokens out. As vLLM comes, the core is a process that starts another one for the worker, each of which
-imports vLLM anew. Here the core is a thread: one process a replica, so that it starts in a third of the time, an error
-at its start is the replica's own, and nothing outlives a kill -9. The interpreter's lock is free while the core
-computes.
+vLLM's front end (``AsyncLLM``) tokenizes, detokenizes, matches stop strings and implements OpenAI's protocol. The
+computation is done by a core: tokens in, tokens out. By default vLLM runs the core in a process that starts another one
+for the worker, and each imports vLLM again. Here the core is a thread, so a replica is one process: it starts in a
+third of the time, startup errors are raised in the replica, and no process outlives a kill -9. The core releases the
+GIL while it computes.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class Core(Protocol):
-    """What computes. All its methods are called in one thread, which also made it."""
+    """Computes tokens. All methods are called in the thread that created the core."""
 
     def add(self, request: EngineCoreRequest) -> None:
-        """Take a request in. What it cannot do is refused before, by the core's `refusal`."""
+        """Adds a request. Unsupported parameters have been rejected before, by the core's `refusal`."""
 
     def abort(self, request_ids: list[str]) -> None:
-        """Forget requests, known or not; no output follows for them."""
+        """Drops requests; unknown ids are ignored. No output follows for them."""
 
     def has_work(self) -> bool:
-        """Whether `step` has something to do."""
+        """Returns whether `step` has anything to do."""
 
     def step(self) -> EngineCoreOutputs:
-        """Compute on, at most a token for each request, and return what is new."""
+        """Advances each request by at most one token and returns the new outputs."""
 
     def call(self, method: str, *args: Any) -> Any:
-        """A rarer call of vLLM's interface, as add_lora."""
+        """Calls another method of vLLM's engine interface, such as add_lora."""
 
     def shutdown(self) -> None:
-        """Let memory and threads go."""
+        """Releases memory and threads."""
 
 
 @dataclass
@@ -59,10 +58,10 @@ class _Job:
 
 
 class EngineThread(EngineCoreClient):
-    """Runs the core that `make` returns in a thread of its own.
+    """Runs the core that `make` returns in its own thread.
 
-    Raises what `make` raises. A step that raises is the engine's death: all requests fail, and `resources` tell what it
-    died of. One that does not come back cannot be broken off: `stalled` tells of it.
+    Propagates errors of `make`. If a step raises, the engine is dead: all requests fail, and `resources.death` holds
+    the error. A step that hangs cannot be interrupted; `stalled` reports it.
     """
 
     def __init__(self, make: Callable[[], Core]) -> None:
@@ -90,14 +89,14 @@ class EngineThread(EngineCoreClient):
                     outputs = core.step()
                     if outputs.outputs or outputs.scheduler_stats:
                         self._put(outputs)
-        except Exception as error:  # whatever it is, the engine's state cannot be trusted any more
+        except Exception as error:  # after any error the engine's state is undefined
             self.resources.engine_dead, self.resources.death = True, error
             self._put(error)
         finally:
             core.shutdown()
 
     def _do_jobs(self, core: Core) -> bool:
-        """Do what was asked, waiting for something to do; False ends the thread."""
+        """Runs queued jobs, waiting for one if the core has no work; returns False to end the thread."""
         while True:
             self._began = None
             try:
@@ -108,7 +107,7 @@ class EngineThread(EngineCoreClient):
                 self._began = time.monotonic()
             if job is None:
                 return False
-            if not job.done.set_running_or_notify_cancel():  # whoever asked is gone
+            if not job.done.set_running_or_notify_cancel():  # cancelled by the caller
                 continue
             try:
                 job.done.set_result(job.run(core))
@@ -116,8 +115,7 @@ class EngineThread(EngineCoreClient):
                 job.done.set_exception(error)
 
     def stalled(self) -> float:
-        """Seconds since the core was last heard of, while it is at work: at a step, or at something that was asked of
-        it; else 0."""
+        """Returns seconds since the current step or job began; 0 if the core is idle."""
         began = self._began
         return time.monotonic() - began if began is not None else 0.0
 

@@ -1,8 +1,8 @@
-"""Any causal model of transformers as a core, with dynamic batching, and the path for IPEX.
+"""Any causal transformers model as a core, with dynamic batching and optional IPEX.
 
-Each step computes a token for every running request, and a piece of the prompts that wait: as many short ones as fit,
-or 512 tokens of a long one. What is to be computed together is in ``llm_ray.serve.engines.batches``; what is chosen
-from the logits, when a request ends, and what a grammar allows is vLLM's own code.
+Each step computes a token for every running request, and a chunk of waiting prompts: as many short ones as fit, or 512
+tokens of a long one. ``llm_ray.serve.engines.batches`` computes the logits; sampling, stop conditions and grammars are
+vLLM's code.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from llm_ray.serve.engines.sampling import PlainSampler, failure, metadata
 from llm_ray.serve.models import ServedModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Tokens of prompts in a step: while they are computed the running requests wait.
+# Prompt tokens per step: larger chunks delay the running requests.
 _PROMPT_TOKENS = 512
-# Free room, in tokens a request, without which none is taken in: it would soon have to give way again.
+# Free tokens per request required to admit one: with less it would soon be preempted.
 _SPARE = 128
 
 logger = init_logger("vllm.llm_ray.transformers")
 
 
 class TransformersCore:
-    """A model of transformers, as vLLM's front end sees an engine.
+    """A transformers model as an engine core.
 
-    Raises ModelError when the model cannot be loaded, or the cache has no room for one request of the greatest length.
+    Raises ModelError if the model cannot be loaded, or if the cache is too small for one request of max_model_len.
     """
 
     def __init__(self, model: ServedModel, config: VllmConfig) -> None:
@@ -59,8 +59,8 @@ class TransformersCore:
             )
         self._batches = found.batches
         self._capacity = _capacity(model, found.token_bytes)
-        # Two batches are made one where the padding takes less memory to read than the weights, which are read once
-        # less then.
+        # Two batches are merged if the added padding takes less memory traffic than the weights, which are then read
+        # once instead of twice.
         self._worth = self._model.get_memory_footprint() // max(found.token_bytes, 1)
         self._max_batch = model.max_batch
         self._max_model_len = model.max_model_len
@@ -68,12 +68,12 @@ class TransformersCore:
         self._sampler = PlainSampler()
         self._grammars = StructuredOutputManager(config)
         self._waiting: deque[Row] = deque()
-        self._filling: Rows | None = None  # prompts that are being computed
+        self._filling: Rows | None = None  # prompts being computed
         self._running: list[Rows] = []
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
-        """Why a request cannot be done, naming the parameter; None when it can."""
+        """Returns why a request is not supported, naming the parameter; None if it is."""
         cannot = {
             "return logprobs of the prompt (prompt_logprobs)": params.prompt_logprobs is not None,
             "return logprobs of given tokens (logprob_token_ids)": bool(params.logprob_token_ids),
@@ -87,18 +87,18 @@ class TransformersCore:
         )
 
     def add(self, request: EngineCoreRequest) -> None:
-        """Take a request in. Raises VLLMValidationError, which the client sees as 400, for what `refusal` cannot
-        see."""
+        """Adds a request. Raises VLLMValidationError, reported to the client as 400, for what `refusal` cannot
+        check."""
         if request.sampling_params is None:
             raise VLLMValidationError("engine transformers computes no embeddings; engine vllm does")
         for what in ("prompt_embeds", "mm_features", "lora_request"):
             if getattr(request, what):
                 raise VLLMValidationError(f"engine transformers does not support {what}; engine vllm does")
         params = request.sampling_params
-        taken = Request.from_engine_core_request(request, None)
-        self._grammars.grammar_init(taken)
+        queued = Request.from_engine_core_request(request, None)
+        self._grammars.grammar_init(queued)
         self._waiting.append(
-            Row(taken, params, None if params.seed is None else torch.Generator().manual_seed(params.seed))
+            Row(queued, params, None if params.seed is None else torch.Generator().manual_seed(params.seed))
         )
 
     @torch.inference_mode()
@@ -119,7 +119,7 @@ class TransformersCore:
             if rows.rows:
                 outputs += self._choose(rows, rows.forward(1))
         if self._filling is None:
-            outputs += self._take_in()
+            outputs += self._admit()
         if filling := self._filling:
             todo = filling.todo()
             tokens = min(todo, _PROMPT_TOKENS) if self._batches else todo
@@ -130,7 +130,7 @@ class TransformersCore:
                 outputs += self._choose(filling, logits)
                 self._join(filling)
         elif not self._running and self._waiting:
-            time.sleep(0.005)  # all wait for their grammars, which other threads compile
+            time.sleep(0.005)  # all are waiting for grammars, compiled in other threads
         return EngineCoreOutputs(outputs=outputs)
 
     def call(self, method: str, *args: Any) -> Any:
@@ -151,7 +151,7 @@ class TransformersCore:
         return [*self._running, *([self._filling] if self._filling else [])]
 
     def _keep(self, rows: Rows, kept: list[int]) -> None:
-        """Let go of the other rows, and of the batch when none is left."""
+        """Drops the other rows, and the batch if no row is left."""
         if len(kept) == len(rows.rows):
             return
         rows.keep(kept)
@@ -160,12 +160,12 @@ class TransformersCore:
             if rows is self._filling:
                 self._filling = None
 
-    def _take_in(self) -> list[EngineCoreOutput]:
-        """Begin with the requests that have waited longest, as many as there is room for. Returns those whose grammar
-        is none."""
+    def _admit(self) -> list[EngineCoreOutput]:
+        """Admits the requests that have waited longest, as far as there is room. Returns failures of those whose
+        grammar did not compile."""
         held = sum(rows.cells() for rows in self._all())
-        places = self._max_batch - sum(len(rows.rows) for rows in self._all())
-        taken: list[Row] = []
+        free = self._max_batch - sum(len(rows.rows) for rows in self._all())
+        admitted: list[Row] = []
         failed: list[EngineCoreOutput] = []
         width = 0
         for row in list(self._waiting):
@@ -177,21 +177,21 @@ class TransformersCore:
                     self._waiting.remove(row)
                     continue
             wider = max(width, row.request.num_tokens)
-            many = len(taken) + 1
-            if many > places or (taken and (not self._batches or many * wider > _PROMPT_TOKENS)):
+            many = len(admitted) + 1
+            if many > free or (admitted and (not self._batches or many * wider > _PROMPT_TOKENS)):
                 break
-            if (held or taken) and held + cells(many, wider + _SPARE) > self._capacity:
+            if (held or admitted) and held + cells(many, wider + _SPARE) > self._capacity:
                 break
             self._waiting.remove(row)
-            taken.append(row)
+            admitted.append(row)
             width = wider
-        if taken:
-            self._filling = Batch(self._model, taken) if self._batches else Alone(self._model, taken)
+        if admitted:
+            self._filling = Batch(self._model, admitted) if self._batches else Alone(self._model, admitted)
         return failed
 
     def _make_room(self, rows: Rows) -> None:
-        """Let the youngest requests wait again, until there is room for one token more of these rows. What they have is
-        computed anew."""
+        """Preempts the youngest requests until these rows have room for one more token. Preempted requests are
+        recomputed later."""
         while sum(other.cells(1 if other is rows else 0) for other in self._all()) > self._capacity:
             holders = [
                 (row.request.arrival_time, i, other) for other in self._all() for i, row in enumerate(other.rows)
@@ -205,7 +205,7 @@ class TransformersCore:
                 return
 
     def _join(self, new: Rows) -> None:
-        """Make the new batch part of another, where that pays and there is room."""
+        """Merges the new batch into another, if it pays and there is room."""
         if not isinstance(new, Batch) or not new.rows:
             return
         for old in self._running:
@@ -219,7 +219,7 @@ class TransformersCore:
                 return
 
     def _choose(self, rows: Rows, logits: torch.Tensor) -> list[EngineCoreOutput]:
-        """Choose each row's next token from the logits [rows, vocabulary], and let finished rows go."""
+        """Samples each row's next token from the logits [rows, vocabulary] and drops finished rows."""
         logits = logits.float()
         requests = [row.request for row in rows.rows]
         self._constrain(requests, logits)
@@ -257,7 +257,7 @@ class TransformersCore:
         return outputs
 
     def _constrain(self, requests: list[Request], logits: torch.Tensor) -> None:
-        """Take away the tokens that requests' grammars do not allow."""
+        """Masks the logits of tokens that the requests' grammars do not allow."""
         shaped = {request.request_id: i for i, request in enumerate(requests) if request.use_structured_output}
         mask = self._grammars.grammar_bitmask({request.request_id: request for request in requests}, [*shaped], {})
         if mask is not None:
@@ -268,7 +268,7 @@ class TransformersCore:
 
 def _load(served: ServedModel) -> PreTrainedModel:
     dtype = _DTYPES[served.precision]
-    # The folder is trusted where the serve conf says so; it is named as trusted here in the same breath.
+    # The serve conf already decides whether the folder is trusted.
     trusted = (str(served.path),) if served.trust_remote_code else ()
     conf = Model(
         base=str(served.path),
@@ -277,13 +277,13 @@ def _load(served: ServedModel) -> PreTrainedModel:
         trusted_models=trusted,
     )
     model = load_model(find_base(conf, Paths()), dtype).eval().requires_grad_(False)
-    model.generation_config = GenerationConfig()  # what a model suggests (another cache, none at all) is not for here
+    model.generation_config = GenerationConfig()  # ignore the model's suggestions, such as another cache or none
     group_heads(model)
     return _optimized_by_ipex(model, dtype) if importlib.util.find_spec("intel_extension_for_pytorch") else model
 
 
 def _optimized_by_ipex(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Intel Extension for PyTorch's form of the model, in the IPEX profile (docs/reference/profiles.md)."""
+    """Returns the model optimized by Intel Extension for PyTorch, in the IPEX profile (docs/reference/profiles.md)."""
     import intel_extension_for_pytorch as ipex
 
     optimized: PreTrainedModel = ipex.optimize(model, dtype=dtype, inplace=True)
@@ -292,7 +292,8 @@ def _optimized_by_ipex(model: PreTrainedModel, dtype: torch.dtype) -> PreTrained
 
 
 def _capacity(model: ServedModel, token_bytes: int) -> int:
-    """Tokens that the cache has room for. Raises ModelError when that is not one request of the greatest length."""
+    """Returns how many tokens the cache can hold. Raises ModelError if that is less than one request of
+    max_model_len."""
     capacity = model.kv_cache_bytes // max(token_bytes, 1)
     if capacity < model.max_model_len:
         need = model.max_model_len * token_bytes / 2**30

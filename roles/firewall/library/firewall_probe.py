@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""Which ports of a host can be reached from here that should not. It only connects, and says nothing."""
+"""Finds ports of a host that are reachable from this machine but should not be. It only connects, and sends nothing."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = """
 module: firewall_probe
-short_description: Which ports of a host can be reached from here that should not
-description: Tries the ports on which a host listens and that are closed to this machine, as long as this machine is outside.
+short_description: Find reachable ports of a host that should be closed
+description: Connects to the ports on which a host listens and that should be closed to this machine, if this machine is outside the cluster.
 author: LLM on Ray
 options:
   addresses: {description: Addresses of the host., type: list, elements: str, required: true}
-  open_port: {description: "A port that is open, to know that the host can be reached at all.", type: int, required: true}
+  open_port: {description: "An open port, to tell whether the host is reachable at all.", type: int, required: true}
   listening: {description: "Lines of ss -Hltn on the host.", type: list, elements: str, required: true}
-  cluster_ports: {description: "Ports, or from-to, for the cluster alone.", type: list, elements: str, required: true}
-  served_ports: {description: "Ports, or from-to, for the cluster and the admin networks.", type: list, elements: str, required: true}
+  cluster_ports: {description: "Ports, or from-to, open only to the cluster.", type: list, elements: str, required: true}
+  served_ports: {description: "Ports, or from-to, open to the cluster and the admin networks.", type: list, elements: str, required: true}
   ssh_ports: {description: "Ports of SSH, which are open.", type: list, elements: int, required: true}
   cluster: {description: Addresses of the cluster., type: list, elements: str, required: true}
-  admin: {description: Networks that may reach what is served., type: list, elements: str, required: true}
+  admin: {description: Networks that may reach the served ports., type: list, elements: str, required: true}
   nfs: {description: Networks that may reach NFS., type: list, elements: str, required: true}
   timeout: {description: Seconds to wait for an answer., type: float, default: 3}
 """
@@ -32,10 +32,10 @@ EXAMPLES = """
                    cluster: [], admin: [], nfs: []}
 """
 RETURN = """
-unknown: {description: Why it cannot be judged; empty where it can., type: str, returned: always}
-source: {description: Address that the host sees., type: str, returned: always}
+unknown: {description: Why it cannot be checked; empty if it can., type: str, returned: always}
+source: {description: This machine's address as seen by the host., type: str, returned: always}
 tried: {description: Ports that were tried., type: list, returned: always}
-open: {description: "Addresses and ports, as 10.0.0.11:6379, that can be reached.", type: list, returned: always}
+open: {description: "Reachable addresses and ports, such as 10.0.0.11:6379.", type: list, returned: always}
 """
 
 _NFS = 2049
@@ -74,7 +74,7 @@ def probe(asked):
 
 
 def listening(lines):
-    """Ports on which a host listens beyond loopback."""
+    """Returns the ports on which a host listens beyond loopback."""
     ports = set()
     for line in lines:
         match = re.match(r"\S+\s+\d+\s+\d+\s+(\S+):(\d+)\s", line)
@@ -105,7 +105,7 @@ def connects(address, port, timeout):
 
 
 def own_address(address):
-    """The address that a host sees of this machine."""
+    """Returns this machine's address as seen by a host."""
     family = socket.getaddrinfo(address, 22)[0][0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe_socket:
         probe_socket.connect((address, 22))

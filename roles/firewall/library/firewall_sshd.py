@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""On which ports the host's own sshd listens, by itself or through a socket of systemd."""
+"""Finds the ports on which the host's own sshd listens, directly or through a systemd socket."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = """
 module: firewall_sshd
-short_description: On which ports the host's own sshd listens
-description: "Asks ss and systemd. Only root's sshd counts: not what its sessions forward, and no user's program that is called so."
+short_description: Find the ports on which the host's own sshd listens
+description: "Queries ss and systemd. Only root's sshd counts: not ports forwarded by its sessions, nor a user's program of that name."
 author: LLM on Ray
 options: {}
 """
@@ -31,19 +31,20 @@ def main():
 
 
 def listening(lines, find):
-    """Ports of root's sshd, from lines of ss -Hltnp; find: a process' user and title by its id, or None."""
+    """Returns the ports of root's sshd, from lines of ss -Hltnp; find returns a process' user and title by its id, or
+    None."""
     ports = set()
     for line in lines.splitlines():
         for pid in re.findall(r'\("sshd",pid=(\d+),', line):
             user, title = find(int(pid)) or (None, "")
-            # A session is "sshd: root@pts/0", and may listen for what it forwards.
+            # The title of a session is "sshd: root@pts/0"; it may listen on forwarded ports.
             if user == 0 and (not title.startswith("sshd: ") or "[listener]" in title):
                 ports.add(int(line.split()[3].rpartition(":")[2]))
     return ports
 
 
 def activated(shown):
-    """Ports of the sockets that are active, from systemctl show: a paragraph each."""
+    """Returns the ports of active sockets, from systemctl show's output, a paragraph per unit."""
     active = [unit for unit in shown.split("\n\n") if "ActiveState=active" in unit.splitlines()]
     return {int(port) for unit in active for port in re.findall(r"^Listen=(?:\S*:)?(\d+) \(Stream\)$", unit, re.M)}
 
@@ -52,7 +53,7 @@ def process(pid):
     folder = Path(f"/proc/{pid}")
     try:
         return folder.stat().st_uid, (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return None
 
 

@@ -1,6 +1,6 @@
-"""What preflight finds wrong with hosts, from their facts and what the module preflight_probe found there.
+"""Finds problems of hosts, from their facts and the results of the module preflight_probe.
 
-{{ probes | preflight_hosts }} returns a list of problems; each has the keys host, variable, value and fix.
+{{ probes | preflight_hosts }} returns a list of problems with the keys host, variable, value and fix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# The package beside the roles, also for an ansible-playbook of another environment.
+# The package next to the roles, also if ansible-playbook runs in another environment.
 sys.path.append(str(Path(__file__).resolve().parents[3]))
 from llm_ray.host import rules
 
@@ -27,10 +27,10 @@ def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
 
 
 def preflight_hosts(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
-    """What is wrong with the hosts.
+    """Returns the problems of the hosts.
 
-    probes: of each host what the module preflight_probe returned, with what the role knows of it added (os, version, family,
-    storage, settings: the role's variables without their prefix); an empty one: the host was not reached.
+    probes: for each host the result of the module preflight_probe with additions of the role (os, version, family,
+    storage, settings: the role's variables without their prefix); an empty one means that the host was not reached.
     """
     problems = []
     for host, probe in probes.items():
@@ -65,7 +65,7 @@ def _system(host: str, probe: Mapping[str, Any]) -> list[Problem]:
 
 
 def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
-    """What a node runs: its Python, by itself or in an image, and the CPU that its packages are built for."""
+    """Checks a node's Python, its own or the image's, and that its CPU supports the packages."""
     problems = []
     python = probe["python"]
     if probe["runtime"] == "bare_metal" and python["version"] and not rules.python_fits(python["version"]):
@@ -90,7 +90,7 @@ def _software(host: str, probe: Mapping[str, Any]) -> list[Problem]:
 
 
 def _power(host: str, probe: Mapping[str, Any]) -> list[Problem]:
-    """Cores and memory of a node."""
+    """Checks cores and memory of a node."""
     problems, settings = [], probe["settings"]
     if probe["cores"] < settings["min_cores"]:
         fix = f"cores: at least {settings['min_cores']} are needed (preflight_min_cores)"
@@ -129,9 +129,9 @@ def _network(host: str, probe: Mapping[str, Any]) -> list[Problem]:
     if probe["storage"] == "nfs_server" and not probe["nfs_address"]:
         fix = f"no default route: set nfs_server_address (its address in the cluster's network) in host_vars/{host}.yml"
         problems.append(problem(host, "nfs_server_address", None, fix))
-    for taken in probe["taken"]:
-        fix = f"port {taken['port']} is used by {taken['by'] or 'another process'}: stop it, or set another port"
-        problems.append(problem(host, taken["name"], taken["port"], fix))
+    for port in probe["taken"]:
+        fix = f"port {port['port']} is used by {port['by'] or 'another process'}: stop it, or set another port"
+        problems.append(problem(host, port["name"], port["port"], fix))
     for target, reason in probe["unreached"].items():
         fix = f"cannot be reached from {host} ({reason}): check routes, firewalls and ray_node_address"
         problems.append(problem(host, "address of the head or the NFS server", target, fix))
@@ -166,7 +166,7 @@ def _storage(host: str, probe: Mapping[str, Any]) -> list[Problem]:
 
 
 def _accounts(host: str, probe: Mapping[str, Any]) -> list[Problem]:
-    """Accounts that are not what site.yml has made, and ids that are taken."""
+    """Checks for accounts that site.yml did not create, and for ids in use."""
     accounts, wanted = probe["accounts"], probe["wanted"]
     problems = []
     for variable, account in accounts["users"].items():
@@ -197,7 +197,7 @@ def _accounts(host: str, probe: Mapping[str, Any]) -> list[Problem]:
 
 
 def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
-    """What only a look at all hosts shows."""
+    """Checks across all hosts."""
     problems = []
     for key, what, fix in (
         (
@@ -261,10 +261,11 @@ def _together(probes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
 
 
 def _dropped(probes: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
-    """Hosts whose own ufw drops what nodes send: that the bundle's rules accept it does not stop ufw's."""
+    """Checks for hosts whose own ufw drops packets of other nodes, which it does even if the bundle's rules accept
+    them."""
     problems = []
     for host, probe in probes.items():
-        if probe["ufw"] is None or probe["firewall"] == "none":  # none: ufw is how the user closes the ports
+        if probe["ufw"] is None or probe["firewall"] == "none":  # with none, the user may close the ports with ufw
             continue
         let_in = [ipaddress.ip_network(source, strict=False) for source in probe["ufw"]]
         others = [
@@ -291,7 +292,7 @@ def _within(path: str, folder: str) -> bool:
 
 
 class FilterModule:
-    """What Ansible asks a filter plugin for."""
+    """Entry point for Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {"preflight_hosts": preflight_hosts}

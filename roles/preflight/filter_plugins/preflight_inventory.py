@@ -1,8 +1,9 @@
-"""What preflight finds wrong in an inventory, before any host is asked: no facts are needed.
+"""Finds problems in an inventory without contacting hosts; needs no facts.
 
-{{ hostvars | preflight_inventory(groups, roles_folder) }} returns a list of problems; each has the keys host, variable,
-value and fix. {{ hostvars[host] | preflight_values(roles_folder) }} returns a host's values of all variables that roles
-know. {{ hostvars | preflight_reach(groups, host, roles_folder) }} returns the addresses that a node has to reach.
+{{ hostvars | preflight_inventory(groups, roles_folder) }} returns a list of problems with the keys host, variable,
+value and fix. {{ hostvars[host] | preflight_values(roles_folder) }} returns a host's values of all variables in the
+roles' argument_specs. {{ hostvars | preflight_reach(groups, host, roles_folder) }} returns the addresses that a node
+must reach.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ansible.module_utils.parsing.convert_bool import boolean
 
 Problem = dict[str, Any]
 GROUPS = ("ray_head", "ray_workers", "nfs_server")
-# What a group of ours may have been called instead.
 _PATH = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._-]+)+")  # absolute
+# Likely misnomers of the groups.
 _GROUP_NAMES = {name: name for name in GROUPS} | {"head": "ray_head", "workers": "ray_workers", "nfs": "nfs_server"}
-# The longest path under llm_ray_state: a socket in Ray's session folder. A socket's path has at most 107 characters.
+# The longest path below llm_ray_state: a socket in Ray's session folder. Socket paths have at most 107 characters.
 _SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")
 _SOCKET_LIMIT = 107
-# Variables of folders by what is in them. What is of two kinds lies apart, since reset.yml deletes all of a kind, or
+# Variables of folders by content. Folders of different kinds must be separate, since reset.yml deletes all of a kind or
 # none.
 _FOLDERS = {
     "software": ("llm_ray_prefix", "python_runtime_prefix", "ray_node_prefix"),
@@ -39,7 +40,7 @@ _FOLDERS = {
     "spilled objects": ("ray_node_spill",),
 }
 _DELETED = ("software", "local state", "monitoring's data")
-# Folders in which others have theirs, and those in which nothing of the cluster has a place.
+# Folders shared with others, and folders of the system, in which the cluster must not put anything.
 _SHARED = (
     "/home", "/media", "/mnt", "/opt", "/snap", "/srv", "/tmp", "/usr/local", "/usr/share", "/var/cache",  # noqa: S108
     "/var/lib", "/var/local", "/var/log", "/var/opt", "/var/spool", "/var/tmp", "/var/www",  # noqa: S108
@@ -52,8 +53,8 @@ _SYSTEM = (
 )  # fmt: skip
 _USERS = ("llm_ray_user", "host_base_user", "nfs_client_user", "ray_job_user", "ray_node_user", "monitoring_user")
 _SHAPES: dict[str, tuple[type, str]] = {"list": (list, "[{}]"), "dict": (dict, "{{{}}}")}
-_TYPED = ("bundle_model",)  # a list that its role takes as a,b too
-# Names that a task alone knows, beside the roles' own.
+_TYPED = ("bundle_model",)  # a list that may also be given as a,b
+# Names that are only defined in tasks, in addition to the roles' own.
 _LATER = {
     "ansible_facts",
     "ansible_host",
@@ -70,8 +71,8 @@ def problem(host: str, variable: str, value: Any, fix: str) -> Problem:
 
 
 def specs(roles: str | Path) -> dict[str, dict[str, Any]]:
-    """Every variable that a user may set, with its argument spec and its role, from meta/argument_specs.yml of all
-    roles."""
+    """Returns every variable that a user may set, with its argument spec and role, from the roles'
+    meta/argument_specs.yml."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(Path(roles).glob("*/meta/argument_specs.yml")):
         for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
@@ -82,9 +83,9 @@ def specs(roles: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], roles: str) -> list[Problem]:
-    """What is wrong in the inventory, without asking any host.
+    """Returns the problems in the inventory, without contacting hosts.
 
-    hostvars: Ansible's. groups: Ansible's. roles: the folder of the roles, whose argument_specs know the variables.
+    hostvars and groups are Ansible's; roles is the folder of the roles with their argument_specs.
     """
     known = specs(roles)
     owners = [path.parent.parent.name for path in Path(roles).glob("*/meta/argument_specs.yml")]
@@ -104,8 +105,8 @@ def preflight_inventory(hostvars: Any, groups: Mapping[str, Sequence[str]], role
 
 
 def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]:
-    """A host's values of all variables that roles know, but secrets: the inventory's, else the default in the role's
-    argument_specs."""
+    """Returns a host's values of all non-secret variables in the argument_specs: the inventory's, else the spec's
+    default."""
     known = specs(roles)
     values = _Values(variables, known)
     names = [name for name, spec in known.items() if not spec.get("no_log")]
@@ -114,7 +115,8 @@ def preflight_values(variables: Mapping[str, Any], roles: str) -> dict[str, Any]
 
 
 def preflight_reach(hostvars: Any, groups: Mapping[str, Sequence[str]], host: str, roles: str) -> list[str]:
-    """Where a node finds the head and the NFS server: the addresses that are set, else those of the facts."""
+    """Returns a node's addresses of the head and the NFS server: those set in the inventory, else those of the
+    facts."""
     known = specs(roles)
     own = _Values(hostvars[host], known)
     found = []
@@ -130,11 +132,11 @@ def preflight_reach(hostvars: Any, groups: Mapping[str, Sequence[str]], host: st
 
 
 class _Undecided(Exception):
-    """A value that is not to be known yet, or not here."""
+    """A value that cannot be determined yet or here."""
 
 
 class _Values:
-    """A host's variables, templated; the spec's default where the inventory does not set one."""
+    """A host's templated variables, with the spec's defaults for unset ones."""
 
     def __init__(
         self, variables: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]], raw: Mapping[str, Any] | None = None
@@ -142,15 +144,15 @@ class _Values:
         self.variables, self.known, self.raw = variables, known, raw or {}
 
     def templated(self, name: str) -> Any:
-        """The value of a variable that is set; an exception, returned, where it cannot be evaluated."""
+        """Returns the value of a set variable, or (instead of raising) the exception if it cannot be evaluated."""
         try:
             return _plain(self.variables[name])
         except Exception as error:
             return _Undecided() if _vaulted(error) or self._later(name) else error
 
     def _later(self, name: str) -> bool:
-        """Whether a value is made, be it through other variables, of what only a task knows: facts, other hosts, roles'
-        variables."""
+        """Returns whether a value depends, directly or indirectly, on what is only defined in tasks: facts, other
+        hosts, roles' variables."""
         seen, todo = set[str](), [name]
         while todo:
             words = set(re.findall(r"[A-Za-z_]\w*", repr(self.raw.get(todo.pop())))) - seen
@@ -161,8 +163,8 @@ class _Values:
         return False
 
     def _default_beside(self, name: str, other: str) -> bool:
-        """Whether the other is there in tasks that use the variable: a default of its own role. Of llm_ray_* no role
-        has one."""
+        """Returns whether tasks that use the variable also have the other one, as a default of the same role. No role
+        has defaults for llm_ray_*."""
         if other in self.raw or other.startswith("llm_ray_") or not {name, other} <= set(self.known):
             return False
         return bool(self.known[name]["role"] == self.known[other]["role"])
@@ -171,12 +173,13 @@ class _Values:
         return name not in self.variables or not isinstance(self.templated(name), _Undecided)
 
     def get(self, name: str) -> Any:
-        """The value or the plain default; None where it is not to be known before hosts are asked."""
+        """Returns the value, or the default if it is not a template; None if it cannot be determined before contacting
+        hosts."""
         if name not in self.variables:
             return self.default(name)
         value = self.templated(name)
         if isinstance(value, str) and value.isdecimal() and self.known.get(name, {}).get("type") == "int":
-            return int(value)  # as -e brings it
+            return int(value)  # -e passes strings
         return None if isinstance(value, Exception) else value
 
     def default(self, name: str) -> Any:
@@ -185,12 +188,12 @@ class _Values:
 
 
 def _raw(hostvars: Any, host: str) -> Mapping[str, Any]:
-    """A host's variables as they are written."""
+    """Returns a host's untemplated variables."""
     return getattr(hostvars, "raw_get", hostvars.get)(host)
 
 
 def _vaulted(error: BaseException | None) -> bool:
-    """Whether a value lies in a vault whose password is not given: what must be known is no secret."""
+    """Returns whether a value is in a vault whose password is missing: values that are needed here are not secret."""
     while error:
         if "decrypt" in str(error):
             return True
@@ -203,13 +206,13 @@ def _variables(hostvars: Any, host: str) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and dictionaries of Ansible as Python's own."""
+    """Converts Ansible's lists and dictionaries to Python's."""
     return json.loads(json.dumps(value, default=str))
 
 
 def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callable[[str], Any]]) -> list[Problem]:
-    """One head, no host twice, no host left out in a group nearly called as one of ours, storage that fits the
-    groups."""
+    """Checks for exactly one head, no duplicate hosts, no hosts excluded by a misspelled group, and storage that fits
+    the groups."""
     heads, workers, servers = ([*groups.get(name, [])] for name in GROUPS)
     problems = []
     for name in sorted(set(groups) - {"all", "ungrouped"}):
@@ -247,10 +250,10 @@ def group_problems(groups: Mapping[str, Sequence[str]], get: Mapping[str, Callab
 
 
 def _near_group(name: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """Which of our groups a name was to be; empty where it is quite another's, as workers beside a group
+    """Returns the group that a name was probably meant to be; empty if it is unrelated, such as workers next to
     ray_workers."""
     plain = name.lower().replace("-", "_")
-    short = re.sub(r"^ray_?|_?servers?$", "", plain)  # else dns_server would be near
+    short = re.sub(r"^ray_?|_?servers?$", "", plain)  # otherwise dns_server would match
     near = difflib.get_close_matches(short, _GROUP_NAMES, 1, 0.6 if plain.startswith("ray_") else 0.8)
     if near and (_GROUP_NAMES[near[0]] not in groups):
         return _GROUP_NAMES[near[0]]
@@ -258,12 +261,12 @@ def _near_group(name: str, groups: Mapping[str, Sequence[str]]) -> str:
 
 
 def _lacks_storage(get: Callable[[str], Any]) -> bool:
-    """Whether a node would mount from the group nfs_server alone."""
+    """Returns whether a node can only mount from the group nfs_server."""
     return (get("nfs_client_storage") or get("llm_ray_storage")) != "existing" and not get("nfs_client_server")
 
 
 def name_problems(host: str, names: Sequence[str], known: Mapping[str, Any], roles: Sequence[str]) -> list[Problem]:
-    """Variables that begin like ours and are none, or that are nearly called as one of ours."""
+    """Checks for unknown variables with our prefixes, and for misspellings of our variables."""
     problems = []
     ours = tuple(f"{name}_" for name in (*roles, "llm_ray"))
     for name in names:
@@ -287,7 +290,7 @@ def name_problems(host: str, names: Sequence[str], known: Mapping[str, Any], rol
 
 
 def type_problems(host: str, values: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> list[Problem]:
-    """Values of the wrong type or not among the choices, by Ansible's own rules."""
+    """Checks types and choices by Ansible's own rules."""
     problems = []
     for name, value in values.items():
         if isinstance(value, _Undecided):
@@ -304,7 +307,7 @@ def _type_fixes(name: str, value: Any, spec: Mapping[str, Any]) -> list[str]:
     if isinstance(value, Exception):
         return [_not_one(value)]
     shape, written = _SHAPES.get(spec["type"], (None, ""))
-    # Ansible would let these pass: what is no list is taken apart letter by letter, and what is one becomes its text.
+    # Ansible would accept these: it splits a string into a list of letters, and converts a list to a string.
     if shape and not isinstance(value, shape) and not (name in _TYPED and isinstance(value, str)):
         text = "" if value is None else str(value)
         right = text if text[:1] == written[:1] else written.format(text.replace("=", ": ") if shape is dict else text)
@@ -317,12 +320,12 @@ def _type_fixes(name: str, value: Any, spec: Mapping[str, Any]) -> list[str]:
 
 
 def _not_one(value: Any) -> str:
-    """Why a value is not a single one; empty where it is."""
+    """Returns why a value is not a single one; empty if it is."""
     if isinstance(value, Exception):
         return f"cannot be evaluated: {str(value).splitlines()[0]}"
     if value is None:
         return "is empty: write a value, '' for an empty text, or delete the line"
-    return f"must be one value, and is a {type(value).__name__}" if isinstance(value, list | dict) else ""
+    return f"must be a single value, but is a {type(value).__name__}" if isinstance(value, list | dict) else ""
 
 
 def _shown(value: Any) -> Any:
@@ -330,7 +333,7 @@ def _shown(value: Any) -> Any:
 
 
 def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
-    """Values that are of the right type and still cannot work."""
+    """Checks for values of the right type that cannot work."""
     problems = []
     name = "ray_node_state" if get("ray_node_state") else "llm_ray_state"
     state = get(name)
@@ -351,9 +354,7 @@ def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
     address = get("ray_node_address")
     if isinstance(address, str) and ":" in address:
         problems.append(
-            problem(
-                host, "ray_node_address", address, "is an IPv6 address, and Ray's nodes need IPv4 here: give such a one"
-            )
+            problem(host, "ray_node_address", address, "is an IPv6 address, but Ray nodes need IPv4 here: use one")
         )
     networks = get("llm_ray_admin_networks")
     for network in networks if isinstance(networks, list) else []:
@@ -361,19 +362,19 @@ def value_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
             ipaddress.ip_network(str(network))
         except ValueError as error:
             problems.append(
-                problem(host, "llm_ray_admin_networks", network, f"is no network: {error}; write it as 10.0.0.0/24")
+                problem(host, "llm_ray_admin_networks", network, f"is not a network: {error}; write it as 10.0.0.0/24")
             )
     for name in ("llm_ray_uid", "llm_ray_gid"):
         number = get(name)
         if isinstance(number, int) and not 0 < number < 60000:
             problems.append(
-                problem(host, name, number, "must be between 1 and 59999: not root's and none that systemd gives away")
+                problem(host, name, number, "must be between 1 and 59999: neither root's nor one that systemd assigns")
             )
     return problems + _page_problems(host, get) + _port_problems(host, get)
 
 
 def _page_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
-    """How the page is reached. Its users are a secret, at which only its own command looks."""
+    """Checks how the page is reached. Its users are secret and only checked by the page's own command."""
     problems = []
     for name, shape, what in (
         ("page_host", _is_address, "an address of the head, such as 127.0.0.1 or 0.0.0.0 for all"),
@@ -439,7 +440,7 @@ def _at_least(value: Any, kind: type[int | float], low: float) -> bool:
 
 
 def folder_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
-    """Folders that are others', too, or lie in one another: reset.yml would delete more than it should."""
+    """Checks for folders that others use or that contain one another: reset.yml would delete too much."""
     problems, found = [], list[tuple[str, str, str, str]]()
     for kind, names in _FOLDERS.items():
         for name in names:
@@ -450,13 +451,13 @@ def folder_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
                 fix = "must be an absolute path of letters, digits, '.', '_' and '-', without . or .. as a part, and not /"
                 problems.append(problem(host, name, path, fix))
                 continue
-            folder = f"{path}/llm-ray" if name == "ray_node_spill" else path  # it may be a disk of many
+            folder = f"{path}/llm-ray" if name == "ray_node_spill" else path  # the disk may be shared
             if fix := _others(folder, kind in _DELETED):
                 problems.append(problem(host, name, path, fix))
             else:
                 found.append((kind, name, path, folder))
     for (kind, name, path, folder), (other, _, _, place) in itertools.combinations(found, 2):
-        # what is spilled may go to the state's disk or the storage's
+        # objects may spill to the disk of the local state or the storage
         spilled = (
             other == "spilled objects"
             and kind in ("local state", "shared storage")
@@ -475,7 +476,7 @@ def folder_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
 
 
 def _others(path: str, deleted: bool) -> str:
-    """Why a folder cannot be the cluster's own; empty where it can."""
+    """Returns why a folder cannot be the cluster's own; empty if it can."""
     for folder in _SYSTEM:
         if _within(path, folder):
             return f"{folder} is the system's: name a folder of its own elsewhere"
@@ -483,7 +484,7 @@ def _others(path: str, deleted: bool) -> str:
         if path == folder:
             return f"others keep files there, too: name a folder of its own in it, such as {path}/llm-ray"
         if _within(folder, path):
-            return f"{folder} lies in it, which is others', too: name a folder of its own"
+            return f"it contains {folder}, which others use too: name a folder of its own"
     if deleted and path.count("/") == 1:
         return f"reset.yml deletes it whole: name a folder of its own in it, such as {path}/llm-ray"
     return ""
@@ -494,7 +495,7 @@ def _within(path: str, folder: str) -> bool:
 
 
 def user_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
-    """Users that are somebody else: the roles lock their password, and reset.yml deletes them."""
+    """Checks for users that belong to someone else: the roles lock their password, and reset.yml deletes them."""
     problems = []
     login = {name: get(name) for name in ("ansible_user", "ansible_ssh_user")}
     for name in _USERS:
@@ -508,7 +509,7 @@ def user_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
             variable = next(key for key, value in login.items() if value == user)
             fix = f"is the user that Ansible logs in as ({variable}), and would be locked out: name a user of the cluster's own, such as ray"
         elif not re.fullmatch(r"[a-z_][a-z0-9_-]{0,31}", user):
-            fix = "must be a user's name: small letters, digits, '_' and '-', at most 32"
+            fix = "must be a user's name: lowercase letters, digits, '_' and '-', at most 32"
         elif name == "monitoring_user" and user in (get("llm_ray_user"), get("host_base_user")):
             fix = "is llm_ray_user too, and goes when monitoring goes: name another, such as llm-ray-monitoring"
         if fix:
@@ -524,7 +525,7 @@ _PORTS = (
 
 
 def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
-    problems, taken = [], dict[int, str]()
+    problems, used = [], dict[int, str]()
     single = [*_PORTS]
     if boolean(get("monitoring_enabled"), strict=False):
         single += ["monitoring_port"] + ["monitoring_node_exporter_port"] * boolean(
@@ -538,13 +539,13 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
             continue
         if not 1024 <= port <= 65535:
             problems.append(problem(host, name, port, "must be a port between 1024 and 65535"))
-        elif port in taken:
-            problems.append(problem(host, name, port, f"is the port of {taken[port]} too: choose another"))
+        elif port in used:
+            problems.append(problem(host, name, port, f"is the port of {used[port]} too: choose another"))
         elif name in single and port in workers:
             problems.append(
                 problem(host, name, port, f"lies among the ports of Ray's workers, {low} to {high}: choose another")
             )
-        taken.setdefault(port, name)
+        used.setdefault(port, name)
     if isinstance(low, int) and isinstance(high, int) and high - low < 99:
         fix = f"must leave 100 ports or more above ray_node_min_worker_port ({low}): every worker process takes one"
         problems.append(problem(host, "ray_node_max_worker_port", high, fix))
@@ -552,7 +553,7 @@ def _port_problems(host: str, get: Callable[[str], Any]) -> list[Problem]:
 
 
 def same_problems(values: Mapping[str, _Values], known: Mapping[str, Any]) -> list[Problem]:
-    """Variables of the whole cluster that have different values on some hosts."""
+    """Checks for cluster-wide variables that differ between hosts."""
     problems = []
     for name in sorted(name for name, spec in known.items() if name.startswith("llm_ray_") and not spec.get("no_log")):
         by_host = {host: json.dumps(one.get(name), sort_keys=True) for host, one in values.items() if one.decided(name)}
@@ -565,7 +566,7 @@ def same_problems(values: Mapping[str, _Values], known: Mapping[str, Any]) -> li
 
 
 def address_problems(values: Mapping[str, _Values]) -> list[Problem]:
-    """Two names for one address."""
+    """Checks for two names with one address."""
     seen: dict[tuple[str, ...], str] = {}
     problems = []
     for host, one in values.items():
@@ -588,7 +589,7 @@ def address_problems(values: Mapping[str, _Values]) -> list[Problem]:
 
 
 def node_address_problems(values: Mapping[str, _Values]) -> list[Problem]:
-    """Two hosts with one address in the cluster, such as one that is set for all."""
+    """Checks for hosts with the same address in the cluster, such as one set for all."""
     seen: dict[str, str] = {}
     problems = []
     for host, one in values.items():
@@ -603,7 +604,7 @@ def node_address_problems(values: Mapping[str, _Values]) -> list[Problem]:
 
 
 def runtime_problems(groups: Mapping[str, Sequence[str]], values: Mapping[str, _Values]) -> list[Problem]:
-    """Nodes in Docker whose image would be built, or handed on, by a head that has no Docker."""
+    """Checks for Docker nodes whose image would come from a head without Docker."""
     heads = [host for host in groups.get("ray_head", []) if _runtime(values[host]) == "bare_metal"]
     problems = []
     for host in groups.get("ray_workers", []) if heads else []:
@@ -627,7 +628,7 @@ def _runtime(values: _Values) -> Any:
 
 
 class FilterModule:
-    """What Ansible asks a filter plugin for."""
+    """Entry point for Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {

@@ -1,4 +1,4 @@
-"""What preflight finds, as lines to read: {{ problems | preflight_list(hosts) }}."""
+"""Formats preflight's findings: {{ problems | preflight_list(hosts) }}."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Problem = dict[str, Any]
 
 
 def preflight_list(problems: Sequence[Problem], hosts: Sequence[str]) -> str:
-    """The problems as lines to read: host: variable = value: what to do. One that all these hosts have is one line."""
+    """Formats problems as lines of the form host: variable = value: remedy. A problem of all hosts is a single line."""
     lines = []
     for one in _merged(problems, hosts):
         value = "" if one["value"] is None else f" = {json.dumps(one['value'], default=str)}"
@@ -20,7 +20,7 @@ def preflight_list(problems: Sequence[Problem], hosts: Sequence[str]) -> str:
 
 
 def _merged(problems: Sequence[Problem], hosts: Sequence[str]) -> list[Problem]:
-    """The same finding on every host is one, of all."""
+    """Merges the same finding on several hosts into one."""
     by_finding: dict[str, list[Problem]] = defaultdict(list)
     for one in problems:
         by_finding[json.dumps([one["variable"], one["value"], one["fix"]], default=str)].append(one)
@@ -36,7 +36,7 @@ def _merged(problems: Sequence[Problem], hosts: Sequence[str]) -> list[Problem]:
 
 
 class FilterModule:
-    """What Ansible asks a filter plugin for."""
+    """Entry point for Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {"preflight_list": preflight_list}

@@ -1,6 +1,6 @@
 #!/usr/bin/python
-"""What preflight wants to know of a host beside Ansible's facts. It changes nothing and needs only Python's own
-library. What `llm-ray doctor` asks as well is in host_facts (llm_ray/host/facts.py)."""
+"""Collects what preflight needs to know about a host beside Ansible's facts. Changes nothing and needs only Python's
+standard library. The part shared with `llm-ray doctor` is in host_facts (llm_ray/host/facts.py)."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from ansible.module_utils.host_facts import (
 
 DOCUMENTATION = """
 module: preflight_probe
-short_description: What preflight wants to know of a host
-description: Reads the CPU's flags, free disk, taken ports, who can be reached, ufw, accounts, the shared folder, a Python and the clock.
+short_description: Collect what preflight needs to know about a host
+description: Reads CPU flags, free disk space, ports in use, reachable addresses, ufw, accounts, the shared folder, a Python and the clock.
 author: LLM on Ray
 options:
-  ports: {description: "Port numbers by the variable that sets them; a key with a range is from-to.", type: dict, required: true}
-  uid: {description: "User id whose sockets are no others', as are those of the users.", type: int, required: true}
-  gid: {description: Id that the user's group is to have., type: int, required: true}
+  ports: {description: "Ports, or from-to, by the variable that sets them.", type: dict, required: true}
+  uid: {description: "User id whose sockets, like those of the users, do not count as others'.", type: int, required: true}
+  gid: {description: Desired id of the user's group., type: int, required: true}
   users: {description: Names of users by the variable that sets them., type: dict, required: true}
-  folders: {description: Folders in which no other account may have its home., type: list, elements: path, default: []}
+  folders: {description: Folders that must not contain another account's home., type: list, elements: path, default: []}
   reach: {description: Addresses to reach., type: list, elements: str, default: []}
-  reach_port: {description: Port to try them at; a refusal is an answer., type: int, default: 22}
-  paths: {description: Folders whose free disk is asked for., type: list, elements: path, default: []}
-  current: {description: What is there once the host is installed., type: path, required: true}
+  reach_port: {description: Port to connect to; a refused connection counts as reachable., type: int, default: 22}
+  paths: {description: Folders whose free disk space is reported., type: list, elements: path, default: []}
+  current: {description: Path that exists once the host is installed., type: path, required: true}
   home: {description: The shared folder., type: path, required: true}
-  python: {description: "An interpreter, or several to be tried.", type: list, elements: str, default: []}
+  python: {description: "An interpreter, or several to try.", type: list, elements: str, default: []}
 """
 EXAMPLES = """
 - preflight_probe:
     {ports: {ray_node_port: 6379}, uid: 1200, gid: 1200, users: {llm_ray_user: ray}, current: /opt/llm-ray/current, home: /srv/llm-ray}
 """
-RETURN = "probe: {description: what was found, type: dict, returned: always}"
+RETURN = "probe: {description: The collected values., type: dict, returned: always}"
 
 
 def main():
@@ -98,7 +98,7 @@ def main():
 
 
 def unreached(address, port):
-    """Why a host cannot be reached; empty where it answers, if only by a refusal."""
+    """Returns why a host cannot be reached; empty if it accepts or refuses the connection."""
     try:
         socket.create_connection((address, port), 5).close()
     except OSError as error:
@@ -107,7 +107,7 @@ def unreached(address, port):
 
 
 def ufw(port):
-    """The networks that an active ufw lets in at a port of the cluster's; None where it is not active."""
+    """Returns the networks that an active ufw admits to one of the cluster's ports; None if ufw is not active."""
     try:
         line = ["/usr/sbin/ufw", "status", "verbose"]
         done = subprocess.run(
@@ -119,7 +119,7 @@ def ufw(port):
 
 
 def let_in(text, port):
-    """The same from what ufw says of itself. A rule of an interface is taken for one of all."""
+    """Parses the same from ufw's status. Rules for a single interface are treated as for all."""
     if not text.startswith("Status: active"):
         return None
     address = r"[0-9.]{7,}(?:/[0-9]+)?"
@@ -130,14 +130,14 @@ def let_in(text, port):
 
 
 def covers(ports, port):
-    """Whether ports as 22,6379:6384 have one."""
+    """Returns whether ports in the form 22,6379:6384 include a port."""
     ranges = [(low, high or low) for low, _, high in (part.partition(":") for part in ports.split(","))]
     return any(int(low) <= port <= int(high) for low, high in ranges)
 
 
 def accounts(users, uid, gid, folders):
-    """The users that are there, by variable; who has the ids; the group of llm_ray_user; whose home lies in a
-    folder."""
+    """Returns existing users by variable, owners of the ids, the gid of llm_ray_user's group, and other accounts' homes
+    in the folders."""
     found = {variable: entry for variable, name in users.items() if (entry := known(pwd.getpwnam, name))}
     group = known(grp.getgrnam, users["llm_ray_user"])
     owner, others = known(pwd.getpwuid, uid), known(grp.getgrgid, gid)
@@ -154,7 +154,7 @@ def accounts(users, uid, gid, folders):
 
 
 def known(look, key):
-    """An account's entry, or None."""
+    """Returns an account's entry, or None."""
     try:
         return look(key)
     except KeyError:
@@ -162,7 +162,7 @@ def known(look, key):
 
 
 def homes(text, folders, users):
-    """Of the folders those in which another account of a /etc/passwd has its home, with its name."""
+    """Returns the folders in which other accounts in /etc/passwd have their home, with the account's name."""
     found = {}
     for line in text.splitlines():
         name, _, _, _, _, home = (line.split(":") + [""] * 6)[:6]
@@ -173,7 +173,7 @@ def homes(text, folders, users):
 
 
 def folder(path):
-    """The shared folder; what lies on a mount is not listed, since a server may be gone."""
+    """Describes the shared folder; a mount's contents are not listed, since its server may be down."""
     place = Path(path)
     if not place.is_dir():
         return {"path": path, "directory": False, "mounted": False, "entries": 0, "inode": 0}

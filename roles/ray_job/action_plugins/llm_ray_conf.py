@@ -1,7 +1,7 @@
 """llm_ray_conf: renders and validates a conf on the machine that runs Ansible, with the inventory's variables and those
 given by -e.
 
-Of -e, what is no argument of the playbook and no variable of a role sets a variable of the template or a key of the
+Variables given by -e that belong neither to the playbook nor to a role set variables of the template or keys of the
 conf, as --set does.
 """
 
@@ -16,13 +16,12 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.vars import load_extra_vars
 
-# Variables of Ansible itself and of the cluster, which are no settings of a conf; those of roles begin with the role's
-# name.
+# Variables of Ansible and the cluster, which are not settings of a conf; roles' variables begin with the role's name.
 _PREFIXES = ("ansible_", "llm_ray_")
 
 
 class ActionModule(ActionBase):
-    """What Ansible asks an action plugin for."""
+    """Entry point for Ansible."""
 
     TRANSFERS_FILES = False
     _requires_connection = False
@@ -55,7 +54,7 @@ class ActionModule(ActionBase):
             try:
                 used = variables(file.read_text(encoding="utf-8-sig"))
             except (TemplateProblem, UnicodeDecodeError, OSError):
-                used = set()  # loading it tells what is wrong
+                used = set()  # loading it reports the error
             known = {name: self._value(name, task_vars or {}) for name in used if name in (task_vars or {})} | asked[
                 "variables"
             ]
@@ -67,22 +66,22 @@ class ActionModule(ActionBase):
                     "facts came from there: start it, set ray_node_cpus for it in the inventory, or give -e "
                     "cpus_per_host=…"
                 )
-            ship = finetune_for_cluster if kind == "finetune" else serve_for_cluster
-            shipped = ship(file, settings, known, destination)
+            prepare = finetune_for_cluster if kind == "finetune" else serve_for_cluster
+            prepared = prepare(file, settings, known, destination)
         except LlmRayError as error:
             raise AnsibleActionFail(str(error).replace("--set ", "-e ").replace("--config ", "-e conf=")) from None
         except OSError as error:
             raise AnsibleActionFail(f"{error.filename}: {error.strerror}") from None
         if kind == "serve" and asked.get("guarded") is not None:
-            endpoint: Any = shipped.conf
+            endpoint: Any = prepared.conf
             _check_port(endpoint.endpoint, asked["guarded"])
         return {
             "changed": False,
             "given": sorted(given_by_e),
             "file": os.path.relpath(file),
-            "conf": shipped.text,
-            "resolved": shipped.conf.model_dump(mode="json"),
-            "sha256": shipped.sha256,
+            "conf": prepared.text,
+            "resolved": prepared.conf.model_dump(mode="json"),
+            "sha256": prepared.sha256,
             "files": [
                 {
                     "key": each.key,
@@ -91,7 +90,7 @@ class ActionModule(ActionBase):
                     "sha256": each.sha256,
                     "bytes": each.bytes,
                 }
-                for each in shipped.files
+                for each in prepared.files
             ],
         }
 
@@ -104,7 +103,8 @@ def _text(value: Any) -> str:
 
 
 def _check_port(endpoint: Any, guarded: list[Any]) -> None:
-    """An endpoint that others reach is behind the firewall. `guarded`: ports, or from-to."""
+    """Raises if an endpoint beyond loopback uses a port that the firewall does not guard. `guarded`: ports, or
+    from-to."""
     ranges = [str(port).partition("-") for port in guarded]
     if not endpoint.on_loopback and not any(int(low) <= endpoint.port <= int(high or low) for low, _, high in ranges):
         raise AnsibleActionFail(

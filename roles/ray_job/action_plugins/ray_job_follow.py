@@ -1,6 +1,6 @@
-"""ray_job_follow: shows what a job prints, line by line, until it has ended. Takes what the module ray_job takes.
+"""ray_job_follow: shows a job's output, line by line, until it ends. Takes the arguments of the module ray_job.
 
-A head that does not answer for a while (it restarts) is asked again; the job's own end is not judged here.
+If the head does not answer for a while (during a restart), it is queried again. The job's result is not judged here.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from ansible.utils.display import Display
 
 _PATIENCE = 180.0  # seconds without an answer
 _PAUSE = 5.0
-_KEPT = 20  # lines at the end that are given back
+_KEPT = 20  # last lines to return
 
 display = Display()
 
 
 class ActionModule(ActionBase):
-    """What Ansible asks an action plugin for."""
+    """Entry point for Ansible."""
 
     TRANSFERS_FILES = False
 

@@ -1,4 +1,4 @@
-"""What a conf is told of the inventory: addresses by the names of hosts and groups, and cores."""
+"""Filters that pass the inventory to a conf: addresses by host and group name, and cores."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def ray_job_names(addresses: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Addresses of Ray's nodes by the names of hosts, and of groups that hold any; a host of unknown address keeps its
-    name."""
+    """Returns addresses of Ray nodes by the names of hosts, and of groups that contain any; a host without a known
+    address keeps its name."""
     addresses = {host: address or host for host, address in addresses.items()}
     by_group = {
         group: [addresses[host] for host in hosts if host in addresses]
@@ -21,7 +21,7 @@ def ray_job_names(addresses: Mapping[str, str], groups: Mapping[str, Sequence[st
 
 
 def ray_job_cpus(host: Mapping[str, Any]) -> int:
-    """Cores that the host gives to Ray; 0 where its facts are not known."""
+    """Returns the cores that the host gives to Ray; 0 if its facts are missing."""
     wanted = str(host.get("ray_node_cpus", "auto"))
     if wanted.isdigit():
         return int(wanted)
@@ -29,19 +29,19 @@ def ray_job_cpus(host: Mapping[str, Any]) -> int:
 
 
 def ray_job_unknown(hostvars: Mapping[str, Mapping[str, Any]], hosts: Sequence[str]) -> list[str]:
-    """Hosts whose cores are not known."""
+    """Returns hosts whose cores are unknown."""
     return [host for host in hosts if not ray_job_cpus(hostvars[host])]
 
 
 def ray_job_reason(text: str, message: str) -> str:
-    """Why a job failed, from the end of what it printed: the command's own error, else what Ray says."""
+    """Returns why a job failed, from the end of its output: the command's own error, else Ray's message."""
     lines = text.splitlines()
     begins = [number for number, line in enumerate(lines) if line.startswith(("Error: ", "Usage: "))]
     return "\n".join(lines[begins[-1] :]) if begins else "\n".join(lines[-3:]) or message.strip().split("\n")[-1]
 
 
 class FilterModule:
-    """What Ansible asks a filter plugin for."""
+    """Entry point for Ansible."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         return {

@@ -1,5 +1,5 @@
 #!/usr/bin/python
-"""A job of the running cluster, by Ray's Jobs API: submitted once, followed, stopped. Runs on the head."""
+"""A job of the running cluster, through Ray's Jobs API: submits it once, follows it, stops it. Runs on the head."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from ansible.module_utils.ray_user import acting_as
 
 DOCUMENTATION = """
 module: ray_job
-short_description: A job of the running Ray cluster, submitted once, followed, stopped
+short_description: Submit, follow or stop a job of the running Ray cluster
 description:
   - Submits llm-ray's work through Ray's Jobs API with the cluster's token. While a job of the same name runs, no other is started.
 author: LLM on Ray
 options:
-  state: {description: What is wanted., choices: [submitted, followed, stopped], required: true}
+  state: {description: Desired state., choices: [submitted, followed, stopped], required: true}
   name: {description: "Name of the work; ids of its jobs are NAME-1, NAME-2 and so on.", type: str, required: true}
   conf: {description: "Text of the conf (submitted).", type: str}
   folder: {description: "Folder that the conf is written into, with its SHA-256 (submitted).", type: path}
-  command: {description: "Arguments of llm-ray, CONF standing for the conf's file (submitted).", type: list, elements: str}
-  id: {description: "Id of the job (followed); without it (stopped) the one that runs.", type: str}
+  command: {description: "Arguments of llm-ray, in which CONF stands for the conf's file (submitted).", type: list, elements: str}
+  id: {description: "Id of the job (followed); by default the running one (stopped).", type: str}
   logs: {description: "Folder of the logs of Ray's session (followed).", type: path}
-  offset: {description: "Bytes of its log that are known (followed).", type: int, default: 0}
-  seconds: {description: "How long to wait for news (followed), or for the end (stopped).", type: float, default: 5}
-  result: {description: "A JSON file to read at its end (followed).", type: path}
+  offset: {description: "Bytes of its log that have been read (followed).", type: int, default: 0}
+  seconds: {description: "How long to wait for output (followed), or for the end (stopped).", type: float, default: 5}
+  result: {description: "A JSON file to read when it has ended (followed).", type: path}
   user: {description: User that Ray runs as., type: str, required: true}
   token: {description: File with the cluster's token., type: path, required: true}
   url: {description: Address of the dashboard., type: str, required: true}
-  stop_seconds: {description: "How long a job that is stopped may take to write its checkpoint (submitted).", type: int, default: 900}
+  stop_seconds: {description: "How long a stopping job may take to write its checkpoint (submitted).", type: int, default: 900}
 """
 EXAMPLES = "- ray_job: {state: stopped, name: finetune-support-bot, user: ray, token: /etc/llm-ray/token, url: 'http://127.0.0.1:8265'}"
 RETURN = """
-id: {description: Id of the job; empty where there is none., type: str, returned: always}
-attached: {description: Whether it ran before (submitted)., type: bool, returned: submitted}
-status: {description: "PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; empty where there is none.", type: str, returned: always}
-text: {description: "What it has printed since the offset (followed).", type: str, returned: followed}
-offset: {description: Bytes of its log that are known now (followed)., type: int, returned: followed}
-more: {description: Whether the log goes on after the offset (followed)., type: bool, returned: followed}
-found: {description: "What the file of the result holds (followed, at the end).", type: dict, returned: followed}
+id: {description: Id of the job; empty if there is none., type: str, returned: always}
+attached: {description: Whether it was already running (submitted)., type: bool, returned: submitted}
+status: {description: "PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; empty if there is none.", type: str, returned: always}
+text: {description: "Its output since the offset (followed).", type: str, returned: followed}
+offset: {description: Bytes of its log that have been read now (followed)., type: int, returned: followed}
+more: {description: Whether the log continues after the offset (followed)., type: bool, returned: followed}
+found: {description: "Contents of the result file (followed, at the end).", type: dict, returned: followed}
 """
 _ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 _POLL = 0.5
-_CHUNK = 1 << 20  # bytes of a log at once
+_CHUNK = 1 << 20  # bytes of a log per read
 
 
 class Refused(Exception):
-    """What was asked cannot be done; the words are for the user."""
+    """The request cannot be done; the message is for the user."""
 
 
 class Api:
-    """Ray's Jobs API (ray.io, Ray Jobs REST API)."""
+    """Client of Ray's Jobs API (ray.io, Ray Jobs REST API)."""
 
     def __init__(self, url, token):
         self.url = url
@@ -85,7 +85,7 @@ class Api:
             ) from error
 
     def jobs(self, name):
-        """The jobs of that name, by number."""
+        """Returns the jobs of that name by number."""
         found = {}
         for job in self("/api/jobs/"):
             match = re.fullmatch(rf"{re.escape(name)}-(\d+)", job.get("submission_id") or "")
@@ -94,7 +94,7 @@ class Api:
         return found
 
     def running(self, name):
-        """The job of that name that has not ended."""
+        """Returns the job of that name that has not ended, or None."""
         return next((job for job in self.jobs(name).values() if job["status"] not in _ENDED), None)
 
 
@@ -120,7 +120,7 @@ def submit(api, asked, check_mode):
     try:
         api("/api/jobs/", body)
     except Refused:
-        active = api.running(asked["name"])  # another one has been a moment earlier
+        active = api.running(asked["name"])  # another command was faster
         if active:
             return attach(active, asked, digest)
         raise
@@ -128,7 +128,7 @@ def submit(api, asked, check_mode):
 
 
 def attach(job, asked, digest):
-    """To the running job, where it is the same work."""
+    """Attaches to the running job if it does the same work."""
     metadata, identity = job.get("metadata") or {}, job["submission_id"]
     if metadata.get("conf_sha256") != digest:
         changed = ""
@@ -153,7 +153,7 @@ def attach(job, asked, digest):
 
 
 def follow(api, asked):
-    """Until there is news or the seconds are over."""
+    """Waits until there is output or the job or the time ends."""
     until = time.monotonic() + asked["seconds"]
     while True:
         job = api(f"/api/jobs/{asked['id']}")
@@ -178,10 +178,11 @@ def follow(api, asked):
 
 
 def read_log(path, offset):
-    """The text after an offset in bytes, the offset after that text, and whether the log goes on. A driver that has not
-    started has no log.
+    """Returns the text after an offset in bytes, the offset after that text, and whether the log continues. A job whose
+    driver has not started has no log.
 
-    Ray's API has no offset: it would send the whole log at every look. Drivers run on the head, as this module does.
+    Reads the file because Ray's API has no offset and would send the whole log each time. Drivers run on the head, as
+    does this module.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123
@@ -191,7 +192,8 @@ def read_log(path, offset):
         return "", offset, False
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     text = decoder.decode(data)
-    return text, offset + len(data) - len(decoder.getstate()[0]), len(data) == _CHUNK  # half a character is read again
+    read = len(data) - len(decoder.getstate()[0])  # an incomplete character is read again
+    return text, offset + read, len(data) == _CHUNK
 
 
 def stop(api, asked, check_mode):
@@ -206,7 +208,7 @@ def stop(api, asked, check_mode):
     while job["status"] not in _ENDED:
         if time.monotonic() > until:
             raise Refused(
-                f"{identity} was told to stop but did not within {asked['seconds']:.0f} s: it may still be writing its "
+                f"{identity} was asked to stop but did not within {asked['seconds']:.0f} s: it may still be writing its "
                 "checkpoint"
             )
         time.sleep(_POLL)
@@ -215,12 +217,12 @@ def stop(api, asked, check_mode):
 
 
 def quote(word):
-    """As shlex.quote, which a reader of the job's list would find hard to read."""
+    """Like shlex.quote, but more readable in the list of jobs."""
     return word if re.fullmatch(r"[\w@%+=:,./-]+", word) else "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 def write(path, text):
-    """Whole or not at all."""
+    """Writes a file atomically."""
     os.makedirs(os.path.dirname(path), mode=0o750, exist_ok=True)  # noqa: PTH103, PTH120
     partial = f"{path}.{os.getpid()}.partial"
     with open(partial, "w") as file:  # noqa: PTH123

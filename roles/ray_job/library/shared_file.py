@@ -1,6 +1,5 @@
 #!/usr/bin/python
-"""Files on the shared storage that are named by their contents: is one there, and put one there that was copied to this
-host."""
+"""Files on the shared storage that are named by their contents: checks for one, or moves an uploaded copy there."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ DOCUMENTATION = """
 module: shared_file
 short_description: A file or folder on the shared storage, with its checksum
 description:
-  - Tells whether it is there, whole. With source, moves what lies there to its place when the checksum is right. Works as the user of Ray,
-    since to root of a host that mounts the storage it may be closed.
+  - Tells whether it exists and is complete. With source, moves that to its path if the checksum matches. Works as Ray's user, since mounted
+    storage may be closed to root.
 author: LLM on Ray
 options:
-  path: {description: Its place on the shared storage., type: path, required: true}
-  sha256: {description: "Its sum; of a folder, that of its files' sums and names.", type: str, required: true}
-  source: {description: Where it was copied to on this host., type: path}
+  path: {description: Its path on the shared storage., type: path, required: true}
+  sha256: {description: "Its SHA-256; for a folder, that of its files' checksums and names.", type: str, required: true}
+  source: {description: Its uploaded copy on this host., type: path}
   user: {description: User that Ray runs as., type: str, required: true}
 """
 EXAMPLES = "- shared_file: {path: /srv/llm-ray/data/uploads/ab/x.jsonl, sha256: ab…, user: ray}"
@@ -31,8 +30,8 @@ _BLOCK = 1 << 20
 
 
 def digest(path):
-    """SHA-256 of a file; of a folder, of its files' sums and names in the order of the names. As llm_ray.conf.upload
-    has it."""
+    """Returns the SHA-256 of a file; for a folder, of its files' checksums and names in the order of the names, as in
+    llm_ray.conf.upload."""
     if os.path.isfile(path):  # noqa: PTH113
         made = hashlib.sha256()
         with open(path, "rb") as file:  # noqa: PTH123
@@ -86,8 +85,8 @@ def is_there(path, mark, sha256):
 
 
 def put(source, path, mark, sha256):
-    """Whole or not at all: the mark is written last. Where another one was faster, theirs stays, for it may be read
-    already."""
+    """Copies atomically: the checksum file is written last. If another process was faster, its copy stays, since it may
+    be in use."""
     folder, name = os.path.split(path)
     os.makedirs(folder, mode=0o750, exist_ok=True)  # noqa: PTH103
     own = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)
@@ -102,7 +101,7 @@ def put(source, path, mark, sha256):
         try:
             if not os.path.lexists(path):
                 os.rename(copy, path)  # noqa: PTH104
-        except OSError:  # a folder has come there meanwhile
+        except OSError:  # another process created the folder
             if not os.path.lexists(path):
                 raise
         with open(new_mark, "w") as file:  # noqa: PTH123

@@ -1,4 +1,4 @@
-"""The rights of the user that Ray runs as, for modules that become root."""
+"""Runs code as Ray's user, for modules that become root."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pwd
 
 @contextlib.contextmanager
 def acting_as(user):
-    """With the rights of the user of Ray: to root the shared storage may be closed. Root again afterwards, for
-    Ansible's own files.
+    """Switches to Ray's user, since shared storage may be closed to root, and back to root afterwards, for Ansible's
+    own files.
 
-    Raises KeyError where there is no such user.
+    Raises KeyError if there is no such user.
     """
     entry = pwd.getpwnam(user)
     if os.geteuid() != 0:

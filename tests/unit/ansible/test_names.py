@@ -16,10 +16,10 @@ FILES = sorted(
 )
 # Add a verb here when a task does something that none of these says.
 VERBS = {
-    "Add", "Apply", "Bring", "Build", "Check", "Choose", "Clear", "Close", "Collect", "Compare", "Compute", "Configure", "Confirm",
+    "Add", "Apply", "Build", "Check", "Choose", "Clear", "Close", "Collect", "Compare", "Compute", "Configure", "Confirm",
     "Copy", "Create", "Delete", "Deploy", "Determine", "Distribute", "Download", "Drain", "Enable", "Explain", "Fetch", "Find",
-    "Follow", "Gather", "Give", "Group", "Import", "Inspect", "Install", "Keep", "Learn", "Let", "Link", "List", "Load", "Look", "Mark",
-    "Mount", "Move", "Note", "Pack", "Parse", "Prepare", "Probe", "Provide", "Pull", "Push", "Query", "Read", "Record", "Refuse", "Reload",
+    "Follow", "Gather", "Give", "Group", "Import", "Inspect", "Install", "Keep", "Let", "Link", "List", "Load", "Look", "Mark",
+    "Mount", "Move", "Pack", "Parse", "Prepare", "Probe", "Provide", "Pull", "Push", "Query", "Read", "Record", "Refuse", "Reload",
     "Remount", "Remove", "Render", "Repeat", "Report", "Request", "Resolve", "Restart", "Restore", "Restrict", "Revoke", "Run", "Save",
     "Select", "Serve", "Set", "Show", "Skip", "Start", "Stop", "Store", "Submit", "Switch", "Tag", "Test", "Train", "Uninstall", "Unmount",
     "Unpack", "Update", "Upload", "Use", "Verify", "Wait", "Write",

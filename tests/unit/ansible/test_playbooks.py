@@ -83,7 +83,7 @@ def test_seconds_to_drain_are_a_number(tmp_path: Path, away: dict[str, Any], sec
     inventory = cluster(away, w1=away)
     done = playbook(tmp_path, inventory, "-e", "node=w1", "-e", f"drain_seconds={seconds}", name="remove_node.yml")
     assert done.returncode == 2, done.stdout
-    assert f"drain_seconds = {seconds}: type seconds, as -e drain_seconds=3600" in words(done)
+    assert f"drain_seconds = {seconds}: give seconds, such as -e drain_seconds=3600" in words(done)
 
 
 def test_a_head_that_is_lost_while_it_is_asked_has_answered_so(tmp_path: Path, away: dict[str, Any]) -> None:
@@ -184,9 +184,8 @@ def test_of_another_clusters_host_with_the_same_name_nothing_is_taken(tmp_path: 
     assert playbook(tmp_path, others, *one, name="site.yml").returncode == 0
     done = playbook(tmp_path, cluster(away, w1=stand_in(tmp_path, "w1")), *one, "--limit", "w1", name="site.yml")
     assert done.returncode == 2, done.stdout
-    assert (
-        "head: left out by --limit, not reached now, and no facts of the last hour are cached that are its own"
-        in words(done)
+    assert "head: left out by --limit, unreachable now, and its own facts were not cached in the last hour" in words(
+        done
     )
     # Where it is reached, it is asked.
     facts = {"ansible_facts": FACTS | {"default_ipv4": {"address": "10.0.0.9"}}}
@@ -214,13 +213,13 @@ def test_what_is_gone_is_told_and_what_is_not(tmp_path: Path, away: dict[str, An
     part = playbook(tmp_path, inventory, *asked, "-e", "remove_data=true", name="reset.yml")
     assert part.returncode == 4, part.stdout
     assert (
-        "llm-ray is gone from head; its data, too. w1: left out, not reached or failed: still has parts of it: run this"
+        "llm-ray is gone from head; its data, too. w1: left out, unreachable or failed, and still has parts of it: run this"
         in words(part)
     )
     inventory = cluster(stand_in(tmp_path, "head"), w1=stand_in(tmp_path, "w1"))
     limited = playbook(tmp_path, inventory, *asked, "-e", "remove_data=true", "--limit", "w1", name="reset.yml")
     assert (
-        "llm-ray is gone from w1; models, data and runs are still in /srv/llm-ray. head: left out, not reached"
+        "llm-ray is gone from w1; models, data and runs are still in /srv/llm-ray. head: left out, unreachable"
         in words(limited)
     )
     whole = playbook(tmp_path, inventory, *asked, name="reset.yml")

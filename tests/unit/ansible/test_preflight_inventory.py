@@ -145,9 +145,9 @@ def test_secrets_are_not_told(preflight: SimpleNamespace, tmp_path: Path) -> Non
         ({"llm_ray_prefix": "/srv"}, "all: llm_ray_prefix = \"/srv\": others keep files there"),
         ({"llm_ray_state": "/var/lib"}, "all: llm_ray_state = \"/var/lib\": others keep files there"),
         ({"llm_ray_home": "/home"}, "all: llm_ray_home = \"/home\": others keep files there"),
-        ({"monitoring_data": "/var"}, "all: monitoring_data = \"/var\": /var/cache lies in it, which is others', too: "
+        ({"monitoring_data": "/var"}, "all: monitoring_data = \"/var\": it contains /var/cache, which others use too: "
             "name a folder of its own"),
-        ({"w1__host_base_state": "/usr"}, "w1: host_base_state = \"/usr\": /usr/local lies in it"),
+        ({"w1__host_base_state": "/usr"}, "w1: host_base_state = \"/usr\": it contains /usr/local"),
         ({"llm_ray_state": "/etc/llm-ray"}, "all: llm_ray_state = \"/etc/llm-ray\": /etc is the system's: name a "
             "folder of its own elsewhere"),
         ({"ray_node_spill": "/dev/shm"}, "all: ray_node_spill = \"/dev/shm\": /dev is the system's: name a folder of "
@@ -173,17 +173,17 @@ def test_secrets_are_not_told(preflight: SimpleNamespace, tmp_path: Path) -> Non
             "(ansible_ssh_user)"),
         ({"monitoring_user": "ray"}, "all: monitoring_user = \"ray\": is llm_ray_user too, and goes when monitoring "
             "goes"),
-        ({"llm_ray_user": "a b"}, "all: llm_ray_user = \"a b\": must be a user's name: small letters"),
+        ({"llm_ray_user": "a b"}, "all: llm_ray_user = \"a b\": must be a user's name: lowercase letters"),
         ({"llm_ray_admin_networks": "10.0.0.0/24"}, "all: llm_ray_admin_networks = \"10.0.0.0/24\": must be a list: "
             "write [10.0.0.0/24], with -e as JSON: -e '{\"llm_ray_admin_networks\": …}'"),
         ({"monitoring_alertmanagers": None}, "all: monitoring_alertmanagers: must be a list: write []"),
         ({"ray_node_labels": "rack=a"}, "all: ray_node_labels = \"rack=a\": must be a dict: write {rack: a}, with -e "
             "as JSON"),
-        ({"llm_ray_user": ["ray"]}, "all: llm_ray_user = [\"ray\"]: must be one value, and is a list"),
-        ({"llm_ray_home": ["/srv/x"]}, "all: llm_ray_home = [\"/srv/x\"]: must be one value, and is a list"),
-        ({"llm_ray_serve_host": {"a": "b"}}, "all: llm_ray_serve_host = {\"a\": \"b\"}: must be one value, and is a "
+        ({"llm_ray_user": ["ray"]}, "all: llm_ray_user = [\"ray\"]: must be a single value, but is a list"),
+        ({"llm_ray_home": ["/srv/x"]}, "all: llm_ray_home = [\"/srv/x\"]: must be a single value, but is a list"),
+        ({"llm_ray_serve_host": {"a": "b"}}, "all: llm_ray_serve_host = {\"a\": \"b\"}: must be a single value, but is a "
             "dict"),
-        ({"nfs_client_options": ["a", "b"]}, "all: nfs_client_options = [\"a\", \"b\"]: must be one value, and is a "
+        ({"nfs_client_options": ["a", "b"]}, "all: nfs_client_options = [\"a\", \"b\"]: must be a single value, but is a "
             "list"),
         ({"llm_ray_uid": None}, "all: llm_ray_uid: is empty: write a value, '' for an empty text, or delete the line"),
         ({"ray_node_cpus": None}, "all: ray_node_cpus: is empty: write a value"),
@@ -193,15 +193,15 @@ def test_secrets_are_not_told(preflight: SimpleNamespace, tmp_path: Path) -> Non
         ({"ray_node_memory_gib": "32GB"}, "all: ray_node_memory_gib = \"32GB\": must be a number of GiB, such as 32, "
             "or auto"),
         ({"ray_node_memory_gib": 0}, "all: ray_node_memory_gib = 0: must be a number of GiB"),
-        ({"w1__ray_node_address": ["10.0.0.1"]}, "w1: ray_node_address = [\"10.0.0.1\"]: must be one value, and is a "
+        ({"w1__ray_node_address": ["10.0.0.1"]}, "w1: ray_node_address = [\"10.0.0.1\"]: must be a single value, but is a "
             "list"),
-        ({"w1__ray_node_address": "fd00::1"}, "w1: ray_node_address = \"fd00::1\": is an IPv6 address, and Ray's nodes "
+        ({"w1__ray_node_address": "fd00::1"}, "w1: ray_node_address = \"fd00::1\": is an IPv6 address, but Ray nodes "
             "need IPv4 here"),
-        ({"w1__ansible_host": [1]}, "w1: ansible_host = [1]: must be one value, and is a list"),
-        ({"w1__ansible_port": {"a": 1}}, "w1: ansible_port = {\"a\": 1}: must be one value, and is a dict"),
+        ({"w1__ansible_host": [1]}, "w1: ansible_host = [1]: must be a single value, but is a list"),
+        ({"w1__ansible_port": {"a": 1}}, "w1: ansible_port = {\"a\": 1}: must be a single value, but is a dict"),
         ({"w1__ray_node_state": "/data/a-very/long-path/of-some-forty/characters"}, "w1: ray_node_state = "
             "\"/data/a-very/long-path/of-some-forty/characters\": too long"),
-        ({"llm_ray_admin_networks": [[1]]}, "all: llm_ray_admin_networks = [1]: is no network"),
+        ({"llm_ray_admin_networks": [[1]]}, "all: llm_ray_admin_networks = [1]: is not a network"),
         ({"llm_ray_wheel_source": "file:///srv/wheels"}, "all: llm_ray_wheel_source = \"file:///srv/wheels\": must be "
             "a folder on the hosts, from / on, such as /srv/wheels"),
         ({"llm_ray_wheel_source": "./wheels"}, "all: llm_ray_wheel_source = \"./wheels\": must be a folder on the hosts"),
@@ -215,7 +215,7 @@ def test_secrets_are_not_told(preflight: SimpleNamespace, tmp_path: Path) -> Non
             "\"/data/a-very/long-path/of-some-forty/characters\": too long for the sockets that Ray makes below it: at "
             "most 39"),
         ({"llm_ray_state": "/srv/llm-ray/state"}, "all: llm_ray_state = \"/srv/llm-ray/state\": local state and shared storage (/srv/llm-ray) must not contain one"),
-        ({"llm_ray_admin_networks": ["10.0.0.1/24"]}, "all: llm_ray_admin_networks = \"10.0.0.1/24\": is no network: 10.0.0.1/24 has host bits set; write it"),
+        ({"llm_ray_admin_networks": ["10.0.0.1/24"]}, "all: llm_ray_admin_networks = \"10.0.0.1/24\": is not a network: 10.0.0.1/24 has host bits set; write it"),
         ({"llm_ray_uid": 0}, "all: llm_ray_uid = 0: must be between 1 and 59999"),
         ({"ray_node_port": 80}, "all: ray_node_port = 80: must be a port between 1024 and 65535"),
         ({"ray_node_object_manager_port": 6379}, "all: ray_node_object_manager_port = 6379: is the port of ray_node_port too: choose another"),

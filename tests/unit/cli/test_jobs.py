@@ -109,7 +109,7 @@ def test_a_conf_that_is_wrong_comes_to_no_queue(run: Run, submit: Run) -> None:
 
 
 def test_those_that_a_restart_has_ended_go_on(run: Run, submit: Run, asked: dict[str, str], tmp_path: Path) -> None:
-    assert run("recover").output == "a restart of this machine has ended no job\n"
+    assert run("recover").output == "no job was interrupted by a restart of this machine\n"
     with opened_run(conf_of(asked | {"name": "busy"}, tmp_path), force=False):
         submit("first")
         folder = tmp_path / "runs" / ".queue"
@@ -119,6 +119,6 @@ def test_those_that_a_restart_has_ended_go_on(run: Run, submit: Run, asked: dict
         (folder / "first.yaml").write_text(dump(conf_of(asked | {"name": "first"}, tmp_path)))
         job_queue.write_entry(folder, "first", replace(entry, boot=f"{entry.boot.split()[0]} before"))
         assert states(run) == {"first": "failed"}
-        assert run("recover").output == "go on: first\n"
+        assert run("recover").output == "continued: first\n"
         assert states(run) == {"first": "waiting"}
     assert run("follow", "first").stderr == "first: done\n"

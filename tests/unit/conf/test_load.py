@@ -188,7 +188,7 @@ BROKEN = {
     "few bits and fsdp": (
         "name: a\nmodel: {base: b, weights: int4}\ndata:\n  train: train.jsonl\nruntime: {workers: 2}\ntraining:\n"
         "  strategy: fsdp\n",
-        ":2: model.weights int4; training.strategy fsdp shares them out: use training.strategy ddp",
+        ":2: model.weights int4; training.strategy fsdp shards them: use training.strategy ddp",
     ),
     "few bits of a GGUF": (
         "name: a\nmodel: {base: b, weights: int4, gguf_file: m.gguf}\ndata:\n  train: train.jsonl\n",
@@ -196,7 +196,7 @@ BROKEN = {
     ),
     "few bits and ipex": (
         "name: a\nmodel: {base: b, weights: int8}\ndata:\n  train: train.jsonl\ntraining:\n  accelerator: ipex\n",
-        ":2: model.weights int8; training.accelerator ipex lays them out in its own way: use accelerator torch",
+        ":2: model.weights int8; training.accelerator ipex changes their layout: use accelerator torch",
     ),
     "ipex and all weights": (
         "training:\n  accelerator: ipex\ntuning:\n  method: full\n",

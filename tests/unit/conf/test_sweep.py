@@ -71,7 +71,7 @@ def test_what_is_searched_and_set_may_be_set_from_the_command_line(here: Path) -
         ("search.tuning.lora={choice: [1, 2]}", "search.tuning.lora: a section of a finetune's conf, not a key"),
         ("search.data.max_length={choice: [8, 16]}", "search.data.max_length: trials share their data and model"),
         ("search.training.seed={integers: [1, 2]}", "search.training.seed: trials share"),
-        ("search.training.epochs={integers: [1, 3]}", "search.training.epochs: set gives it a value, too"),
+        ("search.training.epochs={integers: [1, 3]}", "search.training.epochs: set has a value for it too"),
         ("search.tuning.dpo.beta={uniform: [0.1, 0.2]}", "it has no effect: tuning.objective is sft"),
         ("set.tuning.method=full", "search.tuning.lora.r: it has no effect: tuning.method is full"),
         (
@@ -80,7 +80,7 @@ def test_what_is_searched_and_set_may_be_set_from_the_command_line(here: Path) -
         ),
         ("set.training.epochs=some", 'training.epochs is "some": it must be a number above 0 or auto'),
         ("set.data.validation=null", "data.validation is null, but trials are compared on validation rows"),
-        ("metric=accuracy", "metric accuracy is of objectives that learn from pairs, but tuning.objective is sft"),
+        ("metric=accuracy", "metric accuracy needs an objective that learns from pairs, but tuning.objective is sft"),
         ("config=nowhere", "no such file, and no shipped template of that name"),
         ("num_samples=3", "num_samples is neither a key of the conf nor a variable of s.yaml; did you mean trials"),
         ("trials=0", "trials is 0: it must be an integer of at least 1"),
@@ -96,7 +96,7 @@ def test_ends_that_do_not_go_together_are_told(here: Path) -> None:
     (here / "base.yaml").write_text(BASE + "runtime: {workers: 2}\n")
     ways = "search.training.accelerator={choice: [torch, ipex]}"
     with pytest.raises(
-        ConfError, match=r's\.yaml:5: search: .*fsdp.*"ipex" do not go together: training\.accelerator ipex'
+        ConfError, match=r's\.yaml:5: search: .*fsdp.*"ipex" cannot be combined: training\.accelerator ipex'
     ):
         load_sweep("s.yaml", [*given, ways], (), here)
 

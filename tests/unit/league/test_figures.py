@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.league.quality import perplexity
 from benchmarks.league.report import plot, summary, tables
 from benchmarks.league.run import Cell, figures, last_words
-from benchmarks.league.shares import Middle, decode_share, prefill_share
+from benchmarks.league.shares import Median, decode_share, prefill_share
 from benchmarks.league.weights import Shape, requantize, shape, step_bytes
 from llm_ray.bench.load import Failure, Load, LoadReport, Sample
 from llm_ray.errors import ModelError
@@ -24,8 +24,8 @@ UNTIED = Shape(parameters=1200, head=200, tied=False, kv_values=8)
 
 
 def test_median_and_spread_of_rounds() -> None:
-    assert Middle.of([3.0, 1.0, 2.0, 10.0]) == Middle(2.5, 1.0, 10.0, 4)
-    assert Middle.of([]) is None
+    assert Median.of([3.0, 1.0, 2.0, 10.0]) == Median(2.5, 1.0, 10.0, 4)
+    assert Median.of([]) is None
 
 
 def test_decoding_reads_the_weights_once_a_step() -> None:

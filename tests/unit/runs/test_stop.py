@@ -53,7 +53,7 @@ def test_the_command(make_conf: MakeConf, tmp_path: Path) -> None:
     conf = make_conf("trial")
     asked = ["runs", "stop", "trial", "--runs", str(conf.paths.runs)]
     with opened_run(conf, force=False):
-        assert CliRunner().invoke(cli, asked).output.startswith("trial was asked to stop")
+        assert CliRunner().invoke(cli, asked).output.startswith("trial is stopping")
         assert json.loads(CliRunner().invoke(cli, [*asked, "--json"]).output)["state"] == "running"
     refused = CliRunner().invoke(cli, asked)
     assert (refused.exit_code, "is not running" in refused.output) == (1, True)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from llm_ray.cli.main import cli
 from llm_ray.errors import ServeError
-from llm_ray.serve.deployments.deploy import check_port, tell_reason
+from llm_ray.serve.deployments.deploy import check_port, root_cause
 
 SERVE = """The deployment failed to start 1 times in a row. Error:
 ray::ServeReplica:model:m:model.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
@@ -23,10 +23,10 @@ ValueError: To serve at least one request, 3 GiB KV cache is needed
 
 
 def test_the_root_cause_is_told() -> None:
-    assert tell_reason(SERVE) == "ValueError: To serve at least one request, 3 GiB KV cache is needed"
-    assert tell_reason("ray::X\nray.exceptions.FooError: gone\n") == "FooError: gone"
-    assert tell_reason("replica died") == "replica died"
-    assert "llm-ray serve logs" in tell_reason("")
+    assert root_cause(SERVE) == "ValueError: To serve at least one request, 3 GiB KV cache is needed"
+    assert root_cause("ray::X\nray.exceptions.FooError: gone\n") == "FooError: gone"
+    assert root_cause("replica died") == "replica died"
+    assert "llm-ray serve logs" in root_cause("")
 
 
 def test_what_a_validation_says_of_the_fields_is_told() -> None:
@@ -34,7 +34,7 @@ def test_what_a_validation_says_of_the_fields_is_told() -> None:
   Value error, User-specified max_model_len (20000) is greater than 8192 [type=value_error, input_value=ArgsKwargs(()), input_type=ArgsKwargs]
     For further information visit https://errors.pydantic.dev/2.12/v/value_error
 """
-    assert tell_reason(told) == "RuntimeError: User-specified max_model_len (20000) is greater than 8192"
+    assert root_cause(told) == "RuntimeError: User-specified max_model_len (20000) is greater than 8192"
 
 
 def test_a_port_in_use_is_named() -> None:

@@ -15,7 +15,7 @@ from llm_ray.conf.section import Paths
 from llm_ray.conf.serve import Autoscale, ModelServing, ServeConf
 from llm_ray.errors import ModelError, ServeError
 from llm_ray.serve.deployments import plan as planning
-from llm_ray.serve.deployments.plan import Node, beyond_room, place, plan, tell
+from llm_ray.serve.deployments.plan import Node, beyond_room, describe, place, plan
 from llm_ray.serve.models import ServedModel
 
 GIB = 2**30
@@ -212,7 +212,7 @@ def test_what_may_come_with_the_load_and_has_no_room_is_told() -> None:
 def test_where_no_core_is_free_they_are_shared() -> None:
     (model,) = place([_model()], [_node(cpus=2, free=0)], {})
     assert (model.cpus, model.threads) == (0, 2)
-    assert "2 thread(s) on shared cores" in tell(model)
+    assert "2 thread(s) on shared cores" in describe(model)
 
 
 def test_what_a_model_holds_is_free_for_its_successor() -> None:

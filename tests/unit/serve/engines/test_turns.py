@@ -50,7 +50,7 @@ class Engine:
 
 
 def test_requests_of_one_adapter_are_never_held_back() -> None:
-    engine = Engine(Turns(takes=2, lasts=4))
+    engine = Engine(Turns(admit_steps=2, max_steps=4))
     for number in range(6):
         engine.ask(f"r{number}", 3, 50)
     for _ in range(100):
@@ -60,7 +60,7 @@ def test_requests_of_one_adapter_are_never_held_back() -> None:
 
 
 def test_a_turn_takes_in_no_more_once_others_have_waited() -> None:
-    engine = Engine(Turns(takes=3, lasts=100))
+    engine = Engine(Turns(admit_steps=3, max_steps=100))
     engine.ask("first", BASE, 6)
     engine.step()
     engine.ask("other", 1, 1)
@@ -75,7 +75,7 @@ def test_a_turn_takes_in_no_more_once_others_have_waited() -> None:
 
 
 def test_an_endless_answer_is_paused_for_others_and_goes_on() -> None:
-    engine = Engine(Turns(takes=2, lasts=5))
+    engine = Engine(Turns(admit_steps=2, max_steps=5))
     engine.ask("endless", 1, 10**6)
     engine.step()
     engine.ask("short", 2, 2)
@@ -86,7 +86,7 @@ def test_an_endless_answer_is_paused_for_others_and_goes_on() -> None:
 
 
 def test_who_came_first_is_next() -> None:
-    engine = Engine(Turns(takes=1, lasts=100))
+    engine = Engine(Turns(admit_steps=1, max_steps=100))
     for request_id, adapter in (("a", 1), ("b", 2), ("c", BASE), ("d", 2), ("e", 1)):
         engine.ask(request_id, adapter, 2)
     for _ in range(10):
@@ -97,7 +97,7 @@ def test_who_came_first_is_next() -> None:
 
 @pytest.mark.parametrize("left", ["other", "own"])
 def test_whoever_leaves_the_queue_is_forgotten(left: str) -> None:
-    turns = Turns(takes=1, lasts=2)
+    turns = Turns(admit_steps=1, max_steps=2)
     turns.wait("own", BASE)
     turns.wait("other", 1)
     turns.leave(left)
@@ -112,7 +112,7 @@ def test_whoever_leaves_the_queue_is_forgotten(left: str) -> None:
 
 
 def test_a_steady_stream_for_one_adapter_starves_nobody() -> None:
-    engine = Engine(Turns(takes=4, lasts=8), batch=2)
+    engine = Engine(Turns(admit_steps=4, max_steps=8), batch=2)
     engine.ask("waits", 7, 1)
     for number in range(200):
         engine.ask(f"s{number}", number % 2, 3)
@@ -126,13 +126,13 @@ def test_a_steady_stream_for_one_adapter_starves_nobody() -> None:
 @given(
     requests=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 4), st.integers(1, 30)), max_size=25),
     batch=st.integers(1, 4),
-    takes=st.integers(1, 6),
-    lasts=st.integers(6, 12),
+    admit_steps=st.integers(1, 6),
+    max_steps=st.integers(6, 12),
 )
 def test_everyone_is_answered_within_the_turns_of_those_before(
-    requests: list[tuple[int, int, int]], batch: int, takes: int, lasts: int
+    requests: list[tuple[int, int, int]], batch: int, admit_steps: int, max_steps: int
 ) -> None:
-    engine = Engine(Turns(takes, lasts), batch)
+    engine = Engine(Turns(admit_steps, max_steps), batch)
     waiting = sorted((at, number, adapter, tokens) for number, (at, adapter, tokens) in enumerate(requests))
     for step in range(5000):
         while waiting and waiting[0][0] <= step:
