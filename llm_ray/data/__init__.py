@@ -1,7 +1,6 @@
 """From rows of any supported format to supervised tokens on disk.
 
-The way of a row: :mod:`~llm_ray.data.sources` reads it and knows its file and line, a processor may change or drop it,
-:mod:`~llm_ray.data.formats` makes a conversation (or a text) of it, :mod:`~llm_ray.data.encode` tokens and labels,
-:mod:`~llm_ray.data.prepare` writes them as Arrow files. One row after the other: no stage
-holds all of them.
+:mod:`~llm_ray.data.sources` reads each row with its file and line, a processor may change or drop it,
+:mod:`~llm_ray.data.formats` converts it to a conversation, text or pair, :mod:`~llm_ray.data.encode` to tokens and
+labels, and :mod:`~llm_ray.data.prepare` writes these as Arrow files. Rows are streamed: no stage holds all of them.
 """

@@ -1,15 +1,14 @@
 """Encodes conversations and texts as tokens and labels.
 
-By construction, training uses the same prompts as serving. For each of the assistant's answers the chat template is
-asked for the prompt of that answer (``add_generation_prompt=True``, as a server does), and for the conversation up to
-its end; the tokens of the prompt are not supervised, those that follow are, up to and including the token that ends a
-turn. If the prompt of the next answer goes on from these very tokens, it is added to the sequence. If it does not
-(templates that take the reasoning out of earlier answers, or move tools behind the last question), the next answer
-begins a sequence of its own, which again starts with the very tokens a server would send. So no marks such as ``{%
-generation %}`` are needed, and templates that have them work as well.
+By construction, training uses the same prompts as serving. For each assistant answer, the chat template renders the
+answer's prompt (``add_generation_prompt=True``, as a server does), and the conversation up to the end of the answer.
+Tokens of the prompt are not supervised; those after it are, up to and including the end-of-turn token. If the next
+answer's prompt starts with exactly these tokens, it extends the sequence. If not (some templates remove the reasoning
+from earlier answers, or move tools behind the last question), the next answer starts a new sequence, again with exactly
+the tokens that a server would send. So markers such as ``{% generation %}`` are not needed, but do no harm.
 
-Labels are aligned with the tokens (``labels[t]`` is ``input_ids[t]`` or -100; the shift by one is the loss's), and the
-first label of a sequence is always -100: nothing is predicted from a neighbour in the same pack.
+Labels are aligned with the tokens (``labels[t]`` is ``input_ids[t]`` or -100; the loss shifts them by one). The first
+label of a sequence is always -100: nothing is predicted from a neighbour in the same pack.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
 TOO_LONG = "the first answer does not end within data.max_length"
 PAIR_TOO_LONG = "an answer of the pair does not end within data.max_length"
 SAME = "both answers of the pair are the same"
-MARK = "\ufdd0"  # no character of any text: Unicode keeps it for programs
+MARK = "\ufdd0"  # does not occur in texts: Unicode reserves it for internal use of programs
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """Tokens and their labels, of the same length. Of a pair: the row with the chosen answer, then the one with the
+    """Tokens and their labels, of the same length. For a pair: the row with the chosen answer, then the one with the
     rejected answer, each with its prompt."""
 
     input_ids: list[int]
     labels: list[int]
     chosen: int = 0
-    """Of a pair, tokens of the row with the chosen answer."""
+    """For a pair, the length of the row with the chosen answer; else 0."""
 
     def rows(self) -> list[Sequence]:
-        """What the model sees as rows of their own: this one, or the two of a pair."""
+        """Returns the rows that the model computes separately: this one, or both of a pair."""
         if not self.chosen:
             return [self]
         return [
@@ -59,34 +58,34 @@ class Sequence:
 
 @dataclass(slots=True)
 class Encoded:
-    """A row's sequences (none: nothing of it is supervised), and what it lost."""
+    """A row's sequences (empty if nothing is supervised), and what was cut."""
 
     sequences: list[Sequence] = field(default_factory=list)
     longest: int = 0
-    """Tokens of the whole row, before anything was cut."""
+    """Length in tokens before anything was cut."""
     truncated: bool = False
-    """Whether answers at the end were cut because they did not fit."""
+    """Whether answers at the end were dropped because they did not fit."""
     lost: str = field(default="", compare=False)
-    """Why nothing of it is learnt; empty where something is."""
+    """Why the row is dropped; empty if it is used."""
 
 
 @dataclass(slots=True)
 class _Answer:
-    """An answer on its way from text to tokens."""
+    """Rendered texts of an answer: its prompt, and the prompt with the answer."""
 
     prompt: str
     whole: str
     cut: bool
-    """Whether the template ends the answer without an end-of-turn token, so that one is put after `whole`."""
+    """Whether the template has no end-of-turn token, so that one is appended to `whole`."""
 
 
 def encoder_for(
     conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[list[Any]], list[Encoded | DataError]]:
-    """What makes tokens of what the conf's objective reads: of a list of such contents, one result each, in order; an
-    error (its place is not known here) where the chat template refuses one.
+    """Returns the encoder for the conf's objective. It converts a list of contents to one result each, in order: a
+    DataError (without file and line) if the chat template rejects the content.
 
-    Raises ModelError for a tokenizer or chat template that cannot be trained with.
+    Raises ModelError for a tokenizer or chat template that cannot be used for training.
     """
     if conf.objective.reads == "texts":
         return TextEncoder(tokenizer, conf.data.max_length).encode
@@ -95,19 +94,19 @@ def encoder_for(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the token that ends an assistant's turn under the tokenizer's chat template.
+    """Returns the id of the token that ends an assistant turn under the tokenizer's chat template.
 
-    Serving has to stop at it: it belongs into the generation config's ``eos_token_id``. Raises :class:`ModelError` if
-    there is no chat template, or neither the template nor the tokenizer has such a token.
+    Generation has to stop at it, so the generation config's ``eos_token_id`` must contain it. Raises
+    :class:`ModelError` if there is no chat template, or neither the template nor the tokenizer has such a token.
     """
     return ChatEncoder(tokenizer, max_length=1).end
 
 
 class SpecialTokens:
-    """The tokenizer's special tokens as rows may have them in their texts: ``<|im_end|>`` in a user's question ends its
-    turn.
+    """Special tokens of the tokenizer that occur in the texts of rows, where they would take effect: ``<|im_end|>`` in a
+    question would end its turn.
 
-    Raises ModelError, with `escape`, for a tokenizer that cannot tell where its tokens stand in a text.
+    Raises ModelError, with `escape`, for a tokenizer that does not report the positions of tokens in the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, escape: bool) -> None:
@@ -129,8 +128,8 @@ class SpecialTokens:
                 )
 
     def found(self, content: Content) -> str:
-        """The first special token in the texts; empty where there is none. A BOS before a plain text and an EOS after
-        it do not count."""
+        """Returns the first special token in the texts; empty if there is none. A BOS at the start of a plain text and
+        an EOS at its end do not count."""
         if not self._pattern:
             return ""
         if isinstance(content, Pair):
@@ -143,8 +142,8 @@ class SpecialTokens:
         )
 
     def escaped(self, content: Content) -> Content:
-        """The same with special tokens broken by a mark, for :func:`tokens_of` to take out: they become tokens of
-        ordinary text."""
+        """Returns the content with a mark inside each special token, which :func:`tokens_of` removes after tokenizing,
+        so that they are encoded as ordinary text."""
         if isinstance(content, Pair):
             return Pair(self._escaped(content.chosen), self._escaped(content.rejected), content.shared)
         if isinstance(content, Text):
@@ -167,7 +166,8 @@ class SpecialTokens:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    """The ids of each text, without those of marks. Rows longer than the model's context are cut later."""
+    """Returns the token ids of each text, without those of marks. Texts may exceed the model's context: they are cut
+    later."""
     if not texts:
         return []
     marked = any(MARK in text for text in texts)
@@ -189,7 +189,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_speci
 
 
 def _texts(value: object) -> Iterator[str]:
-    """All texts in a value of lists and dictionaries."""
+    """Yields all strings in nested lists and dictionaries."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
@@ -198,7 +198,7 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of a value of lists and dictionaries, its texts changed."""
+    """Returns a copy of nested lists and dictionaries with `change` applied to all strings."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -207,12 +207,12 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
 
 
 class ChatEncoder:
-    """Encodes conversations; see the module's text for how."""
+    """Encodes conversations, as described in the module's docstring."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, template_file: Path | None = None) -> None:
-        """`template_file`: where the tokenizer's chat template comes from, if not from its own folder; errors name it.
+        """`template_file`: source of the tokenizer's chat template, if it is not its own folder; used in errors.
 
-        Raises ModelError for a template that cannot be trained on.
+        Raises ModelError for a template that cannot be used for training.
         """
         self.tokenizer, self.max_length = tokenizer, max_length
         self._called = f"the chat template {template_file or f'of {tokenizer.name_or_path}'}"
@@ -229,7 +229,8 @@ class ChatEncoder:
         self.end, self.ending = self._end_of_turn()
 
     def encode(self, conversations: list[Conversation]) -> list[Encoded | DataError]:
-        """One result a conversation, in order; an error (its place is not known here) where the template refuses it."""
+        """Returns one result per conversation, in order: a DataError (without file and line) if the template rejects
+        it."""
         answers = [self._answers(self.adapt(c)) for c in conversations]
         texts = [
             text for row in answers if isinstance(row, list) for answer in row for text in (answer.prompt, answer.whole)
@@ -241,7 +242,7 @@ class ChatEncoder:
         ]
 
     def adapt(self, conversation: Conversation) -> Conversation:
-        """The conversation in roles that the template knows (:meth:`ChatTemplate.adapt`)."""
+        """Returns the conversation with roles that the template supports (:meth:`ChatTemplate.adapt`)."""
         return Conversation(*self.template.adapt(conversation.messages, conversation.tools))
 
     def _answers(self, conversation: Conversation) -> list[_Answer] | DataError:
@@ -249,7 +250,7 @@ class ChatEncoder:
         for number, message in enumerate(messages):
             if message.get("weight") == 0:
                 continue
-            # An answer to nothing cannot be asked for, and an empty one teaches to say nothing.
+            # Skip an answer without a question, which nobody can prompt for, and empty ones, which teach silence.
             if (
                 message["role"] != "assistant"
                 or not number
@@ -259,7 +260,7 @@ class ChatEncoder:
             try:
                 prompt = self.template.render(messages[:number], conversation.tools, prompt=True)
                 whole = self.template.render(messages[: number + 1], conversation.tools, prompt=False)
-            except Exception as error:  # a template is a program of the model's: it raises what it likes
+            except Exception as error:  # a template is code from the model, and may raise anything
                 return DataError(f"the chat template rejects the row: {error}")
             if not whole.startswith(prompt):
                 return DataError(f"turn {number + 1}: {_not_a_prefix(prompt, whole)}")
@@ -279,14 +280,13 @@ class ChatEncoder:
         ids: list[int] = []
         labels: list[int] = []
         for answer, prompt, whole in answers:
-            # If a token lies across the boundary, the answer is tokenized by itself: the server sends the prompt as it
-            # is.
+            # If a token spans the boundary, tokenize the answer separately, since a server sends the prompt alone.
             together = whole[: len(prompt)] == prompt
             after = whole[len(prompt) :] if together else self._tokens([answer.whole[len(answer.prompt) :]])[0]
             supervised = self._ended(after, answer.cut)
             length = len(prompt) + len(supervised)
             encoded.longest = max(encoded.longest, length)
-            # Once an answer is cut, so are those after it: they may refer to it.
+            # Later answers may refer to one that was cut, so they are cut, too.
             encoded.truncated |= length > self.max_length
             if encoded.truncated:
                 continue
@@ -302,24 +302,24 @@ class ChatEncoder:
         return encoded
 
     def _ended(self, answer: list[int], cut: bool) -> list[int]:
-        """The answer's tokens up to its end-of-turn token; templates put line breaks and more after it, which no one
-        generates."""
+        """Returns the answer's tokens up to its end-of-turn token. What templates write after it, such as line breaks,
+        is never generated."""
         if cut:
             return [*answer, self.end]
         if self.end in answer:
             return answer[: len(answer) - answer[::-1].index(self.end)]
-        # A call of a tool may end in another token than an answer in words does.
+        # A tool call may end with a different token than a text answer.
         last = max((i for i, token in enumerate(answer) if token in self.special), default=None)
         if last is not None and not self.tokenizer.decode(answer[last + 1 :]).strip():
             return answer[: last + 1]
         return [*answer, self.end]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        return tokens_of(self.tokenizer, texts, add_special_tokens=False)  # the template writes them
+        return tokens_of(self.tokenizer, texts, add_special_tokens=False)  # the template adds them
 
     def _end_of_turn(self) -> tuple[int, str]:
-        """The end-of-turn token, and the text to replace by it if the template ends a turn without any special
-        token."""
+        """Returns the end-of-turn token; if the template has none, EOS, and the text after an answer to replace by
+        it."""
         question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
         try:
             prompt, whole = (
@@ -356,17 +356,17 @@ def _not_a_prefix(prompt: str, whole: str) -> str:
 
 
 class PairEncoder:
-    """Encodes preference pairs: both answers after the same tokens of the prompt, and supervised alone.
+    """Encodes preference pairs: the same prompt tokens before both answers, and only the answers supervised.
 
-    Nothing of a pair is cut: the log-probability of half an answer is no measure of it, and a prompt without its
-    beginning is another prompt. Where either answer does not end within the encoder's `max_length`, the pair is lost.
+    Pairs are never cut: the log-probability of half an answer says nothing about the whole, and a shortened prompt is a
+    different prompt. A pair is dropped if either answer does not end within the encoder's `max_length`.
     """
 
     def __init__(self, chat: ChatEncoder) -> None:
         self.chat = chat
 
     def encode(self, pairs: list[Pair]) -> list[Encoded | DataError]:
-        """One result a pair, in order; an error (its place is not known here) where the template refuses it."""
+        """Returns one result per pair, in order: a DataError (without file and line) if the template rejects it."""
         sides = [_answered(side, pair.shared) for pair in pairs for side in (pair.chosen, pair.rejected)]
         encoded = iter(self.chat.encode(sides))
         return [self._laid_out(next(encoded), next(encoded)) for _ in pairs]
@@ -378,8 +378,8 @@ class PairEncoder:
                 return DataError(f"{name}: {side}")
             if len(side.sequences) > 1:
                 return DataError(
-                    f"{name}: the chat template writes its turns otherwise once others follow, so that they are no one "
-                    "answer: end chosen and rejected after the first answer in which they differ"
+                    f"{name}: the chat template renders its turns differently once others follow, so they do not form "
+                    "one answer: end chosen and rejected after the first answer in which they differ"
                 )
             answers.append(side)
         longest, truncated = max(side.longest for side in answers), any(side.truncated for side in answers)
@@ -398,13 +398,13 @@ class PairEncoder:
 
 
 def _answered(conversation: Conversation, shared: int) -> Conversation:
-    """The conversation with nothing learnt of its first `shared` messages."""
+    """Returns the conversation with its first `shared` messages not supervised."""
     before = [message | {"weight": 0} for message in conversation.messages[:shared]]
     return Conversation(before + conversation.messages[shared:], conversation.tools)
 
 
 class TextEncoder:
-    """Encodes plain text: every token is learnt, an end-of-text token after the last, cut into pieces of
+    """Encodes plain text: all tokens are supervised, followed by an end-of-text token, and cut into pieces of
     `max_length`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -416,8 +416,8 @@ class TextEncoder:
         self.tokenizer, self.max_length, self.end = tokenizer, max_length, tokenizer.eos_token_id
 
     def encode(self, texts: list[Text]) -> list[Encoded | DataError]:
-        """One result a text, in order."""
-        # With the special tokens the tokenizer puts around a text (a BOS, where the model was trained with one).
+        """Returns one result per text, in order."""
+        # With the special tokens that the tokenizer adds around a text (a BOS, if the model was trained with one).
         tokens = tokens_of(self.tokenizer, [t.text for t in texts], add_special_tokens=True)
         return [
             self._pieces(ids) if text.text.strip() else Encoded(lost=NO_ANSWER)
@@ -425,7 +425,7 @@ class TextEncoder:
         ]
 
     def _pieces(self, ids: list[int]) -> Encoded:
-        # A text may begin with a BOS, and end with the end of text, of its own.
+        # The text itself may contain a BOS and an end-of-text token.
         begin = self.tokenizer.bos_token_id
         while begin is not None and ids[:2] == [begin, begin]:
             ids = ids[1:]
@@ -435,7 +435,7 @@ class TextEncoder:
             ids = [*ids, self.end]
         starts = list(range(0, len(ids), self.max_length))
         if len(ids) - starts[-1] == 1 and len(starts) > 1:
-            starts[-1] -= 1  # a last piece of one token has nothing to predict it from
+            starts[-1] -= 1  # a piece of one token would have nothing supervised
         pieces = [ids[a:b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
         sequences = [Sequence(p, [IGNORED, *p[1:]]) for p in pieces if len(p) > 1]
         return Encoded(sequences, longest=len(ids), lost="" if sequences else NO_ANSWER)

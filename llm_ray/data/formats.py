@@ -1,4 +1,4 @@
-"""Converts rows of the supported formats to conversations or texts.
+"""Converts rows of the supported formats to conversations, texts or preference pairs.
 
 | format | columns (optional ones in brackets) |
 | --- | --- |
@@ -12,13 +12,13 @@
 | openai_preference | input: {messages, [tools]}, preferred_output, non_preferred_output: lists of messages, [system] |
 | text | text |
 
-A conversation is in the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; contents that are
-text or a list of several parts of text; an assistant's ``tool_calls`` with the arguments as an object; ``tools`` as
-JSON schemas of functions. An answer with ``weight`` 0 is not learnt; ``train``, ``training`` and ``loss``, as other
-trainers write it, mean the same.
+A conversation has the form of :mod:`llm_ray.models.chat`: roles system, user, assistant and tool; content as text or a
+list of several text parts; an assistant's ``tool_calls`` with arguments as an object; ``tools`` as JSON schemas of
+functions. An answer with ``weight`` 0 is not supervised; ``train``, ``training`` and ``loss``, used by other trainers,
+mean the same.
 
-Answers of a preference pair are texts, turns, or whole conversations with the same beginning, which is the prompt; else
-`prompt` is, a text or turns, or `conversations` (ShareGPT).
+Answers of a preference pair are texts, turns, or whole conversations, whose common beginning is the prompt. Otherwise
+the prompt is in `prompt` (text or turns) or `conversations` (ShareGPT).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llm_ray.errors import ConfError, DataError
 from llm_ray.models.chat import Message, text_of
 from llm_ray.nearest import nearest_names
 
-# Required columns first: they tell the format. Where a row has the columns of several, the earlier one wins.
+# Formats are detected by their required columns; if a row has those of several formats, the first one wins.
 REQUIRED: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -86,15 +86,15 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text to learn whole."""
+    """Plain text, supervised as a whole."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two conversations that begin with the same `shared` messages, the prompt; what follows in `chosen` is preferred to
-    what follows in `rejected`."""
+    """Two conversations whose first `shared` messages, the prompt, are the same; the rest of `chosen` is preferred to the
+    rest of `rejected`."""
 
     chosen: Conversation
     rejected: Conversation
@@ -105,15 +105,14 @@ Content = Conversation | Text | Pair
 
 
 class Formatter:
-    """Makes rows into conversations, texts or pairs, as ``data.format``, ``data.columns`` and ``data.system`` say.
+    """Converts rows to conversations, texts or pairs, by ``data.format``, ``data.columns`` and ``data.system``.
 
-    With ``format: auto`` each file's format is told by its first good row. ``formats`` collects what was found,
-    ``left_out`` the columns, and the fields of turns, that are not used, with the number of rows that have something in
-    them.
+    With ``format: auto`` each file's format is detected from its first valid row. ``formats`` collects the formats
+    found; ``left_out`` counts, for each unused column or field of turns, the rows where it is not empty.
     """
 
     def __init__(self, data: Data, reads: Reads) -> None:
-        """`reads`: what the objective makes of a row; rows are made into nothing else."""
+        """`reads`: the kind of content that the objective reads; with ``format: auto``, other formats are errors."""
         self.data, self.reads = data, reads
         self.formats: list[str] = []
         self.left_out: Counter[str] = Counter()
@@ -121,7 +120,7 @@ class Formatter:
         self._check_columns()
 
     def __call__(self, row: Row) -> Content:
-        """The row as a conversation, text or pair. Raises :class:`DataError` that names file and line."""
+        """Converts the row. Raises :class:`DataError` with file and line."""
         try:
             values = self._rename(row.values)
             form = self._of_file.get(row.file)
@@ -177,8 +176,8 @@ class Formatter:
                 return pair
             raise _Bad(
                 f"tuning.objective {objectives_reading('pairs')} needs the columns 'chosen' and 'rejected', the row has {_names(values)}: name "
-                f"yours in data.columns, e.g. {{chosen: {next(iter(values), 'better')}}}, or learn from rows with one "
-                "answer each by objective sft"
+                f"yours in data.columns, e.g. {{chosen: {next(iter(values), 'better')}}}, or use objective sft "
+                "with rows of one answer each"
             )
         if pair:
             raise _Bad(
@@ -238,7 +237,7 @@ class Formatter:
         return Conversation(messages, tools)
 
     def _add_system(self, values: dict[str, Any], messages: list[Message]) -> None:
-        """Put the system message of the row, else of the conf, before messages without one."""
+        """Prepends the system message of the row, else of the conf, to messages without one."""
         if messages[0]["role"] != "system":
             system = _system(values["system"]) if values.get("system") else self.data.system
             if system:
@@ -250,7 +249,7 @@ class Formatter:
         else:
             prompt, tools = _prompt(values, unused), _tools(values.get("tools"))
         chosen, rejected = (_side(values, column, prompt, unused) for column in REQUIRED[form][-2:])
-        shared = _parting(chosen, rejected)
+        shared = _shared_prompt(chosen, rejected)
         if not shared:
             raise _Bad(
                 "the answers have no prompt: give it in a column 'prompt' (data.columns: {prompt: …}), or begin chosen "
@@ -269,7 +268,7 @@ class Formatter:
 
 
 class _Bad(Exception):
-    """What is wrong with a row; the place is put before it."""
+    """An error in a row; file and line are added by the caller."""
 
 
 def _names(values: Mapping[str, Any]) -> str:
@@ -293,7 +292,7 @@ def _is_empty(value: object) -> bool:
 
 
 def _system(value: object) -> str | list[dict[str, str]]:
-    """The column `system`: text, or parts of text as in a message."""
+    """Checks the column `system`: text, or text parts as in a message."""
     if isinstance(value, list):
         return _parts(value, "'system'")
     if not isinstance(value, str):
@@ -302,8 +301,8 @@ def _system(value: object) -> str | list[dict[str, str]]:
 
 
 def _check_label(form: str, values: dict[str, Any]) -> set[str]:
-    """Raises _Bad for the example of a bad answer, as data for KTO have it. Gives the columns of labels that say
-    nothing of the kind."""
+    """Raises _Bad for a row marked as a bad answer, as in KTO data. Returns label columns with other contents, which are
+    unused."""
     unused: set[str] = set()
     for column in ("label", "kto_tag"):
         value = values.get(column)
@@ -323,7 +322,7 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
 
 
 def _parsed(value: object, what: str) -> object:
-    """CSV, and many data sets, keep lists as JSON text."""
+    """Parses JSON text, as which CSV files and many data sets store lists; returns other values unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -335,8 +334,8 @@ def _parsed(value: object, what: str) -> object:
 
 
 def _check_json(value: object, what: str) -> None:
-    """Tables hold bytes and NaN, and a processor's rows anything: the model would learn to write what no client can
-    read."""
+    """Raises _Bad for values that JSON does not support, such as bytes or NaN from tables and processors: the model would
+    learn to write what clients cannot parse."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -344,21 +343,20 @@ def _check_json(value: object, what: str) -> None:
 
 
 BAD_LABELS = (0, -1, "0", "-1", "bad", "no", "rejected", "undesirable")
-"""What KTO data write for False where the column can mean nothing else."""
-LEARNT = ("weight", "train", "training", "loss")
-"""Fields of a turn that say whether its answer is learnt."""
+"""Further values that mean False in KTO data, for columns that can have no other meaning."""
+SUPERVISED = ("weight", "train", "training", "loss")
+"""Fields of a turn that say whether its answer is supervised."""
 USED = {
     "system": ("role", "content"),
     "user": ("role", "content"),
     "assistant": ("role", "content", "tool_calls", "function_call", "reasoning_content"),
     "tool": ("role", "content", "tool_call_id", "name"),
 }
-"""Fields of a turn that are used, by its role."""
+"""Fields of a turn that are used, by role."""
 
 
 def _turns(values: dict[str, Any], column: str, unused: set[str], before: Sequence[Message] = ()) -> list[Message]:
-    """The conversation, which goes on from the messages `before`; fields of turns that are not used are put into
-    `unused`."""
+    """Returns the messages `before`, followed by those of the column; adds unused fields of turns to `unused`."""
     turns = _parsed(values[column], repr(column))
     if not isinstance(turns, list) or not turns:
         raise _Bad(f"{column!r} must be a list of turns, but is {_shown(turns)}")
@@ -367,32 +365,33 @@ def _turns(values: dict[str, Any], column: str, unused: set[str], before: Sequen
         where = f"turn {number} of {column!r}"
         if not isinstance(turn, dict):
             raise _Bad(f"{where} must be an object, but is {_shown(turn)}")
-        given = {
-            key: value for key, value in turn.items() if value is not None
-        }  # JSON that was a table has all keys in all turns
-        # Both spellings are found under both column names.
+        # JSON converted from tables has all keys in all turns.
+        fields = {key: value for key, value in turn.items() if value is not None}
+        # Both forms of turns occur under both column names.
         add: Callable[[list[Message], dict[str, Any], str], None] = (
-            _sharegpt_turn if "from" in given else _messages_turn
+            _sharegpt_turn if "from" in fields else _messages_turn
         )
-        add(messages, given, where)
-        used = ("from", "value") if "from" in given else USED[ROLES[given["role"]]]
+        add(messages, fields, where)
+        used = ("from", "value") if "from" in fields else USED[ROLES[fields["role"]]]
         unused |= {
-            f"{column}[].{key}" for key, value in given.items() if key not in (*used, *LEARNT) and not _is_empty(value)
+            f"{column}[].{key}"
+            for key, value in fields.items()
+            if key not in (*used, *SUPERVISED) and not _is_empty(value)
         }
-        for key in LEARNT:
-            if (learnt := given.get(key, 1)) not in (0, 1):
-                raise _Bad(f"{where}: {key} is {_shown(learnt)}: must be 1 (train on the answer) or 0 (do not)")
-            if not learnt and messages[-1]["role"] == "assistant":
+        for key in SUPERVISED:
+            if (supervised := fields.get(key, 1)) not in (0, 1):
+                raise _Bad(f"{where}: {key} is {_shown(supervised)}: must be 1 (train on the answer) or 0 (do not)")
+            if not supervised and messages[-1]["role"] == "assistant":
                 messages[-1]["weight"] = 0
     return messages
 
 
 _TURNS = re.compile(r"""\s*\[?\s*\{\s*"(role|content|from|value)"\s*:""")
-"""How turns begin that are JSON text, as in a CSV; other texts are an answer or a prompt themselves."""
+"""Beginning of turns as JSON text, as in a CSV; other texts are the answer or prompt itself."""
 
 
 def _as_turns(values: dict[str, Any], column: str, role: str) -> dict[str, Any]:
-    """The column alone, with a text, a turn or turns as a list of turns."""
+    """Returns a row of only this column, its text, turn or turns converted to a list of turns."""
     value = values[column]
     if isinstance(value, str) and not _TURNS.match(value):
         return {column: [{"role": role, "content": value}]}
@@ -401,36 +400,36 @@ def _as_turns(values: dict[str, Any], column: str, role: str) -> dict[str, Any]:
 
 
 def _prompt(values: dict[str, Any], unused: set[str]) -> list[Message]:
-    """The prompt of a pair as far as it has a column of its own."""
+    """Returns the prompt of a pair from its own column; empty if there is none."""
     column = next((name for name in ("prompt", "conversations") if not _is_empty(values.get(name))), None)
     if column is None:
         return []
     if column == "prompt" and values.get("conversations"):
         unused.add("conversations")
-    return _asking(_turns(_as_turns(values, column, "user"), column, unused), column)
+    return _checked_prompt(_turns(_as_turns(values, column, "user"), column, unused), column)
 
 
 def _input(values: dict[str, Any], unused: set[str]) -> tuple[list[Message], list[dict[str, Any]] | None]:
-    """Prompt and tools of a pair in OpenAI's form."""
-    given = _parsed(values["input"], "'input'")
-    if not isinstance(given, dict) or not given.get("messages"):
-        raise _Bad(f"'input' must be an object with the prompt in 'messages', but is {_shown(given)}")
+    """Returns prompt and tools of a pair in OpenAI's format."""
+    value = _parsed(values["input"], "'input'")
+    if not isinstance(value, dict) or not value.get("messages"):
+        raise _Bad(f"'input' must be an object with the prompt in 'messages', but is {_shown(value)}")
     unused |= {
-        f"input.{key}" for key, value in given.items() if key not in ("messages", "tools") and not _is_empty(value)
+        f"input.{key}" for key, field in value.items() if key not in ("messages", "tools") and not _is_empty(field)
     }
     column = "input.messages"
-    messages = _turns({column: given["messages"]}, column, unused)
-    return _asking(messages, column), _tools(given.get("tools"))
+    messages = _turns({column: value["messages"]}, column, unused)
+    return _checked_prompt(messages, column), _tools(value.get("tools"))
 
 
-def _asking(messages: list[Message], column: str) -> list[Message]:
+def _checked_prompt(messages: list[Message], column: str) -> list[Message]:
     if messages[-1]["role"] in ("assistant", "system"):
-        raise _Bad(f"{column!r} ends in a turn of the {messages[-1]['role']}'s, which is nothing to answer")
+        raise _Bad(f"{column!r} ends with a turn of role {messages[-1]['role']}, to which there is nothing to answer")
     return messages
 
 
 def _side(values: dict[str, Any], column: str, prompt: list[Message], unused: set[str]) -> list[Message]:
-    """Prompt and answer of a pair: `column` holds the answer alone, or both."""
+    """Returns prompt and answer of one side of a pair: `column` contains both, or only the answer."""
     turns = _as_turns(values, column, "assistant")
     alone = _turns(turns, column, unused)
     if alone[0]["role"] != "assistant" or not prompt:
@@ -438,16 +437,16 @@ def _side(values: dict[str, Any], column: str, prompt: list[Message], unused: se
     return _turns(turns, column, unused, prompt)
 
 
-def _parting(chosen: list[Message], rejected: list[Message]) -> int:
-    """How many messages both begin with, up to the turn that is answered."""
+def _shared_prompt(chosen: list[Message], rejected: list[Message]) -> int:
+    """Returns the number of messages in the common prompt."""
     least = min(len(chosen), len(rejected))
     shared = next((n for n in range(least) if chosen[n] != rejected[n]), least)
     if chosen != rejected and not (
         shared < least and chosen[shared]["role"] == rejected[shared]["role"] == "assistant"
     ):
         raise _Bad(
-            f"chosen and rejected part at turn {shared + 1}, which is not the assistant's in both: they have to answer "
-            "the same prompt; end them after the first answer in which they differ"
+            f"chosen and rejected first differ in turn {shared + 1}, which is not the assistant's in both: they must "
+            "answer the same prompt; end them after the first answer in which they differ"
         )
     while shared and chosen[shared - 1]["role"] == "assistant":
         shared -= 1
@@ -455,7 +454,7 @@ def _parting(chosen: list[Message], rejected: list[Message]) -> int:
 
 
 def _history(value: object) -> list[Message]:
-    """Alpaca's earlier turns: pairs of a question and an answer."""
+    """Converts Alpaca's earlier turns, pairs of a question and an answer."""
     messages: list[Message] = []
     pairs = _parsed(value, "'history'") if value else []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
@@ -466,7 +465,7 @@ def _history(value: object) -> list[Message]:
 
 
 def _check_media(values: dict[str, Any], messages: list[Message]) -> None:
-    """An image that a question is about is no column to pass over."""
+    """Raises _Bad if the text refers to an image, video or audio column, which cannot be left out."""
     for kind in ("image", "video", "audio"):
         if (values.get(kind) or values.get(f"{kind}s")) and any(f"<{kind}>" in text_of(m["content"]) for m in messages):
             raise _Bad(
@@ -519,8 +518,8 @@ def _messages_turn(messages: list[Message], turn: dict[str, Any], where: str) ->
 
 
 def _parts(content: list[Any], where: str) -> str | list[dict[str, str]]:
-    """Parts of text, as OpenAI's API has them; one alone is the text itself. How several are joined is the chat
-    template's."""
+    """Checks text parts as in OpenAI's API. Returns a single part as its text; several are joined by the chat
+    template."""
     for part in content:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":
             raise _Bad(f"{where}: a part of 'content' must be text ({{type: text, text: …}}), but is {_shown(part)}")
@@ -529,7 +528,7 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, str]]:
 
 
 def _add_calls(messages: list[Message], content: str | list[dict[str, str]], calls: object, where: str) -> None:
-    """The assistant's calls; right after words of the assistant's they belong to the same turn, as in OpenAI's form."""
+    """Adds the assistant's calls; directly after text of the assistant they join that turn, as in OpenAI's format."""
     found: list[dict[str, Any]] = []
     count = sum(len(m.get("tool_calls", ())) for m in messages)
     for call in calls if isinstance(calls, list) else [calls]:
@@ -540,7 +539,7 @@ def _add_calls(messages: list[Message], content: str | list[dict[str, str]], cal
         if not isinstance(arguments, dict):
             raise _Bad(f"{where}: the arguments of {function['name']} must be an object, but are {_shown(arguments)}")
         _check_json(arguments, f"{where}: the arguments of {function['name']}")
-        # Nine letters and digits: Mistral's templates insist on it.
+        # Nine letters and digits, as Mistral's templates require.
         name = call.get("id") or f"call{count + len(found):05d}"
         found.append({"id": name, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
     last = messages[-1] if messages else {}
@@ -551,7 +550,7 @@ def _add_calls(messages: list[Message], content: str | list[dict[str, str]], cal
 
 
 def _add_result(messages: list[Message], turn: dict[str, Any], content: str | list[dict[str, str]]) -> None:
-    """What a call gave back; without an id of its own it answers the first call that has no answer yet."""
+    """Adds the result of a call; without an id, it belongs to the first call that has no result yet."""
     message: Message = {"role": "tool", "content": content}
     calls = [call for m in messages for call in m.get("tool_calls", ())]
     answered = {m.get("tool_call_id") for m in messages}

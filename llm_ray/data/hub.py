@@ -1,7 +1,7 @@
 """Hub data sets: finds the files of a configuration and split, which are then read like local files.
 
-``datasets`` says which files they are (from the data set's card, or their names), and huggingface_hub brings them. What
-it would convert them to is not used: of mixed contents ``"42"`` becomes a number there, and numbers lose their digits.
+``datasets`` determines the files (from the data set's card, or their names), and huggingface_hub downloads them. The
+conversion by ``datasets`` is avoided: in mixed columns ``"42"`` becomes a number, and numbers lose digits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 HUB_URL = re.compile(r"hf://datasets/(?P<repo>[^@]+)@(?P<revision>[^/]+)/(?P<path>.+)")
 SHARD = re.compile(r"-(?P<number>\d{5})-of-(?P<count>\d{5})")
-# Settings of a configuration that say nothing of how its files are read, or what the readers find out (separators).
+# Settings of a configuration that do not affect how its files are read, or that the readers detect (separators).
 NEUTRAL = ("name", "version", "data_dir", "data_files", "description", "features", "sep", "delimiter")
 
 
@@ -34,12 +34,11 @@ class HubSplit:
 
     @property
     def splits(self) -> dict[str, list[str]]:
-        """Of each split of the configuration, the paths or ``hf://`` addresses of its files; empty if they are not to
-        be had."""
+        """Paths or ``hf://`` addresses of the files of each split of the configuration; empty if not available."""
         return {str(split): list(files) for split, files in (self.builder.config.data_files or {}).items()}
 
     def conversion(self, suffixes: Collection[str]) -> str | None:
-        """Why the files cannot be read by readers of `suffixes`; None where they can."""
+        """Returns why the files cannot be read by readers of `suffixes`; None if they can."""
         if not self.splits:
             return "only an earlier conversion is available"
         if unknown := {Path(file).suffix.lower() or file for file in self._files()} - set(suffixes):
@@ -51,14 +50,14 @@ class HubSplit:
         return f"its card defines how to read it ({', '.join(settings)})" if settings else None
 
     def download(self) -> list[Path]:
-        """The split's files in order. All of the configuration are downloaded, unless the cache has them, so that it is
-        whole offline."""
+        """Returns the split's files in order. Downloads all files of the configuration that are not cached, so that it
+        is complete offline."""
         with _explained(self.source):
             paths = {file: _fetched(file) for files in self.splits.values() for file in files}
             return [paths[file] for file in self._files()]
 
     def converted(self) -> datasets.Dataset:
-        """The rows as ``datasets`` converts them."""
+        """Returns the rows as converted by ``datasets``."""
         with _explained(self.source):
             self.builder.download_and_prepare()
             return self.builder.as_dataset(split=self.split)
@@ -68,7 +67,7 @@ class HubSplit:
 
 
 def resolve(source: str) -> HubSplit:
-    """The split that `source` names. Raises :class:`DataError`, as all of its methods do, where it is not to be had."""
+    """Returns the split that `source` names. Raises :class:`DataError`, as its methods do, if it is not available."""
     name, configuration, split = (*source.split(":"), "", "")[:3]
     with _explained(source):
         found = HubSplit(source, _builder(name, configuration), split or "train")
@@ -89,8 +88,8 @@ def _fetched(file: str) -> Path:
 
 
 def _builder(name: str, configuration: str) -> datasets.DatasetBuilder:
-    """With the files in ``config.data_files``, by split: those of a folder or of the hub, else of the hub's cache on
-    this machine."""
+    """Returns the builder, with files by split in ``config.data_files``: from a folder or the hub, else from the local
+    cache of the hub."""
     from datasets import load_dataset_builder
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -108,14 +107,14 @@ def _builder(name: str, configuration: str) -> datasets.DatasetBuilder:
         cached = load_dataset_builder(str(folder), configuration or None)
         _check_shards(name, cached.config.data_files or {})
         return cached
-    except FileNotFoundError:  # nothing of it is in the cache, or no data
+    except FileNotFoundError:  # not in the cache, or without data files
         if why and not builder:
             raise why from None
         return builder or load_dataset_builder(name, configuration or None)
 
 
 def _check_shards(name: str, splits: dict[str, list[str]]) -> None:
-    """The cache does not say what it lacks, but files that are numbered do."""
+    """Raises DataError if numbered files are missing: the cache itself does not record whether it is complete."""
     shards: dict[tuple[str, str], set[int]] = {}
     for file in (file for files in splits.values() for file in files):
         if found := SHARD.search(file):
@@ -131,7 +130,7 @@ def _check_shards(name: str, splits: dict[str, list[str]]) -> None:
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """What ``datasets`` and huggingface_hub raise, in words."""
+    """Converts exceptions of ``datasets`` and huggingface_hub to DataError."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -143,10 +142,8 @@ def _explained(source: str) -> Iterator[None]:
             f"({_first_line(error)}). Without internet, copy the data set's files to this machine and name their "
             "folder"
         ) from error
-    except (
-        ValueError,
-        RuntimeError,
-    ) as error:  # an unknown configuration, a card that is none, a script in place of data
+    # An unknown configuration, an invalid card, or a loading script.
+    except (ValueError, RuntimeError) as error:
         raise DataError(f"data set {source!r} cannot be loaded: {_first_line(error)}") from error
 
 

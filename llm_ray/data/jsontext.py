@@ -1,6 +1,6 @@
 """A JSON reader for data files: value by value from files of any size, with readable error messages.
 
-Stricter than Python's parser: a key that stands twice in an object would lose its first value without a word.
+Stricter than Python's parser, which silently keeps only the last value of a repeated key.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import re
 from typing import Any, TextIO
 
 CHUNK = 1 << 20  # characters read at once
-LONGEST = 1 << 28  # characters after which a string that has not ended is taken for broken JSON
+LONGEST = 1 << 28  # an unterminated string longer than so many characters is an error
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Unsound(ValueError):
-    """A JSON value that was parsed and is not to be used; the text says why."""
+    """A JSON value that was parsed, but must not be used; the message says why."""
 
 
 class Broken(ValueError):
-    """No JSON; the text says why, and is empty where the file ends in the middle of a value."""
+    """Invalid JSON; the message says why, and is empty if the file ends within a value."""
 
 
 class Parser:
-    """Parses one text after the other."""
+    """Parses JSON texts; reusable."""
 
     def __init__(self) -> None:
         self._repeated: list[str] = []
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
 
     def decode(self, text: str, at: int = 0) -> tuple[Any, int]:
-        """The value that begins at `at`, and where it ends. Raises JSONDecodeError or RecursionError."""
+        """Returns the value that starts at `at`, and its end. Raises JSONDecodeError or RecursionError."""
         self._repeated.clear()
         try:
             return self._decoder.raw_decode(text, at)
@@ -40,7 +40,7 @@ class Parser:
             raise json.JSONDecodeError("Number of too many digits", text, at) from error
 
     def parse(self, text: str) -> Any:
-        """The value that the whole text is. Raises JSONDecodeError, RecursionError or :class:`Unsound`."""
+        """Returns the value of the whole text. Raises JSONDecodeError, RecursionError or :class:`Unsound`."""
         value, end = self.decode(text, _after_space(text, 0))
         if (end := _after_space(text, end)) < len(text):
             raise json.JSONDecodeError("Extra data", text, end)
@@ -48,12 +48,12 @@ class Parser:
         return value
 
     def check(self, text: str, value: object) -> None:
-        """Raises :class:`Unsound` for what is wrong with `value`, which was just parsed from `text`."""
+        """Raises :class:`Unsound` if `value`, just parsed from `text`, has repeated keys or invalid characters."""
         if self._repeated:
             raise Unsound(f"the key {self._repeated[0]!r} appears twice in an object: keep one")
         try:
             text.encode()
-        except UnicodeEncodeError:  # bytes that were no UTF-8 are lone surrogates by now
+        except UnicodeEncodeError:  # bytes that are not UTF-8 were read as lone surrogates
             raise Unsound("not UTF-8: save the file as UTF-8") from None
         if "\\ud" in text or "\\uD" in text:
             try:
@@ -73,8 +73,8 @@ class Parser:
 
 
 class Window:
-    """A file's text, of which no more than a value is held; `line` is the one of the next character that :meth:`peek`
-    has shown."""
+    """A file's text, read as needed, with at most about one value in memory. `line` is that of the character last
+    returned by :meth:`peek`."""
 
     def __init__(self, file: TextIO) -> None:
         self.line = 1
@@ -82,7 +82,7 @@ class Window:
         self._file, self._text, self._at, self._ended = file, "", 0, False
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end of the file."""
+        """Returns the next character other than white space, without consuming it; empty at the end of the file."""
         while True:
             end = _after_space(self._text, self._at)
             self._move(end)
@@ -90,14 +90,14 @@ class Window:
                 return self._text[self._at : self._at + 1]
             self._more()
 
-    def take(self) -> str:
-        """The next character that is no space, taken."""
+    def pop(self) -> str:
+        """Consumes and returns the next character other than white space."""
         character = self.peek()
         self._at += len(character)
         return character
 
     def value(self) -> tuple[Any, str]:
-        """The next value, and its text; `line` stays the one it begins on until the next call. Raises
+        """Consumes the next value; returns it and its text. `line` is where it starts, until the next call. Raises
         :class:`Broken`."""
         if not self.peek():
             raise Broken
@@ -129,7 +129,7 @@ class Window:
         self.line += self._text.count("\n", self._at, end) + self._passed
         self._at, self._passed = end, 0
 
-    _passed = 0  # line ends within the value before
+    _passed = 0  # line ends within the previous value
 
     def _more(self) -> None:
         read = self._file.read(max(CHUNK, 2 * (len(self._text) - self._at)))
@@ -137,7 +137,7 @@ class Window:
 
 
 def may_be_cut(error: json.JSONDecodeError | RecursionError, text: str) -> bool:
-    """Whether the error may come from the end of `text`, which is the beginning of a longer one."""
+    """Whether the error may be due to the end of `text`, which is the beginning of a longer one."""
     if isinstance(error, RecursionError):
         return False
     if error.msg.startswith("Unterminated string"):
@@ -146,7 +146,7 @@ def may_be_cut(error: json.JSONDecodeError | RecursionError, text: str) -> bool:
 
 
 def reason(error: json.JSONDecodeError | RecursionError | Unsound) -> str:
-    """What :meth:`Parser.parse` raised, in words."""
+    """Returns the message for an exception of :meth:`Parser.parse`."""
     if isinstance(error, Unsound):
         return str(error)
     return f"broken JSON: {f'{error.msg} at column {error.colno}' if isinstance(error, json.JSONDecodeError) else 'nested too deeply'}"

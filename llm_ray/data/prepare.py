@@ -1,14 +1,15 @@
-"""The prepare stage: converts the conf's data sets to tokens on disk, split once for all workers.
+"""The prepare stage: converts the conf's data sets to tokens on disk, and splits them once for all workers.
 
     stats = prepare(conf, tokenizer, run_dir / "prepared", print)
     rows = open_split(run_dir / "prepared", "train")   # columns input_ids, labels
 
-`prepared/` holds ``train/``, ``validation/`` and ``test/`` (one Arrow file each, memory-mapped when read), ``heldout.jsonl``
-(the test rows, else the validation rows, as conversations, for the evaluation stage; ``trained.jsonl``, some of the
-training rows, where there are none), ``questions.npy`` (hashes of what the training rows ask) and ``stats.json``. It is whole or not there.
+`prepared/` contains ``train/``, ``validation/`` and ``test/`` (one Arrow file each, read memory-mapped);
+``heldout.jsonl``, the test rows, else the validation rows, as conversations for the evaluation stage (if there are
+none, ``trained.jsonl`` with some of the training rows); ``questions.npy``, hashes of the training rows' questions; and
+``stats.json``. The folder is created atomically.
 
-In memory are a few numbers a row (its length and the like) and one batch of rows; the tokens go to disk in the order
-of the files, and are gathered from there in the order of the seed.
+Memory holds a few numbers per row, such as its length, and one batch of rows: tokens are first written in the order of
+the files, and then gathered in the order given by the seed.
 """
 
 from __future__ import annotations
@@ -55,79 +56,77 @@ Batch = list[tuple[Row, Content]]
 
 BATCH_ROWS = 512
 BATCH_CHARACTERS = 1 << 22
-LOOKED_AT = 1000  # rows that are looked at, once one is bad, to see how many are
-FEW = 10  # one bad row in so many is few: all others are kept without it
-NAMED = 5  # bad, dropped and contradicting rows that are named
-VALIDATION_FROM = 200  # rows from which on data.validation: auto keeps some back,
-VALIDATION_SHARE = 0.1  # which share,
-VALIDATION_ROWS = 500  # and how many at most
+LOOKED_AT = 1000  # rows to read before a bad one is reported, to count how many are bad
+FEW = 10  # if at most one row in so many is bad, the error suggests to skip bad rows
+NAMED = 5  # number of bad, dropped and contradicting rows listed as examples
+VALIDATION_FROM = 200  # minimum rows for data.validation: auto to hold some out,
+VALIDATION_SHARE = 0.1  # what fraction,
+VALIDATION_ROWS = 500  # and the maximum
 QUESTIONS = "questions.npy"
 HELDOUT, TRAINED = "heldout.jsonl", "trained.jsonl"
-TRAINED_ROWS = 100  # that are asked where none are kept back
+TRAINED_ROWS = 100  # training rows for evaluation if none are held out
 FORM = 3
-"""Number of the form of the prepared data: what was written in another one is prepared again."""
+"""Version of the format of prepared data; data of another version are prepared again."""
 
 
 class SplitStats(BaseModel):
-    """Figures of the training or the validation data. Lengths and tokens are real ones; there is no padding."""
+    """Figures of one split. Lengths and tokens do not include padding."""
 
     rows: int
-    """Rows that are learnt from (or validated on)."""
+    """Rows with something supervised."""
     sequences: int
-    """Sequences on disk, which an epoch counts: a long text makes several, and so do conversations under some chat
+    """Sequences on disk, of which epochs consist: long texts have several, as do conversations with some chat
     templates."""
     tokens: int
     supervised_tokens: int
     supervised_share: float
     longest: int
-    """Tokens of the longest sequence, before cutting: what data.max_length would have to be (of a text, all of its
-    tokens)."""
+    """Tokens of the longest row before cutting: the data.max_length that it needs."""
     longest_sequence: int
     """Tokens of the longest sequence on disk."""
     mean: float
-    """Mean tokens of a row, all of its sequences together, after cutting."""
+    """Mean tokens per row, over all of its sequences, after cutting."""
     answer: float
-    """Mean supervised tokens of a row."""
+    """Mean supervised tokens per row."""
 
 
 class DataStats(BaseModel):
-    """What prepare found and made."""
+    """Figures of the prepared data."""
 
     formats: list[str]
     files: list[str]
     max_length: int
     read: int
-    """Rows read and sound, those dropped included."""
+    """Valid rows, including those dropped."""
     bad: int = 0
-    """Rows that could not be read, and were skipped (data.on_bad_row: skip)."""
+    """Invalid rows, which were skipped (data.on_bad_row: skip)."""
     truncated: int = 0
-    """Rows whose last answers were cut, because they did not fit."""
+    """Rows whose last answers were cut because they did not fit."""
     dropped: dict[str, int] = {}
-    """Rows of which nothing is supervised, by reason."""
+    """Number of rows with nothing supervised, by reason."""
     left_out: dict[str, int] = {}
-    """Columns, and fields of turns (`messages[].name`), that are not used, with the number of rows that have something
-    in them."""
+    """For each unused column or field of turns (`messages[].name`), the number of rows where it is not empty."""
     special_tokens: int = 0
-    """Rows whose texts hold a special token of the tokenizer (data.special_tokens_in_text)."""
+    """Rows whose texts contain a special token of the tokenizer (data.special_tokens_in_text)."""
     notes: list[str] = []
-    """What looks like a mistake in what data.train names."""
+    """Warnings about possible mistakes in data.train."""
     repeated: int = 0
-    """Training rows that ask and answer what another one does."""
+    """Training rows with the same question and answer as another one."""
     contradicting: int = 0
-    """Training rows that ask what another one asks, and answer otherwise."""
+    """Training rows with the same question as another one, but a different answer."""
     leaked: int = 0
-    """Validation rows that ask what a training row asks."""
+    """Validation rows with the same question as a training row."""
     examples: list[str] = []
     """The first bad, dropped and contradicting rows, and the first with special tokens, by file and line."""
     train: SplitStats
     validation: SplitStats | None = None
     test: SplitStats | None = None
-    """Of the rows that neither training nor validation see (data.test)."""
+    """The rows used neither for training nor for validation (data.test)."""
     validation_reason: str = ""
-    """Why there is a validation split of this size, or none, where data.validation is auto."""
+    """Why the validation split has this size, or is missing, if data.validation is auto."""
 
     def lines(self) -> list[str]:
-        """The figures for people, a line each."""
+        """Returns the figures for the user, a line each."""
         text = [
             f"{self.read} rows read ({', '.join(self.formats)})" + (f", {self.bad} bad skipped" if self.bad else "")
         ]
@@ -164,7 +163,7 @@ class DataStats(BaseModel):
 
 
 def left_out_line(columns: Mapping[str, int]) -> str:
-    """The columns that are not used, for people; those of as many rows together."""
+    """Lists unused columns for the user, grouped by their number of rows."""
     names: dict[int, list[str]] = {}
     for column, rows in sorted(columns.items(), key=lambda item: (-item[1], item[0])):
         names.setdefault(rows, []).append(column)
@@ -174,7 +173,7 @@ def left_out_line(columns: Mapping[str, int]) -> str:
 
 
 def notes_on(sources: tuple[str, ...]) -> list[str]:
-    """What looks like a mistake in what data.train names."""
+    """Returns warnings about possible mistakes in `sources`, the entries of data.train."""
     named = [file for source in sources for file in named_to_test(source)]
     if not named:
         return []
@@ -189,13 +188,13 @@ class Tally:
     """Counts of one pass over the data."""
 
     fail: bool
-    """Whether a bad row ends the work (data.on_bad_row: fail)."""
+    """Whether a bad row is an error (data.on_bad_row: fail)."""
     read: int = 0
     bad: int = 0
     sound: int = 0
-    """Rows that have passed so far; those whose tokens are still to be made are among them."""
+    """Valid rows so far, including those not yet encoded."""
     first: DataError | None = None
-    """The bad row that ends the work, once some more rows have told whether it is one of few."""
+    """The first bad row; raised once enough rows have been read to tell whether many are bad."""
     truncated: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -206,7 +205,8 @@ class Tally:
     longest: int = 0
 
     def on_bad_row(self, error: DataError) -> None:
-        """Count it and remember the first ones; or end the work, as soon as that can be said with advice."""
+        """Counts a bad row and records the first ones as examples; if bad rows are errors, raises the first one after
+        enough rows."""
         self.bad += 1
         if self.fail:
             self.first = self.first or error
@@ -215,7 +215,7 @@ class Tally:
             self.examples.append(f"skipped: {error}")
 
     def end(self, after: int = 0) -> None:
-        """Raise what there is to raise, once `after` rows have been seen."""
+        """Raises the first bad row, if bad rows are errors and at least `after` rows have been read."""
         seen = self.sound + self.bad
         if not self.first or seen < after:
             return
@@ -227,7 +227,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A row on its way: where it came from (its columns are dropped by now), what was made of it, and its tokens."""
+    """A row with its content and tokens; only file and line of the row itself are kept."""
 
     row: Row
     content: Content
@@ -237,7 +237,7 @@ class Prepared:
 def encode_rows(
     conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, sources: tuple[str, ...], tally: Tally
 ) -> Iterator[Prepared]:
-    """Every sound row of `sources` with its tokens, in order, those of which nothing is left included."""
+    """Yields every valid row of `sources` with its tokens, in order, including rows without any sequence."""
     encode = encoder_for(conf, tokenizer)
     formatter = Formatter(conf.data, conf.objective.reads)
     tally.formats, tally.left_out = formatter.formats, formatter.left_out
@@ -264,7 +264,7 @@ def encode_rows(
 def _without_special(
     conf: FinetuneConf, batch: Batch, special: SpecialTokens, tally: Tally
 ) -> tuple[Batch, list[Content]]:
-    """The rows that data.special_tokens_in_text lets pass, and the contents to encode of them."""
+    """Returns the rows that data.special_tokens_in_text accepts, and their contents as they should be encoded."""
     passed, contents = [], []
     for row, content in batch:
         changed = content
@@ -306,13 +306,13 @@ def _formatted(
             if tally.sound == most and not tally.first:
                 return
     except DataError:
-        tally.end()  # the first of what is wrong is what to tell
+        tally.end()  # report the first error, if a bad row came before
         raise
     tally.end()
 
 
 def _batches(rows: Iterator[tuple[Row, Content]]) -> Iterator[Batch]:
-    """Batches that the tokenizer spreads over the cores, bounded in rows and in characters."""
+    """Yields batches, limited in rows and characters, which the tokenizer processes on all cores."""
     batch: Batch = []
     characters = 0
     for row, content in rows:
@@ -332,10 +332,10 @@ def _characters(content: Content) -> int:
 
 
 def prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, out: Path, report: Report) -> DataStats:
-    """Write the conf's data into the folder `out` (replaced if it is there), and say what was found.
+    """Writes the conf's data to the folder `out`, which is replaced if it exists, and returns its figures.
 
-    `report` is told of the progress in a line every few seconds. Raises :class:`DataError` for a bad row (unless
-    data.on_bad_row is skip), for data without anything supervised, and when `out` cannot be written.
+    `report` is called with a line of progress every few seconds. Raises :class:`DataError` for a bad row (unless
+    data.on_bad_row is skip), for data without anything supervised, and if `out` cannot be written.
     """
     partial = out.with_name(out.name + ".partial")
     try:
@@ -356,7 +356,7 @@ def prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, out: Path, r
 def statistics(
     conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, report: Report = lambda line: None
 ) -> DataStats:
-    """What :func:`prepare` would find, of all rows or of the first `limit`; nothing is kept."""
+    """Returns the figures of :func:`prepare` for all rows, or for the first `limit`, without keeping its output."""
     if limit:
         conf = conf.model_copy(
             update={"data": conf.data.model_copy(update={"max_rows": min(limit, conf.data.max_rows or limit)})}
@@ -366,7 +366,7 @@ def statistics(
 
 
 def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tally: Tally) -> DataError:
-    """Why `key`, which names `sources`, is refused."""
+    """Returns the error for `key`, which names `sources`, if none of their rows has anything supervised."""
     found = f"{tally.read} rows read, {tally.bad} bad skipped"
     reasons = "".join(f"; {n} dropped: {why}" for why, n in tally.dropped.items())
     long = cut_off(tally.dropped)
@@ -378,15 +378,16 @@ def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tal
 
 
 def cut_off(dropped: Mapping[str, int]) -> int:
-    """How many of the dropped rows were too long."""
+    """Returns how many of the dropped rows were too long."""
     return sum(dropped.get(why, 0) for why in (TOO_LONG, PAIR_TOO_LONG))
 
 
 def open_split(out: Path, split: Split) -> datasets.Dataset:
-    """The sequences of a split, memory-mapped: columns input_ids and labels, lists of int32; of pairs also `chosen`,
-    int32: a sequence is the row with the chosen answer, of so many tokens, and then the one with the rejected answer.
+    """Opens the sequences of a split, memory-mapped: columns input_ids and labels, lists of int32; for pairs also
+    `chosen`, int32, the length of the row with the chosen answer, which is followed by the one with the rejected answer.
 
-    Labels are aligned with input_ids (no shift), -100 where nothing is supervised, which the first token always is.
+    Labels are aligned with input_ids (no shift), and -100 for unsupervised tokens, including always the first. Raises
+    :class:`DataError` if the split was not prepared.
     """
     from datasets import Dataset
 
@@ -397,19 +398,19 @@ def open_split(out: Path, split: Split) -> datasets.Dataset:
 
 
 def has_validation(out: Path) -> bool:
-    """Whether the prepared data in `out` has rows to validate on."""
+    """Whether the prepared data in `out` has a validation split."""
     return (out / "validation").is_dir()
 
 
 def evaluated_split(out: Path) -> Split | None:
-    """The split of the prepared data in `out` that a trained model is judged by: test where there is one, else
+    """Returns the split of the prepared data in `out` on which a trained model is evaluated: test if there is one, else
     validation."""
     return "test" if (out / "test").is_dir() else "validation" if has_validation(out) else None
 
 
 def lengths_of(rows: datasets.Dataset, *, padded: bool = False) -> np.ndarray:
-    """Tokens of each sequence of an opened split, int64 [sequences]; with `padded` those of a pair whose shorter row is
-    padded to its longer one."""
+    """Returns the tokens of each sequence of an opened split, int64 [sequences]; with `padded`, the shorter row of a pair
+    counts as padded to the longer one."""
     import numpy as np
     import pyarrow.compute as pc
 
@@ -421,26 +422,27 @@ def lengths_of(rows: datasets.Dataset, *, padded: bool = False) -> np.ndarray:
 
 
 def largest_token(out: Path) -> int:
-    """The largest token id among the prepared data in `out`."""
+    """Returns the largest token id in the prepared data in `out`."""
     import pyarrow.compute as pc
 
     splits: tuple[Split, ...] = ("train", "validation", "test")
-    there = [split for split in splits if (out / split).is_dir()]
-    chunks = [chunk for split in there for chunk in open_split(out, split).data.column("input_ids").chunks]
+    existing = [split for split in splits if (out / split).is_dir()]
+    chunks = [chunk for split in existing for chunk in open_split(out, split).data.column("input_ids").chunks]
     return max((pc.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
 
 
 def read_stats(out: Path) -> DataStats:
-    """What :func:`prepare` found when it wrote the folder `out`."""
+    """Reads the figures that :func:`prepare` wrote to the folder `out`."""
     return DataStats.model_validate_json((out / "stats.json").read_text(encoding="utf-8"))
 
 
 def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prepared: Path) -> Iterator[Conversation]:
-    """Conversations to ask the questions of: those of evaluation.data, else the test rows, else the validation rows,
-    else some of the training rows; none where the objective does not teach to answer.
+    """Yields the conversations for evaluation: those of evaluation.data, else the test rows, else the validation rows,
+    else some of the training rows; none if the objective does not train answers.
 
-    Of a pair it is the one with the chosen answer. They are ready for :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out if the template knows
-    none.
+    Pairs yield the conversation with the chosen answer. All are ready for
+    :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out as text if the template does not support
+    them.
     """
     if not conf.objective.answers:
         return
@@ -462,7 +464,7 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
 
 
 def questions_from(conf: FinetuneConf, prepared: Path) -> str:
-    """Where the rows of :func:`evaluation_rows` come from."""
+    """Returns the source of :func:`evaluation_rows`, for the user."""
     if conf.evaluation.data:
         return "evaluation.data"
     return (
@@ -476,25 +478,28 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
 
 
 class _Rows:
-    """Encoded rows on disk in the order of the files, and a few numbers of each in memory."""
+    """Encoded rows on disk, in the order of the files, with a few numbers per row in memory."""
 
     def __init__(self, file: Path, pairs: bool) -> None:
         self.file, self.pairs = file, pairs
-        self.row_of = array("q")  # of each sequence, the row it belongs to
-        self.lengths = array("i")  # of each sequence
-        self.supervised = array("i")  # of each sequence
-        self.longest = array("i")  # of each row, before cutting
-        self.questions = array("Q")  # of each row, a hash of what it asks
-        self.compared = array("Q")  # of each row, a hash of what two rows have alike that repeat or contradict
-        self.answers = array("Q")  # of each row, a hash of its last answer; of a pair, of the chosen one
-        self.files: dict[str, int] = {}  # numbers of files
-        self.file_of = array("i")  # of each row, the number of its file
-        self.line_of = array("q")  # of each row, its line
+        # Per sequence: its row, its tokens, its supervised tokens.
+        self.row_of = array("q")
+        self.lengths = array("i")
+        self.supervised = array("i")
+        # Per row: its tokens before cutting; hashes of its question, of what repeating or contradicting rows have in
+        # common, and of its last answer (for pairs, the chosen one); the number of its file, and its line.
+        self.longest = array("i")
+        self.questions = array("Q")
+        self.compared = array("Q")
+        self.answers = array("Q")
+        self.file_of = array("i")
+        self.line_of = array("q")
+        self.files: dict[str, int] = {}  # number of each file
         self.count = 0
 
     def write(self, rows: Iterator[Prepared], adapt: Callable[[Conversation], Conversation] | None) -> None:
-        """Write all rows that have sequences; with `adapt`, their conversations too, as JSON in the first sequence's
-        column."""
+        """Writes all rows that have sequences; with `adapt`, also their conversations, as JSON in a column of the first
+        sequence."""
         import pyarrow as pa
 
         tokens = pa.list_(pa.int32())
@@ -530,7 +535,7 @@ class _Rows:
                 writer.write_batch(pa.record_batch(columns, schema=schema))
 
     def place(self, number: int) -> str:
-        """File and line of a row."""
+        """Returns file and line of a row."""
         return place(list(self.files)[self.file_of[number]], self.line_of[number])
 
     def table(self) -> datasets.Dataset:
@@ -554,7 +559,7 @@ def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversati
 
 
 def _asked(content: Content) -> Conversation | None:
-    """The conversation whose question the model can be asked, with the answer that it should give."""
+    """Returns the conversation to evaluate the model with, including the expected answer; None for plain text."""
     return content.chosen if isinstance(content, Pair) else content if isinstance(content, Conversation) else None
 
 
@@ -575,16 +580,14 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
             raise nothing_to_learn(conf, f"data.{name}", sources, tally)
         return rows
 
-    apart = isinstance(conf.data.validation, tuple)  # validation has files of its own
-    train = written(conf.data.train, "train", keep=not apart or conf.data.test is not None)
-    rank = np.random.default_rng(conf.training.seed).permutation(
-        train.count
-    )  # of each row, its place in the order of the seed
+    separate = isinstance(conf.data.validation, tuple)  # validation has separate files
+    train = written(conf.data.train, "train", keep=not separate or conf.data.test is not None)
+    # Position of each row in the order given by the seed: first validation, then test, then training rows.
+    rank = np.random.default_rng(conf.training.seed).permutation(train.count)
     held, reason = held_out(conf.data.validation, train.count)
     tested = test_rows(conf.data.test, train.count, held)
     sequences = np.argsort(rank[np.array(train.row_of)], kind="stable")
     place_of = rank[np.array(train.row_of)][sequences]
-    # The order of the seed: validation, test, training.
     is_held, is_tested, is_learned = (
         place_of < held,
         (place_of >= held) & (place_of < held + tested),
@@ -609,7 +612,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         _write_heldout(train, sequences[is_tested], folder / HELDOUT)
     elif held:
         _write_heldout(train, sequences[is_held], folder / HELDOUT)
-    elif not apart:
+    elif not separate:
         _write_heldout(train, sequences[:TRAINED_ROWS], folder / TRAINED)
     stats["train"] = _write_split(train, sequences[is_learned], folder / "train", report)
     train.file.unlink()
@@ -638,8 +641,8 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def held_out(validation: object, rows: int) -> tuple[int, str]:
-    """How many of the rows are kept back to validate on, and where that is chosen here, why. Raises DataError when none
-    would be left."""
+    """Returns the number of rows held out for validation, and for `auto` the reason. Raises DataError if none would be
+    left to train on."""
     if validation == "auto":
         if rows < VALIDATION_FROM:
             return (
@@ -661,8 +664,8 @@ def held_out(validation: object, rows: int) -> tuple[int, str]:
 
 
 def test_rows(share: float | None, rows: int, held: int) -> int:
-    """How many of the rows, of which `held` are for validation, are kept back for the test (data.test). Raises DataError
-    when none would be left to train on."""
+    """Returns the number of rows held out as test split (data.test), besides `held` validation rows. Raises DataError if
+    none would be left to train on."""
     if share is None:
         return 0
     tested = max(1, round(share * rows))
@@ -675,20 +678,20 @@ def test_rows(share: float | None, rows: int, held: int) -> int:
 
 
 def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
-    """Of the rows that `learned` marks: how many repeat another, how many contradict another, and the first of the
-    latter by place."""
+    """Returns, for the rows marked by `learned`, how many repeat another one, how many contradict another one, and the
+    first contradictions by file and line."""
     import numpy as np
 
     numbers = np.flatnonzero(learned)
     compared, answers = np.array(rows.compared)[numbers], np.array(rows.answers)[numbers]
     _, first_of, group = np.unique(compared, return_index=True, return_inverse=True)
-    first = first_of[group]  # of each row, the first that asks (and compares) the same
+    first = first_of[group]  # for each row, the first one with the same `compared`
     again = first != np.arange(len(numbers))
     other = again & (answers != answers[first])
     examples = [
         f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} "
         + (
-            "prefer opposite ones of the same answers"
+            "prefer opposite answers of the same two"
             if rows.pairs
             else "ask the same question and answer it differently"
         )
@@ -698,8 +701,8 @@ def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
 
 
 def question_and_answer(content: Content) -> tuple[str, str]:
-    """What a row asks and what it answers, in one form of case and spaces. A text asks what it says, and answers
-    nothing; a pair asks its prompt, and answers as is chosen."""
+    """Returns a row's question and answer, with case and white space normalized. For a text they are the text and "";
+    for a pair, the prompt and the chosen answer."""
     if isinstance(content, Pair):
         return (
             _plain(content.chosen.messages[: content.shared]),
@@ -720,8 +723,8 @@ def _plain(messages: list[Message]) -> str:
 
 
 def _compared(content: Content, question: str) -> str:
-    """What two rows have alike of which one repeats or contradicts the other: the question; of pairs both answers, too,
-    for there may be many pairs to a prompt."""
+    """Returns what repeating or contradicting rows have in common: the question; for pairs also both answers in a fixed
+    order, since a prompt may have many pairs."""
     if not isinstance(content, Pair):
         return question
     answers = (side.messages[content.shared :] for side in (content.chosen, content.rejected))
@@ -729,12 +732,12 @@ def _compared(content: Content, question: str) -> str:
 
 
 def text_hash(text: str) -> int:
-    """64 bits that tell one text from another."""
+    """Returns a 64-bit hash."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def asked_in_training(out: Path, conversations: Iterable[Conversation]) -> int:
-    """How many of the conversations ask what a training row of the prepared data in `out` asks."""
+    """Returns how many of the conversations have the same question as a training row of the prepared data in `out`."""
     import numpy as np
 
     learned = np.load(out / QUESTIONS)
@@ -763,7 +766,7 @@ def _write_heldout(rows: _Rows, sequences: np.ndarray, file: Path) -> None:
 
 
 def _write_split(rows: _Rows, sequences: np.ndarray, folder: Path, report: Report) -> SplitStats:
-    """Write the sequences (numbers into `rows`, in order) to ``folder/data.arrow``."""
+    """Writes the sequences (indices into `rows`, in order) to ``folder/data.arrow`` and returns their figures."""
     import numpy as np
     import pyarrow as pa
 

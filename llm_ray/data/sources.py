@@ -1,11 +1,11 @@
-"""Rows of JSON, JSON lines, CSV, Parquet, Arrow and text files, of folders of these, and of data sets on the hub.
+"""Reads rows of JSON, JSON lines, CSV, Parquet, Arrow and text files, of folders of these, and of data sets on the hub.
 
-Rows are read one after the other, so that files may be larger than memory, and each knows its file and line:
+Rows are streamed, so files may be larger than memory, and each has its file and line:
 
     for row in read("/data/tickets.jsonl", on_bad_row): print(row.place, row.values)
 
-What cannot be read is handed to ``on_bad_row`` as a :class:`~llm_ray.errors.DataError` that names file and line; it may
-raise it, or count it and return, and reading goes on with the next row.
+For a row that cannot be read, ``on_bad_row`` is called with a :class:`~llm_ray.errors.DataError` that names file and
+line. If it returns, reading continues with the next row.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ TEST_WORDS = {
 }
 CUT_OFF = "the file ends before the array does: it may have been cut off"
 SEPARATORS = ",;\t"
-SEP_LINE = re.compile(r"\"?sep=(?P<separator>.)\"?\s*", re.IGNORECASE)  # what Excel writes and heeds
+SEP_LINE = re.compile(r"\"?sep=(?P<separator>.)\"?\s*", re.IGNORECASE)  # a convention of Excel
 INDEX = "Unnamed: 0"
-"""A CSV's first column where it has no name, as pandas writes its index and calls it on reading."""
+"""Name of a CSV's first column if it has none: pandas writes its index so, and uses this name on reading."""
 OTHERWISE = {
     LFS_POINTER: "a Git LFS pointer, not the file: fetch it (git lfs pull)",
     b"PK\x03\x04": "a ZIP archive, or an Excel sheet: unpack it, or save the sheet as CSV",
@@ -64,37 +64,38 @@ OTHERWISE = {
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it (unzstd)",
     b"PAR1": "a Parquet file: let its name end in .parquet",
 }
-"""First bytes of files that are something else than their name says."""
+"""First bytes of files whose content does not match their name."""
 ROW_COLUMNS = ("messages", "conversations", "prompt", "instruction", "text")
 """Columns of the known formats: an object that has one is a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as read: the file (or hub id), the line it begins on (the row's number in tables), and its columns."""
+    """A row as read: its file (or hub id), first line (in tables, the row's number), and columns."""
 
     file: str
     line: int
     values: dict[str, Any]
     element: int | None = None
-    """Its number in a JSON array, which may be one long line."""
+    """Its number in a JSON array, whose rows may all be on one line."""
 
     @property
     def place(self) -> str:
-        """File and line as an error names them."""
+        """File and line, for error messages."""
         return place(self.file, self.line) + (f" (element {self.element})" if self.element else "")
 
 
 def place(file: str | Path, line: int) -> str:
-    """``file:line``; for tables, which have no lines, ``file, row n``. Both count from 1."""
+    """Returns ``file:line``, or for tables ``file, row n``; both count from 1."""
     table = not str(file).endswith(DATA_SUFFIXES) or str(file).endswith(TABLES)
     return f"{file}, row {line}" if table else f"{file}:{line}"
 
 
 def read(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """The rows of one entry of ``data.train``: a file, a folder, or a hub id (``id[:configuration[:split]]``).
+    """Yields the rows of one entry of ``data.train``: a file, a folder, or a hub id (``id[:configuration[:split]]``).
 
-    Raises :class:`DataError` when there is no such file, it is of an unknown kind, or broken beyond going on.
+    Raises :class:`DataError` if a file does not exist, has an unsupported type, or is damaged so that reading cannot
+    continue.
     """
     for file in files(source):
         if isinstance(file, str):
@@ -104,7 +105,8 @@ def read(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def files(source: str) -> list[Path | str]:
-    """The files of one entry of ``data.train``, a folder's sorted by name; a hub id stands for itself (a ``str``)."""
+    """Returns the files of one entry of ``data.train``, those of a folder sorted by name; a hub id is returned as a
+    ``str``. Raises :class:`DataError` if there are none."""
     path = Path(source).expanduser()
     if path.is_dir():
         found = data_files(path)
@@ -124,8 +126,8 @@ def files(source: str) -> list[Path | str]:
 
 
 def named_to_test(source: str) -> list[str]:
-    """The files of a folder that are named like data to test or validate with, where others are not: ``test.jsonl``
-    beside ``train.jsonl``."""
+    """Returns the files of a folder that are named like test or validation data, if others are not: ``test.jsonl`` beside
+    ``train.jsonl``."""
     found = files(source) if Path(source).expanduser().is_dir() else []
     marked = [
         str(file)
@@ -156,7 +158,7 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
         yield from reader(path, on_bad_row)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:  # of UTF-8 the rows are named
+    except UnicodeDecodeError as error:  # UTF-16 or UTF-32; errors in UTF-8 are reported by row
         raise DataError(
             f"{path}: not valid {error.encoding.upper()}, although its first bytes announce it: save it as UTF-8"
         ) from error
@@ -166,8 +168,8 @@ def _file(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Objects one a line, or one after the other over several lines; an array of objects, alone or under a key of one
-    object."""
+    """Reads one object per line, consecutive objects that span lines, or an array of objects, either alone or under a key
+    of a single object."""
     shape, key = _shape(path)
     if shape == "lines":
         yield from _json_lines(path, on_bad_row)
@@ -189,7 +191,7 @@ def _json(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _shape(path: Path) -> tuple[Literal["lines", "objects", "array", "wrapped"], str]:
-    """How the file holds its rows, told by its beginning; if under a key, which."""
+    """Detects the layout of rows from the file's beginning; for a wrapped array, with its key."""
     with open_text(path) as file:
         head = file.read(CHUNK)
         ended = not file.read(1)
@@ -224,15 +226,15 @@ def _parses(parser: Parser, line: str) -> bool:
 
 
 def _is_row(value: object) -> bool:
-    """Whether an element of a list may be a row: an object that is no turn of a conversation and no function."""
+    """Whether an element of a list may be a row: an object that is not a turn of a conversation or a function."""
     return isinstance(value, dict) and not (
         {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() or "function" in value
     )
 
 
 def _rows_key(path: Path, whole: dict[str, Any]) -> str:
-    """The key of a file's only object that holds the rows; empty where the object is a row itself. Raises DataError for
-    other shapes."""
+    """Returns the key under which a file's only object contains the rows; empty if the object itself is a row. Raises
+    DataError for other layouts."""
     values = list(whole.values())
     columns = all(isinstance(value, list) and value and not any(isinstance(e, dict) for e in value) for value in values)
     columns &= (len(whole) > 1 or any(name in whole for name in ROW_COLUMNS)) and len(
@@ -258,32 +260,33 @@ def _rows_key(path: Path, whole: dict[str, Any]) -> str:
 
 
 def _numbered(value: object) -> bool:
-    """Whether an object's keys are numbers, as pandas writes columns, or rows, under their index."""
+    """Whether an object's keys are numbers, as in pandas' output keyed by index."""
     return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
 
 
 def _rows_begin(head: str) -> str:
-    """The key under which the beginning of one large object starts a list of rows; empty where it does not."""
+    """Returns the key under which a list of rows starts in `head`, the beginning of a large object; empty if none
+    does."""
     window = Window(io.StringIO(head))
-    window.take()
+    window.pop()
     try:
         while True:
             key, _ = window.value()
-            window.take()  # the colon
+            window.pop()  # the colon
             if window.peek() != "[":
                 window.value()
             else:
-                window.take()
+                window.pop()
                 first, _ = window.value()
                 return str(key) if _is_row(first) and key not in ROW_COLUMNS else ""
-            window.take()  # the comma
+            window.pop()  # the comma
     except Broken:
         return ""
 
 
 def _json_row(window: Window, path: Path, element: int | None, on_bad_row: OnBadRow, of: str) -> Iterator[Row]:
-    """The next value of the window as a row. One that is broken ends the reading: where the next one begins cannot be
-    told."""
+    """Yields the window's next value as a row. Raises DataError for broken JSON, after which the next row cannot be
+    located."""
     try:
         value, text = window.value()
     except Broken as error:
@@ -307,17 +310,17 @@ def _json_objects(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[
 
 
 def _json_array(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """The objects of the array that begins here."""
-    window.take()
+    """Yields the objects of the array that starts here."""
+    window.pop()
     number = 0
     if window.peek() == "]":
-        window.take()
+        window.pop()
         return
     while True:
         number += 1
         of = f"element {number} of the array"
         yield from _json_row(window, path, number, on_bad_row, of)
-        character = window.take()
+        character = window.pop()
         if character == "]":
             return
         if character != ",":
@@ -327,12 +330,12 @@ def _json_array(window: Window, path: Path, on_bad_row: OnBadRow) -> Iterator[Ro
 
 
 def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """The rows under the key `rows` of one object."""
-    window.take()
+    """Yields the rows under the key `rows` of a single object."""
+    window.pop()
     try:
         while True:
             key, _ = window.value()
-            if window.take() != ":":
+            if window.pop() != ":":
                 raise Broken("expected ':'")
             if key == rows:
                 yield from _json_array(window, path, on_bad_row)
@@ -343,7 +346,7 @@ def _json_wrapped(window: Window, path: Path, rows: str, on_bad_row: OnBadRow) -
                         f"{path}: one object with several lists of rows ({rows}, {key}): write each into a separate "
                         "file"
                     )
-            if (character := window.take()) == "}":
+            if (character := window.pop()) == "}":
                 return
             if character != ",":
                 raise Broken(f"expected ',' or '}}', found {character!r}" if character else "")
@@ -371,7 +374,7 @@ def _json_lines(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _object(parser: Parser, text: str | None, file: Path, line: int, value: object) -> Row:
-    """A row of a value that was parsed; with `text`, what it was parsed from and has to be checked."""
+    """Returns a parsed value as a row; with `text`, from which it was parsed, checks it first (:meth:`Parser.check`)."""
     try:
         if text is not None:
             parser.check(text, value)
@@ -398,10 +401,10 @@ def _kind(value: object) -> str:
 
 
 def open_text(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
-    """The file as text: UTF-8, or UTF-16 or UTF-32 where its first bytes say so. Bytes that are no UTF-8 become lone
+    """Opens a file as UTF-8, or as UTF-16 or UTF-32 if its first bytes say so. Bytes that are not UTF-8 become lone
     surrogates.
 
-    With `newline` "" a lone carriage return ends a line, too, as Excel for the Mac writes it."""
+    With `newline` "", a lone carriage return also ends a line, as written by Excel for Mac."""
     with path.open("rb") as file:
         head = file.read(4)
     marks = [
@@ -411,14 +414,14 @@ def open_text(path: Path, newline: Literal["", "\n"] = "\n") -> TextIO:
         (codecs.BOM_UTF16_BE, "utf-16"),
     ]
     encoding = next((name for mark, name in marks if head.startswith(mark)), "utf-8-sig")
-    if len(head) == 4 and head.count(0) == 2:  # without a mark: every other byte of Latin letters is zero
+    if len(head) == 4 and head.count(0) == 2:  # UTF-16 without a BOM: every other byte of Latin letters is zero
         encoding = {b"\0\0": "utf-16-le"}.get(head[1::2], {b"\0\0": "utf-16-be"}.get(head[::2], encoding))
     return path.open(encoding=encoding, errors="surrogateescape", newline=newline)
 
 
 def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Rows under a header line; separated by commas, semicolons or tabs, whichever the header has most of, or as a line
-    ``sep=`` says."""
+    """Reads rows under a header line, separated by commas, semicolons or tabs, whichever the header has most of, or by
+    the character that a line ``sep=`` names."""
     csv.field_size_limit(LONGEST)
     with open_text(path, newline="") as file:
         before, header = 0, file.readline()
@@ -467,7 +470,7 @@ def _csv(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _text(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """A row a line, in the column ``text``, empty lines too (a processor may need them)."""
+    """Reads each line as a row with the column ``text``, including empty lines, which a processor may need."""
     with open_text(path) as file:
         for line, text in enumerate(file, 1):
             if _utf8(text):
@@ -499,7 +502,7 @@ def _parquet(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _arrow(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """Both Arrow formats: the stream that ``datasets`` writes, and the file with a footer (Feather 2)."""
+    """Reads both Arrow formats: the stream, as written by ``datasets``, and the file with a footer (Feather 2)."""
     import pyarrow as pa
 
     try:
@@ -517,7 +520,7 @@ def _arrow(path: Path, on_bad_row: OnBadRow) -> Iterator[Row]:
 
 
 def _batches(file: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], on_bad_row: OnBadRow) -> Iterator[Row]:
-    """The rows of a table's batches, as the same rows of a JSON file would be read (see :func:`_converter`)."""
+    """Yields the rows of a table's batches with the values that a JSON file would have (see :func:`_converter`)."""
     converters = {field.name: convert for field in schema if (convert := _converter(field.type))}
     number = 0
     for batch in batches:
@@ -538,7 +541,8 @@ def _batches(file: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], on
 
 
 def _python(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | ValueError | OverflowError]:
-    """The batch's rows, or why one has no Python value (text that is not UTF-8, a date out of range)."""
+    """Yields the batch's rows, or the error for one that has no Python value (text that is not UTF-8, a date out of
+    range)."""
     try:
         yield from batch.to_pylist()
     except (ValueError, OverflowError) as error:
@@ -550,10 +554,11 @@ def _python(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | ValueError | Ove
 
 
 def _converter(kind: pa.DataType) -> Callable[[Any], Any] | None:
-    """What makes a column's Python values (never None) those that a JSON file would have; None where they are already.
+    """Returns a function that converts a column's Python values (never None) to those that a JSON file would have; None
+    if they already are.
 
-    A struct has all fields in all rows: those that are null are left out. Texts of the extension type arrow.json, as
-    which ``datasets`` stores mixed values, are parsed, and their nulls are kept. Dates and the like become text.
+    Null fields of structs, which have all fields in all rows, are left out. Texts of the extension type arrow.json, as
+    which ``datasets`` stores mixed values, are parsed, and their nulls kept. Dates and times become text.
     """
     import pyarrow as pa
     from pyarrow import types
@@ -587,17 +592,17 @@ def _json_text(text: str) -> Any:
     try:
         return Parser().parse(text)
     except json.JSONDecodeError:
-        return text  # datasets keeps a text as it is where its parser takes it for JSON, which is lax: 007
+        return text  # datasets stores a text unquoted if its lenient parser accepts it as JSON, such as 007
 
 
 def _plain(value: Any) -> Any:
-    """Dates, times and decimals as JSON has them: text, or a number where that loses nothing. Bytes are text if
+    """Converts dates and times to text, decimals to numbers if that is exact, else to text, and bytes to text if they are
     UTF-8."""
     if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError:
-            return value  # an image, say, which nobody may ask for
+            return value  # such as an image, in a column that may not be used
     if isinstance(value, Decimal):
         number = int(value) if value == value.to_integral_value() else float(value)
         return number if Decimal(repr(number)) == value else str(value)
@@ -605,7 +610,7 @@ def _plain(value: Any) -> Any:
 
 
 def _hub(source: str, on_bad_row: OnBadRow) -> Iterator[Row]:
-    """A data set of the hub (or of the hub's cache): ``id``, ``id:configuration``, ``id:configuration:split``,
+    """Reads a data set of the hub (or its cache): ``id``, ``id:configuration``, ``id:configuration:split``,
     ``id::split``."""
     found = hub.resolve(source)
     if why := found.conversion(DATA_SUFFIXES):

@@ -1,7 +1,7 @@
-"""Checks before training that an export will work, and after it that the exported model is the trained one.
+"""Checks before training that the export will work, and after it that the exported model equals the trained one.
 
-``rehearse`` does at the start, without weights, what would otherwise fail only after hours. ``Comparison`` follows the
-loss on a few sequences from the trained model to the exported folder.
+``rehearse`` runs the export at the start, without weights, so that errors do not show up only after hours of training.
+``Comparison`` tracks the loss on a few sequences from the trained model to the exported folder.
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROWS, TOKENS = 8, 128
-"""How many sequences are compared, and of how many tokens each at most."""
+"""Number of sequences for the comparison, and their maximum length."""
 MERGING, ROUNDING, SAVING = 1e-3, 5e-2, 1e-3
-"""By what share the loss may change when adapters are merged (in fp32), when weights are rounded to 16 bits, and when
-they are saved."""
+"""Relative tolerances of the loss: after merging adapters (in fp32), rounding weights to 16 bits, and saving."""
 _STATE_BYTES = 12
-"""Of a learning weight in a checkpoint: itself and AdamW's two moments in fp32."""
+"""Bytes of a trainable weight in a checkpoint: the weight and AdamW's two moments in fp32."""
 
 
 def rehearse(conf: FinetuneConf, base: Base) -> list[str]:
-    """Try out what the export will do, with the model's layers but without its weights, and whether there is room for
-    it on the disk.
+    """Tries out the export with the model's layers but without its weights, and checks for enough disk space.
 
-    Returns what the user should know. Raises LlmRayError for what would make the export fail.
+    Returns notes for the user. Raises LlmRayError for problems that would make the export fail.
     """
     with quietly():
         return _rehearse(conf, base)
@@ -107,7 +105,7 @@ def _rehearse(conf: FinetuneConf, base: Base) -> list[str]:
 
 
 def _doubts(base: Base) -> list[str]:
-    """What is to be said of the tokenizer of a base that is, or was, a GGUF."""
+    """Returns warnings about the tokenizer of a base that is a GGUF file, or was converted from one."""
     name, folder = base.location.name, base.location.folder
     if folder is None or base.model.tokenizer:
         return []
@@ -123,7 +121,8 @@ def _doubts(base: Base) -> list[str]:
 
 
 def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
-    """Raise ModelError unless the tokenizer saved in `folder`, as engines load it, is `tokenizer`."""
+    """Raises ModelError if the tokenizer saved in `folder`, loaded as engines do, behaves differently from
+    `tokenizer`."""
     from transformers import AutoTokenizer
 
     saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -132,21 +131,20 @@ def check_saved_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, trus
         or saved.chat_template != tokenizer.chat_template
     ):
         raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path}, changes when it is saved and loaded again "
-            f"({type(saved).__name__}): with the finetuned model it would give other tokens than in training. Set "
-            "model.tokenizer to a folder whose tokenizer is read back unchanged"
+            f"the tokenizer of {tokenizer.name_or_path} changes when it is saved and loaded again "
+            f"({type(saved).__name__}): with the finetuned model it would produce different tokens than in training. Set "
+            "model.tokenizer to a folder whose tokenizer does not change"
         )
 
 
 class Comparison:
-    """The loss of a model on a few sequences, followed from the trained model to the exported one.
+    """Tracks the loss on a few sequences from the trained model to the exported one.
 
-    Every token counts, supervised or not: it is asked whether two models are the same one, not how good they are.
+    All tokens count, supervised or not, since the question is whether two models are equal, not how good they are.
     """
 
     def __init__(self, conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        """The sequences are held-out ones, else those of the training; where neither is on the disk any more,
-        `text`."""
+        """Uses held-out sequences, else training sequences, or `text` if neither is on disk any more."""
         self.rows, self.which = _sequences(conf)
         if not self.rows:
             self.rows, self.which = (
@@ -155,9 +153,9 @@ class Comparison:
             )
         self.losses: list[float] = []
 
-    def take(self, model: torch.nn.Module, after: str = "", tolerance: float = 0.0) -> None:
-        """Note the loss of `model`. Raises ModelError where it is not the one before, to the share `tolerance`; `after`
-        says what was done."""
+    def record(self, model: torch.nn.Module, after: str = "", tolerance: float = 0.0) -> None:
+        """Records the loss of `model`. Raises ModelError if it differs from the previous one by more than `tolerance`
+        (relative). `after` names the step in between, and is empty for the first model."""
         import torch
         import torch.nn.functional as F
 
@@ -196,8 +194,8 @@ def _sequences(conf: FinetuneConf) -> tuple[list[list[int]], str]:
 
 
 def _check_room(conf: FinetuneConf, base: Base, parameters: int, learning: int) -> None:
-    """Raise RunError where the disk of the runs has no room for the model, and for checkpoints of as many weights as
-    learn."""
+    """Raises RunError if the disk of the runs has no room for the exported model and the checkpoints. `parameters`,
+    `learning`: numbers of all and of trainable weights."""
     from llm_ray.models.convert import size_on_disk
 
     run = conf.run_dir

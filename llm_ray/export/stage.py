@@ -1,5 +1,5 @@
-"""Export: the trained weights as a Hugging Face model that any tool loads, with its tokenizer and chat template, and
-the adapter."""
+"""Exports the trained weights as a standard Hugging Face model with tokenizer and chat template, and the adapter beside
+it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def export(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, card: str, reporter: Reporter) -> Path:
-    """Write `output/` of the run, whole or not at all; returns it. `card` is the model card's text."""
+    """Writes the run's `output/` atomically, in a Ray task, and returns its path. `card`: the model card's text. Raises
+    ModelError, TrainError, RunError."""
     import ray
 
     with reporter.bar("exporting", 1) as bar:
@@ -36,7 +37,7 @@ def export(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, c
 
 
 def export_here(conf_json: dict[str, Any], base: Base, checkpoint: str, card: str) -> str:
-    """Write `output/` in this process; returns what its check found, in a line for the user. Raises ModelError,
+    """Writes `output/` in this process, and returns the result of its check as a line for the user. Raises ModelError,
     TrainError, RunError."""
     from safetensors import SafetensorError
 
@@ -66,36 +67,35 @@ def _write(conf: FinetuneConf, base: Base, checkpoint: Path, card: str) -> str:
         if conf.tuning.method == "lora":
             adapted = load_adapted(conf, base, checkpoint, torch.float32)
             save_adapter(adapted, folder / "adapter", conf.model.base)
-            write_text(folder / "adapter" / "README.md", card)  # in place of peft's empty one
-            comparison.take(adapted)
-            # A base in few bits is one because memory is short: there it is never whole in fp32.
+            write_text(folder / "adapter" / "README.md", card)  # replaces peft's empty template
+            comparison.record(adapted)
+            # A quantized base means that memory is short, so never hold all of it in fp32.
             model = merge(adapted, dtype if conf.model.weights else torch.float32)
             del adapted
-            comparison.take(model, "merging the adapters", MERGING if model.dtype == torch.float32 else ROUNDING)
+            comparison.record(model, "merging the adapters", MERGING if model.dtype == torch.float32 else ROUNDING)
         else:
             model = load_trained(conf, base, checkpoint, torch.float32)
-            comparison.take(model)
+            comparison.record(model)
         if model.dtype != dtype:
             model = model.to(dtype)
-            comparison.take(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
+            comparison.record(model, f"rounding to {str(dtype).removeprefix('torch.')}", ROUNDING)
         model.config.use_cache = True
-        model.generation_config.eos_token_id = end_tokens(
-            model, tokenizer
-        )  # what training taught to end with has to end generation
+        # Generation must stop at the token that the model was trained to end with.
+        model.generation_config.eos_token_id = end_tokens(model, tokenizer)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", card)
-        del model  # there may be memory for one alone
+        del model  # memory may suffice for only one
         saved = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=conf.model.trust_remote_code
         )
-        comparison.take(saved, "saving and reloading", SAVING)
+        comparison.record(saved, "saving and reloading", SAVING)
         check_saved_tokenizer(tokenizer, folder, conf.model.trust_remote_code)
     return str(comparison)
 
 
 def save_adapter(adapted: PeftModel, folder: Path, base: str) -> None:
-    """Write the adapter in PEFT's form, as one of the model `base`: what learned (layers trained whole too), without
-    copies of the model's."""
+    """Writes the adapter in PEFT's format, with `base` as its base model: all trained weights, including fully trained
+    layers, but no frozen ones."""
     adapted.peft_config["default"].base_model_name_or_path = base
     adapted.save_pretrained(folder, save_embedding_layers=False)

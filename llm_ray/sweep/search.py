@@ -29,7 +29,7 @@ from llm_ray.progress import Bar, Reporter, duration
 from llm_ray.sweep import space
 from llm_ray.sweep.folder import ENDED, SweepFolder, Trial, best_of
 from llm_ray.sweep.trial import Finetune, Task, TuneTrial
-from llm_ray.train.recipe import worker_environment
+from llm_ray.train.task import worker_environment
 
 MOST_AT_ONCE = 4
 """Concurrent trials if neither their number nor their cores are given."""

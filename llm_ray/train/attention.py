@@ -1,9 +1,9 @@
-"""Attention over packed rows: each row attends to itself alone, at the cost of its own length.
+"""Attention over packed rows: each row attends only to itself, at the cost of its own length.
 
-Rows are laid end to end in one sequence of shape [1, tokens]; scaled dot-product attention runs on each row by itself,
-causal and without a mask, so that nothing is computed between rows and no [tokens, tokens] mask exists. It plugs into
-transformers' attention interface. Models for which that is not the same as each row alone (``why_not_packed`` tries it
-on the very model) are trained on padded batches instead (``llm_ray.train.batches``).
+Rows are concatenated into one sequence of shape [1, tokens]. Causal scaled dot-product attention runs on each row
+separately, so nothing is computed across rows and no [tokens, tokens] mask is built. It plugs into transformers'
+attention interface. Models whose results packing would change (``why_not_packed`` tests the loaded model) are trained
+on padded batches instead (``llm_ray.train.batches``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from llm_ray.errors import ModelError
 
 NAME = "llm_ray_packed"
 SHORT = 256
-"""Longest row, in tokens, whose attention is computed by plain matrix products in bf16."""
+"""Longest row, in tokens, whose bf16 attention is computed by plain matrix products."""
 PROBE_ROWS = (21, 13)
-"""Tokens of the two rows that are tried packed and alone."""
+"""Tokens of the two rows with which packing is tested."""
 EXACT, ROUNDED = (1e-3, 1e-4), (1e-1, 1e-2)
-"""In fp32, and with 16 bits: how far logits may lie from those of each row alone, and from those beside another
-neighbour, as shares of their spread. Beside another neighbour little but the neighbour differs; alone, matrix products
-have other shapes, and round otherwise: with 16 bits a model may make anything of that, so that fp32 decides where the
-model can be computed so."""
+"""Tolerances in fp32, and in 16 bits: how much packed logits may differ from those of each row alone, and between
+packings with different neighbours, as fractions of the logits' spread. With a different neighbour nothing else changes;
+alone, matrix products have other shapes and round differently. In 16 bits a model may amplify that arbitrarily, so fp32
+decides where the model can run in it."""
 _PASSED = {
     "position_ids",
     "use_cache",
@@ -40,16 +40,16 @@ _PASSED = {
     "output_hidden_states",
 }
 _PASSED |= {"is_causal", "output_router_logits", "logits_to_keep", "return_dict", "inputs_embeds"}
-"""What models hand to attention functions beside tensors, and which changes nothing here."""
+"""Further arguments that models pass to attention functions, and that have no effect here."""
 
 
 _rows: list[int] = []
 
 
 def set_rows(lengths: list[int]) -> None:
-    """Say how many tokens each row of the sequence has that the model is about to be called with.
+    """Sets the tokens per row of the sequence for the model's next call.
 
-    It does not go through the model's arguments: torch.compile would compile anew for each number of rows.
+    Not an argument of the model, because torch.compile would recompile for each number of rows.
     """
     _rows[:] = lengths
 
@@ -68,14 +68,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within rows.
 
-    query [1, heads, tokens, size]; key, value [1, key heads, tokens, size]; the rows are those of :func:`set_rows`.
-    Returns [1, tokens, heads, size], as transformers' attention functions do. Raises ValueError where the model asks
-    for what is not computed here (a mask or bias of its own, soft caps, sinks, attention that looks ahead).
+    query [1, heads, tokens, size]; key, value [1, key heads, tokens, size]; rows as set by :func:`set_rows`. Returns
+    [1, tokens, heads, size], like transformers' attention functions. Raises ValueError if the model needs a feature
+    that is not implemented here (its own mask or bias, soft caps, sinks, non-causal attention).
     """
     if attention_mask is not None:
         raise ValueError("its attention has a mask or bias of its own")
-    if beyond := [name for name, value in others.items() if value is not None and name not in _PASSED]:
-        raise ValueError(f"its attention has {', '.join(beyond)}")
+    if unsupported := [name for name, value in others.items() if value is not None and name not in _PASSED]:
+        raise ValueError(f"its attention has {', '.join(unsupported)}")
     if others.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError("its attention is not causal")
     split = zip(query.split(_rows, 2), key.split(_rows, 2), value.split(_rows, 2), strict=True)
@@ -95,9 +95,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, slidi
 
 
 def _attend_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of one short row by plain matrix products, the query heads of a key head stacked.
+    """Attention of one short row by plain matrix products, with the query heads of each key head stacked.
 
-    torch's fused kernel for CPUs multiplies bf16 blocks slowly in the backward pass; a short row's scores fit the cache
+    torch's fused CPU kernel multiplies bf16 blocks slowly in the backward pass, and a short row's scores fit the cache
     anyway.
     """
     _, heads, length, size = q.shape
@@ -109,20 +109,20 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _causal(length: int, stacked: int, dtype: torch.dtype) -> Tensor:
-    """[stacked × length, length]: minus infinity where a position would look ahead."""
+    """[stacked × length, length]: minus infinity at future positions."""
     return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(stacked, 1)
 
 
 def _window(length: int, sliding_window: int) -> Tensor:
-    """[length, length], true where a position may look."""
+    """[length, length]: true where a position may attend."""
     position = torch.arange(length)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < sliding_window)
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
-    """Switch `model`, which has its weights, to packed attention; False (and the model unchanged) where
-    `why_not_packed` says why not."""
+    """Switches `model`, which must have its weights, to packed attention. Returns False and leaves the model unchanged
+    if `why_not_packed` gives a reason."""
     if why_not_packed(model):
         return False
     switch_to_packed(model)
@@ -130,19 +130,19 @@ def use_packed_attention(model: PreTrainedModel) -> bool:
 
 
 def switch_to_packed(model: PreTrainedModel) -> None:
-    """Have `model` (which may be without weights) compute packed attention."""
+    """Switches `model`, with or without weights, to packed attention."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     model.set_attn_implementation(NAME)
 
 
 def why_not_packed(model: PreTrainedModel) -> str:
-    """Why the rows of a batch cannot be laid end to end for `model`, which has its weights; empty where they can.
+    """Returns why rows cannot be packed for `model`, which must have its weights; empty if they can.
 
-    They cannot where its attention is outside transformers' interface, has what is not computed here (soft caps, sinks,
-    biases), or where anything else runs along the sequence (convolutions, recurrent states, positions counted from the
-    start). What the configuration does not tell shows in what the model computes: of two rows packed, against each
-    alone, and beside another neighbour. Raises ModelError where the model cannot be called with tokens at all.
+    Reasons are attention outside transformers' interface, attention features not implemented here (soft caps, sinks,
+    biases), and other operations along the sequence (convolutions, recurrent states, positions counted from the start).
+    What the configuration does not show is tested: two rows are computed packed, each alone, and beside other
+    neighbours. Raises ModelError if the model cannot process tokens at all.
     """
     config = model.config.get_text_config()
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"})
@@ -168,8 +168,8 @@ def why_not_packed(model: PreTrainedModel) -> str:
 
 @contextlib.contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """Have the modules of `model` compute with their weights in fp32, one module's at a time: there may be no memory
-    for a copy of all."""
+    """Lets the modules of `model` compute with fp32 weights, converting one module at a time: memory may not suffice
+    for a full copy."""
     narrow: dict[nn.Parameter, Tensor] = {}
 
     def widen(module: nn.Module, _: object) -> None:
@@ -196,10 +196,11 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, unlike: float, leak: float) -> str:
-    """Compute two rows alone, packed, and packed beside another neighbour; what differs by more than these shares of
-    the logits' spread, in words. Raises ModelError."""
+    """Computes two rows alone, packed, and packed beside other neighbours. Returns a message if logits differ from
+    those alone by more than `unlike`, or between neighbours by more than `leak` (fractions of their spread), or if the
+    packed model raises an error. Raises ModelError if the model cannot compute the rows alone."""
     vocabulary = model.config.get_text_config().vocab_size
-    # From all over the vocabulary: the first ids are special ones, of which a model may have learnt nothing.
+    # Ids spread over the vocabulary: the first ones are special tokens, which may be untrained.
     first, second = (torch.arange(1, 1 + length)[None] * 7919 % vocabulary for length in PROBE_ROWS)
     other, positions = (first + 29) % vocabulary, torch.cat([torch.arange(length) for length in PROBE_ROWS])[None]
     try:
@@ -230,24 +231,24 @@ def _probe(model: PreTrainedModel, unlike: float, leak: float) -> str:
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         return _first_line(error)
-    apart = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
-    if not apart <= leak:
-        return f"rows affect their neighbours (logits differ by {apart:.2g} of their spread)"
-    apart = max(_difference(a, b) for a, b in zip(together, alone, strict=True))
-    if not apart <= unlike:
-        return f"packed rows get other logits than alone (they differ by {apart:.2g} of their spread)"
+    difference = max(_difference(beside[1], together[1]), _difference(swapped[0], together[0]))
+    if not difference <= leak:
+        return f"rows affect their neighbours (logits differ by {difference:.2g} of their spread)"
+    difference = max(_difference(a, b) for a, b in zip(together, alone, strict=True))
+    if not difference <= unlike:
+        return f"packed rows get different logits than single rows (they differ by {difference:.2g} of their spread)"
     return ""
 
 
-def _difference(given: Tensor, wanted: Tensor) -> float:
-    """How far logits [1, tokens, vocabulary] lie from the wanted ones, as a share of the spread of those, at the worst
-    token."""
-    finite = wanted.isfinite()
-    if not torch.equal(finite, given.isfinite()):
+def _difference(logits: Tensor, expected: Tensor) -> float:
+    """Largest distance of a token's logits [1, tokens, vocabulary] from the expected ones, as a fraction of the mean
+    spread of those."""
+    finite = expected.isfinite()
+    if not torch.equal(finite, logits.isfinite()):
         return float("inf")
-    apart = torch.where(finite, given - wanted, 0.0).norm(dim=-1)
-    spread = torch.where(finite, wanted - torch.where(finite, wanted, 0.0).mean(), 0.0).norm(dim=-1).mean()
-    return float((apart / spread.clamp(min=1e-9)).max())
+    distance = torch.where(finite, logits - expected, 0.0).norm(dim=-1)
+    spread = torch.where(finite, expected - torch.where(finite, expected, 0.0).mean(), 0.0).norm(dim=-1).mean()
+    return float((distance / spread.clamp(min=1e-9)).max())
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,9 @@
-"""Hyperparameters set to `auto`: epochs, batch and learning rate, chosen from the data, the method and the model.
+"""Chooses hyperparameters set to `auto` (epochs, batch size, learning rate, …) from data, method and model.
 
     choice = choose(conf, read_stats(run_dir / "prepared"), width=576)
     choice.conf.training.epochs, choice.reasons["training.epochs"]
 
-The rules and what they were measured on: docs/design/training.md, "What auto chooses".
+The rules and the measurements behind them: docs/design/training.md, "What auto chooses".
 """
 
 from __future__ import annotations
@@ -19,54 +19,54 @@ from llm_ray.data.prepare import DataStats
 from llm_ray.runs.folder import flat
 
 RULES = 1
-"""Number of this set of rules: another one makes another training of the same conf."""
+"""Version of the rules; increase it with every change, since the same conf then trains differently."""
 
-# Schulman et al. 2025, "LoRA Without Regret": the best rate for full weights is about 5e-5 at width 2000 and falls with
-# the width, the one for adapters is 10 times as high, and 15 times in runs of few steps.
+# Schulman et al. 2025, "LoRA Without Regret": the best rate for full finetuning is about 5e-5 at width 2000 and falls
+# with the width; for adapters it is 10 times as high, and 15 times in short runs.
 FULL_RATE, RATE_WIDTH, RATE_EXPONENT = 5e-5, 2000, 0.78
 LORA_FACTOR, SHORT_RUN_FACTOR = 10, 1.5
 SMALL = 200
-"""Rows below which a set is small: few steps, no validation."""
-DROPOUT, DROPOUT_ROWS = 0.1, 500  # and the rows below which adapters have it
-BATCHES = ((SMALL, 4), (1000, 8), (5000, 16))  # below so many rows, so many a step
+"""A data set with fewer rows is small: few steps, no validation."""
+DROPOUT, DROPOUT_ROWS = 0.1, 500  # adapters use dropout below that number of rows
+BATCHES = ((SMALL, 4), (1000, 8), (5000, 16))  # (data sets with fewer rows, rows per step)
 LARGEST_BATCH = 32
-PRETRAIN_TOKENS = 16384  # a step
+PRETRAIN_TOKENS = 16384  # per step
 ROW_PASSES = 1200
-"""Rows that are learned from in all, repeats counted, by a small set."""
+"""Rows times epochs of a small data set."""
 FEWEST_EPOCHS, MOST_EPOCHS = ((5000, 3), (50_000, 2)), 20
 SHORT_ANSWER = 30
-"""Tokens of an answer up to which rows are taken for facts; longer ones teach a manner too, in fewer passes."""
+"""Mean answer length, in tokens, up to which rows count as facts; longer answers also teach style, in fewer epochs."""
 FULL_SHARE = 0.6
-"""Of the epochs of adapters, those that full weights need for the same."""
+"""Epochs of full finetuning, as a fraction of those that adapters need for the same result."""
 PATIENCE = 2
 
 
 @dataclass(frozen=True)
 class Habits:
-    """How an objective departs from what holds for sft."""
+    """How the rules for an objective differ from those for sft."""
 
     rate: float = 1.0
-    """Share of sft's learning rate."""
+    """Learning rate relative to sft's."""
     short_runs: bool = True
-    """Few rows bear a higher rate."""
+    """Whether small data sets get a higher learning rate."""
     step_tokens: int | None = None
-    """Tokens that a step is made of, where it is not made of rows."""
+    """Tokens per step, if batches are measured in tokens instead of rows."""
     once: str = ""
-    """Why the data is passed over once, where it is."""
+    """Why there is only one epoch; empty if there may be more."""
     repeats: bool = True
-    """Small sets are passed over many times."""
+    """Whether small data sets get many epochs."""
     dropout: bool = True
-    """Adapters have dropout on small sets."""
+    """Whether adapters use dropout on small data sets."""
 
 
 HABITS: Mapping[ObjectiveName, Habits] = MappingProxyType(
     {
         "sft": Habits(),
         "pretrain": Habits(rate=0.5, short_runs=False, step_tokens=PRETRAIN_TOKENS, once="one pass over plain text"),
-        # Lambert et al. 2024, Tülu 3 (arXiv:2411.15124): 5e-6 for sft and 5e-7 for dpo of the same 8B model. Dropout would
-        # make noise of what is measured against the base model.
+        # Lambert et al. 2024, Tülu 3 (arXiv:2411.15124): 5e-6 for sft and 5e-7 for dpo of the same 8B model. Dropout
+        # would add noise to the comparison with the base model.
         "dpo": Habits(rate=0.1, repeats=False, dropout=False),
-        # Beside the preference it learns the chosen answers as sft does.
+        # Its loss contains that of sft on the chosen answers.
         "orpo": Habits(),
     }
 )
@@ -74,20 +74,20 @@ HABITS: Mapping[ObjectiveName, Habits] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Choice:
-    """A conf without `auto`, and why each of the chosen keys is what it is."""
+    """A conf without `auto`, and the reason for each chosen value, by key."""
 
     conf: FinetuneConf
     reasons: dict[str, str]
 
     def lines(self) -> list[str]:
-        """The chosen values for people, a line each."""
+        """Returns the chosen values with their reasons for the user, a line each."""
         values = flat(self.conf.model_dump(include={"training", "tuning"}))
         return [f"{key} {_number(values[key])}: {reason}" for key, reason in self.reasons.items()]
 
 
 def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = False) -> Choice:
-    """The conf with every `auto` of `training` and `tuning` replaced, but epochs where `max_steps` rules. `width`: the
-    model's hidden size; `experts`: whether it is a mixture of experts."""
+    """Replaces every `auto` of `training` and `tuning`, except epochs if `max_steps` is set. `width`: the model's hidden
+    size; `experts`: whether it is a mixture of experts."""
     training, rows = conf.training, data.train.sequences
     chosen: dict[str, object] = {}
     reasons: dict[str, str] = {}
@@ -120,8 +120,8 @@ def choose(conf: FinetuneConf, data: DataStats, width: int, experts: bool = Fals
 
 
 def batch_for(data: DataStats, habits: Habits) -> int:
-    """Rows a step: few for small sets, so that there are steps enough; or about as many as have `habits.step_tokens`
-    tokens."""
+    """Returns the rows per step: few for small data sets, so that there are enough steps; with `habits.step_tokens`, as
+    many as have about so many tokens."""
     if habits.step_tokens:
         return max(1, min(data.train.sequences, round(habits.step_tokens * data.train.sequences / data.train.tokens)))
     rows = data.train.sequences
@@ -129,7 +129,7 @@ def batch_for(data: DataStats, habits: Habits) -> int:
 
 
 def rate_for(conf: FinetuneConf, width: int, rows: int) -> float:
-    """The highest learning rate for a model of this width on so many rows."""
+    """Returns the peak learning rate for a model of this width and this number of rows."""
     rate = FULL_RATE * (RATE_WIDTH / width) ** RATE_EXPONENT
     if conf.tuning.method == "lora":
         rate *= LORA_FACTOR
@@ -141,15 +141,13 @@ def rate_for(conf: FinetuneConf, width: int, rows: int) -> float:
 
 
 def epochs_for(conf: FinetuneConf, data: DataStats, steps_per_epoch: int) -> tuple[float, str]:
-    """Passes over the data, and the reason."""
+    """Returns the number of epochs, and the reason."""
     rows = data.train.sequences
     if reason := HABITS[conf.tuning.objective].once:
         return 1.0, reason
     fewest = next((epochs for limit, epochs in FEWEST_EPOCHS if rows < limit), 1)
     if not HABITS[conf.tuning.objective].repeats:
-        return float(
-            fewest
-        ), f"{rows} pairs make {steps_per_epoch} steps an epoch; more passes soon fit the pairs alone"
+        return float(fewest), f"{rows} pairs make {steps_per_epoch} steps an epoch; more epochs soon overfit"
     epochs = min(MOST_EPOCHS, ROW_PASSES / rows) * min(1.0, math.sqrt(SHORT_ANSWER / max(1.0, data.train.answer)))
     if conf.tuning.method == "full":
         epochs *= FULL_SHARE

@@ -1,4 +1,4 @@
-"""Batches: which rows a worker takes at a step, in which forward passes, and how they are laid out as tensors.
+"""Batches: the rows a worker computes in a step, how they are split into forward passes, and their layout as tensors.
 
 The order is a pure function of seed, epoch and step, so a resumed run sees the same rows as an uninterrupted one.
 """
@@ -22,10 +22,10 @@ MICRO_BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Pairs:
-    """Of a batch of preference pairs, whose rows come two by two: the chosen answer of a pair, then the rejected one.
+    """The pairs of a batch of preference data, whose rows alternate: the chosen answer of a pair, then the rejected one.
 
-    row_of: int64 [n], the row of each supervised token; tokens: int64 [pairs, 2], supervised ones of both answers;
-    reference: fp32 [pairs, 2], their log-probabilities under the base model, in nats (zeros where it is not asked).
+    row_of: int64 [n], the row of each supervised token; tokens: int64 [pairs, 2], number of supervised tokens of both
+    answers; reference: fp32 [pairs, 2], their log-probabilities under the base model, in nats (zeros if not given).
     """
 
     row_of: Tensor
@@ -35,13 +35,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as the model takes them, and what it is to predict.
+    """Rows as input of the model, and the tokens to predict.
 
     input_ids, position_ids, attention_mask: int64 [1, tokens] with rows end to end (packed), or [rows, longest]
-    (padded).
-    row_lengths: tokens of each row. supervised: int64 [n], positions in the flattened input whose next token is supervised;
-    targets: int64 [n], those next tokens. tokens: real ones, padding and filling left out. pairs: of preference pairs,
-    what else there is to know of them.
+    (padded). row_lengths: tokens of each row. supervised: int64 [n], positions in the flattened input whose next token
+    is supervised; targets: int64 [n], those next tokens. tokens: number of real tokens, without padding and filler rows.
+    pairs: set for preference data.
     """
 
     input_ids: Tensor
@@ -56,10 +55,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a training over rows of `lengths` tokens: each step takes `batch_size` rows, whatever workers there are.
+    """Steps of a training over rows of `lengths` tokens: each step has `batch_size` rows, whatever the number of workers.
 
-    `limit`: most tokens that a worker computes at once, padding included; `packed`: rows are laid end to end, without
-    padding.
+    `limit`: maximum tokens of a forward pass, padding included; `packed`: rows are concatenated without padding.
     """
 
     lengths: np.ndarray
@@ -72,9 +70,9 @@ class Schedule:
     def steps_per_epoch(self) -> int:
         return -(-len(self.lengths) // self.batch_size)
 
-    def take(self, step: int, rank: int, workers: int) -> list[list[int]]:
-        """Row numbers for optimizer step `step` (from 0) on worker `rank` of `workers`: a list for each forward pass,
-        as many on every worker. Where there are too few rows for all, the last lists are empty."""
+    def indices(self, step: int, rank: int, workers: int) -> list[list[int]]:
+        """Returns the row numbers of optimizer step `step` (from 0) for worker `rank` of `workers`: a list per forward
+        pass, equally many on every worker. If there are too few rows, the last lists are empty."""
         epoch, within = divmod(step, self.steps_per_epoch)
         rows = self._order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
         shares = [self._passes(share) for share in self._deal(rows, workers)]
@@ -86,8 +84,8 @@ class Schedule:
         return torch.randperm(len(self.lengths), generator=generator).tolist()
 
     def _deal(self, rows: list[int], workers: int) -> list[list[int]]:
-        """The rows shared out so that workers have about as many tokens: the longest first, to the one with the fewest
-        (Graham 1969)."""
+        """Distributes the rows so that workers get about the same number of tokens: longest first, each to the worker
+        with the fewest (Graham 1969)."""
         shares: list[list[int]] = [[] for _ in range(workers)]
         tokens = [0] * workers
         for row in sorted(rows, key=lambda row: -self.lengths[row]):
@@ -97,12 +95,11 @@ class Schedule:
         return shares
 
     def _passes(self, rows: list[int]) -> list[list[int]]:
-        """A worker's rows, the longest first, in passes of at most `limit` tokens; a row longer than that has a pass of
-        its own."""
+        """Splits a worker's rows, longest first, into passes of at most `limit` tokens (first fit); a longer row gets a
+        pass of its own."""
         passes: list[list[int]] = []
-        room: dict[
-            int, int
-        ] = {}  # of each pass that is not full: tokens, or where rows are padded to its first one's length: rows
+        # Free space of each pass that is not full: in tokens if packed, else in rows padded to the length of its first.
+        room: dict[int, int] = {}
         least = int(min(self.lengths[rows], default=0)) if self.packed else 1
         for row in rows:
             length = int(self.lengths[row])
@@ -120,9 +117,9 @@ class Schedule:
 
 
 def plan_steps(conf: FinetuneConf, lengths: np.ndarray, packed: bool = True) -> tuple[Schedule, int]:
-    """The schedule over rows of `lengths` tokens, and the number of optimizer steps of the whole training.
+    """Returns the schedule over rows of `lengths` tokens, and the total number of optimizer steps.
 
-    `conf` is one without `auto` (``llm_ray.train.auto``).
+    `conf` must not contain `auto` (``llm_ray.train.auto``).
     """
     training = conf.training
     schedule = Schedule(lengths, as_run(training.global_batch_size), micro_batch_tokens(conf), packed, training.seed)
@@ -130,7 +127,7 @@ def plan_steps(conf: FinetuneConf, lengths: np.ndarray, packed: bool = True) -> 
 
 
 def micro_batch_tokens(conf: FinetuneConf) -> int:
-    """Most tokens that a worker computes at once."""
+    """Returns the maximum number of tokens in a forward pass."""
     return conf.training.micro_batch_tokens or max(MICRO_BATCH_TOKENS, conf.data.max_length)
 
 
@@ -143,21 +140,21 @@ def steps_of(
     end: int,
     reference: Tensor | None = None,
 ) -> Iterator[list[Batch]]:
-    """The batches of worker `rank` for steps `start` to `end` (exclusive): a list of one batch per forward pass, for
-    each step. `reference`: as of :func:`collate`."""
+    """Yields the batches of worker `rank` for steps `start` to `end` (exclusive): a list per step, with one batch per
+    forward pass. `reference`: see :func:`collate`."""
     for step in range(start, end):
-        yield [collate(data, indices, schedule.packed, reference) for indices in schedule.take(step, rank, workers)]
+        yield [collate(data, indices, schedule.packed, reference) for indices in schedule.indices(step, rank, workers)]
 
 
 def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> list[list[int]]:
-    """Row numbers of one pass over all rows for worker `rank`, in padded lists of at most `limit` tokens; as many lists
-    on every worker."""
-    return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).take(0, rank, workers)
+    """Returns the row numbers of one pass over the data for worker `rank`, in lists of at most `limit` tokens with
+    padding; equally many lists on every worker."""
+    return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).indices(0, rank, workers)
 
 
 def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference: Tensor | None = None) -> Batch:
-    """Lay the rows out. Without any, one row with nothing supervised: the worker has to take part in the step all the
-    same. `reference`: of a data set of pairs, fp32 [all pairs, 2], log-probabilities of their answers under the base
+    """Builds a batch. Without `indices` it has one filler row with nothing supervised, since the worker must still take
+    part in the step. `reference`: for pairs, fp32 [all pairs, 2], log-probabilities of their answers under the base
     model."""
     rows: list[tuple[list[int], list[int]]] = []
     pairs = "chosen" in data.column_names
@@ -174,17 +171,16 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference:
         torch.zeros_like(input_ids),
         torch.full_like(input_ids, IGNORED),
     )
-    place = 0
+    offset = 0
     for number, (ids, labels) in enumerate(rows):
-        row, at = (0, place) if packed else (number, 0)
+        row, at = (0, offset) if packed else (number, 0)
         to = at + len(ids)
         input_ids[row, at:to] = torch.tensor(ids)
         position_ids[row, at:to] = torch.arange(len(ids))
         mask[row, at:to] = 1
-        target[row, at : to - 1] = torch.tensor(
-            labels[1:], dtype=torch.int64
-        )  # each position predicts the next token of its own row
-        place = to
+        # Each position predicts the next token of its own row.
+        target[row, at : to - 1] = torch.tensor(labels[1:], dtype=torch.int64)
+        offset = to
     flat = target.flatten()
     supervised = (flat != IGNORED).nonzero()[:, 0]
     return Batch(

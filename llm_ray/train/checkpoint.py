@@ -1,8 +1,8 @@
 """Atomic checkpoints; the last few and the best one are kept.
 
 A checkpoint is a folder `step_00000042` of torch.distributed.checkpoint files: trainable weights, optimizer, each
-worker's random state, and progress (step, best validation loss, …). It is written under a hidden name and renamed when
-every worker has written its part, so that whatever has its final name can be resumed from.
+worker's random state, and progress (step, best validation loss, …). It is written under a hidden name and renamed once
+every worker has written its part, so any folder with a final name is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from llm_ray.errors import RunError, TrainError
-from llm_ray.train.workers import agree, world_size
+from llm_ray.train.workers import gather_error, world_size
 
 BEST = "best"
 _STEP = re.compile(r"step_(\d{8})")
@@ -40,7 +40,7 @@ _LEARNING = StateDictOptions(ignore_frozen_params=True)
 
 @dataclass
 class Progress:
-    """How far training has come: what a resumed run needs to know besides weights and optimizer."""
+    """What a resumed run needs besides weights, optimizer and random state."""
 
     step: int = 0
     best_validation_loss: float | None = None
@@ -49,7 +49,7 @@ class Progress:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under `folder`, oldest first."""
+    """Returns the complete checkpoints in `folder`, oldest first."""
     return (
         sorted(p for p in folder.glob("step_*") if _STEP.fullmatch(p.name) and (p / ".metadata").is_file())
         if folder.is_dir()
@@ -58,7 +58,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which `checkpoint` was written."""
+    """Returns the optimizer step after which `checkpoint` was written. Raises RunError if its name is not one of a
+    checkpoint."""
     found = _STEP.fullmatch(checkpoint.name)
     if not found:
         raise RunError(f"{checkpoint} is not a checkpoint: expected a folder called step_NNNNNNNN")
@@ -66,8 +67,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, rank: int) -> Path:
-    """Write a checkpoint of all workers under `folder`. Every worker calls it. Raises TrainError on all of them when
-    one cannot write."""
+    """Writes a checkpoint of all workers in `folder` and returns its path. Every worker must call it. Raises TrainError
+    on all workers if one cannot write."""
     final = folder / f"step_{progress.step:08d}"
     state = {
         "model": _learning_weights(module),
@@ -86,22 +87,22 @@ def save(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, prog
 
 
 def save_best(folder: Path, module: nn.Module, rank: int) -> None:
-    """Write the learning weights as the best so far. Every worker calls it."""
+    """Writes the trainable weights as the best so far. Every worker must call it. Raises TrainError on all workers if
+    one cannot write."""
     state = {"model": _learning_weights(module)}
     _write(folder / BEST, lambda partial: dcp.save(state, checkpoint_id=partial), rank)
 
 
 def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> Progress:
-    """Bring module, optimizer and this worker's random state to where `checkpoint` left them. Every worker calls it.
-    Raises TrainError on all of them when it is damaged or of another model."""
+    """Restores module, optimizer and this worker's random state from `checkpoint`, and returns its progress. Every
+    worker must call it. Raises TrainError on all workers if it is damaged or belongs to another model."""
     state: dict[str, Any] = {
         "model": _learning_weights(module),
         "optimizer": get_optimizer_state_dict(module, optimizer, options=_LEARNING),
         "progress": asdict(Progress()),
     }
-    if any(
-        name.startswith(f"random_{rank}.") for name in _names(checkpoint)
-    ):  # not when there are more workers than before
+    # Missing if there are more workers than when it was written.
+    if any(name.startswith(f"random_{rank}.") for name in _names(checkpoint)):
         state[f"random_{rank}"] = _random_state()
     _read(state, checkpoint)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
@@ -112,25 +113,25 @@ def load(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def load_weights(checkpoint: Path, module: nn.Module) -> None:
-    """Load only the learning weights of `checkpoint` into `module`, in one process without a process group. Raises
-    TrainError."""
+    """Loads only the trainable weights of `checkpoint` into `module`, in a single process without a process group.
+    Raises TrainError if it is damaged or belongs to another model."""
     state = {"model": _learning_weights(module)}
     _read(state, checkpoint)
     set_model_state_dict(module, state["model"], options=StateDictOptions(strict=False))
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints, and what broken writes left behind. One process calls it."""
+    """Deletes all but the last `keep` checkpoints, and leftovers of interrupted writes. Only one worker may call it."""
     for old in list_checkpoints(folder)[:-keep]:
         hidden = old.with_name(f".{old.name}.old")
-        old.rename(hidden)  # half a deletion must not look like a checkpoint
+        old.rename(hidden)  # a half-deleted checkpoint must not look complete
         shutil.rmtree(hidden, ignore_errors=True)
     for debris in [*folder.glob(".step_*"), *folder.glob(f".{BEST}.*")]:
         shutil.rmtree(debris, ignore_errors=True)
 
 
 def _read(state: dict[str, Any], checkpoint: Path) -> None:
-    """Fill `state` from `checkpoint`. Raises TrainError on every worker when one cannot."""
+    """Fills `state` from `checkpoint`. Raises TrainError on every worker if one cannot read it."""
     try:
         dcp.load(state, checkpoint_id=checkpoint, no_dist=world_size() == 1)
     except CheckpointException as error:
@@ -143,10 +144,10 @@ def _read(state: dict[str, Any], checkpoint: Path) -> None:
 
 
 def _names(checkpoint: Path) -> list[str]:
-    """What is in `checkpoint`; nothing when that cannot be read, which loading it will tell."""
+    """Names of the values in `checkpoint`; empty if unreadable, which loading it will report."""
     try:
         return list(dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata)
-    except Exception:  # it is a pickle, which raises whatever it meets
+    except Exception:  # unpickling may raise anything
         return []
 
 
@@ -154,7 +155,7 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
     partial = final.with_name(f".{final.name}.partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    agree(None)
+    gather_error(None)
     problem: str | None = None
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
         problem = _reason(error)
     except OSError as error:
         problem = str(error)
-    if failed := agree(problem):
+    if failed := gather_error(problem):
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(final.parent).free if final.parent.is_dir() else 0
@@ -185,13 +186,13 @@ def _write(final: Path, write: Callable[[Path], object], rank: int) -> None:
 
 
 def _reason(error: CheckpointException) -> str:
-    cause, _ = next(iter(error.failures.values()))  # with its traceback
+    cause, _ = next(iter(error.failures.values()))  # (exception, traceback)
     return next(iter(str(cause).splitlines()), type(cause).__name__)
 
 
 def _learning_weights(module: nn.Module) -> dict[str, Any]:
-    """Names and tensors of the weights that learn, tied ones once. (torch leaves frozen ones out under one of their
-    names alone, so that a frozen embedding tied to the output head would be in every checkpoint.)"""
+    """Names and tensors of the trainable weights, tied ones once. (torch omits frozen weights under only one of their
+    names, so a frozen embedding tied to the output head would be in every checkpoint.)"""
     inner = module.module if isinstance(module, DistributedDataParallel) else module
     learning = {name for name, parameter in inner.named_parameters() if parameter.requires_grad}
     others = {name for name, _ in inner.named_parameters(remove_duplicate=False)} - learning

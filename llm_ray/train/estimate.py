@@ -1,7 +1,7 @@
-"""Estimates of a training before it starts: memory per worker, and time.
+"""Estimates memory per worker and duration of a training before it starts.
 
-Both are measured: some real steps are taken (``llm_ray.train.trial``). Where the model would not even fit this host,
-nothing is run, and memory is counted from the model's shapes.
+Both are measured by running some real steps (``llm_ray.train.trial``). If the model would not even fit this host,
+nothing is run, and memory is computed from the model's shapes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from llm_ray.train.objectives import objective_of
 from llm_ray.train.trial import measure
 
 RAY_BYTES = 0.15e9
-"""What a worker of Ray's holds beyond the same process without it."""
+"""Memory of a Ray worker beyond that of the same process without Ray."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """parameters, trainable: counts. memory_per_worker: peak, bytes. seconds: of training, validations included,
-    evaluation not; None where no step could be taken. step_seconds: the optimizer steps' share of them. learning: the
-    kinds of layers that learn, a line each."""
+    """parameters, trainable: counts. memory_per_worker: peak, bytes. seconds: training with validations, without
+    evaluation; None if no steps were run. step_seconds: the optimizer steps' part of them. learning: a line per kind of
+    trained layer."""
 
     parameters: int
     trainable: int
@@ -48,20 +48,20 @@ class Estimate:
     step_seconds: float | None
     learning: list[str]
     unmeasured: str = ""
-    """Why no step was taken, where none was."""
+    """Why no steps were run; empty if some were."""
     notes: tuple[str, ...] = ()
-    """What showed when steps were taken, for people."""
+    """Notes from the measured steps, for the user."""
 
     def memory(self, conf: FinetuneConf) -> float:
-        """Peak of all workers on this host, in bytes: of one where a cluster has others."""
+        """Returns the peak memory of all workers on this host, in bytes; for a cluster, of one worker."""
         return self.memory_per_worker * (conf.runtime.workers if conf.runtime.mode == "local" else 1)
 
     def fits(self, conf: FinetuneConf) -> bool:
-        """Whether this host has that memory."""
+        """Whether this host has enough memory."""
         return self.memory(conf) < self.memory_here
 
     def lines(self, conf: FinetuneConf) -> list[str]:
-        """The figures for people, a line each."""
+        """Returns the figures for the user, a line each."""
         workers = conf.runtime.workers
         fits = "" if self.fits(conf) else ": TOO MUCH for this host"
         lines = [
@@ -86,7 +86,7 @@ class Estimate:
 
 
 def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cpus: int) -> Estimate:
-    """Estimate the training stage with `cpus` a worker, from the rows in `prepared`. `conf` is one without `auto`.
+    """Estimates the training stage with `cpus` per worker, from the rows in `prepared`. `conf` must not contain `auto`.
     Raises LlmRayError."""
     flags = cpu_flags()
     precision, reason = choose_precision(conf.training.precision, flags)
@@ -104,11 +104,11 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     memory = float(psutil.virtual_memory().total)
 
     weights = state_bytes(conf, frozen, trainable)
-    here = conf.runtime.workers if conf.runtime.mode == "local" else 1
+    local_workers = conf.runtime.workers if conf.runtime.mode == "local" else 1
     free = psutil.virtual_memory().available
     unmeasured = "" if "train" in conf.stages else "stages does not include train"
-    if weights * here > free:
-        need = f"{weights * here / 2**30:.1f} GiB of weights, gradients and optimizer"
+    if weights * local_workers > free:
+        need = f"{weights * local_workers / 2**30:.1f} GiB of weights, gradients and optimizer"
         unmeasured = f"{need} exceed the {free / 2**30:.1f} GiB that are free on this host"
     planned = Estimate(
         parameters=parameters,
@@ -130,7 +130,7 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     step_seconds = tokens * cost.seconds_per_token + cost.first_step_seconds
     validations = 1 + steps / (conf.training.validate_every or schedule.steps_per_epoch)
     validated = data.validation.tokens * validations if data.validation else 0
-    if objective_of(conf).reference:  # the base model's log-probabilities of all pairs: a forward pass each
+    if objective_of(conf).reference:  # one forward pass over all pairs for the base model's log-probabilities
         validated += data.train.tokens + (data.validation.tokens if data.validation else 0)
     return replace(
         planned,
@@ -142,7 +142,8 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
 
 
 def saved_bytes(empty: PreTrainedModel, conf: FinetuneConf, frozen_bytes: float) -> float:
-    """What `model.weights` saves of weights that take `frozen_bytes` each otherwise. Raises ModelError."""
+    """Returns the bytes that `model.weights` saves over weights of `frozen_bytes` each. Raises ModelError if the model
+    does not support it."""
     if not conf.model.weights:
         return 0.0
     from llm_ray.models.fewbits import BYTES, check_few_bits
@@ -152,7 +153,7 @@ def saved_bytes(empty: PreTrainedModel, conf: FinetuneConf, frozen_bytes: float)
 
 
 def _activations(conf: FinetuneConf, config: object, data: DataStats) -> float:
-    """Bytes that a forward pass keeps for the backward pass, about."""
+    """Estimates the bytes of activations that a forward pass keeps for the backward pass."""
     width = getattr(config, "hidden_size", None)
     layers = getattr(config, "num_hidden_layers", None)
     if not width or not layers:

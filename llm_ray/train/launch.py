@@ -1,4 +1,4 @@
-"""The driver's side of training on Ray Train: start the workers, show progress, stop them, explain failures."""
+"""The driver side of training on Ray Train: starts the workers, shows progress, stops them, explains failures."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ from llm_ray.progress import Bar, Reporter
 from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.checkpoint import list_checkpoints, step_of
-from llm_ray.train.recipe import NOTES_FILE, Outcome, Task, train, worker_environment
+from llm_ray.train.task import NOTES_FILE, Outcome, Task, train_here, worker_environment
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-_SETTLE_SECONDS = 20.0  # after a loss, before fewer workers go on: a worker that died alone has its host back by then
-_HOST_SECONDS = 900.0  # that lost hosts are waited for
-_SAY_SECONDS = 60.0
-# What a RuntimeError says that another try may mend.
+# Wait after a failure before continuing with fewer workers: if only a worker died, its CPUs are free again by then.
+_SETTLE_SECONDS = 20.0
+_HOST_SECONDS = 900.0  # how long to wait for lost hosts
+_REPORT_SECONDS = 60.0
+# Messages of RuntimeErrors that a retry may fix.
 _PASSING = re.compile(
     r"gloo|connect|peer|socket|timed? ?out|store|rendezvous|process group|barrier|memory|allocat|thread", re.IGNORECASE
 )
 
 
 class Recurring(TrainError):
-    """Training failed in a way that another try would not mend."""
+    """Training failed in a way that a retry would not fix."""
 
 
 def run_training(
     conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path | None, reporter: Reporter
 ) -> Outcome:
-    """Train as the conf says, on the joined Ray. The run's stop file, or the first Ctrl-C, asks for a checkpoint and an
-    end; the second Ctrl-C ends at once.
+    """Trains as the conf says, on the connected Ray. The run's stop file, or the first Ctrl-C, requests a checkpoint and
+    a stop; the second Ctrl-C stops immediately.
 
-    A lost worker is made up for here and not in Ray Train, which would wait without end for a host that does not come
-    back: training goes on from the last checkpoint, with fewer workers where `runtime.min_workers` allows it. Raises
-    Stopped when it was asked to, TrainError when training failed.
+    Lost workers are handled here and not by Ray Train, which would wait forever for a host that does not come back:
+    training continues from the last checkpoint, with fewer workers if `runtime.min_workers` allows it. Raises Stopped
+    if a stop was requested, TrainError if training failed.
     """
     folder = conf.run_dir / "checkpoint"
     lost = 0
@@ -51,7 +52,7 @@ def run_training(
     try:
         with reporter.bar("training") as bar:
             while True:
-                # Ray's own list of checkpoints would go stale with an unclean end; what is on disk is the truth.
+                # Ray's own list of checkpoints is stale after a crash; the folders on disk are authoritative.
                 (folder / SNAPSHOT).unlink(missing_ok=True)
                 fit = _Fit(_trainer(conf, base, workers, resume_from))
                 _follow(fit, conf, bar, stop, reporter)
@@ -66,8 +67,8 @@ def run_training(
                         raise TrainError(
                             f"{error} (This was failure {lost}; runtime.max_failures is {conf.runtime.max_failures}.)"
                         ) from error
-                    reporter.line(f"  {_told(error)}")
-                    workers = _what_is_left(conf, workers.cpus, stop, reporter)
+                    reporter.line(f"  {_first_sentence(error)}")
+                    workers = _remaining_workers(conf, workers.cpus, stop, reporter)
                     reporter.line(f"  {workers.number} worker(s) continue from {_last_checkpoint(folder)}")
     finally:
         stop.file.unlink(missing_ok=True)
@@ -85,7 +86,7 @@ def _trainer(conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path
     from llm_ray.train.network import GlooConfig
 
     return TorchTrainer(
-        train,
+        train_here,
         train_loop_config=Task(
             conf=conf.model_dump(mode="json"),
             base=base,
@@ -111,8 +112,7 @@ def _trainer(conf: FinetuneConf, base: Base, workers: Workers, resume_from: Path
 
 
 def _is_no_fault(error: BaseException | None) -> bool:
-    """Whether the end is a host's that leaves as it was told to, or workers could not be placed: no failure that is
-    counted."""
+    """True for preemption or failed placement, which do not count as failures."""
     from ray.train import ControllerError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import PreemptionError
@@ -123,11 +123,11 @@ def _is_no_fault(error: BaseException | None) -> bool:
     )
 
 
-def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> Workers:
-    """The cluster after a loss, and how many workers it has room for. Hosts are waited for, a short time where fewer
-    workers may go on.
+def _remaining_workers(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter) -> Workers:
+    """Returns the cluster after a failure and the number of workers it has room for. Waits for lost hosts, but only
+    briefly if enough workers fit without them.
 
-    Raises TrainError when they do not come back.
+    Raises TrainError if they do not come back, Stopped if a stop is requested meanwhile.
     """
     fewest = conf.runtime.min_workers or conf.runtime.workers
     began, reported_at = time.monotonic(), 0.0
@@ -138,14 +138,14 @@ def _what_is_left(conf: FinetuneConf, cpus: int, stop: _Stop, reporter: Reporter
         if room == conf.runtime.workers or (room >= fewest and waited > _SETTLE_SECONDS):
             return Workers(now, room, cpus)
         if stop.asked():
-            raise Stopped(f"{conf.name}: stopped while waiting for hosts. {_goes_on(conf)}")
+            raise Stopped(f"{conf.name}: stopped while waiting for hosts. {_resume_hint(conf)}")
         if waited > _HOST_SECONDS:
             raise TrainError(
                 f"training of {conf.name} needs {fewest} worker(s) with {cpus} CPU(s) each, but the remaining hosts "
                 f"({', '.join(now.hosts) or 'none'}) have room for {room}: start the lost hosts, or set "
-                f"runtime.min_workers. {_goes_on(conf)}"
+                f"runtime.min_workers. {_resume_hint(conf)}"
             )
-        if room < fewest and time.monotonic() - reported_at > _SAY_SECONDS:
+        if room < fewest and time.monotonic() - reported_at > _REPORT_SECONDS:
             reported_at = time.monotonic()
             reporter.line(
                 f"  waiting for hosts: {fewest} worker(s) needed, room for {room} on {', '.join(now.hosts) or 'none'}"
@@ -159,18 +159,18 @@ def _last_checkpoint(folder: Path) -> str:
 
 
 class _Stop:
-    """The wish for a checkpoint and an end: the file, which another process may make; the first Ctrl-C makes it, the
-    second is raised."""
+    """A request for a checkpoint and a stop: a file that other processes may create, too. The first Ctrl-C creates it,
+    the second raises KeyboardInterrupt."""
 
     def __init__(self, file: Path, reporter: Reporter) -> None:
         self.file, self._reporter = file, reporter
-        self._interrupted = self._told = False
+        self._interrupted = self._reported = False
 
     def asked(self) -> bool:
-        """Whether there is the wish; the user is told once."""
+        """Whether a stop is requested; tells the user the first time."""
         asked = self._interrupted or self.file.exists()
-        if asked and not self._told:
-            self._told = True
+        if asked and not self._reported:
+            self._reported = True
             again = "again" if self._interrupted else "twice"
             self._reporter.line(
                 f"Stopping after this step, with a checkpoint (Ctrl-C {again}: immediately, resuming later from the "
@@ -179,7 +179,7 @@ class _Stop:
         return asked
 
     def interrupt(self) -> None:
-        """Ctrl-C. Raises KeyboardInterrupt at the second."""
+        """Handles Ctrl-C. Raises KeyboardInterrupt on the second."""
         if self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = True
@@ -193,23 +193,22 @@ class _Stop:
 
 
 class _Fit(threading.Thread):
-    """`trainer.fit()` beside the main thread, which stays free for progress and Ctrl-C (fit would take the signal for
-    itself)."""
+    """Runs `trainer.fit()` in a thread, so that the main thread can show progress and handle Ctrl-C (in the main thread,
+    fit would handle the signal itself)."""
 
     def __init__(self, trainer: object) -> None:
         super().__init__(daemon=True, name="ray-train-fit")
         self._trainer = trainer
         self._result: Outcome | None = None
         self._error: BaseException | None = None
-        self.ended = (
-            threading.Event()
-        )  # Ctrl-C in Thread.join makes Python 3.11 take the thread for ended (CPython bpo-45274)
+        # Not Thread.join: after Ctrl-C in it, Python 3.11 takes the thread for ended (CPython bpo-45274).
+        self.ended = threading.Event()
         self.start()
 
     def run(self) -> None:
         try:
             self._result = self._trainer.fit().return_value  # type: ignore[attr-defined]
-        except BaseException as error:  # handed to the main thread, whatever it is
+        except BaseException as error:  # raised in the main thread by outcome()
             self._error = error
         finally:
             self.ended.set()
@@ -226,7 +225,7 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop, reporter: Repo
     shown, notes = -1, conf.run_dir / "checkpoint" / NOTES_FILE
     while not fit.ended.is_set():
         try:
-            stop.asked()  # for the user to know
+            stop.asked()  # to tell the user
             fit.ended.wait(0.5)
             if notes.is_file():
                 reporter.line(
@@ -245,13 +244,13 @@ def _follow(fit: _Fit, conf: FinetuneConf, bar: Bar, stop: _Stop, reporter: Repo
 
 
 def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
-    """The failure in words for the user: who failed, of what, and what to do."""
+    """Returns the failure as an error for the user: who failed, why, and what to do."""
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     causes = {f"worker {rank} of {conf.name}": _cause(failure) for rank, failure in failures.items()}
     causes = causes or {f"training of {conf.name}": _cause(error)}
-    resume = _goes_on(conf)
+    resume = _resume_hint(conf)
     less = "Lower training.micro_batch_tokens or data.max_length, set training.gradient_checkpointing, for LoRA model.weights int8 or int4, or use training.strategy fsdp over more workers"
     for who, cause in causes.items():
         if isinstance(cause, OutOfMemoryError):
@@ -283,9 +282,9 @@ def _explain(error: BaseException, conf: FinetuneConf) -> TrainError:
 
 
 def _recurs(cause: BaseException) -> bool:
-    """Whether an exception in a worker is one that the same code and data raise again: not of the network, the host or
-    another worker."""
-    if type(cause) is RuntimeError:  # torch's for everything
+    """Whether the same code and data would raise a worker's exception again: it does not come from the network, the
+    host or another worker."""
+    if type(cause) is RuntimeError:  # torch raises it for everything
         return not _PASSING.search(str(cause))
     certain = (
         LlmRayError,
@@ -301,24 +300,25 @@ def _recurs(cause: BaseException) -> bool:
     return isinstance(cause, certain)
 
 
-def _goes_on(conf: FinetuneConf) -> str:
+def _resume_hint(conf: FinetuneConf) -> str:
     return (
         f"Checkpoints are complete: run the same command to continue from the last one (llm-ray runs show {conf.name})"
     )
 
 
-def _told(error: TrainError) -> str:
-    """The error's first sentence: what is to be done about it is for the one that ends the run."""
+def _first_sentence(error: TrainError) -> str:
+    """The error's first sentence; its advice is shown only with the error that ends the run."""
     return str(error).split(". ")[0]
 
 
 def _cause(failure: BaseException) -> BaseException:
-    """What Ray Train has wrapped: an error of the training function, a worker's death, a failure of its controller."""
+    """Unwraps Ray Train's exception: an error of the training function, a worker's death, a failure of its
+    controller."""
     for name in ("_base_exc", "health_check_failure", "controller_failure"):
         failure = getattr(failure, name, failure)
     return failure
 
 
 def _first_line(error: BaseException) -> str:
-    # Ray's own messages go on for pages.
+    # Ray's messages may be pages long.
     return next(iter(str(error).splitlines()), "").rstrip(".")

@@ -1,9 +1,9 @@
 """The loss of a causal language model over supervised tokens, without a [tokens, vocabulary] matrix in memory.
 
-A vocabulary is large against a small model's width: the logits, their softmax and its gradient cost more memory traffic
-than the layers. Here the hidden states of supervised tokens alone are projected, a block of rows at a time, and the
-gradient of each block is taken at once while it lies in the cache (the idea of Liger Kernel's FusedLinearCrossEntropy,
-arXiv:2410.10989, and of Wijmans et al. 2024, arXiv:2411.09009).
+The vocabulary of a small model is large compared to its width: logits, their softmax and its gradient cost more memory
+traffic than the layers. Here only the hidden states of supervised tokens are projected, a block of rows at a time, and
+each block's gradient is computed right away, while the block is in the cache (the idea of Liger Kernel's
+FusedLinearCrossEntropy, arXiv:2410.10989, and of Wijmans et al. 2024, arXiv:2411.09009).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from llm_ray.train.batches import Batch
 from llm_ray.train.objectives import CrossEntropy, Objective
 
 LARGE = 1e4
-"""Logits that are tried, from minus to plus so many, to see whether a model caps them."""
-BLOCK_BYTES = 24 * 2**20  # of fp32 logits at once: about what a core's share of the last-level cache holds
+"""Largest absolute value of the logits with which a model is tested for a cap."""
+BLOCK_BYTES = 24 * 2**20  # of a block's fp32 logits: about a core's share of the last-level cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -67,8 +67,8 @@ class _LinearLogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         learn_hidden, *learn_head = ctx.needs_input_grad[:3]
-        # What each token's gradient is multiplied by is known in the backward pass alone. Where the projection rests,
-        # the gradient with respect to a token's hidden state can be taken at once, and multiplied then.
+        # The gradient that arrives at each token is known only in the backward pass. If the projection is frozen, the
+        # gradient with respect to a token's hidden state can still be computed here, and scaled there.
         at_once = learn_hidden and not any(learn_head)
         grad_hidden = torch.empty_like(hidden) if at_once else None
         given, norms = torch.empty(len(hidden)), torch.empty(len(hidden))
@@ -112,21 +112,21 @@ def _logits(hidden: Tensor, projection: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _slope(logits: Tensor, norm: Tensor, target: Tensor) -> Tensor:
-    """The gradient of each target's cross entropy with respect to the logits, which it overwrites."""
+    """The gradient of each target's cross entropy with respect to the logits; overwrites these."""
     return logits.sub_(norm).exp_().scatter_add_(1, target, torch.full_like(norm, -1.0))
 
 
 class _Gradients:
-    """Gradients with respect to hidden states, projection and bias, of those that learn; summed block by block."""
+    """Gradients with respect to hidden states, projection and bias, if they require one, accumulated block by block."""
 
     def __init__(self, learn: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """`learn`: autograd's needs_input_grad of the three, in this order."""
+        """`learn`: autograd's needs_input_grad of these three, in this order."""
         self.hidden = torch.empty_like(hidden) if learn[0] else None
         self.weight = torch.zeros_like(weight, dtype=torch.float32) if learn[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and learn[2] else None
 
     def add(self, part: slice, slope: Tensor, hidden: Tensor, projection: Tensor) -> None:
-        """Of the block `part`, whose logits have the gradient `slope` [block, v]."""
+        """Adds those of the block `part`, whose logits have the gradient `slope` [block, v]."""
         low = slope.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(low, projection, out=self.hidden[part])
@@ -142,11 +142,11 @@ def linear_log_probabilities(hidden: Tensor, weight: Tensor, bias: Tensor | None
 
 
 class SupervisedLoss(nn.Module):
-    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` gives the sums of
-    `objective`: of the loss alone, unless it says otherwise.
+    """A causal model and its loss as one module, so that DDP and FSDP wrap both. `forward(batch)` returns the sums of
+    `objective` (default: cross entropy).
 
-    `model` is a transformers causal model or a peft model around one; with `packed` its attention is
-    ``llm_ray.train.attention``'s.
+    `model` is a transformers causal model or a peft model around one; with `packed` it uses the attention of
+    ``llm_ray.train.attention``.
     """
 
     def __init__(
@@ -157,36 +157,37 @@ class SupervisedLoss(nn.Module):
         self.packed = packed
         self.objective = objective or CrossEntropy()
         self.blockwise = False
-        self._causal = [causal]  # in a list: a second registration would name every weight twice
+        self._causal = [causal]  # in a list, or every weight would be registered under two names
 
     def forward(self, batch: Batch, log_probabilities: bool = False) -> Tensor:
-        """The objective's figures, each summed over the batch: fp32 [figures], the loss first; or those of
-        :meth:`log_probabilities`, which have to be asked of what wraps this module."""
+        """Returns the objective's figures, each summed over the batch: fp32 [figures], the loss first; or, since DDP and
+        FSDP only wrap forward, the result of :meth:`log_probabilities`."""
         return self.log_probabilities(batch) if log_probabilities else self.objective.sums(self, batch)
 
     def log_probabilities(self, batch: Batch) -> Tensor:
-        """Log-probabilities of a batch of pairs, in nats, summed over the supervised tokens of each row: fp32
-        [rows]."""
+        """Returns the log-probabilities of a batch of pairs, in nats, summed over the supervised tokens of each row:
+        fp32 [rows]. Raises ValueError for a batch without pairs."""
         if batch.pairs is None:
-            raise ValueError("log-probabilities of rows are those of pairs")
+            raise ValueError("log-probabilities of rows need a batch of pairs")
         of_tokens = self._blockwise_log_probabilities if self.blockwise else self._plain_log_probabilities
         return torch.zeros(len(batch.row_lengths)).index_add(0, batch.pairs.row_of, of_tokens(batch))
 
     def cross_entropy(self, batch: Batch) -> Tensor:
-        """Summed over the supervised tokens, in nats: fp32 scalar."""
+        """Returns the cross entropy summed over the supervised tokens, in nats: fp32 scalar."""
         return self._blockwise_loss(batch) if self.blockwise else self._plain_loss(batch)
 
     @property
     def causal(self) -> PreTrainedModel:
-        """The transformers model inside."""
+        """The wrapped transformers model."""
         return self._causal[0]
 
     def choose_blockwise(self) -> bool:
-        """Use the blockwise loss if it is the model's own: the model projects the hidden states as they are, by its
-        output embeddings, and what comes of that are its logits, however large.
+        """Switches to the blockwise loss if it equals the model's own: the logits must be the unchanged hidden states
+        projected by the output embeddings. Returns whether it did.
 
-        Models that scale, cap or shift either keep their own loss. A cap does not show in the small logits of an
-        untrained model, and logits grow while it learns: so large ones are put in the place of the projection's.
+        Models that scale, cap or shift hidden states or logits keep their own loss. A cap has no effect on the small
+        logits of an untrained model, but logits grow in training, so the projection's output is replaced by large ones
+        for the test.
         """
         self.blockwise = False
         head = self.causal.get_output_embeddings()
@@ -220,7 +221,7 @@ class SupervisedLoss(nn.Module):
 
     @property
     def _probe(self) -> Batch:
-        """A row of a few tokens."""
+        """A batch of one short row."""
         ids = torch.arange(1, 17) % self.causal.config.get_text_config().vocab_size
         return Batch(ids[None], torch.arange(16)[None], torch.ones_like(ids)[None], [16], torch.arange(15), ids[1:], 16)
 
@@ -251,7 +252,7 @@ class SupervisedLoss(nn.Module):
             return linear_cross_entropy(hidden, head.weight, head.bias, batch.targets)
 
     def _hidden(self, batch: Batch) -> tuple[Tensor, nn.Linear]:
-        """The hidden states of the supervised tokens [n, d] as the output embeddings take them, and these."""
+        """Returns the supervised tokens' hidden states [n, d] as input of the output embeddings, and those embeddings."""
         head = self.causal.get_output_embeddings()
         hidden = self.causal.base_model(**self._inputs(batch))[0]
         if torch.is_autocast_enabled("cpu"):

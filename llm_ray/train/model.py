@@ -1,4 +1,4 @@
-"""The model in training: adapters or all weights, distributed over the workers by DDP or FSDP."""
+"""The model in training: with adapters or fully trained, distributed over the workers by DDP or FSDP."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from llm_ray.train.loss import SupervisedLoss
 from llm_ray.train.objectives import objective_of
 
 _ALL = "all-linear"
-_NAME = re.compile(r"[\w.-]+")  # of a layer, in place of a pattern of names
+_NAME = re.compile(r"[\w.-]+")  # a layer's name, as opposed to a pattern
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 
 def load(conf: FinetuneConf, base: Base, dtype: torch.dtype, rank: int) -> PreTrainedModel:
-    """The base model. With fsdp, ranks other than 0 hold no weights yet: `distribute` gives them their shard. Raises
-    ModelError."""
+    """Loads the base model. With fsdp, ranks other than 0 have no weights yet: `distribute` gives them their shards.
+    Raises ModelError."""
     weightless = conf.training.strategy == "fsdp" and rank != 0
     if weightless:
         causal = load_empty_model(base, dtype)
@@ -49,7 +49,7 @@ def load(conf: FinetuneConf, base: Base, dtype: torch.dtype, rank: int) -> PreTr
 
 
 def adapt(conf: FinetuneConf, causal: PreTrainedModel, dtype: torch.dtype, packed: bool) -> SupervisedLoss:
-    """The loaded model with what learns in it, and its loss. Raises ConfError."""
+    """Returns the loaded model with its trainable weights and its loss. Raises ConfError."""
     if packed:
         switch_to_packed(causal)
     if conf.training.gradient_checkpointing:
@@ -65,16 +65,13 @@ def adapt(conf: FinetuneConf, causal: PreTrainedModel, dtype: torch.dtype, packe
 
 
 def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
-    """A peft model with fresh LoRA adapters around `causal`. Raises ConfError where `tuning.lora` does not fit the
-    model.
+    """Wraps `causal` in a peft model with fresh LoRA adapters. Raises ConfError if `tuning.lora` does not fit the model.
 
-    `all-linear` leaves the routers of a mixture of experts as they are; its experts, which are no linear layers, get
-    adapters.
+    `all-linear` skips the routers of a mixture of experts, and includes its experts, although these are not linear
+    layers.
     """
     targets: str | list[str] = list(lora.target_modules)
-    if isinstance(
-        lora.target_modules, str
-    ):  # a pattern, or a name: peft would take that for a pattern, which matches nothing
+    if isinstance(lora.target_modules, str):  # peft would treat a name as a pattern, which matches nothing
         targets = (
             lora.target_modules
             if lora.target_modules == _ALL or not _NAME.fullmatch(lora.target_modules)
@@ -93,9 +90,8 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
         alpha_pattern=dict(lora.alphas),
     )
     try:
-        convert_peft_config_for_transformers(
-            config, causal, None
-        )  # of experts: from the names of layers to those of parameters
+        # For experts: converts names of layers to names of parameters.
+        convert_peft_config_for_transformers(config, causal, None)
         if targets == _ALL:
             config.target_parameters = {
                 name for name in config.target_parameters or () if name.split(".")[0] not in _ROUTERS
@@ -117,7 +113,8 @@ def add_adapters(causal: PreTrainedModel, lora: Lora) -> nn.Module:
 
 
 def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> None:
-    """Raises ConfError for a name that is no layer of the model (peft passes over it), and for dropout on experts."""
+    """Raises ConfError for names that match no layer of the model, which peft ignores, and for DoRA or dropout on
+    experts."""
     modules = [name for name, module in causal.named_modules() if not isinstance(module, nn.ModuleList)]
     names = [*modules, *(name for name, _ in causal.named_parameters())]
     asked = {"target_modules": config.target_modules, "modules_to_save": lora.modules_to_save}
@@ -148,7 +145,7 @@ def _check_names(causal: PreTrainedModel, lora: Lora, config: LoraConfig) -> Non
 
 
 def _check_patterns(model: nn.Module, lora: Lora) -> None:
-    """Raises ConfError for a pattern that no layer with an adapter has (peft passes over it)."""
+    """Raises ConfError for patterns that match no layer with an adapter, which peft ignores."""
     adapted = [
         name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
@@ -172,14 +169,14 @@ def _layers(causal: PreTrainedModel) -> str:
 
 
 def learning_modules(model: nn.Module) -> list[str]:
-    """What learns, for people: a line for each kind of layer (the same name but for numbers), and one of what stays as
-    it is.
+    """Describes what is trained, for the user: a line per kind of layer (same name except for numbers), and one for the
+    frozen ones.
 
-    Experts whose gate and up projections are one matrix get twice the rank there, as peft does it: `tuning.lora.r` for
+    Experts whose gate and up projections are one matrix have twice the rank there, since peft gives `tuning.lora.r` to
     each of the two.
     """
     kinds: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
-    resting: dict[str, None] = {}
+    frozen: dict[str, None] = {}
     for name, module in model.named_modules():
         kind = re.sub(
             r"\b\d+\b",
@@ -196,17 +193,18 @@ def learning_modules(model: nn.Module) -> list[str]:
             any(part.dim() > 1 and not part.requires_grad for part in module.parameters(recurse=False))
             and "lora_" not in name
         ):
-            resting[kind] = None
+            frozen[kind] = None
     adapted = [kind for kind, _ in kinds]
     if not kinds:
         return ["all weights are trained"]
     lines = [f"{kind}: {how}, {len(sizes)} of them, {sum(sizes):,} parameters" for (kind, how), sizes in kinds.items()]
-    still = [kind for kind in resting if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
-    return [*lines, *([f"frozen: {', '.join(still)}"] if still else [])]
+    unadapted = [kind for kind in frozen if not any(f"{other}.".startswith(f"{kind}.") for other in adapted)]
+    return [*lines, *([f"frozen: {', '.join(unadapted)}"] if unadapted else [])]
 
 
 def compile_layers(causal: PreTrainedModel) -> None:
-    """torch.compile each block of the model: they share one compilation, and a step's number of tokens may vary."""
+    """Compiles each block of the model by torch.compile: blocks share one compilation, and the number of tokens may vary
+    from step to step."""
     blocks = set(causal._no_split_modules or ())
     for module in causal.modules():
         if type(module).__name__ in blocks:
@@ -214,7 +212,7 @@ def compile_layers(causal: PreTrainedModel) -> None:
 
 
 def distribute(loss: SupervisedLoss, conf: FinetuneConf, world_size: int) -> nn.Module:
-    """Lay the model over the workers as `training.strategy` says. Returns the module to call."""
+    """Distributes the model over the workers by `training.strategy`. Returns the module to call."""
     if world_size == 1:
         return loss
     if conf.training.strategy == "ddp":
@@ -236,14 +234,14 @@ def _shard(loss: SupervisedLoss, world_size: int) -> nn.Module:
     set_model_state_dict(
         loss, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     )
-    for _, buffer in sorted(loss.named_buffers()):  # rotary frequencies and the like are in no state dict
+    for _, buffer in sorted(loss.named_buffers()):  # some, like rotary frequencies, are not in the state dict
         dist.broadcast(buffer, 0)
     return loss
 
 
 @contextlib.contextmanager
 def gradient_sync(module: nn.Module, last: bool) -> Iterator[None]:
-    """Exchange gradients between workers in the last forward pass of a step only."""
+    """Makes workers exchange gradients only in the `last` backward pass of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
         yield
@@ -255,9 +253,10 @@ def gradient_sync(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def _optimize_with_ipex(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lay the frozen matrices under the adapters out as IPEX's kernels read them.
+    """Converts the frozen matrices under the adapters to the layout of IPEX's kernels. Raises ConfError if IPEX is not
+    installed.
 
-    What learns stays torch's, so that checkpoints and the export are those of accelerator torch.
+    Trainable weights stay torch's, so that checkpoints and exports are those of accelerator torch.
     """
     try:
         import intel_extension_for_pytorch as ipex
@@ -268,9 +267,9 @@ def _optimize_with_ipex(model: nn.Module, dtype: torch.dtype) -> None:
         ) from error
     for layer in model.modules():
         if isinstance(layer, LoraLinear) and type(layer.base_layer) is nn.Linear:
-            # It changes a module's children, as for inference: in training it would want the optimizer, and change
-            # that. To fold norms of convolutions, of which there are none, it would make another kind of module of
-            # this.
+            # ipex.optimize replaces a module's children, hence the Sequential. In training mode it would require and
+            # modify the optimizer, hence eval. Folding batch norms into convolutions, of which there are none, would
+            # change the module's type.
             frozen = nn.Sequential(layer.base_layer).eval()
             options = {"conv_bn_folding": False, "linear_bn_folding": False, "auto_kernel_selection": True}
             layer.base_layer = ipex.optimize(frozen, dtype=dtype, inplace=True, **options)[0]

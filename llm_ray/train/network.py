@@ -1,8 +1,8 @@
-"""The network interface that workers talk over.
+"""The network interface that workers communicate over.
 
-gloo listens on the address that the host's name resolves to, which on many hosts is loopback: workers of two hosts then
-never meet. Each worker is told the interface that carries its Ray node's address, or the one the conf names, before
-torch's process group is made.
+gloo listens on the address that the host's name resolves to. On many hosts that is loopback, which workers on other
+hosts cannot reach. So each worker sets the interface named in the conf, or else the one with its Ray node's address,
+before torch's process group is created.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from llm_ray.errors import ClusterError
 
 
 def set_interface(wanted: str | None) -> None:
-    """Tell gloo the interface, on this worker. Raises ClusterError when there is none of that name."""
+    """Sets gloo's interface on this worker; None: the one with the Ray node's address. Raises ClusterError if `wanted`
+    does not exist."""
     addresses = psutil.net_if_addrs()
     if wanted and wanted not in addresses:
         raise ClusterError(
             f"runtime.interface is {wanted}, but {os.uname().nodename} has {', '.join(sorted(addresses))}"
         )
     node_address = get_node_ip_address()
-    carrying = (name for name, held in addresses.items() if any(a.address == node_address for a in held))
-    if interface := wanted or next(carrying, None):
+    matching = (name for name, bound in addresses.items() if any(a.address == node_address for a in bound))
+    if interface := wanted or next(matching, None):
         os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 

@@ -1,8 +1,8 @@
-"""What a training learns by: the loss of a batch, what it is a mean over, and the figures that are told beside it.
+"""Training objectives: the loss of a batch, what it is averaged over, and the metrics reported with it.
 
-An objective gives sums over a batch. The training function adds them up over all passes of a step and all workers, and
-divides by the weight of all: so neither losses nor gradients depend on how a step's rows were dealt out. What an
-objective reads of the data is in `llm_ray.conf.objectives`, how that becomes tokens in `llm_ray.data.encode`.
+An objective returns sums over a batch. The training function adds them up over all passes of a step and all workers, and
+divides by the total weight, so neither losses nor gradients depend on how a step's rows are distributed. What an
+objective reads from the data is defined in `llm_ray.conf.objectives`, its encoding as tokens in `llm_ray.data.encode`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """The loss of an objective."""
+    """An objective: its loss and the figures reported with it."""
 
     @property
     def figures(self) -> tuple[str, ...]:
-        """Names of what `sums` gives: "loss" first, of which the gradient is taken."""
+        """Names of the values of `sums`: first "loss", whose gradient is used."""
         ...
 
     @property
@@ -39,15 +39,16 @@ class Objective(Protocol):
 
     @property
     def reference(self) -> bool:
-        """Whether it is measured against the base model, whose log-probabilities batches then hold."""
+        """Whether the loss compares with the base model, whose log-probabilities batches must then contain."""
         ...
 
     def sums(self, module: SupervisedLoss, batch: Batch) -> Tensor:
-        """Each figure summed over the batch: fp32 [figures]. Of a batch without rows: zeros that hang on the model."""
+        """Returns each figure summed over the batch: fp32 [figures]. For a batch without rows these are zeros, still
+        attached to the model's graph."""
         ...
 
     def weight(self, batch: Batch) -> int:
-        """What the sums are divided by for means: how many of what is averaged over the batch holds."""
+        """Returns the batch's number of items that figures are averaged over, such as supervised tokens or pairs."""
         ...
 
 
@@ -71,7 +72,7 @@ _LOG_PROBABILITIES = ("logps/chosen", "logps/rejected")
 
 
 class Preference(ABC):
-    """A loss of preference pairs; figures are means over pairs."""
+    """A loss over preference pairs; figures are means over pairs."""
 
     figures: tuple[str, ...]
     likelihood = False
@@ -80,7 +81,7 @@ class Preference(ABC):
     def sums(self, module: SupervisedLoss, batch: Batch) -> Tensor:
         pairs = batch.pairs
         if pairs is None:
-            raise ValueError("preferences are learnt from pairs")
+            raise ValueError("a preference loss needs a batch of pairs")
         given = module.log_probabilities(batch).view(-1, 2)[: len(pairs.tokens)]
         return self.figures_of(given, pairs.reference, pairs.tokens)
 
@@ -89,16 +90,16 @@ class Preference(ABC):
 
     @abstractmethod
     def figures_of(self, given: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
-        """The figures, summed over pairs: fp32 [figures].
+        """Returns the figures, summed over pairs: fp32 [figures].
 
         given, reference: fp32 [pairs, 2], log-probabilities (nats) of chosen and rejected answers under the model and
-        under its base; tokens: int64 [pairs, 2], theirs. Gradients flow through the loss alone.
+        under its base; tokens: int64 [pairs, 2], their numbers of tokens. Only the loss carries gradients.
         """
 
 
 @dataclass(frozen=True)
 class DirectPreference(Preference):
-    """The losses of direct preference optimization."""
+    """The losses of direct preference optimization (sources: `llm_ray.conf.finetune.Dpo`)."""
 
     dpo: Dpo
     figures: tuple[str, ...] = ("loss", *_REWARDS, *_LOG_PROBABILITIES)
@@ -125,9 +126,9 @@ class DirectPreference(Preference):
 
 @dataclass(frozen=True)
 class OddsRatio(Preference):
-    """The loss of odds ratio preference optimization (arXiv:2403.07691, eq. 6): the negative log-likelihood of the chosen
-    answer, a mean over its tokens, and the log-sigmoid of the odds ratio, of probabilities that are geometric means over
-    tokens."""
+    """The loss of odds ratio preference optimization (arXiv:2403.07691, eq. 6): the chosen answer's mean negative
+    log-likelihood per token, minus beta times the log-sigmoid of the log odds ratio. An answer's probability is the
+    geometric mean over its tokens."""
 
     orpo: Orpo
     figures: tuple[str, ...] = ("loss", "nll_loss", "log_odds_ratio", *_REWARDS, *_LOG_PROBABILITIES)
@@ -144,34 +145,34 @@ class OddsRatio(Preference):
 
 
 def _log_of_one_minus_exp(values: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, exact near both ends (Mächler 2012, "Accurately computing log(1 - exp(-|a|))"). An x so
-    near 0 that nothing is left counts as 1e-7 below it, without a gradient: the odds of a certain answer have no end."""
+    """log(1 - exp(x)) for x < 0, accurate near both ends (Mächler 2012, "Accurately computing log(1 - exp(-|a|))").
+    Values above -1e-7 are clamped to it, without a gradient: the odds of a certain answer are infinite."""
     values = values.clamp(max=-1e-7)
-    small = values < -math.log(2)  # each branch gets harmless values where the other one counts, for its gradient
+    small = values < -math.log(2)  # where a branch is not used, it gets a harmless value to keep its gradient finite
     far = torch.log1p(-torch.exp(torch.where(small, values, -1.0)))
     return torch.where(small, far, torch.log(-torch.expm1(torch.where(small, -0.1, values))))
 
 
 def _rewards(rewards: Tensor) -> list[Tensor]:
-    """As told: of chosen and rejected answers, their difference, and whether it is above 0."""
+    """The reported rewards: of chosen and rejected answers, their difference, and whether it is positive."""
     return [*rewards.unbind(1), rewards[:, 0] - rewards[:, 1], (rewards[:, 0] > rewards[:, 1]).float()]
 
 
-def _summed(losses: Tensor, *told: Sequence[Tensor]) -> Tensor:
-    figures = [figure.detach().sum() for figures in told for figure in figures]
+def _summed(losses: Tensor, *reported: Sequence[Tensor]) -> Tensor:
+    figures = [figure.detach().sum() for figures in reported for figure in figures]
     return torch.stack([losses.sum(), *figures])
 
 
 def preference_of(tuning: Tuning) -> Preference:
-    """The loss of an objective that learns from pairs."""
+    """Returns the loss of an objective on pairs."""
     return OddsRatio(tuning.orpo) if tuning.objective == "orpo" else DirectPreference(tuning.dpo)
 
 
 def objective_of(conf: FinetuneConf) -> Objective:
-    """What the training of `conf` learns by."""
+    """Returns the objective of the training of `conf`."""
     return preference_of(conf.tuning) if conf.objective.reads == "pairs" else CrossEntropy()
 
 
 def means(objective: Objective, sums: list[float], weight: float) -> dict[str, float]:
-    """The objective's figures, by name, of sums over what weighs `weight` (nothing: zeros)."""
+    """Returns the objective's figures by name: `sums` divided by `weight` (zeros if nothing was summed)."""
     return {name: value / max(1.0, weight) for name, value in zip(objective.figures, sums, strict=True)}

@@ -13,22 +13,22 @@ from llm_ray.conf.section import as_run
 
 
 class Optimizer(torch.optim.AdamW):
-    """AdamW whose groups of weights learn at multiples of one rate. `factors`: of each group; they are no part of its
-    state, which a checkpoint holds."""
+    """AdamW whose parameter groups learn at multiples of one rate. `factors`: one per group; not part of the state that
+    checkpoints store."""
 
     def __init__(self, groups: list[dict[str, Any]], factors: list[float], **settings: Any) -> None:
         super().__init__(groups, **settings)
         self._factors = factors
 
     def set_rate(self, rate: float) -> None:
-        """Let the next step be taken at this learning rate."""
+        """Sets the learning rate of the next step."""
         for group, factor in zip(self.param_groups, self._factors, strict=True):
             group["lr"] = rate * factor
 
 
 def make_optimizer(module: nn.Module, conf: FinetuneConf) -> Optimizer:
-    """AdamW with weight decay on matrices only, and the B matrices of adapters at `tuning.lora.loraplus_lr_ratio` times
-    the learning rate."""
+    """Returns AdamW with weight decay on matrices only, and `tuning.lora.loraplus_lr_ratio` times the learning rate for
+    the adapters' B matrices."""
     ratio = conf.tuning.lora.loraplus_lr_ratio if conf.tuning.method == "lora" else 1.0
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -47,7 +47,7 @@ def make_optimizer(module: nn.Module, conf: FinetuneConf) -> Optimizer:
 
 
 def learning_rate(conf: FinetuneConf, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step `step` (from 0) of `total_steps`."""
+    """Returns the learning rate of optimizer step `step` (from 0) of `total_steps`."""
     training, highest = conf.training, as_run(conf.training.learning_rate)
     warmup = training.warmup if training.warmup >= 1 else training.warmup * total_steps
     warmup = min(round(warmup), total_steps - 1)

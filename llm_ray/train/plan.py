@@ -1,5 +1,5 @@
-"""The plan of a training, as text and for params.json: hyperparameters, precision and its reason, threads, strategy,
-steps, and warnings."""
+"""The plan of a training, as text and for params.json: hyperparameters, precision with its reason, CPUs, strategy and
+steps; and warnings about it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from llm_ray.train.auto import Choice, rate_for
 from llm_ray.train.batches import plan_steps
 
 FEW_STEPS = 20
-"""Optimizer steps below which a training hardly moves a model."""
+"""Fewer optimizer steps than these hardly change a model."""
 HIGH_RATE, LOW_RATE = 8, 30
-"""Times above and below the usual learning rate from which on it is told."""
+"""Factors above and below the usual learning rate beyond which a warning is given."""
 FEW_VALIDATION_ROWS = 10
-"""Validation rows below which their loss says little."""
+"""The loss over fewer validation rows means little."""
 
 
 def describe_plan(choice: Choice, prepared: Path, cpus: int) -> tuple[dict[str, Any], list[str]]:
-    """Parameters as run (the conf's, with what `auto` came to on this host), and lines for people."""
+    """Returns the parameters as run (the conf's, with `auto` resolved on this host), and lines for the user."""
     conf = choice.conf
     training, workers = conf.training, conf.runtime.workers
     precision, reason = choose_precision(training.precision, cpu_flags())
@@ -72,8 +72,8 @@ def warnings(
     asked: Iterable[Conversation] = (),
     prepared: Path | None = None,
 ) -> list[str]:
-    """What speaks against a plan: each with what to do. `conf` is one without `auto`; `asked` are the questions of
-    evaluation.data."""
+    """Returns warnings about a plan, each with advice. `conf` must not contain `auto`; `asked`: the questions of
+    evaluation.data, looked up among the training rows in `prepared`."""
     training, found = conf.training, []
     if steps < FEW_STEPS:
         found.append(

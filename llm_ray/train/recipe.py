@@ -1,20 +1,19 @@
-"""The training function: what each Ray Train worker runs, from the loaded model to the last checkpoint.
+"""The training function, which each Ray Train worker runs, from loading the model to the last checkpoint.
 
-It reads top to bottom: set up, resume, then steps of forward, backward, clip, update, with validation, checkpoints and
-the stop signal between them. Parts that need more than a few lines are functions of their own modules, without state.
+It reads top to bottom: set-up, resume, then steps of forward, backward, clip and update, with validation, checkpoints
+and the stop signal in between. Longer parts are stateless functions in modules of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import ray.train
 import torch
@@ -48,34 +47,12 @@ from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync
 from llm_ray.train.objectives import Objective, means
 from llm_ray.train.optimizer import Optimizer, learning_rate, make_optimizer
 from llm_ray.train.reference import reference_folder, reference_log_probabilities
-from llm_ray.train.workers import OtherWorkerFailed, agree, first, together, total, use_threads
+from llm_ray.train.task import NOTES_FILE, Outcome, Task
+from llm_ray.train.workers import OtherWorkerFailed, all_reduce, broadcast, gather_error, run_collectively, use_threads
 
-NOTES_FILE = ".notes"
-"""In the checkpoint folder: lines from worker 0 for the user."""
-_REFERENCE = "before the first step, the base model's log-probabilities of all pairs are computed, unless kept"
-
-
-class Task(TypedDict):
-    """What the driver hands to every worker."""
-
-    conf: dict[str, Any]  # FinetuneConf as JSON
-    base: Base
-    cpus: int  # CPUs of this worker
-    resume_from: str | None  # checkpoint to begin with where the run has none of its own
-
-
-class Outcome(TypedDict):
-    """What rank 0 hands back. `failed` is for what another try would not mend; for the rest an exception lets Ray Train
-    retry."""
-
-    status: Literal["done", "stopped", "failed"]
-    reason: str
-    step: int
-    total_steps: int
-    best_step: int | None
-    best_validation_loss: float | None
-    reference_seconds: float
-    """That the base model's log-probabilities took, where the objective measures against them."""
+_REFERENCE = (
+    "before the first step, the base model's log-probabilities of all pairs are computed, unless already stored"
+)
 
 
 @dataclass(frozen=True)
@@ -87,20 +64,20 @@ class Setup:
     packed: bool
     precision: Precision
     notes: list[str]
-    """What the user should know of how it is computed."""
+    """Remarks for the user on how training is computed."""
 
 
 def train(task: Task) -> Outcome:
-    """Train on this worker. Called by Ray Train on every worker, again after a lost one was replaced."""
+    """Trains on this worker. Called by Ray Train on every worker, and again after a failure."""
     conf = FinetuneConf.model_validate(task["conf"])
     folder = conf.run_dir / "checkpoint"
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
 
-    # Set-up: a problem on any worker ends the run on all of them, and says on which host it is.
+    # Set-up: a problem on any worker ends the run on all of them, and names its host.
     setup, problem = None, None
     try:
-        with contextlib.suppress(OtherWorkerFailed):  # which tells of it itself
+        with contextlib.suppress(OtherWorkerFailed):  # that worker reports the problem
             setup = set_up(conf, task["base"], task["cpus"], rank, workers)
         training_data = open_split(conf.run_dir / "prepared", "train")
         validation_data = (
@@ -108,7 +85,7 @@ def train(task: Task) -> Outcome:
         )
     except (LlmRayError, OSError) as error:
         problem = f"{error} (worker {rank} on {socket.gethostname()})"
-    if (failed := agree(problem)) or setup is None:
+    if (failed := gather_error(problem)) or setup is None:
         return _before_steps("failed", failed or "")
     module, objective, optimizer = setup.module, setup.objective, setup.optimizer
     notes = [*setup.notes, *([_REFERENCE] if objective.reference else [])]
@@ -123,11 +100,11 @@ def train(task: Task) -> Outcome:
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
 
-    # The base model's log-probabilities, before any weight is another.
+    # The base model's log-probabilities, before any weight changes.
     reference: dict[str, Tensor] = {}
     began = time.perf_counter()
     if objective.reference:
-        kept = first(str(reference_folder(conf, task["base"], setup.precision)) if rank == 0 else "")
+        kept = broadcast(str(reference_folder(conf, task["base"], setup.precision)) if rank == 0 else "")
         for name, data in (("train", training_data), ("validation", validation_data)):
             if data is None:
                 continue
@@ -146,14 +123,14 @@ def train(task: Task) -> Outcome:
             except TrainError as error:  # raised by all workers
                 return _before_steps("failed", str(error), total_steps)
             if found_reference is None:
-                return _before_steps("stopped", "stopped before the first step as asked", total_steps)
+                return _before_steps("stopped", "stopped before the first step as requested", total_steps)
             reference[name] = found_reference
     reference_seconds = time.perf_counter() - began if objective.reference else 0.0
 
-    # Resume: the last whole checkpoint of this run, else the one asked for, else from the start. Rank 0 looks, all
-    # follow.
+    # Resume from the last complete checkpoint of this run, else from the requested one, else from the start. Rank 0
+    # decides for all.
     found = checkpoints.list_checkpoints(folder)
-    start_from = first(str(found[-1]) if found else task["resume_from"])
+    start_from = broadcast(str(found[-1]) if found else task["resume_from"])
     progress = checkpoints.Progress()
     torch.manual_seed(training.seed + rank)
     if start_from:
@@ -184,7 +161,8 @@ def train(task: Task) -> Outcome:
         )
 
     def validate() -> dict[str, float]:
-        """The objective's figures over the validation data, called `validation_` and so on; none without any."""
+        """Returns the objective's figures over the validation data, with names prefixed by `validation_`; empty without
+        validation data."""
         if validation_lengths is None:
             return {}
         sums, weight = torch.zeros(len(objective.figures), dtype=torch.float64), 0
@@ -195,7 +173,7 @@ def train(task: Task) -> Outcome:
                 sums += module(batch)
                 weight += objective.weight(batch)
         module.train()
-        *all_sums, all_weight = total(*sums.tolist(), weight)
+        *all_sums, all_weight = all_reduce(*sums.tolist(), weight)
         return {f"validation_{name}": mean for name, mean in means(objective, all_sums, all_weight).items()}
 
     def save() -> None:
@@ -203,7 +181,7 @@ def train(task: Task) -> Outcome:
         ray.train.report(
             {"step": progress.step},
             checkpoint=Checkpoint.from_directory(str(path)) if rank == 0 else None,
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is on the run's storage already
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it is already in the run's storage
         )
         if rank == 0:
             checkpoints.prune(folder, conf.checkpoint.keep)
@@ -221,11 +199,11 @@ def train(task: Task) -> Outcome:
 
             sums, weight, tokens = accumulate(setup, batches)
 
-            # DDP and FSDP average the workers' gradients of summed losses: scale them to the mean over all that the
-            # objective counts (supervised tokens, or pairs).
+            # DDP and FSDP average the gradients of summed losses over the workers: rescale them to the mean over all
+            # items of the objective (supervised tokens, or pairs).
             stop = float(rank == 0 and stop_file(conf.run_dir).exists())
             memory = float(peak_memory())
-            *sums, weight, tokens, stop, memory = total(*sums, weight, tokens, stop, memory)
+            *sums, weight, tokens, stop, memory = all_reduce(*sums, weight, tokens, stop, memory)
             norm = average_gradients(module, workers / max(1.0, weight))
             figures = means(objective, sums, weight)
             mean_loss = figures["loss"]
@@ -290,7 +268,7 @@ def train(task: Task) -> Outcome:
 
 
 def _before_steps(status: Literal["stopped", "failed"], reason: str, total_steps: int = 0) -> Outcome:
-    """The outcome of a training that has taken no step."""
+    """The outcome of a training that ends before its first step."""
     return Outcome(
         status=status,
         reason=reason,
@@ -303,7 +281,8 @@ def _before_steps(status: Literal["stopped", "failed"], reason: str, total_steps
 
 
 def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -> Setup:
-    """Threads, model, strategy and optimizer of this worker. Raises ModelError, ConfError."""
+    """Sets up threads, model, strategy and optimizer of this worker. Every worker must call it. Raises ModelError,
+    ConfError, or OtherWorkerFailed if another worker could not load the model."""
     threads, _ = cores.bind(cpus)
     use_threads(threads)
     torch.set_float32_matmul_precision("highest")
@@ -315,18 +294,18 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
 
     dtype = torch_dtype(weight_precision(conf, precision, flags))
 
-    def loaded() -> tuple[PreTrainedModel, str]:
+    def load_base() -> tuple[PreTrainedModel, str]:
         causal = load(conf, base, dtype, rank)
-        with autocast():  # rank 0 is the only one that has weights already, with fsdp
+        with autocast():  # with fsdp, only rank 0 has weights yet
             return causal, why_not_packed(causal) if conf.data.packing and rank == 0 else ""
 
-    causal, why_not = together(loaded)
-    why_not = first(why_not)
+    causal, why_not = run_collectively(load_base)
+    why_not = broadcast(why_not)
     loss = adapt(conf, causal, dtype, packed=conf.data.packing and not why_not)
     if rank == 0:
         with autocast():
             loss.choose_blockwise()
-    loss.blockwise = first(loss.blockwise)
+    loss.blockwise = broadcast(loss.blockwise)
     notes = (
         [f"data.packing: rows are trained in padded batches, not packed, because of the model: {why_not}"]
         if why_not
@@ -334,7 +313,7 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
     )
     if conf.training.compile:
         compile_layers(loss.causal)
-    if conf.training.strategy == "fsdp":  # memory counts more than time
+    if conf.training.strategy == "fsdp":  # memory matters more than speed
         return_freed_memory()
     module = distribute(loss, conf, workers)
     if conf.training.strategy == "ddp":
@@ -344,8 +323,8 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
 
 
 def accumulate(setup: Setup, batches: list[Batch]) -> tuple[list[float], float, float]:
-    """The forward and backward passes of a step on this worker: its sums of the objective's figures, what they are
-    means over (supervised tokens, or pairs), and tokens."""
+    """Runs the forward and backward passes of a step on this worker. Returns its sums of the objective's figures, their
+    weight (number of supervised tokens, or pairs), and its number of tokens."""
     sums, weight, tokens = torch.zeros(len(setup.objective.figures), dtype=torch.float64), 0.0, 0.0
     for number, batch in enumerate(batches):
         with gradient_sync(setup.module, last=number == len(batches) - 1):
@@ -359,25 +338,19 @@ def accumulate(setup: Setup, batches: list[Batch]) -> tuple[list[float], float, 
 
 
 def average_gradients(module: nn.Module, factor: float) -> float:
-    """Scale the gradients by `factor`; returns their norm over all workers."""
+    """Scales the gradients by `factor`; returns their norm over all workers."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     torch._foreach_mul_(gradients, factor)
     norm = nn.utils.get_total_norm(gradients)
-    # FSDP gives each worker its part of a DTensor.
+    # With FSDP it is a DTensor, of which each worker has a part.
     return float(norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm)
 
 
 def update(setup: Setup, norm: float, max_norm: float | None) -> None:
-    """An optimizer step with gradients of `norm`, scaled down to `max_norm`."""
+    """Runs an optimizer step, with gradients clipped from `norm` to `max_norm`."""
     if max_norm:
         torch._foreach_mul_(
             [p.grad for p in setup.module.parameters() if p.grad is not None], min(1.0, max_norm / (norm + 1e-6))
         )
     setup.optimizer.step()
     setup.optimizer.zero_grad()
-
-
-def worker_environment() -> dict[str, str]:
-    """Environment of the workers, for Ray's runtime_env."""
-    kept = ("HF_HUB_OFFLINE", "HF_HOME", "HF_TOKEN_PATH", "LLM_RAY_HOME")
-    return {key: os.environ[key] for key in kept if key in os.environ} | {"TOKENIZERS_PARALLELISM": "false"}

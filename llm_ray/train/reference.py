@@ -1,9 +1,8 @@
-"""The log-probabilities of preference pairs under the base model, which an objective measures the trained one against.
+"""The log-probabilities of preference pairs under the base model, with which objectives compare the trained model.
 
-They are computed once, before a weight has moved: then the model with its fresh adapters, which add nothing yet, or with
-all weights as they were loaded, is the base model itself. So no second copy of it is kept in memory, and a step costs
-what it costs without a reference. They lie beside the prepared data, a file for each `PART` pairs: a run that is broken
-off goes on from the last one.
+They are computed once, before the first update, when the model still equals the base model: fresh adapters add nothing.
+So no second copy of the model is needed, and steps cost no more than without a reference. They are stored beside the
+prepared data, in a file per `PART` pairs, so an interrupted run continues after the last one.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from llm_ray.hardware import Precision
 from llm_ray.models.load import Base, identity
 from llm_ray.runs.folder import inputs_hash
 from llm_ray.train.batches import collate, passes_over
-from llm_ray.train.workers import agree, first, world_size
+from llm_ray.train.workers import broadcast, gather_error, world_size
 
 PART = 256
 FORM = 1
-"""Number of the form of the files: those of another one are computed again."""
+"""Version of the file format; files of another version are recomputed."""
 
 
 def reference_folder(conf: FinetuneConf, base: Base, precision: Precision) -> Path:
-    """Where those of the run's prepared data are, by what they depend on besides the data: the model, and all that its
-    arithmetic depends on."""
+    """Returns the folder for the run's prepared data, named by a hash of everything else that the values depend on: the
+    model and the settings of its arithmetic."""
     computed = [conf.model.dtype, precision, conf.training.accelerator, conf.training.strategy, conf.tuning.method]
     key = inputs_hash(FORM, PART, identity(base), computed)
     return conf.run_dir / "prepared" / "reference" / key[:16]
@@ -53,21 +52,21 @@ def reference_log_probabilities(
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
     stop: Path,
 ) -> Tensor | None:
-    """Log-probabilities, in nats, of the chosen and the rejected answer of every pair of `data`: fp32 [pairs, 2]. Every
-    worker calls it, and gets all of them.
+    """Returns the log-probabilities, in nats, of the chosen and the rejected answer of every pair of `data`: fp32
+    [pairs, 2]. Every worker must call it, and gets all of them.
 
-    `module` is what is about to be trained, untouched; `limit`, the most tokens of a pass; `folder`, where they are
-    kept. None when the file `stop` was found between two parts. Raises TrainError on all workers when they cannot be
-    written.
+    `module`: the model before any training; `limit`: maximum tokens of a forward pass; `folder`: where the values are
+    stored. Returns None if the file `stop` appears between two parts. Raises TrainError on all workers if a file cannot
+    be written.
     """
     lengths = lengths_of(data, padded=not packed)
     parts: list[np.ndarray] = []
     for begin in range(0, len(data), PART):
         rows = range(begin, min(begin + PART, len(data)))
         file = folder / f"{begin:09d}.npy"
-        known = first(_kept(file, len(rows)) if rank == 0 else None)
+        known = broadcast(_kept(file, len(rows)) if rank == 0 else None)
         if known is None:
-            if first(stop.exists()):
+            if broadcast(stop.exists()):
                 return None
             known = torch.zeros(len(rows), 2, dtype=torch.float64)
             module.eval()
@@ -80,10 +79,10 @@ def reference_log_probabilities(
             if world_size() > 1:
                 dist.all_reduce(known)
             known = known.numpy()
-            if failed := agree(_write(file, known) if rank == 0 else None):
+            if failed := gather_error(_write(file, known) if rank == 0 else None):
                 raise TrainError(
-                    f"the base model's log-probabilities {file} could not be written: {failed}. Make room, then run the "
-                    "same command again: those before it are kept"
+                    f"the base model's log-probabilities {file} could not be written: {failed}. Free some space, then "
+                    "run the same command again: it continues after the parts already written"
                 )
         parts.append(known)
     return torch.from_numpy(np.concatenate(parts)).float()
@@ -92,13 +91,13 @@ def reference_log_probabilities(
 def _kept(file: Path, rows: int) -> np.ndarray | None:
     try:
         values = np.load(file)
-    except (OSError, ValueError):  # not there, or not whole
+    except (OSError, ValueError):  # missing or incomplete
         return None
     return values if values.shape == (rows, 2) else None
 
 
 def _write(file: Path, values: np.ndarray) -> str | None:
-    """Why it could not be written; None where it could."""
+    """Writes the file atomically. Returns the error message, None on success."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

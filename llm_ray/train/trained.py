@@ -1,4 +1,4 @@
-"""A run's trained model in one process: its base with a checkpoint's weights."""
+"""A run's trained model in a single process: its base with the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from llm_ray.train.model import add_adapters
 
 
 def final_checkpoint(conf: FinetuneConf) -> Path:
-    """The checkpoint whose weights are the run's result: the best by validation loss where there is one, else the last.
-    Raises RunError without any."""
+    """Returns the checkpoint with the run's final weights: the best by validation loss if there is one, else the last.
+    Raises RunError if there is none."""
     folder = conf.run_dir / "checkpoint"
     if conf.training.best_checkpoint and (folder / BEST / ".metadata").is_file():
         return folder / BEST
@@ -34,8 +34,7 @@ def final_checkpoint(conf: FinetuneConf) -> Path:
 
 
 class _Named(nn.Module):
-    """Gives weights the names that training gave them: there the model is the attribute `model` of the module with the
-    loss."""
+    """Gives weights the same names as in training, where the model is the attribute `model` of `SupervisedLoss`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -43,7 +42,7 @@ class _Named(nn.Module):
 
 
 def load_adapted(conf: FinetuneConf, base: Base, checkpoint: Path, dtype: torch.dtype) -> PeftModel:
-    """The base in `dtype`, or in the few bits it was trained in, with the checkpoint's adapters (fp32) beside it."""
+    """Loads the base in `dtype`, or quantized as in training, with the checkpoint's adapters in fp32."""
     causal = load_model(base, dtype, conf.model.weights, conf.tuning.lora.modules_to_save)
     model = add_adapters(causal, conf.tuning.lora)
     load_weights(checkpoint, _Named(model))
@@ -52,10 +51,10 @@ def load_adapted(conf: FinetuneConf, base: Base, checkpoint: Path, dtype: torch.
 
 
 def merge(adapted: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with its adapters merged, in `dtype`; of `adapted` nothing is left.
+    """Returns the model with its adapters merged, in `dtype`; `adapted` must not be used afterwards.
 
-    Layers in few bits get the weights that the adapters were trained on, not those that they were quantized from: with
-    these it would be another model. They are merged in fp32 one at a time, so that no more than one of them is.
+    Quantized layers are dequantized, since the adapters were trained on these weights and not on the original ones. They
+    are merged in fp32 one at a time to save memory.
     """
     for name, layer in list(adapted.named_modules()):
         if isinstance(layer, LoraLinear) and isinstance(layer.base_layer, FewBitsLinear):
@@ -65,20 +64,21 @@ def merge(adapted: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
         elif isinstance(layer, FewBitsLinear) and not name.endswith(".base_layer"):
             adapted.set_submodule(name, widened(layer, dtype))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)  # of the layers above
+        warnings.filterwarnings("ignore", "All adapters are already merged", UserWarning)  # the layers above
         return adapted.merge_and_unload().to(dtype)
 
 
 def untie(causal: PreTrainedModel) -> bool:
-    """Part the input and output embeddings of a model with adapters, where they share weights and either has learnt;
-    whether it did so.
+    """Unties input and output embeddings if they share weights and either was trained. Returns whether it did.
 
-    Merged into weights that are shared, what one has learnt would change the other, too.
+    Merging the trained weights of one into the shared tensor would change the other, too.
     """
-    ends = causal.get_input_embeddings(), causal.get_output_embeddings()
-    embedding, head = (getattr(end, "base_layer", None) or getattr(end, "original_module", end) for end in ends)
-    learnt = any(isinstance(end, (BaseTunerLayer, ModulesToSaveWrapper)) for end in ends)
-    if not learnt or head is None or head.weight is not embedding.weight:
+    embeddings = causal.get_input_embeddings(), causal.get_output_embeddings()
+    embedding, head = (
+        getattr(module, "base_layer", None) or getattr(module, "original_module", module) for module in embeddings
+    )
+    trained = any(isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)) for module in embeddings)
+    if not trained or head is None or head.weight is not embedding.weight:
         return False
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for config in (causal.config, causal.config.get_text_config()):
@@ -88,7 +88,7 @@ def untie(causal: PreTrainedModel) -> bool:
 
 
 def load_trained(conf: FinetuneConf, base: Base, checkpoint: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model (without a checkpoint), or the trained one with its adapters merged, in `dtype`."""
+    """Loads the trained model in `dtype`, with adapters merged; without a checkpoint, the base model."""
     if checkpoint is None:
         return load_model(base, dtype)
     if conf.tuning.method == "lora":

@@ -1,12 +1,12 @@
-"""Runs some real training steps to measure their cost: seconds, and memory of each worker.
+"""Runs some real training steps to measure their cost: time, and memory per worker.
 
-    cost = measure(conf, prepared, cpus=2, lengths=lengths)
+    cost = measure(conf, base, prepared, cpus=2)
     cost.seconds_per_token, cost.memory
 
-Each worker is a process of its own with the training's own set-up (`recipe.set_up`), so that model, precision, strategy
-and batches are the real ones; nothing is kept. Local runs take as many processes as there will be workers, joined over
-gloo. The workers of a cluster run elsewhere: one process stands for them (torch's "fake" process group shares the model
-out and exchanges nothing), and what the network costs is not seen.
+Each worker is a separate process with the set-up of training (`recipe.set_up`), so model, precision, strategy and
+batches are the real ones; results are discarded. Local runs use as many processes as there will be workers, connected by
+gloo. For the workers of a cluster a single process stands in: torch's "fake" process group shards the model but
+exchanges nothing, so the cost of the network is not measured.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ from llm_ray.hardware import forget_peak_memory, malloc_environment, peak_memory
 from llm_ray.models.load import Base
 
 SECONDS = 6.0
-"""How long steps are measured for, after a first one that warms up."""
+"""How long to measure steps, after a first one as warm-up."""
 FEWEST_STEPS, MOST_STEPS = 3, 12
 LONG_PASS = 20.0
-"""Seconds of a forward and backward pass beyond which (or where memory would not do) smaller ones are measured, and its
-own cost follows from theirs."""
+"""If a forward and backward pass takes longer, in seconds, or needs too much memory, its cost is extrapolated from
+smaller ones."""
 DEADLINE = 900.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training costs on this host: seconds for each token of a step, and of a validation (tokens of all workers
-    together), and a worker's peak memory in bytes."""
+    """The cost of a training on this host: seconds per token of a step and of a validation (tokens of all workers
+    together), and peak memory per worker in bytes."""
 
     seconds_per_token: float
     validation_seconds_per_token: float
     memory: float
     notes: tuple[str, ...] = ()
-    """What the user should know of how it is computed."""
+    """Remarks for the user on how training is computed."""
     first_step_seconds: float = 0.0
-    """What the first step takes beside what its tokens cost: caches are cold, and the optimizer makes its state."""
+    """Extra time of the first step: caches are cold, and the optimizer creates its state."""
 
 
 def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
-    """Take some steps of the training of `conf` (without `auto`) on the prepared rows. Raises LlmRayError."""
+    """Runs some steps of the training of `conf`, which must not contain `auto`, on the prepared rows. Raises
+    LlmRayError."""
     local = conf.runtime.mode == "local"
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # forked, a process would take torch's threads along, but not what runs in them
+    # A forked process would inherit the state of torch's thread pools without their threads.
+    context = multiprocessing.get_context("spawn")
     results: Any = context.Queue()
     with tempfile.TemporaryDirectory(prefix="llm-ray-trial-") as folder:
         arguments = (conf.model_dump(mode="json"), base, str(prepared), cpus)
         workers = [
             context.Process(
-                target=_worker, args=(*arguments, rank, f"{folder}/meet" if local else "", results), daemon=True
+                target=_worker, args=(*arguments, rank, f"{folder}/rendezvous" if local else "", results), daemon=True
             )
             for rank in range(conf.runtime.workers if local else 1)
         ]
         try:
-            with environment(malloc_environment()):  # that of Ray's workers
+            with environment(malloc_environment()):  # as for Ray's workers
                 for worker in workers:
                     worker.start()
             costs = [_result(workers, results) for _ in workers]
@@ -81,7 +81,7 @@ def measure(conf: FinetuneConf, base: Base, prepared: Path, cpus: int) -> Cost:
 
 
 def _result(workers: list[Any], results: Any) -> Cost:
-    """What the next worker to end has measured. Raises its error, and TrainError when it died or takes too long."""
+    """Waits for the next worker's result. Raises the worker's error, or TrainError if one died or takes too long."""
     began = time.monotonic()
     while True:
         try:
@@ -102,7 +102,7 @@ def _result(workers: list[Any], results: Any) -> Cost:
 
 
 def _worker(
-    conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, meeting: str, results: Any
+    conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, rendezvous: str, results: Any
 ) -> None:
     import torch.distributed as dist
 
@@ -110,15 +110,17 @@ def _worker(
 
     conf = FinetuneConf.model_validate(conf_json)
     try:
-        if meeting and conf.runtime.workers > 1:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=conf.runtime.workers)
+        if rendezvous and conf.runtime.workers > 1:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=conf.runtime.workers
+            )
         elif conf.runtime.workers > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
 
             dist.init_process_group("fake", rank=rank, world_size=conf.runtime.workers, store=FakeStore())
         results.put(_steps(conf, base, Path(prepared), cpus, rank))
     except OtherWorkerFailed:
-        pass  # which tells of it itself
+        pass  # that worker reports the problem
     except LlmRayError as error:
         results.put(error)
     except Exception as error:
@@ -138,15 +140,15 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     from llm_ray.data.prepare import lengths_of, open_split
     from llm_ray.train.batches import Batch, collate, plan_steps
     from llm_ray.train.recipe import accumulate, average_gradients, set_up, update
-    from llm_ray.train.workers import first
+    from llm_ray.train.workers import broadcast
 
     workers = conf.runtime.workers
     setup = set_up(conf, base, cpus, rank, workers)
     data = open_split(prepared, "train")
     lengths = lengths_of(data)
     schedule, total_steps = plan_steps(conf, lengths_of(data, padded=not setup.packed), setup.packed)
-    looked_at = range(min(total_steps, 200))
-    passes = [pass_ for step in looked_at for pass_ in schedule.take(step, rank, workers)]
+    sampled = range(min(total_steps, 200))
+    passes = [pass_ for step in sampled for pass_ in schedule.indices(step, rank, workers)]
     heaviest = max(passes, key=lambda rows: _computed(lengths[rows], setup.packed))
     whole = _computed(lengths[heaviest], setup.packed)
 
@@ -161,8 +163,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
         update(setup, average_gradients(setup.module, 1 / max(1.0, weight)), conf.training.max_grad_norm)
         return time.perf_counter() - began
 
-    # A first look with few tokens, and with more: it warms up, and tells whether the real pass takes too long to wait
-    # for, or more memory than there is.
+    # Start with smaller passes: they warm up, and show whether the largest pass would take too long or too much memory.
     few, more = _parts(heaviest, lengths, setup.packed)
     tokens_few, tokens_more = (_computed(lengths[rows], setup.packed) for rows in (few, more))
     cold = pass_seconds(few)
@@ -171,19 +172,18 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     too_slow = seconds_few * whole / tokens_few > LONG_PASS
     free = psutil.virtual_memory().available / workers
     too_large = (memory_few - before) * whole / tokens_few > free
-    if first(len(few) < len(heaviest) and (too_slow or too_large)):
+    if broadcast(len(few) < len(heaviest) and (too_slow or too_large)):
         began = time.perf_counter()
-        update(
-            setup, average_gradients(setup.module, 1.0), conf.training.max_grad_norm
-        )  # the optimizer's state takes memory, too
+        # The optimizer's state needs memory, too.
+        update(setup, average_gradients(setup.module, 1.0), conf.training.max_grad_norm)
         update_seconds = time.perf_counter() - began
-        pass_seconds(more)  # malloc keeps what it gets after an update
+        pass_seconds(more)  # warm-up: malloc keeps memory that is allocated after an update
         memory_few, _ = _peak(lambda: pass_seconds(few))
         memory_more, seconds_more = _peak(lambda: min(pass_seconds(more) for _ in range(2)))
         each = max(0.0, memory_more - memory_few) / max(1, tokens_more - tokens_few)
         memory = memory_more + each * (whole - tokens_more)
-        # What a pass takes whatever its tokens are has been counted for each of them above.
-        if first(too_slow or memory - before > free):
+        # Check memory again: scaling up the small pass, as above, also scales its constant part.
+        if broadcast(too_slow or memory - before > free):
             tokens_step = lengths.sum() / schedule.steps_per_epoch
             rate = (
                 seconds_more / tokens_more * _padding(lengths, passes, setup.packed) / workers
@@ -196,11 +196,11 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     warming = max(0.0, cold - seconds_few)
     began = time.perf_counter()
     number = -1
-    while first(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
+    while broadcast(len(rates) < FEWEST_STEPS or (len(rates) < MOST_STEPS and time.perf_counter() - began < SECONDS)):
         number += 1
-        mine = schedule.take(number, rank, workers)
+        mine = schedule.indices(number, rank, workers)
         tokens = sum(
-            lengths[rows].sum() for other in range(workers) for rows in schedule.take(number, other, workers) if rows
+            lengths[rows].sum() for other in range(workers) for rows in schedule.indices(number, other, workers) if rows
         )
         seconds = step([collate(data, rows, setup.packed) for rows in mine])
         if number:
@@ -214,33 +214,33 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
         began = time.perf_counter()
         setup.module(batch)
         validation = (time.perf_counter() - began) / batch.tokens / workers
-    # Steps that something else on the host has interrupted, as long as they are fewer than half, do not count.
+    # The median ignores steps that were disturbed by other processes, as long as they are a minority.
     rate = statistics.median(rates)
     warming += max(0.0, first_seconds - rate * first_tokens)
     return Cost(float(rate), validation, memory, tuple(setup.notes), float(warming))
 
 
 def _computed(lengths: np.ndarray, packed: bool) -> int:
-    """Tokens that a pass over rows of these lengths computes, padding included."""
+    """Number of tokens computed in a pass over rows of these lengths, padding included."""
     return int(lengths.sum() if packed else lengths.max(initial=0) * len(lengths))
 
 
 def _padding(lengths: np.ndarray, passes: list[list[int]], packed: bool) -> float:
-    """Computed tokens for each real one."""
+    """Computed tokens per real token."""
     real = sum(int(lengths[rows].sum()) for rows in passes)
     return sum(_computed(lengths[rows], packed) for rows in passes) / real
 
 
 def _parts(rows: list[int], lengths: np.ndarray, packed: bool) -> tuple[list[int], list[int]]:
-    """The first of the rows with about an eighth and a quarter of their tokens; the second has a row more, unless the
-    first has all."""
+    """The first rows with about an eighth, and with about a quarter, of the tokens. The second list is longer by at
+    least one row, unless the first contains all."""
     whole = _computed(lengths[rows], packed)
     few, more = (_beginning(rows, lengths, whole / part, packed) for part in (8, 4))
     return few, rows[: max(len(more), len(few) + 1)]
 
 
 def _beginning(rows: list[int], lengths: np.ndarray, tokens: float, packed: bool) -> list[int]:
-    """The first of the rows, at least one, that have about so many tokens."""
+    """The first rows, at least one, that have at most so many computed tokens."""
     count = 1
     while count < len(rows) and _computed(lengths[rows[: count + 1]], packed) <= tokens:
         count += 1
@@ -248,7 +248,7 @@ def _beginning(rows: list[int], lengths: np.ndarray, tokens: float, packed: bool
 
 
 def _peak(work: Any) -> tuple[float, float]:
-    """This process's peak memory in bytes while it does `work`, and what that returned."""
+    """Runs `work`; returns this process's peak memory meanwhile, in bytes, and the result."""
     forget_peak_memory()
     value = work()
     return float(peak_memory()), value

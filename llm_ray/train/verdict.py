@@ -6,18 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FALLEN = 0.99
-"""Share of its value at the start below which a loss has fallen."""
+"""A loss has fallen if it is below this fraction of its initial value."""
 UNCHANGED = 0.9
-"""Share of answers that are as before from which on the model has hardly changed."""
+"""If at least this fraction of answers is unchanged, the model has hardly changed."""
 FEW_ANSWERS = 5
 
 
 def not_learned(
     metrics: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any], params: Mapping[str, Any]
 ) -> list[str]:
-    """Sentences for what shows that the model has not learned; none where it has.
+    """Returns a sentence per sign that the model has not learned; empty if it has.
 
-    `metrics`: rows of metrics.jsonl; `evaluation`: that section of result.json, empty without; `params`: params.json.
+    `metrics`: rows of metrics.jsonl; `evaluation`: that section of result.json, empty if there is none; `params`:
+    params.json.
     """
     found = []
     validated = [row["validation_loss"] for row in metrics if row.get("validation_loss") is not None]

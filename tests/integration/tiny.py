@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def llama(folder: Path, like: Path, **settings: int) -> Path:
+def llama(folder: Path, like: Path, **settings: float) -> Path:
     """A Llama of two layers, with other settings where some are given, and the tokenizer of the model in the folder
     `like`."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,7 @@
 """Processors: small classes that change, drop or join rows before they are formatted (``data.processor``).
 
-A processor is called once with an iterator of rows (dictionaries of columns) and yields rows, so that one form does
-for all: changing, dropping, adding, and joining. In a file of your own:
+A processor is called once with an iterator of rows (dictionaries of columns) and yields rows, so it can change, drop,
+add and join them. In a file of your own:
 
     class TicketProcessor:
         def __init__(self, product: str) -> None:  # data.processor_args: {product: router}
@@ -42,16 +42,16 @@ SHIPPED = {
 
 
 class Processor(Protocol):
-    """Takes the rows of all files, one after the other, and yields rows; memory is saved by not keeping them."""
+    """Called with the rows of all files, in order; yields rows. It should stream them to save memory."""
 
     def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterable[dict[str, Any]]: ...
 
 
 def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
-    """The processor that ``data.processor`` names, made with ``data.processor_args``.
+    """Creates the processor that ``data.processor`` names, with ``data.processor_args``.
 
-    `name` is a shipped one, ``package.module:Class`` or ``/path/file.py:Class``. Raises :class:`ConfError` if there is
-    none, its module does not import, or it does not take the arguments.
+    `name` is a built-in one, ``package.module:Class`` or ``/path/file.py:Class``. Raises :class:`ConfError` if it does
+    not exist, cannot be imported, or does not accept the arguments.
     """
     path, colon, cls_name = SHIPPED.get(name, name).rpartition(":")
     if not colon or not path or not cls_name:
@@ -80,11 +80,11 @@ def load_processor(name: str, arguments: Mapping[str, object]) -> Processor:
 
 
 def code_of(name: str) -> list[Path]:
-    """The Python files that make up the processor `name`: its own, and those it imports from the folder it lies in.
+    """Returns the Python files that the processor `name` consists of: its own, and those it imports from its folder.
 
-    Of a processor in a module, the folder is that of its top-level package (an installed one's neighbours are left
-    out). Imports are read from the source; nothing is run. Of what this package ships it is the processor's own file;
-    empty where there is none.
+    For a processor in a module, the folder is that of its top-level package (without other installed packages beside
+    it). Imports are parsed from the source; nothing is run. For a built-in processor, only its own file is returned;
+    empty if the processor is not found.
     """
     path = name.rpartition(":")[0]
     if name in SHIPPED:
@@ -122,7 +122,7 @@ def code_of(name: str) -> list[Path]:
 
 
 def _beside(root: Path, module: str) -> list[tuple[Path, str]]:
-    """The files under `root` that importing `module` would run, with their packages."""
+    """Returns the files under `root` that importing `module` would run, with their packages."""
     parts = module.split(".")
     files: list[tuple[Path, str]] = []
     for n in range(1, len(parts) + 1):
@@ -132,10 +132,11 @@ def _beside(root: Path, module: str) -> list[tuple[Path, str]]:
 
 
 def _imports(file: Path, package: str) -> list[str]:
-    """Names of the modules that a file imports, anywhere in it; of `from a import b` also ``a.b``, which may be one."""
+    """Returns the names of modules that a file imports, at any level; for `from a import b` also ``a.b``, which may be a
+    module."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # importing it will tell
+    except (SyntaxError, ValueError):  # importing it will report the error
         return []
     names: list[str] = []
     for node in ast.walk(tree):
@@ -149,9 +150,9 @@ def _imports(file: Path, package: str) -> list[str]:
 
 
 def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
-    """The processor's rows. Each gets file and line of the last row that was read for it.
+    """Yields the processor's rows, each with file and line of the last row read before it.
 
-    Raises :class:`DataError` naming that place if the processor fails or yields something other than a dictionary.
+    Raises :class:`DataError` with file and line if the processor fails or yields something other than a dictionary.
     """
     last = Row("", 0, {})
     name = type(processor).__name__
@@ -169,9 +170,7 @@ def process(processor: Processor, rows: Iterable[Row]) -> Iterator[Row]:
                     "__call__(self, rows) takes an iterator of rows and must yield rows (dict), but yielded a "
                     f"{type(value).__name__}"
                 )
-            json.dumps(
-                value, ensure_ascii=False, default=repr
-            ).encode()  # half of a surrogate pair would end in the tokenizer
+            json.dumps(value, ensure_ascii=False, default=repr).encode()  # the tokenizer would fail on a lone surrogate
             yield Row(last.file, last.line, value)
     except DataError:
         raise
@@ -194,13 +193,13 @@ def _module(path: str) -> ModuleType:
                 + (f"; that folder has {', '.join(sorted(near))}" if near else "")
             )
         if str(file.parent) not in sys.path:
-            sys.path.append(str(file.parent))  # what lies beside it can be imported, as from a script
+            sys.path.append(str(file.parent))  # so that it can import modules beside it, like a script
         name = f"llm_ray_processor_{file.stem}"
         spec = importlib.util.spec_from_file_location(name, file)
         if spec is None or spec.loader is None:
             raise ConfError(f"data.processor: {file} cannot be imported")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up there
+        sys.modules[name] = module  # dataclasses look up their module there
         spec.loader.exec_module(module)
         return module
     except ConfError:

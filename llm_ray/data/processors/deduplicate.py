@@ -9,10 +9,9 @@ from typing import Any
 
 
 class Deduplicate:
-    """Drops rows equal to an earlier one in `columns` (all columns, if none are named); upper case and spacing do not
-    count.
+    """Drops rows equal to an earlier one in `columns` (default: all columns), ignoring case and spacing.
 
-    Remembers 16 bytes a row, not the row.
+    Keeps a hash of 16 bytes per row in memory.
     """
 
     def __init__(self, columns: Sequence[str] = ()) -> None:

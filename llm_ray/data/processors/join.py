@@ -7,10 +7,10 @@ from typing import Any
 
 
 class Join:
-    """Joins consecutive rows' column ``text`` by line breaks into texts of at least `characters`, ending before an
-    empty line.
+    """Joins the column ``text`` of consecutive rows by line breaks, into texts of at least `characters` that end before
+    an empty line.
 
-    Where no empty line comes, a text ends at twice that length.
+    Without an empty line, a text ends at twice that length.
     """
 
     def __init__(self, characters: int = 8000) -> None:

@@ -1,18 +1,19 @@
-"""Makes preference pairs of ranked answers."""
+"""Converts ranked answers to preference pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations, pairwise
+from operator import itemgetter
 from typing import Any, Literal
 
 
 class Ranked:
-    """Takes the list of answers in the column `answers`, and yields a row with `chosen` and `rejected` for each pair of
-    them: of the best and the worst (`extremes`), of each and the next worse (`neighbours`), or of all.
+    """Converts the list in the column `answers` to rows with `chosen` and `rejected`, for pairs of the best and the worst
+    answer (`extremes`), of each answer and the next worse one (`neighbours`), or of `all` answers.
 
-    Answers are texts, messages, or objects that have either under the key `text`. The best comes first, unless the key
-    `rank` (1 is best) or `score` (the highest is best) says which it is. Two that are ranked the same make no pair.
+    Answers are texts, messages, or objects that contain either under the key `text`. They are sorted best first, unless
+    a key is named for their `rank` (1 is best) or `score` (highest is best). Equally ranked answers form no pair.
     Source: Ouyang et al. 2022, arXiv:2203.02155, section 3.5 (all pairs of a ranking).
     """
 
@@ -37,19 +38,21 @@ class Ranked:
                 raise ValueError(
                     f"{self.answers!r} must be a list of answers; the row has the columns {', '.join(row)}"
                 )
-            placed = sorted(((self._place(n, one), self._said(one)) for n, one in enumerate(answers)), key=_place_of)
+            ranked = sorted(
+                ((self._rank_of(n, one), self._content_of(one)) for n, one in enumerate(answers)), key=itemgetter(0)
+            )
             others = {column: value for column, value in row.items() if column != self.answers}
-            for better, worse in self._paired(placed):
+            for better, worse in self._paired(ranked):
                 if better[0] < worse[0]:
                     yield {**others, "chosen": better[1], "rejected": worse[1]}
 
-    def _paired(self, placed: list[tuple[float, Any]]) -> Iterator[tuple[tuple[float, Any], tuple[float, Any]]]:
+    def _paired(self, ranked: list[tuple[float, Any]]) -> Iterator[tuple[tuple[float, Any], tuple[float, Any]]]:
         if self.pairs == "extremes":
-            yield from [(placed[0], placed[-1])] if placed else []
+            yield from [(ranked[0], ranked[-1])] if ranked else []
         else:
-            yield from pairwise(placed) if self.pairs == "neighbours" else combinations(placed, 2)
+            yield from pairwise(ranked) if self.pairs == "neighbours" else combinations(ranked, 2)
 
-    def _place(self, number: int, answer: Any) -> float:
+    def _rank_of(self, number: int, answer: Any) -> float:
         key = self.rank or self.score
         if not key:
             return number
@@ -58,13 +61,9 @@ class Ranked:
             raise ValueError(f"answer {number + 1} of {self.answers!r} has no number {key!r}")
         return float(value if self.rank else -value)
 
-    def _said(self, answer: Any) -> Any:
+    def _content_of(self, answer: Any) -> Any:
         if self.text is None:
             return answer
         if not isinstance(answer, dict) or self.text not in answer:
             raise ValueError(f"an answer of {self.answers!r} has no {self.text!r} (data.processor_args text)")
         return answer[self.text]
-
-
-def _place_of(placed: tuple[float, Any]) -> float:
-    return placed[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 HEADING = re.compile(r"^\s*(?P<marks>=(?: =)*) (?P<title>.*?) (?P=marks)\s*$")
-# In this order: marks of numbers and hyphens, then spaces before and inside punctuation.
+# The order matters: marks in numbers and around hyphens, then spaces before and inside punctuation.
 UNDO = [
     (re.compile(r" @([-,.])@ "), r"\1"),
     (re.compile(r" ([.,;:!?%])(?=\s|$|[\"')\]])"), r"\1"),
@@ -22,9 +22,10 @@ UNDO = [
 
 
 class Wikitext:
-    """Joins the lines (column ``text``) into one row an article; headings become ``#`` lines, paragraphs stand apart.
+    """Joins the lines (column ``text``) into one row per article, with headings as ``#`` lines and blank lines between
+    paragraphs.
 
-    Rows that are no article text (before the first title) come as an article of their own.
+    Lines before the first title form a separate article.
     """
 
     def __call__(self, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -44,8 +45,7 @@ class Wikitext:
 
 
 def detokenize(line: str) -> str:
-    """The line as it was written before WikiText's tokenization: ``1 @,@ 200 km ( 750 mi ) .`` to ``1,200 km (750
-    mi).``"""
+    """Undoes WikiText's tokenization of a line: ``1 @,@ 200 km ( 750 mi ) .`` becomes ``1,200 km (750 mi).``"""
     for pattern, replacement in UNDO:
         line = pattern.sub(replacement, line)
     return line.strip()

@@ -36,6 +36,7 @@ from llm_ray.serve.replica.deployment import ModelReplica, start_environment
 from llm_ray.threads import Once
 
 _POLL = 0.1  # seconds
+_START_POLL = 0.5  # seconds; Serve's status takes tens of milliseconds of the cores that the models start on
 _SETTLES = 5.0  # seconds until Ray reports an ended replica's resources as free
 _ERROR_LINE = re.compile(r"((?:[a-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)): (.+)")
 # Errors that only refer to another one.
@@ -517,7 +518,7 @@ def _wait(names: Sequence[str], reporter: Reporter, began: float, timeout: float
                     f"serve logs {names[0] if names else 'gateway'}"
                     + (f". Last message: {root_cause(reasons)}" if reasons else "")
                 )
-            time.sleep(_POLL)
+            time.sleep(_START_POLL)
 
 
 def _longest() -> float:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_ray.imports import uncollected
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,8 +29,9 @@ class Gateway:
         self._recovering: asyncio.Task[None] | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
-        from llm_ray.serve.gateway.api import Api
-        from llm_ray.serve.gateway.protect.limits import Limiter
+        with uncollected():
+            from llm_ray.serve.gateway.api import Api
+            from llm_ray.serve.gateway.protect.limits import Limiter
 
         self._api, self._limiter = Api(), Limiter()
         self._app = _Outermost(self._api.app, self._api.metrics.refuse)

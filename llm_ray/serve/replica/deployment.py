@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.conf.engines import ENGINES
+from llm_ray.imports import uncollected
 from llm_ray.serve.directory import described
 from llm_ray.serve.models import ServedModel
 
@@ -54,7 +55,8 @@ class ModelReplica:
             os.environ.update(environment(self._model))
             logging.getLogger("ray.serve").info(f"pid={os.getpid()} {self._model}")
             logging.getLogger("vllm").setLevel(logging.WARNING)
-            from llm_ray.serve.replica.server import ModelServer
+            with uncollected():
+                from llm_ray.serve.replica.server import ModelServer
 
             server = ModelServer(self._model)
             await server.start()

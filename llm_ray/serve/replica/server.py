@@ -57,6 +57,9 @@ class ModelServer(LLMServer):
         for name, adapter in self.adapters.items():
             await self._load_adapter(name, adapter)
 
+    async def _start_engine(self) -> None:  # LLMServer's would also start Ray's telemetry actor, a process of 0.4 GB
+        await self.engine.start()
+
     async def _run_request(self, request: Any, *args: Any, **options: Any) -> Any:
         # Serve's multiplexing would send requests for an adapter to one replica until it is full; here every replica
         # has all adapters.

@@ -1,4 +1,4 @@
-"""Real tokenizers, under several chat templates, and confs."""
+"""Real tokenizers with several chat templates, and confs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase
 
 @pytest.fixture(scope="session")
 def with_template(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedTokenizerBase]:
-    """SmolLM2's tokenizer with a template of templates/ and the special tokens it needs."""
+    """SmolLM2's tokenizer with a template from templates/ and the special tokens that it needs."""
 
     def make(template: str, *tokens: str, eos: str | None = None) -> PreTrainedTokenizerBase:
         made = copy.deepcopy(tokenizer)
@@ -52,7 +52,7 @@ def with_template(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTraine
 
 @pytest.fixture
 def conf() -> Callable[..., FinetuneConf]:
-    """A conf with the given keys of `data`; `objective` and `seed` besides."""
+    """Returns a conf with the given keys of `data`, `objective` and `seed`."""
 
     def make(
         train: Path | str | list[str], *, objective: str = "sft", seed: int = 42, evaluation: Any = None, **data: Any

@@ -1,4 +1,4 @@
-"""Golden tests: which tokens are supervised, under the templates of several model families."""
+"""Golden tests of the supervised tokens with the templates of several model families."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CALL = {"id": "call00000", "type": "function", "function": {"name": "weather", "
 
 
 def turns(*contents: str, system: str | None = None) -> Conversation:
-    """A conversation of user and assistant in turn."""
+    """A conversation with alternating turns of user and assistant."""
     messages: list[dict[str, Any]] = [
         {"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)
     ]
@@ -50,7 +50,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, max_
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, number: int) -> list[int]:
-    """What a server sends to the model to get message `number`."""
+    """The prompt tokens that a server sends to get message `number`."""
     return tokenizer.apply_chat_template(
         conversation.messages[:number],
         tools=conversation.tools,
@@ -68,7 +68,7 @@ def assert_served_prompts_are_prefixes(tokenizer: PreTrainedTokenizerBase, conve
         if message["role"] != "assistant" or not message["content"].strip():
             continue
         prompt = prompt_tokens(tokenizer, adapted, number)
-        # Exactly one sequence learns this answer; others may hold it as history.
+        # Exactly one sequence supervises this answer; others may contain it as history.
         learning = [s for s in sequences if s.input_ids[: len(prompt)] == prompt and s.labels[len(prompt)] != IGNORED]
         assert len(learning) == 1
         assert learning[0].labels[len(prompt) - 1] == IGNORED
@@ -119,8 +119,8 @@ def test_llama3_learns_eot_though_eos_is_another(llama3: PreTrainedTokenizerBase
 
 
 def test_token_across_the_end_of_the_prompt(with_template: Make) -> None:
-    """SmolLM2's words make one token of the prompt's last two line breaks, but two when an answer follows: serving
-    meets the one."""
+    """SmolLM2 encodes the prompt's last two line breaks as one token, but as two if an answer follows. Serving uses the
+    one."""
     tokenizer = with_template("llama3", "<|eot_id|>")
     conversation = turns("Hi", "Hello.", "Bye", "See you.")
     first, second = encoded(tokenizer, conversation).sequences
@@ -159,12 +159,12 @@ def test_marks_of_a_template_agree(with_template: Make) -> None:
     theirs = tokenizer.apply_chat_template(conversation.messages, return_assistant_tokens_mask=True, return_dict=True)
     mask = [label != IGNORED for label in sequence.labels]
     assert theirs["assistant_masks"][: len(mask)] == mask
-    assert theirs["input_ids"][: len(mask)] == sequence.input_ids  # but for the line break after the last turn
+    assert theirs["input_ids"][: len(mask)] == sequence.input_ids  # except for the line break after the last turn
 
 
 def test_template_without_an_end_gets_eos(with_template: Make) -> None:
     plain = with_template("plain")
-    # In serving the history has no EOS between the turns, so that the second answer is a sequence of its own.
+    # In serving the history has no EOS between turns, so the second answer needs a separate sequence.
     assert shown(plain, turns("Hi", "Hello.", "Bye", "See you.")) == [
         "### user:\nHi\n\n### assistant:\n⟦Hello.<|im_end|>⟧",
         "### user:\nHi\n\n### assistant:\nHello.\n\n### user:\nBye\n\n### assistant:\n⟦See you.<|im_end|>⟧",
@@ -195,7 +195,7 @@ def test_empty_answers_and_answers_to_nothing_are_not_learnt(tokenizer: PreTrain
     assert "Welcome.<|im_end|>\n<|im_start|>user" in text
     assert text.count("⟦") == 1
     (text,) = shown(tokenizer, turns("Hi", "Hello.", "Bye"))
-    assert text.endswith("⟦Hello.<|im_end|>⟧")  # a last question without answer is left out
+    assert text.endswith("⟦Hello.<|im_end|>⟧")  # a final question without an answer is left out
 
 
 def test_an_answer_of_weight_0_is_history_only(tokenizer: PreTrainedTokenizerBase, with_template: Make) -> None:
@@ -308,7 +308,7 @@ def test_truncation_on_turn_boundaries(tokenizer: PreTrainedTokenizerBase) -> No
     assert not whole.truncated
     cut = encoded(tokenizer, conversation, max_length=len(whole.sequences[0].input_ids) - 1)
     assert cut.truncated
-    assert cut.sequences == two.sequences  # the last turn is gone whole, its question too
+    assert cut.sequences == two.sequences  # the last turn is removed completely, with its question
     assert cut.longest == whole.longest == len(whole.sequences[0].input_ids)
     exact = encoded(tokenizer, conversation, max_length=whole.longest)
     assert exact.sequences == whole.sequences and not exact.truncated

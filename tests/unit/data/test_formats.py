@@ -1,4 +1,4 @@
-"""Rows of every format made into conversations, and what is said of those that are none."""
+"""Rows of every format converted to conversations, and errors for invalid rows."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_text(convert: Convert) -> None:
 def test_columns_are_renamed(convert: Convert) -> None:
     columns = {"instruction": "question", "output": "reply"}
     assert convert({"question": "Hi", "reply": "Hello"}, columns=columns) == qa("Hi", "Hello")
-    # One's own column may bear the name of another of the format's.
+    # A user's column may have the name of another column of the format.
     assert convert({"input": "Hi", "output": "Hello"}, columns={"instruction": "input"}) == qa("Hi", "Hello")
 
 
@@ -214,7 +214,7 @@ def test_turns_that_are_not_learnt(convert: Convert, flag: str) -> None:
 
 
 def test_turns_of_two_kinds_in_one_column(convert: Convert) -> None:
-    """JSON that was a table has the keys of both in all turns."""
+    """JSON converted from tables has the keys of both in all turns."""
     turns = [
         {"from": "human", "value": "Hi", "role": None, "content": None},
         {"from": None, "value": None, "role": "assistant", "content": "Hello"},
@@ -355,7 +355,7 @@ def test_examples_of_bad_answers_are_refused(convert: Convert, values: dict[str,
     for bad in (False, "false", "False "):
         with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is marked as bad"):
             convert({**values, column: bad})
-    if "prompt" in values or column == "kto_tag":  # KTO's own form, where labels are nothing else
+    if "prompt" in values or column == "kto_tag":  # KTO's format, where labels have no other meaning
         for bad in (0, "0", -1, "Undesirable"):
             with pytest.raises(DataError, match=rf"'{column}' is .*: its answer is marked as bad"):
                 convert({**values, column: bad})

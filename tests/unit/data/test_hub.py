@@ -1,5 +1,4 @@
-"""Data sets of the hub: from its cache on this machine, and over HTTP from a server with the routes that the hub
-has."""
+"""Data sets of the hub: from its local cache, and over HTTP from a server with the hub's routes."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from llm_ray.data.sources import Row, read
 from llm_ray.errors import DataError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-# Contents that `datasets` changes where they are mixed.
+# Values that `datasets` changes in mixed columns.
 MIXED = [
     {"prompt": "Add.", "completion": {"sum": 3.141592653589793, "small": 1e-12}},
     {"prompt": "42", "completion": "007"},
@@ -92,7 +91,7 @@ def rows_of(source: str) -> list[Row]:
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Lays files out as huggingface_hub does, for the data set org/name; the tests' environment has HF_HUB_OFFLINE."""
+    """Writes files to the cache like huggingface_hub, for the data set org/name; tests run with HF_HUB_OFFLINE."""
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
@@ -191,7 +190,7 @@ def test_what_no_reader_here_reads_is_converted_with_a_line(
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The routes of the hub by which a data set is found, listed and downloaded."""
+    """The hub's routes for finding, listing and downloading a data set."""
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -283,7 +282,7 @@ except Exception as error:
 
 
 def test_over_http_and_then_without(hub: http.server.ThreadingHTTPServer, tmp_path: Path) -> None:
-    """In processes of their own: huggingface_hub reads its environment once."""
+    """In subprocesses, because huggingface_hub reads its environment only once."""
 
     def ask(source: str, code: str = READ, **environment: str) -> Any:
         port = hub.server_address[1]
@@ -302,7 +301,7 @@ def test_over_http_and_then_without(hub: http.server.ThreadingHTTPServer, tmp_pa
     assert [values for _, values in rows] == MIXED
     assert rows[2][0].endswith(f"/snapshots/{REVISION}/plain/b.jsonl:1")
     asked: list[str] = hub.asked  # type: ignore[attr-defined]
-    assert not any("tables/train" in path and "/resolve/" in path for path in asked)  # of another configuration
+    assert not any("tables/train" in path and "/resolve/" in path for path in asked)  # from another configuration
     asked.clear()
     assert ask("org/name", HF_HUB_OFFLINE="1") == rows
     assert [values for _, values in ask("org/name::test", HF_HUB_OFFLINE="1")] == MIXED[:1]
@@ -310,7 +309,7 @@ def test_over_http_and_then_without(hub: http.server.ThreadingHTTPServer, tmp_pa
     assert ask("org/other").startswith(
         "DataError: data set 'org/other': no file or folder of that name, and it cannot be downloaded from the hub"
     )
-    # What datasets alone has brought and converted is better than nothing.
+    # Data that was only converted by datasets is better than nothing.
     ask("org/name", LOAD, HF_DATASETS_CACHE=str(tmp_path / "converted"))
     shutil.rmtree(tmp_path / "hub")
     converted = ask("org/name", HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(tmp_path / "converted"))

@@ -1,5 +1,5 @@
-"""Preference pairs from rows of every shape to tokens on disk: what is shared, what is compared, what is dropped or
-refused."""
+"""Preference pairs from rows of every format to tokens on disk: the shared prompt, comparisons, and dropped or rejected
+rows."""
 
 from __future__ import annotations
 
@@ -141,18 +141,18 @@ def test_several_turns_and_tools(convert: Callable[..., Pair]) -> None:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "Hi", "chosen": "a"}, r"tuning\.objective dpo or orpo needs the columns 'chosen' and 'rejected', the row has the columns prompt, chosen"),
-    ({"prompt": "Hi", "completion": "a"}, "or learn from rows with one answer each by objective sft"),
+    ({"prompt": "Hi", "completion": "a"}, "or use objective sft with rows of one answer each"),
     ({"prompt": "Hi", "chosen": "a", "rejected": None}, "needs 'rejected', which is null here; .*: give it, or leave the row out"),
     ({"chosen": "a", "rejected": "b"}, r"the answers have no prompt: give it in a column 'prompt'"),
     ({"chosen": [says("a")], "rejected": [says("b")]}, "the answers have no prompt"),
-    ({"prompt": [user("Hi"), says("a")], "chosen": "a", "rejected": "b"}, "'prompt' ends in a turn of the assistant's"),
+    ({"prompt": [user("Hi"), says("a")], "chosen": "a", "rejected": "b"}, "'prompt' ends with a turn of role assistant"),
     (
         {"chosen": [user("Hi"), says("a")], "rejected": [user("Ho"), says("b")]},
-        "chosen and rejected part at turn 1, which is not the assistant's in both",
+        "chosen and rejected first differ in turn 1, which is not the assistant's in both",
     ),
     (
         {"chosen": [user("Hi"), says("a")], "rejected": [user("Hi"), says("a"), user("c"), says("d")]},
-        "part at turn 3",
+        "first differ in turn 3",
     ),
     (
         {"prompt": "Ho", "chosen": [user("Hi"), says("a")], "rejected": [user("Hi"), says("b")]},
@@ -160,7 +160,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"prompt": "Hi", "chosen": 3, "rejected": "b"}, "turn 1 of 'chosen' must be an object, but is 3"),
     (OPENAI | {"input": [user("Hi")]}, "'input' must be an object with the prompt in 'messages', but is "),
-    (OPENAI | {"input": {"messages": [user("Hi"), says("a")]}}, "'input.messages' ends in a turn of the assistant's"),
+    (OPENAI | {"input": {"messages": [user("Hi"), says("a")]}}, "'input.messages' ends with a turn of role assistant"),
     (OPENAI | {"preferred_output": 3}, "turn 1 of 'preferred_output' must be an object, but is 3"),
     ({"prompt": "<image> Hi", "chosen": "a", "rejected": "b", "images": ["x.png"]}, "only text can be trained on"),
 ]  # fmt: skip
@@ -248,7 +248,7 @@ def test_a_template_that_rewrites_earlier_answers(with_template: Callable[..., P
         1,
     )
     (result,) = PairEncoder(ChatEncoder(with_template("qwen3"), 512)).encode([pair])
-    assert isinstance(result, DataError) and "chosen: the chat template writes its turns otherwise" in str(result)
+    assert isinstance(result, DataError) and "chosen: the chat template renders its turns differently" in str(result)
 
 
 # On disk --------------------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_pairs_that_repeat_or_contradict_others(
     ]
     stats = prepare(conf(jsonl(rows), objective="dpo"), tokenizer, tmp_path / "prepared", silent)
     assert (stats.repeated, stats.contradicting) == (1, 1), "several pairs to a prompt are none"
-    assert any("rows.jsonl:4 and" in e and "prefer opposite ones of the same answers" in e for e in stats.examples)
+    assert any("rows.jsonl:4 and" in e and "prefer opposite answers of the same two" in e for e in stats.examples)
 
 
 def test_special_tokens_in_either_answer(

@@ -1,4 +1,4 @@
-"""The prepare stage whole: splits, counts, tokens on disk, and what it refuses."""
+"""The whole prepare stage: splits, counts, tokens on disk, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def qa(i: int, words: int = 3) -> dict[str, str]:
 
 
 def segments(out: Path, split: Any) -> list[tuple[list[int], list[int]]]:
-    """Tokens and labels of each sequence of a split, in order."""
+    """Returns tokens and labels of each sequence of a split, in order."""
     return [(sequence["input_ids"], sequence["labels"]) for sequence in open_split(out, split)]
 
 
@@ -95,7 +95,7 @@ def test_tables_teach_the_tokens_that_json_lines_teach(
     template: str | None,
     tmp_path: Path,
 ) -> None:
-    """Calls and tools of several functions, of which a table gives each the others' fields, filled with nulls."""
+    """Calls and tools of several functions: in a table, each has the others' fields, filled with nulls."""
     tools = [
         {
             "type": "function",
@@ -221,7 +221,7 @@ def test_test_rows_are_seen_by_neither_training_nor_validation(
     asked = list(evaluation_rows(made, tokenizer, tmp_path / "out"))
     assert len(asked) == 2 and questions_from(made, tmp_path / "out") == "test rows"
     assert evaluated_split(tmp_path / "out") == "test"
-    # The same rows are for validation as without a test.
+    # The validation rows are the same as without a test split.
     prepare(conf(path, validation=0.2), tokenizer, tmp_path / "without", silent)
     assert segments(tmp_path / "without", "validation") == parts["validation"]
     assert evaluated_split(tmp_path / "without") == "validation"
@@ -408,7 +408,7 @@ def test_means_and_maxima_are_of_the_same(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
 ) -> None:
-    """With a template that drops earlier thoughts a row makes several sequences; a long one is cut; a text is split."""
+    """With a template that drops earlier reasoning, a row has several sequences; long rows are cut; texts are split."""
     turns = [
         {"role": r, "content": f"<think>\n{n}\n</think>\nA" if r == "assistant" else "Q"}
         for n in "123"
@@ -498,7 +498,7 @@ def test_special_tokens_in_texts_are_counted_escaped_or_refused(
     found = [ids for ids, _ in segments(tmp_path / "out", "train") if "What is" in tokenizer.decode(ids)]
     assert found[0].count(end) == 3 and escaped.special_tokens == 1 and escaped.train.tokens > stats.train.tokens
     (asked,) = [c for c in evaluation_rows(made, tokenizer, tmp_path / "out") if "What is" in c.messages[0]["content"]]
-    assert asked.messages[0]["content"] == "What is <|im_end|>?"  # as clients ask it
+    assert asked.messages[0]["content"] == "What is <|im_end|>?"  # as clients send it
 
 
 def test_files_named_like_a_test_set_are_named_before_they_are_trained_on(
@@ -555,8 +555,8 @@ print(second[0] // first[0], second[1] - first[1])
 
 
 def test_memory_does_not_grow_with_the_rows(smollm2: Path, tmp_path: Path) -> None:
-    """Ten times the rows (7 MB of text, 14 MB of tokens and labels) for hardly more memory; mapped files count while
-    they are read."""
+    """Ten times the rows (7 MB of text, 14 MB of tokens and labels) need hardly more memory. Mapped files count while they
+    are read."""
     path = tmp_path / "large.jsonl"
     with path.open("w") as file:
         file.writelines(

@@ -1,4 +1,4 @@
-"""Processors: the shipped ones, one in a user's own file, and what is said when one cannot be had."""
+"""Processors: the built-in ones, one in a user's file, and errors if one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ SCORED = {
         (
             SCORED,
             {"answers": "completions", "text": "response", "score": "score", "pairs": "all"},
-            ["a>b", "a>c", "a>d", "b>d", "c>d"],  # b and c are as good
+            ["a>b", "a>c", "a>d", "b>d", "c>d"],  # b and c are equally good
         ),
         ({"prompt": "Who?", "answers": ["alone"]}, {}, []),
         ({"prompt": "Who?", "answers": []}, {"pairs": "all"}, []),

@@ -1,4 +1,4 @@
-"""Every kind of file read, and every way in which one may be broken, named by file and line."""
+"""Reading every kind of file, and errors that name file and line for every way to break one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_skipping(source: Path | str) -> tuple[list[Row], list[str]]:
 
 
 def write(path: Path, kind: str) -> list[int]:
-    """Writes ROWS; gives the lines (row numbers in tables) they begin on."""
+    """Writes ROWS; returns their first lines (in tables, row numbers)."""
     if kind == "array":
         path.write_text(json.dumps(ROWS, indent=2, ensure_ascii=False), encoding="utf-8")
         return [2, 6, 10, 14, 18]
@@ -166,13 +166,13 @@ def test_array_through_a_small_window(
         found = rows_of(path)
     assert [r.values for r in found] == rows
     at = 0
-    for row in found:  # the line is the one its brace is on
+    for row in found:  # the line of its brace
         at = text.index("{", at)
         assert row.line == text.count("\n", 0, at) + 1
         at = json.JSONDecoder().raw_decode(text, at)[1]
 
 
-# Shapes that files have elsewhere -------------------------------------------------------------------------------------
+# Layouts of files from other tools ------------------------------------------------------------------------------------
 
 PLUM = [{"instruction": "Name a fruit.", "output": "Plum"}, {"instruction": "Name a bird.", "output": "Finch"}]
 LINES = [json.dumps(row) for row in PLUM]
@@ -253,7 +253,7 @@ def test_a_large_object_of_rows_is_not_held_in_memory(tmp_path: Path, monkeypatc
     for indent in (None, 2):
         path.write_text(json.dumps({"version": "1", "data": PLUM * 50}, indent=indent))
         assert [r.values for r in rows_of(path)] == PLUM * 50
-    for key in ("prompt", "notes"):  # a long row is one all the same
+    for key in ("prompt", "notes"):  # a long row is still one row
         path.write_text("\n".join(json.dumps({"id": 1, key: "x" * 400, "docs": [{"of": 1}]}) for _ in range(3)))
         assert len(rows_of(path)) == 3
     path.write_text(json.dumps({"data": PLUM * 50, "test": PLUM}))
@@ -321,7 +321,7 @@ def test_csv_with_an_index(tmp_path: Path) -> None:
 
 
 def test_csv_text_under_no_name_is_told(tmp_path: Path) -> None:
-    """A comma that nobody quoted, say: half an answer is not to be learnt."""
+    """For example an unquoted comma: half an answer must not be used for training."""
     path = tmp_path / "rows.csv"
     path.write_text("instruction,output,,\nName two birds.,Finch, wren,\nName a fruit.,Plum,,\n")
     rows, bad = read_skipping(path)
@@ -348,7 +348,7 @@ def test_text_in_other_encodings(tmp_path: Path, encoding: str, name: str) -> No
 
 
 def test_nulls_that_a_struct_made_are_no_values(tmp_path: Path) -> None:
-    """In Parquet all structs of a column have all fields: an argument of another row's call is not this one's."""
+    """In Parquet, all structs of a column have all fields; null ones come from the calls of other rows."""
     rows = [
         {
             "calls": [{"name": "dim", "arguments": {"level": 2, "rooms": ["hall", None]}}],
@@ -362,7 +362,7 @@ def test_nulls_that_a_struct_made_are_no_values(tmp_path: Path) -> None:
     assert table.to_pylist()[1]["calls"][0]["arguments"] == {"level": None, "rooms": None, "hour": 6}
     assert [r.values for r in rows_of(tmp_path / "rows.parquet")] == rows
     lines = tmp_path / "rows.jsonl"
-    lines.write_text('{"arguments": {"a": 1, "b": null}}\n')  # this file says null itself
+    lines.write_text('{"arguments": {"a": 1, "b": null}}\n')  # this file contains an explicit null
     assert rows_of(lines)[0].values == {"arguments": {"a": 1, "b": None}}
 
 
@@ -396,7 +396,7 @@ def test_parquets_own_json_type_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     texts = pa.array(['"Hi"', '{"a": null}', "007", '"\\ud800"', None])
     table = pa.table({"prompt": pa.ExtensionArray.from_storage(pa.json_(), texts)})
-    pq.write_table(table, path, store_schema=False)  # as other writers do, without Arrow's schema beside it
+    pq.write_table(table, path, store_schema=False)  # like other writers, without Arrow's schema
     rows, bad = read_skipping(path)
     assert [(r.line, r.values["prompt"]) for r in rows] == [(1, "Hi"), (2, {"a": None}), (3, "007"), (5, None)]
     assert bad == [
@@ -439,7 +439,7 @@ def test_dates_decimals_and_bytes_become_what_json_has(tmp_path: Path) -> None:
 
 
 def test_table_value_that_cannot_be_read_names_its_row(tmp_path: Path) -> None:
-    """The rows beside it are read."""
+    """Its neighbours are read."""
     path = tmp_path / "rows.parquet"
     text = pa.array([b"one", b"caf\xe9", b"three", b"four"])
     texts = pa.Array.from_buffers(pa.string(), 4, text.buffers())
@@ -597,7 +597,7 @@ def test_table_cut_off(tmp_path: Path, suffix: str) -> None:
         rows_of(path)
 
 
-# Sources that are none ------------------------------------------------------------------------------------------------
+# Invalid sources ------------------------------------------------------------------------------------------------------
 
 
 def test_no_such_file_names_the_nearest(tmp_path: Path) -> None:
@@ -627,7 +627,7 @@ def test_hub_id_offline() -> None:
 
 
 def test_hub_id_with_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a card is taken for a hub id as well."""
+    """A local folder can be given like a hub id, too."""
     folder = tmp_path / "org" / "name"
     folder.mkdir(parents=True)
     write(folder / "train.jsonl", "lines")

@@ -1,4 +1,4 @@
-"""A run of a tiny real model, with prepared data, and a checkpoint whose weights are far from the base's."""
+"""A run of a tiny real model with prepared data, and a checkpoint whose weights differ clearly from the base's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., FinetuneConf]
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose embeddings are tied, and a tokenizer that knows single bytes and blank lines; tests copy it."""
+    """A Llama with tied embeddings, and a tokenizer of single bytes and blank lines; tests work on copies."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend
 
@@ -40,7 +40,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [("Ċ", "Ċ")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = TokenizersBackend(tokenizer_object=backend, eos_token="<end>")  # noqa: S106 (it is no password)
+    tokenizer = TokenizersBackend(tokenizer_object=backend, eos_token="<end>")  # noqa: S106 (not a password)
     message = "{{ message['role'] + ': ' + message['content'] + '<end>' }}"
     prompt = "{% if add_generation_prompt %}assistant: {% endif %}"
     tokenizer.chat_template = f"{{% for message in messages %}}{message}{{% endfor %}}{prompt}"
@@ -50,13 +50,13 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """The tiny model, in a folder of this test's own."""
+    """A copy of the tiny model for one test."""
     return Path(shutil.copytree(tiny_base, tmp_path / "tiny"))
 
 
 @pytest.fixture
 def run(base: Path, tmp_path: Path) -> Run:
-    """Makes the conf of a run on the tiny model, with prepared data; `tuning` and other sections as given."""
+    """Returns the conf of a run on the tiny model with prepared data; `tuning` and other sections can be set."""
 
     def make(**sections: Any) -> FinetuneConf:
         conf = FinetuneConf.model_validate(
@@ -83,7 +83,7 @@ def run(base: Path, tmp_path: Path) -> Run:
 
 
 def trained(conf: FinetuneConf) -> tuple[torch.nn.Module, Path]:
-    """The conf's model with learning weights that have moved, as training holds it, and its checkpoint."""
+    """The conf's model as in training, with changed trainable weights, and its checkpoint."""
     from llm_ray.models.load import load_model
     from llm_ray.train.model import add_adapters
     from tests.runs import base_of
@@ -103,5 +103,5 @@ def trained(conf: FinetuneConf) -> tuple[torch.nn.Module, Path]:
 
 
 def write(folder: Path, **settings: object) -> None:
-    """Put a generation_config.json into the model's folder."""
+    """Writes a generation_config.json to the model's folder."""
     (folder / "generation_config.json").write_text(json.dumps(settings))

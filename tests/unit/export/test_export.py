@@ -1,4 +1,4 @@
-"""The export: what is written is the model that was trained, and what would fail in it is told before training."""
+"""The export: the written model equals the trained one, and problems are reported before training."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_export_that_is_another_model_is_refused_and_replaces_nothing(
     (conf.run_dir / "output" / "before").touch()
     monkeypatch.setattr(
         "llm_ray.train.trained.untie", lambda causal: False
-    )  # merged into shared weights, it is another model
+    )  # merging into tied weights would change the model
     with pytest.raises(
         ModelError,
         match=r"differs from the trained one: on 2 held-out sequences its loss is [\d.]+ after merging the adapters",
@@ -209,7 +209,7 @@ def test_too_little_disk_is_told_before_training(run: Run, monkeypatch: pytest.M
 
 
 def test_a_tokenizer_that_would_come_back_as_another_is_told_before_training(run: Run, base: Path) -> None:
-    """Where transformers insists on a class of its own for a type of model, whatever the folder says."""
+    """For some model types transformers always uses its own tokenizer class, whatever the folder says."""
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(
         json.dumps(config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})

@@ -1,4 +1,4 @@
-"""Fast adapters compute what peft's do, and learning moves every weight that is to learn and no other."""
+"""Fast adapters compute the same as peft's, and training changes all trainable weights and no others."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_adapters_on_few_bits_give_the_logits_and_gradients_of_pefts_on_the_same
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_fresh_dora_is_the_model_itself(bf16: bool) -> None:
-    """peft's lengths of rows in bf16 were 0.2 % beside; and they have to be learned in fp32."""
+    """peft's row norms in bf16 are off by 0.2 %; and magnitudes must be trained in fp32."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     causal = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).to(torch.bfloat16 if bf16 else torch.float32)
@@ -182,18 +182,18 @@ def test_dropout_keeps_its_share_and_the_mean(dtype: torch.dtype) -> None:
 
 def test_layers_of_one_input_drop_the_same_values_and_nothing_is_kept_longer_than_it() -> None:
     shared, x = _Shared(), torch.randn(7, 33)
-    given, kept = shared.made_of(x, torch.bfloat16, 0.5)
+    given, kept = shared.copies_of(x, torch.bfloat16, 0.5)
     assert given.dtype == kept.dtype == torch.bfloat16
     assert 0.3 < (kept == 0).float().mean() < 0.7
-    assert shared.made_of(x, torch.bfloat16, 0.5)[1] is kept
+    assert shared.copies_of(x, torch.bfloat16, 0.5)[1] is kept
     with torch.no_grad():
-        assert shared.made_of(x, torch.bfloat16, 0.5)[1] is not kept, "it would have no gradient"
-    again = shared.made_of(x, torch.bfloat16, 0.5)[1]
+        assert shared.copies_of(x, torch.bfloat16, 0.5)[1] is not kept, "it would have no gradient"
+    again = shared.copies_of(x, torch.bfloat16, 0.5)[1]
     x.mul_(2)
-    assert not torch.equal(shared.made_of(x, torch.bfloat16, 0.5)[1], again), "it is another input"
-    assert shared.made_of(x, torch.float32, 0.0)[1] is x
-    assert not torch.equal(*(shared.made_of(torch.ones(7, 33), torch.float32, 0.5)[1] for _ in range(2)))
-    last = weakref.ref(shared.made_of(x, torch.float32, 0.5)[1])
+    assert not torch.equal(shared.copies_of(x, torch.bfloat16, 0.5)[1], again), "it is another input"
+    assert shared.copies_of(x, torch.float32, 0.0)[1] is x
+    assert not torch.equal(*(shared.copies_of(torch.ones(7, 33), torch.float32, 0.5)[1] for _ in range(2)))
+    last = weakref.ref(shared.copies_of(x, torch.float32, 0.5)[1])
     assert last() is not None
     del x
     assert last() is None
@@ -261,7 +261,7 @@ def test_layers_that_are_not_there_are_told_with_those_that_are() -> None:
 
 
 def test_a_name_as_text_is_a_name_and_a_pattern_a_pattern() -> None:
-    """peft takes any text for a pattern, and q_proj then matches nothing."""
+    """peft treats any string as a pattern, and q_proj matches nothing."""
     assert learning_modules(adapted(Lora(r=4, target_modules="q_proj"))) == [
         "model.layers.*.self_attn.q_proj: rank 4, 2 of them, 512 parameters",
         "frozen: model.embed_tokens, model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj, "
@@ -339,7 +339,7 @@ def test_of_a_mixture_all_linear_is_attention_and_experts_without_the_router(tmp
             nn.init.normal_(parameter, std=0.1)
     speed_up_adapters(model)
     logits = model.eval()(input_ids=IDS).logits
-    model.save_pretrained(tmp_path)  # what peft reads again as it was
+    model.save_pretrained(tmp_path)  # read back by peft unchanged
     again = PeftModel.from_pretrained(type(model.get_base_model())(model.config), tmp_path)
     missing = again.load_state_dict(model.state_dict(), strict=False)
     assert (missing.missing_keys, missing.unexpected_keys) == ([], [])

@@ -1,4 +1,4 @@
-"""What `auto` comes to: complete, deterministic, explained, and in the direction that the measured table has."""
+"""Values chosen for `auto`: complete, deterministic, explained, and with the trends of the measured table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows a worker takes, and how they lie in tensors."""
+"""The rows of each worker, and their layout in tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_epoch_takes_every_row_once(
             i
             for step in steps
             for rank in range(workers)
-            for pass_ in schedule.take(step, rank, workers)
+            for pass_ in schedule.indices(step, rank, workers)
             for i in pass_
         ]
         assert sorted(taken) == list(range(len(lengths)))
@@ -51,9 +51,9 @@ def test_packing_limits_and_workers_change_passes_and_not_what_a_step_learns_fro
     other = schedule_of(lengths, batch_size, limit=limit, packed=packed)
     assert one.steps_per_epoch == other.steps_per_epoch
     for step in range(one.steps_per_epoch):
-        (rows,) = one.take(step, 0, 1)
+        (rows,) = one.indices(step, 0, 1)
         assert len(rows) <= batch_size
-        passes = [other.take(step, rank, workers) for rank in range(workers)]
+        passes = [other.indices(step, rank, workers) for rank in range(workers)]
         assert sorted(i for mine in passes for pass_ in mine for i in pass_) == sorted(rows)
         assert len({len(mine) for mine in passes}) == 1, "every worker takes part in every pass"
         for pass_ in (pass_ for mine in passes for pass_ in mine if len(pass_) > 1):
@@ -63,14 +63,14 @@ def test_packing_limits_and_workers_change_passes_and_not_what_a_step_learns_fro
 
 def test_rows_that_fit_share_a_pass_and_workers_have_about_as_many_tokens() -> None:
     schedule = schedule_of([50, 40, 10, 50, 45, 5], batch_size=6)
-    passes = [schedule.take(0, rank, 2) for rank in range(2)]
+    passes = [schedule.indices(0, rank, 2) for rank in range(2)]
     assert [len(mine) for mine in passes] == [1, 1]
     assert [sum(int(schedule.lengths[i]) for i in mine[0]) for mine in passes] == [100, 100]
 
 
 def test_epochs_differ_in_order_and_seeds_too() -> None:
     def order(step: int, seed: int) -> list[int]:
-        return schedule_of([1] * 20, batch_size=20, seed=seed).take(step, 0, 1)[0]
+        return schedule_of([1] * 20, batch_size=20, seed=seed).indices(step, 0, 1)[0]
 
     assert order(0, seed=0) != order(1, seed=0)
     assert order(0, seed=0) != order(0, seed=1)

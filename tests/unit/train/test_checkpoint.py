@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, what comes back, what a damaged or half-written one does."""
+"""Checkpoints: contents, restoring, and damaged or half-written ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from llm_ray.train.checkpoint import BEST, Progress, list_checkpoints, step_of
 
 
 class Tied(nn.Module):
-    """A frozen embedding tied to the output head, and an adapter that learns: the shape of a small language model with
-    LoRA."""
+    """A frozen embedding tied to the output head, and a trainable adapter, like a small language model with LoRA."""
 
     def __init__(self, learns: bool = False, width: int = 8) -> None:
         super().__init__()

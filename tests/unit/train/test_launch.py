@@ -1,4 +1,4 @@
-"""Which failures of workers are tried again, and what is said of them."""
+"""Which failures of workers are retried, and how they are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blockwise loss is the plain one: value and gradients."""
+"""The blockwise loss equals the plain one, in value and gradients."""
 
 from __future__ import annotations
 

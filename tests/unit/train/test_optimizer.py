@@ -1,4 +1,4 @@
-"""The learning rate's course, and which weights decay."""
+"""The learning rate schedule, and which weights decay."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_only_matrices_decay_and_frozen_weights_are_left_out() -> None:
 
 
 def test_the_b_matrices_of_adapters_learn_at_a_multiple_of_the_rate() -> None:
-    """LoRA+. What a checkpoint holds of the optimizer stays as it is without."""
+    """LoRA+. The optimizer state in checkpoints is the same as without it."""
     module = nn.Module()
     module.lora_A, module.lora_B = (nn.ModuleDict({"default": nn.Linear(3, 2, bias=False)}) for _ in "AB")
     module.whole = nn.Linear(2, 2)

@@ -1,5 +1,4 @@
-"""Models that cap their logits, or whose rows would see each other in a packed sequence, are trained to their own
-loss."""
+"""Models that cap their logits, or whose rows would affect each other when packed, are trained with their own loss."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ DATA = datasets.Dataset.from_dict({"input_ids": ROWS, "labels": ROWS})
 
 
 def losses(model: PreTrainedModel, packed: bool) -> tuple[float, float]:
-    """By transformers, row by row; and as it would be trained."""
+    """Returns transformers' loss, row by row, and the loss of training."""
     with torch.no_grad():
         own = sum(
             model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss.item() * (len(row) - 1)
@@ -38,7 +37,7 @@ def losses(model: PreTrainedModel, packed: bool) -> tuple[float, float]:
 @pytest.mark.parametrize("kind", ["gemma2", "vaultgemma", "nanochat", "recurrent_gemma", "llama"])
 @pytest.mark.parametrize("grown", [1, 12])
 def test_logits_that_grow(kind: str, grown: int) -> None:
-    """What a cap does shows in large logits alone."""
+    """A cap affects only large logits."""
     model = small(kind, initializer_range=0.02)
     with torch.no_grad():
         head = model.get_output_embeddings()
@@ -59,13 +58,13 @@ def test_logits_that_are_scaled_or_capped(kind: str) -> None:
 
 
 def test_a_head_that_is_not_given_the_hidden_states() -> None:
-    """Mllama's base_model is the whole: what it returns first are logits."""
+    """Mllama's base_model is the whole model: it returns logits first."""
     model = small("mllama")
     assert not SupervisedLoss(model, model, packed=False).choose_blockwise()
 
 
 def test_choosing_leaves_the_mode() -> None:
-    """Else dropout would be on in an evaluation."""
+    """Otherwise dropout would be active in evaluation."""
     model = small("gpt2")
     SupervisedLoss(model, model, packed=False).choose_blockwise()
     why_not_packed(model)
@@ -95,8 +94,7 @@ def test_rows_that_can(kind: str) -> None:
 
 
 class Mixing(LlamaForCausalLM):
-    """Shifts the hidden states along the sequence by a token, as convolutions do; its configuration says nothing of
-    it."""
+    """Shifts hidden states along the sequence by one token, like a convolution, without a trace in its configuration."""
 
     def forward(self, input_ids: Tensor, **inputs: object) -> object:
         embedded = self.get_input_embeddings()(input_ids)
@@ -116,8 +114,8 @@ def test_what_the_configuration_does_not_tell(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_rounding_decides_nothing(autocast: bool) -> None:
-    """With large weights, a bf16 model makes something else of every order of additions: it can be packed all the same,
-    and keeps its weights as they were."""
+    """With large weights, the results of a bf16 model depend on the order of additions. It can be packed all the same, and
+    its weights stay unchanged."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,

@@ -1,4 +1,4 @@
-"""On the real model: packed, padded and single rows have the same loss and gradients, and rows do not see each
+"""On the real model, packed, padded and single rows have the same loss and gradients, and rows do not affect each
 other."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plans that cannot teach, and runs that have not learned."""
+"""Warnings about plans that cannot work, and about runs that have not learned."""
 
 from __future__ import annotations
 

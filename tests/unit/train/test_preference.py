@@ -1,4 +1,4 @@
-"""Preference losses: the published formulas, on rows of every length and layout, whoever computes which pairs."""
+"""Preference losses equal the published formulas, for rows of any length and layout and any distribution of pairs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llm_ray.train.objectives import CrossEntropy, DirectPreference, OddsRatio, 
 from llm_ray.train.recipe import Setup, accumulate, average_gradients
 from llm_ray.train.reference import reference_log_probabilities
 
-# Prompt, chosen, rejected: uneven, of one token, and of several turns (with a tool's result in the midst, say).
+# Prompt, chosen, rejected: of different lengths, of one token, and of several turns (such as with a tool's result).
 PAIRS: list[tuple[list[int], list[int], list[int]]] = [
     ([5, 9, 30, 7], [11, 12, 44], [13, 2]),
     ([8, 3], [6], [4, 21, 22, 23, 50, 51, 52, 53, 54]),
@@ -84,11 +84,11 @@ def setup_of(causal: LlamaForCausalLM, settings: dict[str, Any], *, packed: bool
     )
 
 
-# Written down anew, from the papers, a pair and a token at a time.
+# An independent implementation of the papers, one pair and one token at a time.
 
 
 def straightforward(policy: nn.Module, base: nn.Module, dpo: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-    """Mean loss over PAIRS with its graph, and the rewards."""
+    """Returns the mean loss over PAIRS with its graph, and the rewards."""
 
     def log_probability(model: nn.Module, prompt: list[int], answer: list[int]) -> tuple[Tensor, int]:
         ids = [*prompt, *map(abs, answer)]
@@ -122,7 +122,7 @@ def straightforward(policy: nn.Module, base: nn.Module, dpo: dict[str, Any]) -> 
             p_w, p_r = torch.exp(w / w_tokens), torch.exp(r / r_tokens)
             odds_ratio = (p_w / (1 - p_w)) / (p_r / (1 - p_r))
             loss = -w / w_tokens - beta * torch.log(1 / (1 + torch.exp(-torch.log(odds_ratio))))
-            w, w0, r, r0 = w / w_tokens, torch.tensor(0), r / r_tokens, torch.tensor(0)  # as rewards are told
+            w, w0, r, r0 = w / w_tokens, torch.tensor(0), r / r_tokens, torch.tensor(0)  # as rewards are reported
         losses.append(loss - weight * w / w_tokens)
         chosen_rewards.append(beta * (w - w0).item())
         rejected_rewards.append(beta * (r - r0).item())

@@ -1,4 +1,4 @@
-"""What a trial looks at first: two parts of a pass, from whose difference the cost of the whole follows."""
+"""The first two measurements of a trial: parts of a pass, from whose difference its total cost is extrapolated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers' threads: gloo's own must not compute with several."""
+"""Threads of workers: gloo's threads must not use several OpenMP threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ dist.destroy_process_group()
 
 
 def test_threads_of_the_process_group_stay_alone(tmp_path: Path) -> None:
-    """A checkpoint gathers its plan: with threads of OpenMP made for that, every later step was slower."""
+    """A checkpoint gathers its plan; OpenMP threads created for that made all later steps slower."""
     ended = subprocess.run(
         [sys.executable, "-c", GATHER, f"{tmp_path}-meeting"], capture_output=True, text=True, check=True
     )
@@ -35,7 +35,7 @@ def test_threads_of_the_process_group_stay_alone(tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_they_do_where_the_machine_is_busy(tmp_path: Path) -> None:
-    """One thread may then do the work of all before the other has woken up."""
+    """One thread may then do all the work before the other wakes up."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3 * (os.cpu_count() or 1))]
     try:
         for number in range(3):
