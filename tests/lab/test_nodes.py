@@ -71,7 +71,7 @@ def test_one_host_alone_is_all_right_when_nothing_is_cached_of_the_others(cluste
     finally:
         cluster.head.plug()
     assert away.code != 0
-    assert "head: left out by --limit, not reached now" in " ".join(away.output.split())
+    assert "head: left out by --limit, unreachable now" in " ".join(away.output.split())
     assert away.changed == 0
     cluster.wait_for_nodes(cluster.nodes)
 
