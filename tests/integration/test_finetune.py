@@ -156,12 +156,13 @@ def test_the_same_again_is_skipped_and_another_conf_refused(
 
 
 def test_the_stage_convert_alone_after_the_others(
-    home: Path, codes: subprocess.CompletedProcess[str], tiny: Path
+    home: Path, codes: subprocess.CompletedProcess[str], tiny: Path, smollm2: Path
 ) -> None:
     from llm_ray.models.convert import openvino_folder
 
     command = ("finetune", "--config", "codes.yaml.j2", "--set", f"model={tiny}", "--stage", "convert")
-    assert re.search(r"about 0\.\d+ GiB with int8 weights", llm_ray(home, *command, "--dry-run").stdout)
+    large = ("--set", f"model={smollm2}", "--set", "name=large")
+    assert "about 0.13 GiB with int8 weights" in llm_ray(home, *command, *large, "--dry-run").stdout
     done = llm_ray(home, *command)
     assert "serve deploy --model codes --engine openvino" in done.stderr
     run = home / "runs" / "codes"

@@ -117,6 +117,7 @@ def test_replicas_compute_on_cores_of_their_own(home: Home) -> None:
     first, second = (set(cores(home.processes(f"ServeReplica:model:{name}")[0])) for name in ("first", "second"))
     assert len(first) == len(second) == 1
     assert first != second
+    assert not home.processes("TelemetryAgent"), "a process of 0.4 GB that ray.serve.llm would start"
 
 
 def test_a_killed_replica_comes_back_while_others_answer(home: Home) -> None:
