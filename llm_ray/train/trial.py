@@ -11,8 +11,11 @@ exchanges nothing, so the cost of the network is not measured.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import queue
+import signal
 import statistics
 import tempfile
 import time
@@ -104,6 +107,7 @@ def _result(workers: list[Any], results: Any) -> Cost:
 def _worker(
     conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, rendezvous: str, results: Any
 ) -> None:
+    _end_with_parent()
     import torch.distributed as dist
 
     from llm_ray.train.workers import OtherWorkerFailed
@@ -131,6 +135,16 @@ def _worker(
         )
     results.close()
     results.join_thread()
+
+
+def _end_with_parent() -> None:
+    """Makes the kernel end this process when the thread that started it ends: a killed dry run would otherwise leave it
+    computing on all cores (prctl(2), PR_SET_PDEATHSIG)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before
+        os._exit(1)
 
 
 def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int) -> Cost:
