@@ -92,16 +92,23 @@ def _result(workers: list[Any], results: Any) -> Cost:
         except queue.Empty:
             died = [w for w in workers if w.exitcode]
             if died and results.empty():
-                raise TrainError(
-                    f"the trial steps ended with code {died[0].exitcode}, most often because memory ran out: lower "
-                    "training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing"
-                ) from None
+                raise TrainError(_why_ended(died[0].exitcode)) from None
             if time.monotonic() - began > DEADLINE:
                 raise TrainError(f"the trial steps took more than {DEADLINE / 60:.0f} minutes") from None
             continue
         if isinstance(result, LlmRayError):
             raise result
         return result
+
+
+def _why_ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            "the trial steps were killed, most often because memory ran out: lower training.micro_batch_tokens or "
+            "data.max_length, or set training.gradient_checkpointing"
+        )
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return f"the process of the trial steps ended {how}: what it wrote above says why"
 
 
 def _worker(
