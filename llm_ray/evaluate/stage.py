@@ -20,12 +20,15 @@ from llm_ray.progress import Reporter
 class Share(TypedDict):
     """One worker's results: summed validation loss, its token count, and the answers. For preference pairs there is no
     loss; `pairs` maps each pair's number to log-probabilities (nats) and token counts of the chosen and rejected
-    answer."""
+    answer. For rated answers, `rated` maps each row's number to the log-probability (nats) of its answer, and
+    `mismatched`, if the loss needs it, to that of another row's answer."""
 
     loss: float
     tokens: int
     answers: list[str]
     pairs: dict[int, tuple[list[float], list[int]]]
+    rated: dict[int, float]
+    mismatched: dict[int, float]
 
 
 def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path,
     figures: dict[str, Any] = {"rows": len(rows), "questions": questions_from(conf, conf.run_dir / "prepared")}
     given: dict[str, list[str]] = {}
     pairs: dict[str, dict[int, tuple[list[float], list[int]]]] = {"base": {}, "finetuned": {}}
+    rated: dict[str, tuple[dict[int, float], dict[int, float]]] = {"base": ({}, {}), "finetuned": ({}, {})}
     with reporter.bar("evaluating", 2 * number) as bar:
         parts = {
             (which, rank): share.remote(
@@ -70,9 +74,13 @@ def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path,
         figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
         for share_of in shares:
             pairs[which].update(share_of["pairs"])
-    if pairs["base"]:
-        for which in ("base", "finetuned"):
+            for of_all, of_share in zip(rated[which], (share_of["rated"], share_of["mismatched"]), strict=True):
+                of_all.update(of_share)
+    for which in ("base", "finetuned"):
+        if pairs["base"]:
             figures[which] = _preferred(conf, pairs["base"], pairs[which], which == "base") | figures[which]
+        if rated["base"][0]:
+            figures[which] = _agreeing(conf, rated["base"], rated[which], which == "base") | figures[which]
     figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
     _write_report(conf, figures, rows, given)
     return figures
@@ -119,7 +127,7 @@ def _share(
     from llm_ray.data.prepare import evaluated_split, lengths_of, open_split
     from llm_ray.evaluate.generate import answers
     from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
-    from llm_ray.train.batches import collate, micro_batch_tokens, passes_over
+    from llm_ray.train.batches import collate, micro_batch_tokens, passes_over, whole_split
     from llm_ray.train.loss import SupervisedLoss
     from llm_ray.train.trained import load_trained
 
@@ -140,24 +148,34 @@ def _share(
     )
     loss, tokens = 0.0, 0
     pairs: dict[int, tuple[list[float], list[int]]] = {}
+    rated: dict[int, float] = {}
+    mismatched: dict[int, float] = {}
     if split := evaluated_split(conf.run_dir / "prepared"):
         data = open_split(conf.run_dir / "prepared", split)
         module = SupervisedLoss(model, model, packed=False)
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with torch.inference_mode(), autocast:
             module.choose_blockwise()
-            lengths = lengths_of(data, padded=True)
-            for indices in passes_over(lengths, micro_batch_tokens(conf), rank, conf.runtime.workers):
+            passes = (micro_batch_tokens(conf), rank, conf.runtime.workers)
+            for indices in passes_over(lengths_of(data, padded=True), *passes):
                 if not indices:
                     continue
                 batch = collate(data, indices, packed=False)
-                if batch.pairs:
+                if batch.ratings:
+                    rated |= dict(zip(indices, module.log_probabilities(batch).tolist(), strict=True))
+                elif batch.pairs:
                     given_pairs = module.log_probabilities(batch).view(-1, 2).tolist()
                     pairs |= dict(zip(indices, zip(given_pairs, batch.pairs.tokens.tolist(), strict=True), strict=True))
                 else:
                     loss += module(batch).item()
                     tokens += len(batch.targets)
-    return Share(loss=loss, tokens=tokens, answers=given, pairs=pairs)
+            if conf.tuning.mismatches:
+                mismatches = whole_split(data, conf.data.max_length)
+                for indices in passes_over(mismatches.lengths, *passes):
+                    if indices:
+                        batch = collate(data, indices, packed=False, mismatches=mismatches)
+                        mismatched |= dict(zip(indices, module.log_probabilities(batch).tolist(), strict=True))
+    return Share(loss=loss, tokens=tokens, answers=given, pairs=pairs, rated=rated, mismatched=mismatched)
 
 
 def _preferred(
@@ -171,15 +189,43 @@ def _preferred(
     the loss."""
     import torch
 
-    from llm_ray.train.objectives import means, preference_of
+    from llm_ray.train.objectives import preference_of
 
     numbers = sorted(base)
     reference, given = (torch.tensor([of[n][0] for n in numbers]) for of in (base, model))
     objective = preference_of(conf.tuning)
     sums = objective.figures_of(given, reference, torch.tensor([base[n][1] for n in numbers]))
-    found = means(objective, sums.tolist(), len(numbers))
+    found = objective.means(sums.tolist(), len(numbers))
     preferred = {"reward_accuracy": found["rewards/accuracies"], "reward_margin": found["rewards/margins"]}
     return {"validation_loss": found["loss"], **({} if is_base and objective.reference else preferred)}
+
+
+def _agreeing(
+    conf: FinetuneConf,
+    base: tuple[dict[int, float], dict[int, float]],
+    model: tuple[dict[int, float], dict[int, float]],
+    is_base: bool,
+) -> dict[str, float]:
+    """Returns the loss of kto over rated validation rows, the share of rows whose reward agrees with their rating, and the
+    margin between good and bad ones; for the base model itself, whose rewards are zero, only the loss. `base`, `model`:
+    log-probabilities (nats) by row of their answers, and of mismatched ones (empty if the loss does not need them)."""
+    import torch
+
+    from llm_ray.data.prepare import evaluated_split, open_split
+    from llm_ray.train.objectives import KahnemanTversky, divergence_of
+
+    split = evaluated_split(conf.run_dir / "prepared") or "validation"
+    good = torch.tensor(open_split(conf.run_dir / "prepared", split)["good"][:], dtype=torch.bool)
+    (reference, others), (given, moved) = (
+        [torch.tensor([of[n] for n in sorted(of)]) for of in values] for values in (base, model)
+    )
+    objective = KahnemanTversky(conf.tuning.kto)
+    divergence = divergence_of(float((moved - others).sum()), len(others))
+    found = objective.means(objective.figures_of(given, reference, good, divergence).tolist(), len(good))
+    if is_base:
+        return {"validation_loss": found["loss"]}
+    margin = {"reward_margin": found["rewards/margins"]} if "rewards/margins" in found else {}
+    return {"validation_loss": found["loss"], "rating_accuracy": found["rewards/accuracies"], **margin}
 
 
 def _figures(shares: list[Share], answers: list[str], references: list[str]) -> dict[str, float]:
