@@ -11,6 +11,7 @@ from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import evaluation_rows, questions_from
 from llm_ray.errors import DataError
+from llm_ray.evaluate.tasks import evaluate_tasks
 from llm_ray.files import write_text
 from llm_ray.models.chat import ChatTemplate, text_of
 from llm_ray.models.load import Base, load_tokenizer
@@ -28,11 +29,13 @@ class Share(TypedDict):
     pairs: dict[int, tuple[list[float], list[int]]]
 
 
-def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
+def evaluate(
+    conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter, *, fresh: bool = False
+) -> dict[str, Any]:
     """Returns figures before and after training, for result.json; writes evaluation.md and answers.jsonl into the run's
-    folder.
+    folder. `fresh` repeats tasks that an earlier process has finished.
 
-    Raises DataError as :func:`questions` does.
+    Raises DataError as :func:`questions` does, and what :func:`evaluate_tasks` raises.
     """
     import ray
 
@@ -74,6 +77,9 @@ def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path,
         for which in ("base", "finetuned"):
             figures[which] = _preferred(conf, pairs["base"], pairs[which], which == "base") | figures[which]
     figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
+    figures |= {"harness": "", "tasks": []}
+    if conf.evaluation.tasks:
+        figures |= evaluate_tasks(conf, base, workers, checkpoint, reporter, fresh=fresh)
     _write_report(conf, figures, rows, given)
     return figures
 
