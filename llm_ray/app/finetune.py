@@ -23,6 +23,7 @@ from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import FORM, DataStats, evaluation_rows, largest_token, prepare, read_stats
 from llm_ray.data.processors import code_of
 from llm_ray.errors import ModelError, RunError, Stopped
+from llm_ray.evaluate.tasks import TASK_KEYS, look_at_tasks, task_inputs
 from llm_ray.models.convert import check_environment, convert_model, converted, size_on_disk
 from llm_ray.models.load import (
     Base,
@@ -36,6 +37,7 @@ from llm_ray.models.load import (
     width_of,
 )
 from llm_ray.progress import Reporter
+from llm_ray.runs.benchmarks import benchmark_lines
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run, stop_file
 from llm_ray.train.auto import RULES, choose
 from llm_ray.train.fits import check_fits, with_fewer_weights
@@ -226,8 +228,6 @@ def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage], reporter: R
         questions(conf, base)
     notes = []
     if "evaluate" in due:
-        from llm_ray.evaluate.tasks import look_at_tasks
-
         notes += look_at_tasks(conf, reporter)
     if {"train", "export"} & set(due):
         from llm_ray.export.check import rehearse
@@ -365,7 +365,7 @@ def _evaluate(
     for key, after in figures["finetuned"].items():
         before = f"base {figures['base'][key]:.3f}, " if key in figures["base"] else ""
         reporter.line(f"  {key.replace('_', ' ')}: {before}finetuned {after:.3f}")
-    for line in task_lines(figures["tasks"]):
+    for line in benchmark_lines(figures["tasks"]):
         reporter.line(f"  {line}")
 
 

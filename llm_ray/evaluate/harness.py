@@ -158,7 +158,7 @@ def _load_harness() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the harness's own command does
     import datasets
     import lm_eval.api.task
-    import lm_eval.evaluator  # noqa: F401  # it sets up logging
+    import lm_eval.evaluator  # it sets up logging
 
     # Progress is told by the reporter, and errors by exceptions.
     datasets.disable_progress_bars()

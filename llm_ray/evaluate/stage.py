@@ -16,6 +16,7 @@ from llm_ray.files import write_text
 from llm_ray.models.chat import ChatTemplate, text_of
 from llm_ray.models.load import Base, load_tokenizer
 from llm_ray.progress import Reporter
+from llm_ray.runs.benchmarks import shown
 
 
 class Share(TypedDict):
@@ -216,6 +217,7 @@ def _write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["shown"] = shown
     entries = [
         {"question": text_of(row.messages[-1]["content"]), "reference": reference, "base": base, "finetuned": finetuned}
         for (row, reference), base, finetuned in zip(rows, given["base"], given["finetuned"], strict=True)

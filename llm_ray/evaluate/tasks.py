@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,8 @@ from llm_ray.runs.folder import file_hashes, inputs_hash, stop_file
 Which = Literal["base", "finetuned"]
 BOTH: tuple[Which, Which] = ("base", "finetuned")
 FOLDER = "tasks"
+TASK_KEYS = {"tasks", "task_limit", "task_fewshot", "task_chat_template"}
+"""Keys of the section evaluation that are about tasks."""
 POLL_SECONDS = 1.0
 _SMALL = 2**26  # larger files are told apart by size and time, not read
 _WORD = re.compile(r"[\w./*~-]+")
@@ -45,13 +47,9 @@ def look_at_tasks(conf: FinetuneConf, reporter: Reporter) -> list[str]:
     return [f"tasks of lm-eval {version}, on the model before and after: {'; '.join(lines)}"]
 
 
-def task_inputs(conf: FinetuneConf) -> list[Any]:
-    """Returns what identifies the tasks of a conf: options, and hashes of local files; empty without tasks."""
-    evaluation = conf.evaluation
-    if not evaluation.tasks:
-        return []
-    options = [evaluation.task_limit, evaluation.task_fewshot, evaluation.task_chat_template]
-    return [*options, *([entry, _files(entry)] for entry in evaluation.tasks)]
+def task_inputs(entries: Sequence[str]) -> list[Any]:
+    """Returns what identifies entries of `evaluation.tasks` besides their names: hashes of local files."""
+    return [_files(entry) for entry in entries]
 
 
 def evaluate_tasks(
