@@ -265,6 +265,9 @@ def _explained(entry: str) -> Iterator[None]:
             f"downloaded ({_first_lines(error)}){off}: run the task once while connected, or write a task file that "
             "reads local data (dataset_path: json, dataset_kwargs: {data_files: …})"
         ) from error
+    except FileNotFoundError as error:
+        hub = " on the hub, or it cannot be reached" if "Hub" in str(error) else ""
+        raise DataError(f"evaluation.tasks: {entry} needs what is not there{hub}: {_first_lines(error)}") from error
     except Exception as error:  # a task is code and data of others: anything can be wrong in it
         raise DataError(f"evaluation.tasks: {entry}: {type(error).__name__}: {_first_lines(error)}") from error
 

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from llm_ray.evaluate.harness import check_installed
 from llm_ray.runs.folder import ask_to_stop
@@ -74,7 +77,8 @@ def home(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     llama(home / "tiny", smollm2, initializer_range=0.02)
     parts = ["belt", "seal", "fan"]
     rows = [
-        {"prompt": f"What is code {n}?", "completion": f"Code {n} is a worn {part}."} for n, part in enumerate(parts * 4)
+        {"prompt": f"What is code {n}?", "completion": f"Code {n} is a worn {part}."}
+        for n, part in enumerate(parts * 4)
     ]
     (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (home / "conf.yaml.j2").write_text(CONF)
@@ -128,10 +132,18 @@ def by_the_harness(home: Path, model: Path, task: str, folder: str) -> dict[str,
     """What lm-eval's own command makes of a model's folder."""
     harness, _ = check_installed()
     output = home / "harness"
+    settings = {
+        "model": "hf",
+        "model_args": f"pretrained={model},dtype=float32",
+        "device": "cpu",
+        "batch_size": "8",
+        "tasks": task,
+        "include_path": ".",
+        "output_path": str(output / "result.json"),
+    }
+    options = [word for name, value in settings.items() for word in (f"--{name}", value)]
     subprocess.run(
-        [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
-        + ["--model_args", f"pretrained={model},dtype=float32", "--tasks", task, "--include_path", "."]
-        + ["--output_path", str(output / "result.json")],
+        [sys.executable, "-m", "lm_eval", "run", *options],
         cwd=home / folder,
         env={**surroundings(home), "PYTHONPATH": str(harness)},
         capture_output=True,
@@ -166,7 +178,9 @@ def test_the_figures_are_those_of_the_harnesss_own_command(
 
 
 def test_what_is_told_and_where_it_stands(home: Path, told: str) -> None:
-    assert re.search(r"tasks of lm-eval 0\.4\.\d+, on the model before and after: .*tasks \(.*parts_answers.*\): 48", told)
+    assert re.search(
+        r"tasks of lm-eval 0\.4\.\d+, on the model before and after: .*tasks \(.*parts_answers.*\): 48", told
+    )
     assert re.search(r"parts_choices acc: base 0\.\d+ ± [\d.]+, finetuned 0\.\d+", told)
     assert "tasks of lm-eval 4/4" in told, told
     choices = rows(home)["parts_choices", "acc"]
@@ -195,6 +209,18 @@ def test_what_is_known_is_not_evaluated_again(home: Path, told: str) -> None:
     for file, at in made.items():
         assert (file.stat().st_mtime_ns == at) == file.name.startswith("base")
     assert rows(home) == figures
+
+
+def test_the_lock_has_all_that_lm_eval_needs() -> None:
+    folder, _ = check_installed()
+    added = {canonicalize_name(d.name): d for d in metadata.distributions(path=[str(folder)])}
+    here = {canonicalize_name(d.name) for d in metadata.distributions()}
+    assert not added.keys() & here, "a package of the environment's own would be hidden, or another version used"
+    for distribution in added.values():
+        for text in distribution.requires or []:
+            needed = Requirement(text)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(needed.name) in added.keys() | here, f"{distribution.name} needs {needed}"
 
 
 def test_a_request_to_stop_ends_it_and_the_same_command_goes_on(home: Path) -> None:
