@@ -297,7 +297,7 @@ class _Bar:
         self, told: Told, rows: Iterable[Any] = (), total: int = 0, desc: str = "", disable: bool = False
     ) -> None:
         self._told, self._rows, self._total, self._done = told, rows, total, 0
-        self._what = "answers" if "generate" in desc else "choices"
+        self._what = "answers" if "generate" in desc else "requests"
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._rows)

@@ -146,9 +146,10 @@ def _share(
     model = load_trained(conf, base, Path(checkpoint) if checkpoint else None, torch_dtype(precision))
     model.eval()
     for entry, file in entries:
-        write_json(Path(progress), [entry, 0, 0, ""])
+        write_json(Path(progress), [entry, 0, 0, ""])  # it is still being loaded
         figures = run_task(model, load_tokenizer(base), entry, conf.evaluation, _writer(Path(progress), entry))
         write_json(Path(file), {"entry": entry, "harness": version, "figures": figures})
+    Path(progress).unlink(missing_ok=True)
 
 
 def _writer(file: Path, entry: str) -> Callable[[int, int, str], None]:
@@ -169,11 +170,11 @@ def _show(bar: Bar, files: Iterable[Path], total: int, folder: Path) -> None:
     parts = []
     for file in sorted(folder.glob(".*.progress")) if folder.is_dir() else ():
         try:
-            entry, number, total, what = json.loads(file.read_text(encoding="utf-8"))
+            entry, number, requests, what = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         model = file.name[1:].partition("-")[0]
-        parts.append(f"{model}: {Path(entry).name}{f', {number} of {total} {what}' if total else ''}")
+        parts.append(f"{model}: {Path(entry).name}{f', {number} of {requests} {what}' if requests else ''}")
     bar.update(done, total, "; ".join(parts))
 
 

@@ -14,7 +14,7 @@ from llm_ray.datafiles import is_task_path
 from llm_ray.errors import ConfError
 from llm_ray.evaluate.harness import check_installed, figures_of
 from llm_ray.evaluate.stage import _write_report
-from llm_ray.evaluate.tasks import look_at_tasks, task_inputs
+from llm_ray.evaluate.tasks import _show, look_at_tasks, task_inputs
 from llm_ray.progress import Silent
 from llm_ray.runs.benchmarks import benchmark_lines, label, shown, whole
 from tests.runs import base_of
@@ -203,3 +203,21 @@ def test_the_report_has_a_table_of_them(make_conf: MakeConf) -> None:
     )
     _write_report(conf, figures | {"tasks": []}, [], {"base": [], "finetuned": []})
     assert "lm-eval" not in (conf.run_dir / "evaluation.md").read_text()
+
+
+class Bar:
+    def __init__(self) -> None:
+        self.shown: tuple[int, int | None, str] = (0, None, "")
+
+    def update(self, done: int, total: int | None = None, text: str = "") -> None:
+        self.shown = done, total, text
+
+
+def test_progress_counts_evaluations_and_tells_what_runs(tmp_path: Path) -> None:
+    files = [tmp_path / f"{n}.json" for n in range(4)]
+    files[0].touch()
+    (tmp_path / ".base-0.progress").write_text('["/a/parts.yaml", 3, 24, "answers"]')
+    (tmp_path / ".finetuned-0.progress").write_text('["arc_easy", 0, 0, ""]')
+    (tmp_path / ".finetuned-1.progress").write_text("[")  # of storage that is read while it is written
+    _show(bar := Bar(), files, len(files), tmp_path)
+    assert bar.shown == (1, 4, "base: parts.yaml, 3 of 24 answers; finetuned: arc_easy")
