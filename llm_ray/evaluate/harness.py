@@ -266,8 +266,10 @@ def _explained(entry: str) -> Iterator[None]:
             "reads local data (dataset_path: json, dataset_kwargs: {data_files: …})"
         ) from error
     except FileNotFoundError as error:
-        hub = " on the hub, or it cannot be reached" if "Hub" in str(error) else ""
-        raise DataError(f"evaluation.tasks: {entry} needs what is not there{hub}: {_first_lines(error)}") from error
+        raise DataError(
+            f"evaluation.tasks: {entry} needs a file that is not here"
+            f"{', nor on the hub, if that can be reached' if 'Hub' in str(error) else ''}: {_first_lines(error)}"
+        ) from error
     except Exception as error:  # a task is code and data of others: anything can be wrong in it
         raise DataError(f"evaluation.tasks: {entry}: {type(error).__name__}: {_first_lines(error)}") from error
 
