@@ -55,6 +55,18 @@ class Figure(TypedDict):
     version: str
 
 
+class _Said(logging.Handler):
+    """Keeps the last error that lm-eval has logged: some of its exceptions do not say what is wrong."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last = record.getMessage()
+
+
+_SAID = _Said(logging.ERROR)
+
+
 def check_installed() -> tuple[Path, str]:
     """Returns the folder of lm-eval, and its version. Raises ConfError, with the command that installs it, if there is
     none."""
@@ -163,8 +175,10 @@ def _load_harness() -> None:
     # Progress is told by the reporter, and errors by exceptions.
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
-    for name in ("lm_eval", "huggingface_hub", "datasets"):
+    for name in ("huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    own = logging.getLogger("lm_eval")
+    own.handlers, own.propagate = [_SAID], False
 
 
 def _checked(entry: str, evaluation: Evaluation) -> dict[str, int]:
@@ -254,6 +268,7 @@ def _explained(entry: str) -> Iterator[None]:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    _SAID.last = ""
     try:
         yield
     except LlmRayError:
@@ -271,7 +286,8 @@ def _explained(entry: str) -> Iterator[None]:
             f"{', nor on the hub, if that can be reached' if 'Hub' in str(error) else ''}: {_first_lines(error)}"
         ) from error
     except Exception as error:  # a task is code and data of others: anything can be wrong in it
-        raise DataError(f"evaluation.tasks: {entry}: {type(error).__name__}: {_first_lines(error)}") from error
+        said = f" ({_SAID.last})" if _SAID.last else ""
+        raise DataError(f"evaluation.tasks: {entry}: {type(error).__name__}: {_first_lines(error)}{said}") from error
 
 
 def _first_lines(error: BaseException) -> str:

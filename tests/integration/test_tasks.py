@@ -17,7 +17,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llm_ray.evaluate.harness import check_installed
+from llm_ray.apart import apart
+from llm_ray.conf.finetune import Evaluation
+from llm_ray.errors import LlmRayError
+from llm_ray.evaluate.harness import check_installed, check_tasks
 from llm_ray.runs.folder import ask_to_stop
 from tests.integration.tiny import llama
 
@@ -250,14 +253,42 @@ def test_a_request_to_stop_ends_it(halted: str) -> None:
 
 
 def test_a_dry_run_says_what_is_wrong_with_a_task(home: Path) -> None:
-    (home / "broken.yaml").write_text("task: [broken")
-    (home / "lost.yaml").write_text(CHOICES.replace("include: _data", DATA).replace("parts.jsonl", "lost.jsonl"))
-    for task, code, words in [
-        ("./broken.yaml", 2, r"evaluation\.tasks: .*broken\.yaml cannot be read: .*expected"),
-        ("./lost.yaml", 1, r"evaluation\.tasks: .*lost\.yaml needs a file that is not here: .*lost\.jsonl"),
-        ("arc_esy", 2, r"evaluation\.tasks: lm-eval has no task, group or tag arc_esy; did you mean arc_easy\?"),
-        ("arc_easy", 1, r"evaluation\.tasks: arc_easy needs data from the hub.*HF_HUB_OFFLINE disables downloads"),
-    ]:
-        seen = finetune(home, "--dry-run", "--set", "name=wrong", "--set", f"evaluation.tasks={task}", code=code)
-        assert re.search(words, seen.replace("\n", " ")), seen
+    seen = finetune(home, "--dry-run", "--set", "name=wrong", "--set", "evaluation.tasks=arc_esy", code=2)
+    assert "evaluation.tasks: lm-eval has no task, group or tag arc_esy; did you mean arc_easy?" in seen
     assert not (home / "runs" / "wrong").exists()
+
+
+def test_what_cannot_be_run_is_told_with_its_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(home / "cache"))
+    whole = CHOICES.replace("include: _data", DATA).replace("parts.jsonl", str(home / "tasks" / "parts.jsonl"))
+    wrong = {
+        "broken": ("task: [broken", r"broken\.yaml cannot be read: .*expected"),
+        "none": ("dataset_path: json", r"none\.yaml has neither a task nor a group"),
+        "lost": (
+            whole.replace("parts.jsonl", "lost.jsonl"),
+            r"lost\.yaml needs a file that is not here: .*lost\.jsonl",
+        ),
+        "column": (whole.replace("{{number}}", "{{numbre | upper(3)}}"), r"column\.yaml: "),
+        "metric": (
+            whole.replace("acc_norm", "acc_nrom"),
+            r"metric\.yaml: .*acc_nrom not found in the evaluate library",
+        ),
+        "unsafe": (
+            whole + "unsafe_code: true\n",
+            r"unsafe\.yaml: the task parts_choices runs code that the model writes",
+        ),
+    }
+    for name, (text, words) in wrong.items():
+        (home / f"{name}.yaml").write_text(text)
+        assert re.search(rf"evaluation\.tasks: .*{words}", reason(str(home / f"{name}.yaml"))), name
+    hub = r"evaluation\.tasks: arc_easy needs data from the hub.*HF_HUB_OFFLINE disables downloads"
+    assert re.search(hub, reason("arc_easy"))
+    twice = reason(str(home / "tasks"), str(home / "tasks" / "choices.yaml"))
+    assert re.search("both contain the task parts_choices: remove one of them", twice)
+
+
+def reason(*tasks: str) -> str:
+    with pytest.raises(LlmRayError) as caught, apart(check_tasks, Evaluation(tasks=tasks)) as work:
+        work.result()
+    return str(caught.value)
