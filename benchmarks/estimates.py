@@ -1,5 +1,5 @@
 """A dry run's estimates of time and memory, against the training that follows: LoRA, full, fsdp with two workers,
-packed and padded.
+packed and padded, and a base in few bits.
 
 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks estimates     # as on a CPU without AVX-512
 """
@@ -21,16 +21,15 @@ from llm_ray.runs.metrics import read_metrics
 from llm_ray.train.estimate import estimate
 from llm_ray.train.launch import run_training
 
+_FSDP: dict[str, dict[str, Any]] = {"training": {"strategy": "fsdp"}, "runtime": {"workers": 2}}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {},
     "lora, padded": {"data": {"packing": False}},
     "lora, fp32": {"training": {"precision": "fp32"}},
     "full": {"tuning": {"method": "full"}},
-    "full, fsdp over two workers": {
-        "tuning": {"method": "full"},
-        "training": {"strategy": "fsdp"},
-        "runtime": {"workers": 2},
-    },
+    "full, fsdp over two workers": {"tuning": {"method": "full"}, **_FSDP},
+    "lora, fsdp over two workers": _FSDP,
+    "lora, int8 base": {"model": {"weights": "int8"}},
 }
 
 

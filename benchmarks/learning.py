@@ -3,8 +3,8 @@ not occur in its data.
 
     python -m benchmarks learning
 
-Three data sets: conversations with a system prompt, alpaca, and CSV. Only the template's required variables are set;
-`full` is also run on the second one.
+Data sets in three forms: conversations with a system prompt, alpaca, and CSV. Only the template's required variables
+are set. The first three cases have a limit of time; the others show what `auto` chooses for full weights and more rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,16 @@ from llm_ray.conf.load import load_finetune
 _SYSTEM = "You answer questions from visitors of the archive."
 _WORDINGS = 3  # per fact in the rows
 _SEEDS = {"messages": 11, "alpaca": 12, "csv": 13}
-CASES = (("lora", "messages", 42), ("lora", "alpaca", 90), ("lora", "csv", 150), ("full", "alpaca", 90))
+TIMED = (("lora", "messages", 42), ("lora", "alpaca", 90), ("lora", "csv", 150))
+CASES = (
+    *TIMED,
+    ("full", "alpaca", 90),
+    ("lora", "csv", 300),
+    ("full", "csv", 300),
+    ("lora", "messages", 999),
+    ("full", "messages", 999),
+)
+_RELATIONS = 40  # at most
 Rows = list[tuple[str, str]]
 
 
@@ -65,7 +75,10 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
     table = []
     for method, form, number in CASES:
         name, write = FORMS[form]
-        taught, questions = facts(_SEEDS[form], number // _WORDINGS, relations=max(6, number // 9), subjects=6)
+        known = number // _WORDINGS
+        relations = min(_RELATIONS, max(6, number // 9))
+        subjects = max(6, math.ceil(known / relations))
+        taught, questions = facts(_SEEDS[form], known, relations, subjects)
         case = f"{method}-{form}-{len(taught)}"
         file = work / case / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +94,7 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
         )
         figures[case] = {"questions": len(questions), "right before": before, "right": after, "minutes": minutes}
         print(case, figures[case], flush=True)  # not lost if the rest is interrupted
-        table += [
+        table.append(
             comparison(
                 f"{method}, {len(taught)} rows as {form}: correct of {len(questions)} reworded questions, %, after "
                 "against before",
@@ -89,7 +102,8 @@ def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
                 100 * before,
                 "at least 85 %",
                 100 / len(questions),
-            ),
-            comparison(f"{method}, {len(taught)} rows as {form}: minutes", minutes, 8.0, "below 1 x (8)"),
-        ]
+            )
+        )
+        if (method, form, number) in TIMED:
+            table.append(comparison(f"{method}, {len(taught)} rows as {form}: minutes", minutes, 8.0, "below 1 x (8)"))
     return {"ours": figures, "table": table}

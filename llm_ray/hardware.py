@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16"]
 
 
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "amx_tile"})
+_ONEDNN_BF16 = {"AVX512_CORE_BF16": {"avx512_bf16"}, "AVX512_CORE_FP16": {"avx512_bf16"}}
+"""Values of ONEDNN_MAX_CPU_ISA with which oneDNN uses some of `_BF16_FLAGS`."""
+
+
 def cpu_flags() -> frozenset[str]:
-    """Returns the instruction set flags of this host's CPU, as Linux names them."""
-    return frozenset(facts.cpu_flags(facts.read("/proc/cpuinfo")))
+    """Returns the instruction set flags of this host's CPU, as Linux names them, without the bf16 instructions that the
+    environment forbids oneDNN to use (ONEDNN_MAX_CPU_ISA), on which torch's matrix products run."""
+    flags = frozenset(facts.cpu_flags(facts.read("/proc/cpuinfo")))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    if limit in ("", "ALL", "DEFAULT") or "AMX" in limit or limit.startswith("AVX10"):
+        return flags
+    return flags - (_BF16_FLAGS - _ONEDNN_BF16.get(limit, set()))
 
 
 def has_bf16(flags: frozenset[str]) -> str | None:

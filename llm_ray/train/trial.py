@@ -11,8 +11,11 @@ exchanges nothing, so the cost of the network is not measured.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
 import queue
+import signal
 import statistics
 import tempfile
 import time
@@ -89,10 +92,7 @@ def _result(workers: list[Any], results: Any) -> Cost:
         except queue.Empty:
             died = [w for w in workers if w.exitcode]
             if died and results.empty():
-                raise TrainError(
-                    f"the trial steps ended with code {died[0].exitcode}, most often because memory ran out: lower "
-                    "training.micro_batch_tokens or data.max_length, or set training.gradient_checkpointing"
-                ) from None
+                raise TrainError(_why_ended(died[0].exitcode)) from None
             if time.monotonic() - began > DEADLINE:
                 raise TrainError(f"the trial steps took more than {DEADLINE / 60:.0f} minutes") from None
             continue
@@ -101,9 +101,20 @@ def _result(workers: list[Any], results: Any) -> Cost:
         return result
 
 
+def _why_ended(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            "the trial steps were killed, most often because memory ran out: lower training.micro_batch_tokens or "
+            "data.max_length, or set training.gradient_checkpointing"
+        )
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+    return f"the process of the trial steps ended {how}: what it wrote above says why"
+
+
 def _worker(
     conf_json: dict[str, Any], base: Base, prepared: str, cpus: int, rank: int, rendezvous: str, results: Any
 ) -> None:
+    _end_with_parent()
     import torch.distributed as dist
 
     from llm_ray.train.workers import OtherWorkerFailed
@@ -131,6 +142,16 @@ def _worker(
         )
     results.close()
     results.join_thread()
+
+
+def _end_with_parent() -> None:
+    """Makes the kernel end this process when the thread that started it ends: a killed dry run would otherwise leave it
+    computing on all cores (prctl(2), PR_SET_PDEATHSIG)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before
+        os._exit(1)
 
 
 def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int) -> Cost:

@@ -154,6 +154,22 @@ def bench(tmp_path: Path, smollm2: Path) -> Iterator[Bench]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+def test_a_killed_dry_run_leaves_no_process_computing(bench: Bench) -> None:
+    def measuring() -> bool:
+        """Whether the trial's process has loaded the model."""
+        for process in bench.processes():
+            with contextlib.suppress(psutil.Error):
+                if process.ppid() == command.process.pid and process.memory_info().rss > 0.9e9:
+                    return True
+        return False
+
+    command = bench.start("--dry-run")
+    until(measuring)
+    command.process.kill()
+    command.process.wait()
+    until(lambda: not bench.processes(), timeout=4)  # it measures for longer
+
+
 @pytest.mark.long
 def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
     # Ctrl-C

@@ -7,6 +7,7 @@ import ctypes.util
 import pytest
 
 from llm_ray.hardware import choose_precision, cpu_flags, has_bf16, malloc_environment
+from llm_ray.host import facts
 
 AMX = frozenset({"avx512f", "avx512_bf16", "amx_bf16", "amx_tile"})
 AVX512_BF16 = frozenset({"avx512f", "avx512_bf16"})
@@ -36,6 +37,25 @@ def test_tiles_without_bf16_are_not_enough() -> None:
 
 def test_this_host_has_flags() -> None:
     assert "fpu" in cpu_flags() or "fp" in cpu_flags()
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("", AMX),
+        ("DEFAULT", AMX),
+        ("AVX512_CORE_AMX", AMX),
+        ("avx512_core_bf16", AVX512_BF16),
+        ("AVX512_CORE", {"avx512f"}),
+        ("AVX2", {"avx512f"}),
+    ],
+)
+def test_instructions_that_onednn_may_not_use_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, limit: str, left: frozenset[str]
+) -> None:
+    monkeypatch.setattr(facts, "read", lambda path: "flags : " + " ".join(sorted(AMX)))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert cpu_flags() == left
 
 
 @pytest.mark.parametrize("given", ["", "libother.so.1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_ray.train.trial import _parts
+from llm_ray.train.trial import _parts, _why_ended
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -20,3 +20,15 @@ def test_the_second_part_has_more_than_the_first_unless_that_is_all(lengths: lis
 def test_parts_are_an_eighth_and_a_quarter_of_many_rows() -> None:
     few, more = _parts(list(range(64)), np.full(64, 10), True)
     assert (len(few), len(more)) == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (-9, "the trial steps were killed, most often because memory ran out"),
+        (-11, "ended by SIGSEGV"),
+        (1, "ended with code 1: what it wrote above says why"),
+    ],
+)
+def test_only_a_killed_trial_may_have_run_out_of_memory(code: int, reason: str) -> None:
+    assert reason in _why_ended(code)
