@@ -151,9 +151,7 @@ def epochs_for(conf: FinetuneConf, data: DataStats, steps_per_epoch: int) -> tup
     if not HABITS[conf.tuning.objective].repeats:
         return float(fewest), f"{rows} pairs make {steps_per_epoch} steps an epoch; more epochs soon overfit"
     short = min(1.0, SHORT_ANSWER / max(1.0, data.train.answer))
-    epochs = max(
-        min(MOST_EPOCHS, ROW_PASSES / rows) * math.sqrt(short), min(FACT_EPOCHS, FACT_PASSES / rows) * short
-    )
+    epochs = max(min(MOST_EPOCHS, ROW_PASSES / rows) * math.sqrt(short), min(FACT_EPOCHS, FACT_PASSES / rows) * short)
     if conf.tuning.method == "full":
         epochs *= FULL_SHARE
     guard = ", fewer if the validation loss stops falling" if data.validation else ""
