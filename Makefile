@@ -7,7 +7,7 @@ MINE := $(if $(filter 0,$(shell id -u)),,not root and )
 # With real Ray two files or folders at a time, for they wait a lot (of three on two cores, those that train wait for each other); threads of
 # an engine that wait must not take the others' cores.
 INTEGRATION := OMP_WAIT_POLICY=passive $(RUN)/pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 25 tests/integration
-.PHONY: help setup setup-convert quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench bench-serving clean
+.PHONY: help setup setup-convert setup-lm-eval quickstart test test-unit test-integration test-full test-ipex test-lab test-lab-full test-lab-ipex pictures lint reference format bench bench-serving clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 22
@@ -18,6 +18,9 @@ setup: ## Make .venv with everything pinned (nothing to do when nothing changed)
 setup-convert: ## Make .venv-convert, in which models are converted to OpenVINO
 	@scripts/setup convert
 
+setup-lm-eval: setup ## Add lm-eval to .venv, in a folder of its own: what runs the tasks of evaluation.tasks
+	@scripts/setup lm-eval
+
 quickstart: setup ## Finetune the real small model on bundled data, serve it, ask it; under 15 minutes on 2 cores
 	@$(RUN)/llm-ray quickstart
 
@@ -26,10 +29,10 @@ test: test-unit test-integration ## All tests that need neither root nor a secon
 test-unit: setup ## The fast tests, on several cores
 	$(RUN)/pytest --numprocesses auto --maxprocesses 8 -m '$(MINE)not long' tests/unit
 
-test-integration: setup setup-convert ## The tests with real Ray, real training, a real endpoint and a browser
+test-integration: setup setup-convert setup-lm-eval ## The tests with real Ray, real training, a real endpoint and a browser
 	$(INTEGRATION) -m '$(MINE)not long'
 
-test-full: setup setup-convert ## Training of every causal architecture, schemas and settings of every kind in every engine, the page from a file to an answer, and what is long of the integration tests: two hours; CI does not run it
+test-full: setup setup-convert setup-lm-eval ## Training of every causal architecture, schemas and settings of every kind in every engine, the page from a file to an answer, and what is long of the integration tests: two hours; CI does not run it
 	$(RUN)/pytest $(or $(TESTS),tests/full)
 	$(if $(TESTS),,$(INTEGRATION) -m '$(MINE)long')
 

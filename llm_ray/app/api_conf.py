@@ -23,6 +23,7 @@ _WHERE = "where jobs run is settled on the machine"
 _FILES = "it names files of the machine: upload what is to be learned from, and name its file"
 _MODEL = "the job's `model` says what is finetuned"
 _CODE = "it would run code"
+_TASKS = "a job runs no tasks of lm-eval"
 _STAGES = "a job makes a model and has it served: its stages are settled"
 
 REFUSED: Mapping[str, str] = {
@@ -48,6 +49,10 @@ REFUSED: Mapping[str, str] = {
     "data.processor": _CODE,
     "data.processor_args": _CODE,
     "evaluation.data": _FILES,
+    "evaluation.tasks": _FILES,
+    "evaluation.task_limit": _TASKS,
+    "evaluation.task_fewshot": _TASKS,
+    "evaluation.task_chat_template": _TASKS,
     "training.accelerator": _WHERE,
     "training.compile": "it would have a compiler run",
 }

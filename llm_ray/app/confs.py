@@ -22,6 +22,7 @@ from llm_ray.conf.keys import FINETUNE, Key, Keys, choices, describe
 from llm_ray.conf.load import dump, load_finetune
 from llm_ray.conf.section import Paths
 from llm_ray.data.processors import SHIPPED
+from llm_ray.datafiles import is_task_path
 from llm_ray.errors import ConfError
 
 __all__ = ["ASKED", "Field", "beyond", "command_of", "conf_of", "dump", "fields", "settings_of"]
@@ -125,6 +126,11 @@ def beyond(conf: FinetuneConf, readable: Sequence[Path], paths: Paths) -> list[s
         wrong.append("paths: this machine's folders cannot be changed here")
     if conf.model.trust_remote_code:
         wrong.append("model.trust_remote_code runs code that comes with the model")
+    wrong += [
+        f"evaluation.tasks: {task} is a task file, which can run code"
+        for task in conf.evaluation.tasks
+        if is_task_path(task)
+    ]
     if conf.data.processor and conf.data.processor not in SHIPPED:
         wrong.append(f"data.processor runs code that is not built in; built in are {', '.join(SHIPPED)}")
     return wrong

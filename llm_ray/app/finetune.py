@@ -23,6 +23,7 @@ from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import FORM, DataStats, evaluation_rows, largest_token, prepare, read_stats
 from llm_ray.data.processors import code_of
 from llm_ray.errors import ModelError, RunError, Stopped
+from llm_ray.evaluate.tasks import TASK_KEYS, look_at_tasks, task_inputs
 from llm_ray.models.convert import check_environment, convert_model, converted, size_on_disk
 from llm_ray.models.load import (
     Base,
@@ -36,6 +37,7 @@ from llm_ray.models.load import (
     width_of,
 )
 from llm_ray.progress import Reporter
+from llm_ray.runs.benchmarks import benchmark_lines
 from llm_ray.runs.folder import RunFolder, file_hashes, inputs_hash, open_run, stop_file
 from llm_ray.train.auto import RULES, choose
 from llm_ray.train.fits import check_fits, with_fewer_weights
@@ -70,7 +72,7 @@ def plan_finetune(conf: FinetuneConf, reporter: Reporter) -> Plan:
 
     base = find_base(conf.model, conf.paths)
     check_model(base)
-    notes = look_ahead(conf, base, conf.stages)
+    notes = look_ahead(conf, base, conf.stages, reporter)
     if "convert" in conf.stages:
         check_environment()
     if conf.runtime.mode == "local":
@@ -177,7 +179,7 @@ def _run_stages(
             check_model(base)  # fail before hours of preparation
         if "train" in due:
             check_fits(conf, base)
-        for line in look_ahead(conf, base, due):
+        for line in look_ahead(conf, base, due, reporter):
             reporter.line(line)
         if "convert" in due:
             check_environment()
@@ -207,7 +209,7 @@ def _run_stages(
                     again = resume if resume != "auto" or (same and not force) else "no"
                     _train(choice, base, run, workers, again, reporter)
                 elif stage == "evaluate":
-                    _evaluate(choice.conf, base, run, workers, reporter)
+                    _evaluate(choice.conf, base, run, workers, force, reporter)
                 else:
                     _export(choice.conf, base, run, workers, reporter)
             seconds = time.perf_counter() - began
@@ -217,18 +219,21 @@ def _run_stages(
         _judge(conf, run, reporter)
 
 
-def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage]) -> list[str]:
+def look_ahead(conf: FinetuneConf, base: Base, due: Sequence[Stage], reporter: Reporter) -> list[str]:
     """Raises LlmRayError for problems that would make a later stage fail after hours of training; returns notes for the
     user."""
     if "evaluate" in due and conf.evaluation.data:
         from llm_ray.evaluate.stage import questions
 
         questions(conf, base)
+    notes = []
+    if "evaluate" in due:
+        notes += look_at_tasks(conf, reporter)
     if {"train", "export"} & set(due):
         from llm_ray.export.check import rehearse
 
-        return rehearse(conf, base)
-    return []
+        notes += rehearse(conf, base)
+    return notes
 
 
 def stage_inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
@@ -243,7 +248,11 @@ def stage_inputs(conf: FinetuneConf, base: Base) -> dict[Stage, str]:
     others = {objective.section for objective in OBJECTIVES.values() if objective.section} - {conf.objective.section}
     tuning = conf.tuning.model_dump(mode="json", exclude=others)
     trained = inputs_hash(prepared, tuning, conf.training, RULES)
-    evaluated = inputs_hash(trained, conf.evaluation, file_hashes(conf.evaluation.data or ()))
+    # Without tasks as before there were any, so that runs of then count as evaluated.
+    evaluation = conf.evaluation.model_dump(mode="json", exclude=set() if conf.evaluation.tasks else TASK_KEYS)
+    evaluated = inputs_hash(
+        trained, evaluation, file_hashes(conf.evaluation.data or ()), *task_inputs(conf.evaluation.tasks)
+    )
     return {
         "prepare": prepared,
         "train": trained,
@@ -343,17 +352,21 @@ def _train(choice: Choice, base: Base, run: RunFolder, workers: Workers, resume:
         reporter.line(f"  {outcome['reason']}")
 
 
-def _evaluate(conf: FinetuneConf, base: Base, run: RunFolder, workers: Workers, reporter: Reporter) -> None:
+def _evaluate(
+    conf: FinetuneConf, base: Base, run: RunFolder, workers: Workers, force: bool, reporter: Reporter
+) -> None:
     from llm_ray.evaluate.stage import evaluate
     from llm_ray.train.trained import final_checkpoint
 
-    figures = evaluate(conf, base, workers, final_checkpoint(conf), reporter)
+    figures = evaluate(conf, base, workers, final_checkpoint(conf), reporter, fresh=force)
     run.update_result("evaluation", figures)
     if figures["rows"]:
         reporter.line(f"  {figures['rows']} questions asked: {figures['questions']}")
     for key, after in figures["finetuned"].items():
         before = f"base {figures['base'][key]:.3f}, " if key in figures["base"] else ""
         reporter.line(f"  {key.replace('_', ' ')}: {before}finetuned {after:.3f}")
+    for line in benchmark_lines(figures["tasks"]):
+        reporter.line(f"  {line}")
 
 
 def _judge(conf: FinetuneConf, run: RunFolder, reporter: Reporter) -> None:

@@ -17,6 +17,7 @@ from llm_ray.app.job_queue import LOG
 from llm_ray.app.jobs import forget
 from llm_ray.errors import RunError
 from llm_ray.runs import folder
+from llm_ray.runs.benchmarks import label, whole
 from llm_ray.runs.compare import Comparison, compare, png_plot, terminal_plot
 from llm_ray.runs.folder import RUN, RunFolder, ask_to_stop, holder, stored_conf
 from llm_ray.runs.listing import RunSummary, age, find_run, list_runs, rate, run_folders, summary
@@ -30,6 +31,7 @@ __all__ = [
     "compare_runs",
     "delete_run",
     "find_run",
+    "label",
     "list_runs",
     "metrics",
     "png_plot",
@@ -40,6 +42,7 @@ __all__ = [
     "stop_run",
     "terminal_plot",
     "watch_runs",
+    "whole",
 ]
 
 _POLL = 0.2  # seconds

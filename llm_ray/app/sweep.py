@@ -19,6 +19,7 @@ from llm_ray.conf.load import dump
 from llm_ray.conf.sweep import SweepConf
 from llm_ray.data.prepare import evaluated_split, has_validation
 from llm_ray.errors import DataError, RunError
+from llm_ray.evaluate.tasks import look_at_tasks
 from llm_ray.files import remove_folder, write_text
 from llm_ray.models.convert import check_environment
 from llm_ray.models.load import find_base
@@ -65,6 +66,7 @@ def plan_sweep(conf: SweepConf, base: FinetuneConf, reporter: Reporter) -> Sweep
     """Read the data and take some steps of one trial, without a run and without Ray (but to ask a cluster what it has).
     Raises LlmRayError for what would fail."""
     folder = SweepFolder(conf, base)
+    look_at_tasks(base, reporter)
     slots = slots_of(conf, base, _cluster(base))
     runtime = base.runtime.model_copy(update={"cpus_per_worker": slots.cpus})
     trial = report_plan(folder.base.model_copy(update={"runtime": runtime}), reporter)
@@ -92,6 +94,8 @@ def run_sweep(conf: SweepConf, base: FinetuneConf, reporter: Reporter, *, force:
         slots_of(conf, base, host_cluster())  # before the data are read
     if "convert" in base.stages:
         check_environment()
+    for line in look_at_tasks(base, reporter):  # the best trial's model is evaluated, whatever the stages
+        reporter.line(line)
     folder.refuse_run()
     if force and folder.path.exists():
         with locked_run(folder.path):

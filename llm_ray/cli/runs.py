@@ -88,7 +88,7 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     Example:
       llm-ray runs show quickstart
     """
-    from llm_ray.app.runs import show_run
+    from llm_ray.app.runs import label, show_run, whole
 
     details = show_run(folder_of(folder), name)
     run, conf, lineage, result = details.summary, details.conf, details.lineage, details.result
@@ -111,12 +111,13 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     }
     _section("metrics", figures.items())
     evaluation = result.get("evaluation", {})
-    if evaluation.get("base"):
+    if evaluation.get("base") or evaluation.get("tasks"):
         click.secho("\nevaluation", bold=True)
         rows = [
             (key.replace("_", " "), value, evaluation["finetuned"].get(key))
             for key, value in evaluation["base"].items()
         ]
+        rows += [(label(row), row["base"], row["finetuned"]) for row in whole(evaluation.get("tasks", []))]
         click.echo(table([("", "base", "finetuned"), *rows], indent="  "))
     git = lineage.get("git")
     _section(

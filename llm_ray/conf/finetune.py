@@ -109,8 +109,8 @@ class Data(Section):
     """The training data."""
 
     upload: bool = False
-    """With finetune.yml: the data files (training, validation, evaluation, processor) are on the machine that runs
-    Ansible and are copied to the shared storage once. Otherwise it has no effect."""
+    """With finetune.yml: the data files (training, validation, evaluation, processor, tasks with their folders) are on the
+    machine that runs Ansible and are copied to the shared storage once. Otherwise it has no effect."""
     train: Texts = Field(min_length=1)
     """Training data: a file (`.json`, `.jsonl`, `.csv`, `.parquet`, `.txt`, `.arrow`), a folder of them, a hub id, or a
     list of these. Relative paths: beside the conf file, then in the current folder, then under `paths.data`."""
@@ -425,7 +425,7 @@ class Checkpoint(Section):
 
 
 class Evaluation(Section):
-    """Answers before and after training, and their scores."""
+    """Answers before and after training, and their scores; benchmarks."""
 
     data: Texts | None = None
     """Held-out questions with answers, in the format of `data`. Unset: the validation rows."""
@@ -434,7 +434,26 @@ class Evaluation(Section):
     max_new_tokens: int = Field(64, ge=1)
     """Longest generated answer, in tokens. Decoding is greedy."""
     batch_size: int = Field(8, ge=1)
-    """Rows generated at once per worker."""
+    """Rows generated at once per worker, or requests of a task computed at once."""
+    tasks: Texts = ()
+    """Benchmarks to run on the base and on the finetuned model with lm-eval (EleutherAI's Language Model Evaluation
+    Harness; `make setup-lm-eval` installs it): names of its tasks, groups or tags (`arc_easy`, `mmlu`), whose data come
+    from the hub, or local task files or folders of them, with a slash or `.yaml` in their names (`./tasks/tickets.yaml`).
+    Relative paths: as in `data.train`; what a task file names is relative to its folder, and its Python functions are
+    run."""
+    task_limit: int | None = Field(None, ge=1)
+    """Use only the first rows of each task. Unset: all."""
+    task_fewshot: int | None = Field(None, ge=0)
+    """Solved examples in the prompt of each row of a task. Unset: as the task says. Tasks that say 0 stay at 0."""
+    task_chat_template: bool = False
+    """Put the prompts of tasks, and their examples as earlier turns, into the model's chat template."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _different(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for number, name in enumerate(value) if name in value[:number]]:
+            raise ValueError(f"evaluation.tasks names {twice[0]} twice: remove one")
+        return value
 
 
 class Convert(Section):

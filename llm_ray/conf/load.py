@@ -33,7 +33,7 @@ from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.conf.sweep import SweepConf, with_values
 from llm_ray.conf.validate import Setting, Validation, dotted, error_of, expand, safely, show, siblings
-from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
+from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID, is_task_path
 from llm_ray.errors import ConfError
 from llm_ray.nearest import nearest_names
 
@@ -235,7 +235,13 @@ class FinetuneValidation(Validation[FinetuneConf]):
         }
         if isinstance(conf.data.validation, tuple):
             data["validation"] = files("data", "validation", conf.data.validation)
-        evaluation = {"data": conf.evaluation.data and files("evaluation", "data", conf.evaluation.data)}
+        evaluation = {
+            "data": conf.evaluation.data and files("evaluation", "data", conf.evaluation.data),
+            "tasks": tuple(
+                self.task(("evaluation", "tasks", i), name, conf.paths.data)
+                for i, name in enumerate(conf.evaluation.tasks)
+            ),
+        }
         model: dict[str, Any] = {"base": self.folder(("model", "base"), conf.model.base)}
         if conf.model.tokenizer:
             model["tokenizer"] = self.folder(("model", "tokenizer"), conf.model.tokenizer)
@@ -269,6 +275,24 @@ class FinetuneValidation(Validation[FinetuneConf]):
         if not hint and not entry.is_absolute() and entry.suffix.lower() not in DATA_SUFFIXES:
             hint = "; hub data sets are named organisation/name"
         self.complain(path, f"{dotted(path[:-1])}: no such file or folder: {' or '.join(map(str, candidates))}{hint}")
+        return name
+
+    def task(self, path: yamltext.Path, name: str, data: Path) -> str:
+        """Returns the absolute path of a local task of the evaluation harness; names of its own tasks are unchanged."""
+        if not name.strip():
+            self.complain(path, f"{dotted(path)} is empty: name a task of lm-eval, a task file or a folder of them")
+        if not is_task_path(name):
+            return name
+        candidates = list(dict.fromkeys([*self.candidates(path, name), data / expand(name)]))
+        if found := next((candidate for candidate in candidates if safely(candidate.exists)), None):
+            return str(found)
+        nearest = [
+            c.with_name(found) for c in candidates for found in nearest_names(c.name, (one.name for one in siblings(c)))
+        ]
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        self.complain(
+            path, f"{dotted(path[:-1])}: no such task file or folder: {' or '.join(map(str, candidates))}{hint}"
+        )
         return name
 
     def processor(self, name: str | None) -> str | None:

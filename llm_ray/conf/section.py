@@ -28,6 +28,12 @@ def can_convert(folder: Path) -> bool:
     return (folder / "bin" / "optimum-cli").is_file()
 
 
+def harness_folder(environ: Mapping[str, str]) -> Path:
+    """Returns the folder of lm-eval and the packages that it adds, which may not exist: LLM_RAY_LM_EVAL_ENV of
+    `environ`, else ``lm-eval`` in the current environment."""
+    return Path(environ.get("LLM_RAY_LM_EVAL_ENV") or f"{sys.prefix}/lm-eval").absolute()
+
+
 def _absolute(value: object) -> object:
     return Path(value).expanduser().absolute() if isinstance(value, (str, Path)) and str(value) else value
 

@@ -27,7 +27,7 @@ from llm_ray.conf.load import FinetuneValidation, ServeValidation, dump, load
 from llm_ray.conf.section import Section, home
 from llm_ray.conf.serve import ModelServing, ServeConf
 from llm_ray.conf.validate import MODEL_FILES, Validation, dotted, safely
-from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID
+from llm_ray.datafiles import DATA_SUFFIXES, HUB_ID, is_task_path
 from llm_ray.nearest import nearest_names
 
 _UPLOADS = "data/uploads"
@@ -193,6 +193,18 @@ class _Finetune(_ForCluster, FinetuneValidation):
         if name.startswith(("./", "../", "~")) or not name.strip():
             self.complain(path, f"{dotted(path)} is {name or 'empty'}: {self._where(path)}")
         return str(data / name)
+
+    def task(self, path: yamltext.Path, name: str, data: Path) -> str:
+        if not is_task_path(name):
+            return super().task(path, name, data)
+        if self.uploads(path):
+            found = Path(super().task(path, name, data))
+            if found.is_absolute() and safely(found.is_file):  # with what it reads, which lies beside it
+                return posixpath.join(self.add(path, found.parent), found.name)
+            return self.add(path, found) if found.is_absolute() and safely(found.is_dir) else str(found)
+        if not name.startswith("/"):
+            self.complain(path, f"{dotted(path)} is {name}: {self._where(path)}")
+        return name
 
     def processor(self, name: str | None) -> str | None:
         file, _, attribute = (name or "").rpartition(":")

@@ -11,10 +11,12 @@ from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.data.formats import Conversation
 from llm_ray.data.prepare import evaluation_rows, questions_from
 from llm_ray.errors import DataError
+from llm_ray.evaluate.tasks import evaluate_tasks
 from llm_ray.files import write_text
 from llm_ray.models.chat import ChatTemplate, text_of
 from llm_ray.models.load import Base, load_tokenizer
 from llm_ray.progress import Reporter
+from llm_ray.runs.benchmarks import shown
 
 
 class Share(TypedDict):
@@ -31,11 +33,13 @@ class Share(TypedDict):
     mismatched: dict[int, float]
 
 
-def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter) -> dict[str, Any]:
+def evaluate(
+    conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path, reporter: Reporter, *, fresh: bool = False
+) -> dict[str, Any]:
     """Returns figures before and after training, for result.json; writes evaluation.md and answers.jsonl into the run's
-    folder.
+    folder. `fresh` repeats tasks that an earlier process has finished.
 
-    Raises DataError as :func:`questions` does.
+    Raises DataError as :func:`questions` does, and what :func:`evaluate_tasks` raises.
     """
     import ray
 
@@ -82,6 +86,9 @@ def evaluate(conf: FinetuneConf, base: Base, workers: Workers, checkpoint: Path,
         if rated["base"][0]:
             figures[which] = _agreeing(conf, rated["base"], rated[which], which == "base") | figures[which]
     figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
+    figures |= {"harness": "", "tasks": []}
+    if conf.evaluation.tasks:
+        figures |= evaluate_tasks(conf, base, workers, checkpoint, reporter, fresh=fresh)
     _write_report(conf, figures, rows, given)
     return figures
 
@@ -256,6 +263,7 @@ def _write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["shown"] = shown
     entries = [
         {"question": text_of(row.messages[-1]["content"]), "reference": reference, "base": base, "finetuned": finetuned}
         for (row, reference), base, finetuned in zip(rows, given["base"], given["finetuned"], strict=True)

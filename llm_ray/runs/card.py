@@ -11,6 +11,7 @@ from llm_ray.conf.finetune import FinetuneConf, Tuning
 from llm_ray.conf.section import as_run
 from llm_ray.models.load import Base
 from llm_ray.models.registry import licence
+from llm_ray.runs.benchmarks import label, shown, whole
 
 FIGURES = {
     "validation_loss": "validation loss",
@@ -54,6 +55,7 @@ def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result:
         keep_trailing_newline=True,
     )
     environment.filters["figure"] = lambda value: "–" if value is None else f"{value:.4g}"
+    environment.filters["label"], environment.globals["shown"] = label, shown
     return environment.get_template("card.md.j2").render(
         conf=conf,
         header=yaml.safe_dump(header, sort_keys=False, allow_unicode=True),
@@ -63,6 +65,7 @@ def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result:
         training=result.get("training", {}),
         evaluation=result.get("evaluation", {}),
         figures=FIGURES,
+        benchmarks=whole(result.get("evaluation", {}).get("tasks", [])),
         files=[_file(entry) for entry in run_json.get("data", {}).get("train", [])],
         hyperparameters=_hyperparameters(conf),
         lineage=run_json,

@@ -15,6 +15,7 @@ from typing import Any
 
 from llm_ray.errors import RunError
 from llm_ray.nearest import nearest_names
+from llm_ray.runs.benchmarks import label, whole
 from llm_ray.runs.folder import RunFolder, flat, stored_conf
 from llm_ray.runs.listing import rate, summary
 from llm_ray.runs.metrics import METRICS, read_metrics
@@ -146,4 +147,5 @@ def _figures(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     evaluation = result.get("evaluation", {})
     for which in ("base", "finetuned"):
         figures |= {f"{key.replace('_', ' ')} ({which})": value for key, value in evaluation.get(which, {}).items()}
+        figures |= {f"{label(row)} ({which})": row[which] for row in whole(evaluation.get("tasks", []))}
     return figures

@@ -175,6 +175,9 @@ def workflow_figures(result: Mapping[str, Any], name: str, folder: str, stages: 
                 if before is not None
                 else f"{key}: {value:.3f}"
             )
+    for row in evaluation.get("tasks") or []:
+        if row["base"] is not None:
+            lines.append(f"{row['task']} {row['metric']}: {row['base']:.3f} before, {row['finetuned']:.3f} after")
     if "export" in stages:
         lines += [f"the model: {folder}/output", f"to serve it: ansible-playbook serve.yml -e model={name}"]
     return "\n".join(lines)

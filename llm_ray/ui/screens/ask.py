@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NOBODY = "none"
 _SHOW_EVERY = 0.05  # seconds
+_SHOW_LONG = 1e-4  # seconds more per character shown: a browser draws the whole answer anew each time
 _FIRST = 0.25  # seconds to wait for the first word, since a browser's redraw would delay it
 _IN_PROGRESS: dict[tuple[str, str], list[Generation]] = {}
 """Running generations, by visitor name and conversation."""
@@ -158,8 +159,8 @@ def build(site: Site) -> None:
                 begun = gr.skip()
                 changed.wait(1.0)
                 changed.clear()
-                if any(answer and answer.text for answer in answers):  # show the first word at once
-                    time.sleep(_SHOW_EVERY)
+                if length := sum(len(answer.text) for answer in answers if answer):  # show the first word at once
+                    time.sleep(min(_SHOW_EVERY + _SHOW_LONG * length, 1.0))
         finally:
             for generation in running:
                 generation.stop()

@@ -167,6 +167,15 @@ def test_a_wheel_s_name_is_the_lock_s() -> None:
     assert project("opencv-python.headless==1.2 \\") == "opencv_python_headless==1.2"
 
 
+def test_source_archives_of_lm_eval_are_packages_of_its_lock() -> None:
+    script = load_script()
+    assert script._of_file(Path("rouge_score-0.1.2.tar.gz")) == script._project("rouge-score==0.1.2 \\")
+    assert script._of_file(Path("word2number-1.1.zip")) == script._project("word2number==1.1")
+    assert script._of_file(Path("lm_eval-0.4.13-py3-none-any.whl")) == script._project("lm-eval==0.4.13")
+    assert script.made_of(harness=True) != script.made_of()
+    assert "lm-eval.txt" in [lock.name for lock in script.locks("stock", harness=True)]
+
+
 _DOCKER = """#!/bin/sh
 echo "$1" >> {log}
 case "$1" in image) [ -e {log}.built ] || exit 1 ;; build) cat > /dev/null; touch {log}.built ;; esac

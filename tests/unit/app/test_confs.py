@@ -101,4 +101,7 @@ def test_what_only_an_admin_may_name(tmp_path: Path) -> None:
     )
     assert "data.processor runs code" in told(data__processor="os.path:join")
     assert "model.trust_remote_code" in told(model__trust_remote_code="true", model__trusted_models="[small]")
+    (mine / "parts.yaml").write_text("task: parts\n")
+    assert "is a task file, which can run code" in told(evaluation__tasks=str(mine / "parts.yaml"))
+    assert told(evaluation__tasks="arc_easy") == ""
     assert "paths" in told(paths__runs=str(other))

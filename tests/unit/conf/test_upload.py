@@ -169,3 +169,16 @@ def test_a_folders_digest_is_that_of_sha256sums_lines(tmp_path: Path) -> None:
     assert on_hosts(str(tmp_path)) == digest(tmp_path)[0]
     (tmp_path / "linked").symlink_to("b", target_is_directory=True)
     assert on_hosts(str(tmp_path)) == digest(tmp_path)[0] != hashlib.sha256(lines).hexdigest()
+
+
+def test_a_task_file_is_taken_along_with_its_folder(folder: Path) -> None:
+    (folder / "tasks").mkdir()
+    (folder / "tasks/parts.yaml").write_text("task: parts\n")
+    (folder / "tasks/parts.jsonl").write_text("{}\n")
+    tasks = "evaluation.tasks=[arc_easy, ../tasks/parts.yaml, ../tasks]"
+    conf, shipped = _finetune(folder, tasks, "data.upload=true", "data.train=../rows.jsonl")
+    uploaded = f"/srv/llm-ray/data/uploads/{digest(folder / 'tasks')[0][:16]}/tasks"
+    assert conf.evaluation.tasks == ("arc_easy", f"{uploaded}/parts.yaml", uploaded)
+    assert {file.source.resolve() for file in shipped.files} == {folder / "tasks", folder / "rows.jsonl"}
+    with pytest.raises(ConfError, match=r"evaluation\.tasks\[1\] is \.\./tasks/parts\.yaml: the cluster cannot see"):
+        _finetune(folder, tasks)

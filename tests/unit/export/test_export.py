@@ -16,6 +16,7 @@ from llm_ray.errors import ConfError, DataError, ModelError, RunError
 from llm_ray.export.check import rehearse
 from llm_ray.export.stage import export_here
 from llm_ray.models.load import load_model
+from llm_ray.progress import Silent
 from tests.runs import base_of
 from tests.unit.export.conftest import Run, trained, write
 
@@ -256,4 +257,4 @@ def test_questions_that_cannot_be_asked_are_told_before_training(
         (base / "chat_template.jinja").write_text(template + (base / "chat_template.jinja").read_text())
     conf = run(evaluation={"data": str(tmp_path / "exam.jsonl")})
     with pytest.raises(DataError, match=rf"evaluation\.data \(.*exam\.jsonl\).*{message}"):
-        look_ahead(conf, base_of(conf), ["evaluate"])
+        look_ahead(conf, base_of(conf), ["evaluate"], Silent())

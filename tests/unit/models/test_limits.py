@@ -77,16 +77,19 @@ def conf(base: Path, paths: Paths, **data: object) -> FinetuneConf:
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_rows_longer_than_the_positions(tmp_path: Path, paths: Paths, smollm2: Path, kind: str) -> None:
     base = made(tmp_path / "m", kind, smollm2)
-    look_ahead(checked := conf(base, paths, max_length=256), base_of(checked), ["train"])
+    look_ahead(checked := conf(base, paths, max_length=256), base_of(checked), ["train"], Silent())
     with pytest.raises(
         ConfError, match=r"data\.max_length is 257, but the model .* has positions for 256 tokens: set it to 256"
     ):
-        look_ahead(checked := conf(base, paths, max_length=257), base_of(checked), ["train"])
+        look_ahead(checked := conf(base, paths, max_length=257), base_of(checked), ["train"], Silent())
 
 
 def test_rotary_positions_go_on(tmp_path: Path, paths: Paths, smollm2: Path) -> None:
     look_ahead(
-        checked := conf(made(tmp_path / "m", "llama", smollm2), paths, max_length=1024), base_of(checked), ["train"]
+        checked := conf(made(tmp_path / "m", "llama", smollm2), paths, max_length=1024),
+        base_of(checked),
+        ["train"],
+        Silent(),
     )
 
 

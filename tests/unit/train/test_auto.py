@@ -13,7 +13,7 @@ from llm_ray.data.prepare import DataStats, SplitStats
 from llm_ray.train.auto import Choice, choose
 
 
-def data_of(rows: int, mean: float = 60, validation: int = 0) -> DataStats:
+def data_of(rows: int, mean: float = 60, validation: int = 0, answer: float = 20) -> DataStats:
     def split(count: int) -> SplitStats:
         tokens = round(count * mean)
         return SplitStats(
@@ -25,7 +25,7 @@ def data_of(rows: int, mean: float = 60, validation: int = 0) -> DataStats:
             longest=round(mean),
             longest_sequence=round(mean),
             mean=mean,
-            answer=mean / 3,
+            answer=answer,
         )
 
     held = split(validation) if validation else None
@@ -106,6 +106,18 @@ def test_directions() -> None:
     assert of(chosen(90, method="full"))[0] <= of(chosen(90))[0], "and need no more passes"
     assert of(chosen(90, width=4096))[2] < of(chosen(90, width=576))[2], "wide models bear lower rates"
     assert of(chosen(5000, objective="pretrain", method="full"))[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "answer", "epochs"),
+    [(40, 15, 20), (90, 15, 13), (150, 15, 8), (300, 15, 8), (999, 30, 8), (2000, 15, 4), (5000, 15, 2)],
+)
+def test_facts_are_seen_as_often_in_larger_sets(rows: int, answer: int, epochs: int) -> None:
+    assert choose(conf_of(), data_of(rows, answer=answer), width=576).conf.training.epochs == epochs
+
+
+def test_long_answers_are_seen_less_often() -> None:
+    assert choose(conf_of(), data_of(500, answer=120), width=576).conf.training.epochs == 3
 
 
 def test_a_mixture_of_experts_has_no_dropout() -> None:
