@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,9 @@ IGNORED = -100  # the label of a token that is not supervised
 NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
 TOO_LONG = "the first answer does not end within data.max_length"
 PAIR_TOO_LONG = "an answer of the pair does not end within data.max_length"
-RATED_TOO_LONG = "the rated answer does not end within data.max_length"
+RATED_TOO_LONG = "the answer does not end within data.max_length"
 SAME = "both answers of the pair are the same"
+_TORN = "the chat template renders its turns differently once others follow, so they do not form one answer"
 MARK = "\ufdd0"  # does not occur in texts: Unicode reserves it for internal use of programs
 
 
@@ -411,52 +412,44 @@ class PairEncoder:
 
 
 class RatedEncoder:
-    """Encodes rated answers, each with its prompt, and only the answer supervised; a pair as two of them, the chosen one
+    """Encodes rated answers, each with its prompt and only the answer supervised; a pair as two of them, the chosen one
     rated good and the rejected one bad.
 
-    Nothing is cut, as in :class:`PairEncoder`: an answer is dropped if it does not end within the encoder's `max_length`,
-    one of a pair without the other.
+    Nothing is cut, for the reasons of :class:`PairEncoder`: an answer is dropped if it does not end within the encoder's
+    `max_length`, and a pair if either does not.
     """
 
     def __init__(self, chat: ChatEncoder) -> None:
-        self.chat = chat
+        self.chat, self.pairs = chat, PairEncoder(chat)
 
     def encode(self, contents: list[Rated | Pair]) -> list[Encoded | DataError]:
         """Returns one result per content, in order: a DataError (without file and line) if the template rejects it."""
-        rated = [_rated(content) for content in contents]
-        answers = [_answered(one.conversation, one.shared) for of_row in rated for one in of_row]
-        encoded = iter(self.chat.encode(answers))
-        return [self._laid_out([(one.good, next(encoded)) for one in of_row]) for of_row in rated]
-
-    def _laid_out(self, answers: list[tuple[bool, Encoded | DataError]]) -> Encoded | DataError:
-        row = Encoded()
-        for good, answer in answers:
-            which = "" if len(answers) == 1 else "chosen: " if good else "rejected: "
-            if isinstance(answer, DataError):
-                return DataError(f"{which}{answer}")
-            if len(answer.sequences) > 1:
-                return DataError(f"{which}{_TORN}: end it after its first turn")
-            row.longest = max(row.longest, answer.longest)
-            if answer.truncated:
-                row.truncated, row.lost = True, RATED_TOO_LONG
-            elif not answer.sequences:
-                return Encoded(longest=row.longest, lost=NO_ANSWER)
-            else:
-                row.sequences += [Sequence(one.input_ids, one.labels, good=good) for one in answer.sequences]
-        if len(row.sequences) == 2 and row.sequences[0].input_ids == row.sequences[1].input_ids:
-            return Encoded(longest=row.longest, lost=SAME)
-        if row.sequences:
-            row.lost = ""
-        return row
+        rated = [content for content in contents if isinstance(content, Rated)]
+        answers = iter(self.chat.encode([_answered(one.conversation, one.shared) for one in rated]))
+        pairs = iter(self.pairs.encode([content for content in contents if isinstance(content, Pair)]))
+        return [
+            _both_rated(next(pairs)) if isinstance(content, Pair) else _rated(next(answers), content.good)
+            for content in contents
+        ]
 
 
-_TORN = "the chat template renders its turns differently once others follow, so they do not form one answer"
+def _rated(answer: Encoded | DataError, good: bool) -> Encoded | DataError:
+    """Returns the encoded answer with its rating, or without sequences if it is cut."""
+    if isinstance(answer, DataError):
+        return answer
+    if len(answer.sequences) > 1:
+        return DataError(f"{_TORN}: end the completion after its first answer")
+    if answer.truncated:
+        return replace(answer, sequences=[], lost=RATED_TOO_LONG)
+    return replace(answer, sequences=[replace(one, good=good) for one in answer.sequences])
 
 
-def _rated(content: Rated | Pair) -> list[Rated]:
-    if isinstance(content, Rated):
-        return [content]
-    return [Rated(content.chosen, content.shared, True), Rated(content.rejected, content.shared, False)]
+def _both_rated(pair: Encoded | DataError) -> Encoded | DataError:
+    """Returns the encoded pair as a good and a bad answer."""
+    if isinstance(pair, DataError) or not pair.sequences:
+        return pair
+    chosen, rejected = pair.sequences[0].rows()
+    return replace(pair, sequences=[replace(chosen, good=True), replace(rejected, good=False)])
 
 
 def _answered(conversation: Conversation, shared: int) -> Conversation:

@@ -150,6 +150,7 @@ class Formatter:
             raise DataError(f"{row.place}: nested too deeply") from None
 
     def _optional(self, form: str) -> tuple[str, ...]:
+        """Returns the optional columns of the format."""
         return (*OPTIONAL[form], *RATINGS, "tools") if self.reads == "ratings" else OPTIONAL[form]
 
     def _check_columns(self) -> None:
@@ -194,7 +195,7 @@ class Formatter:
             raise _Bad(
                 f"tuning.objective {objectives_reading('pairs')} needs the columns 'chosen' and 'rejected', the row has {_names(values)}: name "
                 f"yours in data.columns, e.g. {{chosen: {next(iter(values), 'better')}}}, or use objective sft "
-                "with rows of one answer each"
+                "with rows of one answer each, or kto with rated ones"
             )
         if pair and self.reads == "ratings":
             return pair
@@ -393,7 +394,7 @@ def _rating(values: dict[str, Any]) -> bool:
     ratings = set()
     for column, value in given.items():
         word = value.strip().lower() if isinstance(value, str) else value
-        if isinstance(word, list | dict) or word not in (*GOOD_RATINGS, *BAD_RATINGS):
+        if word not in (*GOOD_RATINGS, *BAD_RATINGS):
             raise _Bad(f"{column!r} must be true (a good answer) or false (a bad one), but is {_shown(value)}")
         ratings.add(word in GOOD_RATINGS)
     if len(ratings) > 1:

@@ -22,15 +22,15 @@ from llm_ray.runs.benchmarks import shown
 class Share(TypedDict):
     """One worker's results: summed validation loss, its token count, and the answers. For preference pairs there is no
     loss; `pairs` maps each pair's number to log-probabilities (nats) and token counts of the chosen and rejected
-    answer. For rated answers, `rated` maps each row's number to the log-probability (nats) of its answer, and
-    `mismatched`, if the loss needs it, to that of another row's answer."""
+    answer. For rated answers, `rated` maps each row's number to the log-probability (nats) of its answer and its rating;
+    `mismatched` is the summed log-probability of other rows' answers, if the loss needs it."""
 
     loss: float
     tokens: int
     answers: list[str]
     pairs: dict[int, tuple[list[float], list[int]]]
-    rated: dict[int, float]
-    mismatched: dict[int, float]
+    rated: dict[int, tuple[float, bool]]
+    mismatched: float
 
 
 def evaluate(
@@ -54,7 +54,8 @@ def evaluate(
     figures: dict[str, Any] = {"rows": len(rows), "questions": questions_from(conf, conf.run_dir / "prepared")}
     given: dict[str, list[str]] = {}
     pairs: dict[str, dict[int, tuple[list[float], list[int]]]] = {"base": {}, "finetuned": {}}
-    rated: dict[str, tuple[dict[int, float], dict[int, float]]] = {"base": ({}, {}), "finetuned": ({}, {})}
+    rated: dict[str, dict[int, tuple[float, bool]]] = {"base": {}, "finetuned": {}}
+    mismatched = {"base": 0.0, "finetuned": 0.0}
     with reporter.bar("evaluating", 2 * number) as bar:
         parts = {
             (which, rank): share.remote(
@@ -78,13 +79,14 @@ def evaluate(
         figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
         for share_of in shares:
             pairs[which].update(share_of["pairs"])
-            for of_all, of_share in zip(rated[which], (share_of["rated"], share_of["mismatched"]), strict=True):
-                of_all.update(of_share)
+            rated[which].update(share_of["rated"])
+            mismatched[which] += share_of["mismatched"]
     for which in ("base", "finetuned"):
         if pairs["base"]:
             figures[which] = _preferred(conf, pairs["base"], pairs[which], which == "base") | figures[which]
-        if rated["base"][0]:
-            figures[which] = _agreeing(conf, rated["base"], rated[which], which == "base") | figures[which]
+        if rated["base"]:
+            moved = mismatched[which] - mismatched["base"]
+            figures[which] = _agreeing(conf, rated["base"], rated[which], moved, which == "base") | figures[which]
     figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
     figures |= {"harness": "", "tasks": []}
     if conf.evaluation.tasks:
@@ -153,10 +155,9 @@ def _share(
             conf.evaluation.batch_size,
         )
     )
-    loss, tokens = 0.0, 0
+    loss, tokens, mismatched = 0.0, 0, 0.0
     pairs: dict[int, tuple[list[float], list[int]]] = {}
-    rated: dict[int, float] = {}
-    mismatched: dict[int, float] = {}
+    rated: dict[int, tuple[float, bool]] = {}
     if split := evaluated_split(conf.run_dir / "prepared"):
         data = open_split(conf.run_dir / "prepared", split)
         module = SupervisedLoss(model, model, packed=False)
@@ -169,7 +170,8 @@ def _share(
                     continue
                 batch = collate(data, indices, packed=False)
                 if batch.ratings:
-                    rated |= dict(zip(indices, module.log_probabilities(batch).tolist(), strict=True))
+                    of_rows = zip(module.log_probabilities(batch).tolist(), batch.ratings.good.tolist(), strict=True)
+                    rated |= dict(zip(indices, of_rows, strict=True))
                 elif batch.pairs:
                     given_pairs = module.log_probabilities(batch).view(-1, 2).tolist()
                     pairs |= dict(zip(indices, zip(given_pairs, batch.pairs.tokens.tolist(), strict=True), strict=True))
@@ -181,7 +183,7 @@ def _share(
                 for indices in passes_over(mismatches.lengths, *passes):
                     if indices:
                         batch = collate(data, indices, packed=False, mismatches=mismatches)
-                        mismatched |= dict(zip(indices, module.log_probabilities(batch).tolist(), strict=True))
+                        mismatched += module.log_probabilities(batch).double().sum().item()
     return Share(loss=loss, tokens=tokens, answers=given, pairs=pairs, rated=rated, mismatched=mismatched)
 
 
@@ -209,26 +211,24 @@ def _preferred(
 
 def _agreeing(
     conf: FinetuneConf,
-    base: tuple[dict[int, float], dict[int, float]],
-    model: tuple[dict[int, float], dict[int, float]],
+    base: dict[int, tuple[float, bool]],
+    model: dict[int, tuple[float, bool]],
+    moved: float,
     is_base: bool,
 ) -> dict[str, float]:
-    """Returns the loss of kto over rated validation rows, the share of rows whose reward agrees with their rating, and the
-    margin between good and bad ones; for the base model itself, whose rewards are zero, only the loss. `base`, `model`:
-    log-probabilities (nats) by row of their answers, and of mismatched ones (empty if the loss does not need them)."""
+    """Returns the loss over rated validation rows, the share of rows whose reward agrees with their rating, and the
+    margin between good and bad ones; for the base model itself, whose rewards are zero, only the loss. `moved`: by how
+    many nats the model finds mismatched answers likelier than its base, summed over the rows."""
     import torch
 
-    from llm_ray.data.prepare import evaluated_split, open_split
     from llm_ray.train.objectives import KahnemanTversky, divergence_of
 
-    split = evaluated_split(conf.run_dir / "prepared") or "validation"
-    good = torch.tensor(open_split(conf.run_dir / "prepared", split)["good"][:], dtype=torch.bool)
-    (reference, others), (given, moved) = (
-        [torch.tensor([of[n] for n in sorted(of)]) for of in values] for values in (base, model)
-    )
+    numbers = sorted(base)
+    reference, given = (torch.tensor([of[n][0] for n in numbers]) for of in (base, model))
+    good = torch.tensor([base[n][1] for n in numbers])
     objective = KahnemanTversky(conf.tuning.kto)
-    divergence = divergence_of(float((moved - others).sum()), len(others))
-    found = objective.means(objective.figures_of(given, reference, good, divergence).tolist(), len(good))
+    sums = objective.figures_of(given, reference, good, divergence_of(moved, len(numbers)))
+    found = objective.means(sums.tolist(), len(numbers))
     if is_base:
         return {"validation_loss": found["loss"]}
     margin = {"reward_margin": found["rewards/margins"]} if "rewards/margins" in found else {}

@@ -156,16 +156,13 @@ class OddsRatio(Preference):
 
 @dataclass(frozen=True)
 class KahnemanTversky:
-    """The losses of Kahneman-Tversky optimization (sources: `llm_ray.conf.finetune.Kto`), as in TRL's KTOTrainer. Loss and
-    divergence are means over rows; rewards and log-probabilities over those that are rated good, and over the others."""
+    """The losses of Kahneman-Tversky optimization (sources: `llm_ray.conf.finetune.Kto`), as in TRL's KTOTrainer. Rewards
+    and log-probabilities are means over the answers rated good (chosen) or bad (rejected), the rest over all."""
 
     kto: Kto
     figures: tuple[str, ...] = (
-        "loss",
-        "kl",
-        *("rewards/chosen", "rewards/rejected", "rewards/accuracies"),
-        *_LOG_PROBABILITIES,
-        "count/chosen",
+        *("loss", "kl", "rewards/accuracies"),
+        *("rewards/chosen", "rewards/rejected", *_LOG_PROBABILITIES, "good"),
     )
     likelihood: bool = False
     reference: bool = True
@@ -183,35 +180,30 @@ class KahnemanTversky:
         given, reference: fp32 [answers], log-probabilities (nats) under the model and under its base; good: bool
         [answers]; divergence: see :func:`divergence_of`. Only the loss carries gradients.
         """
-        bad = ~good
         ratios = given - reference
-        from_middle = (ratios - divergence) * torch.where(good, 1.0, -1.0)  # above zero: on the side of the rating
+        agreement = (ratios - divergence) * torch.where(good, 1.0, -1.0)  # above zero: on the side of the rating
         weights = torch.where(good, self.kto.desirable_weight, self.kto.undesirable_weight)
-        losses = weights * (1 - torch.sigmoid(self.kto.beta * from_middle))
+        losses = weights * (1 - torch.sigmoid(self.kto.beta * agreement))
         rewards = self.kto.beta * ratios
-        reported = [
-            torch.full_like(given, divergence),
-            *(rewards[good], rewards[bad], (from_middle > 0).float()),
-            *(given[good], given[bad]),
-            good.float(),
-        ]
-        return _summed(losses, reported)
+        reported = [torch.full_like(given, divergence), (agreement > 0).float()]
+        for values in (rewards, given):
+            reported += [values[good], values[~good]]
+        return _summed(losses, [*reported, good.float()])
 
     def weight(self, batch: Batch) -> int:
         return 0 if batch.ratings is None else len(batch.ratings.good)
 
     def means(self, sums: list[float], weight: float) -> dict[str, float]:
-        """As in the protocol. What there is no answer for is left out."""
-        found = dict(zip(self.figures, sums, strict=True))
-        count = {"chosen": found["count/chosen"], "rejected": weight - found["count/chosen"]}
-        averaged = {name: found[name] / max(1.0, weight) for name in ("loss", "kl", "rewards/accuracies")}
-        for side, answers in count.items():
-            for name in (f"rewards/{side}", f"logps/{side}"):
-                if answers:
-                    averaged[name] = found[name] / answers
-        if all(count.values()):
-            averaged["rewards/margins"] = averaged["rewards/chosen"] - averaged["rewards/rejected"]
-        return averaged | {f"count/{side}": int(answers) for side, answers in count.items()}
+        """As in the protocol; without figures of good or bad answers if there are none, and the divergence if it is not
+        estimated."""
+        *values, good = sums
+        over = [max(1.0, weight)] * 3 + [good, weight - good] * 2
+        means = {name: value / n for name, value, n in zip(self.figures, values, over, strict=False) if n}
+        if self.kto.loss != "kto":
+            del means["kl"]
+        if 0 < good < weight:
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means
 
 
 def divergence_of(ratios: float, rows: float) -> float:

@@ -21,6 +21,8 @@ HIGH_RATE, LOW_RATE = 8, 30
 """Factors above and below the usual learning rate beyond which a warning is given."""
 MOST_UNBALANCED = 2
 """How many times the weighted good answers may outnumber the bad ones, or the reverse, without a warning."""
+IDEAL_BALANCE = 1.15
+"""Ratio of weighted good answers to bad ones that is advised (arXiv:2402.01306, eq. 8: between 1 and 4/3)."""
 FEW_VALIDATION_ROWS = 10
 """The loss over fewer validation rows means little."""
 
@@ -136,24 +138,24 @@ def warnings(
 
 def _unbalanced(conf: FinetuneConf, good: int, bad: int) -> list[str]:
     """Returns a warning if answers of one rating are missing, or weigh much more than those of the other."""
-    weights, both = conf.tuning.kto, "tuning.kto.desirable_weight × good answers to undesirable_weight × bad ones"
     if not good or not bad:
         return [
             f"all {_count(good + bad, 'training answer')} are rated {'good' if good else 'bad'}: objective "
             f"{conf.tuning.objective} learns from the difference between good and bad ones; add rows with label "
             f"{'false' if good else 'true'}" + (", or use objective sft" if good else "")
         ]
-    ratio = weights.desirable_weight * good / (weights.undesirable_weight * bad) if weights.undesirable_weight else None
-    if ratio is None or not 1 / MOST_UNBALANCED <= ratio <= MOST_UNBALANCED:
-        if good < bad:
-            advice = f"tuning.kto.desirable_weight {1.15 * weights.undesirable_weight * bad / good:.2g}"
-        else:
-            advice = f"tuning.kto.undesirable_weight {weights.desirable_weight * good / bad / 1.15:.2g}"
-        return [
-            f"{good} training answers are rated good and {bad} bad, and the ratio of {both} is "
-            f"{'infinite' if ratio is None else f'{ratio:.2g}'}: it should be between 1 and 4/3; set {advice}, say"
-        ]
-    return []
+    kto = conf.tuning.kto
+    desirable, undesirable = kto.desirable_weight * good, kto.undesirable_weight * bad
+    if not desirable or not undesirable or 1 / MOST_UNBALANCED <= desirable / undesirable <= MOST_UNBALANCED:
+        return []
+    if good < bad:
+        advice = f"tuning.kto.desirable_weight {IDEAL_BALANCE * undesirable / good:.2g}"
+    else:
+        advice = f"tuning.kto.undesirable_weight {desirable / IDEAL_BALANCE / bad:.2g}"
+    return [
+        f"{good} training answers are rated good and {bad} bad: with the weights of tuning.kto their ratio is "
+        f"{desirable / undesirable:.2g}, and should be between 1 and 4/3; set {advice}"
+    ]
 
 
 def _count(number: int, what: str) -> str:
