@@ -151,7 +151,9 @@ class Formatter:
 
     def _optional(self, form: str) -> tuple[str, ...]:
         """Returns the optional columns of the format."""
-        return (*OPTIONAL[form], *RATINGS, "tools") if self.reads == "ratings" else OPTIONAL[form]
+        if self.reads == "ratings" and form not in PAIR_FORMATS:
+            return (*OPTIONAL[form], *RATINGS, "tools")
+        return OPTIONAL[form]
 
     def _check_columns(self) -> None:
         known = {
