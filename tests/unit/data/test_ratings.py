@@ -65,9 +65,14 @@ SHAPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("values", SHAPES, ids=range(len(SHAPES)))
 def test_the_same_rating_in_every_shape(convert: Callable[..., Rated], values: dict[str, Any]) -> None:
     assert convert(values) == HI
-    good = {c: {False: True, 0: 1, "false": " True", "0": "1"}.get(v, v) if c in ("label", "kto_tag") else v
-            for c, v in values.items()}  # fmt: skip
-    assert convert(good) == Rated(HI.conversation, 1, good=True)
+
+
+@pytest.mark.parametrize(
+    ("label", "good"),
+    [(True, True), (1, True), (" True", True), ("1", True), (False, False), (0, False), ("FALSE", False), ("0", False)],
+)
+def test_ratings_as_tables_and_csv_files_store_them(convert: Callable[..., Rated], label: object, good: bool) -> None:
+    assert convert(SHAPES[0] | {"label": label}) == Rated(HI.conversation, 1, good=good)
 
 
 def test_columns_of_other_names_systems_and_tools(convert: Callable[..., Rated]) -> None:
@@ -120,7 +125,7 @@ def test_a_bad_row_is_told_by_place_fault_and_remedy(
 
 
 def test_sft_names_the_objective_that_learns_from_ratings(conf: Make) -> None:
-    with pytest.raises(DataError, match="marked as bad.*or use objective kto, which learns from good and bad answers"):
+    with pytest.raises(DataError, match=r"marked as bad.*or use objective kto, which learns from good and bad answers"):
         Formatter(conf(FILE).data, "conversations")(Row(FILE, 7, SHAPES[0]))
 
 
