@@ -140,7 +140,7 @@ def _unbalanced(conf: FinetuneConf, good: int, bad: int) -> list[str]:
     """Returns a warning if answers of one rating are missing, or weigh much more than those of the other."""
     if not good or not bad:
         return [
-            f"all {_count(good + bad, 'training answer')} are rated {'good' if good else 'bad'}: objective "
+            f"the training answers are all rated {'good' if good else 'bad'}: objective "
             f"{conf.tuning.objective} learns from the difference between good and bad ones; add rows with label "
             f"{'false' if good else 'true'}" + (", or use objective sft" if good else "")
         ]

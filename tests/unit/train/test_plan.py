@@ -63,11 +63,11 @@ def rated(good: int, bad: int) -> DataStats:
 def test_answers_of_one_rating() -> None:
     (warning,) = warned(rated(90, 0), objective="kto")
     assert (
-        "all 90 training answers are rated good: " in warning
+        "the training answers are all rated good: " in warning
         and "rows with label false, or use objective sft" in warning
     )
     (warning,) = warned(rated(0, 90), objective="kto")
-    assert "all 90 training answers are rated bad: " in warning and warning.endswith("add rows with label true")
+    assert "the training answers are all rated bad: " in warning and warning.endswith("add rows with label true")
 
 
 def test_ratings_out_of_balance_and_the_weights_that_balance_them() -> None:
