@@ -152,6 +152,8 @@ def _unfit(param: str, form: str, conf: FinetuneConf) -> str:
         return f"{held}, preference pairs, which the method dpo learns from: set method.type to dpo"
     if conf.objective.reads == "pairs":
         return f"{held}, but {conf.tuning.objective} learns from preference pairs: chosen and rejected answers"
+    if conf.objective.reads == "ratings":
+        return f"{param}: a job cannot learn from rated answers (tuning.objective {conf.tuning.objective})"
     return f"{held}, but tuning.objective {conf.tuning.objective} learns from {conf.objective.reads}"
 
 

@@ -37,6 +37,9 @@ __all__ = [
 ]
 
 
+Answer = Literal["", "chosen", "rejected", "good", "bad"]
+
+
 @dataclass(frozen=True)
 class Span:
     """Decoded text of consecutive tokens that are all supervised or all unsupervised, including special tokens."""
@@ -47,13 +50,13 @@ class Span:
 
 @dataclass(frozen=True)
 class PreviewSequence:
-    """A training sequence. `tokens` and `supervised` are token counts; `answer` tells the two sequences of a preference
-    pair apart."""
+    """A training sequence. `tokens` and `supervised` are token counts; `answer` says which answer of a preference pair
+    it is, or how the answer is rated."""
 
     spans: tuple[Span, ...]
     tokens: int
     supervised: int
-    answer: Literal["", "chosen", "rejected"] = ""
+    answer: Answer = ""
 
 
 @dataclass(frozen=True)
@@ -187,5 +190,7 @@ def _row(tokenizer: PreTrainedTokenizerBase, prepared: prepare.Prepared) -> Prev
     )
 
 
-def _answers(sequence: Sequence) -> tuple[Literal["", "chosen", "rejected"], ...]:
+def _answers(sequence: Sequence) -> tuple[Answer, ...]:
+    if sequence.good is not None:
+        return ("good",) if sequence.good else ("bad",)
     return ("chosen", "rejected") if sequence.chosen else ("",)

@@ -276,18 +276,52 @@ class Orpo(Section):
     """Weight of the preference term relative to the chosen answer's loss (the paper's lambda, TRL's beta)."""
 
 
+class Kto(Section):
+    """Kahneman-Tversky optimization (`tuning.objective: kto`; Ethayarajh et al. 2024, arXiv:2402.01306): makes answers
+    rated good likelier and answers rated bad less likely, relative to the base model."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """`kto` is the original: rewards are compared with how far the model has moved from its base, estimated in each step
+    on the step's prompts with the answers of other rows. `apo_zero_unpaired` compares with the base model alone, for
+    good answers that are better than the model's own, and costs a forward pass less (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266, as in TRL)."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the model is kept near its base: higher is nearer."""
+    desirable_weight: float = Field(1.0, ge=0)
+    """Weight of the losses of good answers. The paper advises (desirable_weight × good answers) / (undesirable_weight ×
+    bad answers) between 1 and 4/3."""
+    undesirable_weight: float = Field(1.0, ge=0)
+    """Weight of the losses of bad answers."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> Kto:
+        if not self.desirable_weight and not self.undesirable_weight:
+            raise ValueError(
+                "tuning.kto.desirable_weight and tuning.kto.undesirable_weight are both 0, so there is nothing to "
+                "learn: set one of them to 1, say"
+            )
+        return self
+
+
 class Tuning(Section):
     """The objective, and which weights are trained."""
 
     objective: ObjectiveName = "sft"
     """`sft`: only the assistant's turns are supervised, including their end-of-turn token. `pretrain`: every token of
     plain text is. `dpo`: learns to prefer the chosen of two answers over the rejected one (see `dpo`). `orpo`: the same
-    while also learning the chosen answers, for a model that has not been finetuned yet (see `orpo`)."""
+    while also learning the chosen answers, for a model that has not been finetuned yet (see `orpo`). `kto`: learns from
+    single answers that are rated good or bad (see `kto`)."""
     method: Literal["lora", "full"] = "lora"
     """`lora` trains small adapters on frozen weights; `full` trains all weights."""
     lora: Lora = Lora()
     dpo: Dpo = Dpo()
     orpo: Orpo = Orpo()
+    kto: Kto = Kto()
+
+    @property
+    def mismatches(self) -> bool:
+        """Whether the loss also needs the step's prompts with the answers of other rows."""
+        return self.objective == "kto" and self.kto.loss == "kto"
 
 
 class EarlyStopping(Section):
@@ -489,6 +523,11 @@ class FinetuneConf(Section):
                 f"tuning.objective {self.tuning.objective} learns from one answer a row, but data.format is "
                 f"{self.data.format}: "
                 f"use another format, or objective {objectives_reading('pairs')}"
+            )
+        if self.tuning.mismatches and self.training.global_batch_size == 1:
+            wrong.append(
+                "tuning.kto.loss kto compares each row with the others of its step, but training.global_batch_size is 1: "
+                "use 8 or more, or loss apo_zero_unpaired"
             )
         if self.objective.answers and self.data.format == "text":
             wrong.append(

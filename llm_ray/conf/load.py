@@ -374,10 +374,11 @@ class SweepValidation(Validation[SweepConf]):
                 f"{conf.config}: data.validation is null, but trials are compared on validation rows: set it to a fraction, "
                 "as in set: {data.validation: 0.1}",
             )
-        if conf.metric == "accuracy" and base.objective.reads != "pairs":
+        if conf.metric == "accuracy" and not base.objective.compares:
             self.complain(
                 ("metric",),
-                f"metric accuracy needs an objective that learns from pairs, but tuning.objective is {base.tuning.objective}: "
+                "metric accuracy needs an objective that learns from pairs or rated answers, but tuning.objective is "
+                f"{base.tuning.objective}: "
                 "use metric loss",
             )
 
@@ -437,7 +438,7 @@ def _not_searchable(key: str, conf: SweepConf, base: FinetuneConf) -> str:
     of_objective = base.objective.section and key.startswith(f"tuning.{base.objective.section}.")
     if of_objective and conf.metric == "loss":
         return "it changes what the loss means, so that losses cannot be compared: use metric: accuracy"
-    if key.startswith(("tuning.dpo.", "tuning.orpo.")) and not of_objective:
+    if key.startswith(("tuning.dpo.", "tuning.orpo.", "tuning.kto.")) and not of_objective:
         return f"it has no effect: tuning.objective is {base.tuning.objective}"
     methods = conf.search["tuning.method"].ends if "tuning.method" in conf.search else [base.tuning.method]
     if key.startswith("tuning.lora.") and "lora" not in methods:

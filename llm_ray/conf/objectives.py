@@ -13,8 +13,8 @@ from typing import Literal
 
 PAIR_FORMATS = ("preference", "openai_preference")
 """Values of `data.format` whose rows are pairs of answers."""
-ObjectiveName = Literal["sft", "pretrain", "dpo", "orpo"]
-Reads = Literal["conversations", "texts", "pairs"]
+ObjectiveName = Literal["sft", "pretrain", "dpo", "orpo", "kto"]
+Reads = Literal["conversations", "texts", "pairs", "ratings"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Objective:
         """Whether it trains a model to answer, so that answers before and after can be compared."""
         return self.reads != "texts"
 
+    @property
+    def compares(self) -> bool:
+        """Whether it compares answers, so that there are rewards and an accuracy."""
+        return self.reads in ("pairs", "ratings")
+
 
 OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType(
     {
@@ -47,6 +52,11 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType(
             reads="pairs",
             taught="on pairs of answers, to give the chosen one of each and to prefer it to the rejected one",
             section="orpo",
+        ),
+        "kto": Objective(
+            reads="ratings",
+            taught="on answers rated good or bad, to make good ones likelier and bad ones less likely",
+            section="kto",
         ),
     }
 )

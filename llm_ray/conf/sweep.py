@@ -94,9 +94,9 @@ class SweepConf(Section):
     change the data or the meaning of the loss are rejected: all trials train on the same tokens, so their losses are
     comparable."""
     metric: Literal["loss", "accuracy"] = "loss"
-    """What to optimize on the validation rows: low `loss`; or, for objectives that learn from pairs, high `accuracy`
-    (the share of pairs whose chosen answer is preferred), which also allows searching keys that change the meaning of
-    the loss (`tuning.dpo.beta`)."""
+    """What to optimize on the validation rows: low `loss`; or, for objectives that learn from pairs or rated answers,
+    high `accuracy` (the share of pairs whose chosen answer is preferred, or of answers whose reward agrees with their
+    rating), which also allows searching keys that change the meaning of the loss (`tuning.dpo.beta`)."""
     test: float = Field(0.1, gt=0, lt=1)
     """Fraction of the training rows that trials neither train on nor are selected by (the finetune's `data.test`, which
     takes precedence): the best trial is evaluated on them, in comparison with the base model."""

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_ray.conf.finetune import FinetuneConf
-from llm_ray.data.formats import Content, Conversation, Pair, Text
+from llm_ray.data.formats import Content, Conversation, Pair, Rated, Text
 from llm_ray.errors import DataError, ModelError
 from llm_ray.models.chat import ChatTemplate, text_of
 
@@ -32,7 +32,9 @@ IGNORED = -100  # the label of a token that is not supervised
 NO_ANSWER = "nothing to learn in it (no answer, or an empty one)"
 TOO_LONG = "the first answer does not end within data.max_length"
 PAIR_TOO_LONG = "an answer of the pair does not end within data.max_length"
+RATED_TOO_LONG = "the answer does not end within data.max_length"
 SAME = "both answers of the pair are the same"
+_TORN = "the chat template renders its turns differently once others follow, so they do not form one answer"
 MARK = "\ufdd0"  # does not occur in texts: Unicode reserves it for internal use of programs
 
 
@@ -45,6 +47,13 @@ class Sequence:
     labels: list[int]
     chosen: int = 0
     """For a pair, the length of the row with the chosen answer; else 0."""
+    good: bool | None = None
+    """Whether the answer is rated good; None if it is not rated."""
+
+    @property
+    def prompt(self) -> int:
+        """Number of tokens before the first supervised one."""
+        return next((n for n, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
 
     def rows(self) -> list[Sequence]:
         """Returns the rows that the model computes separately: this one, or both of a pair."""
@@ -90,6 +99,8 @@ def encoder_for(
     if conf.objective.reads == "texts":
         return TextEncoder(tokenizer, conf.data.max_length).encode
     chat = ChatEncoder(tokenizer, conf.data.max_length, conf.model.chat_template)
+    if conf.objective.reads == "ratings":
+        return RatedEncoder(chat).encode
     return PairEncoder(chat).encode if conf.objective.reads == "pairs" else chat.encode
 
 
@@ -134,6 +145,8 @@ class SpecialTokens:
             return ""
         if isinstance(content, Pair):
             return self.found(content.chosen) or self.found(content.rejected)
+        if isinstance(content, Rated):
+            return self.found(content.conversation)
         if isinstance(content, Text):
             return match[0] if (match := self._pattern.search(self._parts(content.text)[1])) else ""
         return next(
@@ -146,6 +159,8 @@ class SpecialTokens:
         so that they are encoded as ordinary text."""
         if isinstance(content, Pair):
             return Pair(self._escaped(content.chosen), self._escaped(content.rejected), content.shared)
+        if isinstance(content, Rated):
+            return Rated(self._escaped(content.conversation), content.shared, content.good)
         if isinstance(content, Text):
             before, text, after = self._parts(content.text)
             return Text(before + self._broken(text) + after)
@@ -378,8 +393,7 @@ class PairEncoder:
                 return DataError(f"{name}: {side}")
             if len(side.sequences) > 1:
                 return DataError(
-                    f"{name}: the chat template renders its turns differently once others follow, so they do not form "
-                    "one answer: end chosen and rejected after the first answer in which they differ"
+                    f"{name}: {_TORN}: end chosen and rejected after the first answer in which they differ"
                 )
             answers.append(side)
         longest, truncated = max(side.longest for side in answers), any(side.truncated for side in answers)
@@ -395,6 +409,47 @@ class PairEncoder:
             (a,), (b,) = first, second
             pair.sequences = [Sequence(a.input_ids + b.input_ids, a.labels + b.labels, len(a.input_ids))]
         return pair
+
+
+class RatedEncoder:
+    """Encodes rated answers, each with its prompt and only the answer supervised; a pair as two of them, the chosen one
+    rated good and the rejected one bad.
+
+    Nothing is cut, for the reasons of :class:`PairEncoder`: an answer is dropped if it does not end within the encoder's
+    `max_length`, and a pair if either does not.
+    """
+
+    def __init__(self, chat: ChatEncoder) -> None:
+        self.chat, self.pairs = chat, PairEncoder(chat)
+
+    def encode(self, contents: list[Rated | Pair]) -> list[Encoded | DataError]:
+        """Returns one result per content, in order: a DataError (without file and line) if the template rejects it."""
+        rated = [content for content in contents if isinstance(content, Rated)]
+        answers = iter(self.chat.encode([_answered(one.conversation, one.shared) for one in rated]))
+        pairs = iter(self.pairs.encode([content for content in contents if isinstance(content, Pair)]))
+        return [
+            _both_rated(next(pairs)) if isinstance(content, Pair) else _rated(next(answers), content.good)
+            for content in contents
+        ]
+
+
+def _rated(answer: Encoded | DataError, good: bool) -> Encoded | DataError:
+    """Returns the encoded answer with its rating, or without sequences if it is cut."""
+    if isinstance(answer, DataError):
+        return answer
+    if len(answer.sequences) > 1:
+        return DataError(f"{_TORN}: end the completion after its first answer")
+    if answer.truncated:
+        return replace(answer, sequences=[], lost=RATED_TOO_LONG)
+    return replace(answer, sequences=[replace(one, good=good) for one in answer.sequences])
+
+
+def _both_rated(pair: Encoded | DataError) -> Encoded | DataError:
+    """Returns the encoded pair as a good and a bad answer."""
+    if isinstance(pair, DataError) or not pair.sequences:
+        return pair
+    chosen, rejected = pair.sequences[0].rows()
+    return replace(pair, sequences=[replace(chosen, good=True), replace(rejected, good=False)])
 
 
 def _answered(conversation: Conversation, shared: int) -> Conversation:

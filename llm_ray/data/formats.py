@@ -1,4 +1,4 @@
-"""Converts rows of the supported formats to conversations, texts or preference pairs.
+"""Converts rows of the supported formats to conversations, texts, preference pairs or rated answers.
 
 | format | columns (optional ones in brackets) |
 | --- | --- |
@@ -6,7 +6,7 @@
 | dolly | instruction, response, [context, system] |
 | messages | messages: list of {role, content, [tool_calls, function_call, reasoning_content, weight]}, [tools, system] |
 | sharegpt | conversations: list of {from, value}, [tools, system] |
-| prompt_completion | prompt, completion, [label, system] |
+| prompt_completion | prompt, completion, [label, tools, system] |
 | question_answer | question, answer, [context, system] |
 | preference | chosen, rejected, [prompt, conversations, tools, system] |
 | openai_preference | input: {messages, [tools]}, preferred_output, non_preferred_output: lists of messages, [system] |
@@ -19,6 +19,10 @@ mean the same.
 
 Answers of a preference pair are texts, turns, or whole conversations, whose common beginning is the prompt. Otherwise
 the prompt is in `prompt` (text or turns) or `conversations` (ShareGPT).
+
+Rated answers are rows of any format of one answer, with a column `label` (or `kto_tag`, as LLaMA-Factory calls it): true
+for a good answer, false for a bad one. It rates the last turn, or the whole `completion`, which may be turns. Pairs count
+as a good and a bad answer.
 """
 
 from __future__ import annotations
@@ -101,11 +105,21 @@ class Pair:
     shared: int
 
 
-Content = Conversation | Text | Pair
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A conversation whose turns after the first `shared` ones, the prompt, are rated."""
+
+    conversation: Conversation
+    shared: int
+    good: bool
+
+
+Content = Conversation | Text | Pair | Rated
 
 
 class Formatter:
-    """Converts rows to conversations, texts or pairs, by ``data.format``, ``data.columns`` and ``data.system``.
+    """Converts rows to conversations, texts, pairs or rated answers, by ``data.format``, ``data.columns`` and
+    ``data.system``.
 
     With ``format: auto`` each file's format is detected from its first valid row. ``formats`` collects the formats
     found; ``left_out`` counts, for each unused column or field of turns, the rows where it is not empty.
@@ -135,11 +149,17 @@ class Formatter:
         except RecursionError:
             raise DataError(f"{row.place}: nested too deeply") from None
 
+    def _optional(self, form: str) -> tuple[str, ...]:
+        """Returns the optional columns of the format."""
+        if self.reads == "ratings" and form not in PAIR_FORMATS:
+            return (*OPTIONAL[form], *RATINGS, "tools")
+        return OPTIONAL[form]
+
     def _check_columns(self) -> None:
         known = {
             c
             for f in (REQUIRED if self.data.format == "auto" else [self.data.format])
-            for c in (*REQUIRED[f], *OPTIONAL[f])
+            for c in (*REQUIRED[f], *self._optional(f))
         }
         for name in self.data.columns:
             if name not in known:
@@ -177,8 +197,10 @@ class Formatter:
             raise _Bad(
                 f"tuning.objective {objectives_reading('pairs')} needs the columns 'chosen' and 'rejected', the row has {_names(values)}: name "
                 f"yours in data.columns, e.g. {{chosen: {next(iter(values), 'better')}}}, or use objective sft "
-                "with rows of one answer each"
+                "with rows of one answer each, or kto with rated ones"
             )
+        if pair and self.reads == "ratings":
+            return pair
         if pair:
             raise _Bad(
                 f"preference pairs ({', '.join(REQUIRED[pair])}), which tuning.objective {objectives_reading('pairs')} "
@@ -188,7 +210,10 @@ class Formatter:
             if form not in (*PAIR_FORMATS, "text") and all(c in values for c in required):
                 return form
         if "text" in values:
-            raise _Bad("plain text has no answers for tuning.objective sft: use objective pretrain, or another format")
+            raise _Bad(
+                f"plain text has no answers for tuning.objective {'kto' if self.reads == 'ratings' else 'sft'}: use "
+                "objective pretrain, or another format"
+            )
         shapes = "; ".join(f"{f} ({', '.join(r)})" for f, r in REQUIRED.items() if f not in PAIR_FORMATS)
         wanted = [c for r in REQUIRED.values() for c in r]
         near = {c: nearest_names(str(c), wanted) for c in values if c not in wanted}
@@ -200,7 +225,8 @@ class Formatter:
         )
 
     def _convert(self, form: str, values: dict[str, Any]) -> Content:
-        unused = {str(c) for c, v in values.items() if c not in (*REQUIRED[form], *OPTIONAL[form]) and not _is_empty(v)}
+        known = (*REQUIRED[form], *self._optional(form))
+        unused = {str(c) for c, v in values.items() if c not in known and not _is_empty(v)}
         missing = [c for c in REQUIRED[form] if values.get(c) is None]
         if missing:
             lacks = " and ".join(f"{c!r}, which is {'null here' if c in values else 'missing'}" for c in missing)
@@ -214,7 +240,21 @@ class Formatter:
             pair = self._pair(form, values, unused)
             self.left_out.update(unused)
             return pair
+        if self.reads == "ratings":
+            rated = self._rated(form, values, unused)
+            self.left_out.update(unused)
+            return rated
         unused |= _check_label(form, values)
+        messages, tools = self._answered(form, values, unused)
+        _check_media(values, messages)
+        self._add_system(values, messages)
+        self.left_out.update(unused)
+        return Conversation(messages, tools)
+
+    def _answered(
+        self, form: str, values: dict[str, Any], unused: set[str]
+    ) -> tuple[list[Message], list[dict[str, Any]] | None]:
+        """Returns messages and tools of a row of one answer."""
         if form in ("messages", "sharegpt"):
             messages = _turns(values, REQUIRED[form][0], unused)
             tools = _tools(values.get("tools"))
@@ -231,10 +271,33 @@ class Formatter:
                 raise _Bad(f"{question!r} is empty")
             if form == "alpaca":
                 messages = [*_history(values.get("history")), *messages]
+        return messages, tools
+
+    def _rated(self, form: str, values: dict[str, Any], unused: set[str]) -> Rated:
+        good = _rating(values)
+        if form == "prompt_completion":
+            prompt, tools = _prompt(values, unused), _tools(values.get("tools"))
+            if not prompt:
+                raise _Bad("'prompt' is empty")
+            messages = _side(values, "completion", prompt, unused)
+            shared = len(prompt)
+            if len(messages) <= shared or messages[shared]["role"] != "assistant" or messages[:shared] != prompt:
+                raise _Bad(
+                    "'completion' must be the answer to 'prompt': text, or turns that begin with the assistant's"
+                )
+        else:
+            messages, tools = self._answered(form, values, unused)
+            tools = tools or _tools(values.get("tools"))
+            shared = len(messages) - 1
+        if messages[-1]["role"] != "assistant":
+            raise _Bad(
+                f"the row ends with a turn of role {messages[-1]['role']}, but its rating is of an answer: end it with "
+                "the assistant's turn that is rated"
+            )
         _check_media(values, messages)
+        before = len(messages)
         self._add_system(values, messages)
-        self.left_out.update(unused)
-        return Conversation(messages, tools)
+        return Rated(Conversation(messages, tools), shared + len(messages) - before, good)
 
     def _add_system(self, values: dict[str, Any], messages: list[Message]) -> None:
         """Prepends the system message of the row, else of the conf, to messages without one."""
@@ -304,7 +367,7 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
     """Raises _Bad for a row marked as a bad answer, as in KTO data. Returns label columns with other contents, which are
     unused."""
     unused: set[str] = set()
-    for column in ("label", "kto_tag"):
+    for column in RATINGS:
         value = values.get(column)
         word = value.strip().lower() if isinstance(value, str) else value
         if (
@@ -314,11 +377,31 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
         ):
             raise _Bad(
                 f"{column!r} is {_shown(value)}: its answer is marked as bad, but tuning.objective sft would learn "
-                "it; remove such rows"
+                "it; remove such rows, or use objective kto, which learns from good and bad answers"
             )
         if column in OPTIONAL[form] and not _is_empty(value) and word not in (True, "true", "1"):
             unused.add(column)
     return unused
+
+
+def _rating(values: dict[str, Any]) -> bool:
+    """Returns whether a row's answer is rated good."""
+    given = {column: values[column] for column in RATINGS if values.get(column) is not None}
+    if not given:
+        null = next((f"{c!r} is null here" for c in RATINGS if c in values), f"the row has {_names(values)}")
+        raise _Bad(
+            f"tuning.objective kto needs a rating of the answer in a column 'label': true for a good one, false for a bad "
+            f"one; {null}. Give it, or name yours in data.columns, e.g. {{label: thumbs_up}}"
+        )
+    ratings = set()
+    for column, value in given.items():
+        word = value.strip().lower() if isinstance(value, str) else value
+        if word not in (*GOOD_RATINGS, *BAD_RATINGS):
+            raise _Bad(f"{column!r} must be true (a good answer) or false (a bad one), but is {_shown(value)}")
+        ratings.add(word in GOOD_RATINGS)
+    if len(ratings) > 1:
+        raise _Bad("'label' and 'kto_tag' rate the answer differently: keep one of them")
+    return ratings.pop()
 
 
 def _parsed(value: object, what: str) -> object:
@@ -344,6 +427,10 @@ def _check_json(value: object, what: str) -> None:
 
 BAD_LABELS = (0, -1, "0", "-1", "bad", "no", "rejected", "undesirable")
 """Further values that mean False in KTO data, for columns that can have no other meaning."""
+RATINGS = ("label", "kto_tag")
+"""Columns with the rating of an answer: TRL's name, and LLaMA-Factory's."""
+GOOD_RATINGS, BAD_RATINGS = (True, "true", "1"), (False, "false", "0")
+"""Ratings, as which 1 and 0 count too: tables and CSV files store them so."""
 SUPERVISED = ("weight", "train", "training", "loss")
 """Fields of a turn that say whether its answer is supervised."""
 USED = {

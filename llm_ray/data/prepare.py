@@ -31,15 +31,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from llm_ray.conf.finetune import FinetuneConf
+from llm_ray.conf.objectives import Reads
 from llm_ray.data.encode import (
     PAIR_TOO_LONG,
+    RATED_TOO_LONG,
     TOO_LONG,
     ChatEncoder,
     Encoded,
     SpecialTokens,
     encoder_for,
 )
-from llm_ray.data.formats import Content, Conversation, Formatter, Pair, Text
+from llm_ray.data.formats import Content, Conversation, Formatter, Pair, Rated, Text
 from llm_ray.data.processors import load_processor, process
 from llm_ray.data.sources import Row, named_to_test, place, read
 from llm_ray.errors import DataError
@@ -65,6 +67,8 @@ VALIDATION_ROWS = 500  # and the maximum
 QUESTIONS = "questions.npy"
 HELDOUT, TRAINED = "heldout.jsonl", "trained.jsonl"
 TRAINED_ROWS = 100  # training rows for evaluation if none are held out
+COLUMNS: Mapping[str, tuple[str, ...]] = {"pairs": ("chosen",), "ratings": ("good", "prompt")}
+"""Columns of prepared sequences besides tokens and labels, by what the objective reads."""
 FORM = 3
 """Version of the format of prepared data; data of another version are prepared again."""
 
@@ -88,6 +92,8 @@ class SplitStats(BaseModel):
     """Mean tokens per row, over all of its sequences, after cutting."""
     answer: float
     """Mean supervised tokens per row."""
+    good: int | None = None
+    """Sequences whose answer is rated good, the others being rated bad; None if answers are not rated."""
 
 
 class DataStats(BaseModel):
@@ -152,8 +158,11 @@ class DataStats(BaseModel):
         for name, split in (("train", self.train), ("validation", self.validation), ("test", self.test)):
             if split:
                 several = f" in {split.sequences} sequences" if split.sequences != split.rows else ""
+                rated = (
+                    "" if split.good is None else f" ({split.good} good answers, {split.sequences - split.good} bad)"
+                )
                 text.append(
-                    f"{name}: {split.rows} rows{several}, {split.tokens} tokens, {split.supervised_tokens} "
+                    f"{name}: {split.rows} rows{several}{rated}, {split.tokens} tokens, {split.supervised_tokens} "
                     f"supervised ({split.supervised_share:.0%}); a {'sequence' if several else 'row'} has "
                     f"{split.tokens / split.sequences:.0f} tokens on average, {split.longest_sequence} at most"
                 )
@@ -328,6 +337,8 @@ def _batches(rows: Iterator[tuple[Row, Content]]) -> Iterator[Batch]:
 def _characters(content: Content) -> int:
     if isinstance(content, Pair):
         return _characters(content.chosen) + _characters(content.rejected)
+    if isinstance(content, Rated):
+        return _characters(content.conversation)
     return len(content.text) if isinstance(content, Text) else sum(len(text_of(m["content"])) for m in content.messages)
 
 
@@ -379,12 +390,13 @@ def nothing_to_learn(conf: FinetuneConf, key: str, sources: tuple[str, ...], tal
 
 def cut_off(dropped: Mapping[str, int]) -> int:
     """Returns how many of the dropped rows were too long."""
-    return sum(dropped.get(why, 0) for why in (TOO_LONG, PAIR_TOO_LONG))
+    return sum(dropped.get(why, 0) for why in (TOO_LONG, PAIR_TOO_LONG, RATED_TOO_LONG))
 
 
 def open_split(out: Path, split: Split) -> datasets.Dataset:
     """Opens the sequences of a split, memory-mapped: columns input_ids and labels, lists of int32; for pairs also
-    `chosen`, int32, the length of the row with the chosen answer, which is followed by the one with the rejected answer.
+    `chosen`, int32, the length of the row with the chosen answer, which is followed by the one with the rejected answer;
+    for rated answers also `good`, bool, and `prompt`, int32, the number of tokens before the answer.
 
     Labels are aligned with input_ids (no shift), and -100 for unsupervised tokens, including always the first. Raises
     :class:`DataError` if the split was not prepared.
@@ -421,6 +433,13 @@ def lengths_of(rows: datasets.Dataset, *, padded: bool = False) -> np.ndarray:
     return 2 * np.maximum(chosen, lengths - chosen)
 
 
+def prompts_of(rows: datasets.Dataset) -> np.ndarray:
+    """Returns the number of tokens before each rated answer of an opened split: int64 [rows]."""
+    import numpy as np
+
+    return np.asarray(rows.data.column("prompt").combine_chunks(), dtype=np.int64)
+
+
 def largest_token(out: Path) -> int:
     """Returns the largest token id in the prepared data in `out`."""
     import pyarrow.compute as pc
@@ -440,7 +459,7 @@ def evaluation_rows(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, prep
     """Yields the conversations for evaluation: those of evaluation.data, else the test rows, else the validation rows,
     else some of the training rows; none if the objective does not train answers.
 
-    Pairs yield the conversation with the chosen answer. All are ready for
+    Pairs yield the conversation with the chosen answer, rated answers only those that are good. All are ready for
     :meth:`~llm_ray.models.chat.ChatTemplate.render`: tools are written out as text if the template does not support
     them.
     """
@@ -480,14 +499,16 @@ def questions_from(conf: FinetuneConf, prepared: Path) -> str:
 class _Rows:
     """Encoded rows on disk, in the order of the files, with a few numbers per row in memory."""
 
-    def __init__(self, file: Path, pairs: bool) -> None:
-        self.file, self.pairs = file, pairs
+    def __init__(self, file: Path, reads: Reads) -> None:
+        self.file, self.reads = file, reads
         # Per sequence: its row, its tokens, its supervised tokens.
         self.row_of = array("q")
         self.lengths = array("i")
         self.supervised = array("i")
+        self.good = array("b")  # for rated answers
         # Per row: its tokens before cutting; hashes of its question, of what repeating or contradicting rows have in
-        # common, and of its last answer (for pairs, the chosen one); the number of its file, and its line.
+        # common, and of its last answer (for pairs, the chosen one; the rating, if it has one); the number of its file,
+        # and its line.
         self.longest = array("i")
         self.questions = array("Q")
         self.compared = array("Q")
@@ -503,8 +524,9 @@ class _Rows:
         import pyarrow as pa
 
         tokens = pa.list_(pa.int32())
-        pairs = {"chosen": pa.int32()} if self.pairs else {}
-        schema = pa.schema({"input_ids": tokens, "labels": tokens, **pairs, "conversation": pa.large_string()})
+        types = {"chosen": pa.int32(), "good": pa.bool_(), "prompt": pa.int32()}
+        further = {name: types[name] for name in COLUMNS.get(self.reads, ())}
+        schema = pa.schema({"input_ids": tokens, "labels": tokens, **further, "conversation": pa.large_string()})
         with pa.OSFile(str(self.file), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             columns: dict[str, list[Any]] = {name: [] for name in schema.names}
             size = 0
@@ -515,8 +537,9 @@ class _Rows:
                     self.supervised.append(sum(label >= 0 for label in sequence.labels))
                     columns["input_ids"].append(sequence.input_ids)
                     columns["labels"].append(sequence.labels)
-                    if self.pairs:
-                        columns["chosen"].append(sequence.chosen)
+                    for name in further:
+                        columns[name].append(getattr(sequence, name))
+                    self.good.append(bool(sequence.good))
                     columns["conversation"].append(_heldout_line(prepared, adapt) if adapt and not number else "")
                     size += len(sequence.input_ids)
                 if prepared.encoded.sequences:
@@ -560,6 +583,8 @@ def _heldout_line(prepared: Prepared, adapt: Callable[[Conversation], Conversati
 
 def _asked(content: Content) -> Conversation | None:
     """Returns the conversation to evaluate the model with, including the expected answer; None for plain text."""
+    if isinstance(content, Rated):
+        return content.conversation if content.good else None
     return content.chosen if isinstance(content, Pair) else content if isinstance(content, Conversation) else None
 
 
@@ -572,7 +597,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
     )
 
     def written(sources: tuple[str, ...], name: str, keep: bool) -> _Rows:
-        rows = _Rows(folder / f"{name}.rows.arrow", pairs=conf.objective.reads == "pairs")
+        rows = _Rows(folder / f"{name}.rows.arrow", conf.objective.reads)
         tally = Tally(fail=conf.data.on_bad_row == "fail")
         tallies.append(tally)
         rows.write(_reported(encode_rows(conf, tokenizer, sources, tally), tally, report), adapt if keep else None)
@@ -691,9 +716,10 @@ def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
     examples = [
         f"contradicting: {rows.place(numbers[one])} and {rows.place(numbers[first[one]])} "
         + (
-            "prefer opposite answers of the same two"
-            if rows.pairs
-            else "ask the same question and answer it differently"
+            {
+                "pairs": "prefer opposite answers of the same two",
+                "ratings": "rate the same answer differently",
+            }.get(rows.reads, "ask the same question and answer it differently")
         )
         for one in np.flatnonzero(other)[:NAMED]
     ]
@@ -702,7 +728,9 @@ def _repeats(rows: _Rows, learned: np.ndarray) -> tuple[int, int, list[str]]:
 
 def question_and_answer(content: Content) -> tuple[str, str]:
     """Returns a row's question and answer, with case and white space normalized. For a text they are the text and "";
-    for a pair, the prompt and the chosen answer."""
+    for a pair, the prompt and the chosen answer; for a rated answer, the prompt and the rating."""
+    if isinstance(content, Rated):
+        return _plain(content.conversation.messages[: content.shared]), "good" if content.good else "bad"
     if isinstance(content, Pair):
         return (
             _plain(content.chosen.messages[: content.shared]),
@@ -724,7 +752,9 @@ def _plain(messages: list[Message]) -> str:
 
 def _compared(content: Content, question: str) -> str:
     """Returns what repeating or contradicting rows have in common: the question; for pairs also both answers in a fixed
-    order, since a prompt may have many pairs."""
+    order, and for rated answers the answer, since a prompt may have many."""
+    if isinstance(content, Rated):
+        return "\n".join([question, _plain(content.conversation.messages[content.shared :])])
     if not isinstance(content, Pair):
         return question
     answers = (side.messages[content.shared :] for side in (content.chosen, content.rejected))
@@ -771,7 +801,7 @@ def _write_split(rows: _Rows, sequences: np.ndarray, folder: Path, report: Repor
     import pyarrow as pa
 
     folder.mkdir()
-    columns = ["input_ids", "labels", *(["chosen"] if rows.pairs else [])]
+    columns = ["input_ids", "labels", *COLUMNS.get(rows.reads, ())]
     table, last = rows.table().select_columns(columns), time.monotonic()
     lengths = np.array(rows.lengths)[sequences]
     per_batch = max(1, (1 << 18) // int(lengths.max()))
@@ -794,4 +824,5 @@ def _write_split(rows: _Rows, sequences: np.ndarray, folder: Path, report: Repor
         longest_sequence=int(lengths.max()),
         mean=total / len(used),
         answer=supervised / len(used),
+        good=int(np.array(rows.good)[sequences].sum()) if rows.reads == "ratings" else None,
     )

@@ -22,12 +22,15 @@ from llm_ray.runs.benchmarks import shown
 class Share(TypedDict):
     """One worker's results: summed validation loss, its token count, and the answers. For preference pairs there is no
     loss; `pairs` maps each pair's number to log-probabilities (nats) and token counts of the chosen and rejected
-    answer."""
+    answer. For rated answers, `rated` maps each row's number to the log-probability (nats) of its answer and its rating;
+    `mismatched` is the summed log-probability of other rows' answers, if the loss needs it."""
 
     loss: float
     tokens: int
     answers: list[str]
     pairs: dict[int, tuple[list[float], list[int]]]
+    rated: dict[int, tuple[float, bool]]
+    mismatched: float
 
 
 def evaluate(
@@ -51,6 +54,8 @@ def evaluate(
     figures: dict[str, Any] = {"rows": len(rows), "questions": questions_from(conf, conf.run_dir / "prepared")}
     given: dict[str, list[str]] = {}
     pairs: dict[str, dict[int, tuple[list[float], list[int]]]] = {"base": {}, "finetuned": {}}
+    rated: dict[str, dict[int, tuple[float, bool]]] = {"base": {}, "finetuned": {}}
+    mismatched = {"base": 0.0, "finetuned": 0.0}
     with reporter.bar("evaluating", 2 * number) as bar:
         parts = {
             (which, rank): share.remote(
@@ -74,9 +79,14 @@ def evaluate(
         figures[which] = _figures(shares, given[which], [reference for _, reference in rows])
         for share_of in shares:
             pairs[which].update(share_of["pairs"])
-    if pairs["base"]:
-        for which in ("base", "finetuned"):
+            rated[which].update(share_of["rated"])
+            mismatched[which] += share_of["mismatched"]
+    for which in ("base", "finetuned"):
+        if pairs["base"]:
             figures[which] = _preferred(conf, pairs["base"], pairs[which], which == "base") | figures[which]
+        if rated["base"]:
+            moved = mismatched[which] - mismatched["base"]
+            figures[which] = _agreeing(conf, rated["base"], rated[which], moved, which == "base") | figures[which]
     figures["unchanged"] = sum(before == after for before, after in zip(given["base"], given["finetuned"], strict=True))
     figures |= {"harness": "", "tasks": []}
     if conf.evaluation.tasks:
@@ -126,7 +136,7 @@ def _share(
     from llm_ray.data.prepare import evaluated_split, lengths_of, open_split
     from llm_ray.evaluate.generate import answers
     from llm_ray.hardware import choose_precision, cpu_flags, torch_dtype
-    from llm_ray.train.batches import collate, micro_batch_tokens, passes_over
+    from llm_ray.train.batches import collate, micro_batch_tokens, passes_over, whole_split
     from llm_ray.train.loss import SupervisedLoss
     from llm_ray.train.trained import load_trained
 
@@ -145,26 +155,36 @@ def _share(
             conf.evaluation.batch_size,
         )
     )
-    loss, tokens = 0.0, 0
+    loss, tokens, mismatched = 0.0, 0, 0.0
     pairs: dict[int, tuple[list[float], list[int]]] = {}
+    rated: dict[int, tuple[float, bool]] = {}
     if split := evaluated_split(conf.run_dir / "prepared"):
         data = open_split(conf.run_dir / "prepared", split)
         module = SupervisedLoss(model, model, packed=False)
         autocast = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
         with torch.inference_mode(), autocast:
             module.choose_blockwise()
-            lengths = lengths_of(data, padded=True)
-            for indices in passes_over(lengths, micro_batch_tokens(conf), rank, conf.runtime.workers):
+            passes = (micro_batch_tokens(conf), rank, conf.runtime.workers)
+            for indices in passes_over(lengths_of(data, padded=True), *passes):
                 if not indices:
                     continue
                 batch = collate(data, indices, packed=False)
-                if batch.pairs:
+                if batch.ratings:
+                    of_rows = zip(module.log_probabilities(batch).tolist(), batch.ratings.good.tolist(), strict=True)
+                    rated |= dict(zip(indices, of_rows, strict=True))
+                elif batch.pairs:
                     given_pairs = module.log_probabilities(batch).view(-1, 2).tolist()
                     pairs |= dict(zip(indices, zip(given_pairs, batch.pairs.tokens.tolist(), strict=True), strict=True))
                 else:
                     loss += module(batch).item()
                     tokens += len(batch.targets)
-    return Share(loss=loss, tokens=tokens, answers=given, pairs=pairs)
+            if conf.tuning.mismatches:
+                mismatches = whole_split(data, conf.data.max_length)
+                for indices in passes_over(mismatches.lengths, *passes):
+                    if indices:
+                        batch = collate(data, indices, packed=False, mismatches=mismatches)
+                        mismatched += module.log_probabilities(batch).double().sum().item()
+    return Share(loss=loss, tokens=tokens, answers=given, pairs=pairs, rated=rated, mismatched=mismatched)
 
 
 def _preferred(
@@ -178,15 +198,41 @@ def _preferred(
     the loss."""
     import torch
 
-    from llm_ray.train.objectives import means, preference_of
+    from llm_ray.train.objectives import preference_of
 
     numbers = sorted(base)
     reference, given = (torch.tensor([of[n][0] for n in numbers]) for of in (base, model))
     objective = preference_of(conf.tuning)
     sums = objective.figures_of(given, reference, torch.tensor([base[n][1] for n in numbers]))
-    found = means(objective, sums.tolist(), len(numbers))
+    found = objective.means(sums.tolist(), len(numbers))
     preferred = {"reward_accuracy": found["rewards/accuracies"], "reward_margin": found["rewards/margins"]}
     return {"validation_loss": found["loss"], **({} if is_base and objective.reference else preferred)}
+
+
+def _agreeing(
+    conf: FinetuneConf,
+    base: dict[int, tuple[float, bool]],
+    model: dict[int, tuple[float, bool]],
+    moved: float,
+    is_base: bool,
+) -> dict[str, float]:
+    """Returns the loss over rated validation rows, the share of rows whose reward agrees with their rating, and the
+    margin between good and bad ones; for the base model itself, whose rewards are zero, only the loss. `moved`: by how
+    many nats the model finds mismatched answers likelier than its base, summed over the rows."""
+    import torch
+
+    from llm_ray.train.objectives import KahnemanTversky, divergence_of
+
+    numbers = sorted(base)
+    reference, given = (torch.tensor([of[n][0] for n in numbers]) for of in (base, model))
+    good = torch.tensor([base[n][1] for n in numbers])
+    objective = KahnemanTversky(conf.tuning.kto)
+    sums = objective.figures_of(given, reference, good, divergence_of(moved, len(numbers)))
+    found = objective.means(sums.tolist(), len(numbers))
+    if is_base:
+        return {"validation_loss": found["loss"]}
+    margin = {"reward_margin": found["rewards/margins"]} if "rewards/margins" in found else {}
+    return {"validation_loss": found["loss"], "rating_accuracy": found["rewards/accuracies"], **margin}
 
 
 def _figures(shares: list[Share], answers: list[str], references: list[str]) -> dict[str, float]:

@@ -19,6 +19,7 @@ FIGURES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
     "reward_accuracy": "held-out pairs of which the chosen answer is preferred",
+    "rating_accuracy": "held-out answers whose reward agrees with their rating",
     "reward_margin": "margin of rewards",
 }
 
@@ -127,6 +128,12 @@ def _preference(tuning: Tuning) -> dict[str, object]:
     dpo = tuning.dpo
     if tuning.objective == "orpo":
         return {"beta": f"{tuning.orpo.beta:g}"}
+    if tuning.objective == "kto":
+        return {
+            "preference loss": tuning.kto.loss,
+            "beta": f"{tuning.kto.beta:g}",
+            "weights of good and bad answers": f"{tuning.kto.desirable_weight:g} and {tuning.kto.undesirable_weight:g}",
+        }
     if tuning.objective != "dpo":
         return {}
     return {

@@ -6,7 +6,8 @@ The order is a pure function of seed, epoch and step, so a resumed run sees the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.section import as_run
 from llm_ray.data.encode import IGNORED
+from llm_ray.data.prepare import lengths_of, prompts_of
 
 MICRO_BATCH_TOKENS = 4096
 
@@ -24,13 +26,23 @@ MICRO_BATCH_TOKENS = 4096
 class Pairs:
     """The pairs of a batch of preference data, whose rows alternate: the chosen answer of a pair, then the rejected one.
 
-    row_of: int64 [n], the row of each supervised token; tokens: int64 [pairs, 2], number of supervised tokens of both
-    answers; reference: fp32 [pairs, 2], their log-probabilities under the base model, in nats (zeros if not given).
+    tokens: int64 [pairs, 2], number of supervised tokens of both answers; reference: fp32 [pairs, 2], their
+    log-probabilities under the base model, in nats (zeros if not given).
     """
 
-    row_of: Tensor
     tokens: Tensor
     reference: Tensor
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """The ratings of a batch of rated answers. good: bool [answers]; reference: fp32 [answers], their log-probabilities
+    under the base model, in nats (zeros if not given); divergence: of the model from its base, in nats, as estimated for
+    the step (zero if it is not)."""
+
+    good: Tensor
+    reference: Tensor
+    divergence: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ class Batch:
     input_ids, position_ids, attention_mask: int64 [1, tokens] with rows end to end (packed), or [rows, longest]
     (padded). row_lengths: tokens of each row. supervised: int64 [n], positions in the flattened input whose next token
     is supervised; targets: int64 [n], those next tokens. tokens: number of real tokens, without padding and filler rows.
-    pairs: set for preference data.
+    pairs, ratings: set for preference data and for rated answers.
     """
 
     input_ids: Tensor
@@ -51,13 +63,39 @@ class Batch:
     targets: Tensor
     tokens: int
     pairs: Pairs | None = None
+    ratings: Ratings | None = None
+
+    @property
+    def row_of(self) -> Tensor:
+        """The row of each supervised token: int64 [n]."""
+        if len(self.input_ids) == 1:  # packed, or a single row
+            return torch.bucketize(self.supervised, torch.tensor(self.row_lengths).cumsum(0), right=True)
+        return self.supervised // self.input_ids.shape[1]
+
+    def with_divergence(self, divergence: float) -> Batch:
+        """Returns the batch of rated answers with this divergence."""
+        return self if self.ratings is None else replace(self, ratings=replace(self.ratings, divergence=divergence))
+
+
+@dataclass(frozen=True)
+class Mismatches:
+    """Rows with the prompts of the rows of a data set of rated answers, and the answers of other ones.
+
+    answer_of: int64 [rows], the number of the row whose answer it is; lengths: int64 [rows], tokens; longest: tokens at
+    which they are cut, since a long answer may come behind a long prompt.
+    """
+
+    answer_of: np.ndarray
+    lengths: np.ndarray
+    longest: int
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Steps of a training over rows of `lengths` tokens: each step has `batch_size` rows, whatever the number of workers.
 
-    `limit`: maximum tokens of a forward pass, padding included; `packed`: rows are concatenated without padding.
+    `limit`: maximum tokens of a forward pass, padding included; `packed`: rows are concatenated without padding;
+    `together`: every epoch has the same steps, in another order, so that a row always meets the same others.
     """
 
     lengths: np.ndarray
@@ -65,6 +103,7 @@ class Schedule:
     limit: int
     packed: bool
     seed: int
+    together: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -73,15 +112,29 @@ class Schedule:
     def indices(self, step: int, rank: int, workers: int) -> list[list[int]]:
         """Returns the row numbers of optimizer step `step` (from 0) for worker `rank` of `workers`: a list per forward
         pass, equally many on every worker. If there are too few rows, the last lists are empty."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        rows = self._order(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-        shares = [self._passes(share) for share in self._deal(rows, workers)]
+        shares = [self._passes(share) for share in self._deal(self._rows(step), workers)]
         mine = shares[rank]
         return mine + [[] for _ in range(max(map(len, shares)) - len(mine))]
 
-    def _order(self, epoch: int) -> list[int]:
+    def neighbours(self) -> np.ndarray:
+        """Returns for each row the one before it in its step, for the first the last one: int64 [rows]. The row of a step
+        that has no other gets the one before it in the epoch. Needs `together`."""
+        order = np.array(self._order(0, len(self.lengths)), dtype=np.int64)
+        before = np.empty_like(order)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            before[rows] = np.roll(rows, 1) if len(rows) > 1 else order[start - 1]
+        return before
+
+    def _rows(self, step: int) -> list[int]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self.together and epoch:
+            within, epoch = self._order(epoch, self.steps_per_epoch)[within], 0
+        return self._order(epoch, len(self.lengths))[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def _order(self, epoch: int, count: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.lengths), generator=generator).tolist()
+        return torch.randperm(count, generator=generator).tolist()
 
     def _deal(self, rows: list[int], workers: int) -> list[list[int]]:
         """Distributes the rows so that workers get about the same number of tokens: longest first, each to the worker
@@ -122,7 +175,8 @@ def plan_steps(conf: FinetuneConf, lengths: np.ndarray, packed: bool = True) -> 
     `conf` must not contain `auto` (``llm_ray.train.auto``).
     """
     training = conf.training
-    schedule = Schedule(lengths, as_run(training.global_batch_size), micro_batch_tokens(conf), packed, training.seed)
+    batch_size, together = as_run(training.global_batch_size), conf.tuning.mismatches
+    schedule = Schedule(lengths, batch_size, micro_batch_tokens(conf), packed, training.seed, together)
     return schedule, training.max_steps or max(1, round(as_run(training.epochs) * schedule.steps_per_epoch))
 
 
@@ -139,11 +193,28 @@ def steps_of(
     start: int,
     end: int,
     reference: Tensor | None = None,
+    mismatches: Mismatches | None = None,
 ) -> Iterator[list[Batch]]:
     """Yields the batches of worker `rank` for steps `start` to `end` (exclusive): a list per step, with one batch per
-    forward pass. `reference`: see :func:`collate`."""
+    forward pass. `reference`, `mismatches`: see :func:`collate`."""
     for step in range(start, end):
-        yield [collate(data, indices, schedule.packed, reference) for indices in schedule.indices(step, rank, workers)]
+        passes = schedule.indices(step, rank, workers)
+        yield [collate(data, indices, schedule.packed, reference, mismatches) for indices in passes]
+
+
+def mismatches_of(data: datasets.Dataset, answer_of: np.ndarray, longest: int) -> Mismatches:
+    """Returns the rows with the prompts of `data` and the answers of the rows `answer_of`, int64 [rows], cut at `longest`
+    tokens."""
+    prompts = prompts_of(data)
+    answers = lengths_of(data) - prompts
+    return Mismatches(answer_of, np.minimum(prompts + answers[answer_of], longest), longest)
+
+
+def whole_split(data: datasets.Dataset, longest: int) -> Mismatches:
+    """Returns the rows with the prompts of `data` and the answers of the rows half the data before, as if all were rows of
+    one step: for validation. (The row right before may have the same prompt, if both are of a pair.) See
+    :func:`mismatches_of`."""
+    return mismatches_of(data, np.roll(np.arange(len(data)), max(1, len(data) // 2)), longest)
 
 
 def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> list[list[int]]:
@@ -152,14 +223,26 @@ def passes_over(lengths: np.ndarray, limit: int, rank: int, workers: int) -> lis
     return Schedule(lengths, max(1, len(lengths)), limit, packed=False, seed=0).indices(0, rank, workers)
 
 
-def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference: Tensor | None = None) -> Batch:
+def collate(
+    data: datasets.Dataset,
+    indices: list[int],
+    packed: bool,
+    reference: Tensor | None = None,
+    mismatches: Mismatches | None = None,
+) -> Batch:
     """Builds a batch. Without `indices` it has one filler row with nothing supervised, since the worker must still take
-    part in the step. `reference`: for pairs, fp32 [all pairs, 2], log-probabilities of their answers under the base
-    model."""
+    part in the step. `reference`: log-probabilities under the base model, for pairs fp32 [all pairs, 2] of their answers,
+    for rated answers fp32 [all rows, 1 or 2] of the answer, and of that of `mismatches`. With `mismatches`, those rows are
+    built instead of the data's own."""
     rows: list[tuple[list[int], list[int]]] = []
-    pairs = "chosen" in data.column_names
+    pairs, rated = "chosen" in data.column_names, "good" in data.column_names
+    good: list[bool] = []
     for index in indices or [0]:
         row = data[index]
+        if mismatches:
+            row = _mismatched(row, data[int(mismatches.answer_of[index])], mismatches.longest)
+        if rated:
+            good.append(row["good"])
         ids, labels = row["input_ids"], row["labels"] if indices else [IGNORED] * len(row["labels"])
         cut = row["chosen"] if pairs else len(ids)
         rows += [(ids[part], labels[part]) for part in (slice(0, cut), slice(cut, None))[: 1 + pairs]]
@@ -183,7 +266,7 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference:
         offset = to
     flat = target.flatten()
     supervised = (flat != IGNORED).nonzero()[:, 0]
-    return Batch(
+    batch = Batch(
         input_ids,
         position_ids,
         mask,
@@ -191,14 +274,20 @@ def collate(data: datasets.Dataset, indices: list[int], packed: bool, reference:
         supervised,
         flat[supervised],
         sum(lengths) if indices else 0,
-        _pairs(indices, lengths, supervised, width, packed, reference) if pairs else None,
     )
+    if pairs:
+        tokens = torch.bincount(batch.row_of, minlength=2 * len(indices))[: 2 * len(indices)].view(-1, 2)
+        given = torch.zeros(len(indices), 2) if reference is None else reference[indices]
+        return replace(batch, pairs=Pairs(tokens, given))
+    if rated:
+        given = torch.zeros(len(indices)) if reference is None else reference[indices, int(mismatches is not None)]
+        return replace(batch, ratings=Ratings(torch.tensor(good[: len(indices)], dtype=torch.bool), given))
+    return batch
 
 
-def _pairs(
-    indices: list[int], lengths: list[int], supervised: Tensor, width: int, packed: bool, reference: Tensor | None
-) -> Pairs:
-    ends = torch.tensor(lengths).cumsum(0)
-    row_of = torch.bucketize(supervised, ends, right=True) if packed else supervised // width
-    tokens = torch.bincount(row_of, minlength=2 * len(indices))[: 2 * len(indices)].view(-1, 2)
-    return Pairs(row_of, tokens, torch.zeros(len(indices), 2) if reference is None else reference[indices])
+def _mismatched(row: dict[str, Any], other: dict[str, Any], longest: int) -> dict[str, Any]:
+    """Returns a row with the prompt of `row` and the answer of `other`."""
+    return row | {
+        name: (row[name][: row["prompt"]] + other[name][other["prompt"] :])[:longest]
+        for name in ("input_ids", "labels")
+    }

@@ -130,8 +130,10 @@ def estimate(conf: FinetuneConf, base: Base, data: DataStats, prepared: Path, cp
     step_seconds = tokens * cost.seconds_per_token + cost.first_step_seconds
     validations = 1 + steps / (conf.training.validate_every or schedule.steps_per_epoch)
     validated = data.validation.tokens * validations if data.validation else 0
-    if objective_of(conf).reference:  # one forward pass over all pairs for the base model's log-probabilities
+    if objective_of(conf).reference:  # one forward pass over all answers for the base model's log-probabilities
         validated += data.train.tokens + (data.validation.tokens if data.validation else 0)
+    if conf.tuning.mismatches:  # as many tokens again, of prompts with the answers of other rows
+        validated *= 2
     return replace(
         planned,
         memory_per_worker=cost.memory + RAY_BYTES,

@@ -165,12 +165,10 @@ class SupervisedLoss(nn.Module):
         return self.log_probabilities(batch) if log_probabilities else self.objective.sums(self, batch)
 
     def log_probabilities(self, batch: Batch) -> Tensor:
-        """Returns the log-probabilities of a batch of pairs, in nats, summed over the supervised tokens of each row:
-        fp32 [rows]. Raises ValueError for a batch without pairs."""
-        if batch.pairs is None:
-            raise ValueError("log-probabilities of rows need a batch of pairs")
+        """Returns the log-probabilities of a batch's rows, in nats, summed over the supervised tokens of each: fp32
+        [rows]."""
         of_tokens = self._blockwise_log_probabilities if self.blockwise else self._plain_log_probabilities
-        return torch.zeros(len(batch.row_lengths)).index_add(0, batch.pairs.row_of, of_tokens(batch))
+        return torch.zeros(len(batch.row_lengths)).index_add(0, batch.row_of, of_tokens(batch))
 
     def cross_entropy(self, batch: Batch) -> Tensor:
         """Returns the cross entropy summed over the supervised tokens, in nats: fp32 scalar."""

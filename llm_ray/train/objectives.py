@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm_ray.conf.finetune import Dpo, FinetuneConf, Orpo, Tuning
+from llm_ray.conf.finetune import Dpo, FinetuneConf, Kto, Orpo, Tuning
 from llm_ray.train.batches import Batch
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ class Objective(Protocol):
         """Returns the batch's number of items that figures are averaged over, such as supervised tokens or pairs."""
         ...
 
+    def means(self, sums: list[float], weight: float) -> dict[str, float]:
+        """Returns what is reported, by name: "loss" and others, from the sums and weights of all batches of a step."""
+        ...
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -65,6 +69,9 @@ class CrossEntropy:
 
     def weight(self, batch: Batch) -> int:
         return len(batch.targets)
+
+    def means(self, sums: list[float], weight: float) -> dict[str, float]:
+        return _means(self.figures, sums, weight)
 
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
@@ -87,6 +94,9 @@ class Preference(ABC):
 
     def weight(self, batch: Batch) -> int:
         return 0 if batch.pairs is None else len(batch.pairs.tokens)
+
+    def means(self, sums: list[float], weight: float) -> dict[str, float]:
+        return _means(self.figures, sums, weight)
 
     @abstractmethod
     def figures_of(self, given: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
@@ -144,6 +154,65 @@ class OddsRatio(Preference):
         return _summed(losses, [likelihood, ratio], rewards, means_of_tokens.unbind(1))
 
 
+@dataclass(frozen=True)
+class KahnemanTversky:
+    """The losses of Kahneman-Tversky optimization (sources: `llm_ray.conf.finetune.Kto`), as in TRL's KTOTrainer. Rewards
+    and log-probabilities are means over the answers rated good (chosen) or bad (rejected), the rest over all."""
+
+    kto: Kto
+    figures: tuple[str, ...] = (
+        *("loss", "kl", "rewards/accuracies"),
+        *("rewards/chosen", "rewards/rejected", *_LOG_PROBABILITIES, "good"),
+    )
+    likelihood: bool = False
+    reference: bool = True
+
+    def sums(self, module: SupervisedLoss, batch: Batch) -> Tensor:
+        ratings = batch.ratings
+        if ratings is None:
+            raise ValueError("the loss of kto needs a batch of rated answers")
+        given = module.log_probabilities(batch)[: len(ratings.good)]
+        return self.figures_of(given, ratings.reference, ratings.good, ratings.divergence)
+
+    def figures_of(self, given: Tensor, reference: Tensor, good: Tensor, divergence: float) -> Tensor:
+        """Returns the figures, summed over answers: fp32 [figures].
+
+        given, reference: fp32 [answers], log-probabilities (nats) under the model and under its base; good: bool
+        [answers]; divergence: see :func:`divergence_of`. Only the loss carries gradients.
+        """
+        ratios = given - reference
+        agreement = (ratios - divergence) * torch.where(good, 1.0, -1.0)  # above zero: on the side of the rating
+        weights = torch.where(good, self.kto.desirable_weight, self.kto.undesirable_weight)
+        losses = weights * (1 - torch.sigmoid(self.kto.beta * agreement))
+        rewards = self.kto.beta * ratios
+        reported = [torch.full_like(given, divergence), (agreement > 0).float()]
+        for values in (rewards, given):
+            reported += [values[good], values[~good]]
+        return _summed(losses, [*reported, good.float()])
+
+    def weight(self, batch: Batch) -> int:
+        return 0 if batch.ratings is None else len(batch.ratings.good)
+
+    def means(self, sums: list[float], weight: float) -> dict[str, float]:
+        """As in the protocol; without figures of good or bad answers if there are none, and the divergence if it is not
+        estimated."""
+        *values, good = sums
+        over = [max(1.0, weight)] * 3 + [good, weight - good] * 2
+        means = {name: value / n for name, value, n in zip(self.figures, values, over, strict=False) if n}
+        if self.kto.loss != "kto":
+            del means["kl"]
+        if 0 < good < weight:
+            means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+        return means
+
+
+def divergence_of(ratios: float, rows: float) -> float:
+    """Returns the estimated divergence of the model from its base in nats, at least 0: `ratios` is the sum, over `rows`
+    rows with a prompt and the answer to another one, of log-probability minus that under the base model
+    (arXiv:2402.01306, section 4.1)."""
+    return max(0.0, ratios / max(1.0, rows))
+
+
 def _log_of_one_minus_exp(values: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, accurate near both ends (Mächler 2012, "Accurately computing log(1 - exp(-|a|))").
     Values above -1e-7 are clamped to it, without a gradient: the odds of a certain answer are infinite."""
@@ -170,9 +239,11 @@ def preference_of(tuning: Tuning) -> Preference:
 
 def objective_of(conf: FinetuneConf) -> Objective:
     """Returns the objective of the training of `conf`."""
+    if conf.objective.reads == "ratings":
+        return KahnemanTversky(conf.tuning.kto)
     return preference_of(conf.tuning) if conf.objective.reads == "pairs" else CrossEntropy()
 
 
-def means(objective: Objective, sums: list[float], weight: float) -> dict[str, float]:
-    """Returns the objective's figures by name: `sums` divided by `weight` (zeros if nothing was summed)."""
-    return {name: value / max(1.0, weight) for name, value in zip(objective.figures, sums, strict=True)}
+def _means(figures: Sequence[str], sums: list[float], weight: float) -> dict[str, float]:
+    """The figures by name: `sums` divided by `weight` (zeros if nothing was summed)."""
+    return {name: value / max(1.0, weight) for name, value in zip(figures, sums, strict=True)}

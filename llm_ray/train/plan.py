@@ -19,6 +19,10 @@ FEW_STEPS = 20
 """Fewer optimizer steps than these hardly change a model."""
 HIGH_RATE, LOW_RATE = 8, 30
 """Factors above and below the usual learning rate beyond which a warning is given."""
+MOST_UNBALANCED = 2
+"""How many times the weighted good answers may outnumber the bad ones, or the reverse, without a warning."""
+IDEAL_BALANCE = 1.15
+"""Ratio of weighted good answers to bad ones that is advised (arXiv:2402.01306, eq. 8: between 1 and 4/3)."""
 FEW_VALIDATION_ROWS = 10
 """The loss over fewer validation rows means little."""
 
@@ -110,14 +114,15 @@ def warnings(
         )
     if data.contradicting:
         found.append(
-            (
-                "training pairs that prefer the answer that another pair rejects, out of the same two"
-                if conf.objective.reads == "pairs"
-                else "training rows with the same question as another one, but a different answer"
-            )
+            {
+                "pairs": "training pairs that prefer the answer that another pair rejects, out of the same two",
+                "ratings": "training rows that rate the same answer differently than another one",
+            }.get(conf.objective.reads, "training rows with the same question as another one, but a different answer")
             + f": {data.contradicting} of {rows}. The model cannot learn both: correct them (the first are listed "
             "with the data)"
         )
+    if data.train.good is not None:
+        found += _unbalanced(conf, data.train.good, data.train.sequences - data.train.good)
     if data.leaked and data.validation:
         found.append(
             f"validation rows with the same question as a training row: {data.leaked} of {data.validation.rows}. "
@@ -129,6 +134,28 @@ def warnings(
             "prove nothing: remove them"
         )
     return found
+
+
+def _unbalanced(conf: FinetuneConf, good: int, bad: int) -> list[str]:
+    """Returns a warning if answers of one rating are missing, or weigh much more than those of the other."""
+    if not good or not bad:
+        return [
+            f"all {_count(good + bad, 'training answer')} are rated {'good' if good else 'bad'}: objective "
+            f"{conf.tuning.objective} learns from the difference between good and bad ones; add rows with label "
+            f"{'false' if good else 'true'}" + (", or use objective sft" if good else "")
+        ]
+    kto = conf.tuning.kto
+    desirable, undesirable = kto.desirable_weight * good, kto.undesirable_weight * bad
+    if not desirable or not undesirable or 1 / MOST_UNBALANCED <= desirable / undesirable <= MOST_UNBALANCED:
+        return []
+    if good < bad:
+        advice = f"tuning.kto.desirable_weight {IDEAL_BALANCE * undesirable / good:.2g}"
+    else:
+        advice = f"tuning.kto.undesirable_weight {desirable / IDEAL_BALANCE / bad:.2g}"
+    return [
+        f"{good} training answers are rated good and {bad} bad: with the weights of tuning.kto their ratio is "
+        f"{desirable / undesirable:.2g}, and should be between 1 and 4/3; set {advice}"
+    ]
 
 
 def _count(number: int, what: str) -> str:

@@ -7,11 +7,12 @@ and the stop signal in between. Longer parts are stateless functions in modules 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,17 +42,26 @@ from llm_ray.runs.folder import stop_file
 from llm_ray.runs.metrics import MetricsWriter
 from llm_ray.train import checkpoint as checkpoints
 from llm_ray.train.attention import why_not_packed
-from llm_ray.train.batches import Batch, collate, passes_over, plan_steps, steps_of
+from llm_ray.train.batches import (
+    Batch,
+    Mismatches,
+    collate,
+    mismatches_of,
+    passes_over,
+    plan_steps,
+    steps_of,
+    whole_split,
+)
 from llm_ray.train.fits import weight_precision
 from llm_ray.train.model import adapt, compile_layers, distribute, gradient_sync, load
-from llm_ray.train.objectives import Objective, means
+from llm_ray.train.objectives import Objective, divergence_of
 from llm_ray.train.optimizer import Optimizer, learning_rate, make_optimizer
 from llm_ray.train.reference import reference_folder, reference_log_probabilities
 from llm_ray.train.task import NOTES_FILE, Outcome, Task
 from llm_ray.train.workers import OtherWorkerFailed, all_reduce, broadcast, gather_error, run_collectively, use_threads
 
 _REFERENCE = (
-    "before the first step, the base model's log-probabilities of all pairs are computed, unless already stored"
+    "before the first step, the base model's log-probabilities of all answers are computed, unless already stored"
 )
 
 
@@ -99,6 +109,11 @@ def train(task: Task) -> Outcome:
     validation_lengths = lengths_of(validation_data, padded=not setup.packed) if validation_data else None
     validate_every = training.validate_every or schedule.steps_per_epoch
     save_every = conf.checkpoint.every_steps or schedule.steps_per_epoch
+    mismatches: dict[str, Mismatches] = {}
+    if conf.tuning.mismatches:
+        mismatches["train"] = mismatches_of(training_data, schedule.neighbours(), conf.data.max_length)
+        if validation_data:
+            mismatches["validation"] = whole_split(validation_data, conf.data.max_length)
 
     # The base model's log-probabilities, before any weight changes.
     reference: dict[str, Tensor] = {}
@@ -119,6 +134,7 @@ def train(task: Task) -> Outcome:
                     workers=workers,
                     autocast=setup.autocast,
                     stop=stop_file(conf.run_dir),
+                    mismatches=mismatches.get(name),
                 )
             except TrainError as error:  # raised by all workers
                 return _before_steps("failed", str(error), total_steps)
@@ -165,16 +181,22 @@ def train(task: Task) -> Outcome:
         validation data."""
         if validation_lengths is None:
             return {}
-        sums, weight = torch.zeros(len(objective.figures), dtype=torch.float64), 0
+        sums, weight, divergence = torch.zeros(len(objective.figures), dtype=torch.float64), 0, 0.0
+        if answers := mismatches.get("validation"):
+            passes = passes_over(answers.lengths, schedule.limit, rank, workers)
+            known = reference["validation"]
+            divergence = estimate_divergence(
+                setup, (collate(validation_data, indices, setup.packed, known, answers) for indices in passes)
+            )
         module.eval()
         with torch.no_grad(), setup.autocast():
             for indices in passes_over(validation_lengths, schedule.limit, rank, workers):
                 batch = collate(validation_data, indices, setup.packed, reference.get("validation"))
-                sums += module(batch)
+                sums += module(batch.with_divergence(divergence))
                 weight += objective.weight(batch)
         module.train()
         *all_sums, all_weight = all_reduce(*sums.tolist(), weight)
-        return {f"validation_{name}": mean for name, mean in means(objective, all_sums, all_weight).items()}
+        return {f"validation_{name}": mean for name, mean in objective.means(all_sums, all_weight).items()}
 
     def save() -> None:
         path = checkpoints.save(folder, module, optimizer, progress, rank)
@@ -192,20 +214,25 @@ def train(task: Task) -> Outcome:
         saved_at = progress.step
         began = time.perf_counter()
         steps = (progress.step, total_steps, reference.get("train"))
-        for batches in steps_of(training_data, schedule, rank, workers, *steps):
+        mismatched: Iterable[list[Batch]] = itertools.repeat([])
+        if answers := mismatches.get("train"):
+            of_answers = replace(schedule, lengths=answers.lengths)
+            mismatched = steps_of(training_data, of_answers, rank, workers, *steps, answers)
+        learned = steps_of(training_data, schedule, rank, workers, *steps)
+        for batches, compared in zip(learned, mismatched, strict=False):
             forget_peak_memory()
             rate = learning_rate(conf, progress.step, total_steps)
             optimizer.set_rate(rate)
 
-            sums, weight, tokens = accumulate(setup, batches)
+            sums, weight, tokens = accumulate(setup, batches, compared)
 
             # DDP and FSDP average the gradients of summed losses over the workers: rescale them to the mean over all
-            # items of the objective (supervised tokens, or pairs).
+            # items of the objective (supervised tokens, pairs, or rated answers).
             stop = float(rank == 0 and stop_file(conf.run_dir).exists())
             memory = float(peak_memory())
             *sums, weight, tokens, stop, memory = all_reduce(*sums, weight, tokens, stop, memory)
             norm = average_gradients(module, workers / max(1.0, weight))
-            figures = means(objective, sums, weight)
+            figures = objective.means(sums, weight)
             mean_loss = figures["loss"]
             if not torch.isfinite(torch.tensor([mean_loss, norm])).all():
                 kept = f"the checkpoint of step {saved_at} is intact" if saved_at else "there is no checkpoint yet"
@@ -322,19 +349,39 @@ def set_up(conf: FinetuneConf, base: Base, cpus: int, rank: int, workers: int) -
     return Setup(module, loss.objective, make_optimizer(module, conf), autocast, loss.packed, precision, notes)
 
 
-def accumulate(setup: Setup, batches: list[Batch]) -> tuple[list[float], float, float]:
+def accumulate(
+    setup: Setup, batches: list[Batch], mismatched: Sequence[Batch] = ()
+) -> tuple[list[float], float, float]:
     """Runs the forward and backward passes of a step on this worker. Returns its sums of the objective's figures, their
-    weight (number of supervised tokens, or pairs), and its number of tokens."""
+    weight (number of supervised tokens, pairs, or rated answers), and its number of tokens. `mismatched`: what the
+    divergence of the step is estimated on, if the objective needs it; then every worker must call it."""
+    divergence = estimate_divergence(setup, mismatched) if mismatched else 0.0
     sums, weight, tokens = torch.zeros(len(setup.objective.figures), dtype=torch.float64), 0.0, 0.0
     for number, batch in enumerate(batches):
         with gradient_sync(setup.module, last=number == len(batches) - 1):
             with setup.autocast():
-                figures: Tensor = setup.module(batch)
+                figures: Tensor = setup.module(batch.with_divergence(divergence))
             figures[0].backward()
         sums += figures.detach()
         weight += setup.objective.weight(batch)
         tokens += batch.tokens
     return sums.tolist(), weight, tokens
+
+
+def estimate_divergence(setup: Setup, mismatched: Iterable[Batch]) -> float:
+    """Returns the divergence of the model from its base, in nats, estimated on these batches of all workers (see
+    :func:`divergence_of`). Every worker must call it, with as many batches."""
+    ratios, rows = 0.0, 0
+    training = setup.module.training
+    setup.module.eval()
+    with torch.no_grad(), setup.autocast():
+        for batch in mismatched:
+            given = setup.module(batch, log_probabilities=True)
+            if batch.ratings and len(batch.ratings.good):
+                ratios += float((given - batch.ratings.reference).double().sum())
+                rows += len(batch.ratings.good)
+    setup.module.train(training)
+    return divergence_of(*all_reduce(ratios, rows))
 
 
 def average_gradients(module: nn.Module, factor: float) -> float:

@@ -159,7 +159,7 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     import torch
 
     from llm_ray.data.prepare import lengths_of, open_split
-    from llm_ray.train.batches import Batch, collate, plan_steps
+    from llm_ray.train.batches import Batch, collate, mismatches_of, plan_steps
     from llm_ray.train.recipe import accumulate, average_gradients, set_up, update
     from llm_ray.train.workers import broadcast
 
@@ -168,19 +168,23 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
     data = open_split(prepared, "train")
     lengths = lengths_of(data)
     schedule, total_steps = plan_steps(conf, lengths_of(data, padded=not setup.packed), setup.packed)
+    answers = mismatches_of(data, schedule.neighbours(), conf.data.max_length) if conf.tuning.mismatches else None
     sampled = range(min(total_steps, 200))
     passes = [pass_ for step in sampled for pass_ in schedule.indices(step, rank, workers)]
     heaviest = max(passes, key=lambda rows: _computed(lengths[rows], setup.packed))
     whole = _computed(lengths[heaviest], setup.packed)
 
+    def mismatched(passes: list[list[int]]) -> list[Batch]:
+        return [collate(data, rows, setup.packed, mismatches=answers) for rows in passes] if answers else []
+
     def pass_seconds(rows: list[int]) -> float:
         began = time.perf_counter()
-        accumulate(setup, [collate(data, rows, setup.packed)])
+        accumulate(setup, [collate(data, rows, setup.packed)], mismatched([rows]))
         return time.perf_counter() - began
 
-    def step(batches: list[Batch]) -> float:
+    def step(batches: list[Batch], compared: list[Batch]) -> float:
         began = time.perf_counter()
-        _, weight, _ = accumulate(setup, batches)
+        _, weight, _ = accumulate(setup, batches, compared)
         update(setup, average_gradients(setup.module, 1 / max(1.0, weight)), conf.training.max_grad_norm)
         return time.perf_counter() - began
 
@@ -223,7 +227,8 @@ def _steps(conf: FinetuneConf, base: Base, prepared: Path, cpus: int, rank: int)
         tokens = sum(
             lengths[rows].sum() for other in range(workers) for rows in schedule.indices(number, other, workers) if rows
         )
-        seconds = step([collate(data, rows, setup.packed) for rows in mine])
+        of_answers = replace(schedule, lengths=answers.lengths).indices(number, rank, workers) if answers else []
+        seconds = step([collate(data, rows, setup.packed) for rows in mine], mismatched(of_answers))
         if number:
             rates.append(seconds / tokens)
         else:

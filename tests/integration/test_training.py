@@ -342,6 +342,34 @@ def test_odds_ratios_need_no_reference_and_are_those_of_one_worker(
         assert figures == pytest.approx(of_two[name], rel=2e-3, abs=1e-3), name
 
 
+def test_ratings_are_learned_and_a_stopped_worker_alone_has_the_divergence_of_two(
+    make_pairs: Callable[..., FinetuneConf], cluster: Cluster
+) -> None:
+    """The ratings are of pairs, each a good and a bad answer; the steps of two epochs have other passes alone."""
+    training = {"global_batch_size": 12, "learning_rate": 1e-2}
+    two = make_pairs("rated", tuning={"objective": "kto"}, training=training)
+    one = make_pairs(
+        "rated-alone",
+        tuning={"objective": "kto"},
+        runtime={"workers": 1},
+        training=training | {"micro_batch_tokens": 200},
+    )
+    assert run(two, cluster)["status"] == "done"
+    stopped_at_step_three(one, cluster)
+    written = {file: file.stat().st_mtime_ns for file in one.run_dir.glob("prepared/reference/*/*/*")}
+    assert len(written) == 2, "of training and validation rows"
+    assert run(one, cluster)["status"] == "done"
+    assert written == {file: file.stat().st_mtime_ns for file in one.run_dir.glob("prepared/reference/*/*/*")}
+    of_two, of_one = (read_metrics(conf.run_dir / "metrics.jsonl") for conf in (two, one))
+    assert of_two[0]["validation_loss"] == pytest.approx(0.5, abs=1e-3), "the base model against itself"
+    assert of_two[-1]["validation_loss"] < 0.95 * of_two[0]["validation_loss"]
+    assert of_two[-1]["validation_rewards/margins"] > 0
+    assert max(row["kl"] for row in of_two if "loss" in row) > 0
+    for name in ("loss", "kl", "rewards/chosen", "rewards/rejected", "validation_loss", "validation_kl"):
+        figures = [[(row["step"], row[name]) for row in rows if name in row] for rows in (of_one, of_two)]
+        assert figures[0] == [(n, pytest.approx(value, rel=2e-3, abs=1e-3)) for n, value in figures[1]], name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_fsdp_has_the_preferences_of_ddp(

@@ -111,3 +111,5 @@ def test_what_preferences_are_learnt_by_decides_no_other_training(folder: Path) 
     assert trained(dpo, "tuning.orpo.beta=0.5") == trained(dpo)
     orpo = "tuning.objective=orpo"
     assert trained(orpo, "tuning.orpo.beta=0.5") != trained(orpo) == trained(orpo, "tuning.dpo.beta=0.5")
+    kto = "tuning.objective=kto"
+    assert trained(kto, "tuning.kto.beta=0.5") != trained(kto) == trained(kto, "tuning.dpo.beta=0.5")

@@ -238,7 +238,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
     charts = [
         figures.curves("Loss", {"loss": of("loss"), "validation loss": of("validation_loss")}),
         figures.curves(
-            "Share of pairs preferred",
+            "Accuracy of rewards",
             {"training": of("rewards/accuracies"), "validation": of("validation_rewards/accuracies")},
         ),
         figures.curves("Learning rate", {"learning rate": of("learning_rate")}),

@@ -84,6 +84,8 @@ def test_preference_pairs_and_methods_go_together(tmp_path: Path) -> None:
     )
     param, message = refused(tmp_path, form="messages", conf={"tuning.objective": "pretrain"})
     assert param == "training_file" and "learns from texts" in message
+    param, message = refused(tmp_path, form="messages", conf={"tuning.objective": "kto"})
+    assert param == "training_file" and "a job cannot learn from rated answers" in message
 
 
 def test_keys_and_hyperparameters_make_the_conf(tmp_path: Path) -> None:

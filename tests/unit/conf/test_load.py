@@ -215,6 +215,15 @@ BROKEN = {
         "{patience: 2}\n",
         ":7: training.early_stopping needs validation; data.validation is null",
     ),
+    "kto with one row a step": (
+        "tuning:\n  objective: kto\ntraining:\n  global_batch_size: 1\n",
+        ":9: tuning.kto.loss kto compares each row with the others of its step; is 1: use 8 or more, or loss "
+        "apo_zero_unpaired",
+    ),
+    "kto that learns from nothing": (
+        "tuning:\n  kto:\n    desirable_weight: 0\n    undesirable_weight: 0\n",
+        ":8: tuning.kto.desirable_weight and tuning.kto.undesirable_weight are both 0",
+    ),
     "undefined variable": (
         "name: a\nmodel: {base: b}\ndata:\n  train: {{ train }}\n",
         ":4: data.train; variable train is not set; --set train=",

@@ -73,6 +73,7 @@ def test_what_is_searched_and_set_may_be_set_from_the_command_line(here: Path) -
         ("search.training.seed={integers: [1, 2]}", "search.training.seed: trials share"),
         ("search.training.epochs={integers: [1, 3]}", "search.training.epochs: set has a value for it too"),
         ("search.tuning.dpo.beta={uniform: [0.1, 0.2]}", "it has no effect: tuning.objective is sft"),
+        ("search.tuning.kto.beta={uniform: [0.1, 0.2]}", "it has no effect: tuning.objective is sft"),
         ("set.tuning.method=full", "search.tuning.lora.r: it has no effect: tuning.method is full"),
         (
             "search.training.max_steps={integers: [1, 3]}",
@@ -80,7 +81,10 @@ def test_what_is_searched_and_set_may_be_set_from_the_command_line(here: Path) -
         ),
         ("set.training.epochs=some", 'training.epochs is "some": it must be a number above 0 or auto'),
         ("set.data.validation=null", "data.validation is null, but trials are compared on validation rows"),
-        ("metric=accuracy", "metric accuracy needs an objective that learns from pairs, but tuning.objective is sft"),
+        (
+            "metric=accuracy",
+            "metric accuracy needs an objective that learns from pairs or rated answers, but tuning.objective is sft",
+        ),
         ("config=nowhere", "no such file, and no shipped template of that name"),
         ("num_samples=3", "num_samples is neither a key of the conf nor a variable of s.yaml; did you mean trials"),
         ("trials=0", "trials is 0: it must be an integer of at least 1"),
@@ -107,8 +111,9 @@ def test_errors_name_the_files_line(here: Path) -> None:
         load_sweep("s.yaml", (), (), here)
 
 
-def test_preferences_are_compared_by_accuracy_where_the_loss_means_something_else(here: Path) -> None:
-    given = ["set.tuning.objective=dpo", "search.tuning.dpo.beta={uniform: [0.1, 0.2]}"]
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preferences_are_compared_by_accuracy_where_the_loss_means_something_else(here: Path, objective: str) -> None:
+    given = [f"set.tuning.objective={objective}", f"search.tuning.{objective}.beta={{uniform: [0.1, 0.2]}}"]
     with pytest.raises(ConfError, match=r"it changes what the loss means.*use metric: accuracy"):
         load_sweep("s.yaml", given, (), here)
     assert load_sweep("s.yaml", [*given, "metric=accuracy"], (), here).goal == "max"

@@ -116,3 +116,18 @@ def test_a_card_of_odds_ratios(make_conf: MakeConf) -> None:
         text = model_card(chosen(conf), base_of(conf), run.lineage(), {})
     assert "to give the chosen one of each and to prefer it to the rejected one." in text
     assert "| beta | 0.3 |" in text and "preference loss" not in text
+
+
+def test_a_card_of_ratings(make_conf: MakeConf) -> None:
+    conf = make_conf(tuning={"objective": "kto", "kto": {"beta": 0.3, "undesirable_weight": 1.5}})
+    evaluation = {"rows": 0, "base": {"validation_loss": 0.5}, "finetuned": {"rating_accuracy": 0.75}}
+    with opened_run(conf, force=False) as run:
+        text = model_card(chosen(conf), base_of(conf), run.lineage(), {"evaluation": evaluation})
+    for part in (
+        "on answers rated good or bad, to make good ones likelier and bad ones less likely.",
+        "| preference loss | kto |",
+        "| beta | 0.3 |",
+        "| weights of good and bad answers | 1 and 1.5 |",
+        "| held-out answers whose reward agrees with their rating | – | 0.75 |",
+    ):
+        assert part in text

@@ -56,7 +56,7 @@ def chosen(
     st.integers(1, 10**6),
     st.integers(16, 16384),
     st.sampled_from(["lora", "full"]),
-    st.sampled_from(["sft", "pretrain", "dpo", "orpo"]),
+    st.sampled_from(["sft", "pretrain", "dpo", "orpo", "kto"]),
     st.booleans(),
 )
 def test_nothing_stays_auto_and_each_choice_has_its_reason(
@@ -142,3 +142,12 @@ def test_preferences_take_a_tenth_of_the_rate_no_dropout_and_few_passes() -> Non
 def test_odds_ratios_teach_answers_as_sft_does() -> None:
     sft, orpo = chosen(300).conf, chosen(300, objective="orpo").conf
     assert orpo.training == sft.training and orpo.tuning.lora == sft.tuning.lora
+
+
+def test_ratings_take_a_fifth_of_the_rate_and_steps_in_which_answers_can_be_compared() -> None:
+    sft, kto = chosen(300), chosen(300, objective="kto")
+    assert float(kto.conf.training.learning_rate) == pytest.approx(float(sft.conf.training.learning_rate) / 5, rel=0.1)
+    assert (kto.conf.tuning.lora.dropout, kto.conf.training.epochs) == (0.0, 3)
+    assert "300 answers make" in kto.reasons["training.epochs"]
+    few = chosen(90, objective="kto").conf.training.global_batch_size
+    assert (chosen(90).conf.training.global_batch_size, few) == (4, 8)

@@ -55,6 +55,37 @@ def test_contradictions_between_pairs_are_of_another_kind() -> None:
     assert "training pairs that prefer the answer that another pair rejects, out of the same two: 2 of 90" in warning
 
 
+def rated(good: int, bad: int) -> DataStats:
+    data = data_of(good + bad)
+    return data.model_copy(update={"train": data.train.model_copy(update={"good": good})})
+
+
+def test_answers_of_one_rating() -> None:
+    (warning,) = warned(rated(90, 0), objective="kto")
+    assert (
+        "all 90 training answers are rated good: " in warning
+        and "rows with label false, or use objective sft" in warning
+    )
+    (warning,) = warned(rated(0, 90), objective="kto")
+    assert "all 90 training answers are rated bad: " in warning and warning.endswith("add rows with label true")
+
+
+def test_ratings_out_of_balance_and_the_weights_that_balance_them() -> None:
+    assert warned(rated(50, 40), objective="kto") == []
+    for good, bad, key, weight in ((20, 70, "desirable_weight", 4), (70, 20, "undesirable_weight", 3)):
+        (warning,) = warned(rated(good, bad), objective="kto")
+        assert f"{good} training answers are rated good and {bad} bad" in warning
+        assert warning.endswith(f"should be between 1 and 4/3; set tuning.kto.{key} {weight}")
+        assert warned(rated(good, bad), objective="kto", kto={key: weight}) == []
+    assert warned(rated(20, 70), objective="kto", kto={"undesirable_weight": 0}) == [], "as asked for"
+
+
+def test_contradicting_ratings() -> None:
+    data = rated(45, 45).model_copy(update={"contradicting": 2})
+    (warning,) = warned(data, objective="kto")
+    assert "training rows that rate the same answer differently than another one: 2 of 90" in warning
+
+
 def test_few_steps_and_few_validation_rows() -> None:
     assert "6 optimizer steps will hardly change a model: raise training.epochs" in warned(data_of(90), steps=6)[0]
     assert "a validation split of 3 rows is too small to be meaningful" in warned(data_of(90, validation=3))[0]

@@ -25,7 +25,7 @@ from llm_ray.train.attention import use_packed_attention
 from llm_ray.train.batches import collate
 from llm_ray.train.loss import SupervisedLoss, linear_log_probabilities
 from llm_ray.train.model import adapt
-from llm_ray.train.objectives import CrossEntropy, DirectPreference, OddsRatio, Preference, means, objective_of
+from llm_ray.train.objectives import CrossEntropy, DirectPreference, OddsRatio, Preference, objective_of
 from llm_ray.train.recipe import Setup, accumulate, average_gradients
 from llm_ray.train.reference import reference_log_probabilities
 
@@ -155,7 +155,7 @@ def test_losses_gradients_and_rewards_are_those_of_the_papers(
     setup = setup_of(ours, settings, packed=packed, blockwise=blockwise)
     sums, weight, tokens = accumulate(setup, [collate(pairs(), [0, 1, 2, 3], packed, references(base))])
     average_gradients(setup.module, 1 / weight)
-    given = means(setup.objective, sums, weight)
+    given = setup.objective.means(sums, weight)
     assert weight == 4 and tokens == sum(map(len, pairs()["input_ids"]))
     assert given["loss"] == pytest.approx(wanted.item(), rel=1e-4)
     for name, reward in rewards.items():
@@ -174,7 +174,7 @@ def test_how_pairs_are_dealt_out_to_passes_changes_nothing(settings: dict[str, A
         setup = setup_of(tiny(1), settings, packed=True, blockwise=True)
         sums, weight, _ = accumulate(setup, [collate(pairs(), rows, True, base) for rows in passes])
         average_gradients(setup.module, 1 / weight)
-        return means(setup.objective, sums, weight), [p.grad for p in setup.module.parameters() if p.grad is not None]
+        return setup.objective.means(sums, weight), [p.grad for p in setup.module.parameters() if p.grad is not None]
 
     (together, all_gradients), (apart, gradients) = step([[0, 1, 2, 3]]), step(dealt)
     assert apart == pytest.approx(together, rel=1e-4, abs=1e-6)
@@ -186,7 +186,7 @@ def test_the_base_model_itself_has_no_rewards_and_the_loss_of_a_coin() -> None:
     model = tiny(0)
     setup = setup_of(model, {"loss": "sigmoid"}, packed=False, blockwise=False)
     sums, weight, _ = accumulate(setup, [collate(pairs(), [0, 1, 2, 3], False, references(model))])
-    figures = means(setup.objective, sums, weight)
+    figures = setup.objective.means(sums, weight)
     assert figures["loss"] == pytest.approx(math.log(2), rel=1e-5)
     assert figures["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert figures["logps/chosen"] == pytest.approx(references(model)[:, 0].mean().item(), rel=1e-5)
@@ -195,7 +195,7 @@ def test_the_base_model_itself_has_no_rewards_and_the_loss_of_a_coin() -> None:
 def test_accuracy_and_log_probabilities_by_hand() -> None:
     objective = DirectPreference(Dpo(beta=0.5))
     given, base = torch.tensor([[-1.0, -4.0], [-6.0, -2.0]]), torch.tensor([[-2.0, -4.0], [-5.0, -3.0]])
-    figures = means(objective, objective.figures_of(given, base, torch.ones(2, 2)).tolist(), 2)
+    figures = objective.means(objective.figures_of(given, base, torch.ones(2, 2)).tolist(), 2)
     assert figures == pytest.approx(
         {
             "loss": (-math.log(1 / (1 + math.exp(-0.5))) - math.log(1 / (1 + math.exp(1.0)))) / 2,
@@ -213,7 +213,7 @@ def test_accuracy_and_log_probabilities_by_hand() -> None:
 def test_odds_ratio_by_hand(beta: float) -> None:
     objective = OddsRatio(Orpo(beta=beta))
     given = torch.tensor([[4 * math.log(0.5), 2 * math.log(0.2)]])
-    figures = means(objective, objective.figures_of(given, given, torch.tensor([[4, 2]])).tolist(), 1)
+    figures = objective.means(objective.figures_of(given, given, torch.tensor([[4, 2]])).tolist(), 1)
     assert figures == pytest.approx(  # odds of 1 and of 1 to 4
         {
             "loss": math.log(2) - beta * math.log(4 / 5),
@@ -270,7 +270,7 @@ def test_a_pair_is_two_rows_that_do_not_see_each_other(packed: bool) -> None:
     assert batch.row_lengths == [3, 11, 14, 10]
     assert batch.pairs is not None
     assert batch.pairs.tokens.tolist() == [[1, 9], [5, 3]]
-    assert batch.pairs.row_of.tolist() == [0] + [1] * 9 + [2] * 5 + [3] * 3
+    assert batch.row_of.tolist() == [0] + [1] * 9 + [2] * 5 + [3] * 3
     assert batch.pairs.reference.tolist() == [[2, 3], [4, 5]]
     assert batch.targets.tolist() == [6, 4, 21, 22, 23, 50, 51, 52, 53, 54, 8, 30, 20, 33, 34, 9, 10, 19]
     assert batch.tokens == 38
@@ -409,7 +409,7 @@ def test_a_model_comes_to_prefer_what_was_chosen(settings: dict[str, Any], conf:
         average_gradients(module, 1 / weight)
         optimizer.step()
         optimizer.zero_grad()
-        figures.append(means(setup.objective, sums, weight))
+        figures.append(setup.objective.means(sums, weight))
     assert figures[-1]["loss"] < figures[0]["loss"]
     assert figures[-1]["rewards/accuracies"] == 1
     assert figures[-1]["rewards/margins"] > 0.1
