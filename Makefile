@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 RUN := .venv/bin
+# Tests start hundreds of processes: each would compile the package anew.
+export PYTHONDONTWRITEBYTECODE :=
 # Tests that mount file systems need root; everyone else runs the rest.
 MINE := $(if $(filter 0,$(shell id -u)),,not root and )
 # With real Ray two files or folders at a time, for they wait a lot (of three on two cores, those that train wait for each other); threads of

@@ -133,6 +133,7 @@ def test_a_model_is_deployed_with_the_fastest_engine_unless_told_otherwise(home:
         llm_ray(home, "serve", "stop", "--all")
 
 
+@pytest.mark.long  # a form of weights like the others
 def test_bf16_answers_in_bf16(home: Path, smollm2: Path) -> None:
     folder = convert(home, smollm2, "bf16")
     assert openvino_weights(folder).dtype == "bf16"

@@ -152,6 +152,7 @@ def test_from_a_file_to_an_answer_that_the_base_does_not_give(home: Home, client
         client.models.delete("small")
 
 
+@pytest.mark.long  # a whole finetune; that pairs are learned is tested without the API
 def test_preferences_in_openais_form_make_a_model_that_answers(home: Home, client: openai.OpenAI) -> None:
     pairs = [
         {

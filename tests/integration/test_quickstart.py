@@ -40,7 +40,7 @@ def test_the_finetuned_model_knows_what_the_base_model_cannot(home: Path) -> Non
     assert (home / "models" / "smollm2-135m-instruct" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_second_run_skips_what_is_done_and_stops_all_when_told_to(home: Path, sent: signal.Signals) -> None:
     with subprocess.Popen(
         [COMMAND, "quickstart", "--home", str(home)], stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -184,7 +184,7 @@ def by_the_harness(home: Path, model: Path, task: str, folder: str) -> dict[str,
     ("task", "folder", "metrics"),
     [
         ("parts_choices", "tasks", ["acc", "acc_norm", "brier_score"]),
-        ("parts_answers", "tasks", ["chrf", "exact_match"]),
+        pytest.param("parts_answers", "tasks", ["chrf", "exact_match"], marks=pytest.mark.long),
         ("continues", "chats", ["word_perplexity"]),
     ],
 )

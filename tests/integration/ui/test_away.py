@@ -54,6 +54,7 @@ def token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
 
 
+@pytest.mark.long  # a cluster of its own; draining without a page is tested in the lab
 def test_a_worker_is_drained(open_browser: Callable[..., BrowserContext], tmp_path: Path) -> None:
     """It is asked first; the head is not offered."""
     add_user(tmp_path / "ui" / "users.json", "alice", PASSWORD, Role.ADMIN)

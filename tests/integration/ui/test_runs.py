@@ -3,15 +3,18 @@ form."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from playwright.sync_api import BrowserContext, Page, expect
 
+from llm_ray.runs.folder import holder
 from llm_ray.ui.users import Role, add_user
 from tests.integration.tiny import llama
 from tests.integration.ui.conftest import LLM_RAY, PASSWORD, Running, assert_accessible, running, signed_in_at
@@ -90,26 +93,42 @@ def test_a_conf_that_is_none_names_the_key(tab: Page, page: Running, tmp_path: P
     expect(tab.get_by_label("Name")).to_have_value("")
 
 
-def test_one_waits_while_another_learns_and_what_is_stopped_goes_on(
-    tab: Page, page: Running, home: Path, tmp_path: Path
-) -> None:
+@contextlib.contextmanager
+def _held(home: Path, name: str) -> Iterator[None]:
+    """Meanwhile the run computes nothing, so that the page has the cores."""
+    driver = holder(home / "runs" / name)
+    assert driver is not None
+    processes = psutil.Process(driver["pid"]).children(recursive=True)
+    (worker,) = (process for process in processes if "RayTrainWorker" in " ".join(process.cmdline()))
+    worker.suspend()
+    try:
+        yield
+    finally:
+        worker.resume()
+
+
+def test_one_waits_while_another_learns(tab: Page, page: Running, home: Path, tmp_path: Path) -> None:
     _start(tab, page, tmp_path, "first")
     expect(tab.locator("#run-curves svg").first).to_be_visible(timeout=LONG)
-    _start(tab, page, tmp_path, "second")
-    expect(tab.locator("#run-state h2")).to_have_text(re.compile("second: waiting, 1 ahead"), timeout=LONG)
-    expect(tab.locator("#run-state")).to_contain_text("requested by alice")
+    with _held(home, "first"):
+        _start(tab, page, tmp_path, "second")
+        expect(tab.locator("#run-state h2")).to_have_text(re.compile("second: waiting, 1 ahead"), timeout=LONG)
+        expect(tab.locator("#run-state")).to_contain_text("requested by alice")
 
     tab.goto(f"{page.url}/runs?run=first")
     tab.get_by_role("button", name="Stop", exact=True).click()
     expect(tab.locator("#runs-said")).to_contain_text("it stops after its current step, with a checkpoint")
     expect(tab.locator("#run-state h2")).to_have_text("first: stopped", timeout=LONG)
-    reached = _steps(home, "first")
-    assert 0 < len(reached) < STEPS["first"]
+    assert 0 < len(_steps(home, "first")) < STEPS["first"]
 
     tab.goto(f"{page.url}/runs?run=second")  # its turn has come
     expect(tab.locator("#run-state h2")).to_have_text("second: done", timeout=LONG)
     assert _steps(home, "second") == list(range(1, STEPS["second"] + 1))
 
+
+@pytest.mark.long  # another start of Ray; that a run resumes is tested without a page
+def test_what_is_stopped_goes_on(tab: Page, page: Running, home: Path) -> None:
+    reached = _steps(home, "first")
     tab.goto(f"{page.url}/runs?run=first")
     tab.get_by_role("button", name="Resume").click()
     expect(tab.locator("#runs-said")).to_contain_text("resumes from its last checkpoint")
