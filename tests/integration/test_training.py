@@ -273,11 +273,11 @@ def make_pairs(make: Callable[..., FinetuneConf], tmp_path_factory: pytest.TempP
     return made
 
 
-def preferences(conf: FinetuneConf) -> dict[str, list[float]]:
+def preferences(conf: FinetuneConf, names: tuple[str, ...] = PREFERENCE_FIGURES) -> dict[str, list[float]]:
     """The figures of each step."""
     losses(conf)
     rows = [row for row in read_metrics(conf.run_dir / "metrics.jsonl") if "loss" in row]
-    return {name: [row[name] for row in rows] for name in PREFERENCE_FIGURES}
+    return {name: [row[name] for row in rows] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -372,13 +372,16 @@ def test_ratings_are_learned_and_a_stopped_worker_alone_has_the_divergence_of_tw
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("objective", "names"), [("dpo", PREFERENCE_FIGURES), ("kto", ("loss", "kl", "rewards/accuracies"))]
+)
 def test_fsdp_has_the_preferences_of_ddp(
-    make_pairs: Callable[..., FinetuneConf], cluster: Cluster, method: str
+    make_pairs: Callable[..., FinetuneConf], cluster: Cluster, objective: str, names: tuple[str, ...], method: str
 ) -> None:
     confs = [
         make_pairs(
-            f"preferring-{method}-{strategy}",
-            tuning={"method": method},
+            f"{objective}-{method}-{strategy}",
+            tuning={"objective": objective, "method": method},
             training={"strategy": strategy, "max_steps": 3, "learning_rate": 1e-4},
             checkpoint={"every_steps": 100},
         )
@@ -386,7 +389,7 @@ def test_fsdp_has_the_preferences_of_ddp(
     ]
     for conf in confs:
         run(conf, cluster)
-    ddp, fsdp = map(preferences, confs)
+    ddp, fsdp = (preferences(conf, names) for conf in confs)
     for name, figures in fsdp.items():
         assert figures == pytest.approx(ddp[name], rel=2e-3, abs=1e-3), name
 
