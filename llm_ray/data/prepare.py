@@ -69,7 +69,7 @@ HELDOUT, TRAINED = "heldout.jsonl", "trained.jsonl"
 TRAINED_ROWS = 100  # training rows for evaluation if none are held out
 COLUMNS: Mapping[str, tuple[str, ...]] = {"pairs": ("chosen",), "ratings": ("good", "prompt")}
 """Columns of prepared sequences besides tokens and labels, by what the objective reads."""
-FORM = 3
+FORM = 4
 """Version of the format of prepared data; data of another version are prepared again."""
 
 
@@ -116,6 +116,8 @@ class DataStats(BaseModel):
     """Rows whose texts contain a special token of the tokenizer (data.special_tokens_in_text)."""
     notes: list[str] = []
     """Warnings about possible mistakes in data.train."""
+    answers: int = 0
+    """Different last answers of the training rows (of pairs, chosen ones)."""
     repeated: int = 0
     """Training rows with the same question and answer as another one."""
     contradicting: int = 0
@@ -619,7 +621,8 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         place_of >= held + tested,
     )
     questions = np.array(train.questions)
-    learned = questions[rank >= held + tested]
+    is_trained = rank >= held + tested
+    learned = questions[is_trained]
     stats: dict[Split, SplitStats] = {}
     asked = questions[rank < held]
     if held:
@@ -642,7 +645,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
     stats["train"] = _write_split(train, sequences[is_learned], folder / "train", report)
     train.file.unlink()
     np.save(folder / QUESTIONS, np.unique(learned))
-    repeated, contradicting, examples = _repeats(train, rank >= held + tested)
+    repeated, contradicting, examples = _repeats(train, is_trained)
     return DataStats(
         formats=list(dict.fromkeys(form for tally in tallies for form in tally.formats)),
         files=list(dict.fromkeys(file for tally in tallies for file in tally.files)),
@@ -654,6 +657,7 @@ def _prepare(conf: FinetuneConf, tokenizer: PreTrainedTokenizerBase, folder: Pat
         special_tokens=sum(tally.special for tally in tallies),
         notes=notes_on(conf.data.train),
         dropped=dict(sum((tally.dropped for tally in tallies), Counter[str]())),
+        answers=len(np.unique(np.array(train.answers)[is_trained])),
         repeated=repeated,
         contradicting=contradicting,
         leaked=int(np.isin(asked, learned).sum()),

@@ -18,7 +18,7 @@ from llm_ray.conf.objectives import ObjectiveName
 from llm_ray.data.prepare import DataStats
 from llm_ray.runs.folder import flat
 
-RULES = 2
+RULES = 3
 """Version of the rules; increase it with every change, since the same conf then trains differently."""
 
 # Schulman et al. 2025, "LoRA Without Regret": the best rate for full finetuning is about 5e-5 at width 2000 and falls
@@ -35,6 +35,8 @@ ROW_PASSES = 1200
 """Rows times epochs of a small data set."""
 FACT_EPOCHS, FACT_PASSES = 8, 8000
 """Epochs that facts need in larger data sets, too, and most rows times epochs for them."""
+FACT_VIEWS = 24
+"""How often an answer is seen as a fact: with more than three wordings of each question, in fewer epochs."""
 FEWEST_EPOCHS, MOST_EPOCHS = ((5000, 3), (50_000, 2)), 20
 SHORT_ANSWER = 30
 """Mean answer length, in tokens, up to which rows count as facts; longer answers also teach style, in fewer epochs."""
@@ -157,11 +159,12 @@ def epochs_for(conf: FinetuneConf, data: DataStats, steps_per_epoch: int) -> tup
         what = "pairs" if conf.objective.reads == "pairs" else "answers"
         return float(fewest), f"{rows} {what} make {steps_per_epoch} steps an epoch; more epochs soon overfit"
     short = min(1.0, SHORT_ANSWER / max(1.0, data.train.answer))
-    epochs = max(min(MOST_EPOCHS, ROW_PASSES / rows) * math.sqrt(short), min(FACT_EPOCHS, FACT_PASSES / rows) * short)
+    facts = min(FACT_EPOCHS, FACT_PASSES / rows, FACT_VIEWS * data.answers / rows)
+    epochs = max(min(MOST_EPOCHS, ROW_PASSES / rows) * math.sqrt(short), facts * short)
     if conf.tuning.method == "full":
         epochs *= FULL_SHARE
     guard = ", fewer if the validation loss stops falling" if data.validation else ""
-    answers = f"{rows} rows with answers of {data.train.answer:.0f} tokens"
+    answers = f"{rows} rows with {data.answers} different answers of {data.train.answer:.0f} tokens"
     return float(max(fewest, round(epochs))), f"{answers} make {steps_per_epoch} steps an epoch{guard}"
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from importlib import metadata
@@ -239,8 +240,8 @@ def test_what_is_known_is_not_evaluated_again(home: Path, told: str) -> None:
 def test_the_lock_has_all_that_lm_eval_needs() -> None:
     folder, _ = check_installed()
     added = {canonicalize_name(d.name): d for d in metadata.distributions(path=[str(folder)])}
-    own = [entry for entry in sys.path if entry != str(folder)]  # which evaluating in this process adds
-    here = {canonicalize_name(d.name) for d in metadata.distributions(path=own)}
+    own = sysconfig.get_path("purelib")  # not sys.path, to which evaluating in this process adds
+    here = {canonicalize_name(d.name) for d in metadata.distributions(path=[own])}
     assert not added.keys() & here, "a package of the environment's own would be hidden, or another version used"
     for distribution in added.values():
         for text in distribution.requires or []:

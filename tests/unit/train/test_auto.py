@@ -13,7 +13,9 @@ from llm_ray.data.prepare import DataStats, SplitStats
 from llm_ray.train.auto import Choice, choose
 
 
-def data_of(rows: int, mean: float = 60, validation: int = 0, answer: float = 20) -> DataStats:
+def data_of(
+    rows: int, mean: float = 60, validation: int = 0, answer: float = 20, answers: int | None = None
+) -> DataStats:
     def split(count: int) -> SplitStats:
         tokens = round(count * mean)
         return SplitStats(
@@ -30,7 +32,13 @@ def data_of(rows: int, mean: float = 60, validation: int = 0, answer: float = 20
 
     held = split(validation) if validation else None
     return DataStats(
-        formats=["alpaca"], files=[], max_length=1024, read=rows + validation, train=split(rows), validation=held
+        formats=["alpaca"],
+        files=[],
+        max_length=1024,
+        read=rows + validation,
+        answers=rows if answers is None else answers,
+        train=split(rows),
+        validation=held,
     )
 
 
@@ -114,6 +122,14 @@ def test_directions() -> None:
 )
 def test_facts_are_seen_as_often_in_larger_sets(rows: int, answer: int, epochs: int) -> None:
     assert choose(conf_of(), data_of(rows, answer=answer), width=576).conf.training.epochs == epochs
+
+
+@pytest.mark.parametrize(("rows", "answers", "epochs"), [(300, 100, 8), (300, 30, 4), (999, 333, 8), (999, 2, 3)])
+def test_answers_that_many_questions_share_are_seen_in_fewer_epochs(rows: int, answers: int, epochs: int) -> None:
+    """Three wordings of each question, ten as in the quickstart, and two classes."""
+    choice = choose(conf_of(), data_of(rows, answers=answers), width=576)
+    assert choice.conf.training.epochs == epochs
+    assert f"{rows} rows with {answers} different answers" in choice.reasons["training.epochs"]
 
 
 def test_long_answers_are_seen_less_often() -> None:
