@@ -28,6 +28,7 @@ import llm_ray
 from llm_ray.conf import section, yamltext
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.keys import FINETUNE, SERVE, SWEEP, C, Keys
+from llm_ray.conf.objectives import SECTIONS
 from llm_ray.conf.render import RESERVED, Rendered, TemplateProblem, render, variables
 from llm_ray.conf.section import Section
 from llm_ray.conf.serve import ModelServing, ServeConf
@@ -438,7 +439,7 @@ def _not_searchable(key: str, conf: SweepConf, base: FinetuneConf) -> str:
     of_objective = base.objective.section and key.startswith(f"tuning.{base.objective.section}.")
     if of_objective and conf.metric == "loss":
         return "it changes what the loss means, so that losses cannot be compared: use metric: accuracy"
-    if key.startswith(("tuning.dpo.", "tuning.orpo.", "tuning.kto.")) and not of_objective:
+    if key.startswith(SECTIONS) and not of_objective:
         return f"it has no effect: tuning.objective is {base.tuning.objective}"
     methods = conf.search["tuning.method"].ends if "tuning.method" in conf.search else [base.tuning.method]
     if key.startswith("tuning.lora.") and "lora" not in methods:

@@ -61,6 +61,9 @@ OBJECTIVES: Mapping[ObjectiveName, Objective] = MappingProxyType(
     }
 )
 
+SECTIONS = tuple(f"tuning.{objective.section}." for objective in OBJECTIVES.values() if objective.section)
+"""Beginnings of the keys that one objective alone has."""
+
 
 def objectives_reading(reads: Reads) -> str:
     """Returns the names of the objectives that read this, for messages: "dpo or orpo"."""

@@ -232,23 +232,23 @@ class Formatter:
             lacks = " and ".join(f"{c!r}, which is {'null here' if c in values else 'missing'}" for c in missing)
             both = ": give it, or leave the row out (data.on_bad_row: skip)" if form in PAIR_FORMATS else ""
             raise _Bad(f"format {form} needs {lacks}; the row has {_names(values)}{both}")
+        content: Content
         if form == "text":
-            text = Text(_string(values, "text"))
-            self.left_out.update(unused)
-            return text
-        if form in PAIR_FORMATS:
-            pair = self._pair(form, values, unused)
-            self.left_out.update(unused)
-            return pair
-        if self.reads == "ratings":
-            rated = self._rated(form, values, unused)
-            self.left_out.update(unused)
-            return rated
+            content = Text(_string(values, "text"))
+        elif form in PAIR_FORMATS:
+            content = self._pair(form, values, unused)
+        elif self.reads == "ratings":
+            content = self._rated(form, values, unused)
+        else:
+            content = self._conversation(form, values, unused)
+        self.left_out.update(unused)
+        return content
+
+    def _conversation(self, form: str, values: dict[str, Any], unused: set[str]) -> Conversation:
         unused |= _check_label(form, values)
         messages, tools = self._answered(form, values, unused)
         _check_media(values, messages)
         self._add_system(values, messages)
-        self.left_out.update(unused)
         return Conversation(messages, tools)
 
     def _answered(
@@ -369,7 +369,7 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
     unused: set[str] = set()
     for column in RATINGS:
         value = values.get(column)
-        word = value.strip().lower() if isinstance(value, str) else value
+        word = _word(value)
         if (
             word is False
             or word == "false"
@@ -384,6 +384,11 @@ def _check_label(form: str, values: dict[str, Any]) -> set[str]:
     return unused
 
 
+def _word(value: object) -> object:
+    """Returns a rating for comparison: texts without white space around them and in small letters."""
+    return value.strip().lower() if isinstance(value, str) else value
+
+
 def _rating(values: dict[str, Any]) -> bool:
     """Returns whether a row's answer is rated good."""
     given = {column: values[column] for column in RATINGS if values.get(column) is not None}
@@ -395,7 +400,7 @@ def _rating(values: dict[str, Any]) -> bool:
         )
     ratings = set()
     for column, value in given.items():
-        word = value.strip().lower() if isinstance(value, str) else value
+        word = _word(value)
         if word not in (*GOOD_RATINGS, *BAD_RATINGS):
             raise _Bad(f"{column!r} must be true (a good answer) or false (a bad one), but is {_shown(value)}")
         ratings.add(word in GOOD_RATINGS)

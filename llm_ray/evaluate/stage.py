@@ -17,6 +17,7 @@ from llm_ray.models.chat import ChatTemplate, text_of
 from llm_ray.models.load import Base, load_tokenizer
 from llm_ray.progress import Reporter
 from llm_ray.runs.benchmarks import shown
+from llm_ray.runs.card import FIGURES
 
 
 class Share(TypedDict):
@@ -270,7 +271,7 @@ def _write_report(
     ]
     write_text(
         conf.run_dir / "evaluation.md",
-        environment.get_template("report.md.j2").render(conf=conf, figures=figures, entries=entries),
+        environment.get_template("report.md.j2").render(conf=conf, figures=figures, labels=FIGURES, entries=entries),
     )
     write_text(
         conf.run_dir / "answers.jsonl", "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)

@@ -22,6 +22,7 @@ FIGURES = {
     "rating_accuracy": "held-out answers whose reward agrees with their rating",
     "reward_margin": "margin of rewards",
 }
+"""What figures of an evaluation are called, in cards and reports."""
 
 
 def model_card(conf: FinetuneConf, base: Base, run_json: dict[str, Any], result: dict[str, Any]) -> str:

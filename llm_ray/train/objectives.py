@@ -52,12 +52,13 @@ class Objective(Protocol):
         ...
 
     def means(self, sums: list[float], weight: float) -> dict[str, float]:
-        """Returns what is reported, by name: "loss" and others, from the sums and weights of all batches of a step."""
-        ...
+        """Returns what is reported, by name: "loss" and others, from the sums and weights of all batches of a step. By
+        default `sums` divided by `weight` (zeros if nothing was summed)."""
+        return {name: value / max(1.0, weight) for name, value in zip(self.figures, sums, strict=True)}
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(Objective):
     """The mean negative log-likelihood of supervised tokens, in nats."""
 
     figures: tuple[str, ...] = ("loss",)
@@ -70,15 +71,12 @@ class CrossEntropy:
     def weight(self, batch: Batch) -> int:
         return len(batch.targets)
 
-    def means(self, sums: list[float], weight: float) -> dict[str, float]:
-        return _means(self.figures, sums, weight)
-
 
 _REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 _LOG_PROBABILITIES = ("logps/chosen", "logps/rejected")
 
 
-class Preference(ABC):
+class Preference(Objective, ABC):
     """A loss over preference pairs; figures are means over pairs."""
 
     figures: tuple[str, ...]
@@ -94,9 +92,6 @@ class Preference(ABC):
 
     def weight(self, batch: Batch) -> int:
         return 0 if batch.pairs is None else len(batch.pairs.tokens)
-
-    def means(self, sums: list[float], weight: float) -> dict[str, float]:
-        return _means(self.figures, sums, weight)
 
     @abstractmethod
     def figures_of(self, given: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
@@ -155,7 +150,7 @@ class OddsRatio(Preference):
 
 
 @dataclass(frozen=True)
-class KahnemanTversky:
+class KahnemanTversky(Objective):
     """The losses of Kahneman-Tversky optimization (sources: `llm_ray.conf.finetune.Kto`), as in TRL's KTOTrainer. Rewards
     and log-probabilities are means over the answers rated good (chosen) or bad (rejected), the rest over all."""
 
@@ -242,8 +237,3 @@ def objective_of(conf: FinetuneConf) -> Objective:
     if conf.objective.reads == "ratings":
         return KahnemanTversky(conf.tuning.kto)
     return preference_of(conf.tuning) if conf.objective.reads == "pairs" else CrossEntropy()
-
-
-def _means(figures: Sequence[str], sums: list[float], weight: float) -> dict[str, float]:
-    """The figures by name: `sums` divided by `weight` (zeros if nothing was summed)."""
-    return {name: value / max(1.0, weight) for name, value in zip(figures, sums, strict=True)}
