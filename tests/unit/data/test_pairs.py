@@ -18,29 +18,17 @@ from llm_ray.data.formats import Conversation, Formatter, Pair
 from llm_ray.data.prepare import evaluation_rows, lengths_of, open_split, prepare
 from llm_ray.data.sources import Row
 from llm_ray.errors import DataError
+from tests.unit.data.turns import converted, says, silent, user
 
 Make = Callable[..., FinetuneConf]
 Write = Callable[..., Path]
 FILE = "/data/pairs.jsonl"
 
 
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def says(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def silent(line: str) -> None:
-    pass
-
-
 @pytest.fixture
 def convert(conf: Make) -> Callable[..., Pair]:
     def of(values: dict[str, Any], **data: Any) -> Pair:
-        made = conf(FILE, objective="dpo", **data)
-        pair = Formatter(made.data, made.objective.reads)(Row(FILE, 7, values))
+        pair = converted(conf(FILE, objective="dpo", **data), values)
         assert isinstance(pair, Pair)
         return pair
 

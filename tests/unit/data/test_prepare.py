@@ -30,13 +30,10 @@ from llm_ray.data.prepare import (
     statistics,
 )
 from llm_ray.errors import DataError
+from tests.unit.data.turns import silent
 
 Make = Callable[..., FinetuneConf]
 Write = Callable[..., Path]
-
-
-def silent(line: str) -> None:
-    pass
 
 
 def qa(i: int, words: int = 3) -> dict[str, str]:
@@ -461,6 +458,7 @@ def test_rows_that_repeat_or_contradict_each_other_are_counted(
     path = jsonl(rows)
     stats = statistics(conf(path), tokenizer)
     assert (stats.repeated, stats.contradicting, stats.leaked) == (1, 1, 0)
+    assert stats.answers == 4, "different ones"
     assert f"contradicting: {path}:4 and {path}:2 ask the same question and answer it differently" in stats.examples
 
 

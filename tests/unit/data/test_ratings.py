@@ -16,29 +16,17 @@ from llm_ray.data.formats import Conversation, Formatter, Pair, Rated
 from llm_ray.data.prepare import evaluation_rows, open_split, prepare, prompts_of
 from llm_ray.data.sources import Row
 from llm_ray.errors import DataError
+from tests.unit.data.turns import converted, says, silent, user
 
 Make = Callable[..., FinetuneConf]
 Write = Callable[..., Path]
 FILE = "/data/rated.jsonl"
 
 
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def says(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
-
-
-def silent(line: str) -> None:
-    pass
-
-
 @pytest.fixture
 def convert(conf: Make) -> Callable[..., Rated | Pair]:
     def of(values: dict[str, Any], **data: Any) -> Rated | Pair:
-        made = conf(FILE, objective="kto", **data)
-        content = Formatter(made.data, made.objective.reads)(Row(FILE, 7, values))
+        content = converted(conf(FILE, objective="kto", **data), values)
         assert isinstance(content, Rated | Pair)
         return content
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +13,19 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from llm_ray.conf.finetune import Dpo, FinetuneConf, Orpo
 from llm_ray.data.encode import IGNORED
 from llm_ray.evaluate.stage import _preferred
 from llm_ray.train import loss as loss_module
 from llm_ray.train import reference as reference_module
-from llm_ray.train.attention import use_packed_attention
 from llm_ray.train.batches import collate
 from llm_ray.train.loss import SupervisedLoss, linear_log_probabilities
 from llm_ray.train.model import adapt
 from llm_ray.train.objectives import CrossEntropy, DirectPreference, OddsRatio, Preference, objective_of
 from llm_ray.train.recipe import Setup, accumulate, average_gradients
-from llm_ray.train.reference import reference_log_probabilities
+from tests.unit.train.answers import learned, reference_of, setup_of, tiny
 
 # Prompt, chosen, rejected: of different lengths, of one token, and of several turns (such as with a tool's result).
 PAIRS: list[tuple[list[int], list[int], list[int]]] = [
@@ -62,26 +60,10 @@ def pairs(rows: list[tuple[list[int], list[int], list[int]]] = PAIRS) -> dataset
     return datasets.Dataset.from_dict(columns)
 
 
-def tiny(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.3, **sizes)).eval()
-
-
 def objective(settings: dict[str, Any]) -> Preference:
     if settings["loss"] == "orpo":
         return OddsRatio(Orpo(**{key: value for key, value in settings.items() if key != "loss"}))
     return DirectPreference(Dpo(**settings))
-
-
-def setup_of(causal: LlamaForCausalLM, settings: dict[str, Any], *, packed: bool, blockwise: bool) -> Setup:
-    if packed:
-        assert use_packed_attention(causal)
-    module = SupervisedLoss(causal, causal, packed, objective(settings))
-    module.blockwise = blockwise
-    return Setup(
-        module, module.objective, torch.optim.SGD(module.parameters()), contextlib.nullcontext, packed, "fp32", []
-    )
 
 
 # An independent implementation of the papers, one pair and one token at a time.
@@ -142,6 +124,13 @@ def references(base: LlamaForCausalLM) -> Tensor:
         return module.log_probabilities(collate(pairs(), [0, 1, 2, 3], packed=False)).view(-1, 2)
 
 
+def step(setup: Setup, passes: list[list[int]], reference: Tensor) -> dict[str, float]:
+    """The figures of a step of these passes; the gradients are left in the module."""
+    sums, weight, _ = accumulate(setup, [collate(pairs(), rows, setup.packed, reference) for rows in passes])
+    average_gradients(setup.module, 1 / weight)
+    return setup.objective.means(sums, weight)
+
+
 @each_loss
 @pytest.mark.parametrize("blockwise", [False, True], ids=["logits", "blockwise"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -152,7 +141,7 @@ def test_losses_gradients_and_rewards_are_those_of_the_papers(
     base, policy, ours = tiny(0), tiny(1), tiny(1)
     wanted, rewards = straightforward(policy, base, settings)
     wanted.backward()
-    setup = setup_of(ours, settings, packed=packed, blockwise=blockwise)
+    setup = setup_of(ours, objective(settings), packed=packed, blockwise=blockwise)
     sums, weight, tokens = accumulate(setup, [collate(pairs(), [0, 1, 2, 3], packed, references(base))])
     average_gradients(setup.module, 1 / weight)
     given = setup.objective.means(sums, weight)
@@ -170,13 +159,12 @@ def test_losses_gradients_and_rewards_are_those_of_the_papers(
 def test_how_pairs_are_dealt_out_to_passes_changes_nothing(settings: dict[str, Any], dealt: list[list[int]]) -> None:
     base = references(tiny(0))
 
-    def step(passes: list[list[int]]) -> tuple[dict[str, float], list[Tensor]]:
-        setup = setup_of(tiny(1), settings, packed=True, blockwise=True)
-        sums, weight, _ = accumulate(setup, [collate(pairs(), rows, True, base) for rows in passes])
-        average_gradients(setup.module, 1 / weight)
-        return setup.objective.means(sums, weight), [p.grad for p in setup.module.parameters() if p.grad is not None]
+    def figures(passes: list[list[int]]) -> tuple[dict[str, float], list[Tensor]]:
+        setup = setup_of(tiny(1), objective(settings), packed=True, blockwise=True)
+        found = step(setup, passes, base)
+        return found, [p.grad for p in setup.module.parameters() if p.grad is not None]
 
-    (together, all_gradients), (apart, gradients) = step([[0, 1, 2, 3]]), step(dealt)
+    (together, all_gradients), (apart, gradients) = figures([[0, 1, 2, 3]]), figures(dealt)
     assert apart == pytest.approx(together, rel=1e-4, abs=1e-6)
     for one, other in zip(gradients, all_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
@@ -184,7 +172,7 @@ def test_how_pairs_are_dealt_out_to_passes_changes_nothing(settings: dict[str, A
 
 def test_the_base_model_itself_has_no_rewards_and_the_loss_of_a_coin() -> None:
     model = tiny(0)
-    setup = setup_of(model, {"loss": "sigmoid"}, packed=False, blockwise=False)
+    setup = setup_of(model, objective({"loss": "sigmoid"}), packed=False, blockwise=False)
     sums, weight, _ = accumulate(setup, [collate(pairs(), [0, 1, 2, 3], False, references(model))])
     figures = setup.objective.means(sums, weight)
     assert figures["loss"] == pytest.approx(math.log(2), rel=1e-5)
@@ -283,7 +271,7 @@ def test_a_pair_is_two_rows_that_do_not_see_each_other(packed: bool) -> None:
 def test_without_pairs_there_is_something_to_compute_but_nothing_to_learn(
     settings: dict[str, Any], packed: bool, blockwise: bool
 ) -> None:
-    setup = setup_of(tiny(), settings, packed=packed, blockwise=blockwise)
+    setup = setup_of(tiny(), objective(settings), packed=packed, blockwise=blockwise)
     sums, weight, tokens = accumulate(setup, [collate(pairs(), [], packed, torch.zeros(4, 2))])
     assert (sums, weight, tokens) == ([0.0] * len(setup.objective.figures), 0, 0)
     assert all(p.grad is not None and not p.grad.any() for p in setup.module.parameters()), "fsdp waits for all of them"
@@ -332,17 +320,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
     monkeypatch.setattr(reference_module, "PART", 3)
 
     def compute(module: nn.Module) -> Tensor | None:
-        return reference_log_probabilities(
-            module,
-            pairs(),
-            tmp_path / "kept",
-            packed=False,
-            limit=64,
-            rank=0,
-            workers=1,
-            autocast=contextlib.nullcontext,
-            stop=tmp_path / ".stop",
-        )
+        return reference_of(module, pairs(), tmp_path)
 
     return compute
 
@@ -400,20 +378,10 @@ def test_a_model_comes_to_prefer_what_was_chosen(settings: dict[str, Any], conf:
     tuning = conf.tuning.model_copy(update=chosen)
     module = adapted(conf.model_copy(update={"tuning": tuning}))
     base = references(tiny())
-    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    setup = Setup(module.eval(), module.objective, optimizer, contextlib.nullcontext, False, "fp32", [])
-    figures = []
-    for _ in range(30):
-        sums, weight, _ = accumulate(setup, [collate(pairs(), [0, 1, 2, 3], False, base)])
-        average_gradients(module, 1 / weight)
-        optimizer.step()
-        optimizer.zero_grad()
-        figures.append(setup.objective.means(sums, weight))
+    figures = learned(module, lambda setup: step(setup, [[0, 1, 2, 3]], base))
     assert figures[-1]["loss"] < figures[0]["loss"]
     assert figures[-1]["rewards/accuracies"] == 1
     assert figures[-1]["rewards/margins"] > 0.1
-    assert all(not torch.equal(before[name], p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 def test_other_objectives_have_the_loss_of_tokens() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +22,13 @@ from llm_ray.evaluate.stage import _agreeing
 from llm_ray.models.load import Base, Location
 from llm_ray.train import loss as loss_module
 from llm_ray.train import reference as reference_module
-from llm_ray.train.attention import use_packed_attention
 from llm_ray.train.batches import Mismatches, Schedule, collate, mismatches_of, whole_split
 from llm_ray.train.loss import SupervisedLoss
 from llm_ray.train.model import adapt
 from llm_ray.train.objectives import KahnemanTversky, divergence_of, objective_of
 from llm_ray.train.recipe import Setup, accumulate, average_gradients
-from llm_ray.train.reference import reference_folder, reference_log_probabilities
-from tests.unit.train.test_preference import tiny
+from llm_ray.train.reference import reference_folder
+from tests.unit.train.answers import learned, reference_of, setup_of, tiny
 
 # Prompt, answer, rating: of different lengths, of one token, and of several turns (such as with a tool's result).
 ROWS: list[tuple[list[int], list[int], bool]] = [
@@ -67,14 +65,8 @@ def mismatched(longest: int = 64) -> Mismatches:
     return mismatches_of(rated(), np.roll(ALL, 1), longest)
 
 
-def setup_of(causal: LlamaForCausalLM, settings: dict[str, Any], *, packed: bool, blockwise: bool) -> Setup:
-    if packed:
-        assert use_packed_attention(causal)
-    module = SupervisedLoss(causal, causal, packed, KahnemanTversky(Kto(**settings)))
-    module.blockwise = blockwise
-    return Setup(
-        module, module.objective, torch.optim.SGD(module.parameters()), contextlib.nullcontext, packed, "fp32", []
-    )
+def objective(settings: dict[str, Any]) -> KahnemanTversky:
+    return KahnemanTversky(Kto(**settings))
 
 
 def references(base: LlamaForCausalLM) -> Tensor:
@@ -144,7 +136,9 @@ def test_losses_gradients_rewards_and_divergence_are_those_of_the_papers(
     base, policy, ours = tiny(0), tiny(1), tiny(1)
     wanted, figures = straightforward(policy, base, settings)
     wanted.backward()
-    found = step(setup_of(ours, settings, packed=packed, blockwise=blockwise), [ALL], settings, references(base))
+    found = step(
+        setup_of(ours, objective(settings), packed=packed, blockwise=blockwise), [ALL], settings, references(base)
+    )
     assert found == pytest.approx({"loss": wanted.item()} | figures, rel=1e-4, abs=1e-5)
     assert settings.get("loss") or found["kl"] > 0, "the divergence takes part"
     for (name, parameter), of_paper in zip(ours.named_parameters(), policy.parameters(), strict=True):
@@ -156,7 +150,7 @@ def test_losses_gradients_rewards_and_divergence_are_those_of_the_papers(
 def test_how_rows_are_dealt_out_to_passes_changes_nothing(settings: dict[str, Any], dealt: list[list[int]]) -> None:
     reference, steps = references(tiny(0)), []
     for passes in ([ALL], dealt):
-        setup = setup_of(tiny(1), settings, packed=True, blockwise=True)
+        setup = setup_of(tiny(1), objective(settings), packed=True, blockwise=True)
         steps.append((step(setup, passes, settings, reference), [p.grad for p in setup.module.parameters()]))
     (together, all_gradients), (apart, gradients) = steps
     assert apart == pytest.approx(together, rel=1e-4, abs=1e-6)
@@ -167,7 +161,7 @@ def test_how_rows_are_dealt_out_to_passes_changes_nothing(settings: dict[str, An
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_without_rows_there_is_something_to_compute_but_nothing_to_learn(packed: bool, blockwise: bool) -> None:
-    setup = setup_of(tiny(), {}, packed=packed, blockwise=blockwise)
+    setup = setup_of(tiny(), objective({}), packed=packed, blockwise=blockwise)
     batches = [collate(rated(), [], packed, torch.zeros(5, 2), of) for of in (None, mismatched())]
     sums, weight, tokens = accumulate(setup, batches[:1], batches[1:])
     assert (sums, weight, tokens) == ([0.0] * len(setup.objective.figures), 0, 0)
@@ -272,18 +266,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
     monkeypatch.setattr(reference_module, "PART", 3)
 
     def compute(conf: FinetuneConf, mismatches: Mismatches | None) -> Tensor | None:
-        return reference_log_probabilities(
-            adapt(conf, tiny(), torch.float32, packed=False),
-            rated(),
-            tmp_path / "kept",
-            packed=False,
-            limit=64,
-            rank=0,
-            workers=1,
-            autocast=contextlib.nullcontext,
-            stop=tmp_path / ".stop",
-            mismatches=mismatches,
-        )
+        return reference_of(adapt(conf, tiny(), torch.float32, packed=False), rated(), tmp_path, mismatches)
 
     return compute
 
@@ -327,20 +310,12 @@ def test_a_model_comes_to_agree_with_the_ratings(settings: dict[str, Any], conf:
     kto = {"kto": Kto(beta=0.5, **settings)}
     module = adapt(conf.model_copy(update={"tuning": conf.tuning.model_copy(update=kto)}), tiny(), torch.float32, False)
     reference = references(tiny())
-    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
-    setup = Setup(module.eval(), module.objective, optimizer, contextlib.nullcontext, False, "fp32", [])
-    figures = []
-    for _ in range(30):
-        figures.append(step(setup, [ALL], settings, reference))
-        optimizer.step()
-        optimizer.zero_grad()
+    figures = learned(module, lambda setup: step(setup, [ALL], settings, reference))
     assert figures[0]["loss"] == pytest.approx(0.5), "the base model against itself"
     assert figures[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert figures[-1]["loss"] < 0.8 * figures[0]["loss"]
     assert figures[-1]["rewards/accuracies"] >= 0.8
     assert figures[-1]["rewards/margins"] > 0.1
-    assert all(not torch.equal(before[name], p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 def test_the_evaluation_measures_the_trained_model_against_its_base(conf: FinetuneConf) -> None:
