@@ -74,6 +74,7 @@ def build(site: Site) -> None:
         interactive=False,
         wrap_lines=True,
         lines=1,
+        elem_id="deploy-command",
     )
     gr.Markdown("## Deployed")
     deployed = gr.HTML(elem_id="deployed")
@@ -195,11 +196,11 @@ def build(site: Site) -> None:
     def begin(visitor: Visitor, *given: Any) -> Iterator[tuple[Any, ...]]:
         asked = conf(given)
         (served,) = asked.models
-        yield gr.skip(), note("Checking whether there is room for it …")
+        # Not in `progress`, which every tick of the timer writes anew: the answer must stay to be read.
+        yield note("Checking whether there is room for it …"), gr.skip()
         found = estimate(asked)
-        yield _cost(found), gr.skip()
-        if problem := next((entry.problem for entry in found if entry.problem), ""):
-            yield gr.skip(), note(f"Nothing was loaded: {problem}", "bad")
+        yield _cost(found, "Nothing was loaded: "), gr.skip()
+        if any(entry.problem for entry in found):
             return
         work = site.works.begin(
             f"Deploy {served}",
@@ -257,7 +258,7 @@ def build(site: Site) -> None:
     on(chosen.change, examples, chosen, snippets, **quiet)
 
 
-def _cost(found: list[serving.Estimate]) -> str:
+def _cost(found: list[serving.Estimate], said_before: str = "") -> str:
     rows = []
     for entry in found:
         model = entry.model
@@ -277,7 +278,7 @@ def _cost(found: list[serving.Estimate]) -> str:
         "Total memory",
         "Room for it",
     ]
-    problems = "".join(note(entry.problem, "bad") for entry in found if entry.problem)
+    problems = "".join(note(f"{said_before}{entry.problem}", "bad") for entry in found if entry.problem)
     return table("Required resources", columns, rows, numbers=columns[2:5]) + problems
 
 

@@ -60,8 +60,13 @@ def test_deploying_from_the_page(sign_in: Open, page: Running, url: str) -> None
     tab.get_by_role("button", name="More").click()
     tab.get_by_label("Port").fill(url.rpartition(":")[2].removesuffix("/v1"))
     tab.get_by_role("button", name="Deploy").click()
-    expect(tab.locator("#deploy-progress")).to_contain_text("Nothing was loaded: no room for tiny", timeout=LONG)
+    told = "Nothing was loaded: no room for tiny"
+    expect(tab.locator("#deploy-cost")).to_contain_text(told, timeout=LONG)
+    with tab.expect_response(re.compile("queue/join"), timeout=LONG):  # the timer's, which draws the screen anew
+        pass
     tab.get_by_label("Cores of a replica").fill("1")
+    expect(tab.locator("#deploy-command")).to_contain_text("--cpus 1 ", timeout=30_000)
+    expect(tab.locator("#deploy-cost")).to_contain_text(told)
     tab.get_by_role("button", name="Deploy").click()
     expect(tab.locator("#deploy-progress")).to_contain_text("Deploy tiny (bob): done", timeout=LONG)
     expect(tab.locator("#deployed")).to_contain_text("running", timeout=30_000)
