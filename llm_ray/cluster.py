@@ -43,8 +43,10 @@ TRAIN = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"
 # want the same Ray share it, threads that want another wait until it is closed.
 _RAY: Once[None] = Once()
 
-# Ray's message when its processes do not start within 30 s, as happens on a busy host.
+# Ray's message when its processes do not start within 30 s, or its agents not within 15 s (in raylet.err alone), as
+# happens on a busy host.
 _TOO_SLOW = "timed out during startup"
+_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,15 @@ def _local_ray(num_cpus: int | None) -> Iterator[None]:
             "_temp_dir": str(folder / "r"),  # Ray makes it world-readable, so it lies in a private folder
         }
         try:
-            try:
-                _init(address="local", **options)
-            except ClusterError as error:
-                if _TOO_SLOW not in str(error):
-                    raise
-                _shut_down()
-                _end_processes(folder)
-                _init(address="local", **options)
+            for start in range(1, _STARTS + 1):
+                try:
+                    _init(address="local", **options)
+                    break
+                except ClusterError as error:
+                    if _TOO_SLOW not in str(error) or start == _STARTS:
+                        raise
+                    _shut_down()
+                    _end_processes(folder)
             yield
         finally:
             try:

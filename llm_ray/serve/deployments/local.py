@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,10 @@ from llm_ray.progress import Reporter
 from llm_ray.serve.gateway import proxy
 
 _POLL = 0.05  # seconds
+_ERROR = re.compile(r" [EFC] \d+ \d+\]")
+"""Marks errors and fatal ones in the logs of Ray's C++ processes."""
+_KEPT = 5  # lines of each log
+_VITAL = ("gcs_server", "raylet")  # Ray's names for the kinds of processes without which it is of no use
 _WATCH = 1.0
 _ENDS_WITHIN = 120  # seconds after the last request
 
@@ -190,17 +195,28 @@ def _serve_until_stopped() -> None:
         me.pid, _began(me.pid), node.gcs_address, os.environ["RAY_AUTH_TOKEN_PATH"], node.get_session_dir_path()
     )
     _save(here)
-    vital = [child for child in me.children() if child.name() in ("gcs_server", "raylet")]
+    # Not by name among the children: a first start that was too slow may have left a dead raylet there.
+    vital = [psutil.Process(part.process.pid) for kind in _VITAL for part in node.all_processes[kind]]
     while not ending.wait(_WATCH):
         if dead := [
             child.name() for child in vital if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
         ]:
-            raise ServeError(f"{' and '.join(dead)} of Ray ended unexpectedly; its logs were in {here.session}")
+            raise ServeError(f"{' and '.join(dead)} of Ray ended unexpectedly{_last_words(Path(here.session))}")
     _save(replace(here, ending=True))
     from llm_ray.serve.deployments.deploy import drain
 
     drain()
     signal.alarm(_ENDS_WITHIN)  # kills this process if Ray's shutdown hangs
+
+
+def _last_words(session: Path) -> str:
+    """Returns what Ray's own processes last logged as errors, in lines of their own; their logs go with the session."""
+    lines = [
+        f"{log.name}: {line}"
+        for log in sorted([*session.glob("logs/raylet.*"), *session.glob("logs/gcs_server.*")])
+        for line in [line for line in log.read_text(errors="replace").splitlines() if _ERROR.search(line)][-_KEPT:]
+    ]
+    return "".join(f"\n{line}" for line in lines)
 
 
 def _interrupt(*_: object) -> None:

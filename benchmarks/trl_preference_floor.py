@@ -1,6 +1,6 @@
-"""Baseline: TRL's DPOTrainer on the same pairs, in its own process. Prints one line of JSON.
+"""Baseline: TRL's trainer for an objective on the same pairs, in its own process. Prints one line of JSON.
 
-python -m benchmarks.trl_dpo_floor MODEL PAIRS.jsonl THREADS
+python -m benchmarks.trl_preference_floor dpo|orpo|kto MODEL PAIRS.jsonl THREADS
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import tempfile
 import datasets
 import psutil
 import torch
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from benchmarks.ours import SETTINGS
 from benchmarks.preferences import BETA, RATE
 from benchmarks.trl_floor import Clock, adapters
+
+TRAINERS = {"dpo": (DPOConfig, DPOTrainer), "orpo": (ORPOConfig, ORPOTrainer), "kto": (KTOConfig, KTOTrainer)}
 
 
 class Memory(Clock):
@@ -29,14 +33,15 @@ class Memory(Clock):
         self.most = max(self.most, psutil.Process().memory_info().rss)
 
 
-def main(model: str, pairs: str, threads: int) -> None:
+def main(objective: str, model: str, pairs: str, threads: int) -> None:
     torch.set_num_threads(threads)
     clock = Memory()
+    config, trainer_of = TRAINERS[objective]
     rows = datasets.Dataset.from_json(pairs)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = DPOTrainer(
+        trainer = trainer_of(
             model=model,
-            args=DPOConfig(
+            args=config(
                 output_dir=folder,
                 num_train_epochs=1,
                 max_length=int(SETTINGS["max_length"]),
@@ -48,6 +53,7 @@ def main(model: str, pairs: str, threads: int) -> None:
                 use_cpu=True,
             ),
             train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(model),
             peft_config=adapters(),
             callbacks=[clock],
         )
@@ -57,16 +63,16 @@ def main(model: str, pairs: str, threads: int) -> None:
     print(
         json.dumps(
             {
-                "pairs_per_second": len(rows) / (a_step * len(clock.ends)),
+                "seconds": a_step * len(clock.ends),
                 "step_seconds": a_step,
                 "memory": clock.most,
                 "loss_first": steps[0]["loss"],
                 "loss": steps[-1]["loss"],
-                "margin": steps[-1]["rewards/margins"],
+                "margin": steps[-1].get("rewards/margins"),
             }
         )
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
