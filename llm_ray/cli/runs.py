@@ -113,9 +113,9 @@ def show(name: str, folder: Path | None, as_json: bool) -> None:
     evaluation = result.get("evaluation", {})
     if evaluation.get("base") or evaluation.get("tasks"):
         click.secho("\nevaluation", bold=True)
+        base, finetuned = evaluation["base"], evaluation["finetuned"]  # rewards compare the two: one side has them
         rows = [
-            (key.replace("_", " "), value, evaluation["finetuned"].get(key))
-            for key, value in evaluation["base"].items()
+            (key.replace("_", " "), base.get(key), finetuned.get(key)) for key in dict.fromkeys([*base, *finetuned])
         ]
         rows += [(label(row), row["base"], row["finetuned"]) for row in whole(evaluation.get("tasks", []))]
         click.echo(table([("", "base", "finetuned"), *rows], indent="  "))

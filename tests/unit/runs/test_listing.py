@@ -47,7 +47,12 @@ def runs(make_conf: MakeConf) -> Path:
                 writer.write(row)
             writer.close()
             run.update_result(
-                "evaluation", {"rows": 2, "base": {"exact_match": 0.0}, "finetuned": {"exact_match": rank / 16}}
+                "evaluation",
+                {
+                    "rows": 2,
+                    "base": {"exact_match": 0.0},
+                    "finetuned": {"exact_match": rank / 16, "rating_accuracy": 0.75},
+                },
             )
     return conf.paths.runs
 
@@ -142,7 +147,16 @@ def test_commands(runs: Path, tmp_path: Path) -> None:
     assert {run["name"] for run in json.loads(llm_ray("list", "--json", *folder))} == {"lora-r8", "lora-r16"}
 
     shown = llm_ray("show", "lora-r8", *folder)
-    for part in ("lora-r8: done", "lora r 8", "prepare  ", "30 of 30", "exact match", "sha256", "hosts"):
+    for part in (
+        "lora-r8: done",
+        "lora r 8",
+        "prepare  ",
+        "30 of 30",
+        "exact match",
+        "rating accuracy        0.75",
+        "sha256",
+        "hosts",
+    ):
         assert part in shown
     as_json = json.loads(llm_ray("show", "lora-r8", "--json", *folder))
     assert as_json["conf"]["tuning"]["lora"]["r"] == 8
