@@ -131,6 +131,11 @@ def _local_ray(num_cpus: int | None) -> Iterator[None]:
                 except ClusterError as error:
                     if _TOO_SLOW not in str(error) or start == _STARTS:
                         raise
+                    logging.getLogger(__name__).warning(
+                        "Ray did not start within 30 s on this busy machine: starting it again (%d of %d)",
+                        start + 1,
+                        _STARTS,
+                    )
                     _shut_down()
                     _end_processes(folder)
             yield

@@ -40,7 +40,9 @@ def listening() -> dict[str, set[str]]:
 
 
 # Before the others, whose Ray lasts to the end of the file: a process has one.
-def test_a_host_too_busy_for_ray_to_start_in_time_gets_further_chances(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_too_busy_for_ray_to_start_in_time_gets_further_chances(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import ray
 
     tries = []
@@ -59,6 +61,7 @@ def test_a_host_too_busy_for_ray_to_start_in_time_gets_further_chances(monkeypat
     with local_ray(1) as cluster:
         assert cluster.cpus == 1
     assert len(tries) == 3
+    assert [record.message.rpartition(" (")[2] for record in caplog.records] == ["2 of 3)", "3 of 3)"]
 
 
 def test_what_serves_outlives_a_first_start_that_was_too_slow_and_not_its_own_raylet(tmp_path: Path) -> None:
