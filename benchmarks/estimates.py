@@ -7,6 +7,7 @@ ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks estimates     # as on a CPU without
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Estimates each case, then trains it for the estimated number of steps."""
+def measure(model: Path, data: Path, rows: int, work: Path, cases: Sequence[str] = tuple(CASES)) -> dict[str, Any]:
+    """Estimates each of ``cases``, then trains it for the estimated number of steps."""
     train = messages(write_rows(data, rows, work)[0])
     cores = len(os.sched_getaffinity(0))
     figures: dict[str, Any] = {}
     table = []
-    for number, (name, sections) in enumerate(CASES.items()):
+    for number, name in enumerate(cases):
+        sections = CASES[name]
         settings: dict[str, Any] = {
             "model": {"base": str(model)},
             "paths": {"runs": str(work / "runs")},

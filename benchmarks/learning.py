@@ -14,7 +14,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,17 @@ _SYSTEM = "You answer questions from visitors of the archive."
 _WORDINGS = 3  # per fact in the rows
 _SEEDS = {"messages": 11, "alpaca": 12, "csv": 13}
 TIMED = (("lora", "messages", 42), ("lora", "alpaca", 90), ("lora", "csv", 150))
-CASES = (
-    *TIMED,
-    ("full", "alpaca", 90),
-    ("lora", "csv", 300),
-    ("full", "csv", 300),
-    ("lora", "messages", 999),
-    ("full", "messages", 999),
-)
+CASES = {
+    f"{method}-{form}-{rows}": (method, form, rows)
+    for method, form, rows in (
+        *TIMED,
+        ("full", "alpaca", 90),
+        ("lora", "csv", 300),
+        ("full", "csv", 300),
+        ("lora", "messages", 999),
+        ("full", "messages", 999),
+    )
+}
 _RELATIONS = 40  # at most
 Rows = list[tuple[str, str]]
 
@@ -69,17 +72,17 @@ FORMS: dict[str, tuple[str, Callable[[Rows], str]]] = {
 }
 
 
-def measure(model: Path, data: Path, rows: int, work: Path) -> dict[str, Any]:
-    """Measures shares of correct answers and minutes for each of `CASES`; ignores `data` and `rows`."""
+def measure(model: Path, data: Path, rows: int, work: Path, cases: Sequence[str] = tuple(CASES)) -> dict[str, Any]:
+    """Measures shares of correct answers and minutes for each of ``cases``; ignores ``data`` and ``rows``."""
     figures: dict[str, Any] = {}
     table = []
-    for method, form, number in CASES:
+    for case in cases:
+        method, form, number = CASES[case]
         name, write = FORMS[form]
         known = number // _WORDINGS
         relations = min(_RELATIONS, max(6, number // 9))
         subjects = max(6, math.ceil(known / relations))
         taught, questions = facts(_SEEDS[form], known, relations, subjects)
-        case = f"{method}-{form}-{len(taught)}"
         file = work / case / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(write(taught), encoding="utf-8")
