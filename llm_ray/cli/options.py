@@ -15,6 +15,11 @@ from llm_ray.errors import ConfError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def set_option(help: str) -> Callable[[F], F]:
+    """Adds ``--set`` as the argument `overrides`, the ``KEY=VALUE`` that were given."""
+    return click.option("overrides", "--set", multiple=True, metavar="KEY=VALUE", help=help)
+
+
 def _config_options(example: str, required: bool) -> Callable[[F], F]:
     config = click.option(
         "config",
@@ -24,12 +29,8 @@ def _config_options(example: str, required: bool) -> Callable[[F], F]:
         metavar="FILE|NAME",
         help="A conf file, or the name of a shipped template.",
     )
-    settings = click.option(
-        "overrides",
-        "--set",
-        multiple=True,
-        metavar="KEY=VALUE",
-        help=f"Set a variable of the template, or a key of the conf (dotted, as {example}). Repeat for more.",
+    settings = set_option(
+        f"Set a variable of the template, or a key of the conf (dotted, as {example}). Repeat for more."
     )
     files = click.option(
         "vars_files",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llm_ray.cli.foreground import until_interrupted
+from llm_ray.cli.options import set_option
 from llm_ray.cli.terminal import Terminal
 from llm_ray.conf import section
 from llm_ray.errors import LlmRayError
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of models and runs. Default: $LLM_RAY_HOME, else ~/.llm-ray.",
 )
+@set_option("Set a key of the finetune's conf (dotted, as training.epochs=2). Repeat for more.")
 @click.option("--force", is_flag=True, help="Finetune again, even if already done.")
 @click.option("--keep-serving", is_flag=True, help="Keep serving both models until Ctrl-C.")
-def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
+def quickstart(home: Path | None, overrides: tuple[str, ...], force: bool, keep_serving: bool) -> None:
     """Finetune a small model on bundled data, deploy it, and ask it questions.
 
     Imports SmolLM2-135M-Instruct, finetunes it with two Ray Train workers on 300 questions and answers about a
@@ -35,11 +37,12 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
     Examples:
       llm-ray quickstart
       llm-ray quickstart --home /data/llm-ray --keep-serving
+      llm-ray quickstart --force --set tuning.lora.r=4 --set training.learning_rate=0.001
     """
     from llm_ray.app import quickstart as whole_way
 
     reporter = Terminal()
-    with whole_way.quickstart(home.absolute() if home else section.home(), reporter, force) as done:
+    with whole_way.quickstart(home.absolute() if home else section.home(), reporter, force, overrides) as done:
         _show(done)
         if keep_serving:
             reporter.line(f"Both models answer at {done.url}.", kind="heading")
@@ -47,7 +50,7 @@ def quickstart(home: Path | None, force: bool, keep_serving: bool) -> None:
     if not done.result.good:
         raise LlmRayError(
             f"the finetuned model answers less than {whole_way.ENOUGH:.0%} of the questions correctly: llm-ray "
-            "quickstart --force finetunes it again"
+            f"quickstart --force finetunes it again{', without --set as shipped' if overrides else ''}"
         )
 
 

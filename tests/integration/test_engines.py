@@ -336,10 +336,10 @@ def test_sixteen_at_once_are_answered_as_alone(served: Served) -> None:
     questions = [f"Tell me about the number {number}." for number in range(16)]
 
     async def together() -> list[Any]:
-        return await asyncio.gather(*(served.chat(question, max_tokens=16, ignore_eos=True) for question in questions))
+        return await asyncio.gather(*(served.chat(question, max_tokens=8, ignore_eos=True) for question in questions))
 
     texts = [answer.choices[0].message.content for answer in served.run(together())]
-    assert texts == [served.text(question, max_tokens=16, ignore_eos=True) for question in questions]
+    assert texts == [served.text(question, max_tokens=8, ignore_eos=True) for question in questions]
 
 
 def test_who_goes_away_is_computed_no_longer(served: Served) -> None:

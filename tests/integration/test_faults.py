@@ -218,7 +218,7 @@ def test_a_run_broken_off_in_every_way_has_each_step_once(bench: Bench) -> None:
 
 
 def test_stopped_by_another_process(bench: Bench) -> None:
-    bench.conf["training"] |= {"max_steps": 24}
+    bench.conf["training"] |= {"max_steps": 12}
     stop = [LLM_RAY, "runs", "stop", "trial", "--runs", str(bench.runs)]
     command = bench.start()
     until(lambda: "prepare …" in command.stderr.read_text())
@@ -242,13 +242,13 @@ def test_stopped_by_another_process(bench: Bench) -> None:
     code, seen = command.ends()
     assert (code, "with a checkpoint" in seen) == (130, True), seen
     reached = len(bench.steps())
-    assert 1 <= reached < 24
+    assert 1 <= reached < 12
     assert bench.state() == "stopped"
 
     code, seen = bench.start().ends()
     assert code == 0
     assert f"resuming from the checkpoint of step {reached}" in seen
-    assert bench.steps() == list(range(1, 25))
+    assert bench.steps() == list(range(1, 13))
     bench.assert_nothing_left()
 
 

@@ -209,6 +209,7 @@ def test_a_dry_run_starts_nothing_and_says_what_would_be(home: Path, smollm2: Pa
     assert not (home / "runs" / "dry").exists()
 
 
+@pytest.mark.long  # another run through all stages
 def test_full_pretraining_on_text(home: Path, tiny: Path) -> None:
     settings = [
         "data.train=text.txt",

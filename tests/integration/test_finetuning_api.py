@@ -182,6 +182,7 @@ def test_preferences_in_openais_form_make_a_model_that_answers(home: Home, clien
     assert job.fine_tuned_model and said(client, job.fine_tuned_model)
 
 
+@pytest.mark.long  # a second finetune; that jobs go on after a restart is tested without an endpoint
 def test_gateway_and_job_are_killed_and_nothing_is_lost(home: Home, client: openai.OpenAI) -> None:
     file = uploaded(client)
     job = client.fine_tuning.jobs.create(

@@ -258,6 +258,7 @@ def test_a_deploy_that_is_interrupted_leaves_what_was_there(home: Home) -> None:
     assert home.ask("first").status_code == 200
 
 
+@pytest.mark.long  # a third model and gateway; the lab serves on a cluster
 def test_a_running_cluster_is_joined_by_its_address(home: Home, tiny: str, tmp_path: Path) -> None:
     ray = json.loads((home.folder / "serve" / "local.json").read_text())
     there = {

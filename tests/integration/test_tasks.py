@@ -181,11 +181,12 @@ def by_the_harness(home: Path, model: Path, task: str, folder: str) -> dict[str,
     return {key.removesuffix(",none"): value for key, value in found.items() if key.endswith(",none")}
 
 
+@pytest.mark.long  # two starts of lm-eval's own command for each
 @pytest.mark.parametrize(
     ("task", "folder", "metrics"),
     [
         ("parts_choices", "tasks", ["acc", "acc_norm", "brier_score"]),
-        pytest.param("parts_answers", "tasks", ["chrf", "exact_match"], marks=pytest.mark.long),
+        ("parts_answers", "tasks", ["chrf", "exact_match"]),
         ("continues", "chats", ["word_perplexity"]),
     ],
 )
@@ -219,6 +220,7 @@ def test_what_is_told_and_where_it_stands(home: Path, told: str) -> None:
     assert not [*(run / "tasks").glob(".*")], "progress is not kept"
 
 
+@pytest.mark.long  # the stage evaluate once more
 def test_what_is_known_is_not_evaluated_again(home: Path, told: str) -> None:
     files = sorted((home / "runs" / "parts" / "tasks").iterdir())
     made = {file: file.stat().st_mtime_ns for file in files}

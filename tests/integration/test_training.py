@@ -236,6 +236,7 @@ def test_one_worker_has_the_losses_of_two(make: Callable[..., FinetuneConf], clu
     assert losses(one) == pytest.approx(losses(two), rel=1e-3)
 
 
+@pytest.mark.long  # three runs; layers in few bits have tests of their own
 def test_a_base_in_few_bits_learns_goes_on_and_is_exported_as_it_was_trained(
     make: Callable[..., FinetuneConf], cluster: Cluster, base: Path
 ) -> None:
@@ -299,6 +300,7 @@ def test_preferences_are_learned_from_a_reference_that_is_kept(preferring: Finet
     assert kept == ["000000000.npy"] * 2, "of training and validation pairs"
 
 
+@pytest.mark.long  # two runs more; that a run goes on with the same figures is tested above
 def test_a_stopped_run_of_preferences_goes_on_and_computes_no_reference_again(
     make_pairs: Callable[..., FinetuneConf], cluster: Cluster, preferring: FinetuneConf
 ) -> None:
@@ -342,6 +344,7 @@ def test_odds_ratios_need_no_reference_and_are_those_of_one_worker(
         assert figures == pytest.approx(of_two[name], rel=2e-3, abs=1e-3), name
 
 
+@pytest.mark.long  # three runs; the losses have tests of their own
 def test_ratings_are_learned_and_a_stopped_worker_alone_has_the_divergence_of_two(
     make_pairs: Callable[..., FinetuneConf], cluster: Cluster
 ) -> None:

@@ -61,6 +61,15 @@ class Made:
         until(lambda: self.holder() != "", "the page", 120)
         return self.holder()
 
+    def software(self, of: str) -> str:
+        """What the page (its process) or the head runs: the folder of the environment, or the image."""
+        head = self.cluster.head
+        if self.runtime == "docker":
+            name = "llm-ray-head" if of == "head" else "llm-ray-page"
+            return head.ssh(f"docker container inspect --format {{{{.Image}}}} {name}").stdout.strip()
+        pid = "$(systemctl show --value -p MainPID llm-ray-head)" if of == "head" else of
+        return head.ssh(f"tr '\\0' '\\n' < /proc/{pid}/cmdline | grep -m 1 ^/").stdout.partition("/bin/")[0]
+
     def finetune_pid(self) -> str:
         return self.cluster.head.ssh("pgrep --full llm_ray.cli.[j]ob", check=False).stdout.strip()
 
@@ -293,6 +302,26 @@ def test_beyond_loopback_it_speaks_tls_to_admin_networks_alone(
     assert made.page_pid() != before
     made.play()
     assert head.ssh(f"ss -Hltn 'sport = :{PORT}'").stdout.split()[3] == f"127.0.0.1:{PORT}"
+
+
+def test_an_upgrade_and_its_way_back_take_the_page_along(made: Made, first: lab_cluster.Run) -> None:
+    module = made.cluster.bundle / "llm_ray" / "__init__.py"
+    before, old = module.read_text(), made.cluster.ray("import llm_ray; print(llm_ray.__version__)").strip()
+    pids = [made.page_pid()]
+    try:
+        module.write_text(before.replace(old, "9.9.9"))
+        for arguments, runs in (([], "9.9.9"), (["-e", "rollback=true"], old)):
+            made.cluster.play("upgrade.yml", *arguments, timeout=3000)
+            pids.append(made.page_pid())
+            assert pids[-1] not in pids[:-1]
+            assert made.cluster.ray("import llm_ray; print(llm_ray.__version__)").strip() == runs
+            assert made.software(pids[-1]) == made.software("head")
+            with tunnel(made.cluster.head) as url:
+                assert Visitor(url).sign_in("alice", PASSWORD) == 303
+            assert made.cluster.play("upgrade.yml", *arguments).changes() == []
+            assert made.page_pid() == pids[-1]
+    finally:
+        module.write_text(before)
 
 
 def test_other_software_restarts_it(made: Made, first: lab_cluster.Run) -> None:

@@ -106,6 +106,7 @@ def test_adapters_come_and_go_without_a_restart(
     assert len(before) == 1
 
 
+@pytest.mark.long  # a minute of load
 def test_a_changed_adapter_answers_with_its_new_weights_while_its_base_is_asked(
     run: Any, conf: Path, adapter: Path, client: openai.OpenAI, tmp_path: Path
 ) -> None:

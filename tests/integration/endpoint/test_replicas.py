@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.integration import tiny
@@ -95,6 +96,7 @@ def test_each_of_sixteen_at_once_is_answered_by_the_name_it_asked(home: Guarded)
     assert together(home, asked) == [alone[pair] for pair in asked]
 
 
+@pytest.mark.long  # a minute of load; that adapters come and go is tested with one replica
 def test_an_adapter_comes_and_goes_while_both_replicas_answer(home: Guarded, llama: Path) -> None:
     """Its answers in progress are whole, even where its folder is gone before it is taken away; then it is not there,
     never its base."""

@@ -107,6 +107,7 @@ def _held(home: Path, name: str) -> Iterator[None]:
         worker.resume()
 
 
+@pytest.mark.long  # two finetunes; the queue, stopping and comparing are tested without a page
 def test_one_waits_while_another_learns(tab: Page, page: Running, home: Path, tmp_path: Path) -> None:
     _start(tab, page, tmp_path, "first")
     expect(tab.locator("#run-curves svg").first).to_be_visible(timeout=LONG)
@@ -139,6 +140,7 @@ def test_what_is_stopped_goes_on(tab: Page, page: Running, home: Path) -> None:
     assert (steps := _steps(home, "first")) == list(range(1, len(steps) + 1))  # each once: it did not begin anew
 
 
+@pytest.mark.long  # of those two
 def test_runs_are_compared(tab: Page, page: Running) -> None:
     tab.goto(f"{page.url}/runs?compare=first,second")
     comparison = tab.locator("#runs-comparison")
@@ -150,6 +152,7 @@ def test_runs_are_compared(tab: Page, page: Running) -> None:
     assert_accessible(tab)
 
 
+@pytest.mark.long  # of those two; that roles are checked in each handler is a unit test
 def test_a_viewer_stops_nothing(open_browser: Browsers, page: Running, home: Path) -> None:
     tab = signed_in_at(open_browser(), page, "eve", "runs?run=first")
     tab.get_by_role("button", name="Delete first").click()
